@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint clean
+
+EXPERIMENT ?= smollm2_135m_w4a4kv4
+ARGS ?=
+PYTEST_ARGS ?=
+
+# The first interpreter that runs and is supported: a version manager's stand-in can be on PATH and still fail.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+SUPPORTED := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport VIRTUAL_ENV PYTHONHOME
+
+help:  ## list the targets
+	@echo 'make TARGET [NAME=value ...]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.ready  ## make .venv with everything in it (PYTHON=path picks the interpreter); instant when up to date
+
+run: .venv/.ready  ## run an experiment: EXPERIMENT=name, and Hydra overrides in ARGS='a.b=1 c=2'
+	@.venv/bin/python -m spinlab '+experiment=$(EXPERIMENT)' $(ARGS)
+
+test: lint  ## lint, then run the tests; PYTEST_ARGS and ARGS go to pytest
+	.venv/bin/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+lint: .venv/.ready  ## check style, format and types
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m basedpyright --pythonpath .venv/bin/python
+
+clean:  ## remove results and caches (runs/, .cache/ and the tools' own); leaves .venv
+	rm -rf runs .cache .pytest_cache .ruff_cache
+
+.venv/.ready: pyproject.toml requirements.lock requirements-assets.txt
+	@.venv/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || { \
+		"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
+			echo 'spinlab needs Python 3.11, 3.12 or 3.13 with its venv module: install one, or name it with PYTHON=/path/to/python.' >&2; \
+			exit 2; }; \
+		"$(PYTHON)" -m venv --clear .venv; }
+	@echo 'Installing into .venv: a few minutes the first time, longer where torch comes with CUDA.'
+	@.venv/bin/python -m pip install --quiet -r requirements.lock
+	@.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements-assets.txt
+	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@

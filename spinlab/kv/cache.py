@@ -1,0 +1,154 @@
+"""A transformers cache whose rows are coded, and the attention that reads it.
+
+Keys and values are rotated and coded in one place, `CodedLayer.update`, after RoPE. A forward
+pass that stores nothing (learning, teacher-forced evaluation) goes through the same layer with
+`store` off, so the two paths cannot differ.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from spinlab.config import KVConfig
+from spinlab.kv.codec import AffineCodec
+from spinlab.model.seams import dimensions_of, family_of, layers_of
+from spinlab.quant.affine import Grid
+from spinlab.quant.inputs import StraightThrough, check_group
+from spinlab.rotation.online import OnlineRotation
+
+ATTENTION = "spinlab_sdpa"
+_QUERY_ROTATION = "query_rotation"  # attribute of an attention module
+
+
+@dataclass(frozen=True)
+class KVPath:
+    """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit)."""
+
+    r3: OnlineRotation | None
+    keys: AffineCodec | None
+    values: AffineCodec | None
+
+
+class CodedLayer(DynamicLayer):
+    """Keep one layer's keys and values as coded rows: (batch, heads, tokens, row_bytes) uint8."""
+
+    def __init__(self, path: KVPath, store: bool) -> None:
+        super().__init__()
+        self.path, self.store = path, store
+
+    def lazy_initialization(
+        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
+    ) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate and code the new rows and return all rows, decoded."""
+        if self.path.r3 is not None:
+            key_states = self.path.r3(key_states)
+        if not self.store:
+            return self._round(key_states, self.path.keys), self._round(
+                value_states, self.path.values
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(self.keys, key_states, self.path.keys)
+        self.values = self._append(self.values, value_states, self.path.values)
+        return self._read(self.keys, self.path.keys), self._read(self.values, self.path.values)
+
+    @staticmethod
+    def _round(x: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
+        return x if codec is None else StraightThrough.apply(x, codec.round)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _append(
+        rows: torch.Tensor | None, x: torch.Tensor, codec: AffineCodec | None
+    ) -> torch.Tensor:
+        new = x if codec is None else codec.encode(x)
+        return new if rows is None or rows.numel() == 0 else torch.cat([rows, new], dim=-2)
+
+    def _read(self, rows: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
+        return rows if codec is None else codec.decode(rows, self.dtype)
+
+    def get_seq_length(self) -> int:
+        rows = self.keys
+        return 0 if rows is None or rows.numel() == 0 else rows.shape[-2]
+
+
+class CodedCache(Cache):
+    """A cache of CodedLayers. Pass it to `generate` or let `attach_kv` insert it."""
+
+    def __init__(self, path: KVPath, layers: int, store: bool = True) -> None:
+        super().__init__(layers=[CodedLayer(path, store) for _ in range(layers)])
+
+    def stored_bytes(self) -> int:
+        """Return the bytes that the stored rows take."""
+        layers = cast(list[CodedLayer], self.layers)
+        rows = [t for layer in layers for t in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for t in rows if t is not None)
+
+
+def kv_path(model: PreTrainedModel, r3: OnlineRotation | None, config: KVConfig | None) -> KVPath:
+    """Build the codecs that a config asks for. Raises InputError for unfitting groups."""
+    if config is None:
+        return KVPath(r3, None, None)
+    width = dimensions_of(model.config).head_dim
+    check_group("kv.group_size", config.group_size, width, "one attention head")
+
+    def codec(bits: int) -> AffineCodec | None:
+        if bits == 16:
+            return None
+        return AffineCodec(
+            Grid(bits, config.symmetric), width, config.group_size, config.clip_ratio
+        )
+
+    return KVPath(r3, codec(config.k_bits), codec(config.v_bits))
+
+
+def kv_bits(model: PreTrainedModel, config: KVConfig) -> float:
+    """Return stored bits per cached number, the mean of keys and values."""
+    path = kv_path(model, None, config)
+    bits = [codec.bits if codec else 16.0 for codec in (path.keys, path.values)]
+    return sum(bits) / 2
+
+
+def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
+    """Make a model rotate its queries and keys and code its cache, in place.
+
+    With `store` a forward pass fills a CodedCache as `generate` needs it; without, keys and
+    values only make the round trip. A CodedCache that the caller passes is used as it is.
+    """
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.config._attn_implementation = ATTENTION
+    family = family_of(model.config)
+    layers = layers_of(model)
+    for layer in layers:
+        setattr(layer.get_submodule(family.attention), _QUERY_ROTATION, path.r3)
+
+    def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CodedCache):
+            return args, kwargs
+        assert cache is None or cache.get_seq_length() == 0, "a foreign cache cannot be coded"
+        keep = store and kwargs.get("use_cache") is not False
+        return args, {**kwargs, "past_key_values": CodedCache(path, len(layers), keep)}
+
+    decoder = model.get_submodule(family.layers.rpartition(".")[0])
+    decoder.register_forward_pre_hook(insert, with_kwargs=True)
+
+
+def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):
+    """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
+    rotation: OnlineRotation | None = getattr(module, _QUERY_ROTATION)
+    return sdpa_attention_forward(
+        module, query if rotation is None else rotation(query), *args, **kwargs
+    )

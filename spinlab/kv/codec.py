@@ -1,0 +1,90 @@
+"""Code keys or values as bytes: packed levels, then float16 scales, then zero points.
+
+One row of bytes holds one head of one token, so that every cache operation of transformers
+(append, crop, reorder, repeat) works on coded rows as it does on floats.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero, zero_point
+from spinlab.quant.pack import pack_nibbles, unpack_nibbles
+
+_SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
+
+
+@dataclass(frozen=True)
+class AffineCodec:
+    """Code rows of `width` numbers on an affine grid, per token, head and group.
+
+    Levels of up to 4 bits take a nibble, others a byte; a group adds a float16 scale and, on an
+    asymmetric grid, one byte of zero point.
+    """
+
+    grid: Grid
+    width: int
+    group_size: int = 0
+    clip_ratio: float = 1.0
+
+    @property
+    def groups(self) -> int:
+        return self.width // (self.group_size or self.width)
+
+    @property
+    def row_bytes(self) -> int:
+        levels = self.width // 2 if self._nibbles else self.width
+        return levels + self.groups * (2 if self.grid.symmetric else 3)
+
+    @property
+    def bits(self) -> float:
+        """Return the stored bits per number, scales and zero points counted."""
+        return 8 * self.row_bytes / self.width
+
+    @property
+    def _nibbles(self) -> bool:
+        return self.grid.bits <= 4 and self.width % 2 == 0
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """Return decode(encode(x)) without the bytes in between: (..., width)."""
+        return self._decode(*self._levels(x), x.dtype)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Code x: (..., width) as (..., row_bytes) uint8."""
+        levels, scale, zero = self._levels(x)
+        levels = levels.flatten(-2)
+        parts = [pack_nibbles(levels) if self._nibbles else levels.to(torch.int16).to(torch.uint8)]
+        parts.append(scale.squeeze(-1).to(torch.float16).contiguous().view(torch.uint8))
+        if not self.grid.symmetric:
+            parts.append(zero.squeeze(-1).to(torch.uint8))
+        return torch.cat(parts, dim=-1)
+
+    def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers (..., width) behind coded rows."""
+        levels_bytes = self.width // 2 if self._nibbles else self.width
+        sizes = [levels_bytes, 2 * self.groups, 0 if self.grid.symmetric else self.groups]
+        packed, scale_bytes, zero = rows.split(sizes, dim=-1)
+        if self._nibbles:
+            levels = unpack_nibbles(packed, self.grid.symmetric)
+        else:
+            levels = packed.view(torch.int8) if self.grid.symmetric else packed
+        grouped = levels.to(dtype).unflatten(-1, (self.groups, -1))
+        scale = scale_bytes.contiguous().view(torch.float16).to(dtype)[..., None]
+        zero = zero.to(dtype)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
+        return self._decode(grouped, scale, zero, dtype)
+
+    def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return levels (..., groups, g) with the scale that float16 stores, and its zero."""
+        grouped, lowest, highest = extremes(x, self.group_size)
+        lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
+        scale, _ = scale_and_zero(lowest, highest, self.grid)
+        scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float16).to(x.dtype)
+        zero = torch.zeros_like(scale)
+        if not self.grid.symmetric:
+            zero = zero_point(lowest.clamp(max=0), scale).clamp_(0, self.grid.highest)
+        return encode(grouped, scale, zero, self.grid), scale, zero
+
+    def _decode(
+        self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return decode(levels, scale, zero, self.grid).flatten(-2).to(dtype)

@@ -1,0 +1,1 @@
+"""Learning R1 and R2: the optimizer, the schedule and the loop."""

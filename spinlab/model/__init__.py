@@ -1,0 +1,1 @@
+"""Models: how they are loaded, and where rotations and quantizers enter them."""

@@ -1,0 +1,126 @@
+"""Load stock transformers models: packaged GGUF, a local folder, the hub, or random weights."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from spinlab.config import ModelConfig
+from spinlab.data.assets import packaged_file
+from spinlab.errors import InputError
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.seams import LLAMA, family_of, linear_at
+from spinlab.stage import file_digest
+
+log = logging.getLogger(__name__)
+
+
+def source_digest(config: ModelConfig) -> dict:
+    """Identify the weights for cache keys: digests of files, or the hub's commit, or the seed."""
+    if config.weights == "random":
+        return {"random": config.architecture}
+    if config.path:
+        files = sorted(local_folder(config).glob("*"))
+        return {f.name: file_digest(f) for f in files if f.suffix in (".safetensors", ".json")}
+    if config.package:
+        return {"gguf": file_digest(packaged_file(config.package, config.file or ""))}
+    return {"hub": config.hub, "commit": _commit(config)}
+
+
+def local_folder(config: ModelConfig) -> Path:
+    """Return model.path after checking that it holds a checkpoint."""
+    folder = Path(config.path or "").expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.path={config.path} holds no config.json: give a checkpoint folder")
+    return folder
+
+
+def _commit(config: ModelConfig) -> str:
+    """Resolve the hub revision to a commit, from the local copy of the config."""
+    try:
+        found = AutoConfig.from_pretrained(config.hub or "", revision=config.revision)
+    except OSError as error:
+        raise InputError(
+            f"cannot load {config.hub} from the hub: log in for a gated model, "
+            "or set model.path=/a/local/folder, or model.weights=random for shapes only"
+        ) from error
+    return getattr(found, "_commit_hash", None) or config.revision
+
+
+def convert_gguf(config: ModelConfig, folder: Path) -> None:
+    """Dequantize a packaged GGUF checkpoint to float32 safetensors plus tokenizer in `folder`."""
+    gguf = packaged_file(config.package or "", config.file or "")
+    where, name = gguf.parent, gguf.name
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    # saved as an ordinary checkpoint: the weights are plain floats from here on
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - an attribute transformers declares oddly
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
+
+
+def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTrainedModel:
+    """Return the model in float32 or float64 evaluation mode, frozen, on the CPU.
+
+    `converted` is the folder that `convert_gguf` filled, for packaged models.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.weights == "random":
+        model = random_model(config, seed)
+    else:
+        where = _checkpoint(config, converted)
+        family_of(_read_config(config, converted))
+        revision = {} if converted or config.path else {"revision": config.revision}
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **revision)
+    family_of(model.config)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def _checkpoint(config: ModelConfig, converted: Path | None) -> str | Path:
+    """Return what `from_pretrained` takes: a folder, or a hub id."""
+    return converted or config.path or config.hub or ""
+
+
+def _read_config(config: ModelConfig, converted: Path | None) -> object:
+    """Read only the config, so that an unsupported family fails before its weights load."""
+    if config.path and not converted:
+        known = json.loads((local_folder(config) / "config.json").read_text())
+        return type("Config", (), known)()
+    return AutoConfig.from_pretrained(_checkpoint(config, converted), revision=config.revision)
+
+
+def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; random models read bytes."""
+    if config.weights == "random":
+        return byte_tokenizer()
+    where = _checkpoint(config, converted)
+    return AutoTokenizer.from_pretrained(where, revision=config.revision)
+
+
+def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """Make a Llama of the configured shape with seeded weights, norm gains and outlier channels.
+
+    A few channels of the embedding are scaled up and their norm gains down by as much: the
+    function stays ordinary, but what linears read once gains are folded has the outliers of
+    trained models.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**config.architecture))
+        outliers = torch.randperm(model.config.hidden_size)[: config.outlier_channels]
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)[outliers] /= config.outlier_scale
+    linear_at(model, LLAMA.embedding).weight.data[:, outliers] *= config.outlier_scale
+    return model

@@ -1,0 +1,120 @@
+"""The networks an experiment compares, assembled from a stock model, rotations and weights.
+
+fp      the original
+rtn     no rotation, weights rounded to nearest
+init    the initial rotation, weights by the experiment's method
+fake    the learned rotation, fake-quantized
+int4    the same weights as `fake`, on integer kernels
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.config import KVConfig, QuantConfig
+from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.quant.network import insert_fake_quant
+from spinlab.rotation.fuse import fold_norms, fuse, fuse_down
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.network import integer_model
+from spinlab.weights.quantized import QuantizedWeight
+
+_STORED_BYTES = 2  # of a number that is not quantized: embedding, head and norms rest in 16 bits
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Assemble networks from fresh copies of one original, with one set of formats."""
+
+    original: Callable[[], PreTrainedModel]
+    quant: QuantConfig
+    kv: KVConfig
+
+    def fused(self, rotations: RotationSet) -> PreTrainedModel:
+        """Return the rotated model with nothing online: weights as quantizers want them."""
+        model = self.original()
+        fold_norms(model)
+        fuse(model, rotations)
+        return model
+
+    def rotated(self, rotations: RotationSet) -> PreTrainedModel:
+        """Return the rotated model with R3 and R4 online and nothing quantized."""
+        model = self.fused(rotations)
+        insert_fake_quant(model, rotations.r4, None)
+        attach_kv(model, kv_path(model, rotations.r3, None), store=False)
+        return model
+
+    def learnable(self, rotations: RotationSet) -> PreTrainedModel:
+        """Return the network that R1 and R2 are learned on: they are not fused, R4 is."""
+        model = self.original()
+        fold_norms(model)
+        fuse_down(model, rotations)
+        self._fake_quant(model, rotations)
+        return model
+
+    def fake(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the fake-quantized network."""
+        model = self.fused(rotations)
+        for name, _, _, linear in linears_of(model):
+            dense = weights[name].dequantize(linear.weight.dtype).to(linear.weight.device)
+            linear.weight = nn.Parameter(dense, requires_grad=False)
+        self._fake_quant(model, rotations)
+        return model
+
+    def integer(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
+    ) -> PreTrainedModel:
+        """Return the network on integer kernels."""
+        model = self.fused(rotations)
+        return integer_model(model, weights, rotations, self.quant, self.kv, backend)
+
+    def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
+        insert_fake_quant(model, rotations.r4, self.quant)
+        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+
+
+def stored_bytes(
+    model: PreTrainedModel, weights: Mapping[str, QuantizedWeight] | None = None
+) -> int:
+    """Return the bytes of a checkpoint: packed weights, and 16 bits for every other number.
+
+    A quantized model stores embedding and head apart, even where the original ties them.
+    """
+    tensors = {p.data_ptr(): p for p in model.parameters()}
+    numbers = sum(p.numel() for p in tensors.values())
+    if weights is None:
+        return numbers * _STORED_BYTES
+    numbers -= sum(w.levels.numel() for w in weights.values())
+    if model.config.tie_word_embeddings:
+        numbers += linear_at(model, family_of(model.config).embedding).weight.numel()
+    packed = sum(
+        t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
+    )
+    return numbers * _STORED_BYTES + packed
+
+
+@torch.no_grad()
+def channel_peaks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the largest |input| per layer and channel of the attention: (layers, hidden).
+
+    ids: (1, tokens). Linears that share their input are read once, at the first of them.
+    """
+    peaks: list[torch.Tensor] = []
+    hooks = []
+    for _, _, seam, linear in linears_of(model):
+        if seam.name.endswith("q_proj"):
+
+            def keep(module: nn.Module, args: tuple) -> None:
+                peaks.append(args[0].detach().abs().flatten(0, -2).amax(0).float().cpu())
+
+            hooks.append(linear.register_forward_pre_hook(keep))
+    model(input_ids=ids.to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(peaks)

@@ -1,0 +1,83 @@
+"""Affine integer arithmetic, said once: every quantizer, codec and kernel of spinlab uses these.
+
+Asymmetric grids hold 0..2^b-1 with a rounded zero point, symmetric ones -2^(b-1)..2^(b-1)-1 with
+zero point 0. The range always contains 0, so the zero point always lies on the grid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# A massive-activation token is nearly c·e_j; a Hadamard rotation spreads it to ±c/sqrt(n) in every
+# channel. Then min = -max, the asymmetric zero point is 7.5 and every entry lies half-way between
+# two levels: float noise alone would choose the side. Shifting all rounding by TIE, far above that
+# noise and far below a level, settles such ties the same way in every implementation.
+TIE = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Name the integer levels of a quantizer: `bits` in 2..16 and symmetric or not."""
+
+    bits: int
+    symmetric: bool
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+
+def scale_and_zero(
+    lowest: torch.Tensor, highest: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Map a float range to the scale and zero point of a grid.
+
+    lowest, highest: any one shape, the extremes of what is quantized (0 is added to the range).
+    Returns scale > 0 and an integer-valued zero point, both of that shape and dtype.
+    """
+    if grid.symmetric:
+        scale = torch.maximum(highest, -lowest) / grid.highest
+        scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
+        return scale, torch.zeros_like(scale)
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    scale = (highest - lowest) / grid.highest
+    scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
+    return scale, zero_point(lowest, scale)
+
+
+def zero_point(lowest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the rounded zero point of a range that starts at `lowest` <= 0."""
+    return (-lowest / scale).add_(TIE).round_()
+
+
+def encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round x to grid levels; the result is integer-valued in x's dtype.
+
+    scale and zero broadcast against x.
+    """
+    levels = (x / scale).add_(TIE).round_()
+    if grid.symmetric:
+        return levels.clamp_(grid.lowest, grid.highest)
+    return levels.add_(zero).clamp_(grid.lowest, grid.highest)
+
+
+def decode(
+    levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Return the floats that levels stand for: scale·(level - zero)."""
+    return levels * scale if grid.symmetric else (levels - zero).mul_(scale)
+
+
+def extremes(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """View the last dimension in groups and return (grouped x, minimum, maximum per group).
+
+    x: (..., C) with group_size dividing C (0 means C); grouped: (..., C/g, g); the other two
+    (..., C/g, 1).
+    """
+    grouped = x.unflatten(-1, (-1, group_size or x.shape[-1]))
+    lowest, highest = torch.aminmax(grouped, dim=-1, keepdim=True)
+    return grouped, lowest, highest

@@ -1,0 +1,122 @@
+"""What happens to the input of a linear: an online rotation, then a per-token quantizer.
+
+The linears of one group (q, k, v; gate, up) read the very same tensor. They share one InputPath,
+which remembers its last result, so that rotating and quantizing happen once per tensor.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from spinlab.errors import InputError
+from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
+from spinlab.rotation.online import OnlineRotation
+
+T = TypeVar("T")
+
+
+class Encoded(NamedTuple):
+    """Hold integer-valued levels (..., C/g, g) with scale and zero (..., C/g, 1)."""
+
+    levels: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenQuantizer:
+    """Quantize the last dimension dynamically, per token and group (0 = whole token).
+
+    The range is min..max of the group, shrunk by clip_ratio, and always contains 0.
+    """
+
+    grid: Grid
+    group_size: int = 0
+    clip_ratio: float = 1.0
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Return the levels of x: (..., C)."""
+        grouped, lowest, highest = extremes(x, self.group_size)
+        scale, zero = scale_and_zero(lowest * self.clip_ratio, highest * self.clip_ratio, self.grid)
+        return Encoded(encode(grouped, scale, zero, self.grid), scale, zero)
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """Return the floats (..., C) that encoded levels stand for."""
+        return decode(*encoded, self.grid).flatten(-2)
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantize and dequantize x: (..., C), with a straight-through gradient."""
+        return StraightThrough.apply(x, lambda t: self.decode(self.encode(t)))  # type: ignore[no-any-return]
+
+
+def check_group(setting: str, group_size: int, width: int, where: str) -> None:
+    """Raise InputError where groups do not tile a dimension."""
+    if group_size and width % group_size:
+        raise InputError(f"{setting}={group_size} does not divide {width}, the input of {where}")
+
+
+class StraightThrough(torch.autograd.Function):
+    """Apply a rounding function and pass the gradient on unchanged (Bengio et al. 2013).
+
+    As in SpinQuant's published recipe the gradient is not masked where values were clipped and
+    does not reach scale and zero point.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]):
+        return rounding(x.detach())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient, None
+
+
+class InputPath(nn.Module):
+    """Rotate and quantize the input that `readers` linears share."""
+
+    def __init__(
+        self, rotation: OnlineRotation | None, quantizer: TokenQuantizer | None, readers: int = 1
+    ) -> None:
+        super().__init__()
+        self.rotation, self.quantizer, self.readers = rotation, quantizer, readers
+        self._last: tuple[weakref.ref, int, object] | None = None
+        self._uses = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rotated input after a round trip through the integer grid: (..., C)."""
+        return self._once(x, self._round)
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Return the rotated input as levels, for integer kernels."""
+        return self._once(x, self._encode)
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.rotation is None else self.rotation(x)
+        return x if self.quantizer is None else self.quantizer.round(x)
+
+    def _encode(self, x: torch.Tensor) -> Encoded:
+        assert self.quantizer is not None
+        return self.quantizer.encode(x if self.rotation is None else self.rotation(x))
+
+    def _once(self, x: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
+        """Do the work for the first reader of a tensor and hand the result to the others."""
+        if self._last is not None:
+            source, version, result = self._last
+            if source() is x and version == _version(x):
+                self._uses += 1
+                if self._uses == self.readers:
+                    self._last = None
+                return result  # type: ignore[return-value]
+        result = work(x)
+        self._uses = 1
+        self._last = (weakref.ref(x), _version(x), result) if self.readers > 1 else None
+        return result
+
+
+def _version(x: torch.Tensor) -> int:
+    """Count in-place changes; inference tensors cannot change and do not count."""
+    return 0 if x.is_inference() else x._version

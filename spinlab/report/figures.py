@@ -1,0 +1,29 @@
+"""Figures, drawn from arrays that stages kept."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def draw_outliers(profiles: Mapping[str, np.ndarray], site: str, path: Path) -> None:
+    """Draw the largest activation magnitude of every channel, one panel per network.
+
+    profiles: title -> (channels,) magnitudes, in the order of the panels; all share one scale.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(profiles), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(profiles), sharey=True, squeeze=False)[0]
+    for axis, (title, magnitudes) in zip(axes, profiles.items(), strict=True):
+        axis.bar(np.arange(len(magnitudes)), magnitudes, width=1.0, color="#4063a3")
+        peak = magnitudes.max() / np.sqrt((magnitudes**2).mean())
+        axis.set_title(f"{title}\npeak / rms = {peak:.1f}", fontsize=9)
+        axis.set_xlabel("channel", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.margins(x=0)
+    axes[0].set_ylabel("max |activation|", fontsize=8)
+    figure.suptitle(site, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})

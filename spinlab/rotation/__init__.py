@@ -1,0 +1,10 @@
+"""Rotations of the residual stream, the heads and the MLP, and how they enter a network.
+
+The convention, said once: activations are rows and weights are (out, in). A rotation R turns a
+row x into x R. A linear that reads the rotated stream gets W R, one that writes it Rᵀ W.
+
+R1 (hidden, hidden)        the residual stream, one for the model, fused
+R2 (head_dim, head_dim)    values per head, one per layer, fused into v_proj and o_proj
+R3 (head_dim, head_dim)    queries and keys after RoPE, online
+R4 (intermediate, ...)     the down_proj input, online, its inverse fused into down_proj
+"""

@@ -1,0 +1,80 @@
+"""The invariance gate: before anything is quantized, the rotated model must be the original."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.model.seams import linears_of
+from spinlab.rotation.fuse import rotate_input, rotations_at
+from spinlab.rotation.rotations import RotationSet
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+class BrokenSeam(Exception):
+    """Tell which seam changed the function of the model."""
+
+
+@torch.no_grad()
+def logits_error(original: PreTrainedModel, rotated: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Return max|Δlogits| relative to the standard deviation of the original's logits."""
+    expected = original(input_ids=ids, use_cache=False).logits.double()
+    found = rotated(input_ids=ids, use_cache=False).logits.double()
+    return ((found - expected).abs().max() / expected.std()).item()
+
+
+def assert_invariant(
+    original: PreTrainedModel, rotated: PreTrainedModel, rotations: RotationSet, ids: torch.Tensor
+) -> float:
+    """Return the logits error, or raise BrokenSeam naming the first linear that is off.
+
+    ids: (1, tokens). The limit depends on the dtype: float64 1e-9, float32 1e-3, bfloat16 0.2.
+    """
+    error = logits_error(original, rotated, ids)
+    limit = TOLERANCE[original.dtype]
+    if not error <= limit:
+        seam = broken_seam(original, rotated, rotations, ids, limit)
+        raise BrokenSeam(
+            f"the rotated model is not the original: logits differ by {error:.1e} of their "
+            f"spread (limit {limit:.0e}), first at {seam}"
+        )
+    return error
+
+
+def broken_seam(
+    original: PreTrainedModel,
+    rotated: PreTrainedModel,
+    rotations: RotationSet,
+    ids: torch.Tensor,
+    limit: float,
+) -> str:
+    """Return the name of the first linear whose output, turned back, is not the original's.
+
+    A linear that writes a rotated space must give the original's output times that rotation.
+    """
+    expected, found = _outputs(original, ids), _outputs(rotated, ids)
+    for name, layer, seam, _ in linears_of(rotated):
+        _, writes = rotations_at(seam, layer, rotations.r1, rotations.r2)
+        want = expected[name].double()
+        if writes is not None:
+            want = rotate_input(want, writes.to(want.device))
+        if not (found[name].double() - want).abs().max() <= limit * want.std():
+            return name
+    return "the embedding, the final norm or the head"
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run a model and return every rotated linear's output by name."""
+    kept: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, _, _, linear in linears_of(model):
+
+        def keep(module: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+            kept[name] = out
+
+        hooks.append(linear.register_forward_hook(keep))
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return kept

@@ -1,0 +1,17 @@
+"""Integer matrix products. A back end is a function with the signature of `reference.matmul`.
+
+matmul(levels, weight) -> accumulators
+levels  (tokens, in)  unsigned 0..255 or signed -128..127, uint8 or int8
+weight  (out, in)     int8
+result  (tokens, out) int32, exact
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from spinlab.runtime.kernels import cpu, reference
+
+Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}

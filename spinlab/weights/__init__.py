@@ -1,0 +1,1 @@
+"""Weight quantization: the QuantizedWeight value, and the methods that make one (RTN, GPTQ)."""

@@ -1,0 +1,88 @@
+"""A quantized weight as integers: what is saved, what kernels multiply, what fake quant decodes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from spinlab.quant.affine import Grid, decode
+from spinlab.quant.pack import pack_nibbles, unpack_nibbles
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Hold integer-valued levels (out, in) with float32 scale and zero (out, in/g).
+
+    Levels are kept as int16, wide enough for every grid up to 15 bits; `packed` is the stored
+    form, two levels per byte up to 4 bits.
+    """
+
+    levels: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    grid: Grid
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the floats (out, in) that the levels stand for."""
+        grouped = self.levels.to(dtype).unflatten(1, (self.groups, -1))
+        scale, zero = self.scale.to(dtype)[..., None], self.zero.to(dtype)[..., None]
+        return decode(grouped, scale, zero, self.grid).flatten(1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the stored form: packed levels, scale, and zero where the grid has one."""
+        stored = {"levels": self._packed(), "scale": self.scale}
+        return stored if self.grid.symmetric else {**stored, "zero": self.zero.to(torch.int16)}
+
+    def _packed(self) -> torch.Tensor:
+        if self.grid.bits <= 4:
+            return pack_nibbles(self.levels)
+        if self.grid.bits <= 8:
+            return self.levels.to(torch.int8 if self.grid.symmetric else torch.uint8)
+        return self.levels
+
+    @staticmethod
+    def from_tensors(stored: Mapping[str, torch.Tensor], grid: Grid) -> "QuantizedWeight":
+        """Rebuild a weight from its stored form."""
+        levels, scale = stored["levels"], stored["scale"]
+        if grid.bits <= 4:
+            levels = unpack_nibbles(levels, grid.symmetric)
+        zero = torch.zeros_like(scale) if grid.symmetric else stored["zero"].to(scale.dtype)
+        return QuantizedWeight(levels.to(torch.int16), scale, zero, grid)
+
+
+def effective_bits(weights: Mapping[str, QuantizedWeight]) -> float:
+    """Return stored bits per weight over all weights, scales and zero points counted."""
+    stored = sum(
+        t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
+    )
+    return 8 * stored / sum(w.levels.numel() for w in weights.values())
+
+
+def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
+    """Write named weights of one grid into a safetensors file."""
+    grid = next(iter(weights.values())).grid
+    tensors = {
+        f"{name}.{part}": tensor.cpu().contiguous()
+        for name, weight in weights.items()
+        for part, tensor in weight.tensors().items()
+    }
+    save_file(tensors, path, {"bits": str(grid.bits), "symmetric": str(int(grid.symmetric))})
+
+
+def load_weights(path: Path) -> dict[str, QuantizedWeight]:
+    """Read what `save_weights` wrote."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        for key in file.keys():  # noqa: SIM118
+            name, _, part = key.rpartition(".")
+            parts.setdefault(name, {})[part] = file.get_tensor(key)
+    grid = Grid(int(about["bits"]), about["symmetric"] == "1")
+    return {name: QuantizedWeight.from_tensors(stored, grid) for name, stored in parts.items()}

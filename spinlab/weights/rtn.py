@@ -1,0 +1,37 @@
+"""Round to nearest: every weight on its own, with the range chosen by the clip search."""
+
+import torch
+
+from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.quant.affine import Grid, encode, extremes, scale_and_zero
+from spinlab.quant.clip import ClipSearch, search_clip
+from spinlab.weights.quantized import QuantizedWeight
+
+
+def clip_search_of(config: WeightsConfig) -> ClipSearch | None:
+    """Return the clip search a config asks for, or None."""
+    if not config.clip_search:
+        return None
+    return ClipSearch(config.clip_norm, config.clip_grid, config.clip_max_shrink)
+
+
+def weight_grid(format: TensorQuant) -> Grid:
+    return Grid(format.bits, format.symmetric)
+
+
+def round_to_nearest(
+    weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor | float
+) -> QuantizedWeight:
+    """Quantize a weight (out, in) with ranges shrunk by `clip`: (out, in/g, 1) or a number."""
+    grid = weight_grid(format)
+    grouped, lowest, highest = extremes(weight, format.group_size)
+    scale, zero = scale_and_zero(lowest * clip, highest * clip, grid)
+    levels = encode(grouped, scale, zero, grid).flatten(1).to(torch.int16)
+    return QuantizedWeight(levels, scale.squeeze(-1), zero.squeeze(-1), grid)
+
+
+def rtn(weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> QuantizedWeight:
+    """Quantize a weight (out, in) to nearest after its clip search, in float32."""
+    weight = weight.detach().float()
+    clip = search_clip(weight, weight_grid(format), format.group_size, clip_search_of(config))
+    return round_to_nearest(weight, format, clip * format.clip_ratio)

