@@ -7,18 +7,20 @@ python -m spinlab -m +experiment=toy seed=0,1,2
 import difflib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spinlab.config import Config
+from spinlab.config import Config, plain
 from spinlab.errors import InputError
 
 _CONF = Path(__file__).parent.parent / "conf"
@@ -26,11 +28,25 @@ _CONF = Path(__file__).parent.parent / "conf"
 
 def _run(composed: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    from spinlab.experiment import run  # torch and transformers load here, not for --help
+    try:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        from spinlab.experiment import run  # torch and transformers load here, not for --help
 
-    run(config, list(HydraConfig.get().overrides.task))
+        run(config, list(HydraConfig.get().overrides.task))
+    except InputError as error:
+        if _full_traces() or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # a sweep goes on with its other jobs
+        _fail(error)
+
+
+def _full_traces() -> bool:
+    return os.environ.get("SPINLAB_FULL_ERROR") == "1"
+
+
+def _fail(error: BaseException) -> NoReturn:
+    print(f"spinlab: {_sentence(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _schema() -> DictConfig:
@@ -51,32 +67,54 @@ def _schema() -> DictConfig:
 
 
 def _sentence(error: BaseException) -> str:
-    """Say a composition error in one sentence, with the nearest experiments for a wrong name."""
+    """Say an error in one sentence, with the nearest names for a misspelt one."""
     text = " ".join(str(error).split())
-    if "Could not find 'experiment/" in text:
-        wanted = text.split("'experiment/")[1].split("'")[0]
-        known = sorted(path.stem for path in (_CONF / "experiment").glob("*.yaml"))
-        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known
-        return f"unknown experiment {wanted!r}: did you mean {' or '.join(near)}?"
+    if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
+        group, wanted = found.groups()
+        return f"unknown {group} {wanted!r}: {_nearest(wanted, _options(group))}"
     if "Could not override 'experiment'" in text:
-        return "write +experiment=NAME, with a plus: the experiment is added to the defaults"
+        return "write +experiment=NAME, with a plus: an experiment is added to the defaults"
+    if found := re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", text):
+        wanted = found.group(1) or found.group(2)
+        keys = _keys(plain(Config()))
+        return f"unknown setting {wanted!r}: {_nearest(wanted, keys)}"
+    if error.__cause__ is not None and not isinstance(error, InputError):
+        cause = " ".join(str(error.__cause__).split()).partition(" full_key:")[0]
+        return f"{text}: {cause}"
     return text
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (_CONF / group).glob("*.yaml"))
+
+
+def _keys(tree: dict, prefix: str = "") -> list[str]:
+    """Return the dotted names of all settings."""
+    nested = [_keys(v, f"{prefix}{k}.") for k, v in tree.items() if isinstance(v, dict)]
+    return [f"{prefix}{k}" for k in tree] + [name for names in nested for name in names]
+
+
+def _nearest(wanted: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(known)}" if len(known) < 20 else "--cfg job lists them all"
 
 
 def main() -> None:
     """Run the command line; exit status 2 and one sentence for what a user can mend."""
     ConfigStore.instance().store(name="schema", node=_schema())
-    full_traces = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Hydra would print its own multi-line report and exit with 1: let errors through instead
+    # Hydra would print its own multi-line report and exit with 1: with its switch for full errors
+    # on, they come through to here; what the user asked for is kept under another name
+    os.environ.setdefault("SPINLAB_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
     command = hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")(_run)
     try:
         command()
     except (InputError, HydraException, OmegaConfBaseException) as error:
-        if full_traces:
+        if _full_traces():
             raise
-        print(f"spinlab: {_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class ModelConfig:
     file: str | None = None
     hub: str | None = None
     revision: str = "main"
-    weights: str = "pretrained"  # or random: `architecture` with seeded weights, no download
+    weights: str = "random"  # pretrained, or random: `architecture` with seeded weights
     architecture: dict[str, Any] = field(default_factory=dict)  # fields of the family's config
     outlier_channels: int = 0  # random weights: residual channels scaled up, as real models have
     outlier_scale: float = 30.0
@@ -262,7 +262,7 @@ class Config:
 
     name: str = "custom"
     seed: int = 0
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(weights="random"))
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rotation: RotationConfig = field(default_factory=RotationConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)

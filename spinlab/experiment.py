@@ -9,6 +9,7 @@ import torch
 
 from spinlab.config import Config
 from spinlab.device import set_arithmetic
+from spinlab.measure import evaluate, outliers
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
@@ -79,7 +80,7 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 def _evaluations(pipeline: Pipeline, record: Record) -> None:
     """Measure every variant, and how far the integer kernels are from fake quantization."""
     for variant in record.config.eval.variants:
-        record.metrics |= pipeline.evaluate(variant)
+        record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)
     for text in record.config.data.evaluation:
         both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
@@ -89,7 +90,7 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
 
 def _outliers(pipeline: Pipeline, record: Record) -> Path:
     """Draw the layer whose input has the worst outliers, before and after rotating."""
-    peaks = pipeline.outliers()
+    peaks = outliers(pipeline)
     ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
     record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
     layer = int(torch.argmax(ratios["before"]))

@@ -21,6 +21,7 @@ from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_down
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.network import integer_model
+from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import QuantizedWeight
 
 _STORED_BYTES = 2  # of a number that is not quantized: embedding, head and norms rest in 16 bits
@@ -51,6 +52,7 @@ class Networks:
     def learnable(self, rotations: RotationSet) -> PreTrainedModel:
         """Return the network that R1 and R2 are learned on: they are not fused, R4 is."""
         model = self.original()
+        check_weight_groups(model, self.quant)  # now, not after hours of learning
         fold_norms(model)
         fuse_down(model, rotations)
         self._fake_quant(model, rotations)

@@ -1,13 +1,13 @@
-"""The stages of an experiment in order: load, tokenize, rotate, learn, quantize, evaluate, record.
+"""The stages of an experiment up to its networks: load, tokenize, rotate, learn, quantize.
 
 Every stage is cached under a key made of the keys before it, its own settings and the digests of
 its inputs (`spinlab.stage`). A second run of the same experiment loads no model at all.
+`spinlab.measure` takes over from here.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,35 +15,26 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.config import Config, plain
-from spinlab.data.questions import digest as question_digest
 from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
 from spinlab.device import choose_device
-from spinlab.evaluate.perplexity import perplexity
-from spinlab.evaluate.zeroshot import zeroshot
-from spinlab.kv.cache import kv_bits
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks, channel_peaks, stored_bytes
+from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
 from spinlab.rotation.rotations import RotationSet, initial_rotations
 from spinlab.stage import Stages, write_json
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
-from spinlab.weights.quantized import (
-    QuantizedWeight,
-    effective_bits,
-    load_weights,
-    save_weights,
-)
+from spinlab.weights.quantized import save_weights
 
 log = logging.getLogger(__name__)
 
-_GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
+GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
 
 
 class Pipeline:
@@ -54,6 +45,7 @@ class Pipeline:
         self.stages = Stages(Path(config.paths.cache))
         self.device = choose_device(config.runtime.device)
         self.networks = Networks(self.original, config.quant, config.kv)
+        self._weights: dict[str, tuple[Path, str]] = {}
 
     # the model ------------------------------------------------------------------------------
 
@@ -100,10 +92,12 @@ class Pipeline:
             evaluate.max_windows,
         ]
 
+        tokenizer = self.tokenizer  # a packaged model is converted first, as a stage of its own
+
         def work(out: Path) -> None:
-            rows = {"calibration": tokenize(texts[data.calibration][0], self.tokenizer)}
+            rows = {"calibration": tokenize(texts[data.calibration][0], tokenizer)}
             for name in data.evaluation:
-                ids = tokenize(texts[name][1], self.tokenizer)
+                ids = tokenize(texts[name][1], tokenizer)
                 windows = fixed_windows(ids, evaluate.window, evaluate.max_windows, name)
                 rows[f"evaluation.{name}"] = windows.contiguous()
             save_file(rows, out / "tokens.safetensors")
@@ -148,7 +142,7 @@ class Pipeline:
 
     def gate(self, original: PreTrainedModel, rotations: RotationSet) -> dict[str, float]:
         """Compare the rotated model with the original and measure orthogonality."""
-        ids = self.windows("gate", 1, _GATE_TOKENS).to(self.device)
+        ids = self.windows("gate", 1, GATE_TOKENS).to(self.device)
         error = assert_invariant(original, self.networks.rotated(rotations), rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
@@ -199,7 +193,13 @@ class Pipeline:
         return RotationSet.load(folder / "rotations.safetensors"), key
 
     def weights_of(self, variant: str) -> tuple[Path, str]:
-        """Return the quantized weights of a variant; `rtn` ignores the experiment's method."""
+        """Return the file of a variant's quantized weights, and its key."""
+        if variant not in self._weights:
+            self._weights[variant] = self._quantize(variant)
+        return self._weights[variant]
+
+    def _quantize(self, variant: str) -> tuple[Path, str]:
+        """Round the rotated weights; `rtn` ignores the experiment's method."""
         config = self.config.weights
         if variant == "rtn":
             config = replace(config, method="rtn")
@@ -224,79 +224,3 @@ class Pipeline:
 
         folder, key = self.stages.run("weights", depends, work)
         return folder / "weights.safetensors", key
-
-    # the evaluation -------------------------------------------------------------------------
-
-    def evaluate(self, variant: str) -> dict[str, float]:
-        """Return a variant's perplexities, accuracies and bytes."""
-        config, evaluate = self.config, self.config.eval
-        tasks = evaluate.tasks if variant in evaluate.task_variants else []
-        depends = [self.source, self.tokens[1], variant, evaluate.batch]
-        if variant != "fp":
-            depends += [self.weights_of(variant)[1], self.rotation_of(variant)[1]]
-            depends += [plain(config.quant), plain(config.kv)]
-        if variant == "int4":
-            depends.append(config.runtime.backend)
-        if tasks:
-            packaged = evaluate.task_source == "packaged"
-            questions = {t: question_digest(t) if packaged else "hub" for t in tasks}
-            depends += [questions, evaluate.limit, evaluate.task_batch]
-
-        def work(out: Path) -> None:
-            model, weights = self._network(variant)
-            metrics: dict[str, float] = {"bytes": stored_bytes(self.original(), weights)}
-            if weights is not None:
-                metrics["bits/weights"] = effective_bits(weights)
-                metrics["bits/kv"] = kv_bits(model, config.kv)
-            for name, windows in self._evaluation_windows().items():
-                metrics[f"ppl/{name}"] = perplexity(
-                    model, windows, evaluate.batch, f"{variant} {name}"
-                )
-            if tasks:
-                found = zeroshot(
-                    model,
-                    self.tokenizer,
-                    tasks,
-                    limit=evaluate.limit,
-                    batch_size=evaluate.task_batch,
-                    source=cast(Any, evaluate.task_source),
-                )
-                metrics |= {f"zeroshot/{name}": value for name, value in found.items()}
-            write_json(out / "metrics.json", metrics)
-
-        folder, _ = self.stages.run(f"eval-{variant}", depends, work)
-        metrics = json.loads((folder / "metrics.json").read_text())
-        return {f"{name}/{variant}": value for name, value in metrics.items()}
-
-    def _network(
-        self, variant: str
-    ) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:
-        if variant == "fp":
-            return self.original(), None
-        rotations, _ = self.rotation_of(variant)
-        weights = load_weights(self.weights_of(variant)[0])
-        if variant == "int4":
-            return self.networks.integer(rotations, weights, self.config.runtime.backend), weights
-        return self.networks.fake(rotations, weights), weights
-
-    def _evaluation_windows(self) -> dict[str, torch.Tensor]:
-        tokens = load_file(self.tokens[0])
-        return {name: tokens[f"evaluation.{name}"] for name in self.config.data.evaluation}
-
-    # the picture ----------------------------------------------------------------------------
-
-    def outliers(self) -> dict[str, torch.Tensor]:
-        """Return per network the largest |attention input| of each layer and channel."""
-        depends = [self.source, self.tokens[1], self.initial[1], self.learned[1]]
-
-        def work(out: Path) -> None:
-            ids = self.windows("gate", 1, _GATE_TOKENS)
-            networks = {"before": RotationSet()}
-            networks |= {
-                "init": self.rotation_of("init")[0],
-                "learned": self.rotation_of("fake")[0],
-            }
-            peaks = {n: channel_peaks(self.networks.rotated(r), ids) for n, r in networks.items()}
-            save_file(peaks, out / "peaks.safetensors")
-
-        return load_file(self.stages.run("outliers", depends, work)[0] / "peaks.safetensors")

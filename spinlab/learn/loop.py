@@ -223,8 +223,8 @@ class RotationLearner:
             (p,) = group["params"]
             tensors[f"rotation.{group['name']}"] = p.detach()
             for key, value in self.optimizer.state[p].items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{group['name']}.{key}"] = value
+                kind = "tensor" if isinstance(value, torch.Tensor) else "number"
+                tensors[f"optimizer.{group['name']}.{kind}.{key}"] = torch.as_tensor(value)
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def save_progress(self, path: Path, curve: list[dict[str, float]]) -> None:
@@ -253,14 +253,12 @@ class RotationLearner:
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
             p.copy_(tensors[f"rotation.{group['name']}"])
-            prefix = f"optimizer.{group['name']}."
-            self.optimizer.state[p].update(
-                {
-                    k.removeprefix(prefix): v.to(device)
-                    for k, v in tensors.items()
-                    if k.startswith(prefix)
-                }
-            )
+            for name, value in tensors.items():
+                place, _, key = name.partition(f"optimizer.{group['name']}.")
+                if not place and key:
+                    kind, _, key = key.partition(".")
+                    kept = value.to(device) if kind == "tensor" else value.item()
+                    self.optimizer.state[p][key] = kept
 
 
 def learn_rotations(

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
-from spinlab.model.seams import LLAMA, family_of, linear_at
+from spinlab.model.seams import LLAMA, Family, family_of, layers_of, linear_at
 from spinlab.stage import file_digest
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,20 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         family_of(_read_config(config, converted))
         revision = {} if converted or config.path else {"revision": config.revision}
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **revision)
-    family_of(model.config)
+    family = family_of(model.config)
+    if dtype == torch.float64:
+        exact_norms(model, family)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def exact_norms(model: PreTrainedModel, family: Family) -> None:
+    """Replace RMSNorms by torch's own: transformers' compute in float32, whatever the dtype."""
+    places = [(layer, name) for layer in layers_of(model) for name in family.norms]
+    for parent, name in [*places, (model, family.final_norm)]:
+        old = linear_at(parent, name)
+        exact = nn.RMSNorm(old.weight.shape[0], eps=model.config.rms_norm_eps)
+        exact.weight = old.weight
+        parent.set_submodule(name, exact)
 
 
 def _checkpoint(config: ModelConfig, converted: Path | None) -> str | Path:
@@ -115,6 +128,10 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     function stays ordinary, but what linears read once gains are folded has the outliers of
     trained models.
     """
+    if not config.architecture:
+        raise InputError(
+            f"model.weights=random needs model.architecture, which {config.name} lacks"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**config.architecture))

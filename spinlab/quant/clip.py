@@ -6,7 +6,9 @@ import torch
 
 from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
 
-_CHUNK_ELEMENTS = 1 << 18  # rows per chunk are chosen so that a candidate's work stays in cache
+# elements worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_TINY = 1e-6  # of a level; keeps logarithms of 0 out, which are several times slower
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def search_clip(
     if search is None:
         return best
     rows = grouped.flatten(0, 1)
-    step = max(1, _CHUNK_ELEMENTS // rows.shape[-1])
+    step = max(1, _CHUNK_ELEMENTS[weight.device.type] // rows.shape[-1])
     parts = zip(
         rows.split(step),
         lowest.view(-1, 1).split(step),
@@ -80,8 +82,8 @@ def _clipped_error(
     slack = 0 if grid.symmetric else scale
     top = (grid.highest - zero) * scale + slack
     bottom = (grid.lowest - zero) * scale - slack
-    outside = (rows - top).clamp_(min=0) + (bottom - rows).clamp_(min=0)
-    return _power_sum(outside, search.norm)
+    outside = torch.maximum(rows - top, bottom - rows)
+    return _power_sum(torch.maximum(outside, _TINY * scale, out=outside), search.norm)
 
 
 def _power_sum(difference: torch.Tensor, norm: float) -> torch.Tensor:

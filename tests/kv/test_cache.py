@@ -1,0 +1,111 @@
+import pytest
+import torch
+from transformers import DynamicCache
+
+from spinlab.config import KVConfig
+from spinlab.errors import InputError
+from spinlab.kv.cache import CodedCache, attach_kv, kv_bits, kv_path
+from spinlab.rotation.online import hadamard_rotation
+
+KV4 = KVConfig()
+
+
+def coded(model, config=KV4, store=True):
+    path = kv_path(model, hadamard_rotation(8), config)
+    attach_kv(model, path, store)
+    return path
+
+
+def test_r3_alone_does_not_change_the_model(make_model, ids):
+    model, original = make_model(), make_model()
+    coded(model, None)
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-10, rtol=0)
+
+
+def test_storing_and_not_storing_are_the_same_function(make_model, ids):
+    storing, passing = make_model(torch.float32), make_model(torch.float32)
+    coded(storing, store=True)
+    coded(passing, store=False)
+    assert torch.equal(storing(ids).logits, passing(ids).logits)
+    assert passing(ids).past_key_values is None or passing(ids).past_key_values.stored_bytes() == 0
+
+
+def test_quantizing_the_cache_changes_the_logits(make_model, ids):
+    model, original = make_model(torch.float32), make_model(torch.float32)
+    coded(model)
+    assert not torch.allclose(model(ids).logits, original(ids).logits, atol=1e-3)
+
+
+def test_decoding_token_by_token_equals_one_pass(make_model, ids):
+    """Oracle: the teacher-forced pass, which stores nothing."""
+    model, whole = make_model(torch.float32), make_model(torch.float32)
+    path = coded(model)
+    coded(whole, store=False)
+    cache = CodedCache(path, layers=2)
+    steps = [
+        model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+        for i in range(ids.shape[1])
+    ]
+    assert torch.allclose(torch.cat(steps, 1), whole(ids).logits, atol=1e-4)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_the_cache_holds_packed_bytes(make_model, ids):
+    model = make_model(torch.float32)
+    path = coded(model)
+    cache = CodedCache(path, layers=2)
+    model(ids, past_key_values=cache, use_cache=True)
+    tokens = ids.numel()
+    # 2 layers, keys and values, 2 heads of 8 numbers: 4 bytes of levels, 2 of scale, 1 of zero
+    assert cache.stored_bytes() == tokens * 2 * 2 * 2 * 7
+    assert cache.layers[0].keys.dtype == torch.uint8
+
+
+def test_generate_equals_a_loop_over_full_passes(make_model, ids):
+    model, whole = make_model(torch.float32), make_model(torch.float32)
+    coded(model)
+    coded(whole, store=False)
+    prompt = ids[:1, :5]
+    found = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected = prompt
+    for _ in range(8):
+        following = whole(expected).logits[:, -1:].argmax(-1)
+        expected = torch.cat([expected, following], dim=1)
+    assert torch.equal(found, expected)
+
+
+def test_beam_search_reorders_coded_rows(make_model, ids):
+    """Beams are reordered in the cache; with float codecs the result is the stock model's."""
+    model, original = make_model(torch.float32), make_model(torch.float32)
+    coded(model, None)
+    settings = dict(max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0)
+    prompt = ids[:, :5]
+    assert torch.equal(model.generate(prompt, **settings), original.generate(prompt, **settings))
+
+
+def test_padding_on_the_left_does_not_change_the_answer(make_model, ids):
+    model = make_model(torch.float32)
+    coded(model)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids[:1, :6]], dim=1)
+    mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 6)], dim=1).long()
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    alone = model.generate(ids[:1, :6], **settings)[0, 6:]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[0, 9:], alone)
+
+
+def test_a_filled_foreign_cache_is_refused(make_model, ids):
+    model, original = make_model(torch.float32), make_model(torch.float32)
+    foreign = DynamicCache(config=original.config)
+    original(ids, past_key_values=foreign, use_cache=True)
+    coded(model)
+    with pytest.raises(AssertionError, match="foreign cache"):
+        model(ids, past_key_values=foreign, use_cache=True)
+
+
+def test_groups_must_divide_the_head(make_model):
+    with pytest.raises(InputError, match=r"kv.group_size=3 does not divide 8"):
+        kv_path(make_model(), None, KVConfig(group_size=3))
+
+
+def test_effective_bits_are_the_mean_of_keys_and_values(make_model):
+    assert kv_bits(make_model(), KVConfig(k_bits=16, v_bits=4)) == (16 + 4 + 24 / 8) / 2

@@ -1,0 +1,161 @@
+import pytest
+import torch
+
+from spinlab.config import (
+    KVConfig,
+    LearnConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
+from spinlab.learn.loop import RotationLearner, learn_rotations
+from spinlab.learn.schedule import rate_at
+from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.networks import Networks
+from spinlab.rotation.orthogonal import orthogonality_error
+from spinlab.rotation.rotations import initial_rotations
+
+OFF = TensorQuant(bits=16)
+FLOAT = QuantConfig(weights=OFF, activations=OFF)
+FLOAT_KV = KVConfig(k_bits=16, v_bits=16)
+
+
+def make_learner(make_model, learn, quant=FLOAT, kv=FLOAT_KV, rotation=None):
+    networks = Networks(lambda: make_model(torch.float32), quant, kv)
+    dimensions = dimensions_of(make_model().config)
+    rotation = rotation or RotationConfig()
+    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    model = networks.learnable(start)
+    return RotationLearner(model, start, learn, quant, WeightsConfig()), networks
+
+
+def windows(count: int, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(2))
+
+
+SETTINGS = dict(steps=4, batch=2, sequence_length=16, clip_refresh=2, project_every=3)
+
+
+def test_without_quantizers_the_loss_is_the_original_models(make_model):
+    """Rotations cancel: also the ends, where R1 turns the embedding's output and head's input."""
+    learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
+    batch = windows(2)
+    learner._write_weights(refresh=True)
+    model = make_model(torch.float32)
+    expected = model(input_ids=batch, labels=batch).loss
+    assert learner._backward(batch) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(make_model):
+    """The loss does not depend on R, so its Riemannian gradient is zero: this needs every seam's
+    gradient and both ends', for any one that were missing would leave its part."""
+    learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
+    learner._write_weights(refresh=True)
+    learner._backward(windows(2))
+    learner._collect_gradients()
+    for p in (learner.r1, learner.r2):
+        tangent = p.grad @ p.mT - p @ p.grad.mT
+        assert tangent.abs().max() < 1e-4 * p.grad.abs().max()
+        assert p.grad.abs().max() > 1e-4
+
+
+def test_micro_batches_add_up_to_the_batch(make_model):
+    gradients = []
+    for micro in (1, 4):
+        learn = LearnConfig(**{**SETTINGS, "batch": 4, "micro_batch": micro})
+        quant = QuantConfig(weights=TensorQuant(symmetric=True))
+        learner, _ = make_learner(make_model, learn, quant, KVConfig())
+        learner._write_weights(refresh=True)
+        learner._backward(windows(4))
+        learner._collect_gradients()
+        gradients.append(learner.r1.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-4 * gradients[0].abs().max())
+
+
+def test_learning_wins_back_half_of_what_quantization_lost(make_model):
+    """A planted outlier channel, no rotation to start from, text that the model wrote itself."""
+
+    def loud(dtype=torch.float32):
+        model = make_model(dtype)
+        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 10
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data[5] /= 10
+        return model
+
+    torch.manual_seed(0)
+    prompts = torch.randint(0, 64, (8, 1))
+    text = loud().generate(prompts, max_new_tokens=23, do_sample=True, pad_token_id=0)
+    floor = loud()(input_ids=text, labels=text).loss.item()
+    learn = LearnConfig(
+        steps=30, batch=8, micro_batch=8, sequence_length=24, lr=0.3, quantize_weights=True
+    )
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    rotation = RotationConfig(r1="identity", r2="identity")
+    learner, _ = make_learner(loud, learn, quant, KVConfig(), rotation=rotation)
+    curve: list = []
+    learn_rotations(learner, text.repeat(30, 1), 0, lambda step, values: curve.append(values))
+    losses = [values["loss"] for values in curve]
+    assert losses[0] - floor > 0.05
+    assert sum(losses[-5:]) / 5 - floor < 0.5 * (losses[0] - floor)
+    result = learner.result()
+    assert orthogonality_error(result.r1) < 1e-12
+    assert orthogonality_error(result.r2) < 1e-12
+    assert {"loss", "lr", "grad_norm", "alpha/r1", "capped/r2", "orthogonality/r1"} <= set(curve[0])
+
+
+@pytest.mark.parametrize("optimizer", ["cayley_sgd", "riemannian_sgd", "riemannian_adam"])
+def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer):
+    learn = LearnConfig(
+        **SETTINGS, quantize_weights=True, optimizer=optimizer, momentum=0.5, lr=0.01
+    )
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    whole, _ = make_learner(make_model, learn, quant, KVConfig())
+    curve: list = []
+    learn_rotations(whole, windows(8), 0, lambda step, values: curve.append(values))
+
+    first, _ = make_learner(make_model, learn, quant, KVConfig())
+    part = [first.step(i, windows(8)[2 * i : 2 * i + 2]) for i in range(3)]
+    first.save_progress(tmp_path / "progress.safetensors", part)
+    second, _ = make_learner(make_model, learn, quant, KVConfig())
+    resumed = second.resume(tmp_path / "progress.safetensors")
+    learn_rotations(second, windows(8), 3, lambda step, values: resumed.append(values))
+    assert resumed == curve
+    assert torch.equal(second.result().r1, whole.result().r1)
+    assert torch.equal(second.result().r2, whole.result().r2)
+
+
+def test_only_the_chosen_rotations_move(make_model):
+    learn = LearnConfig(**SETTINGS, rotations=["r2"], lr=0.5)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    learner, _ = make_learner(make_model, learn, quant, KVConfig())
+    learn_rotations(learner, windows(8), 0, lambda step, values: None)
+    result = learner.result()
+    assert torch.allclose(result.r1, learner.start.r1, atol=1e-6)
+    assert not torch.allclose(result.r2, learner.start.r2, atol=1e-3)
+
+
+def test_divergence_stops_the_run(make_model):
+    learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
+    learner.linears[0].frozen.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        learner.step(0, windows(2))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_schedules_fall_to_zero_after_the_last_step(schedule, expected):
+    learn = LearnConfig(steps=4, schedule=schedule)
+    assert [rate_at(learn, i) for i in range(4)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_warmup_rises_before_the_schedule_starts():
+    learn = LearnConfig(steps=6, schedule="linear", warmup=2)
+    assert [rate_at(learn, i) for i in range(4)] == pytest.approx([0.5, 1, 1, 0.75])

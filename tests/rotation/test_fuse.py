@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from spinlab.config import RotationConfig
+from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.model.seams import dimensions_of, linear_at, linears_of
+from spinlab.quant.network import insert_fake_quant
+from spinlab.rotation.check import BrokenSeam, assert_invariant
+from spinlab.rotation.fuse import (
+    fold_norms,
+    fuse,
+    rotate_input,
+    rotated_weight,
+    rotation_gradients,
+)
+from spinlab.rotation.orthogonal import random_orthogonal
+from spinlab.rotation.rotations import initial_rotations
+
+
+def rotated(model, config=None, seed=0):
+    """Fold, fuse and attach what runs online; return the rotations."""
+    dimensions = dimensions_of(model.config)
+    config = config or RotationConfig()
+    rotations = initial_rotations(config, dimensions, torch.Generator().manual_seed(seed))
+    fold_norms(model)
+    fuse(model, rotations)
+    insert_fake_quant(model, rotations.r4, None)
+    attach_kv(model, kv_path(model, rotations.r3, None), store=False)
+    return rotations
+
+
+SWITCHES = [
+    RotationConfig(),
+    RotationConfig(r1="random", r2="random", r3="random", r4="random"),
+    RotationConfig(r3="none", r4="none"),  # SpinQuant no_had
+    RotationConfig(r1="none", r2="none"),
+    RotationConfig(r1="identity", r2="none", r3="none", r4="hadamard"),
+    RotationConfig(r1="none", r2="none", r3="none", r4="none"),
+]
+
+
+@pytest.mark.parametrize("config", SWITCHES, ids=str)
+def test_fused_model_keeps_logits_in_float64(make_model, ids, config):
+    model, original = make_model(), make_model()
+    rotations = rotated(model, config)
+    assert assert_invariant(original, model, rotations, ids[:1]) < 1e-9
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-9, rtol=0)
+
+
+def test_biases_are_rotated_with_their_outputs(make_model, ids):
+    changes = {"attention_bias": True, "mlp_bias": True}
+    model, original = make_model(**changes), make_model(**changes)
+    for twin in (model, original):
+        g = torch.Generator().manual_seed(5)
+        for _, _, _, linear in linears_of(twin):
+            linear.bias.data.normal_(generator=g)
+    assert assert_invariant(original, model, rotated(model), ids[:1]) < 1e-9
+
+
+def test_folding_cuts_the_tie_between_embedding_and_head(make_model, ids):
+    model, original = make_model(), make_model()
+    fold_norms(model)
+    assert linear_at(model, "lm_head").weight is not linear_at(model, "model.embed_tokens").weight
+    assert not model.config.tie_word_embeddings
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("seam", ["self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_broken_seam_is_caught_and_named(make_model, ids, seam):
+    model, original = make_model(), make_model()
+    rotations = rotated(model)
+    name = f"model.layers.1.{seam}"
+    weight = model.get_submodule(name).weight
+    weight.data = weight.data.roll(1, 0)  # as if the output side had been rotated wrongly
+    with pytest.raises(BrokenSeam, match=name):
+        assert_invariant(original, model, rotations, ids[:1])
+
+
+def test_a_broken_head_is_told_from_the_layers(make_model, ids):
+    model, original = make_model(), make_model()
+    rotations = rotated(model)
+    head = linear_at(model, "lm_head")
+    head.weight.data = head.weight.data.roll(1, 1)
+    with pytest.raises(BrokenSeam, match="the head"):
+        assert_invariant(original, model, rotations, ids[:1])
+
+
+def test_block_rotations_are_the_dense_block_diagonal():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 12, generator=g, dtype=torch.float64)
+    r = random_orthogonal(4, g)
+    assert torch.allclose(rotate_input(w, r), w @ torch.block_diag(r, r, r))
+
+
+@pytest.mark.parametrize("sides", [("reads",), ("writes",), ("reads", "writes")])
+def test_pulled_back_gradients_are_autograds(sides):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 12, generator=g, dtype=torch.float64)
+    reads = random_orthogonal(4, g).requires_grad_() if "reads" in sides else None
+    writes = random_orthogonal(3, g).requires_grad_() if "writes" in sides else None
+    upstream = torch.randn(6, 12, generator=g, dtype=torch.float64)
+    rotated_weight(w, reads, writes).backward(upstream)
+    with torch.no_grad():
+        found = rotation_gradients(w, upstream, reads, writes)
+    for rotation, gradient in zip((reads, writes), found, strict=True):
+        if rotation is None:
+            assert gradient is None
+        else:
+            assert torch.allclose(gradient, rotation.grad, atol=1e-12)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.errors import InputError
+from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.networks import Networks, channel_peaks, stored_bytes
+from spinlab.rotation.rotations import initial_rotations
+from spinlab.runtime.linear import IntegerLinear
+from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
+
+QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
+
+
+def prepared(make_model, quant=QUANT, dtype=torch.float32):
+    networks = Networks(lambda: make_model(dtype), quant, KVConfig())
+    dimensions = dimensions_of(make_model().config)
+    rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig())
+    return networks, rotations, weights
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QUANT,
+        QuantConfig(weights=TensorQuant(group_size=8), o_proj_per_head=False),
+        QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=8)),
+        QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=16)),
+    ],
+    ids=str,
+)
+def test_integer_network_is_the_fake_quantized_network(make_model, ids, quant, backend):
+    """In float64, where no rounding can flip a level: the two are one function."""
+    networks, rotations, weights = prepared(make_model, quant, dtype=torch.float64)
+    fake = networks.fake(rotations, weights)(ids).logits
+    found = networks.integer(rotations, weights, backend)(ids).logits
+    assert torch.allclose(found, fake, atol=1e-8 * fake.std().item())
+
+
+def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
+    """A residual stream dominated by one channel: after R1 every entry lies on a rounding tie."""
+
+    def make(dtype=torch.float32):
+        model = make_model(dtype, tie_word_embeddings=False)
+        linear_at(model, "model.embed_tokens").weight.data[:, 5] = 1e3
+        return model
+
+    networks, rotations, weights = prepared(make)
+    fake = networks.fake(rotations, weights)(ids).logits
+    found = networks.integer(rotations, weights, "cpu")(ids).logits
+    assert (found - fake).abs().max() < 1e-3 * fake.std()
+
+
+def test_every_rotated_linear_multiplies_integers(make_model):
+    networks, rotations, weights = prepared(make_model)
+    model = networks.integer(rotations, weights, "cpu")
+    assert sum(isinstance(m, IntegerLinear) for m in model.modules()) == 7 * 2
+
+
+def test_generate_runs_on_integers_and_matches_full_passes(make_model, ids):
+    networks, rotations, weights = prepared(make_model)
+    model = networks.integer(rotations, weights, "cpu")
+    prompt = ids[:1, :6]
+    found = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = prompt
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(found, expected)
+
+
+def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model, tmp_path):
+    networks, rotations, weights = prepared(make_model)
+    windows = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(0))
+    config = WeightsConfig(method="gptq", block_size=8)
+
+    def gptq(folder):
+        folder.mkdir(exist_ok=True)
+        model = networks.fused(rotations)
+        return quantize_gptq(model, rotations.r4, windows, QUANT, config, folder)
+
+    found = gptq(tmp_path / "whole")
+    assert found.keys() == weights.keys()
+    original = make_model(torch.float32)(windows).logits
+    quiet = Networks(
+        networks.original, QuantConfig(activations=TensorQuant(bits=16)), KVConfig(16, 16)
+    )
+    errors = [
+        (quiet.fake(rotations, w)(windows).logits - original).norm() for w in (found, weights)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+    gptq(tmp_path / "killed")
+    (tmp_path / "killed" / "layer-001.safetensors").unlink()
+    resumed = gptq(tmp_path / "killed")
+    for name, weight in found.items():
+        assert torch.equal(resumed[name].levels, weight.levels)
+
+
+def test_gptq_sees_inputs_of_already_quantized_layers(make_model, tmp_path):
+    """With layer 0 damaged on purpose, layer 1 is rounded differently."""
+    networks, rotations, _ = prepared(make_model)
+    windows = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for bits in (2, 8):
+        coarse = QuantConfig(weights=TensorQuant(bits=bits, symmetric=True))
+        folder = tmp_path / str(bits)
+        folder.mkdir()
+        arguments = (windows, coarse, WeightsConfig(method="gptq"), folder)
+        quantize_gptq(networks.fused(rotations), rotations.r4, *arguments)
+        (folder / "layer-001.safetensors").unlink()
+        fine = (windows, QUANT, WeightsConfig(method="gptq"), folder)
+        outcomes.append(quantize_gptq(networks.fused(rotations), rotations.r4, *fine))
+    name = "model.layers.1.mlp.down_proj"
+    assert not torch.equal(outcomes[0][name].levels, outcomes[1][name].levels)
+
+
+def test_weight_groups_must_divide_every_input(make_model):
+    from spinlab.weights.layerwise import check_weight_groups
+
+    with pytest.raises(InputError, match=r"quant.weights.group_size=16 does not divide 24"):
+        check_weight_groups(make_model(), QuantConfig(weights=TensorQuant(group_size=16)))
+
+
+def test_stored_bytes_count_what_a_checkpoint_holds(make_model):
+    _, _, weights = prepared(make_model)
+    model = make_model()
+    linears = sum(w.levels.numel() for w in weights.values())
+    channels = sum(w.levels.shape[0] for w in weights.values())
+    embedding, norms = 64 * 24, 5 * 24
+    assert stored_bytes(model) == 2 * (linears + embedding + norms)
+    assert stored_bytes(model, weights) == linears // 2 + 4 * channels + 2 * (2 * embedding + norms)
+
+
+def test_a_rotation_flattens_channel_peaks(make_model, ids):
+    def make(dtype=torch.float32):
+        model = make_model(dtype)
+        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 50
+        return model
+
+    networks, rotations, _ = prepared(make)
+    before = channel_peaks(make(), ids[:1])
+    after = channel_peaks(networks.rotated(rotations), ids[:1])
+    assert before.shape == after.shape == (2, 24)
+    assert (after.amax(1) / after.mean(1) < 0.5 * before.amax(1) / before.mean(1)).all()

@@ -1,0 +1,170 @@
+"""The whole pipeline on the toy experiment: results, cache, resume after SIGKILL, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FAST = ["tracker=none", "eval.tasks=[]"]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen:
+    paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
+    command = [sys.executable, "-m", "spinlab", "+experiment=toy", *overrides, *paths]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(folder: Path, *overrides: str) -> tuple[dict, str]:
+    """Run to the end; return the record and what was printed."""
+    process = start(folder, *overrides)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (path,) = (folder / "runs").glob("toy/*/record.json")
+    return json.loads(path.read_text()), output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict, str]:
+    folder = tmp_path_factory.mktemp("toy")
+    return (folder, *run(folder, "tracker=offline", "tracker.tensorboard=true"))
+
+
+def test_the_record_is_complete(finished):
+    folder, record, output = finished
+    assert record["status"] == "complete"
+    assert set(record) == {
+        "schema", "experiment", "key", "config", "overrides", "environment", "stages", "metrics",
+        "status",
+    }  # fmt: skip
+    metrics = record["metrics"]
+    for variant in ("fp", "rtn", "init", "fake", "int4"):
+        assert {f"ppl/wiki/{variant}", f"ppl/c4/{variant}", f"bytes/{variant}"} <= set(metrics)
+    for variant in ("fp", "rtn", "int4"):
+        assert metrics[f"zeroshot/piqa/n/{variant}"] == 4
+        assert f"zeroshot/arc_easy/acc_norm_stderr/{variant}" in metrics
+    assert metrics["orthogonality/r1"] < 1e-12
+    assert metrics["invariance/learned"] < 1e-3
+    assert abs(metrics["gap/wiki"]) < 0.005
+    assert "| int4" in output
+    assert str(folder) in output
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, record, _ = finished
+    home = folder / "runs" / "toy" / record["key"]
+    lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert (home / "figures" / "outliers.png").read_bytes().startswith(b"\x89PNG")
+    assert list(home.glob("wandb/offline-run-*/*.wandb"))
+    assert list(home.glob("tensorboard/events*"))
+
+
+def test_nothing_about_the_machines_owner_is_recorded(finished):
+    _, record, _ = finished
+    text = json.dumps(record)
+    assert str(Path.home()) + "/" not in text.replace(str(ROOT), "") or str(Path.home()) == "/"
+    assert "paths" not in record["config"]
+
+
+def test_a_second_run_finds_every_stage_and_the_same_numbers(finished):
+    folder, record, _ = finished
+    again, output = run(folder, "tracker=none")
+    assert all(stage["cached"] for stage in again["stages"])
+    assert again["metrics"] == record["metrics"]
+    assert "done in" not in output
+
+
+def test_the_same_seed_gives_the_same_record_from_scratch(finished, tmp_path):
+    _, record, _ = finished
+    again, _ = run(tmp_path, "tracker=none")
+    assert not any(s["cached"] for s in again["stages"] if s["name"] == "learn")
+    assert again["metrics"] == record["metrics"]
+
+
+def test_another_evaluation_does_not_learn_again(finished):
+    folder, _, _ = finished
+    process = start(folder, *FAST, "eval.batch=2", "eval.variants=[fp,fake]")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "learn        cached" in output
+    assert "eval-fake    done" in output
+
+
+def test_a_torn_cache_entry_is_computed_again_with_a_warning(finished):
+    folder, record, _ = finished
+    (weights, *_) = (folder / "cache").glob("learn-*/rotations.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again, output = run(folder, "tracker=none")
+    assert "is damaged (a file was altered) and is computed again" in output
+    assert again["metrics"] == record["metrics"]
+
+
+def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
+    """Send SIGKILL as soon as a file that matches appears."""
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("pattern", "overrides", "trace"),
+    [
+        ("cache/learn-*.partial/progress.safetensors", ["learn.steps=24"], "learning resumes"),
+        (
+            "cache/weights-*.partial/layer-001.safetensors",
+            ["weights=gptq", "weights.samples=96", "weights.sequence_length=96",
+             "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
+            "",
+        ),
+    ],
+    ids=["learning", "gptq"],
+)  # fmt: skip
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(tmp_path, pattern, overrides, trace):
+    whole, _ = run(tmp_path / "whole", *FAST, *overrides)
+    process = start(tmp_path / "killed", *FAST, *overrides)
+    kill_when(process, tmp_path / "killed", pattern)
+    assert list((tmp_path / "killed").glob(pattern))  # progress survived
+    resumed, output = run(tmp_path / "killed", *FAST, *overrides)
+    assert trace in output
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_two_processes_share_one_cache(tmp_path):
+    processes = [start(tmp_path, *FAST, "eval.variants=[fp,fake]") for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("learn        done" in output for output in outputs) == 1
+    assert not list(tmp_path.glob("cache/*.partial"))
+
+
+def test_a_sweep_leaves_one_record_per_seed(tmp_path):
+    process = start(tmp_path, "-m", *FAST, "seed=0,1", "eval.variants=[fp]", "learn.steps=0")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/toy/*/record.json")]
+    assert sorted(record["config"]["seed"] for record in records) == [0, 1]
+    assert all(record["status"] == "complete" for record in records)
+
+
+def test_a_failed_stage_keeps_what_was_finished(tmp_path):
+    process = start(tmp_path, *FAST, "kv.group_size=7")
+    process.communicate(timeout=120)
+    assert process.returncode == 2
+    (path,) = (tmp_path / "runs").glob("toy/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["status"].startswith("failed: InputError")
+    assert [stage["name"] for stage in record["stages"]][:2] == ["tokens", "rotate"]

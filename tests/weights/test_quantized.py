@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.weights.quantized import effective_bits, load_weights, save_weights
+from spinlab.weights.rtn import round_to_nearest, rtn
+
+FORMATS = [
+    TensorQuant(bits=4, symmetric=True),
+    TensorQuant(bits=4),
+    TensorQuant(bits=3, group_size=8),
+    TensorQuant(bits=8),
+    TensorQuant(bits=12, symmetric=True),
+]
+
+
+def random_weight(rows: int = 6, width: int = 32) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_saved_weights_come_back_as_the_same_integers(tmp_path, format):
+    weights = {"a.b": rtn(random_weight(), format, WeightsConfig())}
+    save_weights(weights, tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors")["a.b"]
+    assert torch.equal(loaded.levels, weights["a.b"].levels)
+    assert torch.equal(loaded.dequantize(), weights["a.b"].dequantize())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_no_weight_moves_further_than_half_a_level(format):
+    weight = random_weight()
+    found = round_to_nearest(weight, format, 1.0)
+    step = found.scale.repeat_interleave(weight.shape[1] // found.groups, dim=1)
+    assert ((found.dequantize() - weight).abs() <= 0.52 * step).all()
+
+
+def test_two_levels_share_a_byte():
+    found = rtn(random_weight(), TensorQuant(bits=4, symmetric=True), WeightsConfig())
+    assert found.tensors()["levels"].shape == (6, 16)
+    assert found.tensors()["levels"].dtype == torch.uint8
+
+
+def test_effective_bits_count_scales_and_zeros():
+    """128 weights a group: 4 bits + 32 of scale + 16 of zero."""
+    weights = {"w": rtn(random_weight(2, 256), TensorQuant(group_size=128), WeightsConfig())}
+    assert effective_bits(weights) == 4 + 48 / 128
+
+
+def test_the_clip_search_lowers_the_error_it_minimizes():
+    weight = random_weight(16, 256)
+    format = TensorQuant(bits=4, symmetric=True)
+    errors = [
+        (rtn(weight, format, WeightsConfig(clip_search=on)).dequantize() - weight)
+        .abs()
+        .pow(2.4)
+        .sum()
+        for on in (True, False)
+    ]
+    assert errors[0] < 0.9 * errors[1]
