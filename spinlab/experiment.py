@@ -9,7 +9,7 @@ import torch
 
 from spinlab.config import Config
 from spinlab.device import set_arithmetic
-from spinlab.measure import evaluate, outliers
+from spinlab.measure import evaluate, handoff_error, outliers
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
@@ -79,6 +79,8 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:
     """Measure every variant, and how far the integer kernels are from fake quantization."""
+    if "int4" in record.config.eval.variants:
+        record.metrics["invariance/int4"] = handoff_error(pipeline)
     for variant in record.config.eval.variants:
         record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.kv.cache import kv_bits
 from spinlab.networks import channel_peaks, stored_bytes
 from spinlab.pipeline import GATE_TOKENS, Pipeline
+from spinlab.rotation.check import logits_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import write_json
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
@@ -46,7 +48,35 @@ def network(
     if variant == "int4":
         backend = pipeline.config.runtime.backend
         return pipeline.networks.integer(rotations, weights, backend), weights
-    return pipeline.networks.fake(rotations, weights), weights
+    return pipeline.networks.emulated(rotations, weights), weights
+
+
+def handoff_error(pipeline: Pipeline) -> float:
+    """Return how far the integer network is from the learned one in float64, as a stage.
+
+    The gate of the hand-off: where float noise is too small to flip a level, products of
+    dequantized floats and integer kernels must give the same logits. The result is max|Δlogits|
+    relative to their standard deviation. Raises AssertionError above 1e-6.
+    """
+    config = pipeline.config
+
+    def work(out: Path) -> None:
+        exact = replace(config.model, dtype="float64")
+        networks = replace(pipeline.networks, original=lambda: pipeline.original(exact))
+        rotations, _ = pipeline.rotation_of("int4")
+        weights = load_weights(pipeline.weights_of("int4")[0])
+        ids = pipeline.windows("gate", 1, GATE_TOKENS).to(pipeline.device)
+        expected = networks.dequantized(rotations, weights)
+        found = networks.integer(rotations, weights, config.runtime.backend)
+        error = logits_error(expected, found, ids)
+        assert error <= _HANDOFF_LIMIT, (
+            f"integer kernels differ from fake quantization: {error:.1e}"
+        )
+        write_json(out / "gate.json", {"logits_error": error})
+
+    depends = [*_depends(pipeline, "int4")[:6], config.runtime.backend]
+    folder, _ = pipeline.stages.run("handoff", depends, work)
+    return json.loads((folder / "gate.json").read_text())["logits_error"]
 
 
 def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
@@ -63,6 +93,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     return load_file(pipeline.stages.run("outliers", depends, work)[0] / "peaks.safetensors")
 
 
+_HANDOFF_LIMIT = 1e-6
 _ROTATED = {"init": "init", "learned": "fake"}  # network of the figure -> variant
 
 

@@ -3,8 +3,8 @@
 fp      the original
 rtn     no rotation, weights rounded to nearest
 init    the initial rotation, weights by the experiment's method
-fake    the learned rotation, fake-quantized
-int4    the same weights as `fake`, on integer kernels
+fake    the learned rotation, quantization emulated in floating point
+int4    the same weights as `fake`, on integer kernels with a packed KV cache
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_down
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.network import integer_model
+from spinlab.runtime.network import insert_integer_linears
 from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -58,23 +58,40 @@ class Networks:
         self._fake_quant(model, rotations)
         return model
 
-    def fake(
+    def emulated(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
-        """Return the fake-quantized network."""
+        """Return the quantized network in floating point, with the integer kernels' rounding.
+
+        Products of levels are exact in floats too, so this is bit for bit what integers give. A
+        product of dequantized floats is the same function only up to float noise, which flips
+        levels here and there; every flip makes more of them, and after thirty layers two such
+        networks are independent samples of the rounding noise.
+        """
+        model = self.fused(rotations)
+        insert_integer_linears(model, weights, rotations, self.quant, "reference")
+        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+        return model
+
+    def integer(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
+    ) -> PreTrainedModel:
+        """Return the quantized network on integer kernels, with a packed KV cache."""
+        model = self.fused(rotations)
+        insert_integer_linears(model, weights, rotations, self.quant, backend)
+        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=True)
+        return model
+
+    def dequantized(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the quantized network as learning sees it: products of dequantized floats."""
         model = self.fused(rotations)
         for name, _, _, linear in linears_of(model):
             dense = weights[name].dequantize(linear.weight.dtype).to(linear.weight.device)
             linear.weight = nn.Parameter(dense, requires_grad=False)
         self._fake_quant(model, rotations)
         return model
-
-    def integer(
-        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
-    ) -> PreTrainedModel:
-        """Return the network on integer kernels."""
-        model = self.fused(rotations)
-        return integer_model(model, weights, rotations, self.quant, self.kv, backend)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations.r4, self.quant)
@@ -94,7 +111,7 @@ def stored_bytes(
         return numbers * _STORED_BYTES
     numbers -= sum(w.levels.numel() for w in weights.values())
     if model.config.tie_word_embeddings:
-        numbers += linear_at(model, family_of(model.config).embedding).weight.numel()
+        numbers += linear_at(model, family_of(model.config.model_type).embedding).weight.numel()
     packed = sum(
         t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
     )

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spinlab.config import Config, plain
+from spinlab.config import Config, ModelConfig, plain
 from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
 from spinlab.device import choose_device
 from spinlab.learn.loop import RotationLearner, learn_rotations
@@ -66,9 +66,9 @@ class Pipeline:
         depends = self.source["digest"]
         return self.stages.run("model", depends, lambda out: convert_gguf(model, out))[0]
 
-    def original(self) -> PreTrainedModel:
+    def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
         """Return a fresh copy of the original model on the device."""
-        model = load_model(self.config.model, self.converted, self.config.seed)
+        model = load_model(model_config or self.config.model, self.converted, self.config.seed)
         return cast(PreTrainedModel, nn.Module.to(model, self.device))
 
     @cached_property

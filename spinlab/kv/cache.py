@@ -129,7 +129,7 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     layers = layers_of(model)
     for layer in layers:
         setattr(layer.get_submodule(family.attention), _QUERY_ROTATION, path.r3)

@@ -103,7 +103,7 @@ class RotationLearner:
 
     def _turn_ends(self, r1: torch.Tensor) -> None:
         """Enter the rotated basis after the embedding and leave it before the head."""
-        family = family_of(self.model.config)
+        family = family_of(self.model.config.model_type)
         embedding = self.model.get_submodule(family.embedding)
         head = self.model.get_submodule(family.head)
 

@@ -27,35 +27,40 @@ log = logging.getLogger(__name__)
 
 
 def source_digest(config: ModelConfig) -> dict:
-    """Identify the weights for cache keys: digests of files, or the hub's commit, or the seed."""
+    """Identify the weights for cache keys: digests of files, or the hub's commit, or the shape.
+
+    Raises InputError for a model that cannot be reached or whose family has no seam table,
+    before anything is loaded.
+    """
     if config.weights == "random":
         return {"random": config.architecture}
     if config.path:
-        files = sorted(local_folder(config).glob("*"))
-        return {f.name: file_digest(f) for f in files if f.suffix in (".safetensors", ".json")}
+        return _folder_digests(Path(config.path).expanduser())
     if config.package:
         return {"gguf": file_digest(packaged_file(config.package, config.file or ""))}
-    return {"hub": config.hub, "commit": _commit(config)}
+    return {"hub": config.hub, "commit": _hub_commit(config.hub or "", config.revision)}
 
 
-def local_folder(config: ModelConfig) -> Path:
-    """Return model.path after checking that it holds a checkpoint."""
-    folder = Path(config.path or "").expanduser()
+def _folder_digests(folder: Path) -> dict[str, str]:
+    """Digest the weights and settings of a local checkpoint."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"model.path={config.path} holds no config.json: give a checkpoint folder")
-    return folder
+        raise InputError(f"model.path={folder} holds no config.json: give a checkpoint folder")
+    family_of(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
+    return {file.name: file_digest(file) for file in files}
 
 
-def _commit(config: ModelConfig) -> str:
-    """Resolve the hub revision to a commit, from the local copy of the config."""
+def _hub_commit(hub: str, revision: str) -> str:
+    """Resolve a hub revision to a commit, from the hub or its local copy."""
     try:
-        found = AutoConfig.from_pretrained(config.hub or "", revision=config.revision)
+        found = AutoConfig.from_pretrained(hub, revision=revision)
     except OSError as error:
         raise InputError(
-            f"cannot load {config.hub} from the hub: log in for a gated model, "
+            f"cannot load {hub} from the hub: log in for a gated model, "
             "or set model.path=/a/local/folder, or model.weights=random for shapes only"
         ) from error
-    return getattr(found, "_commit_hash", None) or config.revision
+    family_of(found.model_type)
+    return getattr(found, "_commit_hash", None) or revision
 
 
 def convert_gguf(config: ModelConfig, folder: Path) -> None:
@@ -81,10 +86,9 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         model = random_model(config, seed)
     else:
         where = _checkpoint(config, converted)
-        family_of(_read_config(config, converted))
         revision = {} if converted or config.path else {"revision": config.revision}
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **revision)
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     if dtype == torch.float64:
         exact_norms(model, family)
     return model.to(dtype).eval().requires_grad_(False)
@@ -96,21 +100,13 @@ def exact_norms(model: PreTrainedModel, family: Family) -> None:
     for parent, name in [*places, (model, family.final_norm)]:
         old = linear_at(parent, name)
         exact = nn.RMSNorm(old.weight.shape[0], eps=model.config.rms_norm_eps)
-        exact.weight = old.weight
+        exact.load_state_dict(old.state_dict())
         parent.set_submodule(name, exact)
 
 
 def _checkpoint(config: ModelConfig, converted: Path | None) -> str | Path:
     """Return what `from_pretrained` takes: a folder, or a hub id."""
     return converted or config.path or config.hub or ""
-
-
-def _read_config(config: ModelConfig, converted: Path | None) -> object:
-    """Read only the config, so that an unsupported family fails before its weights load."""
-    if config.path and not converted:
-        known = json.loads((local_folder(config) / "config.json").read_text())
-        return type("Config", (), known)()
-    return AutoConfig.from_pretrained(_checkpoint(config, converted), revision=config.revision)
 
 
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:

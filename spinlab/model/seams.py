@@ -66,14 +66,12 @@ LLAMA = Family(
 FAMILIES: dict[str, Family] = {"llama": LLAMA}
 
 
-def family_of(config: object) -> Family:
-    """Return the seam table of a transformers config; raise InputError for unknown families."""
-    kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        raise InputError(
-            f"model family {kind!r} has no seam table: supported are {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[kind]
+def family_of(model_type: str | None) -> Family:
+    """Return the seam table of a transformers model type; raise InputError for unknown ones."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"model family {model_type!r} has no seam table: supported are {known}")
+    return FAMILIES[model_type]
 
 
 def dimensions_of(config: object) -> Dimensions:
@@ -90,7 +88,7 @@ def dimensions_of(config: object) -> Dimensions:
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers in order."""
-    return list(model.get_submodule(family_of(model.config).layers).children())
+    return list(model.get_submodule(family_of(model.config.model_type).layers).children())
 
 
 def linear_at(module: nn.Module, name: str) -> nn.Linear:
@@ -100,7 +98,7 @@ def linear_at(module: nn.Module, name: str) -> nn.Linear:
 
 def linears_of(model: PreTrainedModel) -> Iterator[tuple[str, int, Seam, nn.Linear]]:
     """Yield (full name, layer, seam, module) of every rotated linear, as they are computed."""
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     for index, layer in enumerate(layers_of(model)):
         for seam in family.seams:
             yield (

@@ -28,7 +28,7 @@ def input_paths(
     model: PreTrainedModel, r4: OnlineRotation | None, config: QuantConfig | None
 ) -> list[dict[str, InputPath]]:
     """Make one InputPath per layer and group of readers. Without `config` nothing is rounded."""
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     groups = {seam.group: seam for seam in family.seams}
     readers = {g: sum(s.group == g for s in family.seams) for g in groups}
     quantizers = {g: token_quantizer(model, seam, config) for g, seam in groups.items()}
@@ -69,7 +69,7 @@ def insert_fake_quant(
     model: PreTrainedModel, r4: OnlineRotation | None, config: QuantConfig | None
 ) -> None:
     """Swap every rotated linear for one behind its InputPath, in place."""
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     for layer, paths in zip(layers_of(model), input_paths(model, r4, config), strict=True):
         for seam in family.seams:
             path = paths[seam.group]

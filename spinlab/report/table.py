@@ -8,7 +8,7 @@ _TITLES = {
     "fp": "original",
     "rtn": "no rotation",
     "init": "initial rotation",
-    "fake": "learned, fake-quantized",
+    "fake": "learned, emulated in floats",
     "int4": "learned, integer kernels",
 }
 

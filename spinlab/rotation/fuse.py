@@ -73,7 +73,7 @@ def fold_norms(model: PreTrainedModel) -> None:
     function of an RMSNorm model. Ties between embedding and head are cut first, because the final
     gain belongs to the head alone.
     """
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     untie(model)
     for layer in layers_of(model):
         for norm, group in family.norms.items():
@@ -90,7 +90,7 @@ def _fold(norm: nn.Linear, readers: list[nn.Linear]) -> None:
 
 def untie(model: PreTrainedModel) -> None:
     """Give the head its own copy of the embedding matrix where the two were shared."""
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     head, embedding = linear_at(model, family.head), linear_at(model, family.embedding)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
@@ -105,7 +105,7 @@ def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
     device = model.device
     r1, r2 = (None if r is None else r.to(device) for r in (rotations.r1, rotations.r2))
     fuse_down(model, rotations)
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     for _, layer, seam, linear in linears_of(model):
         reads, writes = rotations_at(seam, layer, r1, r2)
         _rotate(linear, reads, writes)

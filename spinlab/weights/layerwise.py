@@ -50,7 +50,7 @@ def quantize_gptq(
     """
     insert_fake_quant(model, r4, None)
     inputs, kwargs = first_layer_inputs(model, windows)
-    family = family_of(model.config)
+    family = family_of(model.config.model_type)
     found: dict[str, QuantizedWeight] = {}
     for index, layer in enumerate(tqdm(layers_of(model), desc="gptq")):
         path = progress / f"layer-{index:03d}.safetensors"

@@ -34,9 +34,15 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32):
 def test_integer_network_is_the_fake_quantized_network(make_model, ids, quant, backend):
     """In float64, where no rounding can flip a level: the two are one function."""
     networks, rotations, weights = prepared(make_model, quant, dtype=torch.float64)
-    fake = networks.fake(rotations, weights)(ids).logits
+    fake = networks.dequantized(rotations, weights)(ids).logits
     found = networks.integer(rotations, weights, backend)(ids).logits
     assert torch.allclose(found, fake, atol=1e-8 * fake.std().item())
+
+
+def test_emulated_and_integer_networks_agree_to_the_last_bit(make_model, ids):
+    networks, rotations, weights = prepared(make_model)
+    emulated = networks.emulated(rotations, weights)(ids).logits
+    assert torch.equal(networks.integer(rotations, weights, "cpu")(ids).logits, emulated)
 
 
 def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
@@ -48,7 +54,7 @@ def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
         return model
 
     networks, rotations, weights = prepared(make)
-    fake = networks.fake(rotations, weights)(ids).logits
+    fake = networks.dequantized(rotations, weights)(ids).logits
     found = networks.integer(rotations, weights, "cpu")(ids).logits
     assert (found - fake).abs().max() < 1e-3 * fake.std()
 
@@ -87,7 +93,8 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
         networks.original, QuantConfig(activations=TensorQuant(bits=16)), KVConfig(16, 16)
     )
     errors = [
-        (quiet.fake(rotations, w)(windows).logits - original).norm() for w in (found, weights)
+        (quiet.dequantized(rotations, w)(windows).logits - original).norm()
+        for w in (found, weights)
     ]
     assert errors[0] < 0.9 * errors[1]
 

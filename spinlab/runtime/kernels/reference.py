@@ -1,8 +1,16 @@
-"""The specification of the integer product, on any device."""
+"""The specification of the integer product, on any device, in floating point."""
 
 import torch
 
+_EXACT = 1 << 24  # float32 holds every integer up to here, in any order of summation
+
 
 def matmul(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return levels @ weightᵀ in int32. float64 holds sums of int8 products exactly."""
-    return (levels.double() @ weight.double().mT).to(torch.int32)
+    """Return levels @ weightᵀ in int32.
+
+    float32 where no partial sum can leave its exact integers, float64 otherwise. TF32 must be
+    off (`spinlab.device.set_arithmetic`).
+    """
+    most = levels.shape[1] * int(levels.int().abs().max()) * int(weight.int().abs().max())
+    dtype = torch.float32 if most < _EXACT else torch.float64
+    return (levels.to(dtype) @ weight.to(dtype).mT).to(torch.int32)
