@@ -28,6 +28,8 @@ _CONF = Path(__file__).parent.parent / "conf"
 
 def _run(composed: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    # bit-equal results whatever the alignment of memory; MKL reads it when torch is imported
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)

@@ -98,6 +98,7 @@ class LearnConfig:
     rotations: list[str] = field(default_factory=lambda: ["r1", "r2"])
     quantize_weights: bool = False  # W4 in the loop (for RTN) or 16-bit weights (for GPTQ)
     clip_refresh: int = 10  # steps between clip searches, with weights quantized in the loop
+    lr_clip: float = 0.0  # of log clip ratios: searched once, then learned and kept; 0: not learned
     optimizer: str = "cayley_sgd"
     lr: float = 1.5  # of R1
     lr_r2: float | None = None  # of R2; as R1 if absent
@@ -111,6 +112,7 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         _not_negative("learn.steps", self.steps)
+        _not_negative("learn.lr_clip", self.lr_clip)
         for name in ("batch", "micro_batch", "clip_refresh", "lr", "project_every", "save_every"):
             _positive(f"learn.{name}", getattr(self, name))
         if self.sequence_length < 2:
@@ -275,6 +277,12 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
+        learned_ranges = self.learn.lr_clip > 0
+        if learned_ranges and not (self.learn.quantize_weights and self.weights.method == "rtn"):
+            raise InputError(
+                f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
+                "learn.quantize_weights=true and weights=rtn, or set it to 0"
+            )
         if "int4" in self.eval.variants and self.quant.weights.bits > 8:
             raise InputError(
                 f"quant.weights.bits={self.quant.weights.bits} cannot run on integer kernels: "

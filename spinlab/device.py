@@ -26,5 +26,7 @@ def set_arithmetic(runtime: RuntimeConfig) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # it would also fill every new tensor, which costs time and hides nothing here
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if runtime.threads:
         torch.set_num_threads(runtime.threads)

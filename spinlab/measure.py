@@ -31,7 +31,7 @@ def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
         metrics = _sizes(pipeline, model, weights) | _perplexities(pipeline, model, variant)
         write_json(out / "metrics.json", metrics | _accuracies(pipeline, model, variant))
 
-    depends = _depends(pipeline, variant)
+    depends = _metrics_depend(pipeline, variant)
     folder, _ = pipeline.stages.run(f"eval-{variant}", depends, work)
     metrics = json.loads((folder / "metrics.json").read_text())
     return {f"{name}/{variant}": value for name, value in metrics.items()}
@@ -45,10 +45,10 @@ def network(
         return pipeline.original(), None
     rotations, _ = pipeline.rotation_of(variant)
     weights = load_weights(pipeline.weights_of(variant)[0])
-    if variant == "int4":
-        backend = pipeline.config.runtime.backend
-        return pipeline.networks.integer(rotations, weights, backend), weights
-    return pipeline.networks.emulated(rotations, weights), weights
+    if variant == "fake":
+        return pipeline.networks.emulated(rotations, weights), weights
+    backend = pipeline.config.runtime.backend
+    return pipeline.networks.integer(rotations, weights, backend), weights
 
 
 def handoff_error(pipeline: Pipeline) -> float:
@@ -74,8 +74,7 @@ def handoff_error(pipeline: Pipeline) -> float:
         )
         write_json(out / "gate.json", {"logits_error": error})
 
-    depends = [*_depends(pipeline, "int4")[:6], config.runtime.backend]
-    folder, _ = pipeline.stages.run("handoff", depends, work)
+    folder, _ = pipeline.stages.run("handoff", _network_depends(pipeline, "int4"), work)
     return json.loads((folder / "gate.json").read_text())["logits_error"]
 
 
@@ -102,15 +101,22 @@ def _tasks(pipeline: Pipeline, variant: str) -> list[str]:
     return evaluate.tasks if variant in evaluate.task_variants else []
 
 
-def _depends(pipeline: Pipeline, variant: str) -> list[Any]:
-    """Name everything that a variant's metrics depend on."""
-    config, evaluate = pipeline.config, pipeline.config.eval
-    depends: list[Any] = [pipeline.source, pipeline.tokens[1], evaluate.batch]
+def _network_depends(pipeline: Pipeline, variant: str) -> list[Any]:
+    """Name everything that a variant's network depends on."""
+    config = pipeline.config
+    depends: list[Any] = [pipeline.source, pipeline.tokens[1]]
     if variant != "fp":
         depends += [pipeline.weights_of(variant)[1], pipeline.rotation_of(variant)[1]]
         depends += [plain(config.quant), plain(config.kv)]
-    if variant == "int4":
+    if variant not in ("fp", "fake"):
         depends.append(config.runtime.backend)
+    return depends
+
+
+def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
+    """Name everything that a variant's metrics depend on."""
+    evaluate = pipeline.config.eval
+    depends = [*_network_depends(pipeline, variant), evaluate.batch]
     if tasks := _tasks(pipeline, variant):
         packaged = evaluate.task_source == "packaged"
         questions = {task: question_digest(task) if packaged else "hub" for task in tasks}

@@ -1,10 +1,10 @@
 """The networks an experiment compares, assembled from a stock model, rotations and weights.
 
 fp      the original
-rtn     no rotation, weights rounded to nearest
-init    the initial rotation, weights by the experiment's method
+rtn     no rotation, weights rounded to nearest, on integer kernels
+init    the initial rotation, weights by the experiment's method, on integer kernels
 fake    the learned rotation, quantization emulated in floating point
-int4    the same weights as `fake`, on integer kernels with a packed KV cache
+int4    the same weights as `fake`, on integer kernels
 """
 
 from collections.abc import Callable, Mapping

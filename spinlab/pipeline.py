@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -179,6 +179,7 @@ class Pipeline:
         learn_rotations(learner, windows, len(curve), after_step)
         rotations = replace(learner.result(), about={**self.about(), "learn": plain(config.learn)})
         rotations.save(out / "rotations.safetensors")
+        save_file(learner.clips(), out / "clips.safetensors")
         write_json(out / "gate.json", self.gate(self.original(), rotations))
         write_json(out / "curve.json", curve)
         progress.unlink(missing_ok=True)
@@ -197,6 +198,12 @@ class Pipeline:
         if variant not in self._weights:
             self._weights[variant] = self._quantize(variant)
         return self._weights[variant]
+
+    def _clips(self, variant: str) -> dict[str, torch.Tensor]:
+        """Return the clip ratios that were learned together with a variant's rotations, if any."""
+        if variant in ("rtn", "init") or self.config.learn.steps == 0:
+            return {}
+        return load_file(self.learned[0] / "clips.safetensors")
 
     def _quantize(self, variant: str) -> tuple[Path, str]:
         """Round the rotated weights; `rtn` ignores the experiment's method."""
@@ -217,7 +224,7 @@ class Pipeline:
                     model, rotations.r4, windows, self.config.quant, config, out
                 )
             else:
-                weights = quantize_rtn(model, self.config.quant, config)
+                weights = quantize_rtn(model, self.config.quant, config, self._clips(variant))
             save_weights(weights, out / "weights.safetensors")
             for layer in out.glob("layer-*"):
                 layer.unlink()

@@ -16,7 +16,7 @@ FAST = ["tracker=none", "eval.tasks=[]"]
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
-    command = [sys.executable, "-m", "spinlab", "+experiment=toy", *overrides, *paths]
+    command = [sys.executable, "-m", "spinlab", *overrides, "+experiment=toy", *paths]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -27,7 +27,7 @@ def run(folder: Path, *overrides: str) -> tuple[dict, str]:
     process = start(folder, *overrides)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    (path,) = (folder / "runs").glob("toy/*/record.json")
+    path = Path(output.rpartition("record: ")[2].split()[0])
     return json.loads(path.read_text()), output
 
 

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
 from spinlab.learn.cayley import CayleySGD
+from spinlab.learn.ranges import ClipRatios, rounding_gradient
 from spinlab.learn.schedule import rate_at
 from spinlab.model.seams import Seam, family_of, linears_of
-from spinlab.quant.clip import search_clip
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.rtn import clip_search_of, round_to_nearest, weight_grid
+from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class _Linear:
     layer: int
     frozen: torch.Tensor
     clip: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None  # before rounding, while its gradient is awaited
 
 
 class RotationLearner:
@@ -66,6 +67,7 @@ class RotationLearner:
         self.r1 = self._parameter("r1", rotations.r1)
         self.r2 = self._parameter("r2", rotations.r2)
         self.optimizer = self._optimizer()
+        self.ratios = ClipRatios(learn.lr_clip) if learn.lr_clip else None
         self.linears = [
             _Linear(name, module, seam, layer, module.weight.detach().float())
             for name, layer, seam, module in linears_of(model)
@@ -124,7 +126,7 @@ class RotationLearner:
         """Do one optimizer step on a batch of windows (batch, length) and return its curve."""
         self._write_weights(refresh=index % self.learn.clip_refresh == 0)
         loss = self._backward(batch)
-        self._collect_gradients()
+        of_clips = self._collect_gradients()
         most = self.learn.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, float("inf") if most is None else most)
         if not (loss == loss and norm.isfinite()):
@@ -133,6 +135,8 @@ class RotationLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         self.optimizer.step()
+        if self.ratios is not None:
+            self.ratios.step(of_clips, rate)
         if (index + 1) % self.learn.project_every == 0:
             self._project()
         return {
@@ -145,22 +149,28 @@ class RotationLearner:
     @torch.no_grad()
     def _write_weights(self, refresh: bool) -> None:
         """Write every rotated weight into the network, rounded if weights are quantized here."""
+        rounds = self.learn.quantize_weights and self.quant.weights.bits < 16
+        fresh: dict[str, torch.Tensor] = {}
         for linear in self.linears:
             reads, writes = rotations_at(linear.seam, linear.layer, self.r1, self.r2)
-            rotated = rotated_weight(linear.frozen, reads, writes)
-            if self.learn.quantize_weights and self.quant.weights.bits < 16:
-                if refresh or linear.clip is None:
-                    linear.clip = self._clip(rotated)
-                rounded = round_to_nearest(rotated, self.quant.weights, linear.clip)
-                rotated = rounded.dequantize()
-            linear.module.weight.data.copy_(rotated)
+            weight = rotated_weight(linear.frozen, reads, writes)
+            if rounds:
+                linear.clip = self._clip(linear, weight, refresh)
+                fresh[linear.name] = linear.clip
+                linear.rotated = None if self.ratios is None else weight
+                weight = round_to_nearest(weight, self.quant.weights, linear.clip).dequantize()
+            linear.module.weight.data.copy_(weight)
             linear.module.weight.grad = None
+        if self.ratios is not None and not self.ratios.logs:
+            self.ratios.start(fresh)
 
-    def _clip(self, rotated: torch.Tensor) -> torch.Tensor:
-        format = self.quant.weights
-        search = clip_search_of(self.weights)
-        ratios = search_clip(rotated, weight_grid(format), format.group_size, search)
-        return ratios * format.clip_ratio
+    def _clip(self, linear: _Linear, weight: torch.Tensor, refresh: bool) -> torch.Tensor:
+        """Return a weight's clip ratios: learned, or searched anew, or those of the last search."""
+        if self.ratios is not None and self.ratios.logs:
+            return self.ratios.ratio(linear.name)
+        if refresh or linear.clip is None:
+            return search_ratios(weight, self.quant.weights, self.weights)
+        return linear.clip
 
     def _backward(self, batch: torch.Tensor) -> float:
         """Add up gradients over micro-batches; return the mean next-token cross-entropy."""
@@ -174,16 +184,26 @@ class RotationLearner:
         return total
 
     @torch.no_grad()
-    def _collect_gradients(self) -> None:
-        """Add the rotations' gradients through the weights to those through both ends."""
+    def _collect_gradients(self) -> dict[str, torch.Tensor]:
+        """Add the rotations' gradients through the weights to those through both ends.
+
+        Returns the gradients of the clip ratios' logarithms, where ratios are learned.
+        """
+        of_clips: dict[str, torch.Tensor] = {}
         for linear in self.linears:
+            assert linear.module.weight.grad is not None
+            gradient = linear.module.weight.grad.float()
+            if linear.rotated is not None and linear.clip is not None:
+                gradient, of_clips[linear.name] = rounding_gradient(
+                    linear.rotated, gradient, self.quant.weights, linear.clip
+                )
+                linear.rotated = None
             reads, writes = rotations_at(linear.seam, linear.layer, self.r1, self.r2)
-            gradient = linear.module.weight.grad
-            assert gradient is not None
-            found = rotation_gradients(linear.frozen, gradient.float(), reads, writes)
+            found = rotation_gradients(linear.frozen, gradient, reads, writes)
             for space, part in zip((linear.seam.reads, linear.seam.writes), found, strict=True):
                 self._add_gradient(space, linear.layer, part)
             linear.module.weight.grad = None
+        return of_clips
 
     def _add_gradient(self, space: str | None, layer: int, part: torch.Tensor | None) -> None:
         parameter = {"R1": self.r1, "R2": self.r2}.get(space or "")
@@ -216,9 +236,17 @@ class RotationLearner:
         r1, r2 = (None if r is None else polar(r.detach()).cpu() for r in (self.r1, self.r2))
         return RotationSet(r1, r2, self.start.r3, self.start.r4)
 
+    def clips(self) -> dict[str, torch.Tensor]:
+        """Return the learned clip ratios by linear; none if they were only searched."""
+        if self.ratios is None:
+            return {}
+        return {name: self.ratios.ratio(name).cpu() for name in self.ratios.logs}
+
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything a resumed run needs to continue with the same bits."""
         tensors = {f"clip.{x.name}": x.clip for x in self.linears if x.clip is not None}
+        if self.ratios is not None:
+            tensors |= {f"ratios.{name}": value for name, value in self.ratios.state().items()}
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
             tensors[f"rotation.{group['name']}"] = p.detach()
@@ -250,6 +278,9 @@ class RotationLearner:
         for linear in self.linears:
             linear.clip = tensors.get(f"clip.{linear.name}")
             linear.clip = None if linear.clip is None else linear.clip.to(device)
+        if self.ratios is not None:
+            mine = {k.removeprefix("ratios."): v for k, v in tensors.items() if k[:7] == "ratios."}
+            self.ratios.load_state(mine, device)
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
             p.copy_(tensors[f"rotation.{group['name']}"])

@@ -52,7 +52,7 @@ class IntegerLinear(nn.Module):
         # all (blocks, out): t, t·Σw, t·u
         self.scale, self.scaled_sums = nn.Buffer(scale), nn.Buffer(scale * sums)
         self.scaled_zero = nn.Buffer(scale * zero)
-        self.bias = None if bias is None else nn.Buffer(bias.to(dtype))
+        self.bias = None if bias is None else nn.Buffer(bias.detach().to("cpu", dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x: (..., in), in x's dtype."""

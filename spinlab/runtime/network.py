@@ -38,8 +38,9 @@ def insert_integer_linears(
 
 
 def _linear(linear: nn.Linear, weight: QuantizedWeight, path: InputPath, backend: str) -> nn.Module:
-    dtype = linear.weight.dtype
+    dtype, device = linear.weight.dtype, linear.weight.device
     if path.quantizer is None or path.quantizer.grid.bits > 8:
-        linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(weight.dequantize(dtype).to(device), requires_grad=False)
         return FakeQuantLinear(linear, path)
-    return IntegerLinear(weight, linear.bias, path, KERNELS[backend], dtype)
+    integer = IntegerLinear(weight, linear.bias, path, KERNELS[backend], dtype)
+    return integer.to(device)

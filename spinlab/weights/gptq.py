@@ -3,13 +3,14 @@
 Frantar et al. 2022, with Cholesky reformulation (sec. 3.3, step 3) and lazy batches (step 2).
 """
 
+from dataclasses import replace
+
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.quant.affine import decode, encode, extremes, scale_and_zero
-from spinlab.quant.clip import search_clip
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import clip_search_of, rtn, weight_grid
+from spinlab.weights.rtn import rtn, search_ratios, weight_grid
 
 
 class Hessian:
@@ -107,7 +108,6 @@ def _range(
     columns: torch.Tensor, format: TensorQuant, config: WeightsConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and zero (out, 1) of one group of columns, with its clip search."""
-    grid = weight_grid(format)
-    clip = search_clip(columns, grid, 0, clip_search_of(config))[:, 0] * format.clip_ratio
+    clip = search_ratios(columns, replace(format, group_size=0), config)[:, 0]
     _, lowest, highest = extremes(columns, 0)
-    return scale_and_zero(lowest[:, 0] * clip, highest[:, 0] * clip, grid)
+    return scale_and_zero(lowest[:, 0] * clip, highest[:, 0] * clip, weight_grid(format))

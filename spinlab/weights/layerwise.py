@@ -1,5 +1,6 @@
 """Quantize all rotated linears of a fused model: RTN at once, GPTQ layer by layer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.online import OnlineRotation
 from spinlab.weights.gptq import Hessian, gptq
 from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
-from spinlab.weights.rtn import rtn
+from spinlab.weights.rtn import round_to_nearest, rtn
 
 
 def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
@@ -26,11 +27,23 @@ def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
 
 
 def quantize_rtn(
-    model: PreTrainedModel, quant: QuantConfig, config: WeightsConfig
+    model: PreTrainedModel,
+    quant: QuantConfig,
+    config: WeightsConfig,
+    clips: Mapping[str, torch.Tensor],
 ) -> dict[str, QuantizedWeight]:
-    """Return every rotated linear's weight rounded to nearest."""
-    linears = tqdm(list(linears_of(model)), desc="rtn")
-    return {name: rtn(linear.weight, quant.weights, config) for name, _, _, linear in linears}
+    """Return every rotated linear's weight rounded to nearest.
+
+    clips: learned clip ratios by name; a weight without one gets its clip search.
+    """
+    found: dict[str, QuantizedWeight] = {}
+    for name, _, _, linear in tqdm(list(linears_of(model)), desc="rtn"):
+        weight = linear.weight.detach().float()
+        if name in clips:
+            found[name] = round_to_nearest(weight, quant.weights, clips[name].to(weight.device))
+        else:
+            found[name] = rtn(weight, quant.weights, config)
+    return found
 
 
 def quantize_gptq(

@@ -8,13 +8,6 @@ from spinlab.quant.clip import ClipSearch, search_clip
 from spinlab.weights.quantized import QuantizedWeight
 
 
-def clip_search_of(config: WeightsConfig) -> ClipSearch | None:
-    """Return the clip search a config asks for, or None."""
-    if not config.clip_search:
-        return None
-    return ClipSearch(config.clip_norm, config.clip_grid, config.clip_max_shrink)
-
-
 def weight_grid(format: TensorQuant) -> Grid:
     return Grid(format.bits, format.symmetric)
 
@@ -30,8 +23,16 @@ def round_to_nearest(
     return QuantizedWeight(levels, scale.squeeze(-1), zero.squeeze(-1), grid)
 
 
+def search_ratios(weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> torch.Tensor:
+    """Return the clip ratios that a config asks for: (out, in/g, 1)."""
+    search = None
+    if config.clip_search:
+        search = ClipSearch(config.clip_norm, config.clip_grid, config.clip_max_shrink)
+    ratios = search_clip(weight, weight_grid(format), format.group_size, search)
+    return ratios * format.clip_ratio
+
+
 def rtn(weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> QuantizedWeight:
     """Quantize a weight (out, in) to nearest after its clip search, in float32."""
     weight = weight.detach().float()
-    clip = search_clip(weight, weight_grid(format), format.group_size, clip_search_of(config))
-    return round_to_nearest(weight, format, clip * format.clip_ratio)
+    return round_to_nearest(weight, format, search_ratios(weight, format, config))

@@ -105,10 +105,16 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model):
     assert {"loss", "lr", "grad_norm", "alpha/r1", "capped/r2", "orthogonality/r1"} <= set(curve[0])
 
 
+@pytest.mark.parametrize("lr_clip", [0.0, 0.05])
 @pytest.mark.parametrize("optimizer", ["cayley_sgd", "riemannian_sgd", "riemannian_adam"])
-def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer):
+def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer, lr_clip):
     learn = LearnConfig(
-        **SETTINGS, quantize_weights=True, optimizer=optimizer, momentum=0.5, lr=0.01
+        **SETTINGS,
+        quantize_weights=True,
+        optimizer=optimizer,
+        momentum=0.5,
+        lr=0.01,
+        lr_clip=lr_clip,
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     whole, _ = make_learner(make_model, learn, quant, KVConfig())
@@ -124,6 +130,9 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer):
     assert resumed == curve
     assert torch.equal(second.result().r1, whole.result().r1)
     assert torch.equal(second.result().r2, whole.result().r2)
+    assert second.clips().keys() == whole.clips().keys()
+    assert all(torch.equal(second.clips()[k], v) for k, v in whole.clips().items())
+    assert bool(whole.clips()) == bool(lr_clip)
 
 
 def test_only_the_chosen_rotations_move(make_model):

@@ -16,7 +16,7 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32):
     networks = Networks(lambda: make_model(dtype), quant, KVConfig())
     dimensions = dimensions_of(make_model().config)
     rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig())
+    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
     return networks, rotations, weights
 
 
