@@ -27,6 +27,6 @@ def set_arithmetic(runtime: RuntimeConfig) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # it would also fill every new tensor, which costs time and hides nothing here
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
