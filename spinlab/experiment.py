@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from spinlab.config import Config
 from spinlab.device import set_arithmetic
-from spinlab.measure import evaluate, handoff_error, outliers
+from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
@@ -27,6 +28,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     """
     start = time.perf_counter()
     set_arithmetic(config.runtime)
+    disable_progress_bar()  # of loading a checkpoint, which happens once per network
     record = Record(config, overrides, environment())
     record.save()
     trackers = make_trackers(config, record.key, record.folder)
@@ -39,6 +41,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     artifacts: list[Path] = []
     pipeline = Pipeline(config, on_step)
     try:
+        prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
         _evaluations(pipeline, record)
         figures.append(_outliers(pipeline, record))

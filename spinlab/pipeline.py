@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,40 +77,48 @@ class Pipeline:
     # the text -------------------------------------------------------------------------------
 
     @cached_property
-    def tokens(self) -> tuple[Path, str]:
-        """A file with the calibration tokens and the evaluation windows, and its key."""
-        data, evaluate = self.config.data, self.config.eval
-        names = {data.calibration, *data.evaluation}
-        texts = {name: read_text(name) for name in sorted(names)}
-        digests = {n: [hashlib.sha256(t.encode()).hexdigest() for t in texts[n]] for n in texts}
-        depends = [
-            self.source["digest"],
-            plain(data),
-            digests,
-            evaluate.window,
-            evaluate.max_windows,
-        ]
+    def calibration(self) -> tuple[Path, str]:
+        """A file with the calibration tokens, and its key."""
+        name = self.config.data.calibration
 
-        tokenizer = self.tokenizer  # a packaged model is converted first, as a stage of its own
+        texts = {name: read_text(name)[0]}
+        return self._tokenized("calibration", texts, [], lambda name, ids: ids)
+
+    @cached_property
+    def evaluation(self) -> tuple[Path, str]:
+        """A file with the evaluation windows of every text, and its key."""
+        window, most = self.config.eval.window, self.config.eval.max_windows
+        texts = {name: read_text(name)[1] for name in self.config.data.evaluation}
+
+        def windows(name: str, ids: torch.Tensor) -> torch.Tensor:
+            return fixed_windows(ids, window, most, name).contiguous()
+
+        return self._tokenized("evaluation", texts, [window, most], windows)
+
+    def _tokenized(
+        self,
+        stage: str,
+        texts: dict[str, str],
+        settings: list,
+        cut: Callable[[str, torch.Tensor], torch.Tensor],
+    ) -> tuple[Path, str]:
+        """Keep the tokens of named texts as one file, apart from what else they are used for."""
+        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        source = self.source["digest"]  # a model that cannot be had fails here
+        tokenizer = self.tokenizer  # and a packaged one is converted, as a stage of its own
 
         def work(out: Path) -> None:
-            rows = {"calibration": tokenize(texts[data.calibration][0], tokenizer)}
-            for name in data.evaluation:
-                ids = tokenize(texts[name][1], tokenizer)
-                windows = fixed_windows(ids, evaluate.window, evaluate.max_windows, name)
-                rows[f"evaluation.{name}"] = windows.contiguous()
+            rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
             save_file(rows, out / "tokens.safetensors")
 
-        folder, key = self.stages.run("tokens", depends, work)
+        folder, key = self.stages.run(stage, [source, digests, settings], work)
         return folder / "tokens.safetensors", key
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""
-        with safe_open(self.tokens[0], framework="pt") as file:
-            ids = file.get_tensor("calibration")
-        return random_windows(
-            ids, length, count, self.generator(purpose), self.config.data.calibration
-        )
+        name = self.config.data.calibration
+        ids = load_file(self.calibration[0])[name]
+        return random_windows(ids, length, count, self.generator(purpose), name)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return an independent random stream per purpose."""
@@ -123,7 +130,7 @@ class Pipeline:
     @cached_property
     def initial(self) -> tuple[Path, str]:
         """The initial rotations, once they have passed the invariance gate."""
-        depends = [self.source, self.tokens[1], plain(self.config.rotation), self.config.seed]
+        depends = [self.source, self.calibration[1], plain(self.config.rotation), self.config.seed]
 
         def work(out: Path) -> None:
             original = self.original()
@@ -154,7 +161,8 @@ class Pipeline:
         if config.learn.steps == 0:
             return self.initial
         loop = [config.quant, config.kv, config.weights if config.learn.quantize_weights else None]
-        depends = [self.initial[1], self.tokens[1], plain(config.learn), plain(loop), config.seed]
+        settings = {k: v for k, v in plain(config.learn).items() if k != "save_every"}
+        depends = [self.initial[1], self.calibration[1], settings, plain(loop), config.seed]
         folder, key = self.stages.run("learn", depends, self._learn)
         return folder, key
 
@@ -213,7 +221,7 @@ class Pipeline:
         rotations, rotation_key = self.rotation_of(variant)
         depends = [self.source, rotation_key, plain(config), plain(self.config.quant.weights)]
         if config.method == "gptq":
-            depends += [self.tokens[1], self.config.seed]
+            depends += [self.calibration[1], self.config.seed]
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)

@@ -91,9 +91,7 @@ def test_the_same_seed_gives_the_same_record_from_scratch(finished, tmp_path):
 
 def test_another_evaluation_does_not_learn_again(finished):
     folder, _, _ = finished
-    process = start(folder, *FAST, "eval.batch=2", "eval.variants=[fp,fake]")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    _, output = run(folder, *FAST, "eval.window=64", "eval.batch=2", "eval.variants=[fp,fake]")
     assert "learn        cached" in output
     assert "eval-fake    done" in output
 
@@ -167,4 +165,4 @@ def test_a_failed_stage_keeps_what_was_finished(tmp_path):
     (path,) = (tmp_path / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
     assert record["status"].startswith("failed: InputError")
-    assert [stage["name"] for stage in record["stages"]][:2] == ["tokens", "rotate"]
+    assert {"evaluation", "rotate"} <= {stage["name"] for stage in record["stages"]}

