@@ -8,38 +8,14 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from spinlab.errors import InputError
+from spinlab.limits import at_least, bits, choice, positive, ratio
 
 ROTATION_KINDS = ("none", "identity", "random", "hadamard")
 OPTIMIZERS = ("cayley_sgd", "riemannian_sgd", "riemannian_adam")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rtn", "gptq")
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("auto", "cpu", "reference")
 VARIANTS = ("fp", "rtn", "init", "fake", "int4")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}")
-
-
-def _bits(name: str, value: int) -> None:
-    if not 2 <= value <= 16:
-        raise InputError(f"{name}={value} is out of range: bits go from 2 to 16 (16 = off)")
-
-
-def _ratio(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise InputError(f"{name}={value} is out of range: a clip ratio lies in (0, 1]")
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise InputError(f"{name}={value} must be positive")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if value < 0:
-        raise InputError(f"{name}={value} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -59,10 +35,15 @@ class ModelConfig:
     dtype: str = "float32"  # what the networks run in; fusing is always float64
 
     def __post_init__(self) -> None:
-        _choice("model.weights", self.weights, ("pretrained", "random"))
-        _choice("model.dtype", self.dtype, ("float32", "float64", "bfloat16"))
+        choice("model.weights", self.weights, ("pretrained", "random"))
+        choice("model.dtype", self.dtype, ("float32", "float64", "bfloat16"))
         if self.weights == "pretrained" and not (self.path or self.package or self.hub):
             raise InputError("no model is named: set model.path, model.hub or model.package")
+        if self.hub and self.package and not self.path:
+            raise InputError(
+                f"model.hub={self.hub} and model.package={self.package} name two models: "
+                "set one of them to null"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +65,7 @@ class RotationConfig:
 
     def __post_init__(self) -> None:
         for name in ("r1", "r2", "r3", "r4"):
-            _choice(f"rotation.{name}", getattr(self, name), ROTATION_KINDS)
+            choice(f"rotation.{name}", getattr(self, name), ROTATION_KINDS)
 
 
 @dataclass(frozen=True)
@@ -111,20 +92,26 @@ class LearnConfig:
     save_every: int = 5
 
     def __post_init__(self) -> None:
-        _not_negative("learn.steps", self.steps)
-        _not_negative("learn.lr_clip", self.lr_clip)
+        at_least("learn.steps", self.steps, 0)
+        at_least("learn.lr_clip", self.lr_clip, 0)
         for name in ("batch", "micro_batch", "clip_refresh", "lr", "project_every", "save_every"):
-            _positive(f"learn.{name}", getattr(self, name))
-        if self.sequence_length < 2:
-            raise InputError(f"learn.sequence_length={self.sequence_length}: at least 2 tokens")
+            positive(f"learn.{name}", getattr(self, name))
+        at_least("learn.sequence_length", self.sequence_length, 2)
+        at_least("learn.warmup", self.warmup, 0)
+        positive("learn.lr_r2", self.lr_r2)
+        positive("learn.max_grad_norm", self.max_grad_norm)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"learn.momentum={self.momentum} must lie in [0, 1)")
+        if self.momentum and self.optimizer == "riemannian_adam":
+            raise InputError("learn.momentum has no meaning with riemannian_adam: set it to 0")
         if self.batch % self.micro_batch:
             raise InputError(
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
-        _choice("learn.optimizer", self.optimizer, OPTIMIZERS)
-        _choice("learn.schedule", self.schedule, SCHEDULES)
+        choice("learn.optimizer", self.optimizer, OPTIMIZERS)
+        choice("learn.schedule", self.schedule, SCHEDULES)
         for name in self.rotations:
-            _choice("learn.rotations", name, ("r1", "r2"))
+            choice("learn.rotations", name, ("r1", "r2"))
 
 
 @dataclass(frozen=True)
@@ -134,7 +121,7 @@ class TensorQuant:
     bits: int = 4
     symmetric: bool = False
     group_size: int = 0
-    clip_ratio: float = 1.0  # of the range that is kept; weights search theirs instead
+    clip_ratio: float = 1.0  # of the range that is kept; for weights on top of their clip search
 
 
 @dataclass(frozen=True)
@@ -148,9 +135,9 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name in ("weights", "activations"):
             tensor: TensorQuant = getattr(self, name)
-            _bits(f"quant.{name}.bits", tensor.bits)
-            _ratio(f"quant.{name}.clip_ratio", tensor.clip_ratio)
-            _not_negative(f"quant.{name}.group_size", tensor.group_size)
+            bits(f"quant.{name}.bits", tensor.bits)
+            ratio(f"quant.{name}.clip_ratio", tensor.clip_ratio)
+            at_least(f"quant.{name}.group_size", tensor.group_size, 0)
 
 
 @dataclass(frozen=True)
@@ -169,9 +156,11 @@ class WeightsConfig:
     act_order: bool = False
 
     def __post_init__(self) -> None:
-        _choice("weights.method", self.method, METHODS)
+        choice("weights.method", self.method, METHODS)
         for name in ("clip_norm", "clip_grid", "samples", "block_size", "percdamp"):
-            _positive(f"weights.{name}", getattr(self, name))
+            positive(f"weights.{name}", getattr(self, name))
+        at_least("weights.sequence_length", self.sequence_length, 2)
+        at_least("weights.clip_grid*clip_max_shrink", self.clip_grid * self.clip_max_shrink, 1)
         if not 0 < self.clip_max_shrink < 1:
             raise InputError(f"weights.clip_max_shrink={self.clip_max_shrink} must lie in (0, 1)")
 
@@ -188,12 +177,12 @@ class KVConfig:
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
-            bits = getattr(self, name)
-            _bits(f"kv.{name}", bits)
-            if 8 < bits < 16:
-                raise InputError(f"kv.{name}={bits}: the cache stores 2 to 8 bits, or 16 (off)")
-        _ratio("kv.clip_ratio", self.clip_ratio)
-        _not_negative("kv.group_size", self.group_size)
+            value = getattr(self, name)
+            bits(f"kv.{name}", value)
+            if 8 < value < 16:
+                raise InputError(f"kv.{name}={value}: the cache stores 2 to 8 bits, or 16 (off)")
+        ratio("kv.clip_ratio", self.clip_ratio)
+        at_least("kv.group_size", self.group_size, 0)
 
 
 @dataclass(frozen=True)
@@ -201,11 +190,12 @@ class RuntimeConfig:
     """Choose where it runs: device, integer back end, CPU threads (0 = all)."""
 
     device: str = "auto"
-    backend: str = "cpu"
+    backend: str = "auto"  # auto: cpu on a CPU, the exact float product elsewhere
     threads: int = 0
 
     def __post_init__(self) -> None:
-        _choice("runtime.backend", self.backend, BACKENDS)
+        choice("runtime.backend", self.backend, BACKENDS)
+        at_least("runtime.threads", self.threads, 0)
 
 
 @dataclass(frozen=True)
@@ -224,14 +214,15 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for name in self.variants:
-            _choice("eval.variants", name, VARIANTS)
+            choice("eval.variants", name, VARIANTS)
         for name in self.task_variants:
-            _choice("eval.task_variants", name, VARIANTS)
-        _choice("eval.task_source", self.task_source, ("packaged", "hub"))
-        if self.window < 2:
-            raise InputError(f"eval.window={self.window}: at least 2 tokens")
-        _positive("eval.batch", self.batch)
-        _positive("eval.task_batch", self.task_batch)
+            choice("eval.task_variants", name, VARIANTS)
+        choice("eval.task_source", self.task_source, ("packaged", "hub"))
+        at_least("eval.window", self.window, 2)
+        positive("eval.max_windows", self.max_windows)
+        at_least("eval.limit", self.limit, 2)  # one question has no standard error
+        positive("eval.batch", self.batch)
+        positive("eval.task_batch", self.task_batch)
 
 
 @dataclass(frozen=True)
@@ -241,7 +232,7 @@ class WandbConfig:
     entity: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("tracker.wandb.mode", self.mode, ("online", "offline", "disabled"))
+        choice("tracker.wandb.mode", self.mode, ("online", "offline", "disabled"))
 
 
 @dataclass(frozen=True)
@@ -277,17 +268,19 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        learned_ranges = self.learn.lr_clip > 0
-        if learned_ranges and not (self.learn.quantize_weights and self.weights.method == "rtn"):
+        quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
+        if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(
                 f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
-                "learn.quantize_weights=true and weights=rtn, or set it to 0"
+                "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
             )
-        if "int4" in self.eval.variants and self.quant.weights.bits > 8:
-            raise InputError(
-                f"quant.weights.bits={self.quant.weights.bits} cannot run on integer kernels: "
-                "use at most 8 bits or leave int4 out of eval.variants"
-            )
+        for name in ("weights", "activations"):
+            count = getattr(self.quant, name).bits
+            if "int4" in self.eval.variants and count > 8 and (name, count) != ("activations", 16):
+                raise InputError(
+                    f"quant.{name}.bits={count} cannot run on integer kernels: "
+                    "use at most 8 bits or leave int4 out of eval.variants"
+                )
 
 
 def plain(config: Any) -> Any:

@@ -12,12 +12,21 @@ def choose_device(name: str) -> torch.device:
     """Return the device a config asks for; `auto` takes CUDA where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"runtime.device={name}: this machine has no CUDA device, use cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InputError(f"runtime.device={name} is unknown: use auto, cpu or cuda") from None
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdigit() or index == ""):
+        raise InputError(f"runtime.device={name} is unknown: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
+        raise InputError(f"runtime.device={name}: this machine has no such CUDA device, use cpu")
+    return torch.device(name)
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """Return the integer back end: `auto` is int8 on a CPU and exact floats elsewhere."""
+    if name == "auto":
+        return "cpu" if device.type == "cpu" else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise InputError(f"runtime.backend=cpu cannot run on {device}: use auto or reference")
+    return name
 
 
 def set_arithmetic(runtime: RuntimeConfig) -> None:

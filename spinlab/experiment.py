@@ -9,6 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from spinlab.config import Config
+from spinlab.data.text import label
 from spinlab.device import set_arithmetic
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
@@ -16,9 +17,11 @@ from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
 from spinlab.track.environment import environment
 from spinlab.track.record import Record
-from spinlab.track.trackers import make_trackers
+from spinlab.track.trackers import Tracker, finish_all, make_trackers
 
 log = logging.getLogger(__name__)
+
+_SMALL_GAIN = 0.05  # of perplexity
 
 
 def run(config: Config, overrides: list[str]) -> Record:
@@ -29,17 +32,18 @@ def run(config: Config, overrides: list[str]) -> Record:
     start = time.perf_counter()
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
-    record = Record(config, overrides, environment())
-    record.save()
-    trackers = make_trackers(config, record.key, record.folder)
+    trackers: list[Tracker] = []
 
     def on_step(step: int, values: dict[str, float]) -> None:
         for tracker in trackers:
             tracker.log(step, values)
 
+    pipeline = Pipeline(config, on_step)
+    record = Record(config, overrides, environment())
+    record.save()
+    trackers += make_trackers(config, record.key, record.folder)
     figures: list[Path] = []
     artifacts: list[Path] = []
-    pipeline = Pipeline(config, on_step)
     try:
         prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
@@ -52,8 +56,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     finally:
         record.stages = pipeline.stages.as_json()
         path = record.save()
-        for tracker in trackers:
-            tracker.finish(record.metrics, figures, artifacts)
+        finish_all(trackers, record.metrics, figures, artifacts)
     _show(record, path, time.perf_counter() - start)
     return record
 
@@ -87,10 +90,27 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
     for variant in record.config.eval.variants:
         record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)
-    for text in record.config.data.evaluation:
+    for text in map(label, record.config.data.evaluation):
         both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
         if both[0] is not None and both[1] is not None:
             record.metrics[f"gap/{text}"] = both[0] / both[1] - 1
+        _gain(record, text)
+
+
+def _gain(record: Record, text: str) -> None:
+    """Record by how much learning lowered perplexity, and say so where it did not matter."""
+    start, end = (record.metrics.get(f"ppl/{text}/{v}") for v in ("init", "fake"))
+    if start is None or end is None or record.config.learn.steps == 0:
+        return
+    record.metrics[f"learn/gain/{text}"] = 1 - end / start
+    if end > (1 - _SMALL_GAIN) * start:
+        log.warning(
+            "learning moved %s perplexity only from %.2f to %.2f: from this start, with these "
+            "settings, it did not matter",
+            text,
+            start,
+            end,
+        )
 
 
 def _outliers(pipeline: Pipeline, record: Record) -> Path:

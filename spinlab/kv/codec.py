@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero, zero_point
+from spinlab.quant.affine import (
+    Grid,
+    at_least_float32,
+    decode,
+    encode,
+    extremes,
+    scale_and_zero,
+    zero_point,
+)
 from spinlab.quant.pack import pack_nibbles, unpack_nibbles
 
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
@@ -47,7 +55,8 @@ class AffineCodec:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
-        return self._decode(*self._levels(x), x.dtype)
+        levels, scale, zero = self._levels(x)
+        return self._decode(levels, scale, zero, x.dtype)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
@@ -68,17 +77,18 @@ class AffineCodec:
             levels = unpack_nibbles(packed, self.grid.symmetric)
         else:
             levels = packed.view(torch.int8) if self.grid.symmetric else packed
-        grouped = levels.to(dtype).unflatten(-1, (self.groups, -1))
-        scale = scale_bytes.contiguous().view(torch.float16).to(dtype)[..., None]
-        zero = zero.to(dtype)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
+        wide = torch.promote_types(dtype, torch.float32)
+        grouped = levels.to(wide).unflatten(-1, (self.groups, -1))
+        scale = scale_bytes.contiguous().view(torch.float16).to(wide)[..., None]
+        zero = zero.to(wide)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
         return self._decode(grouped, scale, zero, dtype)
 
     def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return levels (..., groups, g) with the scale that float16 stores, and its zero."""
-        grouped, lowest, highest = extremes(x, self.group_size)
+        grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
         lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
         scale, _ = scale_and_zero(lowest, highest, self.grid)
-        scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float16).to(x.dtype)
+        scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float16).to(grouped.dtype)
         zero = torch.zeros_like(scale)
         if not self.grid.symmetric:
             zero = zero_point(lowest.clamp(max=0), scale).clamp_(0, self.grid.highest)

@@ -6,22 +6,18 @@ back to the rotations in closed form. The embedding and the head stay in their o
 their output and input instead, which is the same function and touches no vocabulary-sized matrix.
 """
 
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import geoopt
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.errors import InputError
 from spinlab.learn.cayley import CayleySGD
 from spinlab.learn.ranges import ClipRatios, rounding_gradient
 from spinlab.learn.schedule import rate_at
@@ -30,8 +26,6 @@ from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.rtn import round_to_nearest, search_ratios
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -130,7 +124,10 @@ class RotationLearner:
         most = self.learn.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.parameters, float("inf") if most is None else most)
         if not (loss == loss and norm.isfinite()):
-            raise FloatingPointError(f"learning diverged at step {index}: loss {loss}")
+            raise InputError(
+                f"learning diverged at step {index} (loss {loss}): lower learn.lr or learn.lr_r2, "
+                "or set learn.max_grad_norm"
+            )
         rate = rate_at(self.learn, index)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
@@ -254,22 +251,6 @@ class RotationLearner:
                 kind = "tensor" if isinstance(value, torch.Tensor) else "number"
                 tensors[f"optimizer.{group['name']}.{kind}.{key}"] = torch.as_tensor(value)
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-    def save_progress(self, path: Path, curve: list[dict[str, float]]) -> None:
-        """Write state and curve so far in one atomic file."""
-        temporary = path.with_suffix(".tmp")
-        save_file(self.state(), temporary, metadata={"curve": json.dumps(curve)})
-        temporary.replace(path)
-
-    def resume(self, path: Path) -> list[dict[str, float]]:
-        """Continue from saved progress, if any; return the curve so far."""
-        if not path.exists():
-            return []
-        with safe_open(path, framework="pt") as file:
-            curve = json.loads(file.metadata()["curve"])
-            self.load_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        log.info("learning resumes after step %d", len(curve))
-        return curve
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:

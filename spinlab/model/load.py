@@ -46,7 +46,12 @@ def _folder_digests(folder: Path) -> dict[str, str]:
     if not (folder / "config.json").is_file():
         raise InputError(f"model.path={folder} holds no config.json: give a checkpoint folder")
     family_of(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"model.path={folder} holds no *.safetensors: pickled weights are not read"
+        )
+    kinds = (".safetensors", ".json", ".model", ".txt")  # weights, settings, tokenizers
+    files = sorted(f for f in folder.iterdir() if f.suffix in kinds)
     return {file.name: file_digest(file) for file in files}
 
 
@@ -60,7 +65,12 @@ def _hub_commit(hub: str, revision: str) -> str:
             "or set model.path=/a/local/folder, or model.weights=random for shapes only"
         ) from error
     family_of(found.model_type)
-    return getattr(found, "_commit_hash", None) or revision
+    commit = getattr(found, "_commit_hash", None)
+    if commit is None:
+        raise InputError(
+            f"{hub} at {revision} has no commit to cite: use model.path for local files"
+        )
+    return commit
 
 
 def convert_gguf(config: ModelConfig, folder: Path) -> None:
@@ -85,9 +95,10 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
     if config.weights == "random":
         model = random_model(config, seed)
     else:
-        where = _checkpoint(config, converted)
-        revision = {} if converted or config.path else {"revision": config.revision}
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **revision)
+        where, revision = _checkpoint(config, converted)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, revision=revision, use_safetensors=True
+        )
     family = family_of(model.config.model_type)
     if dtype == torch.float64:
         exact_norms(model, family)
@@ -104,17 +115,19 @@ def exact_norms(model: PreTrainedModel, family: Family) -> None:
         parent.set_submodule(name, exact)
 
 
-def _checkpoint(config: ModelConfig, converted: Path | None) -> str | Path:
-    """Return what `from_pretrained` takes: a folder, or a hub id."""
-    return converted or config.path or config.hub or ""
+def _checkpoint(config: ModelConfig, converted: Path | None) -> tuple[str | Path, str]:
+    """Return what `from_pretrained` takes: a folder, or a hub id with the commit it stands at."""
+    if converted or config.path:
+        return converted or Path(config.path or "").expanduser(), "main"
+    return config.hub or "", _hub_commit(config.hub or "", config.revision)
 
 
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; random models read bytes."""
     if config.weights == "random":
         return byte_tokenizer()
-    where = _checkpoint(config, converted)
-    return AutoTokenizer.from_pretrained(where, revision=config.revision)
+    where, revision = _checkpoint(config, converted)
+    return AutoTokenizer.from_pretrained(where, revision=revision)
 
 
 def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:

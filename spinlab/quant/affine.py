@@ -72,6 +72,11 @@ def decode(
     return levels * scale if grid.symmetric else (levels - zero).mul_(scale)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return x in float32 or wider: 16-bit floats cannot hold levels, TIE and scales apart."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def extremes(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """View the last dimension in groups and return (grouped x, minimum, maximum per group).
 

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from spinlab.errors import InputError
-from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
+from spinlab.quant.affine import (
+    Grid,
+    at_least_float32,
+    decode,
+    encode,
+    extremes,
+    scale_and_zero,
+)
 from spinlab.rotation.online import OnlineRotation
 
 T = TypeVar("T")
@@ -40,17 +47,17 @@ class TokenQuantizer:
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
-        grouped, lowest, highest = extremes(x, self.group_size)
+        grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
         scale, zero = scale_and_zero(lowest * self.clip_ratio, highest * self.clip_ratio, self.grid)
         return Encoded(encode(grouped, scale, zero, self.grid), scale, zero)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
-        """Return the floats (..., C) that encoded levels stand for."""
+        """Return the floats (..., C) that encoded levels stand for, in the scale's dtype."""
         return decode(*encoded, self.grid).flatten(-2)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), with a straight-through gradient."""
-        return StraightThrough.apply(x, lambda t: self.decode(self.encode(t)))  # type: ignore[no-any-return]
+        return StraightThrough.apply(x, lambda t: self.decode(self.encode(t)).to(t.dtype))  # type: ignore[no-any-return]
 
 
 def check_group(setting: str, group_size: int, width: int, where: str) -> None:

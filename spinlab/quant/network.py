@@ -55,7 +55,7 @@ def token_quantizer(
     width = input_width(model, seam)
     group = tensor.group_size
     if seam.reads == "R2" and config.o_proj_per_head:
-        group = dimensions.head_dim
+        group = min(group or dimensions.head_dim, dimensions.head_dim)
     check_group("quant.activations.group_size", group, width, seam.name)
     return TokenQuantizer(Grid(tensor.bits, tensor.symmetric), group, tensor.clip_ratio)
 

@@ -11,8 +11,8 @@ class OnlineRotation(nn.Module):
     """Turn the last dimension by x ↦ x·(A ⊗ B), with A (a, a), B (b, b) and width a·b.
 
     Two small dense products cost a + b multiplications per entry instead of a·b; a Hadamard
-    matrix of any order splits that way, a dense rotation is A = 1. The factors are kept in
-    float64 and cast to the input's dtype once.
+    matrix of any order splits that way, a dense rotation is A = 1. Products are taken in float32
+    or wider: the entries of a Hadamard factor, rounded to 16 bits, would all be off one way.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -28,15 +28,17 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x: (..., width)."""
-        key = (x.dtype, x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (dtype, x.device)
         if key not in self._cast:
-            self._cast[key] = (self.left.to(x.device, x.dtype), self.right.to(x.device, x.dtype))
+            self._cast[key] = (self.left.to(x.device, dtype), self.right.to(x.device, dtype))
         left, right = self._cast[key]
+        wide = x.to(dtype)
         if left.shape[0] == 1:
-            return x @ right
+            return (wide @ right).to(x.dtype)
         # a row x, read as X (a, b), becomes Aᵀ X B
-        turned = left.mT @ (x.unflatten(-1, (left.shape[0], right.shape[0])) @ right)
-        return turned.flatten(-2)
+        turned = left.mT @ (wide.unflatten(-1, (left.shape[0], right.shape[0])) @ right)
+        return turned.flatten(-2).to(x.dtype)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix A ⊗ B: (width, width), float64."""

@@ -11,6 +11,7 @@ adds to an output
 import torch
 from torch import nn
 
+from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath
 from spinlab.runtime.kernels import Matmul
 from spinlab.weights.quantized import QuantizedWeight
@@ -32,15 +33,17 @@ class IntegerLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        dtype = torch.promote_types(dtype, torch.float32)  # of the epilogue; outputs follow inputs
         assert weight.grid.bits <= 8, "integer kernels take weights of at most 8 bits"
         assert path.quantizer is not None, "integer kernels take quantized inputs"
-        # an asymmetric 8-bit grid reaches 255: shift levels and zero points into int8
-        shift = 0 if weight.grid.symmetric or weight.grid.bits < 8 else 128
+        shift = _into_int8(weight.grid)
+        self.shift = _into_int8(path.quantizer.grid)
         self.path, self.matmul, self.symmetric = path, matmul, weight.grid.symmetric
         self.out_features, width = weight.levels.shape
         input_group = path.quantizer.group_size or width
-        self.block = min(input_group, width // weight.groups)
-        assert input_group % self.block == 0, "the groups of weights and inputs do not nest"
+        fine, coarse = sorted((input_group, width // weight.groups))
+        assert coarse % fine == 0, "the groups of weights and inputs do not nest"
+        self.block = fine
         blocks = (weight.levels - shift).to(torch.int8).split(self.block, dim=1)
         self.levels = nn.ParameterList(
             nn.Parameter(block.contiguous(), requires_grad=False) for block in blocks
@@ -62,7 +65,7 @@ class IntegerLinear(nn.Module):
         if not self.symmetric:
             sums = levels.sum(-1).to(s.dtype)
             out -= (s * sums - self.block * sz) @ self.scaled_zero
-        integers = levels.to(self._kind)
+        integers = levels.to(torch.int8)
         for index, weight in enumerate(self.levels):
             products = self.matmul(integers[:, index].contiguous(), weight).to(s.dtype)
             out.addcmul_(products.mul_(s[:, index, None]), self.scale[index])
@@ -76,11 +79,12 @@ class IntegerLinear(nn.Module):
         blocks = levels.flatten(1).unflatten(1, (-1, self.block))
         repeats = blocks.shape[1] // scale.shape[1]
         scale, zero = (t.squeeze(-1).repeat_interleave(repeats, dim=1) for t in (scale, zero))
+        if self.shift:
+            blocks, zero = blocks - self.shift, zero - self.shift
         scale = scale.to(self.scale.dtype)
         return blocks, scale, scale * zero
 
-    @property
-    def _kind(self) -> torch.dtype:
-        quantizer = self.path.quantizer
-        assert quantizer is not None
-        return torch.int8 if quantizer.grid.symmetric else torch.uint8
+
+def _into_int8(grid: Grid) -> int:
+    """Return what levels and zero points are shifted down by: an asymmetric byte reaches 255."""
+    return 0 if grid.highest <= 127 else 128

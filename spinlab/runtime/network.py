@@ -24,22 +24,26 @@ def insert_integer_linears(
 ) -> None:
     """Swap every rotated linear for its integer twin, in place.
 
-    With 16-bit activations there are no integers to multiply: such linears hold the dequantized
-    weight instead.
+    Where activations or weights have more than 8 bits there are no integers to multiply: such
+    linears hold the dequantized weight, or their own where none is given.
     """
     family = family_of(model.config.model_type)
     paths = input_paths(model, rotations.r4, quant)
     for index, layer in enumerate(layers_of(model)):
         for seam in family.seams:
             linear = linear_at(layer, seam.name)
-            weight = weights[f"{family.layers}.{index}.{seam.name}"]
+            weight = weights.get(f"{family.layers}.{index}.{seam.name}")
             path = paths[index][seam.group]
             layer.set_submodule(seam.name, _linear(linear, weight, path, backend))
 
 
-def _linear(linear: nn.Linear, weight: QuantizedWeight, path: InputPath, backend: str) -> nn.Module:
+def _linear(
+    linear: nn.Linear, weight: QuantizedWeight | None, path: InputPath, backend: str
+) -> nn.Module:
     dtype, device = linear.weight.dtype, linear.weight.device
-    if path.quantizer is None or path.quantizer.grid.bits > 8:
+    if weight is None:
+        return FakeQuantLinear(linear, path)
+    if path.quantizer is None or max(path.quantizer.grid.bits, weight.grid.bits) > 8:
         linear.weight = nn.Parameter(weight.dequantize(dtype).to(device), requires_grad=False)
         return FakeQuantLinear(linear, path)
     integer = IntegerLinear(weight, linear.bias, path, KERNELS[backend], dtype)

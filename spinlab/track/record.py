@@ -1,14 +1,12 @@
 """The record: runs/<experiment>/<key>/record.json, the only source of a number."""
 
-import logging
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.stage import content_key, write_json
-
-log = logging.getLogger(__name__)
 
 SCHEMA = 1
 _NOT_IN_KEY = ("paths", "tracker", "runtime")
@@ -47,7 +45,7 @@ class Record:
             "experiment": self.config.name,
             "key": self.key,
             "config": settings,
-            "overrides": self.overrides,
+            "overrides": [o for o in self.overrides if not o.startswith("paths.")],
             "environment": self.environment,
             "stages": self.stages,
             "metrics": self.metrics,
@@ -55,8 +53,20 @@ class Record:
         }
 
     def save(self) -> Path:
-        """Write record.json and return its path."""
+        """Write record.json and return its path.
+
+        A complete record is only replaced by a complete one: until then a run that repeats it
+        writes unfinished.json beside it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "record.json"
+        path, unfinished = self.folder / "record.json", self.folder / "unfinished.json"
+        if self.status != "complete" and _is_complete(path):
+            write_json(unfinished, self.as_json())
+            return unfinished
         write_json(path, self.as_json())
+        unfinished.unlink(missing_ok=True)
         return path
+
+
+def _is_complete(path: Path) -> bool:
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "complete"

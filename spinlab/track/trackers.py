@@ -1,14 +1,18 @@
 """Trackers: metrics.jsonl always, W&B and TensorBoard as mirrors.
 
-A tracker that fails must not take a finished run with it, but says so once.
+A mirror that cannot start is a mistake in the settings; one that fails later must not take a
+finished run with it (`finish_all`).
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -24,18 +28,20 @@ class Tracker(Protocol):
 
 
 class LocalTracker:
-    """Write one JSON line per step to metrics.jsonl."""
+    """Write one JSON line per step to metrics.jsonl, as it happens."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._lines: list[str] = []
+        self._started = False
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._lines.append(json.dumps({"step": step, **values}, sort_keys=True))
+        line = json.dumps({"step": step, **values}, sort_keys=True)
+        with self._path.open("a" if self._started else "w", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._started = True
 
     def finish(self, metrics: dict[str, float], figures: list[Path], artifacts: list[Path]) -> None:
-        self._path.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
+        pass
 
 
 class WandbTracker:
@@ -44,6 +50,8 @@ class WandbTracker:
     def __init__(self, config: Config, key: str, folder: Path) -> None:
         import wandb
 
+        settings = plain(config)
+        del settings["paths"]
         self._run = wandb.init(
             project=config.tracker.wandb.project,
             entity=config.tracker.wandb.entity,
@@ -52,7 +60,7 @@ class WandbTracker:
             id=key,
             resume="allow",
             dir=str(folder),
-            config=plain(config),
+            config=settings,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
@@ -96,11 +104,25 @@ class TensorboardTracker:
         self._writer.close()
 
 
+def finish_all(
+    trackers: list[Tracker], metrics: dict[str, float], figures: list[Path], artifacts: list[Path]
+) -> None:
+    """Close every tracker; a mirror that fails is reported and the others go on."""
+    for tracker in trackers:
+        try:
+            tracker.finish(metrics, figures, artifacts)
+        except Exception as error:  # whatever a service may raise: the record is already safe
+            log.warning("%s could not finish: %s", type(tracker).__name__, error)
+
+
 def make_trackers(config: Config, key: str, folder: Path) -> list[Tracker]:
     """Start every tracker the config asks for; the local one comes first."""
     trackers: list[Tracker] = [LocalTracker(folder)]
     if config.tracker.tensorboard:
         trackers.append(TensorboardTracker(folder))
     if config.tracker.wandb.mode != "disabled":
-        trackers.append(WandbTracker(config, key, folder))
+        try:
+            trackers.append(WandbTracker(config, key, folder))
+        except Exception as error:  # no login, no network, no disk: all end here
+            raise InputError(f"W&B did not start ({error}): use tracker=offline or none") from error
     return trackers

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, WeightsConfig
+from spinlab.errors import InputError
 from spinlab.model.seams import Family, family_of, layers_of, linear_at, linears_of
 from spinlab.quant.inputs import check_group
-from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
+from spinlab.quant.network import FakeQuantLinear, insert_fake_quant, token_quantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.weights.gptq import Hessian, gptq
 from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
@@ -20,10 +21,18 @@ from spinlab.weights.rtn import round_to_nearest, rtn
 
 
 def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Raise InputError where the weight group size does not divide a linear's input."""
-    for name, _, _, linear in linears_of(model):
-        width = linear.weight.shape[1]
-        check_group("quant.weights.group_size", quant.weights.group_size, width, name)
+    """Raise InputError where weight groups do not tile an input, or not nest with the input's."""
+    for name, _, seam, linear in linears_of(model):
+        width, size = linear.weight.shape[1], quant.weights.group_size
+        check_group("quant.weights.group_size", size, width, name)
+        quantizer = token_quantizer(model, seam, quant)
+        of_input = (quantizer.group_size if quantizer else 0) or width
+        fine, coarse = sorted((size or width, of_input))
+        if coarse % fine:
+            raise InputError(
+                f"quant.weights.group_size={size} and groups of {of_input} inputs of {name} do "
+                "not nest: one must divide the other"
+            )
 
 
 def quantize_rtn(

@@ -31,9 +31,10 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the floats (out, in) that the levels stand for."""
-        grouped = self.levels.to(dtype).unflatten(1, (self.groups, -1))
-        scale, zero = self.scale.to(dtype)[..., None], self.zero.to(dtype)[..., None]
-        return decode(grouped, scale, zero, self.grid).flatten(1)
+        wide = torch.promote_types(dtype, torch.float32)
+        grouped = self.levels.to(wide).unflatten(1, (self.groups, -1))
+        scale, zero = self.scale.to(wide)[..., None], self.zero.to(wide)[..., None]
+        return decode(grouped, scale, zero, self.grid).flatten(1).to(dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored form: packed levels, scale, and zero where the grid has one."""
@@ -58,7 +59,12 @@ class QuantizedWeight:
 
 
 def effective_bits(weights: Mapping[str, QuantizedWeight]) -> float:
-    """Return stored bits per weight over all weights, scales and zero points counted."""
+    """Return stored bits per weight over all weights, scales and zero points counted.
+
+    No weights at all stand for a network whose weights stay 16-bit.
+    """
+    if not weights:
+        return 16.0
     stored = sum(
         t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
     )

@@ -28,6 +28,8 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32):
         QuantConfig(weights=TensorQuant(group_size=8), o_proj_per_head=False),
         QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=8)),
         QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=16)),
+        QuantConfig(weights=TensorQuant(bits=12, symmetric=True)),
+        QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(group_size=8)),
     ],
     ids=str,
 )
@@ -43,6 +45,32 @@ def test_emulated_and_integer_networks_agree_to_the_last_bit(make_model, ids):
     networks, rotations, weights = prepared(make_model)
     emulated = networks.emulated(rotations, weights)(ids).logits
     assert torch.equal(networks.integer(rotations, weights, "cpu")(ids).logits, emulated)
+
+
+def test_without_quantized_weights_the_network_keeps_its_own(make_model, ids):
+    quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
+    networks = Networks(lambda: make_model(), quant, KVConfig(16, 16))
+    _, rotations, _ = prepared(make_model)
+    found = networks.integer(rotations, {}, "cpu")(ids).logits
+    assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
+
+
+def test_bfloat16_networks_compute_levels_and_scales_in_float32(make_model, ids):
+    """bfloat16 cannot tell 7.5 from 7.5 + TIE, nor hold an accumulator: only activations that
+    pass between modules may be 16-bit."""
+    networks, rotations, weights = prepared(make_model, dtype=torch.bfloat16)
+    model = networks.integer(rotations, weights, "cpu")
+    linear = linear_at(model, "model.layers.0.mlp.down_proj")
+    assert linear.scale.dtype == torch.float32
+    x = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotated = rotations.r4(x.float()).bfloat16()
+    exact = linear.path.quantizer.round(rotated.float()).double()
+    dense = weights["model.layers.0.mlp.down_proj"].dequantize(torch.float64)
+    expected = exact @ dense.T
+    assert linear(x).dtype == torch.bfloat16
+    # one rounding to bfloat16, 2^-9, and no more
+    assert (linear(x).double() - expected).abs().max() < 2**-8 * expected.abs().max()
+    assert torch.equal(model(ids).logits, networks.emulated(rotations, weights)(ids).logits)
 
 
 def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):

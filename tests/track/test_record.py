@@ -32,3 +32,15 @@ def test_an_unfinished_record_is_readable(tmp_path):
     assert saved["status"] == "running"
     assert saved["metrics"] == {"ppl/wiki/fp": 9.0}
     assert path.parent == tmp_path / "custom" / record.key
+
+
+def test_a_complete_record_is_only_replaced_by_a_complete_one(tmp_path):
+    config = Config(paths=PathsConfig(runs=str(tmp_path)))
+    record = Record(config, [], {}, metrics={"ppl/wiki/fp": 9.0}, status="complete")
+    path = record.save()
+    again = Record(config, [], {})
+    assert again.save().name == "unfinished.json"
+    assert json.loads(path.read_text())["metrics"] == {"ppl/wiki/fp": 9.0}
+    again.status = "complete"
+    assert again.save() == path
+    assert not path.with_name("unfinished.json").exists()

@@ -1,0 +1,30 @@
+"""Checks of single settings: each raises InputError with the value, the limit and the fix."""
+
+from spinlab.errors import InputError
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}")
+
+
+def bits(name: str, value: int) -> None:
+    if not 2 <= value <= 16:
+        raise InputError(f"{name}={value} is out of range: bits go from 2 to 16 (16 = off)")
+
+
+def ratio(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise InputError(f"{name}={value} is out of range: a clip ratio lies in (0, 1]")
+
+
+def positive(name: str, value: float | None) -> None:
+    """None stands for a setting that is left out."""
+    if value is not None and not value > 0:
+        raise InputError(f"{name}={value} must be positive")
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """None stands for a setting that is left out."""
+    if value is not None and not value >= least:
+        raise InputError(f"{name}={value} must be at least {least}")
