@@ -52,25 +52,23 @@ def test_gptq_is_rtn_where_inputs_are_uncorrelated():
 
 
 def test_gptq_equals_the_brute_force_optimum_on_a_tiny_case():
-    """Two columns: rounding the first freely and the second optimally given the first is what
-    GPTQ does, and over all level pairs with that first level nothing is better."""
-    x = torch.tensor([[1.0, 0.9], [0.2, 0.4], [-0.7, -0.8]])
-    weight = torch.tensor([[0.83, -0.41], [0.37, 0.92], [-0.66, 0.17]])
+    """Of all 512 level triples of every row none changes the outputs less, where RTN's do more."""
+    x = torch.tensor([[0.5, 0.9, -0.2], [1.0, 1.8, -1.0], [-1.3, -1.1, 0.8]])
+    weight = torch.tensor([[0.39, -0.22, -0.32], [-1.21, 1.04, -0.63], [0.57, 0.54, -0.39]])
     format = TensorQuant(bits=3, symmetric=True)
     config = WeightsConfig(percdamp=1e-9, clip_search=False)
-    found = gptq(weight, hessian_of(x), format, config)
+    found, nearest = gptq(weight, hessian_of(x), format, config), rtn(weight, format, config)
+    rtn_was_worse = 0
     for row in range(3):
         scale, zero = found.scale[row], found.zero[row]
         errors = {}
-        for pair in itertools.product(range(-4, 4), repeat=2):
-            dense = decode(torch.tensor(pair, dtype=torch.float32), scale, zero, Grid(3, True))
-            errors[pair] = (x @ (dense - weight[row])).square().sum().item()
-        mine = tuple(found.levels[row].tolist())
-        best_given_first = min(e for pair, e in errors.items() if pair[0] == mine[0])
-        assert errors[mine] == pytest.approx(best_given_first, rel=1e-5)
-        assert mine[0] == round((weight[row, 0] / scale[0]).item())
-    total = [min(errors.values()) for errors in [errors]]
-    assert errors[mine] <= 1.5 * total[0] + 1e-6
+        for triple in itertools.product(range(-4, 4), repeat=3):
+            dense = decode(torch.tensor(triple, dtype=torch.float32), scale, zero, Grid(3, True))
+            errors[triple] = (x @ (dense - weight[row])).square().sum().item()
+        best = min(errors.values())
+        assert errors[tuple(found.levels[row].tolist())] == pytest.approx(best, rel=1e-5)
+        rtn_was_worse += errors[tuple(nearest.levels[row].tolist())] > 1.01 * best
+    assert rtn_was_worse == 2
 
 
 def test_gptq_follows_the_textbook_update():
