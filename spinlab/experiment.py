@@ -11,10 +11,12 @@ from transformers.utils.logging import disable_progress_bar
 from spinlab.config import Config
 from spinlab.data.text import label
 from spinlab.device import set_arithmetic
+from spinlab.export.transformed import save_transformed
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
+from spinlab.rotation.exchange import write_bin
 from spinlab.track.environment import environment
 from spinlab.track.record import Record
 from spinlab.track.trackers import Tracker, finish_all, make_trackers
@@ -47,6 +49,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     try:
         prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
+        export(pipeline)
         _evaluations(pipeline, record)
         figures.append(_outliers(pipeline, record))
         record.status = "complete"
@@ -81,6 +84,21 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
         }
     _save(pipeline, record)
     return learned / "rotations.safetensors"
+
+
+def export(pipeline: Pipeline) -> None:
+    """Write the files that the settings ask for: rotations, a transformed checkpoint."""
+    config = pipeline.config.export
+    rotations, _ = pipeline.rotation_of("fake")
+    if config.rotations:
+        path = Path(config.rotations).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bin(rotations, path) if path.suffix == ".bin" else rotations.save(path)
+        log.info("%-12s rotations in %s", "export", path)
+    if config.transformed:
+        model = pipeline.networks.stream_rotated(rotations)
+        folder = Path(config.transformed).expanduser()
+        save_transformed(model, pipeline.tokenizer, rotations, folder)
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:

@@ -115,7 +115,7 @@ _ROTATED = {"init": "init", "learned": "fake"}  # network of the figure -> varia
 def _parts(pipeline: Pipeline, variant: str) -> tuple[RotationSet, Mapping[str, QuantizedWeight]]:
     """Load a variant's rotations and weights; with 16-bit weights there are none of the latter."""
     rotations, _ = pipeline.rotation_of(variant)
-    if pipeline.config.quant.weights.bits == 16:
+    if not pipeline.config.quant.quantizes_weights:
         return rotations, {}
     return rotations, load_weights(pipeline.weights_of(variant)[0])
 
@@ -129,7 +129,7 @@ def _network_depends(pipeline: Pipeline, variant: str) -> list[Any]:
     """Name everything that a variant's network depends on."""
     config = pipeline.config
     depends: list[Any] = [pipeline.source]
-    if variant != "fp" and config.quant.weights.bits < 16:
+    if variant != "fp" and config.quant.quantizes_weights:
         depends.append(pipeline.weights_of(variant)[1])
     if variant != "fp":
         depends.append(pipeline.rotation_of(variant)[1])

@@ -15,15 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
-from spinlab.errors import InputError
 from spinlab.kv.cache import attach_kv, kv_path
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import insert_fake_quant
-from spinlab.rotation.fuse import fold_norms, fuse, fuse_down
+from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.network import insert_integer_linears
+from spinlab.runtime.network import insert_integer_linears, write_ends
 from spinlab.weights.layerwise import check_weight_groups
-from spinlab.weights.quantized import QuantizedWeight
+from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 _STORED_BYTES = 2  # of a number that is not quantized: embedding, head and norms rest in 16 bits
 
@@ -43,25 +42,26 @@ class Networks:
         fuse(model, rotations)
         return model
 
+    def stream_rotated(self, rotations: RotationSet) -> PreTrainedModel:
+        """Return the rotated model without what runs online: the original's function as it is."""
+        model = self.original()
+        fold_norms(model)
+        fuse_stream(model, rotations)
+        return model
+
     def rotated(self, rotations: RotationSet) -> PreTrainedModel:
         """Return the rotated model with R3 and R4 online and nothing quantized."""
         model = self.fused(rotations)
-        insert_fake_quant(model, rotations.r4, None)
+        insert_fake_quant(model, rotations, None)
         attach_kv(model, kv_path(model, rotations.r3, None), store=False)
         return model
 
     def learnable(self, rotations: RotationSet) -> PreTrainedModel:
-        """Return the network that R1 and R2 are learned on: they are not fused, R4 is."""
+        """Return the network that R1 and R2 are learned on: they are not fused, the rest is."""
         model = self.original()
         check_weight_groups(model, self.quant)  # now, not after hours of learning
-        for name, _, seam, linear in linears_of(model):
-            if seam.writes and linear.bias is not None:
-                raise InputError(
-                    f"{name} has a bias that rotations would turn, which learning does not do: "
-                    "use learn.steps=0 on this model"
-                )
         fold_norms(model)
-        fuse_down(model, rotations)
+        fuse_inputs(model, rotations)
         self._fake_quant(model, rotations)
         return model
 
@@ -95,15 +95,14 @@ class Networks:
         """Return the quantized network as learning sees it: products of dequantized floats."""
         model = self.fused(rotations)
         for name, _, _, linear in linears_of(model):
-            if name not in weights:
-                continue
-            dense = weights[name].dequantize(linear.weight.dtype).to(linear.weight.device)
-            linear.weight = nn.Parameter(dense, requires_grad=False)
+            if name in weights:
+                set_dequantized(linear, weights[name])
+        write_ends(model, weights)
         self._fake_quant(model, rotations)
         return model
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
-        insert_fake_quant(model, rotations.r4, self.quant)
+        insert_fake_quant(model, rotations, self.quant)
         attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
 
 

@@ -1,36 +1,40 @@
-"""The stages of an experiment up to its networks: load, tokenize, rotate, learn, quantize.
+"""The stages of an experiment up to its networks: rotate, learn, quantize.
 
 Every stage is cached under a key made of the keys before it, its own settings and the digests of
 its inputs (`spinlab.stage`). A second run of the same experiment loads no model at all.
-`spinlab.measure` takes over from here.
+`spinlab.sources` comes before, `spinlab.measure` takes over from here.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from spinlab.config import Config, ModelConfig, WeightsConfig, plain
-from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
-from spinlab.device import choose_backend, choose_device
+from spinlab.config import Config, WeightsConfig, plain
+from spinlab.device import choose_backend
+from spinlab.errors import InputError
+from spinlab.export.transformed import manifest_of
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
-from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
+from spinlab.learn.recipe import training_of, warn_of_mismatch
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
-from spinlab.rotation.rotations import RotationSet, initial_rotations
-from spinlab.stage import Stages, write_json
+from spinlab.rotation.exchange import read_rotations, with_online
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import Statistics, gather_statistics
+from spinlab.sources import Sources
+from spinlab.stage import file_digest, write_json
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
-from spinlab.weights.quantized import save_weights
+from spinlab.weights.lwc import quantize_lwc
+from spinlab.weights.quantized import QuantizedWeight, save_weights
 
 log = logging.getLogger(__name__)
 
@@ -42,118 +46,95 @@ def clip_settings(config: WeightsConfig) -> dict[str, Any]:
     return {name: value for name, value in plain(config).items() if name.startswith("clip_")}
 
 
-class Pipeline:
-    """Hold what the stages of one experiment share: settings, cache, keys and device."""
+class Pipeline(Sources):
+    """Add the rotations, the learning and the weights of one experiment to its sources."""
 
     def __init__(self, config: Config, on_step: Callable[[int, dict], None]) -> None:
-        self.config, self.on_step = config, on_step
-        self.stages = Stages(Path(config.paths.cache))
-        self.device = choose_device(config.runtime.device)
+        super().__init__(config)
+        self.on_step = on_step
         self.backend = choose_backend(config.runtime.backend, self.device)
         self.networks = Networks(self.original, config.quant, config.kv)
         self._weights: dict[str, tuple[Path, str]] = {}
 
-    # the model ------------------------------------------------------------------------------
+    # the rotations --------------------------------------------------------------------------
 
     @cached_property
-    def source(self) -> dict[str, Any]:
-        """What identifies the original model, for keys."""
-        model = self.config.model
-        random = model.weights == "random"
-        shape = [model.outlier_channels, model.outlier_scale, self.config.seed] if random else None
-        return {"digest": source_digest(model), "dtype": model.dtype, "random": shape}
+    def given(self) -> Path | None:
+        """A file that the rotations come from: a transformed model's manifest, or `load`."""
+        rotation, model = self.config.rotation, self.config.model
+        manifest = manifest_of(model.path)
+        if manifest is None:
+            return Path(rotation.load).expanduser() if rotation.load else None
+        if rotation.load or self.config.learn.steps:
+            raise InputError(
+                f"model.path={model.path} holds a transformed model, whose rotations are fused: "
+                "leave rotation.load empty and use learn=none"
+            )
+        log.info("%-12s from the model's transform manifest, rotation.* is not used", "rotations")
+        return manifest
 
     @cached_property
-    def converted(self) -> Path | None:
-        """The folder of a packaged model's dequantized checkpoint."""
-        model = self.config.model
-        if model.weights == "random" or model.path or not model.package:
-            return None
-        depends = self.source["digest"]
-        return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[
-            0
-        ]
-
-    def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
-        """Return a fresh copy of the original model on the device."""
-        model = load_model(model_config or self.config.model, self.converted, self.config.seed)
-        return cast(PreTrainedModel, nn.Module.to(model, self.device))
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.config.model, self.converted)
-
-    # the text -------------------------------------------------------------------------------
-
-    @cached_property
-    def calibration(self) -> tuple[Path, str]:
-        """A file with the calibration tokens, and its key."""
-        name = self.config.data.calibration
-
-        texts = {name: read_text(name)[0]}
-        return self._tokenized("calibration", texts, [], lambda name, ids: ids)
-
-    @cached_property
-    def evaluation(self) -> tuple[Path, str]:
-        """A file with the evaluation windows of every text, and its key."""
-        window, most = self.config.eval.window, self.config.eval.max_windows
-        texts = {name: read_text(name)[1] for name in self.config.data.evaluation}
-
-        def windows(name: str, ids: torch.Tensor) -> torch.Tensor:
-            return fixed_windows(ids, window, most, name).contiguous()
-
-        return self._tokenized("evaluation", texts, [window, most], windows)
-
-    def _tokenized(
-        self,
-        stage: str,
-        texts: dict[str, str],
-        settings: list,
-        cut: Callable[[str, torch.Tensor], torch.Tensor],
-    ) -> tuple[Path, str]:
-        """Keep the tokens of named texts as one file, apart from what else they are used for."""
-        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        source = self.source["digest"]  # a model that cannot be had fails here
-        tokenizer = self.tokenizer  # and a packaged one is converted, as a stage of its own
+    def statistics(self) -> tuple[Path, str]:
+        """A file with what the calibration text says about activations."""
+        settings = self.config.rotation.statistics
+        depends = [self.source, self.calibration[1], plain(settings), self.config.seed]
 
         def work(out: Path) -> None:
-            rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
-            save_file(rows, out / "tokens.safetensors")
+            model = self.networks.stream_rotated(RotationSet())
+            windows = self.windows("statistics", settings.samples, settings.sequence_length)
+            found = gather_statistics(model, windows)
+            save_file(found.tensors(), out / "statistics.safetensors")
 
-        folder, key = self.stages.run(stage, [source, digests, settings], work, ("data",))
-        return folder / "tokens.safetensors", key
-
-    def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
-        """Draw (count, length) calibration windows, the same for the same seed and purpose."""
-        name = self.config.data.calibration
-        ids = load_file(self.calibration[0])[name]
-        return random_windows(ids, length, count, self.generator(purpose), f"{name}, for {purpose}")
-
-    def generator(self, purpose: str) -> torch.Generator:
-        """Return an independent random stream per purpose."""
-        digest = hashlib.sha256(f"{self.config.seed}/{purpose}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    # the rotations --------------------------------------------------------------------------
+        code = ("rotation", "model", "networks")
+        folder, key = self.stages.run("statistics", depends, work, code)
+        return folder / "statistics.safetensors", key
 
     @cached_property
     def initial(self) -> tuple[Path, str]:
         """The initial rotations, once they have passed the invariance gate."""
-        depends = [self.source, self.calibration[1], plain(self.config.rotation), self.config.seed]
+        config, depends = self.config.rotation, [self.source, self.calibration[1]]
+        depends += [plain(replace(config, load=None)), self.config.seed]
+        if self.given is not None:
+            depends.append(file_digest(self._existing(self.given)))
+        elif config.needs_statistics:
+            depends.append(self.statistics[1])
 
         def work(out: Path) -> None:
-            dimensions = dimensions_of(self.original().config)
-            rotations = initial_rotations(self.config.rotation, dimensions, self.generator("init"))
-            rotations = replace(rotations, about=self.about())
+            rotations = self._start()
             rotations.save(out / "rotations.safetensors")
             write_json(out / "gate.json", self.gate(rotations))
 
         return self.stages.run("rotate", depends, work, ("rotation", "model", "quant", "kv"))
 
-    def about(self) -> dict[str, Any]:
+    @staticmethod
+    def _existing(path: Path) -> Path:
+        if not path.is_file():
+            raise InputError(f"rotation.load={path} does not exist")
+        return path
+
+    def _start(self) -> RotationSet:
+        """Read the rotations, or draw them, or make them from statistics."""
+        config, settings = self.config.rotation, self.original().config
+        dimensions = dimensions_of(settings)
+        about = self.about(settings.model_type)
+        if self.given is None or self.given.suffix == ".bin":
+            statistics = None
+            if config.needs_statistics:
+                statistics = Statistics.from_tensors(load_file(self.statistics[0]))
+            generator = self.generator("init")
+            drawn = initial_rotations(config, dimensions, generator, statistics, self.device)
+            if self.given is None:
+                return replace(drawn, about=about)
+            loaded = read_rotations(self.given, dimensions, settings.model_type)
+            return replace(with_online(loaded, drawn), about={**about, **(loaded.about or {})})
+        return read_rotations(self.given, dimensions, settings.model_type)
+
+    def about(self, family: str) -> dict[str, Any]:
         """Tell how rotations came to be, for the file that carries them."""
         config = self.config
-        return plain({"seed": config.seed, "rotation": config.rotation, "model": self.source})
+        rotation = plain(replace(config.rotation, load=None))
+        about = {"seed": config.seed, "rotation": rotation, "model": self.source}
+        return plain({**about, "family": family})
 
     def gate(self, rotations: RotationSet) -> dict[str, float]:
         """Compare the rotated model with the original and measure orthogonality."""
@@ -177,9 +158,10 @@ class Pipeline:
         if not self.learns:
             return self.initial
         settings = {k: v for k, v in plain(config.learn).items() if k != "save_every"}
-        formats = [config.quant.activations, config.quant.o_proj_per_head, config.kv]
+        quant = config.quant
+        formats = [quant.activations, quant.o_proj_per_head, quant.overrides, config.kv]
         if config.learn.quantize_weights:
-            formats += [config.quant.weights, clip_settings(config.weights)]
+            formats += [quant.weights, clip_settings(config.weights)]
         depends = [self.initial[1], self.calibration[1], settings, plain(formats), config.seed]
         code = ("learn", "rotation", "model", "quant", "kv", "weights", "networks")
         return self.stages.run("learn", depends, self._learn, code)
@@ -187,12 +169,15 @@ class Pipeline:
     @property
     def learns(self) -> bool:
         """Tell whether there is anything to learn: steps, and a rotation that is on."""
-        learn, rotation = self.config.learn, self.config.rotation
-        return learn.steps > 0 and any(getattr(rotation, r) != "none" for r in learn.rotations)
+        learn = self.config.learn
+        if learn.steps == 0:
+            return False
+        start = RotationSet.load(self.initial[0] / "rotations.safetensors")
+        return any(getattr(start, name) is not None for name in learn.rotations)
 
     def _learn(self, out: Path) -> None:
         rotations, clips, curve = self._optimize(out / "progress.safetensors")
-        about = {**self.about(), "learn": plain(self.config.learn)}
+        about = {**(rotations.about or {}), **training_of(self.config)}
         replace(rotations, about=about).save(out / "rotations.safetensors")
         save_file(clips, out / "clips.safetensors")
         write_json(out / "gate.json", self.gate(rotations))
@@ -247,24 +232,22 @@ class Pipeline:
         """Round the rotated weights; `rtn` ignores the experiment's method."""
         config = self.config.weights
         if variant == "rtn":
-            config = replace(config, method="rtn")
+            config = replace(config, method="rtn", lwc_epochs=0)
         rotations, rotation_key = self.rotation_of(variant)
-        depends = [self.source, rotation_key, config.method, plain(self.config.quant.weights)]
-        if config.method == "gptq":
+        if variant == "fake":
+            warn_of_mismatch(rotations, config)
+        depends = [self.source, rotation_key, config.method, self._weight_formats()]
+        if config.method == "gptq" or config.lwc_epochs:
             depends += [plain(config), self.calibration[1], self.config.seed]
         else:
             depends.append(clip_settings(config))
+        if config.lwc_epochs:
+            depends.append(plain(self.config.quant))  # its loss sees quantized inputs
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
             check_weight_groups(model, self.config.quant)
-            if config.method == "gptq":
-                windows = self.windows("gptq", config.samples, config.sequence_length)
-                weights = quantize_gptq(
-                    model, rotations.r4, windows, self.config.quant, config, out
-                )
-            else:
-                weights = quantize_rtn(model, self.config.quant, config, self._clips(variant))
+            weights = self._rounded(model, rotations, config, self._clips(variant), out)
             save_weights(weights, out / "weights.safetensors")
             for layer in out.glob("layer-*"):
                 layer.unlink()
@@ -272,3 +255,24 @@ class Pipeline:
         code = ("weights", "rotation", "model", "quant", "networks")
         folder, key = self.stages.run("weights", depends, work, code)
         return folder / "weights.safetensors", key
+
+    def _weight_formats(self) -> list[Any]:
+        """Name the weight formats, for keys."""
+        quant = self.config.quant
+        return plain([quant.weights, quant.overrides, quant.head, quant.embedding])
+
+    def _rounded(
+        self,
+        model: PreTrainedModel,
+        rotations: RotationSet,
+        config: WeightsConfig,
+        clips: dict[str, torch.Tensor],
+        progress: Path,
+    ) -> dict[str, QuantizedWeight]:
+        """Round a rotated model's weights by GPTQ, with learned clipping, or to nearest."""
+        quant = self.config.quant
+        if config.method == "rtn" and not config.lwc_epochs:
+            return quantize_rtn(model, quant, config, clips)
+        windows = self.windows("gptq", config.samples, config.sequence_length)
+        work = quantize_gptq if config.method == "gptq" else quantize_lwc
+        return work(model, rotations, windows, quant, config, progress)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from spinlab.model.load import exact_norms
-from spinlab.model.seams import LLAMA
+from spinlab.config import ModelConfig
+from spinlab.model.load import exact_norms, load_model
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -36,8 +36,25 @@ def make_model() -> Callable[..., PreTrainedModel]:
                 else:
                     parameter.data.mul_(10)  # logits with some spread
         if dtype == torch.float64:
-            exact_norms(model, LLAMA)
+            exact_norms(model)
         return model.to(dtype).eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture
+def make_family_model() -> Callable[..., PreTrainedModel]:
+    """Return a maker of identical tiny float64 models of any family, as `load_model` gives them.
+
+    Gains and biases are random, and weights large enough for logits and attention with contrast.
+    head_dim=None leaves it to the family.
+    """
+
+    def make(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
+        shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2, **changes}
+        if shape["head_dim"] is None:
+            del shape["head_dim"]
+        return load_model(ModelConfig(architecture=shape, dtype="float64"), None, seed)
 
     return make
 

@@ -111,7 +111,18 @@ def test_it_runs_from_any_folder(tmp_path):
             [*TOY, "learn.lr=1e30", "learn.cap_step=false", "learn.max_grad_norm=null"],
             ["diverged at step", "learn.lr"],
         ),
-        ([*TOY, "+model.architecture.attention_bias=true"], ["has a bias", "learn.steps=0"]),
+        ([*TOY, "rotation.load=/missing/R.bin"], ["rotation.load=/missing/R.bin", "not exist"]),
+        ([*TOY, "rotation.smooth=0.5"], ["rotation.smooth", "rotation.r1=none"]),
+        ([*TOY, "rotation.r4_block=128"], ["rotation.r4_block=128 does not divide 192"]),
+        ([*TOY, 'quant.overrides=[{pattern:"*.up",weights:{bits:8}}]'], ["'*.up' matches no"]),
+        (
+            [*TOY, 'quant.overrides=[{pattern:"*.down_proj",weights:{bit:8}}]'],
+            ["bit=8 is no setting", "clip_ratio"],
+        ),
+        (
+            [*TOY, 'quant.overrides=[{pattern:"*.up_proj",activations:{bits:8}}]'],
+            ["shares its input", "quant.overrides"],
+        ),
         ([*TOY, "runtime.device=tpu"], ["runtime.device=tpu", "cuda"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -120,12 +131,6 @@ def test_a_mistake_is_one_sentence_and_status_2(mistake, arguments, words):
     sentence = mistake(*arguments)
     for word in words:
         assert word in sentence
-
-
-def test_a_width_without_a_hadamard_order_names_a_way_out(mistake):
-    sentence = mistake(*TOY, "model.architecture.intermediate_size=428")
-    assert "width 428" in sentence
-    assert "random" in sentence
 
 
 def test_a_text_shorter_than_a_window(mistake, tmp_path):

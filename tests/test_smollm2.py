@@ -16,7 +16,7 @@ from spinlab.model.load import convert_gguf, load_model, load_tokenizer
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
-from spinlab.rotation.rotations import initial_rotations
+from spinlab.rotation.initial import initial_rotations
 from spinlab.weights.layerwise import quantize_rtn
 
 MODEL = ModelConfig(

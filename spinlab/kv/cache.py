@@ -23,16 +23,29 @@ from spinlab.quant.inputs import StraightThrough, check_group
 from spinlab.rotation.online import OnlineRotation
 
 ATTENTION = "spinlab_sdpa"
-_QUERY_ROTATION = "query_rotation"  # attribute of an attention module
+_KV_PATH = "kv_path"  # attribute of an attention module
 
 
 @dataclass(frozen=True)
 class KVPath:
-    """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit)."""
+    """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
+
+    Queries turn with R3 as keys do, and may make a round trip through a codec of their own.
+    """
 
     r3: OnlineRotation | None
     keys: AffineCodec | None
     values: AffineCodec | None
+    queries: AffineCodec | None = None
+
+    def turn_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Return queries as they meet the keys of the cache: (batch, heads, tokens, head_dim)."""
+        query = query if self.r3 is None else self.r3(query)
+        return _round(query, self.queries)
+
+
+def _round(x: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
+    return x if codec is None else StraightThrough.apply(x, codec.round)  # type: ignore[no-any-return]
 
 
 class CodedLayer(DynamicLayer):
@@ -55,18 +68,12 @@ class CodedLayer(DynamicLayer):
         if self.path.r3 is not None:
             key_states = self.path.r3(key_states)
         if not self.store:
-            return self._round(key_states, self.path.keys), self._round(
-                value_states, self.path.values
-            )
+            return _round(key_states, self.path.keys), _round(value_states, self.path.values)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append(self.keys, key_states, self.path.keys)
         self.values = self._append(self.values, value_states, self.path.values)
         return self._read(self.keys, self.path.keys), self._read(self.values, self.path.values)
-
-    @staticmethod
-    def _round(x: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
-        return x if codec is None else StraightThrough.apply(x, codec.round)  # type: ignore[no-any-return]
 
     @staticmethod
     def _append(
@@ -110,7 +117,7 @@ def kv_path(model: PreTrainedModel, r3: OnlineRotation | None, config: KVConfig 
             Grid(bits, config.symmetric), width, config.group_size, config.clip_ratio
         )
 
-    return KVPath(r3, codec(config.k_bits), codec(config.v_bits))
+    return KVPath(r3, codec(config.k_bits), codec(config.v_bits), codec(config.q_bits))
 
 
 def kv_bits(model: PreTrainedModel, config: KVConfig) -> float:
@@ -132,7 +139,7 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     family = family_of(model.config.model_type)
     layers = layers_of(model)
     for layer in layers:
-        setattr(layer.get_submodule(family.attention), _QUERY_ROTATION, path.r3)
+        setattr(layer.get_submodule(family.attention), _KV_PATH, path)
 
     def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = kwargs.get("past_key_values")
@@ -147,8 +154,6 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
 
 
 def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):
-    """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
-    rotation: OnlineRotation | None = getattr(module, _QUERY_ROTATION)
-    return sdpa_attention_forward(
-        module, query if rotation is None else rotation(query), *args, **kwargs
-    )
+    """Turn queries as the cache turned keys, then attend as transformers' sdpa does."""
+    path: KVPath = getattr(module, _KV_PATH)
+    return sdpa_attention_forward(module, path.turn_queries(query), *args, **kwargs)

@@ -7,7 +7,7 @@ their output and input instead, which is the same function and touches no vocabu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import geoopt
@@ -16,29 +16,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.config import LearnConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.learn.cayley import CayleySGD
-from spinlab.learn.ranges import ClipRatios, rounding_gradient
+from spinlab.learn.linear import LearnedLinear
+from spinlab.learn.ranges import ClipRatios
 from spinlab.learn.schedule import rate_at
-from spinlab.model.seams import Seam, family_of, linears_of
-from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
+from spinlab.model.seams import family_of, linears_of
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.rtn import round_to_nearest, search_ratios
-
-
-@dataclass
-class _Linear:
-    """One rotated linear: its frozen weight, where it sits, and its clip ratios."""
-
-    name: str
-    module: nn.Linear
-    seam: Seam
-    layer: int
-    frozen: torch.Tensor
-    clip: torch.Tensor | None = None
-    rotated: torch.Tensor | None = None  # before rounding, while its gradient is awaited
+from spinlab.weights.rtn import search_ratios
 
 
 class RotationLearner:
@@ -63,13 +50,16 @@ class RotationLearner:
         self.optimizer = self._optimizer()
         self.ratios = ClipRatios(learn.lr_clip) if learn.lr_clip else None
         self.linears = [
-            _Linear(name, module, seam, layer, module.weight.detach().float())
+            LearnedLinear.take(name, layer, seam, module, self._format(name))
             for name, layer, seam, module in linears_of(model)
         ]
-        for linear in self.linears:
-            linear.module.weight = nn.Parameter(torch.empty_like(linear.module.weight.data))
         if self.r1 is not None:
             self._turn_ends(self.r1)
+
+    def _format(self, name: str) -> TensorQuant | None:
+        """Return the format of a weight that is rounded in the loop."""
+        format = self.quant.weights_at(name)
+        return format if self.learn.quantize_weights and format.bits < 16 else None
 
     def _parameter(self, name: str, start: torch.Tensor | None) -> torch.Tensor | None:
         """Put a rotation on its manifold, or hold it fixed if it is not to be learned."""
@@ -146,27 +136,24 @@ class RotationLearner:
     @torch.no_grad()
     def _write_weights(self, refresh: bool) -> None:
         """Write every rotated weight into the network, rounded if weights are quantized here."""
-        rounds = self.learn.quantize_weights and self.quant.weights.bits < 16
         fresh: dict[str, torch.Tensor] = {}
         for linear in self.linears:
-            reads, writes = rotations_at(linear.seam, linear.layer, self.r1, self.r2)
-            weight = rotated_weight(linear.frozen, reads, writes)
-            if rounds:
-                linear.clip = self._clip(linear, weight, refresh)
+            weight = linear.rotate(self.r1, self.r2)
+            if linear.format is not None:
+                linear.clip = self._clip(linear, linear.format, weight, refresh)
                 fresh[linear.name] = linear.clip
-                linear.rotated = None if self.ratios is None else weight
-                weight = round_to_nearest(weight, self.quant.weights, linear.clip).dequantize()
-            linear.module.weight.data.copy_(weight)
-            linear.module.weight.grad = None
+            linear.write(weight, keep=self.ratios is not None)
         if self.ratios is not None and not self.ratios.logs:
             self.ratios.start(fresh)
 
-    def _clip(self, linear: _Linear, weight: torch.Tensor, refresh: bool) -> torch.Tensor:
+    def _clip(
+        self, linear: LearnedLinear, format: TensorQuant, weight: torch.Tensor, refresh: bool
+    ) -> torch.Tensor:
         """Return a weight's clip ratios: learned, or searched anew, or those of the last search."""
         if self.ratios is not None and self.ratios.logs:
             return self.ratios.ratio(linear.name)
         if refresh or linear.clip is None:
-            return search_ratios(weight, self.quant.weights, self.weights)
+            return search_ratios(weight, format, self.weights)
         return linear.clip
 
     def _backward(self, batch: torch.Tensor) -> float:
@@ -188,23 +175,16 @@ class RotationLearner:
         """
         of_clips: dict[str, torch.Tensor] = {}
         for linear in self.linears:
-            assert linear.module.weight.grad is not None
-            gradient = linear.module.weight.grad.float()
-            if linear.rotated is not None and linear.clip is not None:
-                gradient, of_clips[linear.name] = rounding_gradient(
-                    linear.rotated, gradient, self.quant.weights, linear.clip
-                )
-                linear.rotated = None
-            reads, writes = rotations_at(linear.seam, linear.layer, self.r1, self.r2)
-            found = rotation_gradients(linear.frozen, gradient, reads, writes)
-            for space, part in zip((linear.seam.reads, linear.seam.writes), found, strict=True):
+            found, of_clip = linear.gradients(self.r1, self.r2)
+            if of_clip is not None:
+                of_clips[linear.name] = of_clip
+            for space, part in found:
                 self._add_gradient(space, linear.layer, part)
-            linear.module.weight.grad = None
         return of_clips
 
-    def _add_gradient(self, space: str | None, layer: int, part: torch.Tensor | None) -> None:
-        parameter = {"R1": self.r1, "R2": self.r2}.get(space or "")
-        if part is None or not isinstance(parameter, nn.Parameter):
+    def _add_gradient(self, space: str, layer: int, part: torch.Tensor) -> None:
+        parameter = {"R1": self.r1, "R2": self.r2}[space]
+        if not isinstance(parameter, nn.Parameter):
             return
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -231,7 +211,7 @@ class RotationLearner:
     def result(self) -> RotationSet:
         """Return the learned rotations, projected in float64."""
         r1, r2 = (None if r is None else polar(r.detach()).cpu() for r in (self.r1, self.r2))
-        return RotationSet(r1, r2, self.start.r3, self.start.r4)
+        return replace(self.start, r1=r1, r2=r2)
 
     def clips(self) -> dict[str, torch.Tensor]:
         """Return the learned clip ratios by linear; none if they were only searched."""

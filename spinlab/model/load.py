@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,8 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,7 +19,9 @@ from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
-from spinlab.model.seams import LLAMA, Family, family_of, layers_of, linear_at
+from spinlab.model.random import architecture_of, random_model
+from spinlab.model.seams import family_of
+from spinlab.model.split import split_fused
 from spinlab.stage import file_digest
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,10 @@ log = logging.getLogger(__name__)
 def source_digest(config: ModelConfig) -> dict:
     """Identify the weights for cache keys: digests of files, or the hub's commit, or the shape.
 
-    Raises InputError for a model that cannot be reached or whose family has no seam table,
-    before anything is loaded.
+    Raises InputError for a model that cannot be reached or rotated, before anything is loaded.
     """
     if config.weights == "random":
+        architecture_of(config)
         return {"random": config.architecture}
     if config.path:
         return _folder_digests(Path(config.path).expanduser())
@@ -45,7 +46,8 @@ def _folder_digests(folder: Path) -> dict[str, str]:
     """Digest the weights and settings of a local checkpoint."""
     if not (folder / "config.json").is_file():
         raise InputError(f"model.path={folder} holds no config.json: give a checkpoint folder")
-    family_of(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _check_rotatable(f"model.path={folder}", settings)
     if not list(folder.glob("*.safetensors")):
         raise InputError(
             f"model.path={folder} holds no *.safetensors: pickled weights are not read"
@@ -64,13 +66,25 @@ def _hub_commit(hub: str, revision: str) -> str:
             f"cannot load {hub} from the hub: log in for a gated model, "
             "or set model.path=/a/local/folder, or model.weights=random for shapes only"
         ) from error
-    family_of(found.model_type)
+    _check_rotatable(f"model.hub={hub}", found.to_dict())
     commit = getattr(found, "_commit_hash", None)
     if commit is None:
         raise InputError(
             f"{hub} at {revision} has no commit to cite: use model.path for local files"
         )
     return commit
+
+
+def _check_rotatable(place: str, settings: dict) -> None:
+    """Raise InputError for a checkpoint of an unsupported family, or without float weights."""
+    family_of(settings.get("model_type"))
+    quantization = settings.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed method")
+        raise InputError(
+            f"{place} is stored quantized ({method}), and only float weights can be rotated: "
+            "name the checkpoint it was made from"
+        )
 
 
 def convert_gguf(config: ModelConfig, folder: Path) -> None:
@@ -87,9 +101,10 @@ def convert_gguf(config: ModelConfig, folder: Path) -> None:
 
 
 def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTrainedModel:
-    """Return the model in float32 or float64 evaluation mode, frozen, on the CPU.
+    """Return the model in its configured dtype and evaluation mode, frozen, on the CPU.
 
-    `converted` is the folder that `convert_gguf` filled, for packaged models.
+    `converted` is the folder that `convert_gguf` filled, for packaged models. Fused linears come
+    split; `spinlab.model.split.join_fused` makes the model stock again.
     """
     dtype = getattr(torch, config.dtype)
     if config.weights == "random":
@@ -99,20 +114,20 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, revision=revision, use_safetensors=True
         )
-    family = family_of(model.config.model_type)
+    split_fused(model)
     if dtype == torch.float64:
-        exact_norms(model, family)
+        exact_norms(model)
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def exact_norms(model: PreTrainedModel, family: Family) -> None:
+def exact_norms(model: PreTrainedModel) -> None:
     """Replace RMSNorms by torch's own: transformers' compute in float32, whatever the dtype."""
-    places = [(layer, name) for layer in layers_of(model) for name in family.norms]
-    for parent, name in [*places, (model, family.final_norm)]:
-        old = linear_at(parent, name)
-        exact = nn.RMSNorm(old.weight.shape[0], eps=model.config.rms_norm_eps)
-        exact.load_state_dict(old.state_dict())
-        parent.set_submodule(name, exact)
+    modules = cast(list[tuple[str, Any]], list(model.named_modules()))
+    for name, norm in modules:
+        if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, nn.RMSNorm):
+            exact = nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon)
+            exact.load_state_dict(norm.state_dict())
+            model.set_submodule(name, exact)
 
 
 def _checkpoint(config: ModelConfig, converted: Path | None) -> tuple[str | Path, str]:
@@ -128,25 +143,3 @@ def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTok
         return byte_tokenizer()
     where, revision = _checkpoint(config, converted)
     return AutoTokenizer.from_pretrained(where, revision=revision)
-
-
-def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
-    """Make a Llama of the configured shape with seeded weights, norm gains and outlier channels.
-
-    A few channels of the embedding are scaled up and their norm gains down by as much: the
-    function stays ordinary, but what linears read once gains are folded has the outliers of
-    trained models.
-    """
-    if not config.architecture:
-        raise InputError(
-            f"model.weights=random needs model.architecture, which {config.name} lacks"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**config.architecture))
-        outliers = torch.randperm(model.config.hidden_size)[: config.outlier_channels]
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.data.uniform_(0.5, 1.5)[outliers] /= config.outlier_scale
-    linear_at(model, LLAMA.embedding).weight.data[:, outliers] *= config.outlier_scale
-    return model

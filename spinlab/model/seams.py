@@ -5,23 +5,26 @@ rows and output rows: `reads="R1"` means W ← W R1, `writes="R1"` means W ← R
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
+from spinlab.model.blocked import BLOCKED
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Hold the widths that rotations act on."""
+    """Hold the widths that rotations act on, and how many heads share them."""
 
     hidden: int
     head_dim: int
     intermediate: int
     layers: int
+    heads: int  # that ask
+    kv_heads: int  # that keys and values have; divides `heads`
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,17 @@ class Seam:
 
 @dataclass(frozen=True)
 class Family:
-    """Name the parts of a model family. Seams stand in the order in which they are computed."""
+    """Name the parts of a model family. Seams stand in the order in which they are computed.
+
+    A scale carrier's output rows multiply the input of a group, element by element, so a scale of
+    that input can be moved into its rows. One row of v_proj feeds a channel of every query head
+    that shares its key/value head.
+    """
 
     seams: tuple[Seam, ...]
-    norms: dict[str, str]  # norm of a layer -> group of linears that reads it
+    norms: dict[str, str]  # norm of a layer that reads the stream -> group of linears behind it
+    scale_carriers: dict[str, str]  # group -> linear whose rows scale that group's input
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # stock linear -> its parts
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -50,6 +60,8 @@ class Family:
     attention: str = "self_attn"
 
 
+# Mistral and Qwen took Llama's module names over. Qwen3's q_norm and k_norm stay as they are: they
+# act on single heads, between linears that write no rotated space and R3.
 LLAMA = Family(
     seams=(
         Seam("self_attn.q_proj", "qkv", reads="R1", writes=None),
@@ -61,16 +73,45 @@ LLAMA = Family(
         Seam("mlp.down_proj", "down", reads="R4", writes="R1"),
     ),
     norms={"input_layernorm": "qkv", "post_attention_layernorm": "gate_up"},
+    scale_carriers={"o": "self_attn.v_proj", "down": "mlp.up_proj"},
 )
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA}
+# Fused linears are split when a model is loaded (`spinlab.model.split`); seams name the parts.
+PHI3 = replace(
+    LLAMA,
+    seams=(
+        Seam("self_attn.qkv_proj.q_proj", "qkv", reads="R1", writes=None),
+        Seam("self_attn.qkv_proj.k_proj", "qkv", reads="R1", writes=None),
+        Seam("self_attn.qkv_proj.v_proj", "qkv", reads="R1", writes="R2"),
+        Seam("self_attn.o_proj", "o", reads="R2", writes="R1"),
+        Seam("mlp.gate_up_proj.gate_proj", "gate_up", reads="R1", writes=None),
+        Seam("mlp.gate_up_proj.up_proj", "gate_up", reads="R1", writes=None),
+        Seam("mlp.down_proj", "down", reads="R4", writes="R1"),
+    ),
+    scale_carriers={"o": "self_attn.qkv_proj.v_proj", "down": "mlp.gate_up_proj.up_proj"},
+    fused={
+        "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    },
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "phi3": PHI3,
+}
 
 
 def family_of(model_type: str | None) -> Family:
-    """Return the seam table of a transformers model type; raise InputError for unknown ones."""
+    """Return the seam table of a transformers model type; raise InputError where there is none."""
     if model_type not in FAMILIES:
+        reason = "has no seam table"
+        if model_type in BLOCKED:
+            reason = f"cannot be rotated, because {BLOCKED[model_type]}"
         known = ", ".join(sorted(FAMILIES))
-        raise InputError(f"model family {model_type!r} has no seam table: supported are {known}")
+        raise InputError(f"model family {model_type!r} {reason}: supported are {known}")
     return FAMILIES[model_type]
 
 
@@ -83,6 +124,8 @@ def dimensions_of(config: object) -> Dimensions:
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         intermediate=config.intermediate_size,  # type: ignore[attr-defined]
         layers=config.num_hidden_layers,  # type: ignore[attr-defined]
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
     )
 
 

@@ -21,7 +21,7 @@ from spinlab.quant.affine import (
     extremes,
     scale_and_zero,
 )
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.online import InputTransform
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class InputPath(nn.Module):
     """Rotate and quantize the input that `readers` linears share."""
 
     def __init__(
-        self, rotation: OnlineRotation | None, quantizer: TokenQuantizer | None, readers: int = 1
+        self, rotation: InputTransform | None, quantizer: TokenQuantizer | None, readers: int = 1
     ) -> None:
         super().__init__()
         self.rotation, self.quantizer, self.readers = rotation, quantizer, readers

@@ -1,14 +1,24 @@
 """The fake-quantized network: stock modules, each rotated linear behind its InputPath."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig
-from spinlab.model.seams import Seam, dimensions_of, family_of, layers_of, linear_at
+from spinlab.errors import InputError
+from spinlab.model.seams import (
+    Seam,
+    dimensions_of,
+    family_of,
+    layers_of,
+    linear_at,
+    linears_of,
+)
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath, TokenQuantizer, check_group
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.rotations import RotationSet
 
 
 class FakeQuantLinear(nn.Linear):
@@ -25,35 +35,37 @@ class FakeQuantLinear(nn.Linear):
 
 
 def input_paths(
-    model: PreTrainedModel, r4: OnlineRotation | None, config: QuantConfig | None
+    model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
 ) -> list[dict[str, InputPath]]:
     """Make one InputPath per layer and group of readers. Without `config` nothing is rounded."""
-    family = family_of(model.config.model_type)
-    groups = {seam.group: seam for seam in family.seams}
-    readers = {g: sum(s.group == g for s in family.seams) for g in groups}
-    quantizers = {g: token_quantizer(model, seam, config) for g, seam in groups.items()}
-    return [
-        {
-            g: InputPath(r4 if seam.reads == "R4" else None, quantizers[g], readers[g])
-            for g, seam in groups.items()
-        }
-        for _ in layers_of(model)
-    ]
+    paths: list[dict[str, InputPath]] = [{} for _ in layers_of(model)]
+    readers = Counter(seam.group for seam in family_of(model.config.model_type).seams)
+    for name, layer, seam, _ in linears_of(model):
+        quantizer = token_quantizer(model, name, seam, config)
+        first = paths[layer].get(seam.group)
+        if first is None:
+            online = rotations.online(layer, seam)
+            paths[layer][seam.group] = InputPath(online, quantizer, readers[seam.group])
+        elif first.quantizer != quantizer:
+            raise InputError(
+                f"{name} shares its input with other linears: quant.overrides must give all of "
+                "them the same activations"
+            )
+    return paths
 
 
 def token_quantizer(
-    model: PreTrainedModel, seam: Seam, config: QuantConfig | None
+    model: PreTrainedModel, name: str, seam: Seam, config: QuantConfig | None
 ) -> TokenQuantizer | None:
-    """Return the quantizer of a seam's input; None where inputs stay 16-bit.
+    """Return the quantizer of a named linear's input; None where inputs stay 16-bit.
 
     o_proj reads the heads' outputs and may have one scale per head. Raises InputError where the
     group size does not divide the width.
     """
-    if config is None or config.activations.bits == 16:
+    if config is None or (tensor := config.activations_at(name)).bits == 16:
         return None
-    tensor, dimensions = config.activations, dimensions_of(model.config)
+    dimensions, group = dimensions_of(model.config), tensor.group_size
     width = input_width(model, seam)
-    group = tensor.group_size
     if seam.reads == "R2" and config.o_proj_per_head:
         group = min(group or dimensions.head_dim, dimensions.head_dim)
     check_group("quant.activations.group_size", group, width, seam.name)
@@ -66,11 +78,10 @@ def input_width(model: PreTrainedModel, seam: Seam) -> int:
 
 
 def insert_fake_quant(
-    model: PreTrainedModel, r4: OnlineRotation | None, config: QuantConfig | None
+    model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
 ) -> None:
     """Swap every rotated linear for one behind its InputPath, in place."""
-    family = family_of(model.config.model_type)
-    for layer, paths in zip(layers_of(model), input_paths(model, r4, config), strict=True):
-        for seam in family.seams:
-            path = paths[seam.group]
-            layer.set_submodule(seam.name, FakeQuantLinear(linear_at(layer, seam.name), path))
+    paths = input_paths(model, rotations, config)
+    for _, index, seam, linear in list(linears_of(model)):
+        layer = layers_of(model)[index]
+        layer.set_submodule(seam.name, FakeQuantLinear(linear, paths[index][seam.group]))

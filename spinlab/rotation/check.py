@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.model.seams import linears_of
-from spinlab.rotation.fuse import rotate_input, rotations_at
+from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -54,12 +54,16 @@ def broken_seam(
 ) -> str:
     """Return the name of the first linear whose output, turned back, is not the original's.
 
-    A linear that writes a rotated space must give the original's output times that rotation.
+    A linear that writes a rotated space must give the original's output times that rotation, one
+    that carries a scale the original's divided by it.
     """
     expected, found = _outputs(original, ids), _outputs(rotated, ids)
+    scales = {(layer, name): s for layer, name, s in folded_scales(rotated, rotations)}
     for name, layer, seam, _ in linears_of(rotated):
         _, writes = rotations_at(seam, layer, rotations.r1, rotations.r2)
         want = expected[name].double()
+        if (layer, seam.name) in scales:
+            want = want / scales[layer, seam.name].to(want)
         if writes is not None:
             want = rotate_input(want, writes.to(want.device))
         if not (found[name].double() - want).abs().max() <= limit * want.std():

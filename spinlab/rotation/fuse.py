@@ -4,12 +4,15 @@ Everything offline happens in float64 and is cast back once. The same two produc
 weights, serve the learning loop, together with their exact gradient (`rotation_gradients`).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.model.seams import Seam, family_of, layers_of, linear_at, linears_of
 from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import input_key
 
 
 def rotate_input(weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -61,7 +64,7 @@ def _blocks(matrix: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 def rotations_at(
     seam: Seam, layer: int, r1: torch.Tensor | None, r2: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (reads, writes) of a seam among R1 and R2. R4 is online and not among them."""
+    """Return (reads, writes) of a seam among R1 and R2. What runs online is not among them."""
     at = {None: None, "R1": r1, "R2": None if r2 is None else r2[layer], "R4": None}
     return at[seam.reads], at[seam.writes]
 
@@ -100,11 +103,16 @@ def untie(model: PreTrainedModel) -> None:
 def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
     """Rotate every weight of a model whose norms are folded, in place and in float64.
 
-    Afterwards the model computes the same function once R4 (and R3, if any) run online.
+    Afterwards the model computes the same function once its online transforms run.
     """
+    fuse_inputs(model, rotations)
+    fuse_stream(model, rotations)
+
+
+def fuse_stream(model: PreTrainedModel, rotations: RotationSet) -> None:
+    """Rotate the residual stream (R1) and the heads (R2): nothing of it is left to run online."""
     device = model.device
     r1, r2 = (None if r is None else r.to(device) for r in (rotations.r1, rotations.r2))
-    fuse_down(model, rotations)
     family = family_of(model.config.model_type)
     for _, layer, seam, linear in linears_of(model):
         reads, writes = rotations_at(seam, layer, r1, r2)
@@ -114,13 +122,35 @@ def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
         _rotate(linear_at(model, family.head), r1, None)
 
 
-def fuse_down(model: PreTrainedModel, rotations: RotationSet) -> None:
-    """Rotate the input side of every R4 reader (down_proj): W ← W R4, in float64."""
-    if rotations.r4 is None:
-        return
-    for _, _, seam, linear in linears_of(model):
-        if seam.reads == "R4":
-            linear.weight.data = _cast(rotations.r4(linear.weight.data.double()), linear)
+def fuse_inputs(model: PreTrainedModel, rotations: RotationSet) -> None:
+    """Give every weight the inverse of its input's transform: R4, cross-head, scales, DuQuant's.
+
+    Scales that are folded leave through what produces the input: a norm, v_proj or up_proj.
+    """
+    for _, layer, seam, linear in linears_of(model):
+        own = rotations.inputs.get(input_key(layer, seam.group))
+        online = rotations.online(layer, seam)
+        for transform in {id(t): t for t in (own, online) if t is not None}.values():
+            linear.weight.data = _cast(transform.of_weight(linear.weight.data.double()), linear)
+    for layer, name, scale in folded_scales(model, rotations):
+        carrier = linear_at(layers_of(model)[layer], name)
+        weight = carrier.weight.data
+        divisor = scale.to(weight.device).view(-1, *[1] * (weight.dim() - 1))
+        carrier.weight.data = _cast(weight.double() / divisor, carrier)
+        if getattr(carrier, "bias", None) is not None:
+            carrier.bias.data = _cast(carrier.bias.data.double() / divisor.flatten(), carrier)
+
+
+def folded_scales(
+    model: PreTrainedModel, rotations: RotationSet
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Yield (layer, name of the norm or linear that carries it, scale) of every folded scale."""
+    family = family_of(model.config.model_type)
+    carriers = {group: norm for norm, group in family.norms.items()} | family.scale_carriers
+    for key, transform in rotations.inputs.items():
+        if transform.scale is not None and transform.folded:
+            layer, _, group = key.partition(".")
+            yield int(layer), carriers[group], transform.scale
 
 
 def _rotate(module: nn.Linear, reads: torch.Tensor | None, writes: torch.Tensor | None) -> None:

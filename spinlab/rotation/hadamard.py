@@ -2,9 +2,11 @@
 
 A Hadamard matrix H has entries ±1 and H Hᵀ = n I. Paley's constructions need the quadratic
 character of a finite field (Paley 1933); together with doubling they cover the widths of the
-Llama, Qwen, Gemma and SmolLM families. Orders that none of them reaches raise an error.
+Llama, Qwen, Gemma and SmolLM families. A width that none of them reaches gets equal blocks of the
+largest order that divides it.
 """
 
+import logging
 from functools import cache
 from itertools import product
 
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 
 from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @cache
@@ -36,6 +40,32 @@ def hadamard_factors(n: int) -> tuple[int, int]:
         f"width {n} = {odd}·{power} has no Hadamard matrix by Sylvester, Paley or Kronecker "
         "products; use kind `random` for that rotation instead"
     )
+
+
+def has_hadamard(n: int) -> bool:
+    """Tell whether a Hadamard matrix of order n can be built here."""
+    try:
+        hadamard_factors(n)
+    except InputError:
+        return False
+    return True
+
+
+def hadamard_block(n: int, where: str) -> int:
+    """Return the order of the Hadamard blocks that tile width n: n itself wherever it has one.
+
+    A width without one is tiled by the largest order that divides it, and a log line says so.
+    """
+    size = max(d for d in range(1, n + 1) if n % d == 0 and has_hadamard(d))
+    if size < n:
+        log.warning(
+            "%s: no Hadamard matrix of order %d can be built; taking %d blocks of order %d",
+            where,
+            n,
+            n // size,
+            size,
+        )
+    return size
 
 
 @cache

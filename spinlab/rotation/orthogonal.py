@@ -2,7 +2,7 @@
 
 import torch
 
-from spinlab.rotation.hadamard import hadamard_matrix
+from spinlab.rotation.hadamard import hadamard_block, hadamard_matrix
 
 ORTHOGONAL_TOLERANCE = 1e-6
 
@@ -23,9 +23,54 @@ def random_signs(n: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
 
 
-def randomized_hadamard(n: int, generator: torch.Generator) -> torch.Tensor:
+def blocks_of(block: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the (n, n) block-diagonal matrix with equal (b, b) blocks, b dividing n."""
+    eye = torch.eye(n // block.shape[0], dtype=block.dtype, device=block.device)
+    return torch.kron(eye, block)
+
+
+def exact_hadamard(n: int, where: str = "rotation") -> torch.Tensor:
+    """Return H/sqrt(n): (n, n), float64; block-diagonal where order n cannot be built."""
+    size = hadamard_block(n, where)
+    return blocks_of(hadamard_matrix(size).double() / size**0.5, n)
+
+
+def randomized_hadamard(
+    n: int, generator: torch.Generator, where: str = "rotation"
+) -> torch.Tensor:
     """Return diag(random signs)·H/sqrt(n): (n, n), float64 (QuaRot sec. 3)."""
-    return random_signs(n, generator)[:, None] * hadamard_matrix(n).double() / n**0.5
+    return random_signs(n, generator)[:, None] * exact_hadamard(n, where)
+
+
+def gaussian_projection(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw an (n, n) matrix of independent N(0, 1/n): orthogonal only in expectation."""
+    return torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+
+
+def bernoulli_projection(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw an (n, n) matrix of independent ±1/sqrt(n): unit rows, orthogonal in expectation.
+
+    An off-diagonal entry of R Rᵀ is a mean of n random signs. It has standard deviation
+    1/sqrt(n), so the largest of the n²/2 of them is near 2·sqrt(ln(n)/n): it falls slowly with n.
+    """
+    return random_signs(n * n, generator).view(n, n) / n**0.5
+
+
+def orthogonalize_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """Make the rows of (n, n) orthonormal, in order, as Gram-Schmidt would (QR of the transpose).
+
+    QJL does this to its sketch (Zandieh et al. 2024, sec. 4.1).
+    """
+    q, r = torch.linalg.qr(matrix.double().mT)
+    return (q * torch.sign(torch.diagonal(r))).mT.contiguous()
+
+
+def well_posed_bernoulli(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw Bernoulli projections until one has full rank: small ones are often singular."""
+    while True:
+        matrix = bernoulli_projection(n, generator)
+        if torch.linalg.matrix_rank(matrix) == n:
+            return matrix
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:

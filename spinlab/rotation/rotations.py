@@ -1,49 +1,64 @@
-"""The RotationSet: the four rotations of one model as a value that can be saved and loaded."""
+"""The RotationSet: every transform of one model as a value that can be saved and loaded."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spinlab.config import RotationConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions
-from spinlab.rotation.online import OnlineRotation, online_rotation
-from spinlab.rotation.orthogonal import (
-    assert_orthogonal,
-    orthogonality_error,
-    random_orthogonal,
-    randomized_hadamard,
-)
+from spinlab.model.seams import Dimensions, Seam
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.online import InputTransform, OnlineRotation
+from spinlab.rotation.orthogonal import assert_orthogonal, orthogonality_error
+from spinlab.rotation.statistics import input_key
+
+_FUSED = ("r1", "r2")
+_ONLINE = ("r3", "r4", "cross_head")
 
 
 @dataclass(frozen=True)
 class RotationSet:
-    """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and online R3, R4.
+    """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
-    A rotation that is switched off is None. `about` is JSON-ready: how the set came to be.
+    A rotation that is switched off is None. `inputs` are transforms of single groups of linears,
+    by `input_key`. `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
     r2: torch.Tensor | None = None
     r3: OnlineRotation | None = None
     r4: OnlineRotation | None = None
+    cross_head: OnlineRotation | None = None  # (heads·head_dim): turns across heads, not in them
+    inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
     about: dict | None = None
 
     def __post_init__(self) -> None:
-        for name in ("r1", "r2"):
+        for name in _FUSED:
             matrix = getattr(self, name)
             if matrix is not None:
                 assert_orthogonal(name.upper(), matrix)
 
+    def online(self, layer: int, seam: Seam) -> InputTransform | None:
+        """Return what runs before a linear, if anything."""
+        own = self.inputs.get(input_key(layer, seam.group))
+        if own is not None and own.is_online:
+            return own
+        return {"R4": self.r4, "R2": self.cross_head}.get(seam.reads or "")
+
     def orthogonality(self) -> dict[str, float]:
         """Return max|RRᵀ-I| of every rotation that is on."""
-        found = {name: getattr(self, name) for name in ("r1", "r2")}
-        found |= {f"{n}.{f}": t for n in ("r3", "r4") for f, t in self._factors(n).items()}
-        return {name: orthogonality_error(t) for name, t in found.items() if t is not None}
+        found = {name: getattr(self, name) for name in _FUSED}
+        found |= {f"{n}.{f}": t for n in _ONLINE for f, t in self._factors(n).items()}
+        errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
+        duals = [t.dual for t in self.inputs.values() if t.dual is not None]
+        if duals:
+            blocks = [block for dual in duals for block in (dual.first, dual.second)]
+            errors["inputs"] = max(orthogonality_error(block) for block in blocks)
+        return errors
 
     def _factors(self, name: str) -> dict[str, torch.Tensor]:
         online: OnlineRotation | None = getattr(self, name)
@@ -51,26 +66,35 @@ class RotationSet:
 
     def save(self, path: Path) -> None:
         """Write all rotations and `about` into one safetensors file."""
-        tensors = {name: getattr(self, name) for name in ("r1", "r2")}
-        tensors |= {f"{n}.{f}": t for n in ("r3", "r4") for f, t in self._factors(n).items()}
+        tensors = {name: getattr(self, name) for name in _FUSED}
+        tensors |= {f"{n}.{f}": t for n in _ONLINE for f, t in self._factors(n).items()}
+        for key, transform in self.inputs.items():
+            tensors |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
         tensors = {k: t.cpu().contiguous() for k, t in tensors.items() if t is not None}
-        save_file(tensors, path, metadata={"about": json.dumps(self.about or {}, sort_keys=True)})
+        blocks = {n: getattr(self, n).blocks for n in _ONLINE if getattr(self, n) is not None}
+        about = {"about": self.about or {}, "blocks": blocks}
+        save_file(tensors, path, {k: json.dumps(v, sort_keys=True) for k, v in about.items()})
 
     @staticmethod
-    def load(path: Path, dimensions: Dimensions | None = None) -> "RotationSet":
-        """Read a set back; with `dimensions`, refuse rotations made for another model."""
+    def load(path: Path) -> "RotationSet":
+        """Read back what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            metadata = file.metadata() or {}
+        about, blocks = (json.loads(metadata.get(name, "{}")) for name in ("about", "blocks"))
         online = {
-            n: OnlineRotation(tensors[f"{n}.left"], tensors[f"{n}.right"])
-            for n in ("r3", "r4")
+            n: OnlineRotation(tensors[f"{n}.left"], tensors[f"{n}.right"], blocks.get(n, 1))
+            for n in _ONLINE
             if f"{n}.left" in tensors
         }
-        loaded = RotationSet(tensors.get("r1"), tensors.get("r2"), about=about, **online)
-        if dimensions is not None:
-            loaded.check(dimensions, path)
-        return loaded
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("inputs."):
+                key, _, part = name.removeprefix("inputs.").rpartition(".")
+                parts.setdefault(key, {})[part] = tensor
+        inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
+        r1, r2 = (tensors.get(name) for name in _FUSED)
+        return RotationSet(r1, r2, inputs=inputs, about=about, **online)
 
     def check(self, dimensions: Dimensions, path: Path | str = "rotations") -> None:
         """Raise InputError where a rotation does not fit a model of these dimensions."""
@@ -80,36 +104,22 @@ class RotationSet:
             matrix = getattr(self, name)
             if matrix is not None and tuple(matrix.shape) != shape:
                 raise InputError(f"{path}: {name} is {tuple(matrix.shape)}, the model has {shape}")
-        for name, width in (("r3", dimensions.head_dim), ("r4", dimensions.intermediate)):
+        widths = {
+            "r3": dimensions.head_dim,
+            "r4": dimensions.intermediate,
+            "cross_head": dimensions.heads * dimensions.head_dim,
+        }
+        for name, width in widths.items():
             online = getattr(self, name)
             if online is not None and online.width != width:
                 raise InputError(f"{path}: {name} has width {online.width}, the model has {width}")
-
-
-def initial_rotations(
-    config: RotationConfig, dimensions: Dimensions, generator: torch.Generator
-) -> RotationSet:
-    """Draw the rotations an experiment starts from.
-
-    R1 and R2 may be identity, random (Haar) or hadamard (randomized); R3 and R4 are exact
-    Hadamard matrices as in QuaRot and SpinQuant, or random, or off.
-    """
-    r1 = _matrix(config.r1, dimensions.hidden, generator)
-    heads = [_matrix(config.r2, dimensions.head_dim, generator) for _ in range(dimensions.layers)]
-    r2 = None if config.r2 == "none" else torch.stack([h for h in heads if h is not None])
-    return RotationSet(
-        r1,
-        r2,
-        online_rotation(config.r3, dimensions.head_dim, generator),
-        online_rotation(config.r4, dimensions.intermediate, generator),
-    )
-
-
-def _matrix(kind: str, n: int, generator: torch.Generator) -> torch.Tensor | None:
-    makers = {
-        "none": lambda: None,
-        "identity": lambda: torch.eye(n, dtype=torch.float64),
-        "random": lambda: random_orthogonal(n, generator),
-        "hadamard": lambda: randomized_hadamard(n, generator),
-    }
-    return makers[kind]()
+        of_group = {
+            "qkv": dimensions.hidden,
+            "gate_up": dimensions.hidden,
+            "o": dimensions.heads * dimensions.head_dim,
+            "down": dimensions.intermediate,
+        }
+        for key, transform in self.inputs.items():
+            layer, _, group = key.partition(".")
+            if int(layer) >= dimensions.layers or transform.width != of_group.get(group):
+                raise InputError(f"{path}: the transform of input {key} does not fit the model")

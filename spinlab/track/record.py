@@ -9,7 +9,7 @@ from spinlab.config import Config, plain
 from spinlab.stage import content_key, write_json
 
 SCHEMA = 1
-_NOT_IN_KEY = ("paths", "tracker", "runtime")
+_NOT_IN_KEY = ("paths", "tracker", "runtime", "export")
 
 
 def record_key(config: Config) -> str:
@@ -39,13 +39,13 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         settings = plain(self.config)
-        del settings["paths"]
+        del settings["paths"], settings["export"]
         return {
             "schema": SCHEMA,
             "experiment": self.config.name,
             "key": self.key,
             "config": settings,
-            "overrides": [o for o in self.overrides if not o.startswith("paths.")],
+            "overrides": [o for o in self.overrides if not o.startswith(("paths.", "export."))],
             "environment": self.environment,
             "stages": self.stages,
             "metrics": self.metrics,

@@ -1,16 +1,19 @@
 """GPTQ: round column by column, spreading each error over the columns still to come.
 
-Frantar et al. 2022, with Cholesky reformulation (sec. 3.3, step 3) and lazy batches (step 2).
+Frantar et al. 2022, with Cholesky reformulation (sec. 3.3, step 3) and lazy batches (step 2). On a
+GPU the sweep over columns is bound by kernel launches, so everything in it is laid out for few of
+them: weights lie transposed, a column is one contiguous run, and nothing asks the device back.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
-from spinlab.quant.affine import decode, encode, extremes, scale_and_zero
+from spinlab.errors import InputError
+from spinlab.quant.affine import decode, encode
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import rtn, search_ratios, weight_grid
+from spinlab.weights.rtn import search_range, weight_grid
 
 
 class Hessian:
@@ -30,84 +33,133 @@ class Hessian:
         return self.sum * (2 / max(self.rows, 1))
 
 
+@dataclass(frozen=True)
+class ErrorSpread:
+    """What a sweep needs to know of a Hessian; it serves all weights that read the same inputs.
+
+    order: (in,) the columns as they are rounded; dead: (in,) those without any input.
+    rows: (in, in) float32, in that order. Row c tells how the error of column c is spread over
+    the later ones: the upper Cholesky factor of H⁻¹, every row divided by its diagonal entry.
+    """
+
+    order: torch.Tensor
+    dead: torch.Tensor
+    rows: torch.Tensor
+
+
+def error_spread(hessian: torch.Tensor, config: WeightsConfig) -> ErrorSpread:
+    """Damp and factor H (in, in), in float64. Raises InputError where that is impossible."""
+    diagonal = torch.diagonal(hessian)
+    dead = diagonal == 0
+    diagonal = diagonal + dead
+    order = torch.arange(diagonal.shape[0], device=hessian.device)
+    if config.act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = diagonal + config.percdamp * diagonal.mean()
+    return ErrorSpread(order, dead, _spread(hessian, damped, order, config.percdamp))
+
+
+def _spread(
+    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, percdamp: float
+) -> torch.Tensor:
+    """Return `ErrorSpread.rows` of H with this diagonal.
+
+    With columns in reverse order H = L Lᵀ. Reversed again, L⁻¹ is upper triangular and
+    H⁻¹ = (L⁻¹)ᵀ L⁻¹: it is the factor of the inverse, at the price of one factorization.
+    """
+    backwards = order.flip(0)
+    matrix = hessian[backwards][:, backwards].double()
+    matrix.diagonal().copy_(diagonal[backwards])
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
+        raise InputError(
+            f"the Hessian of a linear's inputs is not positive definite at weights.percdamp="
+            f"{percdamp}: raise it, or calibrate on more text (weights.samples)"
+        )
+    matrix.zero_().diagonal().fill_(1)  # what is solved for is written over what is no longer used
+    inverse = matrix.mT  # a symmetric matrix, in the layout that is solved in place
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    inverse.div_(inverse.diagonal().clone()[:, None])
+    return inverse.flip(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
 def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, format: TensorQuant, config: WeightsConfig
+    weight: torch.Tensor, spread: ErrorSpread, format: TensorQuant, config: WeightsConfig
 ) -> QuantizedWeight:
     """Quantize a weight (out, in) so that its outputs on the calibration inputs change least.
 
-    hessian: (in, in), the second moment of the inputs up to a factor. Columns with no input are
-    set to zero. Without groups the ranges are those of RTN, so the two differ in rounding only;
-    with groups each range is taken from the columns as updated when the group is reached. With
-    act_order columns go by falling diagonal of H and groups keep their ranges from the start.
+    Rows do not meet: weights with the same inputs may be stacked. Columns with no input are set to
+    zero. Without groups, or with static ones, the ranges are those of RTN and the two differ in
+    rounding only; else a group's range is taken from its columns as updated when it is reached.
     """
-    weight, hessian = weight.detach().float().clone(), hessian.clone()
-    dead = torch.diagonal(hessian) == 0
-    hessian[dead, dead] = 1
-    weight[:, dead] = 0
-    start = rtn(weight, format, config)
-    width = weight.shape[1]
-    order = torch.arange(width, device=weight.device)
-    if config.act_order:
-        order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
-    inverse = _inverse_factor(hessian[order][:, order], config.percdamp)
-    live_ranges = start.groups > 1 and not config.act_order
-    levels, scale, zero = _sweep(
-        weight[:, order], inverse, order, start, format, config, live_ranges
+    weight = weight.detach().float().masked_fill(spread.dead, 0)
+    scale, zero = search_range(weight, format, config)
+    sweep = _Sweep(weight, spread, (scale, zero), format, config)
+    levels = sweep.run()[torch.argsort(spread.order)].T.contiguous()
+    return QuantizedWeight(
+        levels, sweep.scale.T.contiguous(), sweep.zero.T.contiguous(), sweep.grid
     )
-    back = torch.argsort(order)
-    return QuantizedWeight(levels[:, back].to(torch.int16), scale, zero, start.grid)
 
 
-def _inverse_factor(hessian: torch.Tensor, percdamp: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the damped H's inverse."""
-    damp = percdamp * torch.diagonal(hessian).mean()
-    damped = hessian + damp * torch.eye(hessian.shape[0], device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+class _Sweep:
+    """Round the columns of one weight; all matrices are transposed: (in, out), (groups, out)."""
 
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        spread: ErrorSpread,
+        ranges: tuple[torch.Tensor, torch.Tensor],
+        format: TensorQuant,
+        config: WeightsConfig,
+    ) -> None:
+        self.columns = weight[:, spread.order].T.contiguous()
+        self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges)
+        self.rows, self.grid, self.config = spread.rows, weight_grid(format), config
+        self.format = replace(format, group_size=0)
+        self.size = weight.shape[1] // self.scale.shape[0]
+        self.group_of = (spread.order // self.size).tolist()
+        self.live = self.scale.shape[0] > 1 and not config.static_groups
+        assert not (self.live and config.act_order), "act-order does not visit groups in turn"
 
-def _sweep(
-    weight: torch.Tensor,
-    inverse: torch.Tensor,
-    order: torch.Tensor,
-    start: QuantizedWeight,
-    format: TensorQuant,
-    config: WeightsConfig,
-    live_ranges: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round the (ordered) columns block by block; return levels, scale (out, groups), zero."""
-    scale, zero = start.scale.clone(), start.zero.clone()
-    levels = torch.zeros_like(weight)
-    width, size = weight.shape[1], weight.shape[1] // start.groups
-    grid = start.grid
-    for begin in range(0, width, config.block_size):
-        end = min(begin + config.block_size, width)
-        errors = torch.zeros_like(weight[:, begin:end])
-        for column in range(begin, end):
-            group = int(order[column]) // size
-            if live_ranges and column % size == 0:
-                # lazily updated columns beyond this block are brought up to date first
-                ahead = weight[:, column : column + size].clone()
-                done = errors[:, : column - begin]
-                if column + size > end:
-                    ahead[:, end - column :] -= done @ inverse[begin:column, end : column + size]
-                scale[:, group : group + 1], zero[:, group : group + 1] = _range(
-                    ahead, format, config
-                )
-            s, z = scale[:, group], zero[:, group]
-            w = weight[:, column]
-            levels[:, column] = encode(w, s, z, grid)
-            error = (w - decode(levels[:, column], s, z, grid)) / inverse[column, column]
-            weight[:, column:end] -= error[:, None] * inverse[column, column:end]
-            errors[:, column - begin] = error
-        weight[:, end:] -= errors @ inverse[begin:end, end:]
-    return levels, scale, zero
+    def run(self) -> torch.Tensor:
+        """Return the levels, int16, in the order of rounding."""
+        levels = torch.empty(self.columns.shape, dtype=torch.int16, device=self.columns.device)
+        width, block = self.columns.shape[0], self.config.block_size
+        errors = torch.empty_like(self.columns[:block])
+        for begin in range(0, width, block):
+            end = min(begin + block, width)
+            done = errors[: end - begin]
+            levels[begin:end] = self._round_block(begin, end, done)
+            self.columns[end:].addmm_(self.rows[begin:end, end:].mT, done, alpha=-1)
+        return levels
 
+    def _round_block(self, begin: int, end: int, errors: torch.Tensor) -> torch.Tensor:
+        """Round columns begin..end, fill in their errors and return their levels."""
+        levels: list[torch.Tensor] = []
+        scales, zeros = self.scale.unbind(), self.zero.unbind()
+        for column, error in zip(range(begin, end), errors.unbind(), strict=True):
+            if self.live and column % self.size == 0:
+                self._take_range(column, end, errors[: column - begin])
+            scale, zero = scales[self.group_of[column]], zeros[self.group_of[column]]
+            exact = self.columns[column]
+            levels.append(encode(exact, scale, zero, self.grid))
+            torch.sub(exact, decode(levels[-1], scale, zero, self.grid), out=error)
+            later = self.rows[column, column + 1 : end]
+            self.columns[column + 1 : end].addr_(later, error, alpha=-1)
+        return torch.stack(levels)
 
-def _range(
-    columns: torch.Tensor, format: TensorQuant, config: WeightsConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero (out, 1) of one group of columns, with its clip search."""
-    clip = search_ratios(columns, replace(format, group_size=0), config)[:, 0]
-    _, lowest, highest = extremes(columns, 0)
-    return scale_and_zero(lowest[:, 0] * clip, highest[:, 0] * clip, weight_grid(format))
+    def _take_range(self, column: int, end: int, errors: torch.Tensor) -> None:
+        """Set the range of the group that begins at a column from the columns as they stand.
+
+        errors: those of the block before this column. Columns beyond the block wait for them.
+        """
+        stop = column + self.size
+        ahead = self.columns[column:stop].clone()
+        if stop > end:
+            begin = column - errors.shape[0]
+            ahead[end - column :] -= self.rows[begin:column, end:stop].mT @ errors
+        scale, zero = search_range(ahead.T.contiguous(), self.format, self.config)
+        group = self.group_of[column]
+        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

@@ -1,38 +1,87 @@
 """Quantize all rotated linears of a fused model: RTN at once, GPTQ layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spinlab.config import QuantConfig, WeightsConfig
+from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import Family, family_of, layers_of, linear_at, linears_of
+from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.inputs import check_group
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant, token_quantizer
-from spinlab.rotation.online import OnlineRotation
-from spinlab.weights.gptq import Hessian, gptq
-from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
+from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.calibration import LayerInputs, batch_of
+from spinlab.weights.gptq import Hessian, error_spread, gptq
+from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights, set_dequantized
 from spinlab.weights.rtn import round_to_nearest, rtn
 
 
 def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Raise InputError where weight groups do not tile an input, or not nest with the input's."""
+    """Raise InputError where formats do not fit the model.
+
+    That is where weight groups do not tile an input, or not nest with the input's groups, and
+    where a pattern of `quant.overrides` names nothing.
+    """
+    check_patterns(model, quant)
     for name, _, seam, linear in linears_of(model):
-        width, size = linear.weight.shape[1], quant.weights.group_size
-        check_group("quant.weights.group_size", size, width, name)
-        quantizer = token_quantizer(model, seam, quant)
+        format = quant.weights_at(name)
+        if format.bits == 16:
+            continue
+        setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
+        width, size = linear.weight.shape[1], format.group_size
+        check_group(f"{setting}.group_size", size, width, name)
+        quantizer = token_quantizer(model, name, seam, quant)
         of_input = (quantizer.group_size if quantizer else 0) or width
         fine, coarse = sorted((size or width, of_input))
         if coarse % fine:
             raise InputError(
-                f"quant.weights.group_size={size} and groups of {of_input} inputs of {name} do "
+                f"{setting}.group_size={size} and groups of {of_input} inputs of {name} do "
                 "not nest: one must divide the other"
             )
+    for setting, (name, format) in _ends(model, quant).items():
+        width = linear_at(model, name).weight.shape[1]
+        check_group(f"quant.{setting}.group_size", format.group_size, width, name)
+
+
+def check_patterns(model: PreTrainedModel, quant: QuantConfig) -> None:
+    """Raise InputError where a pattern of `quant.overrides` matches no linear."""
+    names = [name for name, *_ in linears_of(model)]
+    for pattern in (override["pattern"] for override in quant.overrides):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"quant.overrides: the pattern {pattern!r} matches no linear of the model: their "
+                f"names are like {names[0]}"
+            )
+
+
+def _ends(model: PreTrainedModel, quant: QuantConfig) -> dict[str, tuple[str, TensorQuant]]:
+    """Return setting, name and format of what is quantized at the model's two ends."""
+    family = family_of(model.config.model_type)
+    ends = {"embedding": (family.embedding, quant.embedding), "head": (family.head, quant.head)}
+    return {setting: end for setting, end in ends.items() if end[1].bits < 16}
+
+
+def quantize_ends(
+    model: PreTrainedModel, quant: QuantConfig, config: WeightsConfig
+) -> dict[str, QuantizedWeight]:
+    """Return embedding and head, if they have a format, rounded to nearest; set the embedding.
+
+    What reads the embedding then sees the quantized one, as layers see those before them.
+    """
+    found = {
+        name: rtn(linear_at(model, name).weight, format, config).cpu()
+        for name, format in _ends(model, quant).values()
+    }
+    embedding = family_of(model.config.model_type).embedding
+    if embedding in found:
+        set_dequantized(linear_at(model, embedding), found[embedding])
+    return found
 
 
 def quantize_rtn(
@@ -41,124 +90,100 @@ def quantize_rtn(
     config: WeightsConfig,
     clips: Mapping[str, torch.Tensor],
 ) -> dict[str, QuantizedWeight]:
-    """Return every rotated linear's weight rounded to nearest.
+    """Return every weight that has a format of fewer than 16 bits, rounded to nearest.
 
     clips: learned clip ratios by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
     for name, _, _, linear in tqdm(list(linears_of(model)), desc="rtn"):
+        format = quant.weights_at(name)
+        if format.bits == 16:
+            continue
         weight = linear.weight.detach().float()
         if name in clips:
-            found[name] = round_to_nearest(weight, quant.weights, clips[name].to(weight.device))
+            found[name] = round_to_nearest(weight, format, clips[name].to(weight.device)).cpu()
         else:
-            found[name] = rtn(weight, quant.weights, config)
-    return found
+            found[name] = rtn(weight, format, config).cpu()
+    return found | quantize_ends(model, quant, config)
 
 
 def quantize_gptq(
     model: PreTrainedModel,
-    r4: OnlineRotation | None,
+    rotations: RotationSet,
     windows: torch.Tensor,
     quant: QuantConfig,
     config: WeightsConfig,
     progress: Path,
 ) -> dict[str, QuantizedWeight]:
-    """Return every rotated linear's weight rounded by GPTQ; the model is used up.
+    """Return every weight of fewer than 16 bits, rounded by GPTQ; the model is used up.
 
     windows: (samples, length) token ids. Activations stay unquantized while Hessians are
     gathered. A linear sees inputs from already quantized layers and, within its layer, from
     already quantized groups. Finished layers are kept in `progress`; a later call takes them from
-    there and continues with the same bits.
+    there and continues with the same bits. Embedding and head are rounded to nearest.
     """
-    insert_fake_quant(model, r4, None)
-    inputs, kwargs = first_layer_inputs(model, windows)
-    family = family_of(model.config.model_type)
-    found: dict[str, QuantizedWeight] = {}
-    for index, layer in enumerate(tqdm(layers_of(model), desc="gptq")):
-        path = progress / f"layer-{index:03d}.safetensors"
-        if path.exists():
-            weights = load_weights(path)
-            for name, weight in weights.items():
-                _set_weight(linear_at(layer, name), weight)
-        else:
-            weights = _quantize_layer(layer, family, inputs, kwargs, quant, config)
-            temporary = path.with_suffix(".tmp")
-            save_weights(weights, temporary)
-            temporary.replace(path)
-        found |= {f"{family.layers}.{index}.{name}": w for name, w in weights.items()}
-        inputs = [_run(layer, x, kwargs) for x in inputs]
+    insert_fake_quant(model, rotations, None)
+    found = quantize_ends(model, quant, config)
+    inputs = LayerInputs(model, windows, batch_of(model.device, windows.shape[1]))
+    for index in tqdm(range(len(inputs.layers)), desc="gptq"):
+        make = partial(_quantize_layer, model, inputs, quant, config)
+        found |= kept_layer(progress, index, model, make)
+        inputs.advance()
     return found
 
 
-def _quantize_layer(
-    layer: nn.Module,
-    family: Family,
-    inputs: list[torch.Tensor],
-    kwargs: dict[str, Any],
-    quant: QuantConfig,
-    config: WeightsConfig,
+def kept_layer(
+    progress: Path,
+    index: int,
+    model: PreTrainedModel,
+    make: Callable[[], dict[str, QuantizedWeight]],
 ) -> dict[str, QuantizedWeight]:
-    """Quantize one decoder layer, group after group in the order of computation."""
-    weights: dict[str, QuantizedWeight] = {}
-    for group in dict.fromkeys(seam.group for seam in family.seams):
-        names = [seam.name for seam in family.seams if seam.group == group]
-        hessian = _gather(layer, linear_at(layer, names[0]), inputs, kwargs)
+    """Return the weights of a layer, in the host's memory; afterwards the model holds them.
+
+    They are those that an earlier call left in `progress`, or what `make` returns.
+    """
+    path = progress / f"layer-{index:03d}.safetensors"
+    weights = load_weights(path) if path.exists() else make()
+    for name, weight in weights.items():
+        set_dequantized(linear_at(model, name), weight)
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        save_weights(weights, temporary)
+        temporary.replace(path)
+    return {name: weight.cpu() for name, weight in weights.items()}
+
+
+def _quantize_layer(
+    model: PreTrainedModel, inputs: LayerInputs, quant: QuantConfig, config: WeightsConfig
+) -> dict[str, QuantizedWeight]:
+    """Quantize the current decoder layer, group after group in the order of computation."""
+    groups: dict[str, list[str]] = {}
+    for name, index, seam, _ in linears_of(model):
+        if index == inputs.index:
+            groups.setdefault(seam.group, []).append(name)
+    found: dict[str, QuantizedWeight] = {}
+    for names in groups.values():
+        formats: dict[TensorQuant, list[str]] = {}
         for name in names:
-            linear = linear_at(layer, name)
-            weights[name] = gptq(linear.weight, hessian, quant.weights, config)
-            _set_weight(linear, weights[name])
-    return weights
-
-
-def _gather(
-    layer: nn.Module, linear: nn.Linear, inputs: list[torch.Tensor], kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Return the Hessian of a linear's (online-rotated) inputs over all windows."""
-    hessian = Hessian(linear.weight.shape[1], linear.weight.device)
-
-    def add(module: nn.Module, args: tuple) -> None:
-        hessian.add(cast(FakeQuantLinear, module).path(args[0]))
-
-    hook = linear.register_forward_pre_hook(add)
-    for x in inputs:
-        _run(layer, x, kwargs)
-    hook.remove()
-    return hessian.value()
-
-
-def _set_weight(linear: nn.Linear, weight: QuantizedWeight) -> None:
-    dense = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
-    linear.weight = nn.Parameter(dense, requires_grad=False)
-
-
-class _Stop(Exception):
-    """Leave a forward pass once the first layer's input is known."""
-
-
-@torch.no_grad()
-def first_layer_inputs(
-    model: PreTrainedModel, windows: torch.Tensor
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Return the first decoder layer's input per window, and its other arguments."""
-    inputs: list[torch.Tensor] = []
-    kept: dict[str, Any] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs.append(args[0])
-        kept.update(kwargs)
-        raise _Stop
-
-    hook = layers_of(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
-    for window in windows:
-        try:
-            model(input_ids=window[None].to(model.device), use_cache=False)
-        except _Stop:
+            if (format := quant.weights_at(name)).bits < 16:
+                formats.setdefault(format, []).append(name)
+        if not formats:
             continue
-    hook.remove()
-    return inputs, kept
+        spread = error_spread(gather(inputs, linear_at(model, names[0])), config)
+        for format, stack in formats.items():
+            weights = [linear_at(model, name).weight for name in stack]
+            whole = gptq(torch.cat(weights), spread, format, config)
+            rows = [weight.shape[0] for weight in weights]
+            found |= zip(stack, whole.split(rows), strict=True)
+        for name in names:
+            if name in found:
+                set_dequantized(linear_at(model, name), found[name])
+    return found
 
 
-@torch.no_grad()
-def _run(layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    out = layer(x, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+def gather(inputs: LayerInputs, linear: torch.nn.Linear) -> torch.Tensor:
+    """Return the Hessian of a linear's transformed inputs in the current layer."""
+    hessian = Hessian(linear.weight.shape[1], linear.weight.device)
+    path = cast(FakeQuantLinear, linear).path
+    inputs.visit(linear, lambda x: hessian.add(path(x)))
+    return hessian.value()

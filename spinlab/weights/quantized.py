@@ -1,12 +1,14 @@
 """A quantized weight as integers: what is saved, what kernels multiply, what fake quant decodes."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from spinlab.quant.affine import Grid, decode
 from spinlab.quant.pack import pack_nibbles, unpack_nibbles
@@ -36,6 +38,16 @@ class QuantizedWeight:
         scale, zero = self.scale.to(wide)[..., None], self.zero.to(wide)[..., None]
         return decode(grouped, scale, zero, self.grid).flatten(1).to(dtype)
 
+    def cpu(self) -> "QuantizedWeight":
+        """Return the same weight in the host's memory."""
+        return QuantizedWeight(self.levels.cpu(), self.scale.cpu(), self.zero.cpu(), self.grid)
+
+    def split(self, rows: Sequence[int]) -> list["QuantizedWeight"]:
+        """Cut a stack of weights with common inputs into weights of so many rows each."""
+        levels, scale, zero = (t.split(list(rows)) for t in (self.levels, self.scale, self.zero))
+        parts = zip(levels, scale, zero, strict=True)
+        return [QuantizedWeight(*part, grid=self.grid) for part in parts]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored form: packed levels, scale, and zero where the grid has one."""
         stored = {"levels": self._packed(), "scale": self.scale}
@@ -58,6 +70,12 @@ class QuantizedWeight:
         return QuantizedWeight(levels.to(torch.int16), scale, zero, grid)
 
 
+def set_dequantized(linear: nn.Linear, weight: QuantizedWeight) -> None:
+    """Replace a module's weight by the floats of its quantized form, in its own dtype."""
+    dense = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
+    linear.weight = nn.Parameter(dense, requires_grad=False)
+
+
 def effective_bits(weights: Mapping[str, QuantizedWeight]) -> float:
     """Return stored bits per weight over all weights, scales and zero points counted.
 
@@ -72,23 +90,22 @@ def effective_bits(weights: Mapping[str, QuantizedWeight]) -> float:
 
 
 def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
-    """Write named weights of one grid into a safetensors file."""
-    grid = next(iter(weights.values())).grid
+    """Write named weights, each with a grid of its own, into a safetensors file."""
     tensors = {
         f"{name}.{part}": tensor.cpu().contiguous()
         for name, weight in weights.items()
         for part, tensor in weight.tensors().items()
     }
-    save_file(tensors, path, {"bits": str(grid.bits), "symmetric": str(int(grid.symmetric))})
+    grids = {name: [w.grid.bits, w.grid.symmetric] for name, w in weights.items()}
+    save_file(tensors, path, {"grids": json.dumps(grids, sort_keys=True)})
 
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Read what `save_weights` wrote."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     with safe_open(path, framework="pt") as file:
-        about = file.metadata()
+        grids = {name: Grid(*of) for name, of in json.loads(file.metadata()["grids"]).items()}
         for key in file.keys():  # noqa: SIM118
             name, _, part = key.rpartition(".")
             parts.setdefault(name, {})[part] = file.get_tensor(key)
-    grid = Grid(int(about["bits"]), about["symmetric"] == "1")
-    return {name: QuantizedWeight.from_tensors(stored, grid) for name, stored in parts.items()}
+    return {name: QuantizedWeight.from_tensors(parts[name], grid) for name, grid in grids.items()}

@@ -16,9 +16,15 @@ def round_to_nearest(
     weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor | float
 ) -> QuantizedWeight:
     """Quantize a weight (out, in) with ranges shrunk by `clip`: (out, in/g, 1) or a number."""
-    grid = weight_grid(format)
     grouped, lowest, highest = extremes(weight, format.group_size)
-    scale, zero = scale_and_zero(lowest * clip, highest * clip, grid)
+    return round_to_range(grouped, lowest * clip, highest * clip, weight_grid(format))
+
+
+def round_to_range(
+    grouped: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, grid: Grid
+) -> QuantizedWeight:
+    """Quantize a grouped weight (out, in/g, g) with ranges of its groups: (out, in/g, 1) each."""
+    scale, zero = scale_and_zero(lowest, highest, grid)
     levels = encode(grouped, scale, zero, grid).flatten(1).to(torch.int16)
     return QuantizedWeight(levels, scale.squeeze(-1), zero.squeeze(-1), grid)
 
@@ -30,6 +36,16 @@ def search_ratios(weight: torch.Tensor, format: TensorQuant, config: WeightsConf
         search = ClipSearch(config.clip_norm, config.clip_grid, config.clip_max_shrink)
     ratios = search_clip(weight, weight_grid(format), format.group_size, search)
     return ratios * format.clip_ratio
+
+
+def search_range(
+    weight: torch.Tensor, format: TensorQuant, config: WeightsConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scale and zero point that RTN gives a weight (out, in): (out, in/g) each."""
+    clip = search_ratios(weight, format, config)
+    _, lowest, highest = extremes(weight, format.group_size)
+    scale, zero = scale_and_zero(lowest * clip, highest * clip, weight_grid(format))
+    return scale.squeeze(-1), zero.squeeze(-1)
 
 
 def rtn(weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> QuantizedWeight:

@@ -15,8 +15,8 @@ from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.schedule import rate_at
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks
+from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import orthogonality_error
-from spinlab.rotation.rotations import initial_rotations
 
 OFF = TensorQuant(bits=16)
 FLOAT = QuantConfig(weights=OFF, activations=OFF)

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.load import load_model, random_model, source_digest
+from spinlab.model.load import load_model, source_digest
+from spinlab.model.random import random_model
 from spinlab.model.seams import dimensions_of, family_of, linears_of
 
 SHAPE = {
@@ -79,7 +82,14 @@ def test_every_linear_of_a_layer_has_a_seam():
 
 
 def test_unknown_families_and_empty_shapes_are_refused():
-    with pytest.raises(InputError, match="'gpt2'"):
-        family_of("gpt2")
+    with pytest.raises(InputError, match=r"'granite' has no seam table: supported are llama"):
+        family_of("granite")
     with pytest.raises(InputError, match=r"model.architecture"):
         random_model(ModelConfig(name="nothing"), 0)
+
+
+def test_a_quantized_checkpoint_is_refused_before_it_is_read(tmp_path):
+    settings = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"stored quantized \(awq\)"):
+        source_digest(ModelConfig(weights="pretrained", path=str(tmp_path)))

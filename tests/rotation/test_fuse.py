@@ -13,8 +13,8 @@ from spinlab.rotation.fuse import (
     rotated_weight,
     rotation_gradients,
 )
+from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import random_orthogonal
-from spinlab.rotation.rotations import initial_rotations
 
 
 def rotated(model, config=None, seed=0):
@@ -24,7 +24,7 @@ def rotated(model, config=None, seed=0):
     rotations = initial_rotations(config, dimensions, torch.Generator().manual_seed(seed))
     fold_norms(model)
     fuse(model, rotations)
-    insert_fake_quant(model, rotations.r4, None)
+    insert_fake_quant(model, rotations, None)
     attach_kv(model, kv_path(model, rotations.r3, None), store=False)
     return rotations
 

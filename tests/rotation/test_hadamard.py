@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 
 from spinlab.errors import InputError
-from spinlab.rotation.hadamard import hadamard_factors, hadamard_matrix
+from spinlab.rotation.hadamard import hadamard_block, hadamard_factors, hadamard_matrix
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 64, 256])
@@ -41,3 +41,49 @@ def test_widths_of_real_models_split_into_core_and_power_of_two(n, factors):
 def test_a_width_without_an_order_is_named_with_a_way_out(n):
     with pytest.raises(InputError, match=f"width {n}"):
         hadamard_factors(n)
+
+
+# hidden, intermediate and head widths; the heads of SmolLM2-135M and Qwen2.5-0.5B have no order
+WIDTHS = {
+    "llama-1/2 7b": (4096, 11008, 128),
+    "llama-1/2 13b": (5120, 13824, 128),
+    "llama-1 30b": (6656, 17920, 128),
+    "llama-1 65b": (8192, 22016, 128),
+    "llama-2/3 70b": (8192, 28672, 128),
+    "llama-3 8b, mistral 7b": (4096, 14336, 128),
+    "llama-3.2 1b": (2048, 8192, 64),
+    "llama-3.2 3b": (3072, 8192, 128),
+    "qwen2.5 0.5b": (896, 4864, 64),
+    "qwen2.5 1.5b": (1536, 8960, 128),
+    "qwen2.5 3b": (2048, 11008, 128),
+    "qwen2.5 7b": (3584, 18944, 128),
+    "qwen2.5 14b": (5120, 13824, 128),
+    "qwen2.5 32b": (5120, 27648, 128),
+    "qwen2.5 72b": (8192, 29568, 128),
+    "qwen3 0.6b": (1024, 3072, 128),
+    "qwen3 4b": (2560, 9728, 128),
+    "qwen3 8b": (4096, 12288, 128),
+    "qwen3 14b": (5120, 17408, 128),
+    "qwen3 32b": (5120, 25600, 128),
+    "phi-3 mini": (3072, 8192, 96),
+    "phi-3 medium": (5120, 17920, 128),
+    "smollm2 135m": (576, 1536, 64),
+    "smollm2 360m": (960, 2560, 64),
+    "smollm2 1.7b": (2048, 8192, 64),
+    "tinyllama 1.1b": (2048, 5632, 64),
+}
+
+
+@pytest.mark.parametrize("width", sorted({w for widths in WIDTHS.values() for w in widths}))
+def test_every_width_of_the_supported_models_has_a_full_order(width):
+    core, power = hadamard_factors(width)
+    assert core * power == width
+    h = hadamard_matrix(core).double() if core > 1 else torch.ones(1, 1, dtype=torch.float64)
+    assert torch.equal(h @ h.T, core * torch.eye(core, dtype=torch.float64))
+    assert hadamard_block(width, "r4") == width
+
+
+@pytest.mark.parametrize(("width", "block"), [(13696, 128), (45, 1), (4 * 23, 4), (2 * 9, 2)])
+def test_other_widths_get_the_largest_blocks_there_are_and_say_so(caplog, width, block):
+    assert hadamard_block(width, "r4") == block
+    assert f"no Hadamard matrix of order {width}" in caplog.text

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from spinlab.rotation.hadamard import hadamard_matrix
-from spinlab.rotation.online import OnlineRotation, hadamard_rotation, online_rotation
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.orthogonal import random_orthogonal
 
 
 @pytest.mark.parametrize("n", [8, 20, 36, 64, 576, 1536])
@@ -14,23 +15,27 @@ def test_two_small_products_are_the_dense_hadamard(n):
 
 def test_an_unsymmetric_kronecker_product_acts_from_the_right():
     g = torch.Generator().manual_seed(0)
-    left = online_rotation("random", 3, g).right
-    right = online_rotation("random", 5, g).right
+    left, right = random_orthogonal(3, g), random_orthogonal(5, g)
     x = torch.randn(4, 15, dtype=torch.float64, generator=g)
     rotation = OnlineRotation(left, right)
     assert torch.allclose(rotation(x), x @ torch.kron(left, right), atol=1e-12)
     assert torch.equal(rotation.dense(), torch.kron(left, right))
 
 
+def test_blocks_are_block_diagonal():
+    g = torch.Generator().manual_seed(0)
+    left, right = random_orthogonal(2, g), random_orthogonal(3, g)
+    rotation = OnlineRotation(left, right, blocks=4)
+    x = torch.randn(5, 24, dtype=torch.float64, generator=g)
+    dense = torch.block_diag(*[torch.kron(left, right)] * 4)
+    assert torch.allclose(rotation(x), x @ dense, atol=1e-12)
+    assert torch.equal(rotation.dense(), dense)
+    assert rotation.width == 24
+
+
 def test_the_cut_is_the_cheapest():
     rotation = hadamard_rotation(1536)
     assert (rotation.left.shape[0], rotation.right.shape[0]) == (48, 32)
-
-
-def test_none_and_identity_are_no_online_rotation():
-    g = torch.Generator()
-    assert online_rotation("none", 8, g) is None
-    assert online_rotation("identity", 8, g) is None
 
 
 def test_a_matrix_that_is_not_orthogonal_is_refused():

@@ -1,11 +1,19 @@
+import math
+
+import pytest
 import scipy.linalg
 import torch
 
 from spinlab.rotation.orthogonal import (
+    bernoulli_projection,
+    exact_hadamard,
+    gaussian_projection,
     orthogonality_error,
+    orthogonalize_rows,
     polar,
     random_orthogonal,
     randomized_hadamard,
+    well_posed_bernoulli,
 )
 
 
@@ -48,3 +56,40 @@ def test_polar_works_in_float64_on_float32_input():
     r = polar(random_orthogonal(32, generator()).float())
     assert r.dtype == torch.float64
     assert orthogonality_error(r) < 1e-14
+
+
+@pytest.mark.parametrize("draw", [bernoulli_projection, gaussian_projection])
+def test_random_projections_grow_orthogonal_as_one_over_the_root_of_n(draw):
+    """Off the diagonal of R Rᵀ stand means of n products: their spread is 1/sqrt(n)."""
+    for n in (64, 256, 1024):
+        gram = (lambda r: r @ r.T)(draw(n, generator(n)))
+        off = gram[~torch.eye(n, dtype=torch.bool)]
+        assert off.std().item() == pytest.approx(n**-0.5, rel=0.05)
+        largest = off.abs().max().item()
+        assert largest == pytest.approx(2 * (math.log(n) / n) ** 0.5, rel=0.25)
+
+
+def test_bernoulli_rows_have_unit_length_and_gaussian_rows_only_on_average():
+    rows = bernoulli_projection(256, generator()).norm(dim=1)
+    assert torch.allclose(rows, torch.ones_like(rows))
+    lengths = gaussian_projection(256, generator()).norm(dim=1)
+    assert 0.01 < lengths.std() < 0.1
+
+
+@pytest.mark.parametrize("draw", [well_posed_bernoulli, gaussian_projection])
+@pytest.mark.parametrize("n", [2, 3, 16, 100])
+def test_orthogonalized_rows_are_gram_schmidts(draw, n):
+    matrix = draw(n, generator(n))
+    found = orthogonalize_rows(matrix)
+    assert orthogonality_error(found) < 1e-10
+    for i in range(n):  # each row adds one direction to those before it, on its own side
+        inside = matrix[i] @ found[: i + 1].T @ found[: i + 1]
+        assert torch.allclose(inside, matrix[i], atol=1e-9)
+        assert matrix[i] @ found[i] > 0
+
+
+def test_a_width_without_a_hadamard_order_is_turned_in_blocks(caplog):
+    r = exact_hadamard(12 * 13, "r1")  # 156 = 39·4 has no construction here
+    assert orthogonality_error(r) < 1e-14
+    assert torch.equal(r, torch.block_diag(*[exact_hadamard(52)] * 3))
+    assert "r1: no Hadamard matrix of order 156" in caplog.text

@@ -1,12 +1,17 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from spinlab.config import RotationConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
-from spinlab.rotation.rotations import RotationSet, initial_rotations
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.rotations import RotationSet
 
-DIMENSIONS = Dimensions(hidden=24, head_dim=8, intermediate=40, layers=2)
+DIMENSIONS = Dimensions(hidden=24, head_dim=8, intermediate=40, layers=2, heads=4, kv_heads=2)
 
 
 def drawn(seed: int = 0, **changes) -> RotationSet:
@@ -17,7 +22,7 @@ def drawn(seed: int = 0, **changes) -> RotationSet:
 def test_a_saved_set_comes_back_with_every_bit(tmp_path):
     saved = RotationSet(**{**vars(drawn(r4="random")), "about": {"seed": 7}})
     saved.save(tmp_path / "r.safetensors")
-    loaded = RotationSet.load(tmp_path / "r.safetensors", DIMENSIONS)
+    loaded = RotationSet.load(tmp_path / "r.safetensors")
     assert torch.equal(loaded.r1, saved.r1)
     assert torch.equal(loaded.r2, saved.r2)
     assert torch.equal(loaded.r3.dense(), saved.r3.dense())
@@ -38,11 +43,46 @@ def test_switched_off_rotations_are_absent(tmp_path):
     assert (loaded.r1, loaded.r2, loaded.r3, loaded.r4) == (None,) * 4
 
 
-def test_rotations_of_another_model_are_refused(tmp_path):
-    drawn().save(tmp_path / "r.safetensors")
-    for other in (Dimensions(12, 8, 40, 2), Dimensions(24, 8, 40, 3), Dimensions(24, 8, 20, 2)):
-        with pytest.raises(InputError, match="the model has"):
-            RotationSet.load(tmp_path / "r.safetensors", other)
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden": 12}, {"layers": 3}, {"intermediate": 20}, {"head_dim": 4}, {"heads": 2}],
+    ids=str,
+)
+def test_rotations_of_another_model_are_refused(changes):
+    rotations = drawn(cross_head="hadamard")
+    rotations.check(DIMENSIONS)
+    with pytest.raises(InputError, match="the model has"):
+        rotations.check(replace(DIMENSIONS, **changes))
+
+
+def test_offline_means_that_nothing_runs_online():
+    rotations = drawn(cross_head="hadamard", online=False)
+    assert (rotations.r3, rotations.r4, rotations.cross_head) == (None,) * 3
+    assert rotations.r1 is not None
+
+
+def test_r4_blocks_are_power_of_two_hadamards(caplog):
+    dense = drawn(r4="hadamard", r4_block=8).r4.dense()
+    block = torch.from_numpy(scipy.linalg.hadamard(8)).double() / 8**0.5
+    assert torch.allclose(dense, torch.block_diag(*[block] * 5))
+    with pytest.raises(InputError, match=r"rotation.r4_block=16 does not divide 40"):
+        drawn(r4_block=16)
+
+
+def test_head_counts_without_an_order_leave_r2_alone(caplog):
+    config = RotationConfig(cross_head="hadamard")
+    nine = replace(DIMENSIONS, heads=9)  # SmolLM2-135M
+    assert initial_rotations(config, nine, torch.Generator()).cross_head is None
+    assert "no Hadamard matrix of order 9" in caplog.text
+
+
+def test_cross_head_and_r2_make_quarots_kronecker_product():
+    """QuaRot turns the o_proj input by H_heads ⊗ H_head_dim."""
+    rotations = drawn(r2="exact_hadamard", cross_head="hadamard")
+    inside = torch.block_diag(*[rotations.r2[0]] * DIMENSIONS.heads)
+    dense = inside @ rotations.cross_head.dense()
+    expected = np.kron(scipy.linalg.hadamard(4), scipy.linalg.hadamard(8)) / 32**0.5
+    assert torch.allclose(dense, torch.from_numpy(expected))
 
 
 def test_a_matrix_that_is_not_orthogonal_is_refused():

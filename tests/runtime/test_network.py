@@ -5,7 +5,7 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, W
 from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks, channel_peaks, stored_bytes
-from spinlab.rotation.rotations import initial_rotations
+from spinlab.rotation.initial import initial_rotations
 from spinlab.runtime.linear import IntegerLinear
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
@@ -112,7 +112,7 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
     def gptq(folder):
         folder.mkdir(exist_ok=True)
         model = networks.fused(rotations)
-        return quantize_gptq(model, rotations.r4, windows, QUANT, config, folder)
+        return quantize_gptq(model, rotations, windows, QUANT, config, folder)
 
     found = gptq(tmp_path / "whole")
     assert found.keys() == weights.keys()
@@ -143,10 +143,10 @@ def test_gptq_sees_inputs_of_already_quantized_layers(make_model, tmp_path):
         folder = tmp_path / str(bits)
         folder.mkdir()
         arguments = (windows, coarse, WeightsConfig(method="gptq"), folder)
-        quantize_gptq(networks.fused(rotations), rotations.r4, *arguments)
+        quantize_gptq(networks.fused(rotations), rotations, *arguments)
         (folder / "layer-001.safetensors").unlink()
         fine = (windows, QUANT, WeightsConfig(method="gptq"), folder)
-        outcomes.append(quantize_gptq(networks.fused(rotations), rotations.r4, *fine))
+        outcomes.append(quantize_gptq(networks.fused(rotations), rotations, *fine))
     name = "model.layers.1.mlp.down_proj"
     assert not torch.equal(outcomes[0][name].levels, outcomes[1][name].levels)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.errors import InputError
 from spinlab.quant.affine import Grid, decode
-from spinlab.weights.gptq import Hessian, gptq
+from spinlab.weights.gptq import Hessian, error_spread, gptq
 from spinlab.weights.rtn import rtn
 
 SYMMETRIC = TensorQuant(symmetric=True)
@@ -24,6 +25,10 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     return gathered.value()
 
 
+def gptq_of(weight, hessian, format, config):
+    return gptq(weight, error_spread(hessian, config), format, config)
+
+
 def output_error(weight: torch.Tensor, found, x: torch.Tensor) -> float:
     return (x @ (found.dequantize() - weight).T).square().sum().item()
 
@@ -38,8 +43,8 @@ def test_the_hessian_is_the_second_moment_of_the_inputs():
 def test_gptq_beats_rtn_on_correlated_inputs(format, act_order):
     x = correlated_inputs(256, 64)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    config = WeightsConfig(block_size=24, act_order=act_order)
-    found = gptq(weight, hessian_of(x), format, config)
+    config = WeightsConfig(block_size=24, act_order=act_order, static_groups=act_order)
+    found = gptq_of(weight, hessian_of(x), format, config)
     assert output_error(weight, found, x) < 0.6 * output_error(
         weight, rtn(weight, format, config), x
     )
@@ -47,7 +52,7 @@ def test_gptq_beats_rtn_on_correlated_inputs(format, act_order):
 
 def test_gptq_is_rtn_where_inputs_are_uncorrelated():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    found = gptq(weight, torch.eye(16), SYMMETRIC, WeightsConfig())
+    found = gptq_of(weight, torch.eye(16), SYMMETRIC, WeightsConfig())
     assert torch.equal(found.levels, rtn(weight, SYMMETRIC, WeightsConfig()).levels)
 
 
@@ -57,7 +62,7 @@ def test_gptq_equals_the_brute_force_optimum_on_a_tiny_case():
     weight = torch.tensor([[0.39, -0.22, -0.32], [-1.21, 1.04, -0.63], [0.57, 0.54, -0.39]])
     format = TensorQuant(bits=3, symmetric=True)
     config = WeightsConfig(percdamp=1e-9, clip_search=False)
-    found, nearest = gptq(weight, hessian_of(x), format, config), rtn(weight, format, config)
+    found, nearest = gptq_of(weight, hessian_of(x), format, config), rtn(weight, format, config)
     rtn_was_worse = 0
     for row in range(3):
         scale, zero = found.scale[row], found.zero[row]
@@ -78,7 +83,7 @@ def test_gptq_follows_the_textbook_update():
     weight = torch.randn(4, 10, generator=torch.Generator().manual_seed(3))
     config = WeightsConfig(block_size=3, percdamp=0.01, clip_search=False)
     h = hessian_of(x)
-    found = gptq(weight, h, SYMMETRIC, config)
+    found = gptq_of(weight, h, SYMMETRIC, config)
     damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(10)
     w = weight.double().clone()
     for j in range(10):
@@ -93,5 +98,63 @@ def test_gptq_follows_the_textbook_update():
 def test_columns_without_input_become_zero():
     x = correlated_inputs(64, 8)
     x[:, 3] = 0
-    found = gptq(torch.randn(4, 8), hessian_of(x), SYMMETRIC, WeightsConfig())
+    found = gptq_of(torch.randn(4, 8), hessian_of(x), SYMMETRIC, WeightsConfig())
     assert (found.dequantize()[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_static_groups_keep_the_ranges_of_rtn(symmetric, act_order):
+    x = correlated_inputs(64, 32)
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
+    format = TensorQuant(symmetric=symmetric, group_size=8)
+    static = WeightsConfig(static_groups=True, act_order=act_order, block_size=12)
+    found, nearest = gptq_of(weight, hessian_of(x), format, static), rtn(weight, format, static)
+    assert torch.equal(found.scale, nearest.scale)
+    assert torch.equal(found.zero, nearest.zero)
+    assert not torch.equal(found.levels, nearest.levels)
+    live = gptq_of(weight, hessian_of(x), format, WeightsConfig(block_size=12))
+    assert torch.equal(live.scale[:, 0], nearest.scale[:, 0])
+    assert not torch.equal(live.scale[:, 1:], nearest.scale[:, 1:])
+
+
+def test_ranges_of_groups_do_not_depend_on_how_columns_are_blocked():
+    """A group may reach beyond its block, whose columns are updated late."""
+    x = correlated_inputs(128, 48)
+    weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(4))
+    format = TensorQuant(group_size=16)
+    found = [gptq_of(weight, hessian_of(x), format, WeightsConfig(block_size=b)) for b in (48, 10)]
+    assert torch.allclose(found[0].scale, found[1].scale, rtol=1e-5)
+    assert (found[0].levels == found[1].levels).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_a_stack_of_weights_is_rounded_as_each_alone(group_size):
+    x = correlated_inputs(256, 64)
+    weights = torch.randn(96, 64, generator=torch.Generator().manual_seed(5)).split([48, 16, 32])
+    format, config = TensorQuant(group_size=group_size), WeightsConfig(block_size=24)
+    spread = error_spread(hessian_of(x), config)
+    stacked = gptq(torch.cat(weights), spread, format, config).split([48, 16, 32])
+    for weight, found in zip(weights, stacked, strict=True):
+        alone = gptq(weight, spread, format, config)
+        assert torch.allclose(found.scale, alone.scale, rtol=1e-5)
+        assert (found.levels == alone.levels).float().mean() > 0.999
+
+
+def test_the_spread_is_the_factor_of_the_damped_inverse():
+    h = hessian_of(correlated_inputs(256, 24))
+    config = WeightsConfig(act_order=True)
+    spread = error_spread(h, config)
+    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(24)
+    inverse = torch.linalg.inv(damped[spread.order][:, spread.order])
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    expected = factor / factor.diagonal()[:, None]
+    assert torch.allclose(spread.rows.double(), expected, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_hessian_that_cannot_be_factored_names_the_setting_to_raise():
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    with pytest.raises(InputError, match=r"weights.percdamp=0.01: raise it"):
+        error_spread(indefinite, WeightsConfig())
+    with pytest.raises(InputError, match="positive definite"):
+        error_spread(torch.full((2, 2), torch.nan), WeightsConfig())

@@ -27,6 +27,31 @@ def test_saved_weights_come_back_as_the_same_integers(tmp_path, format):
     assert torch.equal(loaded.dequantize(), weights["a.b"].dequantize())
 
 
+def test_weights_of_different_grids_share_a_file(tmp_path):
+    weights = {f"w{i}": rtn(random_weight(), f, WeightsConfig()) for i, f in enumerate(FORMATS)}
+    save_weights(weights, tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert {name: w.grid for name, w in loaded.items()} == {n: w.grid for n, w in weights.items()}
+    for name, weight in weights.items():
+        assert torch.equal(loaded[name].dequantize(), weight.dequantize())
+
+
+def test_no_weights_at_all_are_saved_and_loaded(tmp_path):
+    save_weights({}, tmp_path / "w.safetensors")
+    assert load_weights(tmp_path / "w.safetensors") == {}
+
+
+def test_a_split_stack_is_saved_whole(tmp_path):
+    """Its parts share memory, which tensors of a safetensors file may not."""
+    for format in FORMATS:
+        whole = rtn(random_weight(), format, WeightsConfig())
+        parts = dict(zip("ab", whole.split([2, 4]), strict=True))
+        save_weights(parts, tmp_path / "w.safetensors")
+        loaded = load_weights(tmp_path / "w.safetensors")
+        found = torch.cat([loaded[name].dequantize() for name in "ab"])
+        assert torch.equal(found, whole.dequantize())
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_no_weight_moves_further_than_half_a_level(format):
     weight = random_weight()

@@ -1,0 +1,112 @@
+"""The schema of an experiment: every setting, its default and its limits, in one place.
+
+YAML files under conf/ hold deltas to these dataclasses. Nothing here imports torch, so that
+`python -m spinlab --help` answers at once.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from spinlab.config.model import DataConfig, ModelConfig
+from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config.rotation import (
+    DuQuantConfig,
+    LearnConfig,
+    RotationConfig,
+    StatisticsConfig,
+)
+from spinlab.config.run import (
+    VARIANTS,
+    EvalConfig,
+    ExportConfig,
+    PathsConfig,
+    RuntimeConfig,
+    TrackerConfig,
+    WandbConfig,
+)
+from spinlab.errors import InputError
+
+__all__ = [
+    "VARIANTS",
+    "Config",
+    "DataConfig",
+    "DuQuantConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "KVConfig",
+    "LearnConfig",
+    "ModelConfig",
+    "PathsConfig",
+    "QuantConfig",
+    "RotationConfig",
+    "RuntimeConfig",
+    "StatisticsConfig",
+    "TensorQuant",
+    "TrackerConfig",
+    "WandbConfig",
+    "WeightsConfig",
+    "plain",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = "custom"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rotation: RotationConfig = field(default_factory=RotationConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+    def __post_init__(self) -> None:
+        quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
+        if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
+            raise InputError(
+                f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
+                "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
+            )
+        if self.weights.act_order and not self.weights.static_groups:
+            for tensor in self.quant.weight_formats:
+                if tensor.group_size:
+                    raise InputError(
+                        f"weights.act_order with quant.weights.group_size={tensor.group_size} "
+                        "needs weights.static_groups=true: groups are runs of columns, act-order "
+                        "does not visit them in turn"
+                    )
+        if "int4" in self.eval.variants:
+            self._check_integers()
+
+    def _check_integers(self) -> None:
+        """Refuse formats that integer kernels cannot run; 16-bit ones are left to floats."""
+        quant = self.quant
+        for name, tensors, off in (
+            ("weights", quant.weight_formats, False),
+            ("activations", quant.activation_formats, True),
+        ):
+            for tensor in tensors:
+                if tensor.bits > 8 and not (off and tensor.bits == 16):
+                    raise InputError(
+                        f"quant.{name}.bits={tensor.bits} cannot run on integer kernels: "
+                        "use at most 8 bits or leave int4 out of eval.variants"
+                    )
+
+
+def plain(config: Any) -> Any:
+    """Return a dataclass tree as plain dicts and lists, ready for JSON."""
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config

@@ -1,0 +1,146 @@
+"""Settings of every quantizer: weights, activations, head, embedding, keys and values."""
+
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from spinlab.errors import InputError
+from spinlab.limits import at_least, bits, choice, positive, ratio
+
+METHODS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class TensorQuant:
+    """Describe one quantizer: bits (16 = off), symmetry, group size (0 = channel or token)."""
+
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int = 0
+    clip_ratio: float = 1.0  # of the range that is kept; for weights on top of their clip search
+
+    def check(self, name: str) -> None:
+        """Raise InputError, naming the setting, for what is out of range."""
+        bits(f"{name}.bits", self.bits)
+        ratio(f"{name}.clip_ratio", self.clip_ratio)
+        at_least(f"{name}.group_size", self.group_size, 0)
+
+
+def _off() -> TensorQuant:
+    return TensorQuant(bits=16, symmetric=True)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Set the formats of weights and activations. In the papers head and embedding stay 16-bit."""
+
+    weights: TensorQuant = field(default_factory=lambda: TensorQuant(symmetric=True))
+    activations: TensorQuant = field(default_factory=TensorQuant)
+    o_proj_per_head: bool = True  # o_proj input: one scale per token and head (SpinQuant)
+    # [{pattern: "*.down_proj", weights: {bits: 8}, activations: {bits: 8}}, ...]: what differs for
+    # linears whose full name matches; later entries go before earlier ones
+    overrides: list[dict[str, Any]] = field(default_factory=list)
+    head: TensorQuant = field(default_factory=_off)  # weight only, rounded to nearest
+    embedding: TensorQuant = field(default_factory=_off)  # per token of the vocabulary
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations", "head", "embedding"):
+            getattr(self, name).check(f"quant.{name}")
+        for entry in self.overrides:
+            if not entry.keys() <= {"pattern", "weights", "activations"} or "pattern" not in entry:
+                raise InputError(
+                    f"quant.overrides: {entry} must have a pattern, and weights or activations"
+                )
+            for name in ("weights", "activations"):
+                self._changed(name, entry).check(f"quant.overrides[{entry['pattern']}].{name}")
+
+    def weights_at(self, name: str) -> TensorQuant:
+        """Return the weight format of a linear, by its full name."""
+        return self._at("weights", name)
+
+    def activations_at(self, name: str) -> TensorQuant:
+        """Return the input format of a linear, by its full name."""
+        return self._at("activations", name)
+
+    def _at(self, kind: str, name: str) -> TensorQuant:
+        matching = [o for o in self.overrides if kind in o and fnmatchcase(name, o["pattern"])]
+        return self._changed(kind, matching[-1]) if matching else getattr(self, kind)
+
+    def _changed(self, kind: str, entry: dict[str, Any]) -> TensorQuant:
+        """Return a format with the changes of one override."""
+        base, changes = getattr(self, kind), entry.get(kind) or {}
+        for name, value in changes.items():
+            known = {f.name: getattr(base, f.name) for f in fields(TensorQuant)}
+            if name not in known or not isinstance(value, int | float):
+                raise InputError(
+                    f"quant.overrides[{entry['pattern']}].{kind}: {name}={value} is no setting of "
+                    f"{', '.join(known)}"
+                )
+        return replace(base, **changes)
+
+    @property
+    def weight_formats(self) -> list[TensorQuant]:
+        """All weight formats that may occur in the decoder layers."""
+        return [self.weights, *(self._changed("weights", o) for o in self.overrides)]
+
+    @property
+    def activation_formats(self) -> list[TensorQuant]:
+        """All input formats that may occur in the decoder layers."""
+        return [self.activations, *(self._changed("activations", o) for o in self.overrides)]
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Tell whether any weight has fewer than 16 bits."""
+        return any(t.bits < 16 for t in (*self.weight_formats, self.head, self.embedding))
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Choose how weights are rounded: RTN or GPTQ (Frantar et al. 2022), and the clip search."""
+
+    method: str = "rtn"
+    clip_search: bool = True
+    clip_norm: float = 2.4
+    clip_grid: int = 100
+    clip_max_shrink: float = 0.8
+    samples: int = 128  # GPTQ and LWC calibration windows
+    sequence_length: int = 2048
+    block_size: int = 128
+    percdamp: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False  # group ranges from the start, not as columns stand when reached
+    lwc_epochs: int = 0  # RTN: learnable weight clipping, layer by layer, this many epochs
+    lwc_lr: float = 5e-3
+
+    def __post_init__(self) -> None:
+        choice("weights.method", self.method, METHODS)
+        for name in ("clip_norm", "clip_grid", "samples", "block_size", "percdamp", "lwc_lr"):
+            positive(f"weights.{name}", getattr(self, name))
+        at_least("weights.sequence_length", self.sequence_length, 2)
+        at_least("weights.lwc_epochs", self.lwc_epochs, 0)
+        at_least("weights.clip_grid*clip_max_shrink", self.clip_grid * self.clip_max_shrink, 1)
+        if not 0 < self.clip_max_shrink < 1:
+            raise InputError(f"weights.clip_max_shrink={self.clip_max_shrink} must lie in (0, 1)")
+        if self.lwc_epochs and self.method != "rtn":
+            raise InputError("weights.lwc_epochs learns the ranges of RTN: use weights=rtn")
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """Set the KV cache: bits of keys and values per token, head and group (0 = head_dim)."""
+
+    k_bits: int = 4
+    v_bits: int = 4
+    q_bits: int = 16  # queries, as they meet the cache; DuQuant quantizes them
+    symmetric: bool = False
+    group_size: int = 0
+    clip_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("k_bits", "v_bits", "q_bits"):
+            value = getattr(self, name)
+            bits(f"kv.{name}", value)
+            if 8 < value < 16:
+                raise InputError(f"kv.{name}={value}: the cache codes 2 to 8 bits, or 16 (off)")
+        ratio("kv.clip_ratio", self.clip_ratio)
+        at_least("kv.group_size", self.group_size, 0)

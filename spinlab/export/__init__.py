@@ -1,0 +1,1 @@
+"""What leaves spinlab: rotations for other tools, and rotated checkpoints with their manifest."""

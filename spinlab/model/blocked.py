@@ -1,0 +1,30 @@
+"""Model families that rotations do not fit, and what stands in the way of each."""
+
+_MEAN = "its LayerNorm subtracts the mean, which does not commute with a rotation of the stream"
+_POST_NORM = (
+    "a norm with gains stands between its blocks' outputs and the residual stream, and R1 cannot "
+    "pass those gains"
+)
+_EXPERTS = (
+    "it is a mixture of experts, whose weights lie stacked in one tensor and are no linears that a "
+    "seam could name"
+)
+_ONE_PLUS_GAIN = "its norms multiply by 1 + weight, which folding the gains does not handle"
+_SCAN = "it mixes tokens by a recurrent scan over channels, which no seam describes"
+
+_GROUPS = {
+    _MEAN: (
+        *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt2", "gpt_bigcode", "gpt_neo"),
+        *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi", "stablelm"),
+        "starcoder2",
+    ),
+    _POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"),
+    _EXPERTS: (
+        *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
+        *("llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+    ),
+    _ONE_PLUS_GAIN: ("gemma",),
+    _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),
+}
+
+BLOCKED = {family: reason for reason, families in _GROUPS.items() for family in families}

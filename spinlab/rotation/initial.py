@@ -1,0 +1,163 @@
+"""The rotations an experiment starts from, drawn at random or made from activations."""
+
+import logging
+
+import torch
+
+from spinlab.config import RotationConfig
+from spinlab.errors import InputError
+from spinlab.model.seams import Dimensions
+from spinlab.rotation.duquant import dual_transform, largest_block, random_mixers
+from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
+from spinlab.rotation.inputs import ScaledDual, smoothing_scale
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.orthogonal import (
+    exact_hadamard,
+    gaussian_projection,
+    orthogonalize_rows,
+    random_orthogonal,
+    randomized_hadamard,
+    well_posed_bernoulli,
+)
+from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import Statistics, input_key
+
+log = logging.getLogger(__name__)
+
+_MOST_ROWS = 8192  # of the residual stream that R1's search looks at
+
+
+def initial_rotations(
+    config: RotationConfig,
+    dimensions: Dimensions,
+    generator: torch.Generator,
+    statistics: Statistics | None = None,
+    device: torch.device | str = "cpu",
+) -> RotationSet:
+    """Draw the rotations an experiment starts from.
+
+    statistics: needed where `config.needs_statistics`. device: where DuQuant's searches run; the
+    result is on the CPU.
+    """
+    maker = _Maker(config, dimensions, generator, statistics, device)
+    r1 = maker.matrix("r1", config.r1, dimensions.hidden, 0)
+    heads = [
+        maker.matrix("r2", config.r2, dimensions.head_dim, layer)
+        for layer in range(dimensions.layers)
+    ]
+    r2 = None if config.r2 == "none" else torch.stack([h for h in heads if h is not None])
+    r3 = maker.online("r3", config.r3, dimensions.head_dim)
+    r4 = maker.online("r4", config.r4, dimensions.intermediate)
+    return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, dimensions), maker.inputs())
+
+
+def cross_head_rotation(config: RotationConfig, dimensions: Dimensions) -> OnlineRotation | None:
+    """Return QuaRot's Hadamard across the heads of the o_proj input, where one exists.
+
+    With R2 inside the heads the o_proj input is turned by H_heads ⊗ R2 (QuaRot sec. 4, stage 1c).
+    Head counts such as 9, 14 and 15 have no Hadamard matrix: there R2 alone remains, and a log
+    line says so.
+    """
+    if config.cross_head == "none" or not config.online:
+        return None
+    if not has_hadamard(dimensions.heads):
+        log.warning(
+            "cross_head: no Hadamard matrix of order %d, the number of heads: R2 alone turns the "
+            "o_proj input",
+            dimensions.heads,
+        )
+        return None
+    across = hadamard_matrix(dimensions.heads).double() / dimensions.heads**0.5
+    return OnlineRotation(across, torch.eye(dimensions.head_dim))
+
+
+class _Maker:
+    """Make matrices of any kind, in a fixed order of random draws."""
+
+    def __init__(
+        self,
+        config: RotationConfig,
+        dimensions: Dimensions,
+        generator: torch.Generator,
+        statistics: Statistics | None,
+        device: torch.device | str,
+    ) -> None:
+        assert statistics is not None or not config.needs_statistics
+        self.config, self.dimensions, self.generator = config, dimensions, generator
+        self.statistics, self.device = statistics, device
+        self._mixers: dict[int, torch.Tensor] = {}
+
+    def matrix(self, where: str, kind: str, n: int, layer: int) -> torch.Tensor | None:
+        """Make an (n, n) rotation, or None."""
+        makers = {
+            "none": lambda: None,
+            "identity": lambda: torch.eye(n, dtype=torch.float64),
+            "random": lambda: random_orthogonal(n, self.generator),
+            "gaussian": lambda: orthogonalize_rows(gaussian_projection(n, self.generator)),
+            "bernoulli": lambda: orthogonalize_rows(well_posed_bernoulli(n, self.generator)),
+            "hadamard": lambda: randomized_hadamard(n, self.generator, where),
+            "exact_hadamard": lambda: exact_hadamard(n, where),
+            "duquant": lambda: self._dual(self._rows(where, layer)).dense(),
+        }
+        return makers[kind]()
+
+    def online(self, where: str, kind: str, n: int) -> OnlineRotation | None:
+        """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""
+        if kind in ("none", "identity") or not self.config.online:
+            return None
+        if kind in ("hadamard", "exact_hadamard"):
+            block = self.config.r4_block if where == "r4" else 0
+            if block and n % block:
+                raise InputError(f"rotation.r4_block={block} does not divide {n}, the R4 width")
+            return hadamard_rotation(n, block, where)
+        dense = self.matrix(where, kind, n, 0)
+        assert dense is not None
+        return OnlineRotation(torch.ones(1, 1), dense)
+
+    def inputs(self) -> dict[str, ScaledDual]:
+        """Make the transforms of single inputs: scales, dual transforms, or both."""
+        config, found = self.config, {}
+        if self.statistics is None:
+            return found
+        for key in self.statistics.peaks:
+            _, _, group = key.partition(".")
+            scale = self._scale(key) if group in self._smoothed else None
+            dual = None
+            if config.inputs == "duquant":
+                rows = self.statistics.means[key].to(self.device)
+                dual = self._dual(rows if scale is None else rows / scale.to(rows))
+            if scale is not None or dual is not None:
+                # grouped-query attention reads one value channel in several heads
+                shared = group == "o" and self.dimensions.kv_heads != self.dimensions.heads
+                found[key] = ScaledDual(scale, not shared, dual)
+        return found
+
+    @property
+    def _smoothed(self) -> list[str]:
+        return [] if self.config.smooth is None else self.config.smooth_groups
+
+    def _scale(self, key: str) -> torch.Tensor:
+        assert self.statistics is not None and self.config.smooth is not None
+        peaks, weights = self.statistics.peaks[key], self.statistics.weights[key]
+        return smoothing_scale(peaks, weights, self.config.smooth)
+
+    def _rows(self, where: str, layer: int) -> torch.Tensor:
+        """Return the activations (rows, n) that R1 or R2 of a layer shall flatten."""
+        assert self.statistics is not None
+        if where == "r2":
+            values = self.statistics.values[str(layer)].to(self.device)
+            return values.unflatten(-1, (-1, self.dimensions.head_dim)).flatten(0, 1)
+        readers = ("qkv", "gate_up")
+        keys = [input_key(i, group) for i in range(self.dimensions.layers) for group in readers]
+        rows = torch.cat([self.statistics.means[key] for key in keys])
+        highest = rows.abs().amax(-1).argsort(descending=True, stable=True)
+        return rows[highest[:_MOST_ROWS]].to(self.device)
+
+    def _dual(self, rows: torch.Tensor):
+        settings = self.config.duquant
+        block = largest_block(rows.shape[-1], settings.block_size)
+        if block not in self._mixers:
+            mixers = random_mixers(block, settings.steps, self.generator)
+            self._mixers[block] = mixers.to(self.device)
+        found = dual_transform(rows, block, self._mixers[block], True, settings.legacy_index)
+        return found.to("cpu")

@@ -1,0 +1,87 @@
+"""Transforms of a linear's input: SmoothQuant's scales and DuQuant's dual transform."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from spinlab.rotation.duquant import DualTransform
+
+
+@dataclass(eq=False)
+class ScaledDual:
+    """Divide inputs by a scale, then turn them: x ↦ (x / scale)·T; either part may be absent.
+
+    scale: (in,) float64. With `folded` the division is not done here: what produces the input
+    (a norm, v_proj, up_proj) carries it.
+    """
+
+    scale: torch.Tensor | None = None
+    folded: bool = True
+    dual: DualTransform | None = None
+
+    def __post_init__(self) -> None:
+        self._moved: dict[tuple[torch.dtype, torch.device], ScaledDual] = {}
+
+    @property
+    def is_online(self) -> bool:
+        """Tell whether anything is left to do while the network runs."""
+        return self.dual is not None or (self.scale is not None and not self.folded)
+
+    @property
+    def width(self) -> int:
+        if self.dual is not None:
+            return self.dual.width
+        assert self.scale is not None
+        return self.scale.shape[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform inputs x: (..., in), in float32 or wider."""
+        moved = self._to(torch.promote_types(x.dtype, torch.float32), x.device)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if moved.scale is not None and not self.folded:
+            wide = wide / moved.scale
+        return (wide if moved.dual is None else moved.dual.apply(wide)).to(x.dtype)
+
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return (W·diag(scale))·T: (out, in)."""
+        moved = self._to(weight.dtype, weight.device)
+        if moved.scale is not None:
+            weight = weight * moved.scale
+        return weight if moved.dual is None else moved.dual.apply(weight)
+
+    def _to(self, dtype: torch.dtype, device: torch.device) -> "ScaledDual":
+        key = (dtype, device)
+        if key not in self._moved:
+            self._moved[key] = replace(
+                self,
+                scale=None if self.scale is None else self.scale.to(device, dtype),
+                dual=None if self.dual is None else self.dual.to(device, dtype),
+            )
+        return self._moved[key]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the stored form."""
+        stored = {} if self.dual is None else self.dual.tensors()
+        if self.scale is not None:
+            stored["folded_scale" if self.folded else "scale"] = self.scale
+        return stored
+
+    @staticmethod
+    def from_tensors(stored: dict[str, torch.Tensor]) -> "ScaledDual":
+        """Rebuild a transform from its stored form."""
+        folded = "folded_scale" in stored
+        scale = stored.get("folded_scale" if folded else "scale")
+        dual = DualTransform.from_tensors(stored) if "first" in stored else None
+        return ScaledDual(scale, folded, dual)
+
+
+def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return max|X_j|^alpha / max|W_j|^(1-alpha) per channel (SmoothQuant, eq. 4).
+
+    activations, weights: (in,) the largest magnitudes per input channel. The inverse of the result
+    is a bfloat16 number, so that a norm's gain can hold it exactly in any dtype. Channels without
+    activations or weights keep scale 1. Xiao et al. 2023, arXiv 2211.10438.
+    """
+    scale = activations.double().pow(alpha) / weights.double().pow(1 - alpha)
+    scale = torch.where((activations > 0) & (weights > 0), scale, 1.0)
+    return 1 / (1 / scale).bfloat16().double()

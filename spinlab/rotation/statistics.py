@@ -1,0 +1,102 @@
+"""What calibration text says about a model's activations, for smoothing and DuQuant."""
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from spinlab.model.seams import linears_of
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Hold per layer and group of linears, by `input_key`, float32 on the CPU.
+
+    peaks    (in,) the largest |input| of each channel
+    weights  (in,) the largest |weight| of each channel, over the linears of the group
+    means    (length, in) inputs averaged over windows, position by position: what DuQuant
+             searches on (appendix E.4)
+    values   by layer: (length, kv_heads·head_dim) outputs of v_proj, averaged alike
+    """
+
+    peaks: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the stored form."""
+        return {f"{kind}.{k}": t for kind, kept in vars(self).items() for k, t in kept.items()}
+
+    @staticmethod
+    def from_tensors(stored: dict[str, torch.Tensor]) -> "Statistics":
+        """Rebuild statistics from their stored form."""
+        found = Statistics()
+        for name, tensor in stored.items():
+            kind, _, key = name.partition(".")
+            getattr(found, kind)[key] = tensor
+        return found
+
+
+def input_key(layer: int, group: str) -> str:
+    """Name the shared input of a group of linears of one layer."""
+    return f"{layer}.{group}"
+
+
+@torch.no_grad()
+def gather_statistics(model: PreTrainedModel, windows: torch.Tensor) -> Statistics:
+    """Run windows (samples, length) of token ids through a model whose norms are folded."""
+    found = Statistics()
+    hooks = []
+    for _, layer, seam, linear in linears_of(model):
+        key = input_key(layer, seam.group)
+        peak = linear.weight.abs().amax(0).float().cpu()
+        first = key not in found.weights
+        found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
+        if first:
+            hooks.append(linear.register_forward_pre_hook(_Gather(found, key)))
+        if seam.writes == "R2":
+            hooks.append(linear.register_forward_hook(_GatherValues(found, str(layer))))
+    for window in tqdm(windows, desc="statistics"):
+        model(input_ids=window[None].to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for kept in (found.means, found.values):
+        for key in kept:
+            kept[key] = (kept[key] / len(windows)).cpu()
+    for key in found.peaks:
+        found.peaks[key] = found.peaks[key].cpu()
+    return found
+
+
+@dataclass
+class _Gather:
+    """Pre-hook that adds a linear's input to the statistics."""
+
+    found: Statistics
+    key: str
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        x = cast(torch.Tensor, args[0])[0].float()
+        peak = x.abs().amax(0)
+        if self.key in self.found.peaks:
+            torch.maximum(self.found.peaks[self.key], peak, out=self.found.peaks[self.key])
+            self.found.means[self.key] += x
+        else:
+            self.found.peaks[self.key], self.found.means[self.key] = peak, x.clone()
+
+
+@dataclass
+class _GatherValues:
+    """Hook that adds v_proj's output to the statistics."""
+
+    found: Statistics
+    key: str
+
+    def __call__(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+        x = out[0].float()
+        kept = self.found.values
+        kept[self.key] = kept[self.key] + x if self.key in kept else x

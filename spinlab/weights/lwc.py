@@ -1,0 +1,186 @@
+"""Learnable weight clipping: round to nearest in ranges that are trained layer by layer.
+
+OmniQuant (Shao et al. 2024, arXiv 2308.13137, sec. 3.2 and eq. 2), as DuQuant uses it: each end of
+a range is its extreme times sigmoid(gamma), and the gammas minimize the change of what a whole
+decoder layer computes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.model.seams import family_of, linear_at
+from spinlab.quant.affine import TIE, Grid, decode, encode, extremes, scale_and_zero
+from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
+from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.calibration import LayerInputs, hidden_states
+from spinlab.weights.layerwise import kept_layer, quantize_ends
+from spinlab.weights.quantized import QuantizedWeight
+from spinlab.weights.rtn import round_to_range, search_ratios, weight_grid
+
+_LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
+
+
+def quantize_lwc(
+    model: PreTrainedModel,
+    rotations: RotationSet,
+    windows: torch.Tensor,
+    quant: QuantConfig,
+    config: WeightsConfig,
+    progress: Path,
+) -> dict[str, QuantizedWeight]:
+    """Return every weight of fewer than 16 bits, rounded in learned ranges; the model is used up.
+
+    windows: (samples, length) token ids, one a step. A layer learns on the outputs of the
+    quantized layers before it, with quantized inputs of its linears, towards what the original
+    layer makes of the original's activations. Keys and values stay unquantized meanwhile. Finished
+    layers are kept in `progress`; a later call continues with the same bits. Embedding and head
+    are rounded to nearest.
+    """
+    insert_fake_quant(model, rotations, quant)
+    original = LayerInputs(model, windows, batch=1)
+    found = quantize_ends(model, quant, config)
+    quantized = LayerInputs(model, windows, batch=1)
+    for index in tqdm(range(len(original.layers)), desc="lwc"):
+        with _unquantized(original.layer):
+            original.advance()
+        make = partial(_learn_layer, model, quantized, original.batches, quant, config)
+        found |= kept_layer(progress, index, model, make)
+        quantized.advance()
+    return found
+
+
+@contextmanager
+def _unquantized(layer: nn.Module) -> Iterator[None]:
+    """Leave the inputs of a layer's linears as they are."""
+    paths = {m.path for m in layer.modules() if isinstance(m, FakeQuantLinear)}
+    quantizers = {path: path.quantizer for path in paths}
+    for path in paths:
+        path.quantizer = None
+    try:
+        yield
+    finally:
+        for path, quantizer in quantizers.items():
+            path.quantizer = quantizer
+
+
+def _learn_layer(
+    model: PreTrainedModel,
+    inputs: LayerInputs,
+    targets: list[torch.Tensor],
+    quant: QuantConfig,
+    config: WeightsConfig,
+) -> dict[str, QuantizedWeight]:
+    """Learn the ranges of the current layer; targets: what it should return, batch by batch."""
+    family = family_of(model.config.model_type)
+    weights: dict[str, ClippedWeight] = {}
+    for seam in family.seams:
+        format = quant.weights_at(f"{family.layers}.{inputs.index}.{seam.name}")
+        if format.bits < 16:
+            weight = linear_at(inputs.layer, seam.name).weight
+            weights[seam.name] = ClippedWeight(weight, format, config)
+    gammas = [gamma for weight in weights.values() for gamma in weight.gammas]
+    if gammas:
+        optimizer = torch.optim.AdamW(gammas, lr=config.lwc_lr, weight_decay=0.0)
+        for _ in range(config.lwc_epochs):
+            for x, target in zip(inputs.batches, targets, strict=True):
+                optimizer.zero_grad()
+                output_error(inputs, weights, x, target).backward()
+                optimizer.step()
+    prefix = f"{family.layers}.{inputs.index}"
+    return {f"{prefix}.{name}": weight.quantized() for name, weight in weights.items()}
+
+
+def output_error(
+    inputs: LayerInputs, weights: dict[str, "ClippedWeight"], x: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean squared error of the current layer's output with its weights rounded."""
+    rounded = {f"{name}.weight": weight.rounded() for name, weight in weights.items()}
+    output = functional_call(inputs.layer, rounded, (x,), inputs.arguments(x))
+    return nn.functional.mse_loss(hidden_states(output).float(), target.float())
+
+
+class ClippedWeight:
+    """Hold a weight (out, in) and the learnable gammas of its ranges: (out, in/g, 1) each.
+
+    Asymmetric ranges have one for either end, symmetric ones share it. They start from the ratios
+    that RTN takes.
+    """
+
+    def __init__(self, weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> None:
+        wide = weight.detach().float()
+        self.dtype, self.grid = weight.dtype, weight_grid(format)
+        self.grouped, self.lowest, self.highest = extremes(wide, format.group_size)
+        start = search_ratios(wide, format, config).logit().clamp(max=_LARGEST_GAMMA)
+        self.gammas = [nn.Parameter(start.clone()) for _ in range(1 if format.symmetric else 2)]
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self.lowest * torch.sigmoid(self.gammas[0]),
+            self.highest * torch.sigmoid(self.gammas[-1]),
+        )
+
+    def rounded(self) -> torch.Tensor:
+        """Return the rounded weight (out, in) in its own dtype; its gradient reaches the gammas."""
+        rounded: torch.Tensor = _Round.apply(self.grouped, *self._range(), self.grid)  # type: ignore[assignment]
+        return rounded.flatten(1).to(self.dtype)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        return round_to_range(self.grouped, *self._range(), self.grid)
+
+
+class _Round(torch.autograd.Function):
+    """Round a grouped weight in given ranges, with the gradient of the ranges' ends.
+
+    Rounding counts as the identity (straight through), of levels and of zero points: what lies
+    inside a range feels its scale by the rounding error (LSQ, Esser et al. 2020), what lies
+    outside moves with the end it is clipped to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, grouped: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, grid: Grid
+    ) -> torch.Tensor:
+        ctx.save_for_backward(grouped, lowest, highest)
+        ctx.grid = grid
+        scale, zero = scale_and_zero(lowest, highest, grid)
+        return decode(encode(grouped, scale, zero, grid), scale, zero, grid)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        grouped, lowest, highest = ctx.saved_tensors
+        of_lowest, of_highest = range_gradient(grouped, gradient, lowest, highest, ctx.grid)
+        return None, of_lowest, of_highest, None
+
+
+def range_gradient(
+    grouped: torch.Tensor,
+    gradient: torch.Tensor,
+    lowest: torch.Tensor,
+    highest: torch.Tensor,
+    grid: Grid,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pull the gradient of a rounded weight (out, in/g, g) back to the ends of its ranges."""
+    scale, zero = scale_and_zero(lowest, highest, grid)
+    exact = grouped / scale
+    levels = (exact + TIE).round_()
+    above, below = levels > grid.highest - zero, levels < grid.lowest - zero
+    inside = levels.sub_(exact).masked_fill_(above | below, 0)
+    of_scale = (gradient * inside).sum(-1, keepdim=True)
+    at_top = (gradient * above).sum(-1, keepdim=True)
+    at_bottom = (gradient * below).sum(-1, keepdim=True)
+    if grid.symmetric:
+        of_scale += at_top * grid.highest + at_bottom * grid.lowest
+        of_peak, upper = of_scale / grid.highest, highest >= -lowest
+        return -of_peak * ~upper, of_peak * upper
+    of_range = of_scale / grid.highest
+    return (at_bottom - of_range) * (lowest < 0), (at_top + of_range) * (highest > 0)

@@ -1,0 +1,82 @@
+"""The table of blocked families against transformers itself, built without memory on `meta`."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spinlab.errors import InputError
+from spinlab.model.blocked import BLOCKED
+from spinlab.model.seams import FAMILIES, family_of
+
+NEEDED = {"nemotron": {"num_key_value_heads": 8}}  # what has no default
+
+
+def empty(model_type):
+    config = AutoConfig.for_model(model_type, **NEEDED.get(model_type, {}))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def families(word):
+    return sorted(family for family, reason in BLOCKED.items() if word in reason)
+
+
+def stream_norm(model):
+    """Make the class of a model's first norm anew, of width 8 and with memory."""
+    norms = (m for m in model.modules() if type(m).__name__.endswith("Norm"))
+    return type(next(norms))(8)
+
+
+@pytest.mark.parametrize("family", families("subtracts the mean"))
+def test_these_norms_subtract_the_mean(family):
+    names = {type(m).__name__ for m in empty(family).modules()}
+    assert any("LayerNorm" in name for name in names)
+    assert not any("RMSNorm" in name for name in names)
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2", "olmo"])
+def test_layer_norms_of_their_own_subtract_the_mean_too(family):
+    norm = stream_norm(empty(family))
+    x = torch.randn(3, 8)
+    assert torch.allclose(norm(x + 5), norm(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families("stands between"))
+def test_these_blocks_end_in_a_norm(family):
+    names = {name.rpartition(".")[2] for name, _ in empty(family).named_modules()}
+    assert names & {"post_feedforward_layernorm", "post_mlp_layernorm"}
+
+
+@pytest.mark.parametrize("family", families("mixture of experts"))
+def test_these_experts_are_stacked_in_one_tensor(family):
+    stacked = [n for n, p in empty(family).named_parameters() if "experts" in n and p.ndim == 3]
+    assert stacked
+
+
+@pytest.mark.parametrize("family", families("recurrent scan"))
+def test_these_layers_scan(family):
+    names = {type(module).__name__.lower() for module in empty(family).modules()}
+    assert any(word in name for name in names for word in ("mixer", "rglru", "rwkv"))
+
+
+@pytest.mark.parametrize("family", families("1 + weight"))
+def test_these_norms_multiply_by_one_plus_their_weight(family):
+    norm = stream_norm(empty(family))
+    norm.weight.data.zero_()
+    x = torch.ones(1, 8)
+    assert torch.allclose(norm(x), x)
+
+
+@pytest.mark.parametrize("family", sorted(BLOCKED))
+def test_a_blocked_family_is_refused_in_one_sentence(family):
+    assert family not in FAMILIES
+    with pytest.raises(InputError) as refusal:
+        family_of(family)
+    sentence = str(refusal.value)
+    assert f"{family!r} cannot be rotated, because {BLOCKED[family]}: supported are" in sentence
+    assert "\n" not in sentence
+
+
+def test_every_reason_is_checked_here():
+    words = ("subtracts the mean", "stands between", "mixture of experts", "scan", "1 + weight")
+    assert sorted(f for word in words for f in families(word)) == sorted(BLOCKED)

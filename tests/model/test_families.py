@@ -1,0 +1,145 @@
+"""Every family in the seam table, tiny and in float64: what rotations promise holds for each."""
+
+import pytest
+import torch
+
+from spinlab.config import KVConfig, QuantConfig, RotationConfig
+from spinlab.kv.cache import CodedCache, attach_kv, kv_path
+from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
+from spinlab.networks import Networks
+from spinlab.rotation.check import BrokenSeam, assert_invariant, logits, relative_error
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.online import hadamard_rotation
+
+UNTIED = {"tie_word_embeddings": False}
+MULTI_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12}
+SOME_LAYERS_SLIDE = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+# the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
+SHAPES = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, **UNTIED}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 24}),
+    ("mistral", {"sliding_window": 5}),
+    ("mistral", {"sliding_window": None, **MULTI_HEAD, **UNTIED}),
+    ("qwen2", {"head_dim": None, "hidden_size": 48}),
+    ("qwen2", {"head_dim": 16, **SOME_LAYERS_SLIDE, **UNTIED}),
+    ("qwen3", {"head_dim": 16}),
+    ("qwen3", {"attention_bias": True, **SOME_LAYERS_SLIDE, **MULTI_HEAD, **UNTIED}),
+    ("phi3", {"head_dim": None, "hidden_size": 48}),
+    ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
+    ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),
+]
+every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
+one_of_each = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+def test_every_family_is_tested():
+    assert {family for family, _ in SHAPES} == set(FAMILIES)
+
+
+@every_shape
+@pytest.mark.parametrize("kind", ["hadamard", "random"])
+def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind):
+    original = make_family_model(family, **changes)
+    config = RotationConfig(r1=kind, r2=kind, r3=kind, r4=kind)
+    generator = torch.Generator().manual_seed(0)
+    rotations = initial_rotations(config, dimensions_of(original.config), generator)
+    networks = Networks(lambda: make_family_model(family, **changes), QuantConfig(), KVConfig())
+    rotated = networks.rotated(rotations)
+    assert relative_error(logits(rotated, ids), logits(original, ids)) < 1e-9
+
+
+@pytest.mark.parametrize("seam", ["self_attn.qkv_proj.v_proj", "mlp.gate_up_proj.up_proj"])
+def test_a_broken_part_of_a_fused_linear_is_named(make_family_model, ids, seam):
+    original = make_family_model("phi3")
+    networks = Networks(lambda: make_family_model("phi3"), QuantConfig(), KVConfig())
+    rotations = initial_rotations(
+        RotationConfig(), dimensions_of(original.config), torch.Generator().manual_seed(0)
+    )
+    rotated = networks.rotated(rotations)
+    weight = rotated.get_submodule(f"model.layers.1.{seam}").weight
+    weight.data = weight.data.roll(1, 0)
+    with pytest.raises(BrokenSeam, match=f"model.layers.1.{seam}"):
+        assert_invariant(original, rotated, rotations, ids[:1])
+
+
+@every_shape
+def test_every_linear_of_a_layer_has_a_seam(make_family_model, family, changes):
+    model = make_family_model(family, **changes)
+    named = {name for name, _, _, _ in linears_of(model)}
+    every = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert named == every - {"lm_head"}
+
+
+@every_shape
+def test_dimensions_are_the_widths_of_the_weights(make_family_model, family, changes):
+    model = make_family_model(family, **changes)
+    found = dimensions_of(model.config)
+    shapes = {seam.name.rpartition(".")[2]: m.weight.shape for _, _, seam, m in linears_of(model)}
+    assert shapes["q_proj"] == (found.heads * found.head_dim, found.hidden)
+    assert shapes["v_proj"] == (found.kv_heads * found.head_dim, found.hidden)
+    assert shapes["down_proj"] == (found.hidden, found.intermediate)
+    assert len(layers_of(model)) == found.layers
+
+
+@every_shape
+def test_scales_move_between_a_group_and_its_carrier(make_family_model, ids, family, changes):
+    """Rows of the carrier times s, columns of the readers by s: the same function."""
+    model, original = (make_family_model(family, **changes) for _ in range(2))
+    dimensions, table = dimensions_of(model.config), family_of(family)
+    for group, name in table.scale_carriers.items():
+        for layer in layers_of(model):
+            carrier = linear_at(layer, name)
+            scale = torch.linspace(0.5, 2, len(carrier.weight), dtype=torch.float64)
+            carrier.weight.data *= scale[:, None]
+            if carrier.bias is not None:
+                carrier.bias.data *= scale
+            if group == "o":  # query heads share their key/value head's scales
+                shared = dimensions.heads // dimensions.kv_heads
+                scale = scale.view(dimensions.kv_heads, -1).repeat_interleave(shared, 0).flatten()
+            for seam in table.seams:
+                if seam.group == group:
+                    linear_at(layer, seam.name).weight.data /= scale
+    assert relative_error(logits(model, ids), logits(original, ids)) < 1e-9
+
+
+@every_shape
+def test_generation_with_the_coded_cache_is_stock_generation(
+    make_family_model, ids, family, changes
+):
+    """A left-padded batch, longer than every sliding window, step by step."""
+    original, coded = (make_family_model(family, **changes) for _ in range(2))
+    r3 = hadamard_rotation(dimensions_of(coded.config).head_dim)
+    attach_kv(coded, kv_path(coded, r3, None), store=True)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    expected, found = (m.generate(ids, attention_mask=mask, **settings) for m in (original, coded))
+    assert isinstance(found.past_key_values, CodedCache)
+    assert torch.equal(found.sequences, expected.sequences)
+    steps = zip(found.logits, expected.logits, strict=True)
+    assert all(relative_error(a, b) < 1e-9 for a, b in steps)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
+    sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
+    for model in (sliding, whole):
+        attach_kv(model, kv_path(model, None, None), store=True)
+    near, far = logits(sliding, ids), logits(whole, ids)
+    assert torch.allclose(near[:, :5], far[:, :5], atol=1e-12)
+    assert not torch.allclose(near[:, 5:], far[:, 5:], atol=1e-3)
+
+
+@one_of_each
+def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
+    model = make_family_model(family)
+    norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
+    assert len(norms) == (9 if family == "qwen3" else 5)
+    for norm in norms:
+        x = torch.randn(3, len(norm.weight), dtype=torch.float64)
+        mean = x.square().mean(-1, keepdim=True)
+        expected = x / (mean + model.config.rms_norm_eps).sqrt() * norm.weight
+        assert torch.allclose(norm(x), expected, atol=1e-14, rtol=0)

@@ -1,0 +1,97 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from spinlab.config import ModelConfig
+from spinlab.errors import InputError
+from spinlab.model.load import load_model, source_digest
+from spinlab.model.random import architecture_of, random_model
+from spinlab.model.seams import FAMILIES
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "mistral_7b": 7_248_023_552,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "phi3_mini": 3_821_079_552,
+    "tinyllama_1b": 1_100_048_384,
+}
+
+
+def shaped(**changes) -> ModelConfig:
+    return ModelConfig(architecture={**SHAPE, **changes}, outlier_channels=2)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_configured_shapes_are_those_of_the_published_models(name):
+    config = ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture_of(config))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    theta = config.architecture.get("rope_theta", 10_000.0)
+    assert model.config.rope_parameters["rope_theta"] == theta
+    assert source_digest(replace(config, weights="random"))["random"] == config.architecture
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_random_models_of_every_family_load_and_run(family):
+    model = load_model(replace(shaped(model_type=family), dtype="bfloat16"), None, seed=0)
+    assert model.config.model_type == family
+    assert model.dtype == torch.bfloat16
+    assert model(torch.arange(16)[None]).logits.isfinite().all()
+
+
+def test_outliers_are_planted_in_the_stream_and_not_in_single_heads():
+    model = random_model(shaped(model_type="qwen3"), 0)
+    layer = model.model.layers[0]
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+        assert (norm.weight < 0.1).sum() == 2
+    for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+        assert norm.weight.min() > 0.4
+        assert norm.weight.std() > 0.1
+
+
+def test_biases_are_not_the_zeros_that_transformers_starts_with():
+    model = random_model(shaped(model_type="qwen2"), 0)
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    assert len(biases) == 6  # q, k, v of two layers
+    assert all(0.02 < bias.abs().max() < 0.1 for bias in biases)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hiden_size": 24}, "hiden_size is no field of llama: did you mean hidden_size"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is no field of qwen2"),
+        (
+            {"model_type": "mixtral"},
+            "'mixtral' cannot be rotated, because it is a mixture",
+        ),
+        ({"model_type": "nonsense"}, "'nonsense' has no seam table"),
+        ({"hidden_size": 25}, r"hidden size \(25\) is not a multiple"),
+        ({"hidden_size": "wide"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),
+        ({"model_type": "qwen3", "num_key_value_heads": 3}, "num_key_value_heads=3 does not"),
+        ({"hidden_act": "nonsense"}, "transformers lacks nonsense"),
+    ],
+    ids=str,
+)
+def test_an_impossible_shape_is_one_sentence(changes, sentence):
+    with pytest.raises(InputError, match=sentence) as mistake:
+        random_model(shaped(**changes), 0)
+    assert "\n" not in str(mistake.value)

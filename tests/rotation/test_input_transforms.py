@@ -1,0 +1,171 @@
+import pytest
+import torch
+
+from spinlab.config import RotationConfig
+from spinlab.config.rotation import DuQuantConfig
+from spinlab.errors import InputError
+from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.networks import Networks
+from spinlab.rotation.check import BrokenSeam, assert_invariant
+from spinlab.rotation.duquant import dual_transform, random_mixers
+from spinlab.rotation.fuse import fold_norms
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.inputs import ScaledDual, smoothing_scale
+from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import Statistics, gather_statistics
+
+ALL = ["qkv", "o", "gate_up", "down"]
+SEARCH = DuQuantConfig(block_size=8, steps=6)
+CONFIGS = {
+    "smoothquant": RotationConfig(r1="none", r2="none", r3="none", r4="none", smooth=0.5),
+    "smooth everywhere, with R3 and R4": RotationConfig(
+        r1="none", r2="none", smooth=0.7, smooth_groups=ALL
+    ),
+    "duquant": RotationConfig(
+        r1="none", r2="none", r4="none", inputs="duquant", smooth=0.6, smooth_groups=ALL,
+        duquant=SEARCH,
+    ),
+    "duquant without smoothing": RotationConfig(
+        r1="none", r2="none", r4="none", inputs="duquant", duquant=SEARCH
+    ),
+    "duquant as init": RotationConfig(r1="duquant", r2="duquant", duquant=SEARCH),
+    "legacy index": RotationConfig(
+        r1="duquant", duquant=DuQuantConfig(block_size=8, steps=6, legacy_index=True)
+    ),
+    "quarot": RotationConfig(r2="exact_hadamard", cross_head="hadamard"),
+    "projections": RotationConfig(r1="bernoulli", r2="gaussian", r3="bernoulli", r4="gaussian"),
+}  # fmt: skip
+
+
+def statistics_of(model, fold: bool = True) -> Statistics:
+    if fold:
+        fold_norms(model)
+    windows = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
+    return gather_statistics(model, windows)
+
+
+def made(config: RotationConfig, make, **changes) -> RotationSet:
+    dimensions = dimensions_of(make(**changes).config)
+    found = statistics_of(make(**changes)) if config.needs_statistics else None
+    return initial_rotations(config, dimensions, torch.Generator().manual_seed(0), found)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4], ids=["grouped queries", "one head each"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv_heads):
+    changes = {"num_key_value_heads": kv_heads, "attention_bias": True, "mlp_bias": True}
+    rotations = made(config, make_model, **changes)
+    networks = Networks(lambda: make_model(**changes), None, None)
+    model, original = networks.rotated(rotations), make_model(**changes)
+    assert assert_invariant(original, model, rotations, ids[:1]) < 1e-9
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_family_takes_every_transform(make_family_model, ids, config, model_type):
+    def make(**changes):
+        return make_family_model(model_type, **changes)
+
+    rotations = made(config, make)
+    model = Networks(make, None, None).rotated(rotations)
+    assert assert_invariant(make(), model, rotations, ids[:1]) < 1e-9
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_transform_survives_a_file(make_model, ids, config, tmp_path):
+    saved = made(config, make_model)
+    saved.save(tmp_path / "r.safetensors")
+    loaded = RotationSet.load(tmp_path / "r.safetensors")
+    networks = Networks(make_model, None, None)
+    expected, found = (networks.rotated(r)(ids).logits for r in (saved, loaded))
+    assert torch.equal(found, expected)
+    loaded.check(dimensions_of(make_model().config))
+
+
+def test_a_broken_seam_behind_a_scale_is_named(make_model, ids):
+    config = CONFIGS["smooth everywhere, with R3 and R4"]
+    rotations = made(config, make_model)
+    model = Networks(make_model, None, None).rotated(rotations)
+    linear_at(model, "model.layers.1.mlp.up_proj").weight.data[3] *= 2
+    with pytest.raises(BrokenSeam, match=r"layers\.1\.mlp\.up_proj"):
+        assert_invariant(make_model(), model, rotations, ids[:1])
+
+
+def test_statistics_are_what_the_linears_read(make_model):
+    model = make_model(torch.float32)
+    found = statistics_of(model)
+    windows = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
+    kept: list = []
+    norm = model.get_submodule("model.layers.1.post_attention_layernorm")
+    norm.register_forward_hook(lambda module, args, out: kept.append(out))
+    model(input_ids=windows)
+    assert torch.allclose(found.peaks["1.gate_up"], kept[0].abs().amax((0, 1)), rtol=1e-5)
+    assert torch.allclose(found.means["1.gate_up"], kept[0].mean(0), atol=1e-5)
+    gate, up = (linear_at(model, f"model.layers.1.mlp.{n}_proj").weight for n in ("gate", "up"))
+    assert torch.equal(found.weights["1.gate_up"], torch.cat([gate, up]).abs().amax(0))
+    v = linear_at(model, "model.layers.0.self_attn.v_proj")
+    values = found.means["0.qkv"] @ v.weight.T  # averaging and multiplying commute
+    assert torch.allclose(found.values["0"], values, atol=1e-5)
+    stored = Statistics.from_tensors(found.tensors())
+    assert stored.peaks.keys() == found.peaks.keys()
+    assert torch.equal(stored.values["1"], found.values["1"])
+
+
+def test_smoothing_is_the_published_formula_up_to_bfloat16():
+    activations, weights = torch.tensor([8.0, 0.5, 0.0, 3.0]), torch.tensor([0.5, 2.0, 1.0, 0.0])
+    scale = smoothing_scale(activations, weights, 0.75)
+    assert scale[:2].tolist() == pytest.approx([8**0.75 / 0.5**0.25, 0.5**0.75 / 2**0.25], rel=0.01)
+    assert scale[2:].tolist() == [1, 1]
+    inverse = 1 / scale
+    assert torch.equal(inverse.bfloat16().double(), inverse)
+
+
+def test_smoothing_evens_out_activation_peaks(make_model):
+    def loud(**changes):
+        model = make_model(torch.float32, **changes)
+        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 40
+        return model
+
+    rotations = made(CONFIGS["smoothquant"], loud)
+    model = Networks(loud, None, None).rotated(rotations)
+    before, after = (statistics_of(m, fold=f).peaks["0.qkv"] for m, f in ((loud(), 1), (model, 0)))
+    assert after.max() / after.median() < 0.75 * before.max() / before.median()
+
+
+def test_duquant_flattens_inputs_more_than_smoothing_does(make_model):
+    smooth, dual = CONFIGS["smooth everywhere, with R3 and R4"], CONFIGS["duquant"]
+    rows = statistics_of(make_model()).means["1.down"]
+    flat = made(dual, make_model).inputs["1.down"]
+    only_scaled = made(smooth, make_model).inputs["1.down"]
+    x = (rows / only_scaled.scale).float()
+    turned = flat.dual.apply((rows / flat.scale).float())
+    assert turned.abs().max() / turned.std() < 0.9 * x.abs().max() / x.std()
+
+
+def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=g, dtype=torch.float64) for n in (5, 3))
+    scale = torch.rand(16, generator=g, dtype=torch.float64) + 0.5
+    dual = dual_transform(x, 8, random_mixers(8, 4, g))
+    both = ScaledDual(scale, folded=False, dual=dual)
+    assert torch.allclose(both(x), (x / scale) @ dual.dense(), atol=1e-12)
+    assert torch.allclose(both(x) @ both.of_weight(w).T, x @ w.T, atol=1e-12)
+    folded = ScaledDual(scale, folded=True, dual=dual)
+    assert torch.allclose(folded(x / scale), both(x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"inputs": "duquant"}, "set rotation.r1=none, rotation.r2=none, rotation.r4=none"),
+        ({"smooth": 0.5}, "rotation.r1 mixes: set rotation.r1=none"),
+        ({"smooth": 1.5}, r"rotation.smooth=1.5 must lie in \[0, 1\]"),
+        ({"smooth": 0.5, "r1": "none", "smooth_groups": ["o"]}, "rotation.r2 mixes"),
+        ({"smooth": 0.5, "r1": "none", "smooth_groups": ["mlp"]}, "rotation.smooth_groups=mlp"),
+        ({"r4_block": 24}, "rotation.r4_block=24 must be a power of two"),
+        ({"r3": "duquant"}, "rotation.r3=duquant is unknown"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_in_one_sentence(settings, message):
+    with pytest.raises(InputError, match=message):
+        RotationConfig(**settings)

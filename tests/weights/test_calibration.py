@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from spinlab.model.seams import linear_at, linears_of
+from spinlab.quant.network import insert_fake_quant
+from spinlab.rotation.online import hadamard_rotation
+from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.calibration import LayerInputs, batch_of
+from spinlab.weights.layerwise import gather
+
+READERS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(0, 64, (7, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_layers_read_what_they_read_in_the_model(make_model, windows, batch, attention):
+    model = make_model(num_hidden_layers=3)
+    model.set_attn_implementation(attention)
+    hidden = model(windows, output_hidden_states=True).hidden_states
+    inputs = LayerInputs(model, windows, batch)
+    for layer in range(3):
+        assert torch.allclose(torch.cat(inputs.batches), hidden[layer], atol=1e-12)
+        inputs.advance()
+
+
+def test_every_layer_gets_its_own_mask(make_family_model, windows):
+    """In Qwen2 the later layers may attend to a sliding window while the first see everything."""
+    sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    model = make_family_model("qwen2", num_hidden_layers=3, **sliding)
+    hidden = model(windows, output_hidden_states=True).hidden_states
+    inputs = LayerInputs(model, windows, 7)
+    inputs.advance()
+    inputs.advance()
+    assert torch.allclose(inputs.batches[0], hidden[2], atol=1e-12)
+
+
+def test_batched_windows_give_the_hessian_of_single_ones(make_model, windows):
+    model = make_model(torch.float32)
+    insert_fake_quant(model, RotationSet(r4=hadamard_rotation(40)), None)
+    single, batched = (LayerInputs(model, windows, batch) for batch in (1, 3))
+    for layer in range(2):
+        for reader in READERS:
+            linear = linear_at(model, f"model.layers.{layer}.{reader}")
+            expected, found = gather(single, linear), gather(batched, linear)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+        single.advance()
+        batched.advance()
+
+
+def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
+    model = make_model(torch.float32)
+    insert_fake_quant(model, RotationSet(), None)
+    inputs = LayerInputs(model, windows, 3)
+    inputs.advance()
+    for name, _, _, linear in (item for item in linears_of(model) if item[1] == 1):
+        early: list[torch.Tensor] = []
+        inputs.visit(linear, early.append)
+        whole: list[torch.Tensor] = []
+        hook = linear.register_forward_pre_hook(lambda _, args, kept=whole: kept.append(args[0]))
+        for x in inputs.batches:
+            inputs.layer(x, **inputs.arguments(x))
+        hook.remove()
+        assert all(torch.equal(a, b) for a, b in zip(early, whole, strict=True)), name
+
+
+def test_a_gpu_takes_many_windows_at_once_and_a_cpu_one():
+    assert batch_of(torch.device("cpu"), 16) == 1
+    assert batch_of(torch.device("cuda"), 2048) == 4
+    assert batch_of(torch.device("cuda"), 100_000) == 1

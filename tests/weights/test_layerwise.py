@@ -1,0 +1,156 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.errors import InputError
+from spinlab.model.seams import linear_at, linears_of
+from spinlab.quant.affine import Grid
+from spinlab.rotation.online import hadamard_rotation
+from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
+from spinlab.weights.quantized import effective_bits, load_weights, save_weights
+from spinlab.weights.rtn import rtn
+
+OFF, SYMMETRIC = TensorQuant(bits=16), TensorQuant(symmetric=True)
+MIXED = QuantConfig(
+    weights=SYMMETRIC,
+    overrides=[
+        {"pattern": "*.down_proj", "weights": {"bits": 8}},
+        {"pattern": "*.v_proj", "weights": {"bits": 6, "symmetric": False, "group_size": 8}},
+        {"pattern": "*.0.mlp.up_proj", "weights": {"bits": 16}},
+        {"pattern": "*.1.self_attn.o_proj", "weights": {"bits": 16}},
+    ],
+)
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=["rtn", "gptq"])
+def quantize(request, windows, tmp_path):
+    """Quantize a model by one of the methods."""
+
+    def by_rtn(model, quant):
+        return quantize_rtn(model, quant, WeightsConfig(), {})
+
+    def by_gptq(model, quant):
+        config = WeightsConfig(method="gptq", block_size=10)
+        rotations = RotationSet(r4=hadamard_rotation(40))
+        return quantize_gptq(model, rotations, windows, quant, config, tmp_path)
+
+    return by_rtn if request.param == "rtn" else by_gptq
+
+
+def test_overrides_give_other_formats_to_the_linears_that_match(make_model, quantize):
+    model = make_model(torch.float32)
+    names = [name for name, *_ in linears_of(model)]
+    found = quantize(model, MIXED)
+    left_out = {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"}
+    assert found.keys() == set(names) - left_out
+    for name, weight in found.items():
+        expected = {"v_proj": (6, False, 3), "down_proj": (8, True, 1)}
+        bits, symmetric, groups = expected.get(name.rpartition(".")[2], (4, True, 1))
+        assert (weight.grid, weight.groups) == (Grid(bits, symmetric), groups)
+
+
+def test_weights_of_16_bits_are_left_as_they_are(make_model, quantize):
+    model, original = make_model(torch.float32), make_model(torch.float32)
+    quantize(model, MIXED)
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(linear_at(model, name).weight, linear_at(original, name).weight)
+
+
+def test_a_network_of_mixed_formats_is_saved_and_loaded(make_model, quantize, tmp_path):
+    found = quantize(make_model(torch.float32), MIXED)
+    save_weights(found, tmp_path / "weights.safetensors")
+    loaded = load_weights(tmp_path / "weights.safetensors")
+    assert loaded.keys() == found.keys()
+    for name, weight in found.items():
+        assert torch.equal(loaded[name].dequantize(), weight.dequantize())
+    assert effective_bits(loaded) == effective_bits(found)
+
+
+def test_with_16_bits_everywhere_nothing_is_quantized(make_model, quantize):
+    assert quantize(make_model(torch.float32), QuantConfig(weights=OFF)) == {}
+
+
+def test_head_and_embedding_are_rounded_to_nearest(make_model, quantize):
+    head, embedding = TensorQuant(bits=8, symmetric=True), TensorQuant(bits=6, group_size=12)
+    quant = QuantConfig(weights=SYMMETRIC, head=head, embedding=embedding)
+    original = make_model(torch.float32, tie_word_embeddings=False)
+    found = quantize(make_model(torch.float32, tie_word_embeddings=False), quant)
+    for name, format in (("lm_head", head), ("model.embed_tokens", embedding)):
+        expected = rtn(linear_at(original, name).weight, format, WeightsConfig())
+        assert torch.equal(found[name].dequantize(), expected.dequantize())
+    assert found.keys() - {"lm_head", "model.embed_tokens"} == {n for n, *_ in linears_of(original)}
+
+
+def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, windows, tmp_path):
+    found = []
+    for bits in (2, 16):
+        (tmp_path / str(bits)).mkdir()
+        quant = QuantConfig(weights=SYMMETRIC, embedding=TensorQuant(bits=bits))
+        config = WeightsConfig(method="gptq")
+        arguments = (RotationSet(), windows, quant, config, tmp_path / str(bits))
+        found.append(quantize_gptq(make_model(torch.float32), *arguments))
+    name = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(found[0][name].levels, found[1][name].levels)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_every_family_is_quantized(make_family_model, quantize, family):
+    model = make_family_model(family)
+    names = {name for name, *_ in linears_of(model)}
+    assert quantize(model, QuantConfig(weights=SYMMETRIC)).keys() == names
+
+
+def test_gptq_resumes_with_the_same_bits(make_model, windows, tmp_path):
+    quant = replace(MIXED, embedding=TensorQuant(bits=6))
+    config = WeightsConfig(method="gptq", block_size=10)
+
+    def run():
+        model = make_model(torch.float32, num_hidden_layers=3)
+        return quantize_gptq(model, RotationSet(), windows, quant, config, tmp_path)
+
+    whole = run()
+    (tmp_path / "layer-002.safetensors").unlink()
+    resumed = run()
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[n].levels, w.levels) for n, w in whole.items())
+
+
+def test_an_override_that_matches_nothing_is_refused(make_model):
+    quant = QuantConfig(overrides=[{"pattern": "*.down_porj", "weights": {"bits": 8}}])
+    with pytest.raises(InputError, match=r"'\*\.down_porj' matches no linear"):
+        check_weight_groups(make_model(), quant)
+
+
+@pytest.mark.parametrize(
+    ("quant", "setting"),
+    [
+        (QuantConfig(weights=TensorQuant(group_size=16)), "quant.weights.group_size=16"),
+        (
+            QuantConfig(overrides=[{"pattern": "*.q_proj", "weights": {"group_size": 5}}]),
+            "quant.overrides: weights.group_size=5",
+        ),
+        (QuantConfig(head=TensorQuant(bits=8, group_size=7)), "quant.head.group_size=7"),
+        (QuantConfig(embedding=TensorQuant(bits=8, group_size=7)), "quant.embedding.group_size=7"),
+    ],
+)
+def test_groups_must_divide_what_they_group(make_model, quant, setting):
+    with pytest.raises(InputError, match=f"{setting} does not divide 24"):
+        check_weight_groups(make_model(), quant)
+
+
+def test_groups_of_weights_and_inputs_must_nest_linear_by_linear(make_model):
+    model, group = make_model(intermediate_size=24, head_dim=6), TensorQuant(group_size=12)
+    quant = QuantConfig(weights=group, activations=TensorQuant(group_size=8))
+    with pytest.raises(InputError, match=r"groups of 8 inputs of model.layers.0.self_attn.q_proj"):
+        check_weight_groups(model, quant)
+    for kind, changes in (("weights", {"group_size": 4}), ("activations", {"group_size": 0})):
+        nested = [{"pattern": "*", kind: changes}]
+        check_weight_groups(model, replace(quant, overrides=nested, o_proj_per_head=False))

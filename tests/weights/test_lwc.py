@@ -1,0 +1,142 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.model.seams import linear_at
+from spinlab.quant.affine import TIE, Grid, scale_and_zero
+from spinlab.quant.network import insert_fake_quant
+from spinlab.rotation.fuse import fuse_inputs
+from spinlab.rotation.online import hadamard_rotation
+from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.layerwise import quantize_rtn
+from spinlab.weights.lwc import ClippedWeight, quantize_lwc, range_gradient
+from spinlab.weights.quantized import set_dequantized
+from spinlab.weights.rtn import rtn
+
+ROTATIONS = RotationSet(r4=hadamard_rotation(40))
+QUANT = QuantConfig(weights=TensorQuant(bits=3), activations=TensorQuant(bits=6))
+CONFIG = WeightsConfig(lwc_epochs=4, lwc_lr=0.05)
+FORMATS = [
+    TensorQuant(symmetric=True),
+    TensorQuant(),
+    TensorQuant(bits=3, symmetric=True, group_size=8),
+    TensorQuant(bits=3, group_size=16),
+]
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def make_fused(make_model):
+    """Return a maker of identical models with a last layer more, so that none is followed by the
+    final norm, and with the inverse of R4 in their weights."""
+
+    def make():
+        model = make_model(torch.float32, num_hidden_layers=3)
+        fuse_inputs(model, ROTATIONS)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def lwc(make_fused, windows, tmp_path):
+    """Quantize identical models with learned ranges; what is done stays done."""
+
+    def learn(quant, config):
+        return quantize_lwc(make_fused(), ROTATIONS, windows, quant, config, tmp_path)
+
+    return learn
+
+
+class Round(torch.autograd.Function):
+    """Round with a straight-through gradient: the only piece autograd does not know."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x + TIE)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_the_gradient_of_a_range_is_autograds(format):
+    """Inside a range an entry is scale times its rounded quotient, outside it is the end."""
+    g = torch.Generator().manual_seed(0)
+    grid, groups = Grid(format.bits, format.symmetric), 32 // (format.group_size or 32)
+    grouped = torch.randn(6, groups, 32 // groups, generator=g, dtype=torch.float64)
+    lowest = (0.7 * grouped.amin(-1, keepdim=True)).requires_grad_()
+    highest = (0.6 * grouped.amax(-1, keepdim=True)).requires_grad_()
+    upstream = torch.randn(grouped.shape, generator=g, dtype=torch.float64)
+    if format.symmetric:
+        scale = torch.maximum(highest, -lowest) / grid.highest
+        ends = scale * grid.lowest, scale * grid.highest
+    else:
+        scale = (highest - lowest) / grid.highest
+        ends = lowest, highest
+    levels = Round.apply(grouped / scale)
+    _, zero = scale_and_zero(lowest.detach(), highest.detach(), grid)
+    rounded = torch.where(levels + zero < grid.lowest, ends[0], levels * scale)
+    rounded = torch.where(levels + zero > grid.highest, ends[1], rounded)
+    rounded.backward(upstream)
+    found = range_gradient(grouped, upstream, lowest.detach(), highest.detach(), grid)
+    for gradient, end in zip(found, (lowest, highest), strict=True):
+        assert torch.allclose(gradient, end.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_learning_starts_from_the_ranges_of_rtn(format):
+    """Ratios near 1 excepted: a sigmoid ends below them."""
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    format = replace(format, clip_ratio=0.95)
+    start = ClippedWeight(weight, format, WeightsConfig()).quantized()
+    assert torch.allclose(start.scale, rtn(weight, format, WeightsConfig()).scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [QUANT.weights, TensorQuant(bits=3, symmetric=True)], ids=str)
+@pytest.mark.parametrize("clip_search", [True, False])
+def test_learned_ranges_change_a_layers_output_less(lwc, make_fused, windows, clip_search, weights):
+    quant = replace(QUANT, weights=weights)
+    config = replace(CONFIG, clip_search=clip_search)
+    reference = make_fused()
+    insert_fake_quant(reference, ROTATIONS, None)
+    original = reference(windows, output_hidden_states=True).hidden_states
+    learned = lwc(quant, config)
+    nearest = quantize_rtn(make_fused(), quant, config, {})
+    errors = []
+    for found in (learned, nearest):
+        model = make_fused()
+        for name, weight in found.items():
+            set_dequantized(linear_at(model, name), weight)
+        insert_fake_quant(model, ROTATIONS, quant)
+        states = model(windows, output_hidden_states=True).hidden_states
+        errors.append([(states[i] - original[i]).square().mean().item() for i in (1, 2)])
+    assert all(ours < 0.95 * theirs for ours, theirs in zip(*errors, strict=True))
+
+
+def test_learned_ranges_resume_with_the_same_bits(lwc, tmp_path):
+    whole = lwc(QUANT, CONFIG)
+    (tmp_path / "layer-001.safetensors").unlink()
+    resumed = lwc(QUANT, CONFIG)
+    assert resumed.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name].levels, weight.levels)
+        assert torch.equal(resumed[name].scale, weight.scale)
+
+
+def test_only_weights_of_fewer_than_16_bits_are_learned(lwc):
+    overrides = [
+        {"pattern": "*.0.*", "weights": {"bits": 16}},
+        {"pattern": "*.down_proj", "weights": {"bits": 16}},
+    ]
+    quant = replace(QUANT, overrides=overrides, head=TensorQuant(bits=8))
+    found = lwc(quant, replace(CONFIG, lwc_epochs=1))
+    assert len(found) == 13
+    assert found.keys() >= {"lm_head", "model.layers.1.self_attn.q_proj"}
