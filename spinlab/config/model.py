@@ -18,7 +18,8 @@ class ModelConfig:
     hub: str | None = None
     revision: str = "main"
     weights: str = "random"  # pretrained, or random: `architecture` with seeded weights
-    architecture: dict[str, Any] = field(default_factory=dict)  # fields of the family's config
+    # fields of the family's config, `model_type` (llama unless given) among them
+    architecture: dict[str, Any] = field(default_factory=dict)
     outlier_channels: int = 0  # random weights: residual channels scaled up, as real models have
     outlier_scale: float = 30.0
     dtype: str = "float32"  # what the networks run in; fusing is always float64
