@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test tables lint clean
 
 EXPERIMENT ?= smollm2_135m_w4a4kv4
 ARGS ?=
@@ -24,6 +24,9 @@ run: .venv/.ready  ## run an experiment: EXPERIMENT=name, and Hydra overrides in
 
 test: lint  ## lint, then run the tests; PYTEST_ARGS and ARGS go to pytest
 	.venv/bin/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+tables: .venv/.ready  ## rebuild the tables under experiments/ from their records
+	@.venv/bin/python -m spinlab.report
 
 lint: .venv/.ready  ## check style, format and types
 	.venv/bin/python -m ruff check .

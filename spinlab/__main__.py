@@ -71,7 +71,7 @@ def _schema() -> DictConfig:
 def _sentence(error: BaseException) -> str:
     """Say an error in one sentence, with the nearest names for a misspelt one."""
     text = " ".join(str(error).split())
-    if found := re.search(r"Could not find '(\w+)/(\w+)'", text):
+    if found := re.search(r"Could not find '(\w+)/([\w/]+)'", text):
         group, wanted = found.groups()
         return f"unknown {group} {wanted!r}: {_nearest(wanted, _options(group))}"
     if "Could not override 'experiment'" in text:
@@ -87,7 +87,8 @@ def _sentence(error: BaseException) -> str:
 
 
 def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (_CONF / group).glob("*.yaml"))
+    folder = _CONF / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
 def _keys(tree: dict, prefix: str = "") -> list[str]:

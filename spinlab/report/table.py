@@ -21,6 +21,11 @@ def result_table(metrics: Mapping[str, float]) -> str:
         cells = [_cell(metrics, name, variant) for name in columns.values()]
         if any(cells):
             rows.append([variant, _TITLES[variant], *cells])
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return a Markdown table of equally wide columns; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows

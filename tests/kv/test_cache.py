@@ -109,3 +109,24 @@ def test_groups_must_divide_the_head(make_model):
 
 def test_effective_bits_are_the_mean_of_keys_and_values(make_model):
     assert kv_bits(make_model(), KVConfig(k_bits=16, v_bits=4)) == (16 + 4 + 24 / 8) / 2
+
+
+def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
+    """DuQuant's fourth quantized tensor, against the formula written out."""
+    path = kv_path(make_model(), hadamard_rotation(8), KVConfig(16, 16, q_bits=4))
+    query = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    turned = query @ hadamard_rotation(8).dense().float()
+    lowest = turned.amin(-1, keepdim=True).clamp(max=0)
+    scale = ((turned.amax(-1, keepdim=True).clamp(min=0) - lowest) / 15).half().float()
+    zero = (-lowest / scale + 2.0**-7).round()
+    expected = (((turned / scale + 2.0**-7).round() + zero).clamp(0, 15) - zero) * scale
+    assert torch.allclose(path.turn_queries(query), expected, atol=1e-6)
+
+
+def test_finer_queries_come_closer_to_the_original(make_model, ids):
+    original, errors = make_model(torch.float32)(ids).logits, []
+    for bits in (2, 4, 8):
+        model = make_model(torch.float32)
+        coded(model, KVConfig(16, 16, q_bits=bits))
+        errors.append((model(ids).logits - original).norm())
+    assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]

@@ -13,7 +13,7 @@ from spinlab.errors import InputError
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.schedule import rate_at
-from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks import Networks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import orthogonality_error
@@ -39,20 +39,38 @@ def windows(count: int, length: int = 16) -> torch.Tensor:
 SETTINGS = dict(steps=4, batch=2, sequence_length=16, clip_refresh=2, project_every=3)
 
 
-def test_without_quantizers_the_loss_is_the_original_models(make_model):
+def biased(make_model):
+    """A maker whose models have random biases everywhere, as Qwen2 has on q, k and v."""
+
+    def make(dtype=torch.float32):
+        model = make_model(dtype, attention_bias=True, mlp_bias=True)
+        g = torch.Generator().manual_seed(5)
+        for _, _, _, linear in linears_of(model):
+            linear.bias.data.normal_(generator=g)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=[False, True], ids=["no biases", "biases"])
+def make_any(request, make_model):
+    return biased(make_model) if request.param else make_model
+
+
+def test_without_quantizers_the_loss_is_the_original_models(make_any):
     """Rotations cancel: also the ends, where R1 turns the embedding's output and head's input."""
-    learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
+    learner, _ = make_learner(make_any, LearnConfig(**SETTINGS))
     batch = windows(2)
     learner._write_weights(refresh=True)
-    model = make_model(torch.float32)
+    model = make_any(torch.float32)
     expected = model(input_ids=batch, labels=batch).loss
     assert learner._backward(batch) == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(make_model):
+def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(make_any):
     """The loss does not depend on R, so its Riemannian gradient is zero: this needs every seam's
     gradient and both ends', for any one that were missing would leave its part."""
-    learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
+    learner, _ = make_learner(make_any, LearnConfig(**SETTINGS))
     learner._write_weights(refresh=True)
     learner._backward(windows(2))
     learner._collect_gradients()

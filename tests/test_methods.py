@@ -1,0 +1,178 @@
+"""Every method of the field as a preset, run on the toy model, and what passes between two runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from spinlab.__main__ import _schema
+from spinlab.config import Config
+from spinlab.errors import InputError
+from spinlab.experiment import export
+from spinlab.measure import evaluate, handoff_error, network
+from spinlab.pipeline import Pipeline
+from spinlab.rotation.rotations import RotationSet
+
+CONF = Path(__file__).parent.parent / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in (CONF / "experiment").rglob("*.yaml")
+)
+SMALL = [
+    "weights.samples=3",
+    "weights.sequence_length=64",
+    "rotation.statistics.samples=3",
+    "rotation.statistics.sequence_length=64",
+    "rotation.duquant.steps=8",
+    "rotation.duquant.block_size=16",
+    "learn.micro_batch=1",
+    "learn.batch=1",
+    "learn.sequence_length=64",
+]
+
+
+def composed(*overrides: str) -> Config:
+    ConfigStore.instance().store(name="schema", node=_schema())
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = OmegaConf.to_object(compose("config", list(overrides)))
+    assert isinstance(config, Config)
+    return config
+
+
+def pipeline(folder: Path, *overrides: str) -> Pipeline:
+    paths = [f"paths.cache={folder / 'cache'}", "eval.max_windows=1", "eval.tasks=[]"]
+    return Pipeline(composed("+experiment=toy", *overrides, *paths), lambda step, values: None)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_under_its_own_name(name):
+    assert composed(f"+experiment={name}").name == name
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_composes(model):
+    assert composed(f"model={model}").model.name == model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
+    steps = {"learned_ranges": 2, "spinquant_had": 2, "spinquant_no_had": 2, "duquant_learned": 2}
+    lwc = ["weights.lwc_epochs=1"] if method == "duquant_lwc" else []
+    run = pipeline(
+        tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
+    )
+    assert handoff_error(run) < 1e-9
+    metrics = evaluate(run, "fp") | evaluate(run, "fake")
+    assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=0.1)
+    assert metrics["ppl/wiki/fake"] != metrics["ppl/wiki/fp"]
+    learned = run.learned[0] != run.initial[0]
+    assert learned == (method in steps)
+
+
+def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
+    """LLMC's two runs: nothing in the second one says that anything has to run online."""
+    folder = tmp_path / "transformed"
+    quiet = ["rotation=quarot", "model.architecture.num_attention_heads=4", "learn=none", *SMALL]
+    first = pipeline(tmp_path, *quiet, f"export.transformed={folder}")
+    export(first)
+    loaded = ["model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]
+    second = pipeline(tmp_path, *loaded, "weights=gptq_llmc", *SMALL)
+
+    rotations, _ = second.rotation_of("fake")
+    assert rotations.r1 is None
+    assert rotations.r2 is None
+    for name in ("r3", "r4", "cross_head"):
+        expected = getattr(first.rotation_of("fake")[0], name).dense()
+        assert torch.equal(getattr(rotations, name).dense(), expected)
+    assert rotations.about["fused"] == ["r1", "r2"]
+    # the checkpoint alone is the original; with the rotations of its manifest it still is
+    ids = first.windows("gate", 1, 32)
+    original = network(first, "fp")[0](ids).logits
+    assert torch.allclose(network(second, "fp")[0](ids).logits, original, atol=1e-4)
+    rotated = second.networks.rotated(rotations)
+    assert torch.allclose(rotated(ids).logits, original, atol=1e-4)
+    # and it is rounded as the first run's own network would be
+    rtn = pipeline(tmp_path, *loaded, "weights=rtn")
+    found, expected = (network(run, "fake")[0](ids).logits for run in (rtn, first))
+    assert (found - expected).norm() < 0.1 * (expected - original).norm()
+    assert handoff_error(second) < 1e-9
+
+
+def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
+    export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 't'}"))
+    path = ["model.weights=pretrained", f"model.path={tmp_path / 't'}"]
+    for more in (["learn.steps=3"], ["learn=none", "rotation.load=R.bin"]):
+        with pytest.raises(InputError, match="holds a transformed model"):
+            _ = pipeline(tmp_path, *path, *more).initial
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_rotation_learned_elsewhere_is_used_as_it_is(tmp_path, suffix):
+    file = tmp_path / f"R.{suffix}"
+    first = pipeline(tmp_path, f"export.rotations={file}", "learn.steps=3")
+    export(first)
+    second = pipeline(tmp_path, f"rotation.load={file}", "learn=none")
+    learned, loaded = (run.rotation_of("fake")[0] for run in (first, second))
+    assert torch.allclose(loaded.r1, learned.r1, atol=1e-6)
+    assert torch.allclose(loaded.r2, learned.r2, atol=1e-6)
+    assert torch.equal(loaded.r4.dense(), learned.r4.dense())
+    drawn = pipeline(tmp_path, "learn=none").rotation_of("fake")[0]
+    assert not torch.allclose(loaded.r1, drawn.r1, atol=1e-3)
+
+
+def test_a_loaded_rotation_can_be_learned_on(tmp_path):
+    file = tmp_path / "R.bin"
+    export(pipeline(tmp_path, f"export.rotations={file}", "learn=none"))
+    further = pipeline(tmp_path, f"rotation.load={file}", "learn.steps=3")
+    start = RotationSet.load(further.initial[0] / "rotations.safetensors")
+    assert not torch.allclose(further.rotation_of("fake")[0].r1, start.r1, atol=1e-6)
+
+
+def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
+    run = pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true", "weights=gptq", *SMALL)
+    run.weights_of("fake")
+    assert "learned with 4-bit weights in the loop and are used with weights=gptq" in caplog.text
+    about = run.rotation_of("fake")[0].about
+    assert about["trained"]["weights_bits"] == 4
+    assert about["family"] == "llama"
+    caplog.clear()
+    pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true").weights_of("fake")
+    assert "published recipe" not in caplog.text
+
+
+def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
+    run = pipeline(tmp_path, "quant=w4a4_down8", "quant.head.bits=8", "learn=none")
+    model, weights = network(run, "int4")
+    bits = {name.rpartition(".")[2]: weight.grid.bits for name, weight in weights.items()}
+    assert bits == {"lm_head": 8, "down_proj": 8} | dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 4
+    )
+    assert model.get_submodule("model.layers.0.mlp.down_proj").path.quantizer.grid.bits == 8
+    assert model.get_submodule("model.layers.0.mlp.up_proj").path.quantizer.grid.bits == 4
+    head = model.get_submodule("lm_head").weight
+    assert torch.equal(head, weights["lm_head"].dequantize(head.dtype))
+    assert handoff_error(run) < 1e-9
+    assert network(run, "fp")[1] is None
+
+
+def test_what_was_exported_is_in_no_record(tmp_path):
+    from spinlab.track.record import Record
+
+    run = pipeline(tmp_path, f"export.rotations={tmp_path / 'R.bin'}")
+    record = Record(run.config, [f"export.rotations={tmp_path / 'R.bin'}"], {})
+    assert "R.bin" not in json.dumps(record.as_json())
+    assert record.key == Record(pipeline(tmp_path).config, [], {}).key
+
+
+def test_a_manifest_holds_plain_tensors(tmp_path):
+    export(pipeline(tmp_path, "rotation=quarot", "learn=none", f"export.transformed={tmp_path}/t"))
+    assert set(load_file(tmp_path / "t" / "transform.safetensors")) == {
+        "r3.left", "r3.right", "r4.left", "r4.right",
+    }  # fmt: skip
+    assert (tmp_path / "t" / "config.json").is_file()
