@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.kv.cache import attach_kv, kv_path
 from spinlab.model.seams import family_of, linear_at, linears_of
-from spinlab.quant.network import insert_fake_quant
+from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.network import insert_integer_linears, write_ends
@@ -130,7 +130,8 @@ def stored_bytes(
 def channel_peaks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return the largest |input| per layer and channel of the attention: (layers, hidden).
 
-    ids: (1, tokens). Linears that share their input are read once, at the first of them.
+    ids: (1, tokens). Linears that share their input are read once, at the first of them, behind
+    what runs online.
     """
     peaks: list[torch.Tensor] = []
     hooks = []
@@ -138,7 +139,8 @@ def channel_peaks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         if seam.name.endswith("q_proj"):
 
             def keep(module: nn.Module, args: tuple) -> None:
-                peaks.append(args[0].detach().abs().flatten(0, -2).amax(0).float().cpu())
+                x = module.path(args[0]) if isinstance(module, FakeQuantLinear) else args[0]
+                peaks.append(x.detach().abs().flatten(0, -2).amax(0).float().cpu())
 
             hooks.append(linear.register_forward_pre_hook(keep))
     model(input_ids=ids.to(model.device), use_cache=False)

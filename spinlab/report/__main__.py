@@ -5,14 +5,13 @@ from pathlib import Path
 from spinlab.report.methods import methods_table, read_records
 
 _EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
-_START, _END = "<!-- table -->\n", "\n<!-- end -->"
+_START, _END = "<!-- table -->\n", "<!-- end -->"
 
 
 def rebuilt(text: str, table: str) -> str:
     """Return a page with the table between its marks replaced; the words around it stay."""
-    before, _, rest = text.partition(_START)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_START}{table}{_END}{after}"
+    start, end = text.index(_START) + len(_START), text.index(_END)
+    return f"{text[:start]}{table}\n{text[end:]}"
 
 
 def main() -> None:

@@ -5,7 +5,11 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, W
 from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks, channel_peaks, stored_bytes
+from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.orthogonal import exact_hadamard
+from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.linear import IntegerLinear
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
@@ -178,4 +182,10 @@ def test_a_rotation_flattens_channel_peaks(make_model, ids):
     before = channel_peaks(make(), ids[:1])
     after = channel_peaks(networks.rotated(rotations), ids[:1])
     assert before.shape == after.shape == (2, 24)
+    hadamard = exact_hadamard(24)[None]
+    dual = DualTransform(hadamard, torch.arange(24), torch.eye(24, dtype=torch.float64)[None])
+    online = RotationSet(inputs={"0.qkv": ScaledDual(dual=dual)})
+    seen = channel_peaks(networks.rotated(online), ids[:1])
+    assert seen[0].amax() < 0.7 * before[0].amax()  # behind what runs online
+    assert torch.allclose(seen[1], channel_peaks(networks.rotated(RotationSet()), ids[:1])[1])
     assert (after.amax(1) / after.mean(1) < 0.5 * before.amax(1) / before.mean(1)).all()

@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spinlab.report.__main__ import rebuilt
+from spinlab.report.methods import METHODS, methods_table, read_records
+
+EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
+
+
+def record(wiki: float, steps: int = 0) -> dict:
+    metrics = {"ppl/wiki/fake": wiki, "ppl/c4/fake": 5000.0, "ppl/wiki/fp": 9, "ppl/c4/fp": 30}
+    config = {
+        "weights": {"method": "gptq"},
+        "learn": {"steps": steps, "batch": 8, "sequence_length": 512},
+    }
+    return {"status": "complete", "metrics": metrics, "config": config}
+
+
+def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
+    values = [17.1, 18.4, 16.9]
+    for seed, value in enumerate(values):
+        path = tmp_path / f"spinquant_had_seed{seed}.json"
+        path.write_text(json.dumps(record(value, steps=100)))
+    (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
+    lines = methods_table(read_records(tmp_path)).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "original",
+        METHODS["gptq"],
+        METHODS["spinquant_had"],
+    ]
+    assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in lines[4]
+    assert "100 x 8 x 512" in lines[4]
+    assert "| 5000 " in lines[3]
+    assert "±" not in lines[3]
+
+
+def test_records_that_are_not_complete_or_not_known_are_refused(tmp_path):
+    (tmp_path / "gptq_seed0.json").write_text(json.dumps({**record(1.0), "status": "running"}))
+    with pytest.raises(AssertionError, match="is not complete"):
+        read_records(tmp_path)
+    (tmp_path / "gptq_seed0.json").rename(tmp_path / "other_seed0.json")
+    (tmp_path / "other_seed0.json").write_text(json.dumps(record(1.0)))
+    with pytest.raises(AssertionError, match="without a title"):
+        read_records(tmp_path)
+
+
+def test_only_the_table_of_a_page_is_rebuilt():
+    for old in ("", "old\n", "two\nlines\n"):
+        page = f"words\n<!-- table -->\n{old}<!-- end -->\nmore"
+        assert rebuilt(page, "new") == "words\n<!-- table -->\nnew\n<!-- end -->\nmore"
+    with pytest.raises(ValueError, match="substring not found"):
+        rebuilt("a page without marks", "new")
+
+
+def test_the_committed_table_is_that_of_the_committed_records():
+    page = (EXPERIMENTS / "methods_smollm2.md").read_text(encoding="utf-8")
+    records = read_records(EXPERIMENTS / "methods_smollm2")
+    assert rebuilt(page, methods_table(records)) == page
+    assert all(len(runs) == 3 for runs in records.values())
+    assert {run["config"]["seed"] for runs in records.values() for run in runs} == {0, 1, 2}
