@@ -12,6 +12,7 @@ from spinlab.config import Config
 from spinlab.data.text import label
 from spinlab.device import set_arithmetic
 from spinlab.export.transformed import save_transformed
+from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
@@ -82,6 +83,7 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
             "learn/first_loss": curve[0]["loss"],
             "learn/last_loss": curve[-1]["loss"],
         }
+    warn_of_mismatch(pipeline.rotation_of("fake")[0], record.config.weights)
     _save(pipeline, record)
     return learned / "rotations.safetensors"
 
@@ -118,7 +120,7 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
 def _gain(record: Record, text: str) -> None:
     """Record by how much learning lowered perplexity, and say so where it did not matter."""
     start, end = (record.metrics.get(f"ppl/{text}/{v}") for v in ("init", "fake"))
-    if start is None or end is None or record.config.learn.steps == 0:
+    if start is None or end is None or "learn/first_loss" not in record.metrics:
         return
     record.metrics[f"learn/gain/{text}"] = 1 - end / start
     if end > (1 - _SMALL_GAIN) * start:
@@ -136,7 +138,7 @@ def _outliers(pipeline: Pipeline, record: Record) -> Path:
     peaks = outliers(pipeline)
     ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
     record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
-    layer = int(torch.argmax(ratios["before"]))
+    layer = int(torch.argmax(next(iter(ratios.values()))))
     path = record.folder / "figures" / "outliers.png"
     titles = {
         "before": "before rotation",

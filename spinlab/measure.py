@@ -18,11 +18,13 @@ from spinlab.data.text import label
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.kv.cache import kv_bits
+from spinlab.model.seams import linears_of
 from spinlab.networks import channel_peaks, stored_bytes
-from spinlab.pipeline import GATE_TOKENS, Pipeline
+from spinlab.pipeline import Pipeline
 from spinlab.rotation.check import logits, relative_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import write_json
+from spinlab.start import GATE_TOKENS, SETTINGS
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
 
     def work(out: Path) -> None:
         ids = pipeline.windows("gate", 1, GATE_TOKENS)
-        networks = {"before": RotationSet()}
+        networks = {} if pipeline.transformed else {"before": RotationSet()}
         networks |= {name: pipeline.rotation_of(v)[0] for name, v in _ROTATED.items()}
         peaks = {n: channel_peaks(pipeline.networks.rotated(r), ids) for n, r in networks.items()}
         save_file(peaks, out / "peaks.safetensors")
@@ -108,7 +110,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
 
 
 _HANDOFF_LIMIT = 1e-6
-_CODE = ("model", "rotation", "quant", "kv", "weights", "runtime", "networks")
+_CODE = ("model", "rotation", "quant", "kv", "weights", "runtime", "networks", *SETTINGS)
 _ROTATED = {"init": "init", "learned": "fake"}  # network of the figure -> variant
 
 
@@ -153,9 +155,11 @@ def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
 def _sizes(
     pipeline: Pipeline, model: PreTrainedModel, weights: Mapping[str, QuantizedWeight] | None
 ) -> dict[str, float]:
-    sizes: dict[str, float] = {"bytes": stored_bytes(pipeline.original(), weights)}
+    original = pipeline.original()
+    sizes: dict[str, float] = {"bytes": stored_bytes(original, weights)}
     if weights is not None:
-        sizes["bits/weights"] = effective_bits(weights)
+        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(original)}
+        sizes["bits/weights"] = effective_bits(weights, numbers)
         sizes["bits/kv"] = kv_bits(model, pipeline.config.kv)
     return sizes
 

@@ -14,7 +14,8 @@ from spinlab.__main__ import _schema
 from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.experiment import export
-from spinlab.measure import evaluate, handoff_error, network
+from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.measure import evaluate, handoff_error, network, outliers
 from spinlab.pipeline import Pipeline
 from spinlab.rotation.rotations import RotationSet
 
@@ -81,7 +82,7 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     quiet = ["rotation=quarot", "model.architecture.num_attention_heads=4", "learn=none", *SMALL]
     first = pipeline(tmp_path, *quiet, f"export.transformed={folder}")
     export(first)
-    loaded = ["model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]
+    loaded = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]
     second = pipeline(tmp_path, *loaded, "weights=gptq_llmc", *SMALL)
 
     rotations, _ = second.rotation_of("fake")
@@ -106,10 +107,72 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
 
 def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
     export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 't'}"))
-    path = ["model.weights=pretrained", f"model.path={tmp_path / 't'}"]
-    for more in (["learn.steps=3"], ["learn=none", "rotation.load=R.bin"]):
+    path = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}"]
+    for more in (
+        ["learn.steps=3"],
+        ["learn=none", "rotation.load=R.bin"],
+        ["learn=none", "eval.variants=[fp,rtn]"],
+    ):
         with pytest.raises(InputError, match="holds a transformed model"):
             _ = pipeline(tmp_path, *path, *more).initial
+    loaded = pipeline(tmp_path, *path, "learn=none")
+    assert set(outliers(loaded)) == {"init", "learned"}  # it has no "before"
+    manifest = tmp_path / "t" / "transform.safetensors"
+    with pytest.raises(InputError, match=r"has r1, r2 in its weights: give the model's folder"):
+        _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
+
+
+def test_an_export_appears_at_once_and_replaces_only_an_export(tmp_path, monkeypatch):
+    folder = tmp_path / "t"
+    run = pipeline(tmp_path, "learn=none", f"export.transformed={folder}")
+    with monkeypatch.context() as patch:
+        patch.setattr(RotationSet, "save", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export(run)
+    assert not folder.exists()
+    export(run)
+    export(run)
+    again = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none"]
+    export(pipeline(tmp_path, *again, f"export.transformed={tmp_path / 'u'}"))
+    copy = RotationSet.load(tmp_path / "u" / "transform.safetensors")
+    assert copy.about["fused"] == ["r1", "r2"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="is there and no earlier export"):
+        export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 'mine'}"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        '[{pattern:"*.q_proj",weights:{bits:16}}]',
+        '[{pattern:"*.v_proj",weights:{bits:16}}]',
+        '[{pattern:"*.gate_proj",weights:{bits:10}},{pattern:"*.up_proj",weights:{bits:12}}]',
+    ],
+)
+def test_wide_and_narrow_weights_may_share_an_input(tmp_path, overrides):
+    variants = "eval.variants=[fp,fake]"
+    run = pipeline(tmp_path, "learn=none", f"quant.overrides={overrides}", variants)
+    assert handoff_error(run) < 1e-9
+    assert "bits/weights/fake" in evaluate(run, "fake")
+
+
+def test_settings_without_a_part_in_the_learning_do_not_learn_again(tmp_path):
+    base = ["learn.steps=2", "learn.quantize_weights=false"]
+    key = pipeline(tmp_path, *base).learned[1]
+    for same in (
+        "quant.weights.bits=3",
+        "rotation.duquant.steps=3",
+        "rotation.statistics.samples=5",
+        'quant.overrides=[{pattern:"*.up_proj",weights:{bits:8}}]',
+    ):
+        assert pipeline(tmp_path, *base, same).learned[1] == key
+    for other in (
+        "rotation.r4_block=64",
+        "kv.v_clip_ratio=0.9",
+        "kv.q_bits=4",
+        'quant.overrides=[{pattern:"*.down_proj",activations:{bits:8}}]',
+    ):
+        assert pipeline(tmp_path, *base, other).learned[1] != key
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
@@ -136,14 +199,15 @@ def test_a_loaded_rotation_can_be_learned_on(tmp_path):
 
 def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
     run = pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true", "weights=gptq", *SMALL)
-    run.weights_of("fake")
+    rotations, _ = run.rotation_of("fake")
+    warn_of_mismatch(rotations, run.config.weights)
     assert "learned with 4-bit weights in the loop and are used with weights=gptq" in caplog.text
-    about = run.rotation_of("fake")[0].about
-    assert about["trained"]["weights_bits"] == 4
-    assert about["family"] == "llama"
+    assert rotations.about["trained"]["weights_bits"] == 4
+    assert rotations.about["family"] == "llama"
     caplog.clear()
-    pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true").weights_of("fake")
-    assert "published recipe" not in caplog.text
+    warn_of_mismatch(rotations, composed("weights=rtn").weights)
+    warn_of_mismatch(run.rotation_of("init")[0], run.config.weights)
+    assert not caplog.text
 
 
 def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):

@@ -75,6 +75,10 @@ class Config:
                 f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
                 "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
             )
+        if self.learn.lr_clip > 0 and self.weights.lwc_epochs:
+            raise InputError(
+                "learn.lr_clip and weights.lwc_epochs both learn weight ranges: set one to 0"
+            )
         if self.weights.act_order and not self.weights.static_groups:
             for tensor in self.quant.weight_formats:
                 if tensor.group_size:

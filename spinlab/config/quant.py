@@ -47,10 +47,12 @@ class QuantConfig:
         for name in ("weights", "activations", "head", "embedding"):
             getattr(self, name).check(f"quant.{name}")
         for entry in self.overrides:
-            if not entry.keys() <= {"pattern", "weights", "activations"} or "pattern" not in entry:
+            if len(entry) < 2 or not isinstance(entry.get("pattern"), str):
                 raise InputError(
                     f"quant.overrides: {entry} must have a pattern, and weights or activations"
                 )
+            if unknown := entry.keys() - {"pattern", "weights", "activations"}:
+                raise InputError(f"quant.overrides[{entry['pattern']}]: {min(unknown)} is unknown")
             for name in ("weights", "activations"):
                 self._changed(name, entry).check(f"quant.overrides[{entry['pattern']}].{name}")
 
@@ -68,13 +70,17 @@ class QuantConfig:
 
     def _changed(self, kind: str, entry: dict[str, Any]) -> TensorQuant:
         """Return a format with the changes of one override."""
-        base, changes = getattr(self, kind), entry.get(kind) or {}
+        where, changes = f"quant.overrides[{entry['pattern']}].{kind}", entry.get(kind, {})
+        if not isinstance(changes, dict):
+            raise InputError(f"{where}={changes} must be a set of changes, as {{bits: 8}}")
+        base: TensorQuant = getattr(self, kind)
+        known = {f.name: type(getattr(base, f.name)) for f in fields(base)}
         for name, value in changes.items():
-            known = {f.name: getattr(base, f.name) for f in fields(TensorQuant)}
-            if name not in known or not isinstance(value, int | float):
+            kinds = (float, int) if known.get(name) is float else (known.get(name),)
+            if type(value) not in kinds:
                 raise InputError(
-                    f"quant.overrides[{entry['pattern']}].{kind}: {name}={value} is no setting of "
-                    f"{', '.join(known)}"
+                    f"{where}: {name}={value} does not fit: there are "
+                    + ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
                 )
         return replace(base, **changes)
 
@@ -135,6 +141,7 @@ class KVConfig:
     symmetric: bool = False
     group_size: int = 0
     clip_ratio: float = 1.0
+    v_clip_ratio: float | None = None  # of values; as the others' if absent
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits", "q_bits"):
@@ -143,4 +150,5 @@ class KVConfig:
             if 8 < value < 16:
                 raise InputError(f"kv.{name}={value}: the cache codes 2 to 8 bits, or 16 (off)")
         ratio("kv.clip_ratio", self.clip_ratio)
+        ratio("kv.v_clip_ratio", 1.0 if self.v_clip_ratio is None else self.v_clip_ratio)
         at_least("kv.group_size", self.group_size, 0)

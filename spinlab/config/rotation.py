@@ -73,6 +73,19 @@ class RotationConfig:
         choice("rotation.inputs", self.inputs, ("none", "duquant"))
         if self.r4_block and (self.r4_block < 2 or self.r4_block & (self.r4_block - 1)):
             raise InputError(f"rotation.r4_block={self.r4_block} must be a power of two, or 0")
+        if self.r4_block and self.r4 not in ("hadamard", "exact_hadamard", "none"):
+            raise InputError(
+                f"rotation.r4_block cuts a Hadamard R4: rotation.r4={self.r4} has none"
+            )
+        if not self.online and self.inputs != "none":
+            raise InputError(
+                f"rotation.inputs={self.inputs} runs online: set none, or rotation.online=true"
+            )
+        if self.load and (self.inputs != "none" or self.smooth is not None or not self.online):
+            raise InputError(
+                f"rotation.load={self.load} brings its rotations: leave rotation.inputs, "
+                "rotation.smooth and rotation.online as they are"
+            )
         self._check_inputs()
 
     def _check_inputs(self) -> None:
@@ -99,7 +112,12 @@ class RotationConfig:
     @property
     def needs_statistics(self) -> bool:
         """Tell whether anything here is made from activations."""
-        return self.smooth is not None or "duquant" in (self.r1, self.r2, self.inputs)
+        return self.smooth is not None or self.searches
+
+    @property
+    def searches(self) -> bool:
+        """Tell whether DuQuant's search is used, which looks at whole activations."""
+        return "duquant" in (self.r1, self.r2, self.inputs)
 
 
 @dataclass(frozen=True)

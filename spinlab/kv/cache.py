@@ -110,14 +110,16 @@ def kv_path(model: PreTrainedModel, r3: OnlineRotation | None, config: KVConfig 
     width = dimensions_of(model.config).head_dim
     check_group("kv.group_size", config.group_size, width, "one attention head")
 
-    def codec(bits: int) -> AffineCodec | None:
+    def codec(bits: int, clip_ratio: float) -> AffineCodec | None:
         if bits == 16:
             return None
-        return AffineCodec(
-            Grid(bits, config.symmetric), width, config.group_size, config.clip_ratio
-        )
+        return AffineCodec(Grid(bits, config.symmetric), width, config.group_size, clip_ratio)
 
-    return KVPath(r3, codec(config.k_bits), codec(config.v_bits), codec(config.q_bits))
+    clip = config.clip_ratio
+    v_clip = clip if config.v_clip_ratio is None else config.v_clip_ratio
+    return KVPath(
+        r3, codec(config.k_bits, clip), codec(config.v_bits, v_clip), codec(config.q_bits, clip)
+    )
 
 
 def kv_bits(model: PreTrainedModel, config: KVConfig) -> float:

@@ -12,7 +12,8 @@ log = logging.getLogger(__name__)
 def training_of(config: Config) -> dict[str, Any]:
     """Return what a file of learned rotations says about their training."""
     bits = config.quant.weights.bits if config.learn.quantize_weights else 16
-    trained = {"weights_bits": bits, "quant": plain(config.quant), "kv": plain(config.kv)}
+    formats = {"activations": plain(config.quant.activations), "kv": plain(config.kv)}
+    trained = {"weights_bits": bits, **formats}
     return {"learn": plain(config.learn), "trained": trained}
 
 

@@ -90,7 +90,7 @@ class InputPath(nn.Module):
     ) -> None:
         super().__init__()
         self.rotation, self.quantizer, self.readers = rotation, quantizer, readers
-        self._last: tuple[weakref.ref, int, object] | None = None
+        self._last: tuple[weakref.ref, int, str, object] | None = None
         self._uses = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,17 +110,21 @@ class InputPath(nn.Module):
         return self.quantizer.encode(x if self.rotation is None else self.rotation(x))
 
     def _once(self, x: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
-        """Do the work for the first reader of a tensor and hand the result to the others."""
+        """Do the work for the first reader of a tensor and hand the result to the others.
+
+        Readers that want other work (levels, or floats where weights stay wide) do it anew.
+        """
         if self._last is not None:
-            source, version, result = self._last
-            if source() is x and version == _version(x):
+            source, version, name, result = self._last
+            if source() is x and version == _version(x) and name == work.__name__:
                 self._uses += 1
                 if self._uses == self.readers:
                     self._last = None
                 return result  # type: ignore[return-value]
         result = work(x)
         self._uses = 1
-        self._last = (weakref.ref(x), _version(x), result) if self.readers > 1 else None
+        kept = (weakref.ref(x), _version(x), work.__name__, result)
+        self._last = kept if self.readers > 1 else None
         return result
 
 

@@ -1,6 +1,7 @@
 """The fake-quantized network: stock modules, each rotated linear behind its InputPath."""
 
 from collections import Counter
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ def input_paths(
     model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
 ) -> list[dict[str, InputPath]]:
     """Make one InputPath per layer and group of readers. Without `config` nothing is rounded."""
+    if config is not None:
+        check_patterns(model, config)
     paths: list[dict[str, InputPath]] = [{} for _ in layers_of(model)]
     readers = Counter(seam.group for seam in family_of(model.config.model_type).seams)
     for name, layer, seam, _ in linears_of(model):
@@ -52,6 +55,17 @@ def input_paths(
                 "them the same activations"
             )
     return paths
+
+
+def check_patterns(model: PreTrainedModel, quant: QuantConfig) -> None:
+    """Raise InputError where a pattern of `quant.overrides` matches no linear."""
+    names = [name for name, *_ in linears_of(model)]
+    for pattern in (override["pattern"] for override in quant.overrides):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"quant.overrides: the pattern {pattern!r} matches no linear of the model: their "
+                f"names are like {names[0]}"
+            )
 
 
 def token_quantizer(

@@ -25,8 +25,12 @@ _R2 = "model.layers.{}.self_attn.R2"
 _DRIFT = 1e-2  # of max|RRᵀ-I|: what learning in float32 without projection leaves, with room
 
 
-def read_rotations(path: Path, dimensions: Dimensions, family: str) -> RotationSet:
+def read_rotations(
+    path: Path, dimensions: Dimensions, family: str, manifest: bool = False
+) -> RotationSet:
     """Read a RotationSet (.safetensors) or an R.bin, made for a model of these dimensions.
+
+    `manifest` says that the file belongs to the model itself, which has some of it in its weights.
 
     Foreign matrices drift off orthogonality while they are learned: they are projected onto it,
     and the deviation is logged. Raises InputError, with the measured deviation, for what is no
@@ -35,6 +39,12 @@ def read_rotations(path: Path, dimensions: Dimensions, family: str) -> RotationS
     if not path.is_file():
         raise InputError(f"rotation.load={path} does not exist")
     found = _read_bin(path) if path.suffix == ".bin" else _read_own(path)
+    fused = (found.about or {}).get("fused")
+    if fused and not manifest:
+        raise InputError(
+            f"{path} is the manifest of a transformed model, which has {', '.join(fused)} in its "
+            "weights: give the model's folder as model.path"
+        )
     made_for = (found.about or {}).get("family", family)
     if made_for != family:
         raise InputError(f"{path} was made for a {made_for} model, this one is {family}")
@@ -55,11 +65,12 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
 
 def _read_own(path: Path) -> RotationSet:
     try:
-        return RotationSet.load(path)
-    except (SafetensorError, ValueError, KeyError, IndexError) as error:
+        found = RotationSet.load(path)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path} is no file of rotations: {error}") from error
     except AssertionError as error:
         raise InputError(f"{path}: {error}") from error
+    return found
 
 
 def _read_bin(path: Path) -> RotationSet:

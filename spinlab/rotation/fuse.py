@@ -1,7 +1,8 @@
 """Fuse rotations into a stock transformers model: W ← W R for readers, W ← Rᵀ W for writers.
 
-Everything offline happens in float64 and is cast back once. The same two products, on float32
-weights, serve the learning loop, together with their exact gradient (`rotation_gradients`).
+Everything offline is computed in float64 and cast back to the dtype of the weights. The same two
+products, on float32 weights, serve the learning loop, together with their exact gradient
+(`rotation_gradients`).
 """
 
 from collections.abc import Iterator

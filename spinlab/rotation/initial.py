@@ -129,6 +129,11 @@ class _Maker:
             if scale is not None or dual is not None:
                 # grouped-query attention reads one value channel in several heads
                 shared = group == "o" and self.dimensions.kv_heads != self.dimensions.heads
+                if shared and not config.online:
+                    raise InputError(
+                        "rotation.smooth of the o input runs online on a model with grouped "
+                        "queries: take o out of rotation.smooth_groups, or set rotation.online=true"
+                    )
                 found[key] = ScaledDual(scale, not shared, dual)
         return found
 

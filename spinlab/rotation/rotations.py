@@ -77,7 +77,7 @@ class RotationSet:
 
     @staticmethod
     def load(path: Path) -> "RotationSet":
-        """Read back what `save` wrote."""
+        """Read back what `save` wrote; raise ValueError for any other file of tensors."""
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
@@ -94,6 +94,10 @@ class RotationSet:
                 parts.setdefault(key, {})[part] = tensor
         inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
         r1, r2 = (tensors.get(name) for name in _FUSED)
+        known = {*_FUSED, *(f"{n}.{part}" for n in _ONLINE for part in ("left", "right"))}
+        unknown = {n for n in tensors if n not in known and not n.startswith("inputs.")}
+        if unknown or "blocks" not in metadata:
+            raise ValueError(f"it holds {min(unknown)}" if unknown else "spinlab did not write it")
         return RotationSet(r1, r2, inputs=inputs, about=about, **online)
 
     def check(self, dimensions: Dimensions, path: Path | str = "rotations") -> None:
@@ -121,5 +125,6 @@ class RotationSet:
         }
         for key, transform in self.inputs.items():
             layer, _, group = key.partition(".")
-            if int(layer) >= dimensions.layers or transform.width != of_group.get(group):
+            fits = layer.isdigit() and int(layer) < dimensions.layers
+            if not fits or transform.width != of_group.get(group):
                 raise InputError(f"{path}: the transform of input {key} does not fit the model")

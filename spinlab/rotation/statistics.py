@@ -17,9 +17,12 @@ class Statistics:
 
     peaks    (in,) the largest |input| of each channel
     weights  (in,) the largest |weight| of each channel, over the linears of the group
-    means    (length, in) inputs averaged over windows, position by position: what DuQuant
-             searches on (appendix E.4)
+    means    (length, in) inputs averaged over windows, position by position, for DuQuant's search
+             (appendix E.4; its code averages the first layer's input and passes that on through
+             quantized layers, here every input is averaged where it is read)
     values   by layer: (length, kv_heads·head_dim) outputs of v_proj, averaged alike
+
+    The last two are large, and gathered only for a search.
     """
 
     peaks: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -47,8 +50,13 @@ def input_key(layer: int, group: str) -> str:
 
 
 @torch.no_grad()
-def gather_statistics(model: PreTrainedModel, windows: torch.Tensor) -> Statistics:
-    """Run windows (samples, length) of token ids through a model whose norms are folded."""
+def gather_statistics(
+    model: PreTrainedModel, windows: torch.Tensor, searches: bool = True
+) -> Statistics:
+    """Run windows (samples, length) of token ids through a model whose norms are folded.
+
+    `searches` gathers whole activations too, not only their peaks.
+    """
     found = Statistics()
     hooks = []
     for _, layer, seam, linear in linears_of(model):
@@ -57,18 +65,20 @@ def gather_statistics(model: PreTrainedModel, windows: torch.Tensor) -> Statisti
         first = key not in found.weights
         found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
         if first:
-            hooks.append(linear.register_forward_pre_hook(_Gather(found, key)))
-        if seam.writes == "R2":
+            hooks.append(linear.register_forward_pre_hook(_Gather(found, key, searches)))
+        if searches and seam.writes == "R2":
             hooks.append(linear.register_forward_hook(_GatherValues(found, str(layer))))
     for window in tqdm(windows, desc="statistics"):
         model(input_ids=window[None].to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    for kept in (found.means, found.values):
+    for kept, count in (
+        (found.means, len(windows)),
+        (found.values, len(windows)),
+        (found.peaks, 1),
+    ):
         for key in kept:
-            kept[key] = (kept[key] / len(windows)).cpu()
-    for key in found.peaks:
-        found.peaks[key] = found.peaks[key].cpu()
+            kept[key] = (kept[key] / count).cpu()
     return found
 
 
@@ -78,15 +88,14 @@ class _Gather:
 
     found: Statistics
     key: str
+    whole: bool
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         x = cast(torch.Tensor, args[0])[0].float()
-        peak = x.abs().amax(0)
-        if self.key in self.found.peaks:
-            torch.maximum(self.found.peaks[self.key], peak, out=self.found.peaks[self.key])
-            self.found.means[self.key] += x
-        else:
-            self.found.peaks[self.key], self.found.means[self.key] = peak, x.clone()
+        peaks, means, peak = self.found.peaks, self.found.means, x.abs().amax(0)
+        peaks[self.key] = torch.maximum(peaks[self.key], peak) if self.key in peaks else peak
+        if self.whole:
+            means[self.key] = means[self.key] + x if self.key in means else x.clone()
 
 
 @dataclass

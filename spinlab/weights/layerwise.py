@@ -1,7 +1,6 @@
 """Quantize all rotated linears of a fused model: RTN at once, GPTQ layer by layer."""
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -14,7 +13,12 @@ from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.inputs import check_group
-from spinlab.quant.network import FakeQuantLinear, insert_fake_quant, token_quantizer
+from spinlab.quant.network import (
+    FakeQuantLinear,
+    check_patterns,
+    insert_fake_quant,
+    token_quantizer,
+)
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq
@@ -47,17 +51,6 @@ def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
     for setting, (name, format) in _ends(model, quant).items():
         width = linear_at(model, name).weight.shape[1]
         check_group(f"quant.{setting}.group_size", format.group_size, width, name)
-
-
-def check_patterns(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Raise InputError where a pattern of `quant.overrides` matches no linear."""
-    names = [name for name, *_ in linears_of(model)]
-    for pattern in (override["pattern"] for override in quant.overrides):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(
-                f"quant.overrides: the pattern {pattern!r} matches no linear of the model: their "
-                f"names are like {names[0]}"
-            )
 
 
 def _ends(model: PreTrainedModel, quant: QuantConfig) -> dict[str, tuple[str, TensorQuant]]:

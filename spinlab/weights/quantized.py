@@ -76,17 +76,15 @@ def set_dequantized(linear: nn.Linear, weight: QuantizedWeight) -> None:
     linear.weight = nn.Parameter(dense, requires_grad=False)
 
 
-def effective_bits(weights: Mapping[str, QuantizedWeight]) -> float:
-    """Return stored bits per weight over all weights, scales and zero points counted.
+def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str, int]) -> float:
+    """Return stored bits per weight over named linears, scales and zero points counted.
 
-    No weights at all stand for a network whose weights stay 16-bit.
+    numbers: how many weights each linear has; one that is not quantized has 16 bits.
     """
-    if not weights:
-        return 16.0
-    stored = sum(
-        t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
-    )
-    return 8 * stored / sum(w.levels.numel() for w in weights.values())
+    bits = 16 * sum(count for name, count in numbers.items() if name not in weights)
+    stored = (t for n in numbers if n in weights for t in weights[n].tensors().values())
+    bits += sum(8 * t.numel() * t.element_size() for t in stored)
+    return bits / sum(numbers.values())
 
 
 def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:

@@ -2,6 +2,8 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
@@ -95,6 +97,13 @@ def test_files_that_are_not_there_or_not_rotations_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors here")
     with pytest.raises(InputError, match="is no file of rotations"):
         read(tmp_path / "text.safetensors")
+    for tensors, why in (
+        ({"foo": torch.eye(2)}, "it holds foo"),
+        ({"r1": torch.eye(12)}, "spinlab did not write it"),
+    ):
+        save_file(tensors, tmp_path / "other.safetensors")
+        with pytest.raises(InputError, match=f"is no file of rotations: {why}"):
+            read(tmp_path / "other.safetensors")
 
 
 def test_rotations_of_another_family_are_refused(tmp_path):
@@ -104,12 +113,11 @@ def test_rotations_of_another_family_are_refused(tmp_path):
 
 
 def test_an_altered_own_file_is_refused_with_its_deviation(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     drawn().save(tmp_path / "r.safetensors")
-    tensors = load_file(tmp_path / "r.safetensors")
+    with safe_open(tmp_path / "r.safetensors", framework="pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["r1"][0, 0] += 0.5
-    save_file(tensors, tmp_path / "r.safetensors")
+    save_file(tensors, tmp_path / "r.safetensors", metadata)
     with pytest.raises(InputError, match=r"R1 is not orthogonal: max\|RRᵀ-I\| = \d"):
         read(tmp_path / "r.safetensors")
 

@@ -69,7 +69,11 @@ def test_two_levels_share_a_byte():
 def test_effective_bits_count_scales_and_zeros():
     """128 weights a group: 4 bits + 32 of scale + 16 of zero."""
     weights = {"w": rtn(random_weight(2, 256), TensorQuant(group_size=128), WeightsConfig())}
-    assert effective_bits(weights) == 4 + 48 / 128
+    numbers = {name: w.levels.numel() for name, w in weights.items()}
+    assert effective_bits(weights, numbers) == 4 + 48 / 128
+    some = {**numbers, "one more": 3 * sum(numbers.values())}  # in 16 bits
+    assert effective_bits(weights, some) == (4 + 48 / 128 + 3 * 16) / 4
+    assert effective_bits({}, numbers) == 16
 
 
 def test_the_clip_search_lowers_the_error_it_minimizes():
