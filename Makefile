@@ -22,8 +22,8 @@ setup: .venv/.ready  ## make .venv with everything in it (PYTHON=path picks the 
 run: .venv/.ready  ## run an experiment: EXPERIMENT=name, and Hydra overrides in ARGS='a.b=1 c=2'
 	@.venv/bin/python -m spinlab '+experiment=$(EXPERIMENT)' $(ARGS)
 
-test: lint  ## lint, then run the tests; PYTEST_ARGS and ARGS go to pytest
-	.venv/bin/python -m pytest $(PYTEST_ARGS) $(ARGS)
+test: lint  ## lint, then run the tests on all cores; PYTEST_ARGS and ARGS go to pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS) $(ARGS)
 
 tables: .venv/.ready  ## rebuild the tables under experiments/ from their records
 	@.venv/bin/python -m spinlab.report
