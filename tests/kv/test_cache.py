@@ -123,6 +123,13 @@ def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
     assert torch.allclose(path.turn_queries(query), expected, atol=1e-6)
 
 
+def test_values_may_be_clipped_apart_from_keys_and_queries(make_model):
+    path = kv_path(make_model(), None, KVConfig(q_bits=4, clip_ratio=0.9, v_clip_ratio=1.0))
+    assert (path.keys.clip_ratio, path.queries.clip_ratio, path.values.clip_ratio) == (0.9, 0.9, 1)
+    together = kv_path(make_model(), None, KVConfig(clip_ratio=0.8))
+    assert together.values.clip_ratio == 0.8
+
+
 def test_finer_queries_come_closer_to_the_original(make_model, ids):
     original, errors = make_model(torch.float32)(ids).logits, []
     for bits in (2, 4, 8):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
 from spinlab.rotation.exchange import read_rotations, with_online, write_bin
-from spinlab.rotation.online import hadamard_rotation
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 from spinlab.rotation.rotations import RotationSet
 
@@ -128,7 +128,8 @@ def test_an_r_bin_holds_r1_and_r2_and_nothing_else(tmp_path):
 
 
 def test_online_rotations_of_an_r_bin_come_from_the_settings():
-    settings = RotationSet(r3=hadamard_rotation(4), r4=hadamard_rotation(20))
-    both = with_online(drawn(), settings)
-    assert both.r4 is settings.r4
-    assert both.r1 is not None
+    across = OnlineRotation(torch.eye(3), torch.eye(4))
+    settings = RotationSet(r3=hadamard_rotation(4), r4=hadamard_rotation(20), cross_head=across)
+    both, loaded = with_online(drawn(), settings), drawn()
+    assert (both.r3, both.r4, both.cross_head) == (settings.r3, settings.r4, across)
+    assert torch.equal(both.r1, loaded.r1)

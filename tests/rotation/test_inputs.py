@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks
 from spinlab.rotation.check import BrokenSeam, assert_invariant
-from spinlab.rotation.duquant import dual_transform, random_mixers
+from spinlab.rotation.duquant import DualTransform, dual_transform, random_mixers
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
@@ -169,3 +171,44 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
 def test_what_cannot_be_combined_is_refused_in_one_sentence(settings, message):
     with pytest.raises(InputError, match=message):
         RotationConfig(**settings)
+
+
+def search(rows: torch.Tensor, config: DuQuantConfig = SEARCH) -> DualTransform:
+    """DuQuant's transform of some rows, from the first random draw of seed 0."""
+    block = config.block_size
+    mixers = random_mixers(block, config.steps, torch.Generator().manual_seed(0))
+    return dual_transform(rows, block, mixers, legacy_index=config.legacy_index)
+
+
+@pytest.mark.parametrize("settings", [SEARCH, DuQuantConfig(8, 2), DuQuantConfig(8, 6, True)])
+def test_an_inputs_transform_is_searched_on_its_smoothed_activations(make_model, settings):
+    config = replace(CONFIGS["duquant"], duquant=settings)
+    found, rows = made(config, make_model).inputs["1.down"], statistics_of(make_model()).means
+    expected = search(rows["1.down"] / found.scale.float(), settings)
+    assert torch.allclose(found.dual.dense(), expected.dense())
+
+
+def test_the_settings_of_the_search_change_what_it_finds(make_model):
+    kinds = (SEARCH, DuQuantConfig(8, 1), DuQuantConfig(8, 6, True), DuQuantConfig(4, 6))
+    found = [
+        made(replace(CONFIGS["duquant"], duquant=kind), make_model).inputs["0.qkv"].dual.dense()
+        for kind in kinds
+    ]
+    assert all(not torch.allclose(found[0], other) for other in found[1:])
+
+
+def test_r2_is_searched_on_the_values_of_its_own_layer(make_model):
+    config = RotationConfig(r1="none", r2="duquant", duquant=SEARCH)
+    r2, values = made(config, make_model).r2, statistics_of(make_model()).values
+    for layer in range(2):
+        rows = values[str(layer)].unflatten(-1, (-1, 8)).flatten(0, 1)
+        assert torch.allclose(r2[layer], search(rows).dense())
+
+
+def test_r1_is_searched_on_the_loudest_rows_of_the_stream(make_model, monkeypatch):
+    monkeypatch.setattr("spinlab.rotation.initial._MOST_ROWS", 3)
+    config = RotationConfig(r1="duquant", r2="none", duquant=SEARCH)
+    means = statistics_of(make_model()).means
+    rows = torch.cat([means[f"{i}.{group}"] for i in range(2) for group in ("qkv", "gate_up")])
+    loudest = rows[rows.abs().amax(1).topk(3).indices]
+    assert torch.allclose(made(config, make_model).r1, search(loudest).dense())

@@ -9,6 +9,7 @@ from spinlab.config import RotationConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 
 DIMENSIONS = Dimensions(hidden=24, head_dim=8, intermediate=40, layers=2, heads=4, kv_heads=2)
@@ -53,6 +54,12 @@ def test_rotations_of_another_model_are_refused(changes):
     rotations.check(DIMENSIONS)
     with pytest.raises(InputError, match="the model has"):
         rotations.check(replace(DIMENSIONS, **changes))
+
+
+@pytest.mark.parametrize("name", ["r3", "r4", "cross_head"])
+def test_every_online_rotation_is_held_against_its_width(name):
+    with pytest.raises(InputError, match=f"{name} has width 12"):
+        RotationSet(**{name: hadamard_rotation(12)}).check(DIMENSIONS)
 
 
 def test_offline_means_that_nothing_runs_online():

@@ -158,3 +158,22 @@ def test_a_hessian_that_cannot_be_factored_names_the_setting_to_raise():
         error_spread(indefinite, WeightsConfig())
     with pytest.raises(InputError, match="positive definite"):
         error_spread(torch.full((2, 2), torch.nan), WeightsConfig())
+
+
+@pytest.mark.parametrize("format", [SYMMETRIC, TensorQuant(group_size=16)], ids=str)
+def test_act_order_is_plain_gptq_on_columns_by_falling_diagonal(format):
+    x = correlated_inputs(256, 64) * torch.rand(64, generator=torch.Generator().manual_seed(3))
+    weight, hessian = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), hessian_of(x)
+    order = torch.argsort(torch.diagonal(hessian), descending=True)
+    assert not torch.equal(order, order.sort().values)
+    plain = WeightsConfig(static_groups=True, clip_search=False)
+    config = WeightsConfig(act_order=True, static_groups=True, clip_search=False)
+    found = gptq(weight, error_spread(hessian, config), format, config)
+    if format.group_size:  # groups are runs of columns as they stood, so only the order can be seen
+        still = gptq(weight, error_spread(hessian, plain), format, plain)
+        assert torch.equal(found.scale, still.scale)
+        assert not torch.equal(found.levels, still.levels)
+        return
+    turned = error_spread(hessian[order][:, order], plain)
+    expected = gptq(weight[:, order], turned, format, plain)
+    assert torch.equal(found.levels[:, order], expected.levels)
