@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import spinlab.weights.lwc as lwc_module
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.model.seams import linear_at
 from spinlab.quant.affine import TIE, Grid, scale_and_zero
@@ -140,3 +141,30 @@ def test_only_weights_of_fewer_than_16_bits_are_learned(lwc):
     found = lwc(quant, replace(CONFIG, lwc_epochs=1))
     assert len(found) == 13
     assert found.keys() >= {"lm_head", "model.layers.1.self_attn.q_proj"}
+
+
+def test_layers_learn_from_quantized_inputs_towards_the_original(
+    make_fused, windows, tmp_path, monkeypatch
+):
+    """What every layer is given: outputs of the rounded layers before it, and the original's."""
+    seen: dict[str, torch.Tensor] = {}
+    learn_layer = lwc_module._learn_layer
+
+    def spy(model, inputs, targets, quant, config):
+        seen[f"in {inputs.index}"] = torch.cat(inputs.batches).clone()
+        seen[f"out {inputs.index}"] = torch.cat(targets).clone()
+        return learn_layer(model, inputs, targets, quant, config)
+
+    monkeypatch.setattr(lwc_module, "_learn_layer", spy)
+    found = quantize_lwc(make_fused(), ROTATIONS, windows, QUANT, CONFIG, tmp_path)
+
+    original, rounded = make_fused(), make_fused()
+    insert_fake_quant(original, ROTATIONS, None)
+    for name, weight in found.items():
+        set_dequantized(linear_at(rounded, name), weight)
+    insert_fake_quant(rounded, ROTATIONS, QUANT)
+    states = [m(windows, output_hidden_states=True).hidden_states for m in (original, rounded)]
+    for layer in (0, 1):
+        assert torch.allclose(seen[f"out {layer}"], states[0][layer + 1], atol=1e-3)
+        assert torch.allclose(seen[f"in {layer}"], states[1][layer], atol=1e-3)
+    assert not torch.allclose(states[0][1], states[1][1], atol=1e-2)
