@@ -76,6 +76,10 @@ def _sentence(error: BaseException) -> str:
         return f"unknown {group} {wanted!r}: {_nearest(wanted, _options(group))}"
     if "Could not override 'experiment'" in text:
         return "write +experiment=NAME, with a plus: an experiment is added to the defaults"
+    if "Could not override 'method'" in text:
+        return "write +method=NAME after +experiment=NAME: a method is added to the defaults"
+    if "Multiple values for method" in text:
+        return "this experiment has a method already: write method=NAME, without a plus"
     if found := re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", text):
         wanted = found.group(1) or found.group(2)
         keys = _keys(plain(Config()))

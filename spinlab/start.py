@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.export.transformed import manifest_of
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
-from spinlab.rotation.exchange import read_rotations, with_online
+from spinlab.rotation.exchange import manifest_of, read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics

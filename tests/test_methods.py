@@ -18,6 +18,7 @@ from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, network, outliers
 from spinlab.pipeline import Pipeline
 from spinlab.rotation.rotations import RotationSet
+from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -227,8 +228,6 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
 
 
 def test_what_was_exported_is_in_no_record(tmp_path):
-    from spinlab.track.record import Record
-
     run = pipeline(tmp_path, f"export.rotations={tmp_path / 'R.bin'}")
     record = Record(run.config, [f"export.rotations={tmp_path / 'R.bin'}"], {})
     assert "R.bin" not in json.dumps(record.as_json())
@@ -241,3 +240,14 @@ def test_a_manifest_holds_plain_tensors(tmp_path):
         "r3.left", "r3.right", "r4.left", "r4.right",
     }  # fmt: skip
     assert (tmp_path / "t" / "config.json").is_file()
+
+
+def test_a_record_tells_loaded_rotations_apart_by_content_and_keeps_no_path(tmp_path):
+    file, keys = tmp_path / "R.bin", []
+    for seed in (0, 1):
+        export(pipeline(tmp_path, f"export.rotations={file}", "learn=none", f"seed={seed}"))
+        overrides = [f"rotation.load={file}"]
+        record = Record(pipeline(tmp_path, *overrides).config, overrides, {})
+        assert str(tmp_path) not in json.dumps(record.as_json())
+        keys.append(record.key)
+    assert keys[0] != keys[1]

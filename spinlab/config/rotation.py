@@ -81,6 +81,8 @@ class RotationConfig:
             raise InputError(
                 f"rotation.inputs={self.inputs} runs online: set none, or rotation.online=true"
             )
+        if self.load and not self.load.endswith((".safetensors", ".bin")):
+            raise InputError(f"rotation.load={self.load} must end in .safetensors or .bin")
         if self.load and (self.inputs != "none" or self.smooth is not None or not self.online):
             raise InputError(
                 f"rotation.load={self.load} brings its rotations: leave rotation.inputs, "

@@ -16,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.errors import InputError
 from spinlab.model.split import join_fused
+from spinlab.rotation.exchange import MANIFEST
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "transform.safetensors"
 
 
 def save_transformed(
@@ -52,9 +51,3 @@ def save_transformed(
         shutil.rmtree(folder)
     partial.rename(folder)
     log.info("%-12s transformed model in %s", "export", folder)
-
-
-def manifest_of(path: str | None) -> Path | None:
-    """Return the manifest of a transformed checkpoint; None for an ordinary one."""
-    manifest = Path(path or "").expanduser() / MANIFEST
-    return manifest if path and manifest.is_file() else None

@@ -43,12 +43,20 @@ def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def methods_table(records: Mapping[str, list[dict[str, Any]]]) -> str:
     """Return a Markdown table with one row per method, after the original's."""
     originals = [r for runs in records.values() for r in runs]
-    rows = [["transform", "weights", "learned", "seeds", *(f"{text} ppl" for text in _TEXTS)]]
-    rows.append(["original", "16 bits", "", "", *_perplexities(originals, "fp")])
+    rows = [
+        ["method", "transform", "weights", "learned", "seeds", *(f"{text} ppl" for text in _TEXTS)]
+    ]
+    rows.append(["", "original", "16 bits", "", "", *_perplexities(originals, "fp")])
     for method, title in METHODS.items():
         if runs := records.get(method):
             config = runs[0]["config"]
-            cells = [title, config["weights"]["method"].upper(), _learned(config), str(len(runs))]
+            cells = [
+                method,
+                title,
+                config["weights"]["method"].upper(),
+                _learned(config),
+                str(len(runs)),
+            ]
             rows.append([*cells, *_perplexities(runs, "fake")])
     return markdown(rows)
 

@@ -7,9 +7,9 @@ from spinlab.config import VARIANTS
 _TITLES = {
     "fp": "original",
     "rtn": "no rotation",
-    "init": "initial rotation",
-    "fake": "learned, emulated in floats",
-    "int4": "learned, integer kernels",
+    "init": "before learning",
+    "fake": "the method, emulated in floats",
+    "int4": "the method, on integer kernels",
 }
 
 

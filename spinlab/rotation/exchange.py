@@ -6,8 +6,8 @@ builds tensors and plain containers and nothing else.
 """
 
 import logging
-import pickle
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from spinlab.rotation.rotations import RotationSet
 log = logging.getLogger(__name__)
 
 _R2 = "model.layers.{}.self_attn.R2"
+MANIFEST = "transform.safetensors"  # beside a transformed model: what its weights lack
 _DRIFT = 1e-2  # of max|RRᵀ-I|: what learning in float32 without projection leaves, with room
 
 
@@ -63,10 +64,24 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
     torch.save({"R1": rotations.r1.float(), **heads}, path)
 
 
+def manifest_of(path: str | None) -> Path | None:
+    """Return the manifest of a transformed checkpoint; None for an ordinary one."""
+    manifest = Path(path or "").expanduser() / MANIFEST
+    return manifest if path and manifest.is_file() else None
+
+
 def _read_own(path: Path) -> RotationSet:
     try:
         found = RotationSet.load(path)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, IndexError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise InputError(f"{path} is no file of rotations: {error}") from error
     except AssertionError as error:
         raise InputError(f"{path}: {error}") from error
@@ -78,7 +93,7 @@ def _read_bin(path: Path) -> RotationSet:
     layers = {int(m[1]) for key in tensors if (m := re.fullmatch(_R2.format(r"(\d+)"), key))}
     wanted = {"R1"} | {_R2.format(layer) for layer in range(len(layers))}
     if tensors.keys() != wanted or not layers:
-        extra = ", ".join(sorted(tensors.keys() ^ wanted)[:3])
+        extra = ", ".join(sorted(tensors.keys() ^ wanted)[:3]) or "no R2"
         raise InputError(f"{path} has not the keys of an R.bin (R1, {_R2.format('N')}): {extra}")
     try:
         heads = torch.stack([tensors[_R2.format(layer)] for layer in range(len(layers))])
@@ -91,12 +106,16 @@ def _read_bin(path: Path) -> RotationSet:
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Load a pickled dictionary of tensors, and nothing else."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        with warnings.catch_warnings():  # of pickle protocols other than torch's own
+            warnings.simplefilter("ignore", UserWarning)
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler fed with other bytes fails in any way
         raise InputError(
             f"{path} is not a plain dictionary of tensors, and nothing else is unpickled"
         ) from error
-    plain = isinstance(found, dict) and all(isinstance(t, torch.Tensor) for t in found.values())
+    plain = isinstance(found, dict) and all(
+        isinstance(k, str) and isinstance(t, torch.Tensor) and t.numel() for k, t in found.items()
+    )
     if not plain:
         raise InputError(f"{path} is not a plain dictionary of tensors")
     return found

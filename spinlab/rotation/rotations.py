@@ -93,7 +93,7 @@ class RotationSet:
                 key, _, part = name.removeprefix("inputs.").rpartition(".")
                 parts.setdefault(key, {})[part] = tensor
         inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
-        r1, r2 = (tensors.get(name) for name in _FUSED)
+        r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
         known = {*_FUSED, *(f"{n}.{part}" for n in _ONLINE for part in ("left", "right"))}
         unknown = {n for n in tensors if n not in known and not n.startswith("inputs.")}
         if unknown or "blocks" not in metadata:

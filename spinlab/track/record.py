@@ -6,16 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.stage import content_key, write_json
+from spinlab.stage import content_key, file_digest, write_json
 
 SCHEMA = 1
+_PRIVATE = ("paths.", "export.", "rotation.load=")  # overrides that name places
 _NOT_IN_KEY = ("paths", "tracker", "runtime", "export")
 
 
 def record_key(config: Config) -> str:
     """Identify an experiment by every setting that can change its numbers."""
-    settings = {k: v for k, v in plain(config).items() if k not in _NOT_IN_KEY}
+    settings = {k: v for k, v in _public(config).items() if k not in _NOT_IN_KEY}
     return content_key({**settings, "backend": config.runtime.backend})
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """Return the settings, with a loaded file named and identified by its content, not its path."""
+    settings = plain(config)
+    if config.rotation.load:
+        file = Path(config.rotation.load).expanduser()
+        digest = file_digest(file)[:16] if file.is_file() else "missing"
+        settings["rotation"]["load"] = f"{file.name} {digest}"
+    return settings
 
 
 @dataclass
@@ -38,14 +49,14 @@ class Record:
         return Path(self.config.paths.runs) / self.config.name / self.key
 
     def as_json(self) -> dict[str, Any]:
-        settings = plain(self.config)
+        settings = _public(self.config)
         del settings["paths"], settings["export"]
         return {
             "schema": SCHEMA,
             "experiment": self.config.name,
             "key": self.key,
             "config": settings,
-            "overrides": [o for o in self.overrides if not o.startswith(("paths.", "export."))],
+            "overrides": [o for o in self.overrides if not o.startswith(_PRIVATE)],
             "environment": self.environment,
             "stages": self.stages,
             "metrics": self.metrics,

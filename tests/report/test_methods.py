@@ -26,7 +26,7 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
         path.write_text(json.dumps(record(value, steps=100)))
     (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
     lines = methods_table(read_records(tmp_path)).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+    assert [line.split("|")[2].strip() for line in lines[2:]] == [
         "original",
         METHODS["gptq"],
         METHODS["spinquant_had"],

@@ -67,6 +67,8 @@ def test_a_drifted_r_bin_is_projected_and_the_drift_is_logged(tmp_path, caplog):
         (foreign(**{"model.layers.1.self_attn.R2": torch.eye(3)}), "its R2 are not of one size"),
         (foreign(R1="a string"), "is not a plain dictionary of tensors"),
         ([torch.eye(12)], "is not a plain dictionary of tensors"),
+        ({1: torch.eye(12)}, "is not a plain dictionary of tensors"),
+        (foreign(R1=torch.ones(0)), "is not a plain dictionary of tensors"),
     ],
 )
 def test_what_is_no_rotation_is_refused_with_the_reason(tmp_path, content, message):
@@ -133,3 +135,9 @@ def test_online_rotations_of_an_r_bin_come_from_the_settings():
     both, loaded = with_online(drawn(), settings), drawn()
     assert (both.r3, both.r4, both.cross_head) == (settings.r3, settings.r4, across)
     assert torch.equal(both.r1, loaded.r1)
+
+
+def test_bytes_that_are_no_pickle_are_refused(tmp_path):
+    (tmp_path / "R.bin").write_text("no tensors here")
+    with pytest.raises(InputError, match="nothing else is unpickled"):
+        read(tmp_path / "R.bin")
