@@ -80,7 +80,7 @@ class Start(Sources):
             found = gather_statistics(model, windows, searches)
             save_file(found.tensors(), out / "statistics.safetensors")
 
-        code = ("rotation", "model", "networks", *SETTINGS)
+        code = ("rotation", "model", "networks", "start", *SETTINGS)
         folder, key = self.stages.run("statistics", depends, work, code)
         return folder / "statistics.safetensors", key
 
@@ -99,7 +99,7 @@ class Start(Sources):
             rotations.save(out / "rotations.safetensors")
             write_json(out / "gate.json", self.gate(rotations))
 
-        code = ("rotation", "model", "quant", "kv", "networks", *SETTINGS)
+        code = ("rotation", "model", "quant", "kv", "networks", "start", *SETTINGS)
         return self.stages.run("rotate", depends, work, code)
 
     def _rotation_settings(self) -> dict[str, Any]:

@@ -38,6 +38,22 @@ SMALL = [
     "learn.sequence_length=64",
 ]
 
+_DUQUANT = (False, "r3", {(True, True)})  # every input has a scale and a dual transform
+# method -> R1 and R2 fused, what turns online, kinds of input transforms (scale, dual)
+PARTS = {
+    "rtn": (False, "", set()),
+    "gptq": (False, "", set()),
+    "smoothquant": (False, "", {(True, False)}),
+    "duquant": _DUQUANT,
+    "duquant_gptq": _DUQUANT,
+    "duquant_lwc": _DUQUANT,
+    "spinquant_no_had": (True, "", set()),
+    **dict.fromkeys(
+        ("random", "quarot", "duquant_learned", "spinquant_had", "learned_ranges"),
+        (True, "r3r4", set()),
+    ),
+}
+
 
 def composed(*overrides: str) -> Config:
     ConfigStore.instance().store(name="schema", node=_schema())
@@ -73,6 +89,12 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     metrics = evaluate(run, "fp") | evaluate(run, "fake")
     assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=0.1)
     assert metrics["ppl/wiki/fake"] != metrics["ppl/wiki/fp"]
+    rotations, _ = run.rotation_of("fake")
+    fused, online, inputs = PARTS[method]
+    assert (rotations.r1 is not None, rotations.r2 is not None) == (fused, fused)
+    assert "".join(n for n in ("r3", "r4") if getattr(rotations, n) is not None) == online
+    kinds = {(t.scale is not None, t.dual is not None) for t in rotations.inputs.values()}
+    assert kinds == inputs
     learned = run.learned[0] != run.initial[0]
     assert learned == (method in steps)
 
@@ -251,3 +273,18 @@ def test_a_record_tells_loaded_rotations_apart_by_content_and_keeps_no_path(tmp_
         assert str(tmp_path) not in json.dumps(record.as_json())
         keys.append(record.key)
     assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "choice", "setting", "value"),
+    [
+        ("methods_smollm2/learned_ranges", "learn=none", "learn.steps", 0),
+        ("llama2_7b/llmc_quarot", "rotation=hadamard", "rotation.r3", "hadamard"),
+        ("llama2_7b/duquant_lwc", "rotation=smoothquant", "rotation.smooth", 0.5),
+        ("llama2_7b/duquant_lwc", "rotation=hadamard", "rotation.smooth", None),
+    ],
+)
+def test_a_chosen_group_beats_what_the_experiment_chose(experiment, choice, setting, value):
+    group, _, name = setting.partition(".")
+    config = composed(f"+experiment={experiment}", choice)
+    assert getattr(getattr(config, group), name) == value

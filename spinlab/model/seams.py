@@ -60,18 +60,23 @@ class Family:
     attention: str = "self_attn"
 
 
+def _seams(qkv: str, gate_up: str) -> tuple[Seam, ...]:
+    """Return the seams of a decoder layer, given where its q, k, v and its gate, up linears are."""
+    return (
+        Seam(f"{qkv}.q_proj", "qkv", reads="R1", writes=None),
+        Seam(f"{qkv}.k_proj", "qkv", reads="R1", writes=None),
+        Seam(f"{qkv}.v_proj", "qkv", reads="R1", writes="R2"),
+        Seam("self_attn.o_proj", "o", reads="R2", writes="R1"),
+        Seam(f"{gate_up}.gate_proj", "gate_up", reads="R1", writes=None),
+        Seam(f"{gate_up}.up_proj", "gate_up", reads="R1", writes=None),
+        Seam("mlp.down_proj", "down", reads="R4", writes="R1"),
+    )
+
+
 # Mistral and Qwen took Llama's module names over. Qwen3's q_norm and k_norm stay as they are: they
 # act on single heads, between linears that write no rotated space and R3.
 LLAMA = Family(
-    seams=(
-        Seam("self_attn.q_proj", "qkv", reads="R1", writes=None),
-        Seam("self_attn.k_proj", "qkv", reads="R1", writes=None),
-        Seam("self_attn.v_proj", "qkv", reads="R1", writes="R2"),
-        Seam("self_attn.o_proj", "o", reads="R2", writes="R1"),
-        Seam("mlp.gate_proj", "gate_up", reads="R1", writes=None),
-        Seam("mlp.up_proj", "gate_up", reads="R1", writes=None),
-        Seam("mlp.down_proj", "down", reads="R4", writes="R1"),
-    ),
+    seams=_seams("self_attn", "mlp"),
     norms={"input_layernorm": "qkv", "post_attention_layernorm": "gate_up"},
     scale_carriers={"o": "self_attn.v_proj", "down": "mlp.up_proj"},
 )
@@ -79,15 +84,7 @@ LLAMA = Family(
 # Fused linears are split when a model is loaded (`spinlab.model.split`); seams name the parts.
 PHI3 = replace(
     LLAMA,
-    seams=(
-        Seam("self_attn.qkv_proj.q_proj", "qkv", reads="R1", writes=None),
-        Seam("self_attn.qkv_proj.k_proj", "qkv", reads="R1", writes=None),
-        Seam("self_attn.qkv_proj.v_proj", "qkv", reads="R1", writes="R2"),
-        Seam("self_attn.o_proj", "o", reads="R2", writes="R1"),
-        Seam("mlp.gate_up_proj.gate_proj", "gate_up", reads="R1", writes=None),
-        Seam("mlp.gate_up_proj.up_proj", "gate_up", reads="R1", writes=None),
-        Seam("mlp.down_proj", "down", reads="R4", writes="R1"),
-    ),
+    seams=_seams("self_attn.qkv_proj", "mlp.gate_up_proj"),
     scale_carriers={"o": "self_attn.qkv_proj.v_proj", "down": "mlp.gate_up_proj.up_proj"},
     fused={
         "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
