@@ -10,6 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 SUPPORTED := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
+# A CPU build of torch comes without Triton, whose interpreter the kernels' tests use.
+TRITON := triton==3.6.0
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport VIRTUAL_ENV PYTHONHOME
 
@@ -46,4 +49,5 @@ clean:  ## remove results and caches (runs/, .cache/ and the tools' own); leaves
 	@.venv/bin/python -m pip install --quiet -r requirements.lock
 	@.venv/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements-assets.txt
 	@.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@.venv/bin/python -c 'import triton' 2>/dev/null || .venv/bin/python -m pip install --quiet --no-deps $(TRITON)
 	@touch $@

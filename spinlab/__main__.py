@@ -2,6 +2,7 @@
 
 python -m spinlab +experiment=smollm2_135m_w4a4kv4
 python -m spinlab -m +experiment=toy seed=0,1,2
+torchrun --nproc-per-node=2 -m spinlab +experiment=smollm2_135m_w4a4kv4
 """
 
 import difflib
@@ -9,37 +10,64 @@ import logging
 import os
 import re
 import sys
-from pathlib import Path
-from typing import NoReturn, cast
+import time
+from typing import NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spinlab.compose import CONF, register
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
 
-_CONF = Path(__file__).parent.parent / "conf"
+_GRACE = 30  # seconds that torchrun's other processes leave the first one to fail
 
 
 def _run(composed: DictConfig) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    level = logging.INFO if _is_first() else logging.ERROR  # a warning holds for all of them
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    if not _is_first():
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     # bit-equal results whatever the alignment of memory; MKL reads it when torch is imported
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and _is_one_of_several():
+            raise InputError("torchrun runs one experiment: leave out -m, or torchrun")
         from spinlab.experiment import run  # torch and transformers load here, not for --help
 
         run(config, list(HydraConfig.get().overrides.task))
-    except InputError as error:
-        if _full_traces() or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # a sweep goes on with its other jobs
-        _fail(error)
+    except Exception as error:
+        # a sweep goes on with its other jobs
+        whole = _full_traces() or HydraConfig.get().mode == RunMode.MULTIRUN
+        if isinstance(error, InputError) and not whole:
+            _fail(error)
+        _give_way()
+        raise
+
+
+def _is_first() -> bool:
+    """Tell whether this process speaks; asked before torch is there to be asked."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _give_way() -> None:
+    """Keep a failure to this process until the first one may have told its own.
+
+    What fails in all of them is told by the first: its end makes torchrun end the others. What
+    fails in another alone is told by that one, a little later.
+    """
+    if not _is_first():
+        time.sleep(_GRACE)
 
 
 def _full_traces() -> bool:
@@ -47,25 +75,9 @@ def _full_traces() -> bool:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    _give_way()
     print(f"spinlab: {_sentence(error)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _schema() -> DictConfig:
-    """Return the schema as a node that YAML may merge into.
-
-    omegaconf marks nodes of frozen dataclasses read-only, which would forbid every override.
-    """
-
-    def writable(node: DictConfig) -> None:
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            if OmegaConf.is_dict(child := node._get_node(key)):
-                writable(cast(DictConfig, child))
-
-    schema = OmegaConf.structured(Config)
-    writable(schema)
-    return schema
 
 
 def _sentence(error: BaseException) -> str:
@@ -91,7 +103,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _options(group: str) -> list[str]:
-    folder = _CONF / group
+    folder = CONF / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
@@ -110,12 +122,12 @@ def _nearest(wanted: str, known: list[str]) -> str:
 
 def main() -> None:
     """Run the command line; exit status 2 and one sentence for what a user can mend."""
-    ConfigStore.instance().store(name="schema", node=_schema())
+    register()
     # Hydra would print its own multi-line report and exit with 1: with its switch for full errors
     # on, they come through to here; what the user asked for is kept under another name
     os.environ.setdefault("SPINLAB_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    command = hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")(_run)
+    command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_run)
     try:
         command()
     except (InputError, HydraException, OmegaConfBaseException) as error:

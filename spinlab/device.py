@@ -4,20 +4,39 @@ import os
 
 import torch
 
+from spinlab import parallel
 from spinlab.config import RuntimeConfig
 from spinlab.errors import InputError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device a config asks for; `auto` takes CUDA where there is one."""
+    """Return the device a config asks for; `auto` takes CUDA where there is one.
+
+    Of several processes on a machine each has a CUDA device of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or not (index.isdigit() or index == ""):
         raise InputError(f"runtime.device={name} is unknown: use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
         raise InputError(f"runtime.device={name}: this machine has no such CUDA device, use cpu")
+    if kind == "cuda" and parallel.launched() > 1:
+        return _own_device(name)
     return torch.device(name)
+
+
+def _own_device(name: str) -> torch.device:
+    """Return the CUDA device of this process, one of several."""
+    if name != "cuda":
+        raise InputError(f"runtime.device={name} is one device for all processes: use cuda")
+    here, devices = parallel.launched_here(), torch.cuda.device_count()
+    if here > devices:
+        raise InputError(
+            f"{here} processes need as many CUDA devices, and this machine has {devices}: lower "
+            "--nproc-per-node, or use runtime.device=cpu"
+        )
+    return torch.device("cuda", parallel.local_rank())
 
 
 def choose_backend(name: str, device: torch.device) -> str:

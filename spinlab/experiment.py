@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from spinlab import parallel
 from spinlab.config import Config
 from spinlab.data.text import label
-from spinlab.device import set_arithmetic
+from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.transformed import save_transformed
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
@@ -31,8 +32,11 @@ def run(config: Config, overrides: list[str]) -> Record:
     """Run every stage that is not cached and return the record, which is also saved.
 
     The record is written after every stage: what is finished stays when a later stage fails.
+    Several processes go through the same stages, and the first one writes and shows what comes of
+    them. One that fails ends at once, so that the others do not wait for it.
     """
     start = time.perf_counter()
+    parallel.start(choose_device(config.runtime.device).type)
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
     trackers: list[Tracker] = []
@@ -44,13 +48,15 @@ def run(config: Config, overrides: list[str]) -> Record:
     pipeline = Pipeline(config, on_step)
     record = Record(config, overrides, environment())
     record.save()
-    trackers += make_trackers(config, record.key, record.folder)
+    if parallel.is_main():
+        trackers += make_trackers(config, record.key, record.folder)
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
         prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
-        export(pipeline)
+        if parallel.is_main():
+            export(pipeline)
         _evaluations(pipeline, record)
         figures.append(_outliers(pipeline, record))
         record.status = "complete"
@@ -61,7 +67,9 @@ def run(config: Config, overrides: list[str]) -> Record:
         record.stages = pipeline.stages.as_json()
         path = record.save()
         finish_all(trackers, record.metrics, figures, artifacts)
-    _show(record, path, time.perf_counter() - start)
+    if parallel.is_main():
+        _show(record, path, time.perf_counter() - start)
+    parallel.stop()
     return record
 
 
@@ -146,7 +154,9 @@ def _outliers(pipeline: Pipeline, record: Record) -> Path:
         "learned": "learned rotation",
     }
     profiles = {titles[name]: p[layer].numpy() for name, p in peaks.items()}
-    draw_outliers(profiles, f"{record.config.model.name}, attention input of layer {layer}", path)
+    if parallel.is_main():
+        title = f"{record.config.model.name}, attention input of layer {layer}"
+        draw_outliers(profiles, title, path)
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from spinlab import parallel
 from spinlab.config import plain
 from spinlab.data.questions import check_task
 from spinlab.data.questions import digest as question_digest
@@ -43,17 +44,21 @@ def prepare(pipeline: Pipeline) -> None:
 
 
 def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
-    """Return a variant's perplexities, accuracies, bytes and effective bits, as a stage."""
+    """Return a variant's perplexities, accuracies, bytes and effective bits, as a stage.
+
+    Several processes share out the windows of a perplexity; the first one does the rest.
+    """
 
     def work(out: Path) -> None:
         model, weights = network(pipeline, variant)
-        metrics = _sizes(pipeline, model, weights) | _perplexities(pipeline, model, variant)
-        write_json(out / "metrics.json", metrics | _accuracies(pipeline, model, variant))
+        metrics = _perplexities(pipeline, model, variant)
+        if parallel.is_main():
+            metrics |= _sizes(pipeline, model, weights) | _accuracies(pipeline, model, variant)
+            write_json(out / "metrics.json", metrics)
 
     depends = _metrics_depend(pipeline, variant)
-    folder, _ = pipeline.stages.run(
-        f"eval-{variant}", depends, work, (*_CODE, "evaluate", "measure")
-    )
+    code = (*_CODE, "evaluate", "measure", "parallel")
+    folder, _ = pipeline.stages.run(f"eval-{variant}", depends, work, code, together=True)
     metrics = json.loads((folder / "metrics.json").read_text())
     return {f"{name}/{variant}": value for name, value in metrics.items()}
 

@@ -8,7 +8,7 @@ int4    the same weights as `fake`, on integer kernels
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -56,8 +56,13 @@ class Networks:
         attach_kv(model, kv_path(model, rotations.r3, None), store=False)
         return model
 
-    def learnable(self, rotations: RotationSet) -> PreTrainedModel:
-        """Return the network that R1 and R2 are learned on: they are not fused, the rest is."""
+    def learnable(self, rotations: RotationSet, inputs: bool = False) -> PreTrainedModel:
+        """Return the network that rotations are learned on.
+
+        R1 and R2 are not fused, the rest is; with `inputs` those of single inputs are left out too.
+        """
+        if inputs:
+            rotations = replace(rotations, inputs={})
         model = self.original()
         check_weight_groups(model, self.quant)  # now, not after hours of learning
         fold_norms(model)

@@ -5,6 +5,9 @@
 A stage works in `<key>.partial`, under a lock that dies with its process, and is renamed to
 `<key>` once a manifest with digests stands in it. A killed stage finds its own progress again, a
 torn or altered one is recomputed with a warning.
+
+Of several processes (`spinlab.parallel`) the first one looks, locks, works and finishes, and the
+others go on with what it found; all of them work on a stage that is done together.
 """
 
 import hashlib
@@ -14,7 +17,8 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from spinlab import parallel
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +51,15 @@ class Stages:
 
     root: Path
     reports: list[StageReport] = field(default_factory=list)
+    _at_work: str | None = field(default=None, init=False)
 
     def run(
-        self, name: str, depends: Any, work: Callable[[Path], None], code: tuple[str, ...] = ()
+        self,
+        name: str,
+        depends: Any,
+        work: Callable[[Path], None],
+        code: tuple[str, ...] = (),
+        together: bool = False,
     ) -> tuple[Path, str]:
         """Return the folder and key of a stage, doing `work(folder)` only if it is not there.
 
@@ -55,44 +67,76 @@ class Stages:
         stages, the stage's own settings, digests of its inputs. `code` names the modules and
         subpackages that make the result: their sources are part of the key, so that a changed
         method is never served from an old cache. `work` may leave progress in its folder and be
-        called again on it after a kill.
+        called again on it after a kill. With `together` every process calls `work` on the same
+        folder, where only the first one writes; else the first one calls it by itself.
         """
+        # what the first process asks for while it works alone, the others would wait for forever
+        assert self._at_work is None, f"{name} must be asked for before {self._at_work} starts"
         key = content_key({"stage": name, "code": code_digest(code), "depends": depends})
+        key = parallel.share(key)
         final = self.root / f"{name}-{key}"
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f"{name}-{key}.lock"):
-            manifest = _intact(final)
-            if manifest is None:
-                manifest = self._make(name, key, final, work)
-                cached = False
-            else:
-                cached = True
+        with self._lock(final.name):
+            manifest = parallel.share(_intact(final) if parallel.is_main() else None)
+            cached = manifest is not None
+            if cached:
                 log.info("%-12s cached %s (%.1f s saved)", name, key, manifest["seconds"])
+            else:
+                manifest = self._make(name, final, work, together)
         report = StageReport(name, key, cached, manifest["seconds"], manifest["peak_memory_bytes"])
         self.reports.append(report)
         return final, key
 
-    @staticmethod
-    def _make(name: str, key: str, final: Path, work: Callable[[Path], None]) -> dict:
+    def _lock(self, name: str) -> AbstractContextManager:
+        """Keep other runs from this stage; the first process does so for all."""
+        if not parallel.is_main():
+            return nullcontext()
+        self.root.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / f"{name}.lock")
+
+    def _make(
+        self, name: str, final: Path, work: Callable[[Path], None], together: bool
+    ) -> dict[str, Any]:
+        """Do the work and return its manifest, the same on all processes."""
         partial = final.with_name(final.name + ".partial")
-        partial.mkdir(exist_ok=True)
         log.info("%-12s …", name)
         start = time.perf_counter()
-        work(partial)
+        if parallel.is_main():
+            partial.mkdir(exist_ok=True)
+        with self._working(name):
+            if together:
+                parallel.barrier()
+                work(partial)
+                parallel.barrier()
+            elif parallel.is_main():
+                with parallel.alone():
+                    work(partial)
         seconds = time.perf_counter() - start
-        files = {
-            str(f.relative_to(partial)): file_digest(f)
-            for f in sorted(partial.rglob("*"))
-            if f.is_file()
-        }
-        manifest = {"files": files, "seconds": seconds, "peak_memory_bytes": peak_memory()}
-        write_json(partial / _MANIFEST, manifest)
-        os.replace(partial, final)
-        log.info("%-12s done in %.1f s, peak %.2f GiB", name, seconds, peak_memory() / 2**30)
-        return manifest
+        return parallel.share(_finish(name, partial, final, seconds) if parallel.is_main() else {})
+
+    @contextmanager
+    def _working(self, name: str) -> Iterator[None]:
+        self._at_work = name
+        try:
+            yield
+        finally:
+            self._at_work = None
 
     def as_json(self) -> list[dict]:
         return [asdict(report) for report in self.reports]
+
+
+def _finish(name: str, partial: Path, final: Path, seconds: float) -> dict[str, Any]:
+    """Write the manifest of what was made and give its folder the final name."""
+    files = {
+        str(f.relative_to(partial)): file_digest(f)
+        for f in sorted(partial.rglob("*"))
+        if f.is_file()
+    }
+    manifest = {"files": files, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+    write_json(partial / _MANIFEST, manifest)
+    os.replace(partial, final)
+    log.info("%-12s done in %.1f s, peak %.2f GiB", name, seconds, peak_memory() / 2**30)
+    return manifest
 
 
 @cache

@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from spinlab.__main__ import _schema
-from spinlab.config import Config
+from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.learn.recipe import warn_of_mismatch
@@ -47,20 +43,13 @@ PARTS = {
     "duquant": _DUQUANT,
     "duquant_gptq": _DUQUANT,
     "duquant_lwc": _DUQUANT,
+    "learned_inputs": _DUQUANT,
     "spinquant_no_had": (True, "", set()),
     **dict.fromkeys(
         ("random", "quarot", "duquant_learned", "spinquant_had", "learned_ranges"),
         (True, "r3r4", set()),
     ),
 }
-
-
-def composed(*overrides: str) -> Config:
-    ConfigStore.instance().store(name="schema", node=_schema())
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
-    assert isinstance(config, Config)
-    return config
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
@@ -80,7 +69,8 @@ def test_every_model_composes(model):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
-    steps = {"learned_ranges": 2, "spinquant_had": 2, "spinquant_no_had": 2, "duquant_learned": 2}
+    learned = ("learned_ranges", "learned_inputs", "duquant_learned")
+    steps = dict.fromkeys((*learned, "spinquant_had", "spinquant_no_had"), 2)
     lwc = ["weights.lwc_epochs=1"] if method == "duquant_lwc" else []
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"

@@ -1,7 +1,6 @@
 """Time GPTQ over a whole model, and its parts."""
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 
+from spinlab.bench.clock import now, peaks
 from spinlab.bench.models import random_llama
 from spinlab.config import QuantConfig, WeightsConfig, plain
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stage import peak_memory
 from spinlab.track.environment import environment
 from spinlab.weights import layerwise
 from spinlab.weights.calibration import LayerInputs
@@ -45,10 +44,10 @@ def bench_gptq(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder, _clocks(device) as seconds:
-        start = _now(device)
+        start = now(device)
         quantize_gptq(model, rotations, tokens, quant, config, Path(folder))
-        total = _now(device) - start
-    metrics = {"speed/gptq/seconds": total, **_peaks(device)}
+        total = now(device) - start
+    metrics = {"speed/gptq/seconds": total, **peaks("gptq", device)}
     metrics |= {f"speed/gptq/seconds/{part}": value for part, value in seconds.items()}
     settings = {"model": name, "layers": model.config.num_hidden_layers, "device": device.type}
     return {
@@ -67,9 +66,9 @@ def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
 
     def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            start = _now(device)
+            start = now(device)
             result = work(*args)
-            seconds[part] += _now(device) - start
+            seconds[part] += now(device) - start
             return result
 
         return run
@@ -78,20 +77,3 @@ def _clocks(device: torch.device) -> Iterator[dict[str, float]]:
         for part, (owner, name) in _PARTS.items():
             stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         yield seconds
-
-
-def _now(device: torch.device) -> float:
-    """Return the time at which all work given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _peaks(device: torch.device) -> dict[str, float]:
-    """Return peak bytes: of the GPU's tensors and of what is held for them, or of the process."""
-    if device.type != "cuda":
-        return {"bytes/gptq/peak": peak_memory()}
-    return {
-        "bytes/gptq/peak": torch.cuda.max_memory_allocated(device),
-        "bytes/gptq/peak/reserved": torch.cuda.max_memory_reserved(device),
-    }

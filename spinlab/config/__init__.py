@@ -7,11 +7,11 @@ YAML files under conf/ hold deltas to these dataclasses. Nothing here imports to
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from spinlab.config.learn import LearnConfig, ObjectiveConfig
 from spinlab.config.model import DataConfig, ModelConfig
 from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.config.rotation import (
     DuQuantConfig,
-    LearnConfig,
     RotationConfig,
     StatisticsConfig,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "KVConfig",
     "LearnConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "PathsConfig",
     "QuantConfig",
     "RotationConfig",

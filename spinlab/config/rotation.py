@@ -1,9 +1,9 @@
-"""Settings of the rotations: how they start, and how they are learned."""
+"""Settings of the rotations: how they start."""
 
 from dataclasses import dataclass, field
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, positive
+from spinlab.limits import at_least, choice
 
 ROTATION_KINDS = (
     "none",
@@ -17,8 +17,6 @@ ROTATION_KINDS = (
 )
 ONLINE_KINDS = tuple(kind for kind in ROTATION_KINDS if kind != "duquant")
 INPUT_GROUPS = ("qkv", "o", "gate_up", "down")
-OPTIMIZERS = ("cayley_sgd", "riemannian_sgd", "riemannian_adam")
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -120,49 +118,3 @@ class RotationConfig:
     def searches(self) -> bool:
         """Tell whether DuQuant's search is used, which looks at whole activations."""
         return "duquant" in (self.r1, self.r2, self.inputs)
-
-
-@dataclass(frozen=True)
-class LearnConfig:
-    """Set how R1 and R2 are optimized (SpinQuant sec. 3.2; Li et al. 2020). steps=0: not at all."""
-
-    steps: int = 100
-    batch: int = 8  # sequences per step, whatever the hardware
-    micro_batch: int = 1  # sequences per forward pass; gradients add up to the batch
-    sequence_length: int = 2048
-    rotations: list[str] = field(default_factory=lambda: ["r1", "r2"])
-    quantize_weights: bool = False  # W4 in the loop (for RTN) or 16-bit weights (for GPTQ)
-    clip_refresh: int = 10  # steps between clip searches, with weights quantized in the loop
-    lr_clip: float = 0.0  # of log clip ratios: searched once, then learned and kept; 0: not learned
-    optimizer: str = "cayley_sgd"
-    lr: float = 1.5  # of R1
-    lr_r2: float | None = None  # of R2; as R1 if absent
-    schedule: str = "linear"
-    warmup: int = 0
-    momentum: float = 0.0
-    cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
-    max_grad_norm: float | None = 1.0  # of all rotations together, before the step
-    project_every: int = 25  # steps between polar re-projections
-    save_every: int = 5
-
-    def __post_init__(self) -> None:
-        at_least("learn.steps", self.steps, 0)
-        at_least("learn.lr_clip", self.lr_clip, 0)
-        for name in ("batch", "micro_batch", "clip_refresh", "lr", "project_every", "save_every"):
-            positive(f"learn.{name}", getattr(self, name))
-        at_least("learn.sequence_length", self.sequence_length, 2)
-        at_least("learn.warmup", self.warmup, 0)
-        positive("learn.lr_r2", self.lr_r2)
-        positive("learn.max_grad_norm", self.max_grad_norm)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"learn.momentum={self.momentum} must lie in [0, 1)")
-        if self.momentum and self.optimizer == "riemannian_adam":
-            raise InputError("learn.momentum has no meaning with riemannian_adam: set it to 0")
-        if self.batch % self.micro_batch:
-            raise InputError(
-                f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
-            )
-        choice("learn.optimizer", self.optimizer, OPTIMIZERS)
-        choice("learn.schedule", self.schedule, SCHEDULES)
-        for name in self.rotations:
-            choice("learn.rotations", name, ("r1", "r2"))

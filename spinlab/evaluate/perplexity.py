@@ -7,18 +7,21 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from spinlab import parallel
+
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int, label: str) -> float:
     """Return exp(mean next-token cross-entropy) over windows (n, length) of token ids.
 
     Windows are independent; each predicts its tokens from the second on. Losses are taken in
-    float32 and averaged over windows in float64.
+    float32 and averaged over windows in float64. Every process takes its part of the windows.
     """
-    total = 0.0
-    for part in tqdm(windows.split(batch), desc=label):
-        part = part.to(model.device)
-        logits = model(input_ids=part).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
-        total += loss.item() * len(part)
-    return math.exp(total / len(windows))
+    total = torch.zeros((), dtype=torch.float64)
+    mine = parallel.part(windows)
+    for ids in tqdm(mine.split(batch) if len(mine) else (), desc=label):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        total += loss.item() * len(ids)
+    return math.exp(parallel.sum_(total).item() / len(windows))

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from spinlab.config import KVConfig
 from spinlab.kv.codec import AffineCodec
-from spinlab.model.seams import dimensions_of, family_of, layers_of
+from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import StraightThrough, check_group
 from spinlab.rotation.online import OnlineRotation
@@ -138,10 +138,8 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
-    family = family_of(model.config.model_type)
     layers = layers_of(model)
-    for layer in layers:
-        setattr(layer.get_submodule(family.attention), _KV_PATH, path)
+    set_kv_path(model, path)
 
     def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = kwargs.get("past_key_values")
@@ -149,10 +147,23 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
             return args, kwargs
         assert cache is None or cache.get_seq_length() == 0, "a foreign cache cannot be coded"
         keep = store and kwargs.get("use_cache") is not False
+        path = kv_path_of(model)
         return args, {**kwargs, "past_key_values": CodedCache(path, len(layers), keep)}
 
-    decoder = model.get_submodule(family.layers.rpartition(".")[0])
-    decoder.register_forward_pre_hook(insert, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
+
+
+def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
+    """Change what keys, values and queries of a model go through, in place."""
+    for layer in layers_of(model):
+        attention = layer.get_submodule(family_of(model.config.model_type).attention)
+        setattr(attention, _KV_PATH, path)
+
+
+def kv_path_of(model: PreTrainedModel) -> KVPath:
+    """Return what `set_kv_path` set."""
+    family = family_of(model.config.model_type)
+    return getattr(layers_of(model)[0].get_submodule(family.attention), _KV_PATH)
 
 
 def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):

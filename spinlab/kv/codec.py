@@ -17,6 +17,7 @@ from spinlab.quant.affine import (
     scale_and_zero,
     zero_point,
 )
+from spinlab.quant.fused import has_kernel, round_rows
 from spinlab.quant.pack import pack_nibbles, unpack_nibbles
 
 _SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
@@ -55,6 +56,8 @@ class AffineCodec:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
+        if has_kernel(x):
+            return round_rows(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
         levels, scale, zero = self._levels(x)
         return self._decode(levels, scale, zero, x.dtype)
 

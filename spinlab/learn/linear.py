@@ -1,4 +1,4 @@
-"""One linear while rotations are learned: its frozen numbers, and the gradients they pass on."""
+"""Linears while rotations are learned: their frozen numbers, and the gradients they pass on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import nn
 from spinlab.config import TensorQuant
 from spinlab.learn.ranges import rounding_gradient
 from spinlab.model.seams import Seam
+from spinlab.quant.affine import at_least_float32
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
+
+# numbers of linears that are worked on together: on a GPU few calls count, on a CPU its caches
+_TOGETHER = {"cpu": 1, "cuda": 1 << 26}
 
 
 @dataclass
 class LearnedLinear:
-    """Write rotated numbers into a linear and pull their gradients back to the rotations.
-
-    format is None where the weight is not rounded. clip: its ratios (out, in/g, 1), where it is.
-    rotated: the weight before rounding, kept only while a gradient of its range is awaited.
-    """
+    """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations."""
 
     name: str
     module: nn.Linear
@@ -27,9 +27,8 @@ class LearnedLinear:
     layer: int
     frozen: torch.Tensor
     bias: torch.Tensor | None
-    format: TensorQuant | None
-    clip: torch.Tensor | None = None
-    rotated: torch.Tensor | None = None
+    format: TensorQuant | None  # None where the weight is not rounded
+    summed: torch.Tensor | None = None  # float32 gradient of past micro-batches
 
     @staticmethod
     def take(
@@ -38,49 +37,48 @@ class LearnedLinear:
         """Keep a linear's weight, and its bias where rotations turn it; leave room in its place."""
         bias = None
         if module.bias is not None and seam.writes is not None:
-            bias = module.bias.detach().float()
+            bias = module.bias.detach()
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
-        frozen = module.weight.detach().float()
-        module.weight = nn.Parameter(torch.empty_like(module.weight.data))
+        frozen = module.weight.detach()
+        module.weight = nn.Parameter(torch.empty_like(frozen))
         return LearnedLinear(name, module, seam, layer, frozen, bias, format)
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
-        """Return the rotated weight, in float32; a bias is turned in its place at once."""
+        """Return the rotated weight, in float32 or wider; a bias is turned in its place at once."""
         reads, writes = rotations_at(self.seam, self.layer, r1, r2)
         if self.bias is not None:
-            turned = rotated_weight(self.bias[:, None], None, writes)[:, 0]
+            turned = rotated_weight(at_least_float32(self.bias)[:, None], None, writes)[:, 0]
             self.module.bias.data.copy_(turned)
             self.module.bias.grad = None
-        return rotated_weight(self.frozen, reads, writes)
+        return rotated_weight(at_least_float32(self.frozen), reads, writes)
 
-    def write(self, weight: torch.Tensor, keep: bool) -> None:
-        """Write a rotated weight, rounded where it has a format; `keep` it for the backward."""
-        self.rotated = weight if keep and self.format is not None else None
-        if self.format is not None:
-            assert self.clip is not None
-            weight = round_to_nearest(weight, self.format, self.clip).dequantize()
-        self.module.weight.data.copy_(weight)
+    def widen(self) -> None:
+        """Move the gradient of a 16-bit weight to a sum in float32."""
+        gradient = self.module.weight.grad
+        if gradient is None or gradient.dtype.itemsize > 2:
+            return
+        self.summed = gradient.float() if self.summed is None else self.summed.add_(gradient)
         self.module.weight.grad = None
 
-    def gradients(
-        self, r1: torch.Tensor | None, r2: torch.Tensor | None
-    ) -> tuple[list[tuple[str, torch.Tensor]], torch.Tensor | None]:
-        """Return (space, gradient) of the rotations on both sides, and of the log clip ratios."""
-        assert self.module.weight.grad is not None
-        gradient, of_clip = self.module.weight.grad.float(), None
-        if self.rotated is not None and self.format is not None and self.clip is not None:
-            gradient, of_clip = rounding_gradient(self.rotated, gradient, self.format, self.clip)
-            self.rotated = None
-        found = list(self._pulled(self.frozen, gradient, r1, r2, both=True))
+    def gradient(self) -> torch.Tensor:
+        """Return the gradient of the written weight and forget it."""
+        found = self.module.weight.grad if self.summed is None else self.summed
+        assert found is not None
+        self.module.weight.grad = self.summed = None
+        return found
+
+    def pulled(
+        self, gradient: torch.Tensor, r1: torch.Tensor | None, r2: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (space, gradient) of the rotations on both sides, given that of the weight."""
+        yield from self._sides(at_least_float32(self.frozen), gradient, r1, r2, both=True)
         if self.bias is not None:
             of_bias = self.module.bias.grad
             assert of_bias is not None
-            columns = self.bias[:, None], of_bias.float()[:, None]
-            found += self._pulled(*columns, r1, r2, both=False)
-        self.module.weight.grad = None
-        return found, of_clip
+            column, of_column = (at_least_float32(t)[:, None] for t in (self.bias, of_bias))
+            yield from self._sides(column, of_column, r1, r2, both=False)
 
-    def _pulled(
+    def _sides(
         self,
         frozen: torch.Tensor,
         gradient: torch.Tensor,
@@ -93,3 +91,66 @@ class LearnedLinear:
         for space, part in zip((self.seam.reads, self.seam.writes), parts, strict=True):
             if space is not None and part is not None:
                 yield space, part
+
+
+@dataclass
+class LearnedBatch:
+    """Linears of one seam in consecutive layers, which are rounded and differentiated together.
+
+    clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
+    (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.
+    """
+
+    linears: list[LearnedLinear]
+    clip: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None
+
+    @property
+    def format(self) -> TensorQuant | None:
+        return self.linears[0].format
+
+    @property
+    def layers(self) -> list[int]:
+        return [linear.layer for linear in self.linears]
+
+    def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
+        """Return the rotated weights: (n, out, in)."""
+        return _stacked([linear.rotate(r1, r2) for linear in self.linears])
+
+    def write(self, weights: torch.Tensor, keep: bool) -> None:
+        """Write rotated weights, rounded where they have a format; `keep` them for the backward."""
+        self.rotated = weights if keep and self.format is not None else None
+        if self.format is not None:
+            assert self.clip is not None
+            whole = round_to_nearest(weights.flatten(0, 1), self.format, self.clip.flatten(0, 1))
+            weights = whole.dequantize(weights.dtype).view(weights.shape)
+        for linear, weight in zip(self.linears, weights, strict=True):
+            linear.module.weight.data.copy_(weight)
+            linear.module.weight.grad = None
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of the rotated weights, and those of the log clip ratios."""
+        gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
+        if self.rotated is not None and self.format is not None and self.clip is not None:
+            rows, of_rows, clip = (t.flatten(0, 1) for t in (self.rotated, gradient, self.clip))
+            whole, of_clip = rounding_gradient(rows, of_rows, self.format, clip)
+            gradient, of_clip = whole.view(gradient.shape), of_clip.view(self.clip.shape)
+            self.rotated = None
+        return gradient, of_clip
+
+
+def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
+    """Put linears together that stand in the same seam and have the same format."""
+    groups: dict[tuple, list[LearnedLinear]] = {}
+    for linear in linears:
+        key = (linear.seam.name, linear.format, linear.frozen.shape)
+        groups.setdefault(key, []).append(linear)
+    found: list[LearnedBatch] = []
+    for (*_, shape), group in groups.items():
+        some = max(1, _TOGETHER[group[0].frozen.device.type] // shape.numel())
+        found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
+    return found
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)

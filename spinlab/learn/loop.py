@@ -1,199 +1,154 @@
-"""The loop that learns R1 and R2 against the fake-quantized network.
+"""The loop that learns R1 and R2 against the fake-quantized network."""
 
-Each step writes the rotated (and, if asked, quantized) weights into the stock network once, lets
-ordinary backpropagation fill their gradients over all sequences of the batch, and pulls those
-back to the rotations in closed form. The embedding and the head stay in their own basis: R1 turns
-their output and input instead, which is the same function and touches no vocabulary-sized matrix.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
 
-import geoopt
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, QuantConfig, TensorQuant, WeightsConfig
-from spinlab.errors import InputError
-from spinlab.learn.cayley import CayleySGD
-from spinlab.learn.linear import LearnedLinear
-from spinlab.learn.ranges import ClipRatios
+from spinlab import parallel
+from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.learn.activations import ActivationSpace
+from spinlab.learn.form import NetworkForm
+from spinlab.learn.guard import Guard
+from spinlab.learn.local import LocalTerms
+from spinlab.learn.objectives import head_loss
+from spinlab.learn.optimizers import make_optimizer
+from spinlab.learn.parameters import LearnedRotations
 from spinlab.learn.schedule import rate_at
-from spinlab.model.seams import family_of, linears_of
-from spinlab.rotation.orthogonal import orthogonality_error, polar
+from spinlab.learn.teacher import layer_errors, layer_states, unquantized
+from spinlab.learn.weights import WeightSpace
+from spinlab.model.load import exact_norms
+from spinlab.model.seams import decoder_of, family_of, linear_at
+from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.rtn import search_ratios
+
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
 
 
 class RotationLearner:
     """Hold the network, the rotations and the optimizer of one learning run.
 
     model: norms folded, R4 fused into its readers and running online, activations and the KV
-    cache fake-quantized; its linear weights are overwritten from here on.
+    cache fake-quantized; it is used up. teacher: the original, for terms that compare with it;
+    without quantized weights the network itself, unquantized, serves instead. form: another
+    way to compute the same, for comparison.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        rotations: RotationSet,
+        start: RotationSet,
         learn: LearnConfig,
         quant: QuantConfig,
         weights: WeightsConfig,
+        teacher: PreTrainedModel | None = None,
+        form: Callable[..., NetworkForm] | None = None,
     ) -> None:
-        self.model, self.start = model, rotations
-        self.learn, self.quant, self.weights = learn, quant, weights
-        self.r1 = self._parameter("r1", rotations.r1)
-        self.r2 = self._parameter("r2", rotations.r2)
-        self.optimizer = self._optimizer()
-        self.ratios = ClipRatios(learn.lr_clip) if learn.lr_clip else None
-        self.linears = [
-            LearnedLinear.take(name, layer, seam, module, self._format(name))
-            for name, layer, seam, module in linears_of(model)
-        ]
-        if self.r1 is not None:
-            self._turn_ends(self.r1)
-
-    def _format(self, name: str) -> TensorQuant | None:
-        """Return the format of a weight that is rounded in the loop."""
-        format = self.quant.weights_at(name)
-        return format if self.learn.quantize_weights and format.bits < 16 else None
-
-    def _parameter(self, name: str, start: torch.Tensor | None) -> torch.Tensor | None:
-        """Put a rotation on its manifold, or hold it fixed if it is not to be learned."""
-        if start is None:
-            return None
-        start = start.to(self.model.device, torch.float32)
-        if name not in self.learn.rotations:
-            return start
-        # geoopt makes its classes with __new__ and decorators that type checkers cannot follow
-        manifold = cast(Any, geoopt.Stiefel)(canonical=False)
-        return cast(Any, geoopt.ManifoldParameter)(start, manifold=manifold)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        learn = self.learn
-        rates = {"r1": learn.lr, "r2": learn.lr if learn.lr_r2 is None else learn.lr_r2}
+        exact_norms(model)  # one kernel each, where transformers' take six
+        self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
+        self.quant = quant
+        dtype = getattr(torch, learn.dtype) if learn.dtype else model.dtype
+        self.rotations = LearnedRotations(start, learn, model.device, dtype)
+        self.local = LocalTerms(learn.objective, self.rotations)
+        if form is None:
+            form = WeightSpace if rounds_weights(learn, quant) else ActivationSpace
+        self.form = form(model, self.rotations, self.local, (learn, quant, weights))
+        for network in (model, teacher):  # what a form has kept stays as it was
+            if network is not None:
+                nn.Module.to(network, dtype)
+        rates = {"r1": learn.lr, "r2": learn.lr_r2}
         groups = [
-            {"params": [getattr(self, name)], "lr": rate, "base_lr": rate, "name": name}
-            for name, rate in rates.items()
-            if isinstance(getattr(self, name), nn.Parameter)
+            {"params": [parameter], "lr": rate, "base_lr": rate, "name": name}
+            for name, parameter in self.rotations.parameters.items()
+            for rate in [rates.get(name, learn.lr_inputs) or learn.lr]
         ]
-        if learn.optimizer == "cayley_sgd":
-            return CayleySGD(groups, learn.lr, learn.momentum, learn.cap_step)
-        if learn.optimizer == "riemannian_sgd":
-            riemannian_sgd = cast(Any, geoopt.optim.RiemannianSGD)
-            return riemannian_sgd(groups, lr=learn.lr, momentum=learn.momentum)
-        return geoopt.optim.RiemannianAdam(groups, lr=learn.lr)
-
-    def _turn_ends(self, r1: torch.Tensor) -> None:
-        """Enter the rotated basis after the embedding and leave it before the head."""
-        family = family_of(self.model.config.model_type)
-        embedding = self.model.get_submodule(family.embedding)
-        head = self.model.get_submodule(family.head)
-
-        def enter(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-            return out @ r1.to(out.dtype)
-
-        def leave(module: nn.Module, args: tuple) -> tuple:
-            return (args[0] @ r1.mT.to(args[0].dtype),)
-
-        embedding.register_forward_hook(enter)
-        head.register_forward_pre_hook(leave)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer = make_optimizer(groups, learn)
+        self.guard = Guard(learn.max_loss_ratio)
+        self.head = linear_at(model, family_of(model.config.model_type).head).weight
 
     def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
         """Do one optimizer step on a batch of windows (batch, length) and return its curve."""
-        self._write_weights(refresh=index % self.learn.clip_refresh == 0)
-        loss = self._backward(batch)
-        of_clips = self._collect_gradients()
-        most = self.learn.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, float("inf") if most is None else most)
-        if not (loss == loss and norm.isfinite()):
-            raise InputError(
-                f"learning diverged at step {index} (loss {loss}): lower learn.lr or learn.lr_r2, "
-                "or set learn.max_grad_norm"
-            )
+        self.rotations.begin()
+        self.form.begin(index)
+        terms = self._backward(batch)
+        self.form.collect()
+        norm = self.rotations.finish(self.learn.max_grad_norm).item()
+        self.guard.check(index, terms["loss"], norm, self.rotations.parameters)
         rate = rate_at(self.learn, index)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         self.optimizer.step()
-        if self.ratios is not None:
-            self.ratios.step(of_clips, rate)
+        self.form.step(rate)
+        if self.rotations.inputs is not None:
+            self.rotations.inputs.step(rate)
         if (index + 1) % self.learn.project_every == 0:
-            self._project()
-        return {
-            "loss": loss,
-            "lr": self.learn.lr * rate,
-            "grad_norm": norm.item(),
-            **self._health(),
-        }
+            self.rotations.project()
+        self.rotations.agree()
+        return {**terms, "lr": self.learn.lr * rate, "grad_norm": norm, **self._health()}
 
-    @torch.no_grad()
-    def _write_weights(self, refresh: bool) -> None:
-        """Write every rotated weight into the network, rounded if weights are quantized here."""
-        fresh: dict[str, torch.Tensor] = {}
-        for linear in self.linears:
-            weight = linear.rotate(self.r1, self.r2)
-            if linear.format is not None:
-                linear.clip = self._clip(linear, linear.format, weight, refresh)
-                fresh[linear.name] = linear.clip
-            linear.write(weight, keep=self.ratios is not None)
-        if self.ratios is not None and not self.ratios.logs:
-            self.ratios.start(fresh)
+    def _backward(self, batch: torch.Tensor) -> dict[str, float]:
+        """Add up gradients over micro-batches; return the mean loss and its terms."""
+        mine = parallel.part(batch).to(self.model.device)
+        totals: dict[str, torch.Tensor] = {}
+        self.local.totals = totals
+        for part in mine.split(self.learn.micro_batch):
+            share = len(part) / len(batch)
+            for name, term in self._passes(part, share).items():
+                totals[name] = totals.get(name, 0) + term.detach() * share
+            self.form.after_backward()
+        weights = self.learn.objective
+        loss = sum(getattr(weights, name) * total for name, total in totals.items())
+        found = {"loss": loss, **totals} if len(totals) > 1 else {"loss": loss}
+        names = sorted(found)
+        values = parallel.sum_(torch.stack([torch.as_tensor(found[n]).double() for n in names]))
+        return dict(zip(names, values.tolist(), strict=True))
 
-    def _clip(
-        self, linear: LearnedLinear, format: TensorQuant, weight: torch.Tensor, refresh: bool
-    ) -> torch.Tensor:
-        """Return a weight's clip ratios: learned, or searched anew, or those of the last search."""
-        if self.ratios is not None and self.ratios.logs:
-            return self.ratios.ratio(linear.name)
-        if refresh or linear.clip is None:
-            return search_ratios(weight, format, self.weights)
-        return linear.clip
+    def _passes(self, ids: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
+        """Run the passes over one micro-batch, with `share` of the batch, that the terms need."""
+        objective, terms = self.learn.objective, {}
+        if objective.layer_mse:
+            with self._as_teacher() as teacher:
+                states = layer_states(teacher, ids)
+            terms["layer_mse"] = layer_errors(self.model, self.form, ids, states)
+            (objective.layer_mse * share * terms["layer_mse"]).backward()
+        if objective.on_logits:
+            terms |= self._logit_terms(ids, share)
+        elif objective.on_activations:
+            self.local.share = share
+            with torch.no_grad(), nullcontext() if objective.end_to_end else self._quiet():
+                decoder_of(self.model)(input_ids=ids, use_cache=False)
+            self.local.share = 0
+        return terms
 
-    def _backward(self, batch: torch.Tensor) -> float:
-        """Add up gradients over micro-batches; return the mean next-token cross-entropy."""
-        parts = batch.to(self.model.device).split(self.learn.micro_batch)
-        total = 0.0
-        for part in parts:
-            logits = self.model(input_ids=part, use_cache=False).logits[:, :-1].float()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
-            (loss / len(parts)).backward()
-            total += loss.item() / len(parts)
-        return total
+    def _logit_terms(self, ids: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
+        objective, known = self.learn.objective, None
+        if objective.kl:
+            with self._as_teacher() as teacher, torch.no_grad():
+                head = linear_at(teacher, family_of(teacher.config.model_type).head).weight
+                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0], head
+        self.local.share = share
+        hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
+        self.local.share = 0
+        chunk = CHUNK[ids.device.type]
+        loss, terms = head_loss(hidden, self.head, ids, objective, known, chunk)
+        (loss * share).backward()
+        return terms
 
-    @torch.no_grad()
-    def _collect_gradients(self) -> dict[str, torch.Tensor]:
-        """Add the rotations' gradients through the weights to those through both ends.
+    def _as_teacher(self):
+        """Return a context that gives the original model: apart, or this one without quantizers."""
+        if self.teacher is not None:
+            return nullcontext(self.teacher)
+        assert isinstance(self.form, ActivationSpace), "rounded weights need a teacher of their own"
+        return self._quiet()
 
-        Returns the gradients of the clip ratios' logarithms, where ratios are learned.
-        """
-        of_clips: dict[str, torch.Tensor] = {}
-        for linear in self.linears:
-            found, of_clip = linear.gradients(self.r1, self.r2)
-            if of_clip is not None:
-                of_clips[linear.name] = of_clip
-            for space, part in found:
-                self._add_gradient(space, linear.layer, part)
-        return of_clips
-
-    def _add_gradient(self, space: str, layer: int, part: torch.Tensor) -> None:
-        parameter = {"R1": self.r1, "R2": self.r2}[space]
-        if not isinstance(parameter, nn.Parameter):
-            return
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        (parameter.grad if space == "R1" else parameter.grad[layer]).add_(part)
-
-    @torch.no_grad()
-    def _project(self) -> None:
-        for p in self.parameters:
-            p.copy_(polar(p))
+    @contextmanager
+    def _quiet(self) -> Iterator[PreTrainedModel]:
+        with unquantized(self.model):
+            yield self.model
 
     def _health(self) -> dict[str, float]:
         """Return effective steps, the fraction of capped steps, and max|RRᵀ-I|."""
@@ -205,25 +160,22 @@ class RotationLearner:
                 out[f"alpha/{group['name']}"] = state["alpha"].mean().item()
                 out[f"capped/{group['name']}"] = state["capped"].float().mean().item()
             out[f"orthogonality/{group['name']}"] = orthogonality_error(p)
-        self.optimizer.zero_grad()
         return out
 
     def result(self) -> RotationSet:
         """Return the learned rotations, projected in float64."""
-        r1, r2 = (None if r is None else polar(r.detach()).cpu() for r in (self.r1, self.r2))
-        return replace(self.start, r1=r1, r2=r2)
+        clips = {**self.start.clips, **self.form.input_clips()}
+        return replace(self.start, **self.rotations.result(), clips=clips)
 
     def clips(self) -> dict[str, torch.Tensor]:
         """Return the learned clip ratios by linear; none if they were only searched."""
-        if self.ratios is None:
-            return {}
-        return {name: self.ratios.ratio(name).cpu() for name in self.ratios.logs}
+        return self.form.clips()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything a resumed run needs to continue with the same bits."""
-        tensors = {f"clip.{x.name}": x.clip for x in self.linears if x.clip is not None}
-        if self.ratios is not None:
-            tensors |= {f"ratios.{name}": value for name, value in self.ratios.state().items()}
+        tensors = self.form.state() | self.guard.state()
+        if self.rotations.inputs is not None:
+            tensors |= self.rotations.inputs.state()
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
             tensors[f"rotation.{group['name']}"] = p.detach()
@@ -236,12 +188,10 @@ class RotationLearner:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned."""
         device = self.model.device
-        for linear in self.linears:
-            linear.clip = tensors.get(f"clip.{linear.name}")
-            linear.clip = None if linear.clip is None else linear.clip.to(device)
-        if self.ratios is not None:
-            mine = {k.removeprefix("ratios."): v for k, v in tensors.items() if k[:7] == "ratios."}
-            self.ratios.load_state(mine, device)
+        self.form.load_state(tensors, device)
+        self.guard.load_state(tensors)
+        if self.rotations.inputs is not None:
+            self.rotations.inputs.load_state(tensors)
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
             p.copy_(tensors[f"rotation.{group['name']}"])
@@ -253,6 +203,11 @@ class RotationLearner:
                     self.optimizer.state[p][key] = kept
 
 
+def rounds_weights(learn: LearnConfig, quant: QuantConfig) -> bool:
+    """Tell whether any weight is rounded in the loop."""
+    return learn.quantize_weights and any(format.bits < 16 for format in quant.weight_formats)
+
+
 def learn_rotations(
     learner: RotationLearner,
     windows: torch.Tensor,
@@ -261,7 +216,13 @@ def learn_rotations(
 ) -> None:
     """Run the remaining steps; windows: (steps·batch, length), the same for every resume."""
     learn = learner.learn
-    bar = tqdm(range(first, learn.steps), desc="learn", initial=first, total=learn.steps)
+    bar = tqdm(
+        range(first, learn.steps),
+        desc="learn",
+        initial=first,
+        total=learn.steps,
+        disable=not parallel.is_main(),
+    )
     for index in bar:
         batch = windows[index * learn.batch : (index + 1) * learn.batch]
         curve = learner.step(index, batch)

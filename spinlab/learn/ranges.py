@@ -12,61 +12,6 @@ from spinlab.quant.affine import TIE, scale_and_zero
 from spinlab.weights.rtn import weight_grid
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
-_BETAS = (0.8, 0.95)  # a run has tens of steps, so moments must forget fast
-
-
-class ClipRatios:
-    """Hold the clip ratios of many weights and move their logarithms by Adam; ratios stay <= 1."""
-
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-        self.logs: dict[str, torch.nn.Parameter] = {}
-        self.optimizer: torch.optim.Adam | None = None
-
-    def start(self, ratios: dict[str, torch.Tensor]) -> None:
-        """Start from searched ratios by name: (out, in/g, 1) each."""
-        self.logs = {name: torch.nn.Parameter(ratio.log()) for name, ratio in ratios.items()}
-        self.optimizer = torch.optim.Adam(self.logs.values(), lr=self.lr, betas=_BETAS, eps=1e-30)
-
-    def ratio(self, name: str) -> torch.Tensor:
-        return self.logs[name].detach().exp()
-
-    @torch.no_grad()
-    def step(self, gradients: dict[str, torch.Tensor], rate: float) -> None:
-        """Move all ratios by the gradients of their logarithms, at `rate` times the base rate."""
-        assert self.optimizer is not None
-        for name, gradient in gradients.items():
-            self.logs[name].grad = gradient
-        self.optimizer.param_groups[0]["lr"] = self.lr * rate
-        self.optimizer.step()
-        for log in self.logs.values():
-            log.clamp_(max=0)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return what a resumed run needs, as named tensors."""
-        if self.optimizer is None:
-            return {}
-        found: dict[str, torch.Tensor] = {}
-        for name, log in self.logs.items():
-            found[f"log.{name}"] = log.detach()
-            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[log].items()}
-        return found
-
-    def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Continue from what `state` returned."""
-        logs = {k.removeprefix("log."): v for k, v in tensors.items() if k.startswith("log.")}
-        if not logs:
-            return
-        self.start({name: torch.empty_like(log, device=device) for name, log in logs.items()})
-        assert self.optimizer is not None
-        for name, log in logs.items():
-            self.logs[name].data.copy_(log)
-            keys = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[self.logs[name]] = {
-                key: tensors[found].to("cpu" if key == "step" else device)
-                for key, found in keys.items()
-                if found in tensors
-            }
 
 
 def rounding_gradient(

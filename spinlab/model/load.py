@@ -121,12 +121,15 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
 
 
 def exact_norms(model: PreTrainedModel) -> None:
-    """Replace RMSNorms by torch's own: transformers' compute in float32, whatever the dtype."""
+    """Replace RMSNorms by torch's own: in one kernel, and in float64 where the model is.
+
+    transformers' compute in float32, whatever the dtype, step by step.
+    """
     modules = cast(list[tuple[str, Any]], list(model.named_modules()))
     for name, norm in modules:
         if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, nn.RMSNorm):
-            exact = nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon)
-            exact.load_state_dict(norm.state_dict())
+            exact = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, device="meta")
+            exact.weight = nn.Parameter(norm.weight.detach(), requires_grad=False)
             model.set_submodule(name, exact)
 
 

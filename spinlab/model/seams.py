@@ -131,6 +131,11 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.get_submodule(family_of(model.config.model_type).layers).children())
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model between token ids and its head."""
+    return model.get_submodule(family_of(model.config.model_type).layers.rpartition(".")[0])
+
+
 def linear_at(module: nn.Module, name: str) -> nn.Linear:
     """Return a submodule that has a weight: a linear, an embedding, a norm, or a twin of one."""
     return cast(nn.Linear, module.get_submodule(name))

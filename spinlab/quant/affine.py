@@ -39,12 +39,14 @@ def scale_and_zero(
     lowest, highest: any one shape, the extremes of what is quantized (0 is added to the range).
     Returns scale > 0 and an integer-valued zero point, both of that shape and dtype.
     """
+    # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse
+    steps = torch.full_like(highest, grid.highest)
     if grid.symmetric:
-        scale = torch.maximum(highest, -lowest) / grid.highest
+        scale = torch.maximum(highest, -lowest) / steps
         scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
         return scale, torch.zeros_like(scale)
     lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
-    scale = (highest - lowest) / grid.highest
+    scale = (highest - lowest) / steps
     scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
     return scale, zero_point(lowest, scale)
 

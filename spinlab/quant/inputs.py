@@ -21,6 +21,7 @@ from spinlab.quant.affine import (
     extremes,
     scale_and_zero,
 )
+from spinlab.quant.fused import has_kernel, round_rows
 from spinlab.rotation.online import InputTransform
 
 T = TypeVar("T")
@@ -38,12 +39,13 @@ class Encoded(NamedTuple):
 class TokenQuantizer:
     """Quantize the last dimension dynamically, per token and group (0 = whole token).
 
-    The range is min..max of the group, shrunk by clip_ratio, and always contains 0.
+    The range is min..max of the group, shrunk by clip_ratio, and always contains 0. A ratio that
+    is being learned is a tensor of no dimensions, on the device of what is quantized.
     """
 
     grid: Grid
     group_size: int = 0
-    clip_ratio: float = 1.0
+    clip_ratio: float | torch.Tensor = 1.0
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
@@ -57,7 +59,19 @@ class TokenQuantizer:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), with a straight-through gradient."""
-        return StraightThrough.apply(x, lambda t: self.decode(self.encode(t)).to(t.dtype))  # type: ignore[no-any-return]
+        return StraightThrough.apply(x, self.round_trip)  # type: ignore[no-any-return]
+
+    def error(self, x: torch.Tensor) -> torch.Tensor:
+        """Return Q(x) - x: (..., C), without a gradient."""
+        if has_kernel(x):
+            return round_rows(x, self.grid, self.group_size, self.clip_ratio, error=True)
+        return self.decode(self.encode(x)).sub_(x).to(x.dtype)
+
+    def round_trip(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantize and dequantize x: (..., C), without a gradient."""
+        if has_kernel(x):
+            return round_rows(x, self.grid, self.group_size, self.clip_ratio)
+        return self.decode(self.encode(x)).to(x.dtype)
 
 
 def check_group(setting: str, group_size: int, width: int, where: str) -> None:

@@ -1,6 +1,7 @@
 """The fake-quantized network: stock modules, each rotated linear behind its InputPath."""
 
 from collections import Counter
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,6 +21,7 @@ from spinlab.model.seams import (
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath, TokenQuantizer, check_group
 from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import input_key
 
 
 class FakeQuantLinear(nn.Linear):
@@ -38,13 +40,18 @@ class FakeQuantLinear(nn.Linear):
 def input_paths(
     model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
 ) -> list[dict[str, InputPath]]:
-    """Make one InputPath per layer and group of readers. Without `config` nothing is rounded."""
+    """Make one InputPath per layer and group of readers. Without `config` nothing is rounded.
+
+    Clip ratios that were learned go before those of the settings.
+    """
     if config is not None:
         check_patterns(model, config)
     paths: list[dict[str, InputPath]] = [{} for _ in layers_of(model)]
     readers = Counter(seam.group for seam in family_of(model.config.model_type).seams)
     for name, layer, seam, _ in linears_of(model):
         quantizer = token_quantizer(model, name, seam, config)
+        if quantizer is not None and (key := input_key(layer, seam.group)) in rotations.clips:
+            quantizer = replace(quantizer, clip_ratio=rotations.clips[key])
         first = paths[layer].get(seam.group)
         if first is None:
             online = rotations.online(layer, seam)

@@ -115,8 +115,8 @@ class DualTransform:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Transform x: (..., C), in float32 or wider; W's rows get the same to keep x Wᵀ."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dealt = _turn(wide, self.first).index_select(-1, self.permutation.to(x.device))
-        return _turn(dealt, self.second).to(x.dtype)
+        dealt = turn_blocks(wide, self.first).index_select(-1, self.permutation.to(x.device))
+        return turn_blocks(dealt, self.second).to(x.dtype)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix R1·P·R2: (C, C), float64."""
@@ -172,16 +172,30 @@ def dual_transform(
         )
     assert mixers.shape[-1] == block, f"mixers of order {mixers.shape[-1]} for blocks of {block}"
 
+    return dual_transforms(x[None], mixers, shared, legacy_index)[0]
+
+
+def dual_transforms(
+    x: torch.Tensor, mixers: torch.Tensor, shared: bool = True, legacy_index: bool = False
+) -> list[DualTransform]:
+    """Search the dual transforms of several activations x (n, rows, C) at once.
+
+    On a GPU many small searches together take little longer than one.
+    """
+    block = mixers.shape[-1]
+
     def search(rows: torch.Tensor) -> torch.Tensor:
-        tiles = rows.unflatten(-1, (-1, block))  # (rows, K, block)
-        tiles = tiles.flatten(0, 1)[None] if shared else tiles.transpose(0, 1)
-        return greedy_rotation(tiles, mixers, legacy_index)
+        """Return the rotations (n, k, block, block) of activations (n, rows, C)."""
+        tiles = rows.unflatten(-1, (-1, block))  # (n, rows, K, block)
+        tiles = tiles.flatten(1, 2)[:, None] if shared else tiles.transpose(1, 2)
+        return greedy_rotation(tiles.flatten(0, 1), mixers, legacy_index).unflatten(0, (len(x), -1))
 
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     first = search(x)
-    turned = _turn(x, first)
-    permutation = zigzag(turned.abs().amax(0), block)
-    return DualTransform(first, permutation, search(turned[:, permutation]))
+    turned = torch.stack([turn_blocks(rows, r) for rows, r in zip(x, first, strict=True)])
+    orders = [zigzag(rows.abs().amax(0), block) for rows in turned]
+    dealt = torch.stack([rows[:, order] for rows, order in zip(turned, orders, strict=True)])
+    return [DualTransform(*parts) for parts in zip(first, orders, search(dealt), strict=True)]
 
 
 def _exchanged(channel: torch.Tensor, size: int) -> torch.Tensor:
@@ -197,7 +211,7 @@ def _peak(x: torch.Tensor, legacy_index: bool) -> tuple[torch.Tensor, torch.Tens
     return peaks, index % x.shape[-1]  # the remainder matters to a row only
 
 
-def _turn(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def turn_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Multiply each block of x: (..., C) by its rotation, or by the one shared: (k, b, b)."""
     tiles = x.unflatten(-1, (-1, rotation.shape[-1]))
     # einsum stretches k = 1

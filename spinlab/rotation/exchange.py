@@ -56,9 +56,10 @@ def read_rotations(
 def write_bin(rotations: RotationSet, path: Path) -> None:
     """Write R1 and R2 in SpinQuant's layout; what runs online has no place in it.
 
-    Raises InputError where R1 or R2 is off, or where other transforms would be lost.
+    Raises InputError where R1 or R2 is off, or where transforms or clip ratios of inputs would be
+    lost.
     """
-    if rotations.r1 is None or rotations.r2 is None or rotations.inputs:
+    if rotations.r1 is None or rotations.r2 is None or rotations.inputs or rotations.clips:
         raise InputError(f"{path}: an R.bin holds R1 and R2 and nothing else; use .safetensors")
     heads = {_R2.format(layer): r2.float().clone() for layer, r2 in enumerate(rotations.r2)}
     torch.save({"R1": rotations.r1.float(), **heads}, path)

@@ -1,13 +1,19 @@
 """The rotations an experiment starts from, drawn at random or made from activations."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
 from spinlab.config import RotationConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
-from spinlab.rotation.duquant import dual_transform, largest_block, random_mixers
+from spinlab.rotation.duquant import (
+    DualTransform,
+    dual_transforms,
+    largest_block,
+    random_mixers,
+)
 from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -25,6 +31,7 @@ from spinlab.rotation.statistics import Statistics, input_key
 log = logging.getLogger(__name__)
 
 _MOST_ROWS = 8192  # of the residual stream that R1's search looks at
+_SEARCHED_AT_ONCE = 10  # inputs whose activations lie on the device together
 
 
 def initial_rotations(
@@ -119,13 +126,12 @@ class _Maker:
         config, found = self.config, {}
         if self.statistics is None:
             return found
-        for key in self.statistics.peaks:
+        keys = list(self.statistics.peaks)
+        scales = {k: self._scale(k) for k in keys if k.partition(".")[2] in self._smoothed}
+        duals = self._duals(scales) if config.inputs == "duquant" else {}
+        for key in keys:
             _, _, group = key.partition(".")
-            scale = self._scale(key) if group in self._smoothed else None
-            dual = None
-            if config.inputs == "duquant":
-                rows = self.statistics.means[key].to(self.device)
-                dual = self._dual(rows if scale is None else rows / scale.to(rows))
+            scale, dual = scales.get(key), duals.get(key)
             if scale is not None or dual is not None:
                 # grouped-query attention reads one value channel in several heads
                 shared = group == "o" and self.dimensions.kv_heads != self.dimensions.heads
@@ -158,11 +164,33 @@ class _Maker:
         highest = rows.abs().amax(-1).argsort(descending=True, stable=True)
         return rows[highest[:_MOST_ROWS]].to(self.device)
 
-    def _dual(self, rows: torch.Tensor):
+    def _duals(self, scales: Mapping[str, torch.Tensor]) -> dict[str, DualTransform]:
+        """Search the dual transforms of all inputs, each divided by its scale if it has one."""
+        assert self.statistics is not None
+        by_group: dict[str, list[str]] = {}
+        for key in self.statistics.means:
+            by_group.setdefault(key.partition(".")[2], []).append(key)
+        found: dict[str, DualTransform] = {}
+        for keys in by_group.values():
+            for begin in range(0, len(keys), _SEARCHED_AT_ONCE):
+                some = keys[begin : begin + _SEARCHED_AT_ONCE]
+                rows = [self.statistics.means[key].to(self.device) for key in some]
+                scaled = [
+                    x / scales[key].to(x) if key in scales else x
+                    for key, x in zip(some, rows, strict=True)
+                ]
+                found |= zip(some, self._searched(torch.stack(scaled)), strict=True)
+        return found
+
+    def _dual(self, rows: torch.Tensor) -> DualTransform:
+        return self._searched(rows[None])[0]
+
+    def _searched(self, x: torch.Tensor) -> list[DualTransform]:
+        """Search the dual transforms of activations x: (n, rows, width)."""
         settings = self.config.duquant
-        block = largest_block(rows.shape[-1], settings.block_size)
+        block = largest_block(x.shape[-1], settings.block_size)
         if block not in self._mixers:
             mixers = random_mixers(block, settings.steps, self.generator)
             self._mixers[block] = mixers.to(self.device)
-        found = dual_transform(rows, block, self._mixers[block], True, settings.legacy_index)
-        return found.to("cpu")
+        found = dual_transforms(x, self._mixers[block], True, settings.legacy_index)
+        return [dual.to("cpu") for dual in found]

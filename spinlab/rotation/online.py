@@ -8,6 +8,8 @@ from torch import nn
 from spinlab.rotation.hadamard import hadamard_block, hadamard_factors, hadamard_matrix
 from spinlab.rotation.orthogonal import assert_orthogonal
 
+_DENSE = 128  # up to this order one product is faster than two with batches of small factors
+
 
 class InputTransform(Protocol):
     """What runs before a linear, with its inverse in the weight: (x·T) (W·T⁻ᵀ)ᵀ = x Wᵀ."""
@@ -26,7 +28,8 @@ class OnlineRotation(nn.Module):
 
     Two small dense products cost a + b multiplications per entry instead of a·b; a Hadamard
     matrix of any order splits that way, a dense rotation is A = 1. Products are taken in float32
-    or wider: the entries of a Hadamard factor, rounded to 16 bits, would all be off one way.
+    or wider: the entries of a Hadamard factor, rounded to 16 bits, would all be off one way. Its
+    signs are exact in any dtype, so 16-bit inputs are multiplied by those, and scaled once.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, blocks: int = 1) -> None:
@@ -35,6 +38,8 @@ class OnlineRotation(nn.Module):
         assert_orthogonal("online rotation", right)
         self.left, self.right = left.double().contiguous(), right.double().contiguous()
         self.blocks = blocks
+        entries = [m.abs() for m in (self.left, self.right)]
+        self.flat = all(bool((e - e[0, 0]).abs().max() < 1e-12) for e in entries)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -43,15 +48,35 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x: (..., width)."""
+        if self.flat and x.dtype.itemsize == 2:
+            return self._by_signs(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        key = (dtype, x.device)
-        if key not in self._cast:
-            self._cast[key] = (self.left.to(x.device, dtype), self.right.to(x.device, dtype))
-        left, right = self._cast[key]
+        left, right = self._factors(dtype, x.device)
         wide = x.to(dtype).unflatten(-1, (self.blocks, left.shape[0], right.shape[0]))
         # a row x, read as blocks X of (a, b), becomes Aᵀ X B
         turned = wide @ right if left.shape[0] == 1 else left.mT @ (wide @ right)
         return turned.flatten(-3).to(x.dtype)
+
+    def _factors(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B as products take them: in 16 bits, the signs of their entries."""
+        if (dtype, device) not in self._cast:
+            pair = self.left, self.right
+            kept = (m.sign() if dtype.itemsize == 2 else m for m in pair)
+            left, right = (m.to(device, dtype) for m in kept)
+            self._cast[dtype, device] = left, right
+        return self._cast[dtype, device]
+
+    def _by_signs(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self._factors(x.dtype, x.device)
+        scale = (self.left[0, 0] * self.right[0, 0]).abs().item()
+        rows = x.reshape(-1, right.shape[0])
+        # alpha acts on the product's accumulator, before anything is rounded
+        turned = torch.addmm(x.new_zeros(right.shape[0]), rows, right, beta=0, alpha=scale)
+        if left.shape[0] > 1:
+            turned = left.mT @ turned.view(-1, left.shape[0], right.shape[0])
+        return turned.reshape(x.shape)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W R: for a rotation, weights turn as inputs do."""
@@ -71,6 +96,9 @@ def hadamard_rotation(n: int, block: int = 0, where: str = "rotation") -> Online
     without a Hadamard matrix get blocks of their own accord.
     """
     size = block or hadamard_block(n, where)
+    if size <= _DENSE:
+        dense = hadamard_matrix(size).double() / size**0.5
+        return OnlineRotation(torch.ones(1, 1, dtype=torch.float64), dense, n // size)
     core, power = hadamard_factors(size)
     cuts = [(core * (1 << i), power >> i) for i in range(power.bit_length())]
     a, b = min(cuts, key=lambda cut: (cut[0] + cut[1], cut[0]))

@@ -77,9 +77,21 @@ def polar(matrix: torch.Tensor) -> torch.Tensor:
     """Project (..., n, n) onto the nearest orthogonal matrices, in float64.
 
     The orthogonal polar factor U Vᵀ of M = U S Vᵀ is nearest in every unitarily invariant norm.
+    Near the manifold it is found by Newton-Schulz steps, in products alone: an SVD of order 4096
+    takes a GPU seconds. Each step takes a deviation of d from MᵀM = I to about ¾ d².
     """
-    u, _, v = torch.linalg.svd(matrix.double())
-    return u @ v
+    found = matrix.double()
+    eye = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device)
+    for _ in range(6):
+        deviation = found.mT @ found - eye
+        size = torch.linalg.matrix_norm(deviation).max().item()  # of the Frobenius norm
+        if not size < 0.5:
+            u, _, v = torch.linalg.svd(found)
+            return u @ v
+        if size < 1e-13:
+            break
+        found = found - found @ (deviation / 2)
+    return found
 
 
 def orthogonality_error(matrix: torch.Tensor) -> float:

@@ -25,7 +25,8 @@ class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
     A rotation that is switched off is None. `inputs` are transforms of single groups of linears,
-    by `input_key`. `about` is JSON-ready: how the set came to be.
+    by `input_key`, and `clips` the clip ratios of their quantizers that were learned together with
+    the rotations. `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
@@ -34,6 +35,7 @@ class RotationSet:
     r4: OnlineRotation | None = None
     cross_head: OnlineRotation | None = None  # (heads·head_dim): turns across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
     about: dict | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class RotationSet:
         tensors |= {f"{n}.{f}": t for n in _ONLINE for f, t in self._factors(n).items()}
         for key, transform in self.inputs.items():
             tensors |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
+        for key, ratio in self.clips.items():
+            tensors[f"clip.{key}"] = torch.tensor(ratio, dtype=torch.float64)
         tensors = {k: t.cpu().contiguous() for k, t in tensors.items() if t is not None}
         blocks = {n: getattr(self, n).blocks for n in _ONLINE if getattr(self, n) is not None}
         about = {"about": self.about or {}, "blocks": blocks}
@@ -93,12 +97,13 @@ class RotationSet:
                 key, _, part = name.removeprefix("inputs.").rpartition(".")
                 parts.setdefault(key, {})[part] = tensor
         inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
+        clips = {n.removeprefix("clip."): tensors[n].item() for n in tensors if n[:5] == "clip."}
         r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
         known = {*_FUSED, *(f"{n}.{part}" for n in _ONLINE for part in ("left", "right"))}
-        unknown = {n for n in tensors if n not in known and not n.startswith("inputs.")}
+        unknown = {n for n in tensors if n not in known and not n.startswith(("inputs.", "clip."))}
         if unknown or "blocks" not in metadata:
             raise ValueError(f"it holds {min(unknown)}" if unknown else "spinlab did not write it")
-        return RotationSet(r1, r2, inputs=inputs, about=about, **online)
+        return RotationSet(r1, r2, inputs=inputs, clips=clips, about=about, **online)
 
     def check(self, dimensions: Dimensions, path: Path | str = "rotations") -> None:
         """Raise InputError where a rotation does not fit a model of these dimensions."""
@@ -123,8 +128,16 @@ class RotationSet:
             "o": dimensions.heads * dimensions.head_dim,
             "down": dimensions.intermediate,
         }
+        known = {
+            input_key(n, group): w
+            for n in range(dimensions.layers)
+            for group, w in of_group.items()
+        }
         for key, transform in self.inputs.items():
-            layer, _, group = key.partition(".")
-            fits = layer.isdigit() and int(layer) < dimensions.layers
-            if not fits or transform.width != of_group.get(group):
+            if transform.width != known.get(key):
                 raise InputError(f"{path}: the transform of input {key} does not fit the model")
+        for key, ratio in self.clips.items():
+            if key not in known:
+                raise InputError(f"{path}: the clip ratio of input {key} does not fit the model")
+            if not 0 < ratio <= 1:
+                raise InputError(f"{path}: the clip ratio of input {key} is {ratio}, not in (0, 1]")

@@ -13,6 +13,8 @@ def environment() -> dict:
     """Return JSON-ready facts that a reader needs to compare two records."""
     import torch
 
+    from spinlab import parallel
+
     cuda = torch.cuda.is_available()
     return {
         "git": _git_state(),
@@ -22,6 +24,7 @@ def environment() -> dict:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "processes": parallel.world(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spinlab import parallel
 from spinlab.config import Config, plain
 from spinlab.stage import content_key, file_digest, write_json
 
@@ -64,13 +65,15 @@ class Record:
         }
 
     def save(self) -> Path:
-        """Write record.json and return its path.
+        """Write record.json and return its path; of several processes only the first one writes.
 
         A complete record is only replaced by a complete one: until then a run that repeats it
         writes unfinished.json beside it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path, unfinished = self.folder / "record.json", self.folder / "unfinished.json"
+        if not parallel.is_main():
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.status != "complete" and _is_complete(path):
             write_json(unfinished, self.as_json())
             return unfinished

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spinlab import parallel
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.quant.affine import decode, encode
@@ -30,7 +31,9 @@ class Hessian:
         self.rows += rows.shape[0]
 
     def value(self) -> torch.Tensor:
-        return self.sum * (2 / max(self.rows, 1))
+        """Return H of the rows that all processes have added."""
+        rows = int(parallel.sum_(torch.tensor(self.rows)))
+        return parallel.sum_(self.sum * (2 / max(rows, 1)))
 
 
 @dataclass(frozen=True)

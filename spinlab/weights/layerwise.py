@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from spinlab import parallel
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import family_of, linear_at, linears_of
@@ -114,10 +115,19 @@ def quantize_gptq(
     gathered. A linear sees inputs from already quantized layers and, within its layer, from
     already quantized groups. Finished layers are kept in `progress`; a later call takes them from
     there and continues with the same bits. Embedding and head are rounded to nearest.
+
+    Of several processes each takes its part of the windows and adds to common Hessians; all end
+    with the weights of the first, which alone writes.
     """
+    if len(windows) < parallel.world():
+        raise InputError(
+            f"weights.samples={len(windows)} leaves some of {parallel.world()} processes without a "
+            "window: raise it, or start fewer"
+        )
     insert_fake_quant(model, rotations, None)
     found = quantize_ends(model, quant, config)
-    inputs = LayerInputs(model, windows, batch_of(model.device, windows.shape[1]))
+    mine = parallel.part(windows)
+    inputs = LayerInputs(model, mine, batch_of(model.device, windows.shape[1]))
     for index in tqdm(range(len(inputs.layers)), desc="gptq"):
         make = partial(_quantize_layer, model, inputs, quant, config)
         found |= kept_layer(progress, index, model, make)
@@ -136,10 +146,11 @@ def kept_layer(
     They are those that an earlier call left in `progress`, or what `make` returns.
     """
     path = progress / f"layer-{index:03d}.safetensors"
-    weights = load_weights(path) if path.exists() else make()
+    exists = parallel.share(path.exists())
+    weights = load_weights(path) if exists else make()
     for name, weight in weights.items():
         set_dequantized(linear_at(model, name), weight)
-    if not path.exists():
+    if not exists and parallel.is_main():
         temporary = path.with_suffix(".tmp")
         save_weights(weights, temporary)
         temporary.replace(path)
@@ -166,6 +177,7 @@ def _quantize_layer(
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
             whole = gptq(torch.cat(weights), spread, format, config)
+            parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)
         for name in names:

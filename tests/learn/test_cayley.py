@@ -123,3 +123,42 @@ def test_float32_drift_stays_below_the_limit_of_a_learning_run(momentum):
         p.grad = torch.randn(64, 64, generator=g)
         optimizer.step()
     assert orthogonality_error(p) < 1e-3  # before the final projection in float64
+
+
+def test_the_exact_optimizer_takes_the_fixed_points_small_steps():
+    pairs = [point_and_gradient(seed=s) for s in range(3)]
+    r, gradient = (torch.stack(list(x)) for x in zip(*pairs, strict=True))
+    for momentum in (0.0, 0.9):
+        settings = {"lr": 1e-4, "momentum": momentum}
+        exact = after_one_step(r, gradient, **settings, transform=cayley_exact)
+        assert torch.allclose(exact, after_one_step(r, gradient, **settings), atol=1e-14)
+        assert not torch.allclose(exact, r, atol=1e-6)
+
+
+def test_the_exact_optimizer_stays_orthogonal_at_any_step():
+    r, gradient = point_and_gradient(64)
+    settings = {"lr": 100.0, "cap_step": False}
+    assert orthogonality_error(after_one_step(r, gradient, **settings)) > 1
+    exact = after_one_step(r, gradient, **settings, transform=cayley_exact)
+    assert orthogonality_error(exact) < 1e-12
+
+
+def test_the_exact_optimizer_is_capped_matrix_by_matrix():
+    pairs = [point_and_gradient(seed=s) for s in range(3)]
+    pairs[1] = (pairs[1][0], 50 * pairs[1][1])
+    r, gradient = (torch.stack(list(x)) for x in zip(*pairs, strict=True))
+    together = after_one_step(r, gradient, lr=0.02, transform=cayley_exact)
+    for found, (point, slope) in zip(together, pairs, strict=True):
+        w = skew_generator(point, slope)
+        alpha = min(0.02, (1 / (w.abs().sum(0).max() + 1e-8)).item())
+        assert torch.allclose(found, cayley_exact(point, w, alpha), atol=1e-13)
+
+
+def test_rounding_of_the_exact_optimizer_does_not_pile_up_in_float32():
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(random_orthogonal(256, g).float())
+    optimizer = CayleySGD([p], lr=1.5, transform=cayley_exact)
+    for _ in range(30):
+        p.grad = torch.randn(256, 256, generator=g)
+        optimizer.step()
+    assert orthogonality_error(p) < 1e-6  # 7e-6 when solved for the point, not the displacement

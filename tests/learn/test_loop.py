@@ -9,6 +9,7 @@ from spinlab.config import (
     TensorQuant,
     WeightsConfig,
 )
+from spinlab.config.learn import OPTIMIZERS
 from spinlab.errors import InputError
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
@@ -20,6 +21,7 @@ from spinlab.rotation.orthogonal import orthogonality_error
 
 OFF = TensorQuant(bits=16)
 FLOAT = QuantConfig(weights=OFF, activations=OFF)
+FINE = QuantConfig(weights=TensorQuant(bits=15, symmetric=True), activations=OFF)
 FLOAT_KV = KVConfig(k_bits=16, v_bits=16)
 
 
@@ -57,40 +59,55 @@ def make_any(request, make_model):
     return biased(make_model) if request.param else make_model
 
 
-def test_without_quantizers_the_loss_is_the_original_models(make_any):
+def gradients(learner, batch):
+    """Do all of a step but the moves: return the loss's terms and the norm of the gradient."""
+    learner.rotations.begin()
+    learner.form.begin(0)
+    terms = learner._backward(batch)
+    learner.form.collect()
+    return terms, learner.rotations.finish(None).item()
+
+
+# weights stay as they are, or are rotated and rounded, so finely that nothing is lost
+FORMS = {"activations": (FLOAT, False), "weights": (FINE, True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_quantizers_the_loss_is_the_original_models(make_any, form):
     """Rotations cancel: also the ends, where R1 turns the embedding's output and head's input."""
-    learner, _ = make_learner(make_any, LearnConfig(**SETTINGS))
+    quant, rounded = FORMS[form]
+    learn = LearnConfig(**SETTINGS, quantize_weights=rounded)
+    learner, _ = make_learner(make_any, learn, quant)
     batch = windows(2)
-    learner._write_weights(refresh=True)
     model = make_any(torch.float32)
     expected = model(input_ids=batch, labels=batch).loss
-    assert learner._backward(batch) == pytest.approx(expected.item(), rel=1e-4)
+    assert gradients(learner, batch)[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(make_any):
     """The loss does not depend on R, so its Riemannian gradient is zero: this needs every seam's
     gradient and both ends', for any one that were missing would leave its part."""
-    learner, _ = make_learner(make_any, LearnConfig(**SETTINGS))
-    learner._write_weights(refresh=True)
-    learner._backward(windows(2))
-    learner._collect_gradients()
-    for p in (learner.r1, learner.r2):
-        tangent = p.grad @ p.mT - p @ p.grad.mT
-        assert tangent.abs().max() < 1e-4 * p.grad.abs().max()
-        assert p.grad.abs().max() > 1e-4
+    quant, rounded = FORMS["weights"]
+    learner, _ = make_learner(make_any, LearnConfig(**SETTINGS, quantize_weights=rounded), quant)
+    gradients(learner, windows(2))
+    for name, p in learner.rotations.parameters.items():
+        whole = learner.rotations._generators[name]
+        assert p.grad.abs().max() < 1e-2 * whole.abs().max()
+        assert whole.abs().max() > 1e-4
 
 
-def test_micro_batches_add_up_to_the_batch(make_model):
-    gradients = []
+@pytest.mark.parametrize("rounded", [False, True])
+def test_micro_batches_add_up_to_the_batch(make_model, rounded):
+    found = []
     for micro in (1, 4):
-        learn = LearnConfig(**{**SETTINGS, "batch": 4, "micro_batch": micro})
+        learn = LearnConfig(
+            **{**SETTINGS, "batch": 4, "micro_batch": micro}, quantize_weights=rounded
+        )
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
         learner, _ = make_learner(make_model, learn, quant, KVConfig())
-        learner._write_weights(refresh=True)
-        learner._backward(windows(4))
-        learner._collect_gradients()
-        gradients.append(learner.r1.grad.clone())
-    assert torch.allclose(*gradients, atol=1e-4 * gradients[0].abs().max())
+        gradients(learner, windows(4))
+        found.append(learner.rotations.r1.grad.clone())
+    assert torch.allclose(*found, atol=1e-4 * found[0].abs().max())
 
 
 def test_learning_wins_back_half_of_what_quantization_lost(make_model):
@@ -109,7 +126,7 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model):
     text = loud().generate(prompts, max_new_tokens=23, do_sample=True, pad_token_id=0)
     floor = loud()(input_ids=text, labels=text).loss.item()
     learn = LearnConfig(
-        steps=30, batch=8, micro_batch=8, sequence_length=24, lr=0.3, quantize_weights=True
+        steps=30, batch=8, micro_batch=8, sequence_length=24, lr=0.1, quantize_weights=True
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     rotation = RotationConfig(r1="identity", r2="identity")
@@ -126,13 +143,13 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model):
 
 
 @pytest.mark.parametrize("lr_clip", [0.0, 0.05])
-@pytest.mark.parametrize("optimizer", ["cayley_sgd", "riemannian_sgd", "riemannian_adam"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer, lr_clip):
     learn = LearnConfig(
         **SETTINGS,
         quantize_weights=True,
         optimizer=optimizer,
-        momentum=0.0 if optimizer == "riemannian_adam" else 0.5,
+        momentum=0.0 if optimizer.endswith("adam") else 0.5,
         lr=0.01,
         lr_clip=lr_clip,
     )
@@ -167,7 +184,7 @@ def test_only_the_chosen_rotations_move(make_model):
 
 def test_divergence_stops_the_run(make_model):
     learner, _ = make_learner(make_model, LearnConfig(**SETTINGS))
-    learner.linears[0].frozen.fill_(float("nan"))
+    learner.head.data.fill_(float("nan"))
     with pytest.raises(InputError, match="step 0"):
         learner.step(0, windows(2))
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from spinlab.config import TensorQuant
-from spinlab.learn.ranges import ClipRatios, rounding_gradient
+from spinlab.learn.logs import LogNumbers
+from spinlab.learn.ranges import rounding_gradient
 from spinlab.quant.affine import TIE, Grid, extremes
 
 
@@ -67,23 +68,23 @@ def test_descending_the_ratios_lowers_the_rounding_error():
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 128, generator=g)
     format = TensorQuant(bits=3, symmetric=True)
-    ratios = ClipRatios(lr=0.05)
+    ratios = LogNumbers(lr=0.05, most=1.0)
     ratios.start({"w": torch.ones(16, 1, 1)})
     errors = []
     for _ in range(30):
-        found = rounded(weight, ratios.ratio("w").log(), format)
+        found = rounded(weight, ratios.number("w").log(), format)
         errors.append((found - weight).square().sum().item())
-        _, of_log = rounding_gradient(weight, 2 * (found - weight), format, ratios.ratio("w"))
+        _, of_log = rounding_gradient(weight, 2 * (found - weight), format, ratios.number("w"))
         ratios.step({"w": of_log}, rate=1.0)
     assert errors[-1] < 0.7 * errors[0]
-    assert (ratios.ratio("w") <= 1).all()
+    assert (ratios.number("w") <= 1).all()
 
 
 def test_a_resumed_set_of_ratios_takes_the_same_steps():
     def gradient(i: int) -> dict[str, torch.Tensor]:
         return {"w": torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(i))}
 
-    whole, first, second = (ClipRatios(0.1) for _ in range(3))
+    whole, first, second = (LogNumbers(0.1, most=1.0) for _ in range(3))
     for ratios in (whole, first):
         ratios.start({"w": torch.full((4, 1, 1), 0.8)})
     for i in range(5):
@@ -93,4 +94,4 @@ def test_a_resumed_set_of_ratios_takes_the_same_steps():
     second.load_state({k: v.clone() for k, v in first.state().items()}, torch.device("cpu"))
     for i in range(3, 5):
         second.step(gradient(i), 1.0)
-    assert torch.equal(second.ratio("w"), whole.ratio("w"))
+    assert torch.equal(second.number("w"), whole.number("w"))

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,17 @@ def test_an_altered_own_file_is_refused_with_its_deviation(tmp_path):
 def test_an_r_bin_holds_r1_and_r2_and_nothing_else(tmp_path):
     with pytest.raises(InputError, match=r"use \.safetensors"):
         write_bin(RotationSet(r1=drawn().r1), tmp_path / "R.bin")
+
+
+def test_clip_ratios_travel_in_files_of_our_own_only(tmp_path):
+    clipped = replace(drawn(), clips={"1.gate_up": 0.75})
+    clipped.save(tmp_path / "r.safetensors")
+    assert read(tmp_path / "r.safetensors").clips == {"1.gate_up": 0.75}
+    with pytest.raises(InputError, match=r"use \.safetensors"):
+        write_bin(clipped, tmp_path / "R.bin")
+    replace(clipped, clips={"9.gate_up": 0.75}).save(tmp_path / "r.safetensors")
+    with pytest.raises(InputError, match=r"input 9\.gate_up does not fit"):
+        read(tmp_path / "r.safetensors")
 
 
 def test_online_rotations_of_an_r_bin_come_from_the_settings():

@@ -41,3 +41,13 @@ def test_the_cut_is_the_cheapest():
 def test_a_matrix_that_is_not_orthogonal_is_refused():
     with pytest.raises(AssertionError, match="not orthogonal"):
         OnlineRotation(torch.eye(2), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("n", [64, 128, 1536, 11008])
+def test_sixteen_bit_inputs_lose_no_length(n):
+    """The entries of a 16-bit Hadamard matrix are all off one way; its signs are not."""
+    x = torch.randn(64, n, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = hadamard_rotation(n)(x).double()
+    exact = hadamard_rotation(n)(x.double())
+    assert (found * exact).sum() / exact.square().sum() == pytest.approx(1, abs=2e-4)
+    assert (found - exact).norm() / exact.norm() < 2**-8

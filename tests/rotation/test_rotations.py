@@ -95,3 +95,24 @@ def test_cross_head_and_r2_make_quarots_kronecker_product():
 def test_a_matrix_that_is_not_orthogonal_is_refused():
     with pytest.raises(AssertionError, match="R1"):
         RotationSet(r1=torch.ones(4, 4))
+
+
+def test_clip_ratios_come_back_exactly_and_old_files_have_none(tmp_path):
+    clips = {"0.qkv": 0.1 + 0.2, "1.down": 1.0}
+    replace(drawn(), clips=clips).save(tmp_path / "r.safetensors")
+    assert RotationSet.load(tmp_path / "r.safetensors").clips == clips
+    drawn().save(tmp_path / "old.safetensors")
+    assert RotationSet.load(tmp_path / "old.safetensors").clips == {}
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, float("nan")])
+def test_clip_ratios_out_of_range_are_refused(ratio):
+    RotationSet(clips={"1.o": 0.5}).check(DIMENSIONS)
+    with pytest.raises(InputError, match=r"clip ratio of input 1.o is .* not in \(0, 1\]"):
+        RotationSet(clips={"1.o": ratio}).check(DIMENSIONS)
+
+
+@pytest.mark.parametrize("key", ["2.o", "1.k", "o", "01.o"])
+def test_clip_ratios_of_another_models_inputs_are_refused(key):
+    with pytest.raises(InputError, match=f"input {key} does not fit the model"):
+        RotationSet(clips={key: 0.5}).check(DIMENSIONS)

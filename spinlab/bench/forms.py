@@ -1,0 +1,66 @@
+"""Time an experiment's learning against its plain definition, step by step in one process."""
+
+import statistics
+from typing import Any
+
+import torch
+
+from spinlab.bench.clock import now
+from spinlab.config import Config, plain
+from spinlab.learn.loop import RotationLearner, rounds_weights
+from spinlab.learn.plain import PlainSpace
+from spinlab.pipeline import Pipeline
+from spinlab.rotation.rotations import RotationSet
+from spinlab.track.environment import environment
+
+
+def bench_forms(config: Config) -> dict[str, Any]:
+    """Return the record of a run of `learn.steps` steps in both forms, which take turns.
+
+    Both start from the same rotations and read the same windows; the plain one rotates every weight
+    in float64 at each forward pass, as SpinQuant's published code does.
+    """
+    pipeline = Pipeline(config, lambda step, values: None)
+    learn = config.learn
+    start = RotationSet.load(pipeline.initial[0] / "rotations.safetensors")
+    windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
+    fast, slow = _learner(pipeline, start, None), _learner(pipeline, start, PlainSpace)
+    seconds: dict[str, list[float]] = {"fast": [], "plain": []}
+    losses: dict[str, list[float]] = {"fast": [], "plain": []}
+    for index, batch in enumerate(windows.split(learn.batch)):
+        for name, learner in (("fast", fast), ("plain", slow)):
+            begin = now(pipeline.device)
+            losses[name].append(learner.step(index, batch)["loss"])
+            seconds[name].append(now(pipeline.device) - begin)
+    return {
+        "schema": 1,
+        "experiment": f"bench/forms/{config.name}",
+        "environment": environment(),
+        "config": plain(config),
+        "metrics": _metrics(seconds, losses),
+        "curves": losses,
+    }
+
+
+def _learner(pipeline: Pipeline, start: RotationSet, form: Any) -> RotationLearner:
+    config = pipeline.config
+    network = pipeline.networks.learnable(start)
+    rounded = rounds_weights(config.learn, config.quant)
+    needs = config.learn.objective.needs_teacher and (rounded or form is not None)
+    teacher = pipeline.original() if needs else None
+    formats = config.learn, config.quant, config.weights
+    return RotationLearner(network, start, *formats, teacher=teacher, form=form)
+
+
+def _metrics(seconds: dict[str, list[float]], losses: dict[str, list[float]]) -> dict[str, float]:
+    fast, slow = (torch.tensor(losses[name]).double() for name in ("fast", "plain"))
+    metrics = {f"speed/learn/seconds/{name}": sum(values) for name, values in seconds.items()}
+    steps = {name: statistics.median(values) for name, values in seconds.items()}
+    metrics |= {f"speed/learn/seconds/step/{name}": value for name, value in steps.items()}
+    ratios = [b / a for a, b in zip(seconds["fast"], seconds["plain"], strict=True)]
+    return metrics | {
+        "speed/learn/speedup": metrics["speed/learn/seconds/plain"]
+        / metrics["speed/learn/seconds/fast"],
+        "speed/learn/speedup/median": statistics.median(ratios),
+        "learn/curve_difference": ((fast - slow).abs() / slow).max().item(),
+    }

@@ -1,0 +1,160 @@
+"""Time rotation learning on a model of full size with random weights, and where its time goes."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from spinlab import parallel
+from spinlab.bench.clock import now, peaks
+from spinlab.bench.models import random_llama
+from spinlab.config import (
+    KVConfig,
+    LearnConfig,
+    QuantConfig,
+    RotationConfig,
+    WeightsConfig,
+    plain,
+)
+from spinlab.learn.loop import RotationLearner
+from spinlab.learn.placement import recompute_layers, shard_layers
+from spinlab.model.seams import dimensions_of
+from spinlab.networks import Networks
+from spinlab.rotation.initial import initial_rotations
+from spinlab.track.environment import environment
+
+SCHEMA = 1
+_WARM_UP = 2  # steps that load kernels and fill the allocator
+_PEAK = {"H100": 798e12, "H200": 798e12}  # dense bfloat16 products, as measured on the H100
+# kinds of GPU kernels by parts of their names, in the order in which they are looked for
+_KINDS = {
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "sm90", "cublas"),
+    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "rounding": ("round_kernel",),
+    "norms": ("rms_norm", "layer_norm", "RmsNorm", "LayerNorm"),
+    "gathering": ("nccl",),
+    "softmax": ("softmax", "SoftMax"),
+}
+
+
+def bench_learn(
+    name: str, learn: LearnConfig, layers: int | None, device: torch.device, dtype: str | None
+) -> dict[str, Any]:
+    """Return the record of one run of `learn.steps` steps on random tokens.
+
+    Seconds are those of all steps, as the loop takes them; a step's is the median.
+    """
+    learner = _learner(name, learn, layers, device, dtype)
+    if learn.checkpoint == "on":
+        recompute_layers(learner.model)
+    sharded = parallel.world() > 1 and not learn.quantize_weights
+    if sharded:
+        shard_layers(learner.model)
+    count = (learn.steps + _WARM_UP + 1) * learn.batch
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = learner.model.config.vocab_size
+    tokens = torch.randint(vocabulary, (count, learn.sequence_length), generator=generator)
+    batches = tokens.split(learn.batch)
+    for index in range(_WARM_UP):
+        learner.step(0, batches[learn.steps + index])
+    shares = _shares(learner, batches[-1])
+    seconds, losses = _timed(learner, batches[: learn.steps], device)
+    metrics = _metrics(learner, seconds, device) | shares | {"learn/last_loss": losses[-1]}
+    settings = {"model": name, "layers": learner.model.config.num_hidden_layers, "sharded": sharded}
+    settings |= {"dtype": str(learner.model.dtype).removeprefix("torch."), "device": device.type}
+    return {
+        "schema": SCHEMA,
+        "experiment": f"bench/learn/{name}",
+        "environment": environment(),
+        "config": {**settings, "learn": plain(learn), "quant": plain(learner.quant)},
+        "metrics": metrics,
+        "curve": losses,
+    }
+
+
+def _learner(
+    name: str, learn: LearnConfig, layers: int | None, device: torch.device, dtype: str | None
+) -> RotationLearner:
+    """Draw the model and put it under learning, from a random Hadamard start."""
+
+    def original() -> PreTrainedModel:
+        torch.manual_seed(0)
+        model = random_llama(name, layers, device)
+        return model if dtype is None else model.to(getattr(torch, dtype))
+
+    quant, rotation = QuantConfig(), RotationConfig()
+    model = original()
+    dimensions = dimensions_of(model.config)
+    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    network = Networks(lambda: model, quant, KVConfig()).learnable(start)
+    needs = learn.objective.needs_teacher and learn.quantize_weights
+    teacher = original() if needs else None
+    return RotationLearner(network, start, learn, quant, WeightsConfig(), teacher)
+
+
+def _timed(
+    learner: RotationLearner, batches: tuple[torch.Tensor, ...], device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Return the seconds and the loss of every step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    learner.guard = type(learner.guard)(float("inf"))  # random weights have nothing to diverge from
+    seconds, losses = [], []
+    for index, batch in enumerate(batches):
+        start = now(device)
+        losses.append(learner.step(index, batch)["loss"])
+        seconds.append(now(device) - start)
+    return seconds, losses
+
+
+def _metrics(
+    learner: RotationLearner, seconds: list[float], device: torch.device
+) -> dict[str, float]:
+    learn = learner.learn
+    tokens = learn.batch * learn.sequence_length
+    metrics = {
+        "speed/learn/seconds": sum(seconds),
+        "speed/learn/seconds/step": statistics.median(seconds),
+        "speed/learn/tokens_per_second": tokens / statistics.median(seconds),
+        **peaks("learn", device),
+    }
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if peak := next((value for key, value in _PEAK.items() if key in gpu), None):
+        numbers = sum(p.numel() for p in learner.model.parameters())
+        floor = 3 * 2 * numbers * tokens * len(seconds) / (peak * parallel.world())
+        metrics |= {
+            "speed/learn/floor": floor,
+            "speed/learn/over_floor": metrics["speed/learn/seconds"] / floor,
+        }
+    return metrics
+
+
+def _shares(learner: RotationLearner, batch: torch.Tensor) -> dict[str, float]:
+    """Return the share of each kind of kernel in the GPU's time over one step."""
+    if learner.model.device.type != "cuda" or not parallel.is_main():
+        learner.step(0, batch)
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        learner.step(0, batch)
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in trace.key_averages():
+        kind = next((k for k, words in _KINDS.items() if any(w in event.key for w in words)), "")
+        times[kind or "elementwise"] = (
+            times.get(kind or "elementwise", 0) + event.self_device_time_total
+        )
+    total = sum(times.values())
+    return {f"share/learn/{kind}": value / total for kind, value in times.items()}
+
+
+def with_settings(learn: LearnConfig, words: list[str]) -> LearnConfig:
+    """Change settings of the learning by words like lr=0.3, quantize_weights=true."""
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        kind = type(getattr(learn, name))
+        changes[name] = value == "true" if kind is bool else kind(value)
+    return replace(learn, **changes)

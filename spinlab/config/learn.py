@@ -1,0 +1,143 @@
+"""Settings of the learning of R1 and R2."""
+
+from dataclasses import dataclass, field
+
+from spinlab.errors import InputError
+from spinlab.limits import at_least, choice, positive
+
+OPTIMIZERS = (
+    "cayley_sgd",
+    "cayley_exact",
+    "cayley_adam",
+    "riemannian_sgd",
+    "riemannian_adam",
+    "qr_sgd",
+    "qr_adam",
+)
+SCHEDULES = ("constant", "linear", "cosine")
+CHECKPOINTS = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weigh the terms of the loss; those with weight 0 are not computed.
+
+    cross_entropy and kl see the whole network's logits, layer_mse every decoder layer's output for
+    the original's input. kurtosis and whip look at single rotated activations: they need no
+    backpropagation, and without other terms nothing is quantized while they are gathered.
+    """
+
+    cross_entropy: float = 1.0  # next token (SpinQuant)
+    kl: float = 0.0  # KL(original || quantized) of the next token's distribution
+    kl_top_k: int = 0  # over the original's k likeliest tokens, renormalized; 0: over all
+    layer_mse: float = 0.0  # |output - original's|² / |original's|², mean over layers
+    kurtosis: float = 0.0  # |kurtosis - 1.8|, that of a uniform distribution (KurTail)
+    whip: float = 0.0  # sum of exp(-|x|) over channels (DartQuant)
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in OBJECTIVES}
+        for name, weight in weights.items():
+            at_least(f"learn.objective.{name}", weight, 0)
+        at_least("learn.objective.kl_top_k", self.kl_top_k, 0)
+        if not any(weights.values()):
+            raise InputError(f"learn.objective has no term: weigh one of {', '.join(OBJECTIVES)}")
+
+    @property
+    def on_logits(self) -> bool:
+        """Tell whether a term needs the network's logits."""
+        return self.cross_entropy > 0 or self.kl > 0
+
+    @property
+    def end_to_end(self) -> bool:
+        """Tell whether a term needs backpropagation through quantized layers."""
+        return self.on_logits or self.layer_mse > 0
+
+    @property
+    def on_activations(self) -> bool:
+        """Tell whether a term looks at single rotated activations."""
+        return self.kurtosis > 0 or self.whip > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Tell whether a term compares with the original model."""
+        return self.kl > 0 or self.layer_mse > 0
+
+
+OBJECTIVES = ("cross_entropy", "kl", "layer_mse", "kurtosis", "whip")
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """Set how rotations are optimized (SpinQuant sec. 3.2; Li et al. 2020). steps=0: not at all.
+
+    `inputs` among the rotations are the transforms that rotation.inputs puts before linears.
+    """
+
+    steps: int = 100
+    batch: int = 8  # sequences per step, whatever the hardware
+    micro_batch: int = 1  # sequences per forward pass and process; gradients add up to the batch
+    sequence_length: int = 2048
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rotations: list[str] = field(default_factory=lambda: ["r1", "r2"])
+    quantize_weights: bool = False  # W4 in the loop (for RTN) or 16-bit weights (for GPTQ)
+    clip_refresh: int = 10  # steps between clip searches, with weights quantized in the loop
+    lr_clip: float = 0.0  # of log clip ratios: searched once, then learned and kept; 0: not learned
+    optimizer: str = "cayley_sgd"
+    lr: float = 1.5  # of R1
+    lr_r2: float | None = None  # of R2; as R1 if absent
+    lr_inputs: float | None = None  # of the rotations of single inputs; as R1 if absent
+    lr_scale: float = 0.0  # of the log scales of single inputs; 0: not learned
+    lr_input_clip: float = 0.0  # of log clip ratios, one for each quantized input; 0: not learned
+    schedule: str = "linear"
+    warmup: int = 0
+    momentum: float = 0.0
+    cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
+    max_grad_norm: float | None = 1.0  # of all Riemannian gradients together, before the step
+    max_loss_ratio: float = 3.0  # a loss above so many times the first one stops the run
+    project_every: int = 25  # steps between polar re-projections
+    save_every: int = 5
+    dtype: str | None = None  # of the network while it learns; the model's if absent
+    checkpoint: str = "auto"  # recompute activations in the backward pass: if memory asks for it
+
+    def __post_init__(self) -> None:
+        at_least("learn.steps", self.steps, 0)
+        for name in ("lr_clip", "lr_scale", "lr_input_clip"):
+            at_least(f"learn.{name}", getattr(self, name), 0)
+        for name in ("batch", "micro_batch", "clip_refresh", "lr", "project_every", "save_every"):
+            positive(f"learn.{name}", getattr(self, name))
+        at_least("learn.sequence_length", self.sequence_length, 2)
+        at_least("learn.warmup", self.warmup, 0)
+        positive("learn.lr_r2", self.lr_r2)
+        positive("learn.lr_inputs", self.lr_inputs)
+        positive("learn.max_grad_norm", self.max_grad_norm)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"learn.momentum={self.momentum} must lie in [0, 1)")
+        if self.momentum and self.optimizer.endswith("adam"):
+            raise InputError(f"learn.momentum has no meaning with {self.optimizer}: set it to 0")
+        if self.batch % self.micro_batch:
+            raise InputError(
+                f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
+            )
+        if self.quantize_weights and not self.objective.end_to_end:
+            raise InputError(
+                "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
+                "learn.objective.cross_entropy, kl or layer_mse"
+            )
+        choice("learn.optimizer", self.optimizer, OPTIMIZERS)
+        choice("learn.schedule", self.schedule, SCHEDULES)
+        choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
+        choice("learn.checkpoint", self.checkpoint, CHECKPOINTS)
+        if not self.max_loss_ratio > 1:
+            raise InputError(f"learn.max_loss_ratio={self.max_loss_ratio} must be above 1")
+        for name in self.rotations:
+            choice("learn.rotations", name, ("r1", "r2", "inputs"))
+        if self.lr_input_clip and not self.quantize_weights:
+            raise InputError(
+                f"learn.lr_input_clip={self.lr_input_clip} is built for quantized weights in the "
+                "loop: it needs learn.quantize_weights=true"
+            )
+        if "inputs" in self.rotations and not self.quantize_weights:
+            raise InputError(
+                "learn.rotations=[inputs] shapes weights for their rounding: it needs "
+                "learn.quantize_weights=true"
+            )

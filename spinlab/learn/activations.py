@@ -1,0 +1,94 @@
+"""Learning with 16-bit weights: rotations act on what is quantized, weights stay as they are.
+
+A rotated network differs from the original only where it rounds, so R1 is needed only around the
+quantizers that read the residual stream, R2 around those of values and of o_proj's input. No weight
+is rotated and none gets a gradient.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.learn.form import NetworkForm
+from spinlab.learn.local import LocalTerms
+from spinlab.learn.parameters import LearnedRotations
+from spinlab.learn.turn import round_turned, turn, turn_back
+from spinlab.model.seams import linears_of
+from spinlab.quant.inputs import InputPath
+from spinlab.quant.network import FakeQuantLinear
+
+
+class ActivationSpace(NetworkForm):
+    """Put the rotations into the input paths of a fake-quantized network, in place.
+
+    Gradients reach the rotations as they arise, and the residual stream stays the original's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rotations: LearnedRotations,
+        local: LocalTerms,
+        formats: tuple[LearnConfig, QuantConfig, WeightsConfig],
+    ) -> None:
+        turned: dict[InputPath, InputPath] = {}
+        for _, layer, seam, linear in linears_of(model):
+            assert isinstance(linear, FakeQuantLinear)
+            name = {"R1": "r1", "R2": "r2"}.get(seam.reads or "")
+            if name is not None and rotations.all[name] is not None:
+                if linear.path not in turned:
+                    kind = StreamPath if name == "r1" else HeadPath
+                    turned[linear.path] = kind(linear.path, rotations, layer, local)
+                linear.path = turned[linear.path]
+            if seam.writes == "R2" and rotations.r2 is not None:
+                linear.register_forward_hook(_turn_heads(rotations, layer, local))
+
+
+class StreamPath(InputPath):
+    """Quantize what reads the residual stream in the basis of R1: x ↦ Q(x R1) R1ᵀ."""
+
+    def __init__(
+        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
+    ) -> None:
+        assert path.rotation is None, "R1 leaves no room for an online transform"
+        super().__init__(None, path.quantizer, path.readers)
+        self.turns, self.layer, self.see = rotations, layer, local.watch("r1", layer)
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        r1 = self.turns.at("r1", self.layer)
+        if self.quantizer is None:
+            if self.see is not None:
+                self.see(x.detach() @ r1)
+            return x
+        anchor, sink = self.turns.anchor("r1"), self.turns.sink("r1", self.layer)
+        return round_turned(x, r1, anchor, sink, self.quantizer, self.see)
+
+
+class HeadPath(InputPath):
+    """Quantize o_proj's input as it comes, in the basis of R2, and leave that: x ↦ Q(x) R2ᵀ."""
+
+    def __init__(
+        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
+    ) -> None:
+        super().__init__(path.rotation, path.quantizer, path.readers)
+        self.turns, self.layer = rotations, layer
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        turns, layer = self.turns, self.layer
+        return turn_back(
+            super()._round(x), turns.at("r2", layer), turns.anchor("r2"), turns.sink("r2", layer)
+        )
+
+
+def _turn_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):
+    """Return a hook that turns the values of every head by R2."""
+    sink, see = rotations.sink("r2", layer), local.watch("r2", layer)
+
+    def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        out = turn(out, rotations.at("r2", layer), rotations.anchor("r2"), sink)
+        if see is not None:
+            see(out)
+        return out
+
+    return hook

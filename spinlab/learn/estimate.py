@@ -1,0 +1,295 @@
+"""What a learning run takes, from shapes alone: memory per process and time, before it starts.
+
+Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
+attention q, k, v and its output, the gated MLP gate, its activation and up. A frozen linear keeps
+nothing, one whose weight gets a gradient its input.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from spinlab import parallel
+from spinlab.config import LearnConfig, QuantConfig
+from spinlab.errors import InputError
+from spinlab.learn.loop import CHUNK, rounds_weights
+from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
+
+log = logging.getLogger(__name__)
+
+_GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
+_MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
+_EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}  # of a run's products, in those of the probe
+_PROBE_ROWS = {"cpu": 256, "cuda": 8192}
+_TINY = {"cpu": 1e11, "cuda": 1e14}  # operations that are over before anyone asks
+_WORTH_TELLING = 5  # seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Hold bytes per process, and the operations that the whole run asks of each process.
+
+    weights: the network's, with what is kept beside it; activations: what waits for the backward
+    pass, and with layers that are run again there; rest: rotations, logits, what one layer works
+    with. flops: of products in the network's dtype, and with layers run again; wide_flops: of those
+    in float32. hidden and dtype tell what to time.
+    """
+
+    weights: int
+    activations: int
+    activations_checkpointed: int
+    rest: int
+    flops: float
+    flops_checkpointed: float
+    wide_flops: float
+    hidden: int
+    dtype: torch.dtype
+
+    def bytes(self, checkpoint: bool) -> int:
+        """Return the peak per process."""
+        kept = self.activations_checkpointed if checkpoint else self.activations
+        return self.weights + kept + self.rest
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Gather what the numbers depend on. rows: sequences of a batch that one process runs."""
+
+    model: PreTrainedModel
+    learn: LearnConfig
+    quant: QuantConfig
+    processes: int
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return dimensions_of(self.model.config)
+
+    @property
+    def rounded(self) -> bool:
+        return rounds_weights(self.learn, self.quant)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the network's dtype."""
+        return self.model.dtype.itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in the rotations' dtype."""
+        return max(4, self.size)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.learn.batch // self.processes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass."""
+        return min(self.learn.micro_batch, self.rows) * self.learn.sequence_length
+
+    @property
+    def layers(self) -> int:
+        """Numbers in the weights of all decoder layers."""
+        layers = layers_of(self.model)
+        return sum(p.numel() for layer in layers for p in layer.parameters())
+
+    def numbers_at(self, name: str) -> int:
+        """Numbers in the embedding or the head; tied ones are untied for learning."""
+        family = family_of(self.model.config.model_type)
+        return linear_at(self.model, getattr(family, name)).weight.numel()
+
+
+def estimate(
+    model: PreTrainedModel, learn: LearnConfig, quant: QuantConfig, processes: int
+) -> Estimate:
+    """Return what learning on this model takes; only its shapes and dtype are looked at."""
+    job = _Job(model, learn, quant, processes)
+    kept, kept_of_inputs = _activations(job)
+    flops, again, wide = _operations(job)
+    return Estimate(
+        weights=_weights(job),
+        activations=kept,
+        activations_checkpointed=min(kept, kept_of_inputs),
+        rest=_rest(job),
+        flops=flops,
+        flops_checkpointed=flops + again,
+        wide_flops=wide,
+        hidden=job.dimensions.hidden,
+        dtype=model.dtype,
+    )
+
+
+def _weights(job: _Job) -> int:
+    """Return the bytes of the weights, as each form holds them."""
+    embedding, head = job.numbers_at("embedding"), job.numbers_at("head")
+    whole = (job.layers + embedding + head) * job.size
+    if not job.rounded:
+        if job.processes == 1:
+            return whole
+        gathered = job.layers * _GATHERED // job.dimensions.layers + embedding
+        shard = -(-(job.layers + embedding) // job.processes)
+        return (gathered + shard + head) * job.size
+    # a 16-bit gradient is added up in float32
+    gradient = job.size + (job.wide if job.size < job.wide else 0)
+    rotated = job.wide if job.learn.lr_clip else 0
+    teacher = whole if job.learn.objective.needs_teacher else 0
+    return whole + teacher + job.layers * (job.size + gradient + rotated)
+
+
+def _activations(job: _Job) -> tuple[int, int]:
+    """Return the bytes kept for a backward pass: by all layers, and if they are run again there."""
+    d, objective = job.dimensions, job.learn.objective
+    states = (d.layers + 1) * d.hidden * job.size if objective.layer_mse else 0
+    if not objective.end_to_end:
+        return 0, 0
+    layer = _kept_by_layer(job)
+    inputs = d.layers * d.hidden * job.size
+    return job.tokens * (d.layers * layer + states), job.tokens * (inputs + layer + states)
+
+
+def _kept_by_layer(job: _Job) -> int:
+    """Return the bytes that a decoder layer keeps for one token."""
+    d = job.dimensions
+    queries, values = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    stream, attention = 2 * d.hidden, 2 * queries + 2 * values
+    if job.rounded:  # the inputs of q, of gate, of o and of down
+        inputs = 2 * d.hidden + queries + d.intermediate
+    else:  # rounding errors of both inputs from the stream, and both ends of R2
+        errors = 2 * d.hidden if job.quant.activations.bits < 16 else 0
+        inputs = errors + queries + values
+    if any(name.endswith("q_norm") for name, _ in layers_of(job.model)[0].named_modules()):
+        attention += queries + values
+    numbers = stream + attention + inputs + 3 * d.intermediate
+    return numbers * job.size + d.heads * 4  # attention's normalizers are float32
+
+
+def _rest(job: _Job) -> int:
+    """Return the bytes of the rotations, of both ends of the network, and of work in progress."""
+    d, learn = job.dimensions, job.learn
+    sizes = {"r1": d.hidden**2, "r2": d.layers * d.head_dim**2}
+    turned = sum(size for name, size in sizes.items() if name in learn.rotations)
+    copies = 4 + (2 if learn.optimizer.endswith("adam") else 1 if learn.momentum else 0)
+    copies += learn.optimizer.startswith("qr_")
+    rotations = turned * (copies * job.wide + job.size)
+    ends = 4 * job.tokens * d.hidden * job.size
+    chunk = min(CHUNK["cpu" if job.model.device.type == "cpu" else "cuda"], job.tokens)
+    logits = chunk * job.model.config.vocab_size * 4 * (5 if learn.objective.kl else 2)
+    layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
+    step = _MOVING * turned * job.wide
+    if job.rounded:
+        step += 4 * d.hidden * d.intermediate * job.wide  # of one weight and its gradient
+    work = [layer, step, logits if learn.objective.on_logits else 0]
+    return rotations + ends + max(work)
+
+
+def _operations(job: _Job) -> tuple[float, float, float]:
+    """Return floating-point operations: in the network's dtype, of one more forward, in float32."""
+    d, learn, objective = job.dimensions, job.learn, job.learn.objective
+    tokens = learn.steps * job.rows * learn.sequence_length
+    linears, head = 2 * job.layers, 2 * job.numbers_at("head")
+    attention = 2 * d.layers * learn.sequence_length * d.heads * d.head_dim  # causal: half of T²
+    turn = 0 if job.rounded else 2 * 2 * d.layers * d.hidden**2  # one product with R1 everywhere
+    forward = linears + attention + 2 * turn
+    backward = linears * (2 if job.rounded else 1) + 2.5 * attention + turn
+    passes = objective.on_logits + (objective.layer_mse > 0)
+    teachers = (objective.kl > 0) + (objective.layer_mse > 0)
+    each = passes * (forward + backward) + teachers * (linears + attention)
+    each += objective.on_logits * 2 * head + (objective.kl > 0) * head
+    if not objective.end_to_end:
+        each = forward + turn
+    # R4 in two factors of about √n, forward and backward; weights rotated, their gradients pulled
+    wide = tokens * max(passes, 1) * d.layers * 2 * 2 * 2 * d.intermediate**1.5
+    wide += learn.steps * 2 * 2 * job.layers * d.hidden if job.rounded else 0
+    return tokens * each, tokens * passes * forward, wide
+
+
+def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
+    """Decide whether layers are run again in the backward pass, which saves memory for time.
+
+    `auto` does so only where the device cannot hold the activations. Raises InputError where the
+    run does not fit.
+    """
+    has = memory_for(device)
+    checkpoint = learn.checkpoint == "on"
+    if learn.checkpoint == "auto":
+        checkpoint = estimate.bytes(False) > has
+    if estimate.bytes(checkpoint) <= has:
+        return checkpoint
+    fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}", "more processes"]
+    if learn.micro_batch > 1:
+        fixes.insert(0, f"a smaller learn.micro_batch than {learn.micro_batch}")
+    if not checkpoint and estimate.bytes(True) <= has:
+        fixes.insert(0, "learn.checkpoint=on")
+    if learn.quantize_weights:
+        fixes.append("learn.quantize_weights=false")
+    raise InputError(
+        f"learning needs about {_gib(estimate.bytes(checkpoint))} GiB with learn.checkpoint="
+        f"{'on' if checkpoint else 'off'}, and {device} has {_gib(has)} for it: use "
+        f"{', '.join(fixes[:-1])} or {fixes[-1]}"
+    )
+
+
+def memory_for(device: torch.device) -> int:
+    """Return the bytes that this process may take on a device, with what it has taken already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available // parallel.launched_here()
+    return free + psutil.Process().memory_info().rss
+
+
+def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None:
+    """Log about how long the run takes and how much memory."""
+    seconds = _seconds(estimate, checkpoint, device)
+    kept = estimate.activations_checkpointed if checkpoint else estimate.activations
+    log.info(
+        "%-12s %s%s of %s GiB (weights %s, activations %s%s, rest %s)",
+        "learn",
+        f"about {_duration(seconds)} and " if seconds >= _WORTH_TELLING else "",
+        _gib(estimate.bytes(checkpoint)),
+        _gib(memory_for(device)),
+        _gib(estimate.weights),
+        _gib(kept),
+        " recomputed" if checkpoint else "",
+        _gib(estimate.rest),
+    )
+
+
+def _seconds(estimate: Estimate, checkpoint: bool, device: torch.device) -> float:
+    """Return about how long the run takes, from a short measurement; 0 for tiny ones."""
+    flops = estimate.flops_checkpointed if checkpoint else estimate.flops
+    if flops + estimate.wide_flops < _TINY[device.type]:
+        return 0.0
+    narrow = _rate(estimate.hidden, estimate.dtype, device)
+    wide = _rate(estimate.hidden, torch.promote_types(estimate.dtype, torch.float32), device)
+    return (flops / narrow + estimate.wide_flops / wide) / _EFFICIENCY[device.type]
+
+
+def _rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Measure operations per second of products (rows, n) (n, n): the best of three."""
+    rows = _PROBE_ROWS[device.type]
+    generator = torch.Generator(device).manual_seed(0)  # zeros would be faster than numbers are
+    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    matrix = torch.randn(width, width, device=device, generator=generator).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        found = x @ matrix
+        found[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * width**2 / best
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _gib(count: int) -> str:
+    gib = count / 2**30
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.2g}"

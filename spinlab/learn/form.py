@@ -1,0 +1,42 @@
+"""What the loop asks of a network under learning, whichever basis its numbers are in."""
+
+import torch
+
+
+class NetworkForm:
+    """Say what happens around the passes of a step; by default nothing does."""
+
+    def begin(self, index: int) -> None:
+        """Prepare the network for step `index`, with the rotations as they stand."""
+
+    def after_backward(self) -> None:
+        """Take in the gradients of one micro-batch."""
+
+    def collect(self) -> None:
+        """Hand the rotations what gradients they have not got yet."""
+
+    def step(self, rate: float) -> None:
+        """Move what is learned beside the rotations, at `rate` times its base rate."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the original's residual stream (..., hidden) to this network's."""
+        return x
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Take this network's residual stream (..., hidden) to the original's."""
+        return x
+
+    def clips(self) -> dict[str, torch.Tensor]:
+        """Return learned clip ratios by linear."""
+        return {}
+
+    def input_clips(self) -> dict[str, float]:
+        """Return learned clip ratios of inputs, by `input_key`."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what a resumed run needs beside the rotations."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""

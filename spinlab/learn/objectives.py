@@ -1,0 +1,176 @@
+"""What a rotation is learned for: terms on next-token logits, on layers and on activations."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinlab.config import ObjectiveConfig
+
+UNIFORM_KURTOSIS = 1.8
+_LEAST_VARIANCE = 1e-30  # keeps a token of zeros from becoming 0/0
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    config: ObjectiveConfig,
+    teacher: tuple[Tensor, Tensor] | None,
+    chunk: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return cross_entropy·CE + kl·KL of the next token, and both means by name.
+
+    hidden: (batch, length, n), normed; head: (vocab, n), gets no gradient; labels: (batch,
+    length) token ids, of which position t predicts the one at t + 1; teacher: hidden states
+    and head of the original model, if kl > 0. Logits exist for `chunk` positions at a time, and
+    nothing of the vocabulary's size is kept for the backward pass. Terms of weight 0 are absent.
+    """
+    assert config.on_logits, "no term looks at logits"
+    assert teacher is not None or not config.kl, "kl compares with a teacher"
+    student = hidden[:, :-1].flatten(0, 1)
+    following = labels[:, 1:].flatten()
+    original = None
+    if config.kl and teacher is not None:
+        states, matrix = (tensor.detach() for tensor in teacher)
+        original = states[:, :-1].flatten(0, 1), matrix.to(states.dtype)
+    # a Function's apply carries no types
+    loss, terms = _HeadLoss.apply(student, head, following, config, original, chunk)  # pyright: ignore
+    named = dict(zip(("cross_entropy", "kl"), terms, strict=True))
+    return loss, {name: term for name, term in named.items() if getattr(config, name)}
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Compute the loss and its gradient in one pass over chunks; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (tokens, n)
+        head: Tensor,  # (vocab, n)
+        labels: Tensor,  # (tokens,) the token after each
+        config: ObjectiveConfig,
+        teacher: tuple[Tensor, Tensor] | None,  # (tokens, m), (vocab, m)
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        head = head.to(hidden.dtype)
+        kept = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        sums = torch.zeros(2, dtype=_wide(hidden), device=hidden.device)
+        unit = _gradient_unit(config)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            terms, gradient = _chunk_terms(
+                hidden[rows] @ head.mT,
+                labels[rows, None],
+                None if teacher is None else teacher[0][rows] @ teacher[1].mT,
+                config,
+            )
+            sums += terms
+            if kept is not None:
+                # alpha acts on the product's accumulator: bfloat16 is rounded once
+                part, alpha = kept[rows], unit / len(hidden)
+                torch.addmm(part, gradient.to(part.dtype), head, beta=0, alpha=alpha, out=part)
+            del gradient  # before the next chunk's logits
+        ctx.kept = kept
+        means = sums / len(hidden)
+        ctx.mark_non_differentiable(means)
+        return config.cross_entropy * means[0] + config.kl * means[1], means
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.kept * gradients[0], None, None, None, None, None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums and probabilities: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _gradient_unit(config: ObjectiveConfig) -> float:
+    """Return the weight by which `_chunk_terms` divides its gradient: its softmax has factor 1."""
+    if config.kl_top_k:
+        return config.cross_entropy or config.kl
+    return config.cross_entropy + config.kl
+
+
+def _chunk_terms(
+    logits: Tensor, labels: Tensor, original: Tensor | None, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """Return (CE, KL) summed over a chunk and the weighted sum's gradient in logits / unit.
+
+    logits, original: (tokens, vocab), labels: (tokens, 1). With softmaxes q of the logits and p of
+    the original's, the gradients are q - onehot(label) and q - p.
+    """
+    share = config.kl / _gradient_unit(config)
+    if original is None or not config.kl_top_k:
+        return _full_terms(logits, labels, original, config, share)
+    k = min(config.kl_top_k, original.shape[-1])
+    kl, places, pull = _top_k_kl(logits, original, k)
+    if config.cross_entropy:
+        terms, gradient = _full_terms(logits, labels, None, config, 0.0)
+    else:
+        terms, gradient = pull.new_zeros(2), torch.zeros_like(logits, dtype=pull.dtype)
+    terms[1] = kl
+    return terms, gradient.scatter_add_(-1, places, pull.mul_(share))
+
+
+def _full_terms(
+    logits: Tensor, labels: Tensor, original: Tensor | None, config: ObjectiveConfig, share: float
+) -> tuple[Tensor, Tensor]:
+    """Return (CE, KL) over the whole vocabulary and q - share·p - (1 - share)·onehot."""
+    log_q = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    terms = log_q.new_zeros(2)
+    p = None
+    if config.cross_entropy:
+        terms[0] = -log_q.gather(-1, labels).sum()
+    if original is not None:
+        log_p = torch.log_softmax(original, -1, dtype=log_q.dtype)
+        p = log_p.exp()
+        terms[1] = log_p.sub_(log_q).mul_(p).sum()
+    gradient = log_q.exp_()
+    if p is not None:
+        gradient.sub_(p, alpha=share)
+    if config.cross_entropy:
+        gradient.scatter_add_(-1, labels, gradient.new_full(labels.shape, share - 1))
+    return terms, gradient
+
+
+def _top_k_kl(logits: Tensor, original: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the KL summed over a chunk, the k places and the gradient there: (tokens, k) each.
+
+    Both distributions are renormalized over the original's k likeliest tokens.
+    """
+    best, places = original.topk(k, -1, sorted=False)
+    log_p = torch.log_softmax(best, -1, dtype=_wide(logits))
+    log_q = torch.log_softmax(logits.gather(-1, places), -1, dtype=log_p.dtype)
+    p = log_p.exp()
+    kl = log_p.sub_(log_q).mul_(p).sum()
+    return kl, places, log_q.exp_().sub_(p)
+
+
+def kurtosis_loss(y: Tensor) -> Tensor:
+    """Return the mean over tokens of |kurtosis over channels - 1.8| (KurTail, arXiv 2503.01483).
+
+    y: (..., width) rotated activations; their scale cancels. Each token is taken by itself, as
+    the quantizer takes it. 1.8 is a uniform distribution's kurtosis; while no token is below it,
+    this equals |mean kurtosis - 1.8|.
+    """
+    y = y.to(_wide(y))
+    standard = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=_LEAST_VARIANCE)
+    return (standard.square().square().mean(-1) - UNIFORM_KURTOSIS).abs().mean()
+
+
+def whip_loss(y: Tensor) -> Tensor:
+    """Return the mean over tokens of the sum over channels of exp(-|y|) (DartQuant, 2511.04063).
+
+    y: (..., width) rotated activations, in the scale the layer sees: exp(-|y|) acts within a few
+    units of 0, and DartQuant takes normed activations (root mean square 1) for R1 and attention's
+    values as they are for R2. The sum grows with the width: about width/2 for normal activations.
+    """
+    return y.to(_wide(y)).abs().neg().exp().sum(-1).mean()
+
+
+def relative_error(output: Tensor, original: Tensor) -> Tensor:
+    """Return |output - original|² / |original|² over all entries."""
+    wide = original.to(_wide(original))
+    return (output.to(wide.dtype) - wide).square().sum() / wide.square().sum()

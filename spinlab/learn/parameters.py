@@ -1,0 +1,131 @@
+"""R1 and R2 while they are learned: where they stand, and what the network says about them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spinlab import parallel
+from spinlab.config import LearnConfig
+from spinlab.learn.inputs import LearnedInputs
+from spinlab.learn.optimizers import on_manifold
+from spinlab.learn.turn import Sink
+from spinlab.rotation.orthogonal import polar
+from spinlab.rotation.rotations import RotationSet
+
+
+class LearnedRotations:
+    """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim) and the transforms of inputs.
+
+    Numbers are float32 or wider.
+    A rotation that is off is None; one that is on but not learned is a plain tensor. `cast` holds
+    them in the network's dtype for the length of a step.
+    """
+
+    def __init__(
+        self, start: RotationSet, learn: LearnConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.all: dict[str, torch.Tensor | None] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name in ("r1", "r2"):
+            matrix = getattr(start, name)
+            held = None if matrix is None else matrix.to(device, self.wide)
+            if held is not None and name in learn.rotations:
+                held = self.parameters[name] = on_manifold(held)
+            self.all[name] = held
+        self.inputs: LearnedInputs | None = None
+        if "inputs" in learn.rotations and start.inputs:
+            self.inputs = LearnedInputs(start.inputs, learn.lr_scale, device, self.wide)
+            for name, stack in self.inputs.stacks.items():
+                self.parameters[name] = on_manifold(stack)
+        self.cast: dict[str, torch.Tensor] = {}
+        self._generators: dict[str, torch.Tensor] = {}
+
+    @property
+    def r1(self) -> torch.Tensor | None:
+        return self.all["r1"]
+
+    @property
+    def r2(self) -> torch.Tensor | None:
+        return self.all["r2"]
+
+    def begin(self) -> None:
+        """Start a step: cast the rotations as they stand, forget the last gradients."""
+        on = {name: held for name, held in self.all.items() if held is not None}
+        self.cast = {name: held.detach().to(self.dtype) for name, held in on.items()}
+        self._generators = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.inputs is not None:
+            self.inputs.begin(self._stacks())
+
+    def _stacks(self) -> dict[str, torch.Tensor]:
+        """Return the rotations of inputs, by `group.part`."""
+        return {name: p for name, p in self.parameters.items() if name not in ("r1", "r2")}
+
+    def at(self, name: str, layer: int) -> torch.Tensor:
+        """Return R1, or the R2 of a layer, in the network's dtype."""
+        held = self.cast[name]
+        return held if name == "r1" else held[layer]
+
+    def anchor(self, name: str) -> torch.Tensor:
+        """Return what makes autograd visit a turn by this rotation, if it is learned."""
+        held = self.all[name]
+        assert held is not None
+        return held
+
+    def sink(self, name: str, layer: int) -> Sink:
+        """Return where the generators of a rotation's gradient go."""
+
+        def add(generator: torch.Tensor) -> None:
+            if name in self.parameters:
+                whole = self._generators[name]
+                (whole if name == "r1" else whole[layer]).add_(generator)
+
+        return add
+
+    def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """Add a Euclidean gradient: that of R1, or of the R2 of a layer."""
+        if name in self.parameters:
+            held = self.all[name]
+            assert held is not None
+            point = held.detach() if name == "r1" else held.detach()[layer]
+            self.sink(name, layer)(gradient @ point.mT)
+
+    @torch.no_grad()
+    def finish(self, most: float | None) -> torch.Tensor:
+        """Give every learned rotation its Riemannian gradient and return their common norm.
+
+        It is that of the Euclidean metric, ½ (M - Mᵀ) R, whatever Euclidean gradient was handed
+        in; summed over processes; scaled down to `most` if its norm exceeds that.
+        """
+        if self.inputs is not None:
+            for name, stack in self._stacks().items():
+                self._generators[name] = (
+                    self.inputs.gradients(name, self._stacks()) @ stack.detach().mT
+                )
+        for name, parameter in self.parameters.items():
+            generator = parallel.sum_(self._generators[name])
+            parameter.grad = (generator - generator.mT).div_(2) @ parameter
+        limit = float("inf") if most is None else most
+        return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put the learned rotations back on the manifold they drift from."""
+        for parameter in self.parameters.values():
+            parameter.copy_(polar(parameter))
+
+    def agree(self) -> None:
+        """Give all processes the first one's bits."""
+        parallel.share_tensors([p.data for p in self.parameters.values()])
+
+    def result(self) -> dict[str, Any]:
+        """Return what changed in the RotationSet, projected in float64, on the host."""
+        found = {n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()}
+        return (
+            found
+            if self.inputs is None
+            else {**found, "inputs": self.inputs.result(self._stacks())}
+        )

@@ -1,0 +1,150 @@
+"""The third part of an experiment's stages: rotations learned against the quantized network."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from spinlab import parallel
+from spinlab.config import Config, WeightsConfig, plain
+from spinlab.errors import InputError
+from spinlab.learn.estimate import announce, choose_checkpoint, estimate
+from spinlab.learn.guard import Divergence
+from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
+from spinlab.learn.placement import recompute_layers, shard_layers
+from spinlab.learn.progress import resume, save_progress
+from spinlab.learn.recipe import training_of
+from spinlab.rotation.rotations import RotationSet
+from spinlab.stage import write_json
+from spinlab.start import SETTINGS, Start
+
+log = logging.getLogger(__name__)
+
+# settings of the learning that its result does not depend on
+_APART = ("save_every", "checkpoint")
+
+
+def clip_settings(config: WeightsConfig) -> dict[str, Any]:
+    """Return the settings that RTN depends on: those of its clip search."""
+    return {name: value for name, value in plain(config).items() if name.startswith("clip_")}
+
+
+class Learning(Start):
+    """Add the learned rotations, and the ranges learned with them."""
+
+    def __init__(self, config: Config, on_step: Callable[[int, dict], None]) -> None:
+        super().__init__(config)
+        self.on_step = on_step
+
+    @cached_property
+    def learned(self) -> tuple[Path, str]:
+        """The learned rotations with their curve; the initial ones if nothing is learned."""
+        config = self.config
+        if not self.learns:
+            return self.initial
+        settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
+        quant = config.quant
+        inputs = [o for o in quant.overrides if "activations" in o]
+        formats = [quant.activations, quant.o_proj_per_head, inputs, config.kv]
+        if config.learn.quantize_weights:
+            formats += [quant.weights, quant.overrides, clip_settings(config.weights)]
+        depends = [self.initial[1], self.calibration[1], settings, plain(formats), config.seed]
+        code = ("learning", "learn", "rotation", "model", "quant", "kv", "weights", "networks")
+        code = (*code, "parallel", *SETTINGS)
+        return self.stages.run("learn", depends, self._learn, code, together=True)
+
+    @cached_property
+    def learns(self) -> bool:
+        """Tell whether there is anything to learn: steps, and a rotation that is on."""
+        learn = self.config.learn
+        if learn.steps == 0:
+            return False
+        start = RotationSet.load(self.initial[0] / "rotations.safetensors")
+        held = [getattr(start, name) for name in learn.rotations]
+        if any(isinstance(x, torch.Tensor) or x for x in held):
+            return True
+        log.info("%-12s nothing: %s are off", "learn", " and ".join(learn.rotations))
+        return False
+
+    def _learn(self, out: Path) -> None:
+        """Learn on all processes, and write what came of it on the first."""
+        rotations, clips, curve = self._optimize(out / "progress.safetensors")
+        if not parallel.is_main():
+            return
+        self._described(rotations).save(out / "rotations.safetensors")
+        save_file(clips, out / "clips.safetensors")
+        write_json(out / "gate.json", self.gate(rotations))
+        write_json(out / "curve.json", curve)
+        (out / "progress.safetensors").unlink(missing_ok=True)
+
+    def _described(self, rotations: RotationSet) -> RotationSet:
+        return replace(rotations, about={**(rotations.about or {}), **training_of(self.config)})
+
+    def _optimize(
+        self, progress: Path
+    ) -> tuple[RotationSet, dict[str, torch.Tensor], list[dict[str, float]]]:
+        """Run the learning loop; return rotations, learned clip ratios and the curve."""
+        learn = self.config.learn
+        learner = self._learner()
+        windows = self.windows("learn", learn.steps * learn.batch, learn.sequence_length)
+        curve = resume(learner, progress)
+        parallel.barrier()  # all have read it before the first one writes the next
+        for step, values in enumerate(curve):
+            self.on_step(step, values)
+
+        def after_step(step: int, values: dict[str, float]) -> None:
+            curve.append(values)
+            self.on_step(step, values)
+            if (step + 1) % learn.save_every == 0 and parallel.is_main():
+                save_progress(learner, progress, curve)
+
+        try:
+            learn_rotations(learner, windows, len(curve), after_step)
+        except Divergence as error:
+            raise self._kept(error, learner, progress.parent) from error
+        return learner.result(), learner.clips(), curve
+
+    def _learner(self) -> RotationLearner:
+        """Assemble what is learned on, where it fits."""
+        config = self.config
+        learn, processes = config.learn, parallel.world()
+        if learn.batch % (processes * learn.micro_batch):
+            raise InputError(
+                f"learn.batch={learn.batch} must be a multiple of {processes} processes x "
+                f"learn.micro_batch={learn.micro_batch}"
+            )
+        start = RotationSet.load(self.initial[0] / "rotations.safetensors")
+        network = self.networks.learnable(start, inputs="inputs" in learn.rotations)
+        expected = estimate(network, learn, config.quant, processes)
+        checkpoint = choose_checkpoint(expected, learn, self.device)
+        announce(expected, checkpoint, self.device)
+        rounded = rounds_weights(learn, config.quant)
+        teacher = self.original() if learn.objective.needs_teacher and rounded else None
+        formats = learn, config.quant, config.weights
+        learner = RotationLearner(network, start, *formats, teacher=teacher)
+        if checkpoint:
+            recompute_layers(network)
+        if not rounded:
+            shard_layers(network)
+        return learner
+
+    def _kept(self, error: Divergence, learner: RotationLearner, work: Path) -> InputError:
+        """Write the last good rotations beside the stage's folder; return an error that names them.
+
+        There are none if the first loss was not sound.
+        """
+        if not error.last_good:
+            return error
+        path = work.with_name(f"{work.stem}.diverged.safetensors")
+        if parallel.is_main():
+            for name, matrix in error.last_good.items():
+                learner.rotations.parameters[name].data.copy_(matrix)
+            temporary = path.with_suffix(".tmp")
+            self._described(learner.result()).save(temporary)
+            temporary.replace(path)
+        return InputError(f"{error}; the last good rotations are kept: rotation.load={path}")

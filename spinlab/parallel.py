@@ -1,0 +1,121 @@
+"""Several processes, one for each device: the one place that knows torch.distributed.
+
+    torchrun --nproc-per-node=N -m spinlab +experiment=NAME
+
+Every process runs the same program on the same settings. What must happen once is done by the
+first of them while the others wait; what is shared out is done by all together. A process by
+itself goes through the same code, where none of these functions does anything.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# the first process may work alone for that long while the others wait for its word
+_PATIENCE = timedelta(hours=72)
+_HOST = torch.device("cpu")
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+def launched() -> int:
+    """Return how many processes torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched_here() -> int:
+    """Return how many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Return this process's place among those of its machine, as torchrun counts them."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def start(device: str) -> None:
+    """Meet the other processes that torchrun started, if any; device: cpu, or cuda for all.
+
+    Values and barriers go through the host on either, so that no GPU waits for hours.
+    """
+    if launched() == 1 or dist.is_initialized():
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+
+
+def stop() -> None:
+    """Part from the other processes, once all of them are here."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work by itself: meanwhile it is the only one that it knows of."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def world() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone.get() else 1
+
+
+def rank() -> int:
+    """Return this process's number among them, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def is_main() -> bool:
+    """Tell whether this is the first process: the one that writes and speaks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    sum_(torch.zeros(1))
+
+
+def share(value: T) -> T:
+    """Return the first process's value, which must be picklable, to all."""
+    if world() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=_HOST)
+    return box[0]
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up a contiguous tensor over all processes, in place, and return it."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite tensors of the same shapes and dtypes by the first process's, bit for bit."""
+    for tensor in tensors if world() > 1 else ():
+        if tensor.numel():
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: of any dtype
+            tensor.copy_(whole)
+
+
+def part(rows: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of the rows: a contiguous run, of one row more or less."""
+    return rows.tensor_split(world())[rank()]

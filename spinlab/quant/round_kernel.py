@@ -1,0 +1,98 @@
+"""The Triton kernels behind `spinlab.quant.fused`."""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+def _even(x):
+    # round to even: adding 1.5 * 2**23 leaves no room for a fraction
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _scale(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
+    span = tl.maximum(high, -low) if SYMMETRIC else high - low
+    return tl.maximum(tl.math.div_rn(span, HIGH * 1.0), FLOOR)
+
+
+@triton.jit
+def _zero(low, scale, SYMMETRIC: tl.constexpr, TIE: tl.constexpr):
+    return tl.zeros_like(scale) if SYMMETRIC else _even(tl.math.div_rn(-low, scale) + TIE)
+
+
+@triton.jit
+def round_kernel(
+    x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
+    HALF: tl.constexpr, ERROR: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr,
+    HALF_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Round STEP rows of WIDTH numbers; the arguments are those of `round_rows`.
+
+    clip is a number where it is KNOWN, else a pointer to one.
+    """
+    ratio = clip if KNOWN else tl.load(clip)
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    place = row * WIDTH + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    low = tl.minimum(tl.min(x, 1) * ratio, 0.0)
+    high = tl.maximum(tl.max(x, 1) * ratio, 0.0)
+    scale = _scale(low, high, HIGH, SYMMETRIC, FLOOR)
+    if HALF:
+        scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
+    zero = _zero(low, scale, SYMMETRIC, TIE)
+    if HALF and not SYMMETRIC:
+        zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
+    scale, zero = scale[:, None], zero[:, None]
+    levels = _even(tl.math.div_rn(x, tl.broadcast_to(scale, (STEP, BLOCK))) + TIE) + zero
+    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+    found = (levels - zero) * scale
+    if ERROR:
+        found = found - x
+    tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pull_back_kernel(
+    x_ptr, gradient_ptr, ratio_ptr, out_ptr, sums_ptr, rows, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    SYMMETRIC: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Pull the gradient of STEP rows back; the arguments are those of `pull_back_rows`.
+
+    Each program writes one part of the sum that is the log ratio's gradient.
+    """
+    ratio = tl.load(ratio_ptr)
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    place = row * WIDTH + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+    scale = _scale(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
+    zero = _zero(lowest * ratio, scale, SYMMETRIC, TIE)
+    exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
+    levels = _even(exact + TIE)
+    over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
+    above = tl.sum(tl.where(over, gradient, 0.0), 1)
+    below = tl.sum(tl.where(under, gradient, 0.0), 1)
+    passed = tl.where(over | under, 0.0, gradient)
+    of_scale = tl.sum(passed * (levels - exact), 1)
+    if SYMMETRIC:
+        of_peak = (of_scale + HIGH * above + LOW * below) * ratio / HIGH
+        of_highest = tl.where(highest >= -lowest, of_peak, 0.0)
+        of_lowest = tl.where(highest >= -lowest, 0.0, -of_peak)
+    else:
+        of_highest = tl.where(highest > 0, (above + of_scale / HIGH) * ratio, 0.0)
+        of_lowest = tl.where(lowest < 0, (below - of_scale / HIGH) * ratio, 0.0)
+    at_highest, at_lowest = x == highest[:, None], x == lowest[:, None]
+    many = tl.maximum(tl.sum(at_highest.to(tl.float32), 1), 1.0)
+    found = passed + tl.where(at_highest, (of_highest / many)[:, None], 0.0)
+    many = tl.maximum(tl.sum(at_lowest.to(tl.float32), 1), 1.0)
+    found += tl.where(at_lowest, (of_lowest / many)[:, None], 0.0)
+    tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(of_highest * highest + of_lowest * lowest, 0))

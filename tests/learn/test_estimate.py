@@ -1,0 +1,213 @@
+"""The estimate against what autograd really keeps and what torch really multiplies."""
+
+import logging
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import spinlab.learn.estimate as module
+from spinlab.bench.models import SHAPES
+from spinlab.config import (
+    KVConfig,
+    LearnConfig,
+    ObjectiveConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
+from spinlab.errors import InputError
+from spinlab.learn.estimate import announce, choose_checkpoint, estimate
+from spinlab.learn.loop import RotationLearner
+from spinlab.model.seams import decoder_of, dimensions_of
+from spinlab.networks import Networks
+from spinlab.rotation.initial import initial_rotations
+
+GIB = 2**30
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+FORMS = {
+    "16-bit weights": {},
+    "quantized weights": {"quantize_weights": True, "lr_clip": 0.01},
+}
+SETTINGS = dict(steps=1, batch=2, micro_batch=2, sequence_length=128)
+QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
+
+
+def learner_of(make_model, learn: LearnConfig) -> RotationLearner:
+    networks = Networks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
+    dimensions = dimensions_of(networks.original().config)
+    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    return RotationLearner(networks.learnable(start), start, learn, QUANT, WeightsConfig())
+
+
+def batch_of(learn: LearnConfig) -> torch.Tensor:
+    shape = (learn.batch, learn.sequence_length)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16):
+    with torch.device("meta"):
+        config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_are_what_autograd_keeps(make_model, form):
+    learn = LearnConfig(**SETTINGS, **FORMS[form])
+    learner = learner_of(make_model, learn)
+    learner.rotations.begin()
+    learner.form.begin(0)
+    fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in fixed}
+    kept: dict[int, torch.Tensor] = {}  # by storage, alive so that no address comes back
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            kept.setdefault(place, tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder_of(learner.model)(input_ids=batch_of(learn), use_cache=False)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    expected = estimate(learner.model, learn, QUANT, 1).activations
+    assert expected == pytest.approx(found, rel=0.25)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_operations_are_what_torch_multiplies(make_model, form):
+    learn = LearnConfig(**SETTINGS, **FORMS[form])
+    learner = learner_of(make_model, learn)
+    with FlopCounterMode(display=False) as counter:
+        learner.rotations.begin()
+        learner.form.begin(0)
+        learner._backward(batch_of(learn))
+        learner.form.collect()
+    found = estimate(learner.model, learn, QUANT, 1)
+    assert found.flops + found.wide_flops == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_a_7b_in_16_bits_takes_its_weights_and_what_waits_for_the_backward_pass():
+    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    assert found.weights == pytest.approx(2 * 6.74e9, rel=0.01)
+    kept = 2 * 2048 * 32 * (10 * 4096 + 3 * 11008)  # by hand: q, k, v and the stream are as wide
+    assert found.activations == pytest.approx(kept, rel=0.01)
+    per_token = 2 * 2 * 6.6e9 + 12 * 32 * 4096**2 + 7 * 32 * 2048 * 4096  # R1, attention
+    assert found.flops == pytest.approx(per_token * 100 * 8 * 2048, rel=0.01)
+
+
+def test_processes_share_the_layers_and_the_tokens():
+    model, learn = meta_llama("llama2_7b"), LearnConfig()
+    one, four = (estimate(model, learn, QuantConfig(), n) for n in (1, 4))
+    layers, ends = 32 * 202.4e6 * 2, 32000 * 4096 * 2
+    shared = (layers + ends) / 4 + 2 * layers / 32 + 2 * ends  # one end is gathered, one not shared
+    assert four.weights == pytest.approx(shared, rel=0.01)
+    assert four.activations == one.activations
+    assert four.flops == one.flops / 4
+
+
+def test_quantized_weights_are_kept_four_times_and_on_every_process():
+    learn = LearnConfig(quantize_weights=True, lr_clip=0.01)
+    one, two = (
+        estimate(meta_llama("smollm2_135m", torch.float32), learn, QUANT, n) for n in (1, 2)
+    )
+    layers, ends = 30 * 3.54e6, 2 * 49152 * 576
+    assert one.weights == two.weights == pytest.approx(4 * (4 * layers + ends), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"kl": 1.0}, "rest"),
+        ({"layer_mse": 1.0}, "activations"),
+        ({"kl": 1.0, "layer_mse": 1.0}, "flops"),
+    ],
+)
+def test_further_terms_take_more(changes, field):
+    model = meta_llama("smollm2_135m")
+    both = [LearnConfig(objective=ObjectiveConfig(**terms)) for terms in ({}, changes)]
+    less, more = (getattr(estimate(model, learn, QUANT, 1), field) for learn in both)
+    assert more > less
+
+
+def test_terms_on_single_activations_keep_nothing_for_a_backward_pass():
+    learn = LearnConfig(objective=ObjectiveConfig(cross_entropy=0, whip=1))
+    found = estimate(meta_llama("smollm2_135m"), learn, QUANT, 1)
+    assert found.activations == found.activations_checkpointed == 0
+    assert found.flops > 0
+
+
+@pytest.fixture
+def device_with(monkeypatch):
+    """Return a function that gives the device so many bytes."""
+
+    def give(count: int) -> None:
+        monkeypatch.setattr(module, "memory_for", lambda device: count)
+
+    return give
+
+
+def test_layers_are_run_again_only_where_memory_asks_for_it(device_with):
+    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    for has, again in ((found.bytes(False), False), (found.bytes(False) - 1, True)):
+        device_with(has)
+        assert choose_checkpoint(found, LearnConfig(), CPU) is again
+    assert found.bytes(True) < found.bytes(False) - 8 * GIB
+    device_with(found.bytes(False))
+    assert choose_checkpoint(found, LearnConfig(checkpoint="on"), CPU) is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "share", "words"),
+    [
+        ("off", 0.9, ["learn.checkpoint=off", "use learn.checkpoint=on, a smaller learn.micro"]),
+        ("on", 0.1, ["learn.checkpoint=on", "learn.micro_batch than 2", "learn.sequence_length"]),
+        ("auto", 0.1, ["learning needs about 15.3 GiB", "cpu has 3.2 for it", "more processes"]),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused(device_with, setting, share, words):
+    learn = LearnConfig(checkpoint=setting, micro_batch=2)
+    found = estimate(meta_llama("llama2_7b"), learn, QuantConfig(), 1)
+    device_with(int(found.bytes(False) * share))
+    with pytest.raises(InputError) as refused:
+        choose_checkpoint(found, learn, CPU)
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert ("use learn.checkpoint=on" in str(refused.value)) == (setting == "off")
+
+
+def test_it_is_told_in_one_line(device_with, caplog, monkeypatch):
+    monkeypatch.setattr(module, "_rate", lambda width, dtype, device: 4e14)
+    device_with(80 * GIB)
+    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    with caplog.at_level(logging.INFO):
+        announce(found, False, CPU)
+        announce(found, True, CPU)
+    plain, again = (record.getMessage() for record in caplog.records)
+    assert plain.startswith("learn        about ")
+    assert " of 80.0 GiB (weights 12.6, activations 9." in plain
+    assert "recomputed" in again
+
+
+def test_a_tiny_run_is_not_timed(device_with, caplog, make_model, monkeypatch):
+    monkeypatch.setattr(module, "_rate", None)
+    with caplog.at_level(logging.INFO):
+        announce(estimate(make_model(), LearnConfig(steps=2), QUANT, 1), False, CPU)
+    assert "about" not in caplog.text
+
+
+def test_a_probe_measures_a_plausible_rate():
+    assert 1e8 < module._rate(64, torch.float32, CPU) < 1e13
+    assert module.memory_for(CPU) > GIB / 4

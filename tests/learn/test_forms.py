@@ -1,0 +1,99 @@
+"""Both fast forms against the plain definition: weights rotated at every forward, by autograd."""
+
+import pytest
+import torch
+
+from spinlab.config import (
+    KVConfig,
+    LearnConfig,
+    ObjectiveConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
+from spinlab.learn import linear as learned
+from spinlab.learn.loop import RotationLearner
+from spinlab.learn.plain import PlainSpace
+from spinlab.model.seams import dimensions_of, linears_of
+from spinlab.networks import Networks
+from spinlab.rotation.initial import initial_rotations
+
+BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
+SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
+
+
+@pytest.fixture(params=[1, 1 << 26], ids=["one by one", "together"], autouse=True)
+def _linears(request, monkeypatch):
+    """Work on linears one by one, as on a CPU, or many together, as on a GPU."""
+    monkeypatch.setitem(learned._TOGETHER, "cpu", request.param)
+
+
+def biased(make_model):
+    def make(dtype):
+        model = make_model(dtype, attention_bias=True)
+        generator = torch.Generator().manual_seed(5)
+        for *_, linear in linears_of(model):
+            if linear.bias is not None:
+                linear.bias.data.normal_(generator=generator)
+        return model
+
+    return make
+
+
+def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
+    networks = Networks(lambda: make(dtype), quant, KVConfig())
+    dimensions = dimensions_of(make(dtype).config)
+    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    parts = networks.learnable(start), start, learn, quant, WeightsConfig(), make(dtype)
+    return RotationLearner(*parts, form=form)
+
+
+def loss_and_gradients(learner, batch=BATCH):
+    learner.rotations.begin()
+    learner.form.begin(0)
+    terms = learner._backward(batch)
+    learner.form.collect()
+    learner.rotations.finish(None)
+    return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}
+
+
+OBJECTIVES = {
+    "cross entropy": ObjectiveConfig(),
+    "kl": ObjectiveConfig(cross_entropy=0.3, kl=1.0, kl_top_k=5),
+    "layer mse": ObjectiveConfig(cross_entropy=0.0, layer_mse=1.0),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("weights", ["16-bit weights", "quantized weights"])
+@pytest.mark.parametrize("rotation", [RotationConfig(), RotationConfig(cross_head="hadamard")])
+def test_loss_and_gradient_are_those_of_the_plain_definition(
+    make_model, rotation, weights, objective
+):
+    rounded = weights == "quantized weights"
+    learn = LearnConfig(
+        **SETTINGS, quantize_weights=rounded, objective=OBJECTIVES[objective], max_grad_norm=None
+    )
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    make = biased(make_model)
+    found = loss_and_gradients(learner_of(make, None, learn, quant, rotation))
+    plain = loss_and_gradients(learner_of(make, PlainSpace, learn, quant, rotation))
+    assert found[0] == pytest.approx(plain[0], rel=1e-10)
+    for name, gradient in plain[1].items():
+        error = (found[1][name] - gradient).norm() / gradient.norm()
+        assert gradient.norm() > 1e-4
+        assert error < 1e-8, f"{name}: {error:.1e}"
+
+
+def test_learned_ranges_give_the_plain_definitions_curve(make_model):
+    """Rotations and weight ranges together over a few steps; the plain form differentiates the
+    rounding by autograd."""
+    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=0.03, lr=0.1)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    curves = []
+    for form in (None, PlainSpace):
+        learner = learner_of(biased(make_model), form, learn, quant, RotationConfig())
+        curves.append([learner.step(i, BATCH) for i in range(4)])
+    for fast, plain in zip(*curves, strict=True):
+        assert fast == pytest.approx(plain, rel=1e-7, abs=1e-12)
