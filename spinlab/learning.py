@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from spinlab.start import SETTINGS, Start
 log = logging.getLogger(__name__)
 
 # settings of the learning that its result does not depend on
-_APART = ("save_every", "checkpoint")
+_APART = ("save_every", "checkpoint", "max_loss_ratio")
 
 
 def clip_settings(config: WeightsConfig) -> dict[str, Any]:
@@ -40,6 +41,12 @@ class Learning(Start):
     def __init__(self, config: Config, on_step: Callable[[int, dict], None]) -> None:
         super().__init__(config)
         self.on_step = on_step
+        learn, processes = config.learn, parallel.world()
+        if learn.steps and learn.batch % (processes * learn.micro_batch):
+            raise InputError(
+                f"learn.batch={learn.batch} must be a multiple of {processes} processes x "
+                f"learn.micro_batch={learn.micro_batch}"
+            )
 
     @cached_property
     def learned(self) -> tuple[Path, str]:
@@ -54,6 +61,7 @@ class Learning(Start):
         if config.learn.quantize_weights:
             formats += [quant.weights, quant.overrides, clip_settings(config.weights)]
         depends = [self.initial[1], self.calibration[1], settings, plain(formats), config.seed]
+        depends.append(version("geoopt"))
         code = ("learning", "learn", "rotation", "model", "quant", "kv", "weights", "networks")
         code = (*code, "parallel", *SETTINGS)
         return self.stages.run("learn", depends, self._learn, code, together=True)
@@ -113,11 +121,6 @@ class Learning(Start):
         """Assemble what is learned on, where it fits."""
         config = self.config
         learn, processes = config.learn, parallel.world()
-        if learn.batch % (processes * learn.micro_batch):
-            raise InputError(
-                f"learn.batch={learn.batch} must be a multiple of {processes} processes x "
-                f"learn.micro_batch={learn.micro_batch}"
-            )
         start = RotationSet.load(self.initial[0] / "rotations.safetensors")
         network = self.networks.learnable(start, inputs="inputs" in learn.rotations)
         expected = estimate(network, learn, config.quant, processes)
@@ -142,8 +145,7 @@ class Learning(Start):
             return error
         path = work.with_name(f"{work.stem}.diverged.safetensors")
         if parallel.is_main():
-            for name, matrix in error.last_good.items():
-                learner.rotations.parameters[name].data.copy_(matrix)
+            learner.restore(error.last_good)
             temporary = path.with_suffix(".tmp")
             self._described(learner.result()).save(temporary)
             temporary.replace(path)

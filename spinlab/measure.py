@@ -115,7 +115,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
 
 
 _HANDOFF_LIMIT = 1e-6
-_CODE = ("model", "rotation", "quant", "kv", "weights", "runtime", "networks", *SETTINGS)
+_CODE = ("measure", "model", "rotation", "quant", "kv", "weights", "runtime", "networks", *SETTINGS)
 _ROTATED = {"init": "init", "learned": "fake"}  # network of the figure -> variant
 
 

@@ -80,7 +80,8 @@ class Pipeline(Learning):
                 for layer in out.glob("layer-*"):
                     layer.unlink()
 
-        code = ("weights", "rotation", "model", "quant", "networks", "parallel", *SETTINGS)
+        code = ("pipeline", "learning", "weights", "rotation", "model", "quant", "networks")
+        code = (*code, "parallel", *SETTINGS)
         together = config.method == "gptq"
         folder, key = self.stages.run("weights", depends, work, code, together)
         return folder / "weights.safetensors", key

@@ -30,6 +30,7 @@ SMALL = [
     "rotation.duquant.steps=8",
     "rotation.duquant.block_size=16",
     "learn.micro_batch=1",
+    "learn.warmup=0",
     "learn.batch=1",
     "learn.sequence_length=64",
 ]

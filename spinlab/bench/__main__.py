@@ -44,7 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     gptq.add_argument("--samples", type=int, default=128, help="calibration windows")
     gptq.set_defaults(run=_gptq)
     learn = commands.add_parser("learn", parents=[common], help="learn the rotations of a model")
-    learn.add_argument("--dtype", help="of the network, if not the model's own")
     learn.add_argument("settings", nargs="*", help="of the learning: steps=100 micro_batch=2 ...")
     learn.set_defaults(run=_learn)
     forms = commands.add_parser("forms", help="an experiment's learning against its definition")
@@ -63,7 +62,7 @@ def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
     from spinlab.bench.learn import bench_learn, with_settings  # geoopt loads here
 
     settings = with_settings(LearnConfig(sequence_length=arguments.length), arguments.settings)
-    return bench_learn(arguments.model, settings, arguments.layers, device, arguments.dtype)
+    return bench_learn(arguments.model, settings, arguments.layers, device)
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

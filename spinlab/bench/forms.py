@@ -7,6 +7,7 @@ import torch
 
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
+from spinlab.errors import InputError
 from spinlab.learn.loop import RotationLearner, rounds_weights
 from spinlab.learn.plain import PlainSpace
 from spinlab.pipeline import Pipeline
@@ -22,6 +23,8 @@ def bench_forms(config: Config) -> dict[str, Any]:
     """
     pipeline = Pipeline(config, lambda step, values: None)
     learn = config.learn
+    if "inputs" in learn.rotations or learn.lr_input_clip:
+        raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
     start = RotationSet.load(pipeline.initial[0] / "rotations.safetensors")
     windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
     fast, slow = _learner(pipeline, start, None), _learner(pipeline, start, PlainSpace)

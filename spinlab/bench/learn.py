@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -19,7 +20,9 @@ from spinlab.config import (
     WeightsConfig,
     plain,
 )
-from spinlab.learn.loop import RotationLearner
+from spinlab.errors import InputError
+from spinlab.learn.estimate import choose_checkpoint, estimate
+from spinlab.learn.loop import RotationLearner, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
@@ -31,8 +34,8 @@ _WARM_UP = 2  # steps that load kernels and fill the allocator
 _PEAK = {"H100": 798e12, "H200": 798e12}  # dense bfloat16 products, as measured on the H100
 # kinds of GPU kernels by parts of their names, in the order in which they are looked for
 _KINDS = {
-    "products": ("gemm", "cutlass", "nvjet", "xmma", "sm90", "cublas"),
-    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
     "rounding": ("round_kernel",),
     "norms": ("rms_norm", "layer_norm", "RmsNorm", "LayerNorm"),
     "gathering": ("nccl",),
@@ -41,16 +44,17 @@ _KINDS = {
 
 
 def bench_learn(
-    name: str, learn: LearnConfig, layers: int | None, device: torch.device, dtype: str | None
+    name: str, learn: LearnConfig, layers: int | None, device: torch.device
 ) -> dict[str, Any]:
     """Return the record of one run of `learn.steps` steps on random tokens.
 
     Seconds are those of all steps, as the loop takes them; a step's is the median.
     """
-    learner = _learner(name, learn, layers, device, dtype)
-    if learn.checkpoint == "on":
+    learner = _learner(name, learn, layers, device)
+    expected = estimate(learner.model, learn, learner.quant, parallel.world())
+    if checkpoint := choose_checkpoint(expected, learn, device):
         recompute_layers(learner.model)
-    sharded = parallel.world() > 1 and not learn.quantize_weights
+    sharded = parallel.world() > 1 and not rounds_weights(learn, learner.quant)
     if sharded:
         shard_layers(learner.model)
     count = (learn.steps + _WARM_UP + 1) * learn.batch
@@ -64,6 +68,7 @@ def bench_learn(
     seconds, losses = _timed(learner, batches[: learn.steps], device)
     metrics = _metrics(learner, seconds, device) | shares | {"learn/last_loss": losses[-1]}
     settings = {"model": name, "layers": learner.model.config.num_hidden_layers, "sharded": sharded}
+    settings |= {"checkpoint": checkpoint}
     settings |= {"dtype": str(learner.model.dtype).removeprefix("torch."), "device": device.type}
     return {
         "schema": SCHEMA,
@@ -76,14 +81,13 @@ def bench_learn(
 
 
 def _learner(
-    name: str, learn: LearnConfig, layers: int | None, device: torch.device, dtype: str | None
+    name: str, learn: LearnConfig, layers: int | None, device: torch.device
 ) -> RotationLearner:
     """Draw the model and put it under learning, from a random Hadamard start."""
 
     def original() -> PreTrainedModel:
         torch.manual_seed(0)
-        model = random_llama(name, layers, device)
-        return model if dtype is None else model.to(getattr(torch, dtype))
+        return random_llama(name, layers, device)
 
     quant, rotation = QuantConfig(), RotationConfig()
     model = original()
@@ -151,10 +155,11 @@ def _shares(learner: RotationLearner, batch: torch.Tensor) -> dict[str, float]:
 
 
 def with_settings(learn: LearnConfig, words: list[str]) -> LearnConfig:
-    """Change settings of the learning by words like lr=0.3, quantize_weights=true."""
+    """Change settings of the learning by words like lr=0.3, rotations=[r1], dtype=bfloat16."""
     changes: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
-        kind = type(getattr(learn, name))
-        changes[name] = value == "true" if kind is bool else kind(value)
+        if not hasattr(learn, name) or name == "objective":
+            raise InputError(f"learn.{name} is no setting that this benchmark takes")
+        changes[name] = yaml.safe_load(value)
     return replace(learn, **changes)

@@ -76,6 +76,8 @@ class Config:
                 f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
                 "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
             )
+        if self.learn.steps:
+            self._check_learning()
         if self.learn.lr_clip > 0 and self.weights.lwc_epochs:
             raise InputError(
                 "learn.lr_clip and weights.lwc_epochs both learn weight ranges: set one to 0"
@@ -90,6 +92,40 @@ class Config:
                     )
         if "int4" in self.eval.variants:
             self._check_integers()
+
+    def _check_learning(self) -> None:
+        """Refuse to learn what no quantizer would notice."""
+        learn, quant = self.learn, self.quant
+        rounded = learn.quantize_weights and any(t.bits < 16 for t in quant.weight_formats)
+        inputs = any(t.bits < 16 for t in quant.activation_formats)
+        if "inputs" in learn.rotations and not rounded:
+            raise InputError(
+                "learn.rotations=[inputs] shapes weights for their rounding: it needs "
+                "learn.quantize_weights=true and weights of fewer than 16 bits"
+            )
+        given = self.rotation.inputs != "none" or self.rotation.load
+        if "inputs" in learn.rotations and not given:
+            raise InputError(
+                "learn.rotations=[inputs] learns the transforms of rotation.inputs: use "
+                "rotation=duquant, or learn r1 and r2"
+            )
+        if learn.lr_input_clip and not inputs:
+            raise InputError(
+                f"learn.lr_input_clip={learn.lr_input_clip}: activations of 16 bits have no range"
+            )
+        if rounded or not learn.objective.end_to_end:
+            return
+        on = {name for name in ("r1", "r2") if getattr(self.rotation, name) != "none"}
+        if "r1" in on & set(learn.rotations) and not inputs:
+            raise InputError(
+                "with 16-bit activations, and 16-bit weights in the loop, nothing depends on R1: "
+                "set learn.quantize_weights=true or quant.activations.bits"
+            )
+        if "r2" in on & set(learn.rotations) and not inputs and self.kv.v_bits == 16:
+            raise InputError(
+                "with 16-bit activations and values, nothing depends on R2: leave r2 out of "
+                "learn.rotations"
+            )
 
     def _check_integers(self) -> None:
         """Refuse formats that integer kernels cannot run; 16-bit ones are left to floats."""

@@ -1,4 +1,4 @@
-"""Settings of the learning of R1 and R2."""
+"""Settings of how rotations are learned."""
 
 from dataclasses import dataclass, field
 
@@ -39,6 +39,8 @@ class ObjectiveConfig:
         for name, weight in weights.items():
             at_least(f"learn.objective.{name}", weight, 0)
         at_least("learn.objective.kl_top_k", self.kl_top_k, 0)
+        if self.kl_top_k and not self.kl:
+            raise InputError("learn.objective.kl_top_k is of kl, which has no weight")
         if not any(weights.values()):
             raise InputError(f"learn.objective has no term: weigh one of {', '.join(OBJECTIVES)}")
 
@@ -118,11 +120,6 @@ class LearnConfig:
             raise InputError(
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
-        if self.quantize_weights and not self.objective.end_to_end:
-            raise InputError(
-                "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
-                "learn.objective.cross_entropy, kl or layer_mse"
-            )
         choice("learn.optimizer", self.optimizer, OPTIMIZERS)
         choice("learn.schedule", self.schedule, SCHEDULES)
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
@@ -131,13 +128,33 @@ class LearnConfig:
             raise InputError(f"learn.max_loss_ratio={self.max_loss_ratio} must be above 1")
         for name in self.rotations:
             choice("learn.rotations", name, ("r1", "r2", "inputs"))
+        if self.steps:
+            self._check_terms()
+
+    def _check_terms(self) -> None:
+        """Refuse settings that would do nothing."""
+        if self.quantize_weights and not self.objective.end_to_end:
+            raise InputError(
+                "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
+                "learn.objective.cross_entropy, kl or layer_mse"
+            )
         if self.lr_input_clip and not self.quantize_weights:
             raise InputError(
                 f"learn.lr_input_clip={self.lr_input_clip} is built for quantized weights in the "
                 "loop: it needs learn.quantize_weights=true"
             )
-        if "inputs" in self.rotations and not self.quantize_weights:
+        if (self.lr_scale or self.lr_inputs) and "inputs" not in self.rotations:
             raise InputError(
-                "learn.rotations=[inputs] shapes weights for their rounding: it needs "
-                "learn.quantize_weights=true"
+                "learn.lr_scale and learn.lr_inputs are those of single inputs: add inputs to "
+                "learn.rotations"
+            )
+        if self.objective.on_activations and self.rotations == ["inputs"]:
+            raise InputError(
+                "learn.objective.kurtosis and whip look at what R1 and R2 turn: learn r1 or r2"
+            )
+        if not self.rotations:
+            raise InputError("learn.rotations is empty: name r1, r2 or inputs, or use learn=none")
+        if self.warmup >= self.steps:
+            raise InputError(
+                f"learn.warmup={self.warmup} leaves nothing of learn.steps={self.steps}"
             )

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import LearnConfig, QuantConfig
 from spinlab.errors import InputError
-from spinlab.learn.loop import CHUNK, rounds_weights
+from spinlab.learn.form import CHUNK
+from spinlab.learn.loop import rounds_weights
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,14 @@ class _Job:
         return rounds_weights(self.learn, self.quant)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The network's dtype while it learns."""
+        return getattr(torch, self.learn.dtype) if self.learn.dtype else self.model.dtype
+
+    @property
     def size(self) -> int:
-        """Bytes of a number in the network's dtype."""
-        return self.model.dtype.itemsize
+        """Bytes of a number in that dtype."""
+        return self.dtype.itemsize
 
     @property
     def wide(self) -> int:
@@ -119,7 +125,7 @@ def estimate(
         flops_checkpointed=flops + again,
         wide_flops=wide,
         hidden=job.dimensions.hidden,
-        dtype=model.dtype,
+        dtype=job.dtype,
     )
 
 
@@ -137,7 +143,7 @@ def _weights(job: _Job) -> int:
     gradient = job.size + (job.wide if job.size < job.wide else 0)
     rotated = job.wide if job.learn.lr_clip else 0
     teacher = whole if job.learn.objective.needs_teacher else 0
-    return whole + teacher + job.layers * (job.size + gradient + rotated)
+    return whole + teacher + job.layers * (job.model.dtype.itemsize + gradient + rotated)
 
 
 def _activations(job: _Job) -> tuple[int, int]:

@@ -2,6 +2,11 @@
 
 import torch
 
+from spinlab.config import ObjectiveConfig
+from spinlab.learn.objectives import head_loss
+
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
+
 
 class NetworkForm:
     """Say what happens around the passes of a step; by default nothing does."""
@@ -26,12 +31,27 @@ class NetworkForm:
         """Take this network's residual stream (..., hidden) to the original's."""
         return x
 
+    def head_loss(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        ids: torch.Tensor,
+        objective: ObjectiveConfig,
+        teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss on next-token logits and its terms, from normed hidden states."""
+        return head_loss(hidden, head, ids, objective, teacher, CHUNK[ids.device.type])
+
     def clips(self) -> dict[str, torch.Tensor]:
         """Return learned clip ratios by linear."""
         return {}
 
     def input_clips(self) -> dict[str, float]:
         """Return learned clip ratios of inputs, by `input_key`."""
+        return {}
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return what is learned beside the rotations and belongs to their file, as it stands."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Stop a run whose loss explodes, and keep the rotations from before."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -9,7 +10,7 @@ from spinlab.learn.logs import part_of
 
 
 class Divergence(InputError):
-    """Say that learning diverged; `last_good` are the rotations of the last sound loss, by name."""
+    """Say that learning diverged; `last_good` is what was learned at the last sound loss."""
 
     def __init__(self, sentence: str, last_good: dict[str, torch.Tensor]) -> None:
         super().__init__(sentence)
@@ -25,11 +26,11 @@ class Guard:
         self.last_good: dict[str, torch.Tensor] = {}
 
     def check(
-        self, step: int, loss: float, norm: float, rotations: dict[str, torch.nn.Parameter]
+        self, step: int, loss: float, norm: float, numbers: Mapping[str, torch.Tensor]
     ) -> None:
         """Raise Divergence for a loss or gradient norm that is no number, or a loss too large.
 
-        Otherwise remember the rotations that the loss belongs to.
+        Otherwise remember the numbers that the loss belongs to.
         """
         first = loss if self.first is None else self.first
         if not (math.isfinite(loss) and math.isfinite(norm) and loss <= self.most * first):
@@ -40,7 +41,7 @@ class Guard:
                 self.last_good,
             )
         self.first = first
-        self.last_good = {name: p.detach().clone() for name, p in rotations.items()}
+        self.last_good = {name: x.detach().clone() for name, x in numbers.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spinlab.errors import InputError
 from spinlab.learn.logs import LogNumbers, part_of
 from spinlab.rotation.duquant import DualTransform, turn_blocks
 from spinlab.rotation.inputs import ScaledDual
@@ -23,20 +24,18 @@ PARTS = ("first", "second")
 class LiveTransform:
     """One input's transform in a step; `first` and `second` collect gradients.
 
-    first: (k, b, b) with the scale's inverse in its rows, (k, 1, 1) where nothing rotates. second:
-    (k, b, b), and `deal`, the permutation (in,) with its inverse; or None.
+    first: (k, b, b) with the scale's inverse in its rows; second: (k, b, b); deal: the permutation
+    (in,) with its inverse.
     """
 
     first: torch.Tensor
-    second: torch.Tensor | None
-    deal: tuple[torch.Tensor, torch.Tensor] | None
+    second: torch.Tensor
+    deal: tuple[torch.Tensor, torch.Tensor]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Transform inputs x: (..., in), in their own dtype."""
-        turned = turn_blocks(x, self.first)
-        if self.second is None or self.deal is None:
-            return turned
-        return turn_blocks(_Deal.apply(turned, *self.deal), self.second)  # type: ignore[arg-type]
+        dealt = _Deal.apply(turn_blocks(x, self.first), *self.deal)
+        return turn_blocks(dealt, self.second)  # type: ignore[arg-type]
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Refuse: weights are transformed layers at a time, by `LearnedInputs.of_weights`."""
@@ -99,41 +98,43 @@ class LearnedInputs:
         scale = torch.ones(transform.width) if transform.scale is None else transform.scale
         return scale.to(self.device, self.dtype)
 
+    def _duals(self, group: str) -> list[DualTransform]:
+        """Return the dual transforms of a group; raise InputError where an input has none."""
+        keys = [input_key(layer, group) for layer in self.layers[group]]
+        found = [dual for key in keys if (dual := self.start[key].dual) is not None]
+        if len(found) < len(keys):
+            raise InputError(
+                f"learn.rotations=[inputs] learns dual transforms, and the {group} inputs have "
+                "scales only: use rotation=duquant"
+            )
+        return found
+
     def _stacks(self) -> dict[str, torch.Tensor]:
         """Return the rotations of every group, (layers, k, b, b) by `group.part`, k = in/b."""
         found: dict[str, torch.Tensor] = {}
-        for group, layers in self.layers.items():
-            duals = [self.start[input_key(layer, group)].dual for layer in layers]
+        for group in self.layers:
             for part in PARTS:
-                blocks = [_apart(dual, part) for dual in duals if dual is not None]
-                if blocks:
-                    assert len(blocks) == len(layers), f"some {group} inputs have no rotation"
-                    found[f"{group}.{part}"] = torch.stack(blocks).to(self.device, self.dtype)
+                blocks = torch.stack([_apart(dual, part) for dual in self._duals(group)])
+                found[f"{group}.{part}"] = blocks.to(self.device, self.dtype)
         return found
 
-    def _deal(self, group: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _deal(self, group: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the permutations of a group and their inverses: (layers, in) each."""
-        duals = [self.start[input_key(layer, group)].dual for layer in self.layers[group]]
-        orders = [dual.permutation for dual in duals if dual is not None]
-        if not orders:
-            return None
-        stacked = torch.stack(orders).to(self.device)
+        stacked = torch.stack([dual.permutation for dual in self._duals(group)]).to(self.device)
         return stacked, stacked.argsort(-1)
 
     def begin(self, rotations: Mapping[str, torch.Tensor]) -> None:
         """Start a step with the stacked rotations as they stand."""
         self.live, self.of_weight = {}, {}
         for group, layers in self.layers.items():
-            first, second = (_plain(rotations.get(f"{group}.{part}")) for part in PARTS)
+            first, second = (_plain(rotations[f"{group}.{part}"]) for part in PARTS)
             online, weight = self._firsts(group, first)
-            self.of_weight[group] = [x for x in (weight, second) if x is not None]
+            self.of_weight[group] = [weight, second]
             self.pulled[group] = [torch.zeros_like(x) for x in self.of_weight[group]]
             deal = self.deals[group]
             for place, layer in enumerate(layers):
                 self.live[input_key(layer, group)] = LiveTransform(
-                    _leaf(online[place]),
-                    None if second is None else _leaf(second[place]),
-                    None if deal is None else (deal[0][place], deal[1][place]),
+                    _leaf(online[place]), _leaf(second[place]), (deal[0][place], deal[1][place])
                 )
 
     def of_weights(self, group: str, layers: list[int], weights: torch.Tensor) -> torch.Tensor:
@@ -146,12 +147,9 @@ class LearnedInputs:
     def _turned(
         self, group: str, places: list[int], weights: torch.Tensor, parts: list[torch.Tensor]
     ) -> torch.Tensor:
-        turned = _turn_each(weights, parts[0])
-        deal = self.deals[group]
-        if deal is None:
-            return turned
-        orders = (order[places] for order in deal)
-        return _turn_each(_Deal.apply(turned, *orders), parts[1])  # type: ignore[arg-type]
+        orders = (order[places] for order in self.deals[group])
+        dealt = _Deal.apply(_turn_each(weights, parts[0]), *orders)
+        return _turn_each(dealt, parts[1])  # type: ignore[arg-type]
 
     def pull(
         self, group: str, layers: list[int], weights: torch.Tensor, gradients: torch.Tensor
@@ -177,12 +175,9 @@ class LearnedInputs:
             return torch.stack([self.scales.logs[key].detach() for key in keys])
         return torch.stack([self._scale(key) for key in keys]).log()
 
-    def _firsts(self, group: str, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _firsts(self, group: str, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return first rotations with scales in their rows, for inputs and for weights."""
-        logs = self._log_scales(group)
-        if first is None:
-            first = logs.new_ones(*logs.shape, 1, 1)
-        rows = logs.view(*first.shape[:-1], 1)
+        rows = self._log_scales(group).view(*first.shape[:-1], 1)
         return first * (-rows).exp(), first * rows.exp()
 
     def _leaves(self, group: str, part: str) -> torch.Tensor:
@@ -197,7 +192,7 @@ class LearnedInputs:
             return self._leaves(group, "second") + self.pulled[group][1]
         return self._first_gradients(group, _plain(rotations[name]))
 
-    def _first_gradients(self, group: str, first: torch.Tensor | None) -> torch.Tensor:
+    def _first_gradients(self, group: str, first: torch.Tensor) -> torch.Tensor:
         online, weight = self._firsts(group, first)
         of_online, of_weight = self._leaves(group, "first"), self.pulled[group][0]
         of_logs = (of_weight * weight - of_online * online).sum(-1).flatten(1)
@@ -208,29 +203,20 @@ class LearnedInputs:
 
     def step(self, rate: float) -> None:
         """Move the scales."""
-        if not self.scales.logs:
-            return
-        for group in self.layers:
-            if f"{group}.first" not in self.stacks:
-                self._first_gradients(group, None)
-        self.scales.step(self.of_scales, rate)
+        if self.scales.logs:
+            self.scales.step(self.of_scales, rate)
         self.of_scales = {}
 
     def result(self, rotations: Mapping[str, torch.Tensor]) -> dict[str, ScaledDual]:
         """Return the transforms as they stand, on the host, rotations projected in float64."""
         exact = {name: polar(stack.detach()).cpu() for name, stack in rotations.items()}
         found: dict[str, ScaledDual] = {}
-        for key, transform in self.start.items():
-            layer, _, group = key.partition(".")
-            place = self.layers[group].index(int(layer))
-            dual = None
-            if transform.dual is not None:
+        for group, layers in self.layers.items():
+            scales = self._log_scales(group).double().exp().cpu()
+            for place, layer in enumerate(layers):
                 first, second = (exact[f"{group}.{part}"][place] for part in PARTS)
-                dual = DualTransform(first, transform.dual.permutation.cpu(), second)
-            scale = transform.scale
-            if self.scales.logs:
-                scale = self.scales.logs[key].detach().double().exp().cpu()
-            found[key] = ScaledDual(scale, False, dual)
+                dual = DualTransform(first, self.deals[group][0][place].cpu(), second)
+                found[input_key(layer, group)] = ScaledDual(scales[place], False, dual)
         return found
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -258,6 +244,6 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_()
 
 
-def _plain(stack: torch.Tensor | None) -> torch.Tensor | None:
+def _plain(stack: torch.Tensor) -> torch.Tensor:
     """Return a parameter's numbers: geoopt's remember their manifold, what follows does not."""
-    return None if stack is None else stack.as_subclass(torch.Tensor).detach()
+    return stack.as_subclass(torch.Tensor).detach()

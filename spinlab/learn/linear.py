@@ -1,7 +1,7 @@
 """Linears while rotations are learned: their frozen numbers, and the gradients they pass on."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -9,7 +9,6 @@ from torch import nn
 from spinlab.config import TensorQuant
 from spinlab.learn.ranges import rounding_gradient
 from spinlab.model.seams import Seam
-from spinlab.quant.affine import at_least_float32
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
 
@@ -28,11 +27,17 @@ class LearnedLinear:
     frozen: torch.Tensor
     bias: torch.Tensor | None
     format: TensorQuant | None  # None where the weight is not rounded
-    summed: torch.Tensor | None = None  # float32 gradient of past micro-batches
+    wide: torch.dtype  # of what is computed here: that of the rotations
+    summed: dict[str, torch.Tensor] = field(default_factory=dict)  # of past micro-batches
 
     @staticmethod
     def take(
-        name: str, layer: int, seam: Seam, module: nn.Linear, format: TensorQuant | None
+        name: str,
+        layer: int,
+        seam: Seam,
+        module: nn.Linear,
+        format: TensorQuant | None,
+        wide: torch.dtype,
     ) -> "LearnedLinear":
         """Keep a linear's weight, and its bias where rotations turn it; leave room in its place."""
         bias = None
@@ -41,41 +46,47 @@ class LearnedLinear:
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
         frozen = module.weight.detach()
         module.weight = nn.Parameter(torch.empty_like(frozen))
-        return LearnedLinear(name, module, seam, layer, frozen, bias, format)
+        return LearnedLinear(name, module, seam, layer, frozen, bias, format, wide)
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
-        """Return the rotated weight, in float32 or wider; a bias is turned in its place at once."""
+        """Return the rotated weight, in the rotations' dtype."""
         reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        return rotated_weight(self.frozen.to(self.wide), reads, writes)
+
+    def turn_bias(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> None:
+        """Turn a bias in its place, where rotations do."""
         if self.bias is not None:
-            turned = rotated_weight(at_least_float32(self.bias)[:, None], None, writes)[:, 0]
+            _, writes = rotations_at(self.seam, self.layer, r1, r2)
+            turned = rotated_weight(self.bias.to(self.wide)[:, None], None, writes)[:, 0]
             self.module.bias.data.copy_(turned)
             self.module.bias.grad = None
-        return rotated_weight(at_least_float32(self.frozen), reads, writes)
 
     def widen(self) -> None:
-        """Move the gradient of a 16-bit weight to a sum in float32."""
-        gradient = self.module.weight.grad
-        if gradient is None or gradient.dtype.itemsize > 2:
-            return
-        self.summed = gradient.float() if self.summed is None else self.summed.add_(gradient)
-        self.module.weight.grad = None
+        """Move the gradients of 16-bit numbers to sums in float32."""
+        for name in ("weight", "bias"):
+            parameter: nn.Parameter | None = getattr(self.module, name)
+            if parameter is None or parameter.grad is None or parameter.dtype.itemsize > 2:
+                continue
+            known, gradient = self.summed.get(name), parameter.grad
+            self.summed[name] = gradient.float() if known is None else known.add_(gradient)
+            parameter.grad = None
 
-    def gradient(self) -> torch.Tensor:
-        """Return the gradient of the written weight and forget it."""
-        found = self.module.weight.grad if self.summed is None else self.summed
+    def gradient(self, name: str = "weight") -> torch.Tensor:
+        """Return the gradient of the written weight, or bias, and forget it."""
+        parameter: nn.Parameter = getattr(self.module, name)
+        found = self.summed.pop(name, None)
+        found = parameter.grad if found is None else found
         assert found is not None
-        self.module.weight.grad = self.summed = None
-        return found
+        parameter.grad = None
+        return found.to(self.wide)
 
     def pulled(
         self, gradient: torch.Tensor, r1: torch.Tensor | None, r2: torch.Tensor | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (space, gradient) of the rotations on both sides, given that of the weight."""
-        yield from self._sides(at_least_float32(self.frozen), gradient, r1, r2, both=True)
+        yield from self._sides(self.frozen.to(self.wide), gradient, r1, r2, both=True)
         if self.bias is not None:
-            of_bias = self.module.bias.grad
-            assert of_bias is not None
-            column, of_column = (at_least_float32(t)[:, None] for t in (self.bias, of_bias))
+            column, of_column = self.bias.to(self.wide)[:, None], self.gradient("bias")[:, None]
             yield from self._sides(column, of_column, r1, r2, both=False)
 
     def _sides(
@@ -95,7 +106,7 @@ class LearnedLinear:
 
 @dataclass
 class LearnedBatch:
-    """Linears of one seam in consecutive layers, which are rounded and differentiated together.
+    """Linears of one seam in several layers, which are rounded and differentiated together.
 
     clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
     (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.

@@ -1,11 +1,10 @@
-"""The loop that learns R1 and R2 against the fake-quantized network."""
+"""The loop that learns rotations against the fake-quantized network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -15,18 +14,15 @@ from spinlab.learn.activations import ActivationSpace
 from spinlab.learn.form import NetworkForm
 from spinlab.learn.guard import Guard
 from spinlab.learn.local import LocalTerms
-from spinlab.learn.objectives import head_loss
 from spinlab.learn.optimizers import make_optimizer
 from spinlab.learn.parameters import LearnedRotations
 from spinlab.learn.schedule import rate_at
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.learn.weights import WeightSpace
-from spinlab.model.load import exact_norms
+from spinlab.model.load import cast_model, exact_norms
 from spinlab.model.seams import decoder_of, family_of, linear_at
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
-
-CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
 
 
 class RotationLearner:
@@ -59,7 +55,7 @@ class RotationLearner:
         self.form = form(model, self.rotations, self.local, (learn, quant, weights))
         for network in (model, teacher):  # what a form has kept stays as it was
             if network is not None:
-                nn.Module.to(network, dtype)
+                cast_model(network, dtype)
         rates = {"r1": learn.lr, "r2": learn.lr_r2}
         groups = [
             {"params": [parameter], "lr": rate, "base_lr": rate, "name": name}
@@ -77,7 +73,7 @@ class RotationLearner:
         terms = self._backward(batch)
         self.form.collect()
         norm = self.rotations.finish(self.learn.max_grad_norm).item()
-        self.guard.check(index, terms["loss"], norm, self.rotations.parameters)
+        self.guard.check(index, terms["loss"], norm, self.numbers())
         rate = rate_at(self.learn, index)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
@@ -133,8 +129,7 @@ class RotationLearner:
         self.local.share = share
         hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
         self.local.share = 0
-        chunk = CHUNK[ids.device.type]
-        loss, terms = head_loss(hidden, self.head, ids, objective, known, chunk)
+        loss, terms = self.form.head_loss(hidden, self.head, ids, objective, known)
         (loss * share).backward()
         return terms
 
@@ -161,6 +156,20 @@ class RotationLearner:
                 out[f"capped/{group['name']}"] = state["capped"].float().mean().item()
             out[f"orthogonality/{group['name']}"] = orthogonality_error(p)
         return out
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return everything learned that `result` holds, as it stands."""
+        found = {name: p.data for name, p in self.rotations.parameters.items()}
+        if self.rotations.inputs is not None:
+            logs = self.rotations.inputs.scales.logs
+            found |= {f"scales.{key}": log.data for key, log in logs.items()}
+        return found | self.form.numbers()
+
+    @torch.no_grad()
+    def restore(self, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Set what `numbers` returned back to where it was."""
+        for name, tensor in self.numbers().items():
+            tensor.copy_(numbers[name])
 
     def result(self) -> RotationSet:
         """Return the learned rotations, projected in float64."""

@@ -1,4 +1,4 @@
-"""R1 and R2 while they are learned: where they stand, and what the network says about them."""
+"""Rotations while they are learned: where they stand, and what the network says about them."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class LearnedRotations:
         self.parameters: dict[str, nn.Parameter] = {}
         for name in ("r1", "r2"):
             matrix = getattr(start, name)
-            held = None if matrix is None else matrix.to(device, self.wide)
+            held = None if matrix is None else matrix.to(device, self.wide, copy=True)
             if held is not None and name in learn.rotations:
                 held = self.parameters[name] = on_manifold(held)
             self.all[name] = held
@@ -41,6 +41,7 @@ class LearnedRotations:
                 self.parameters[name] = on_manifold(stack)
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
 
     @property
     def r1(self) -> torch.Tensor | None:
@@ -55,6 +56,7 @@ class LearnedRotations:
         on = {name: held for name, held in self.all.items() if held is not None}
         self.cast = {name: held.detach().to(self.dtype) for name, held in on.items()}
         self._generators = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
+        self._gradients = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.inputs is not None:
@@ -88,10 +90,8 @@ class LearnedRotations:
     def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
         """Add a Euclidean gradient: that of R1, or of the R2 of a layer."""
         if name in self.parameters:
-            held = self.all[name]
-            assert held is not None
-            point = held.detach() if name == "r1" else held.detach()[layer]
-            self.sink(name, layer)(gradient @ point.mT)
+            whole = self._gradients[name]
+            (whole if name == "r1" else whole[layer]).add_(gradient)
 
     @torch.no_grad()
     def finish(self, most: float | None) -> torch.Tensor:
@@ -101,12 +101,11 @@ class LearnedRotations:
         in; summed over processes; scaled down to `most` if its norm exceeds that.
         """
         if self.inputs is not None:
-            for name, stack in self._stacks().items():
-                self._generators[name] = (
-                    self.inputs.gradients(name, self._stacks()) @ stack.detach().mT
-                )
+            stacks = self._stacks()
+            self._gradients |= {name: self.inputs.gradients(name, stacks) for name in stacks}
         for name, parameter in self.parameters.items():
-            generator = parallel.sum_(self._generators[name])
+            whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
+            generator = parallel.sum_(whole.contiguous())
             parameter.grad = (generator - generator.mT).div_(2) @ parameter
         limit = float("inf") if most is None else most
         return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)

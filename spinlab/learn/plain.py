@@ -9,13 +9,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    LearnConfig,
+    ObjectiveConfig,
+    QuantConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.learn.form import NetworkForm
 from spinlab.learn.local import LocalTerms
 from spinlab.learn.logs import LogNumbers
 from spinlab.learn.parameters import LearnedRotations
 from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
-from spinlab.quant.affine import TIE
+from spinlab.quant.affine import TIE, at_least_float32
 from spinlab.quant.inputs import StraightThrough
 from spinlab.rotation.fuse import rotated_weight, rotations_at
 from spinlab.weights.rtn import round_to_nearest, search_ratios, weight_grid
@@ -44,8 +50,8 @@ class PlainSpace(NetworkForm):
         self.biases = {name: linear.bias for name, *_, linear in self.linears}
         decoder_of(model).register_forward_pre_hook(lambda module, args: self._write())
         family = family_of(model.config.model_type)
-        for name, into in ((family.embedding, self.enter), (family.final_norm, self.leave)):
-            linear_at(model, name).register_forward_hook(lambda m, args, out, into=into: into(out))
+        self.ends = [linear_at(model, name) for name in (family.embedding, family.head)]
+        self.end_weights = [end.weight.detach() for end in self.ends]
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         r1 = self.rotations.r1
@@ -54,6 +60,32 @@ class PlainSpace(NetworkForm):
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         r1 = self.rotations.r1
         return x if r1 is None else (x.to(self.dtype) @ r1.mT.to(self.dtype)).to(x.dtype)
+
+    def head_loss(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        ids: torch.Tensor,
+        objective: ObjectiveConfig,
+        teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss on whole logits and its terms: torch's own losses, by autograd."""
+        logits = at_least_float32(hidden[:, :-1] @ self.ends[1].weight.mT).flatten(0, 1)
+        terms = {}
+        if objective.cross_entropy:
+            terms["cross_entropy"] = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        if objective.kl:
+            assert teacher is not None
+            known = at_least_float32(teacher[0][:, :-1] @ teacher[1].mT).flatten(0, 1)
+            if objective.kl_top_k:
+                known, places = known.topk(min(objective.kl_top_k, known.shape[-1]))
+                logits = logits.gather(-1, places)
+            both = logits.log_softmax(-1), known.log_softmax(-1)
+            terms["kl"] = nn.functional.kl_div(*both, reduction="batchmean", log_target=True)
+        loss = sum(
+            (getattr(objective, name) * term for name, term in terms.items()), hidden.sum() * 0
+        )
+        return loss, terms
 
     def begin(self, index: int) -> None:
         """Search clip ratios where it is time to; learned ones start from the first search."""
@@ -80,6 +112,11 @@ class PlainSpace(NetworkForm):
             yield name, linear, writes, weight.to(self.frozen[name].dtype)
 
     def _write(self) -> None:
+        r1 = self.rotations.r1
+        if r1 is not None:
+            for end, weight in zip(self.ends, self.end_weights, strict=True):
+                turned = weight.to(self.dtype) @ r1.to(self.dtype)
+                _replace(end, "weight", turned.to(weight.dtype))
         for name, linear, writes, weight in self._rotated():
             _replace(linear, "weight", self._rounded(name, weight))
             bias = self.biases[name]

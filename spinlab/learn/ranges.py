@@ -41,8 +41,10 @@ def _symmetric(
     exact = grouped / scale
     levels = (exact + TIE).round_()
     kept = levels.clamp(grid.lowest, grid.highest)
-    passed, clipped = _split(_groups(gradient, format), levels, kept)
-    of_scale = _dot(passed, levels.sub_(exact)) + _dot(clipped, kept)
+    passed = _groups(gradient, format)
+    of_levels = _dot(passed, kept)  # inside the range kept - exact, outside kept alone
+    passed.addcmul_(passed, _outside(levels, kept), value=-1)
+    of_scale = of_levels - _dot(passed, exact)
     share = of_scale * clip / grid.highest * grouped.gather(-1, at_peak).sign()
     passed.scatter_add_(-1, at_peak, share)
     return of_scale * scale
@@ -60,8 +62,9 @@ def _asymmetric(
     exact = grouped / scale
     levels = (exact + TIE).round_()
     kept = levels.clamp(grid.lowest - zero, grid.highest - zero)
+    of_rounding = levels - exact
     passed, clipped = _split(_groups(gradient, format), levels, kept)
-    of_scale = _dot(passed, levels.sub_(exact)) / grid.highest
+    of_scale = _dot(passed, of_rounding) / grid.highest
     of_top = (_dot(clipped, (kept > 0).to(clipped.dtype)) + of_scale) * clip * (highest > 0)
     of_bottom = (_dot(clipped, (kept <= 0).to(clipped.dtype)) - of_scale) * clip * (lowest < 0)
     passed.scatter_add_(-1, at_highest, of_top).scatter_add_(-1, at_lowest, of_bottom)
@@ -76,9 +79,14 @@ def _split(
     gradient: torch.Tensor, levels: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a gradient, in place, into that of entries inside and outside the range."""
-    # products of differences: comparisons cost ten times as much on a CPU
-    clipped = (levels - kept).abs_().clamp_(max=1).mul_(gradient)
+    clipped = _outside(levels, kept).mul_(gradient)
     return gradient.sub_(clipped), clipped
+
+
+def _outside(levels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return 1 where a level was clipped, else 0; levels are overwritten."""
+    # differences: comparisons cost ten times as much on a CPU
+    return levels.sub_(kept).abs_().clamp_(max=1)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

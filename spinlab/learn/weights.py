@@ -45,7 +45,8 @@ class WeightSpace(NetworkForm):
         paths: dict[str, InputPath] = {}
         self.linears: list[LearnedLinear] = []
         for name, layer, seam, module in linears_of(model):
-            self.linears.append(LearnedLinear.take(name, layer, seam, module, self._format(name)))
+            form = self._format(name)
+            self.linears.append(LearnedLinear.take(name, layer, seam, module, form, rotations.wide))
             key = input_key(layer, seam.group)
             if seam.reads == "R1" and key not in paths:
                 _show(local.watch("r1", layer), module, output=False)
@@ -88,6 +89,8 @@ class WeightSpace(NetworkForm):
         for key, path in self.paths.items():
             if inputs is not None and key in inputs.live:
                 path.rotation = inputs.live[key]
+        for linear in self.linears:
+            linear.turn_bias(rotations.r1, rotations.r2)
         for batch in self.batches:
             weights = batch.weights(rotations.r1, rotations.r2)
             if inputs is not None:
@@ -150,6 +153,11 @@ class WeightSpace(NetworkForm):
     def input_clips(self) -> dict[str, float]:
         """Return the learned clip ratios of inputs, by `input_key`."""
         return {} if self.input_ranges is None else self.input_ranges.ratios()
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return what is learned beside the rotations and belongs to their file."""
+        ranges = {} if self.input_ranges is None else self.input_ranges.numbers.logs
+        return {f"input_ranges.{key}": log.data for key, log in ranges.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs beside the rotations."""

@@ -117,7 +117,22 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
     split_fused(model)
     if dtype == torch.float64:
         exact_norms(model)
-    return model.to(dtype).eval().requires_grad_(False)
+    return cast_model(model, dtype).eval().requires_grad_(False)
+
+
+def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Bring a model's numbers to a dtype, in place, except the frequencies of RoPE.
+
+    `Module.to` would round those too: in bfloat16 angles are off by whole turns at 2048 tokens.
+    """
+    for tensor in (*model.parameters(), *_buffers(model)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _buffers(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if "inv_freq" not in name]
 
 
 def exact_norms(model: PreTrainedModel) -> None:

@@ -27,3 +27,20 @@ def draw_outliers(profiles: Mapping[str, np.ndarray], site: str, path: Path) -> 
     figure.suptitle(site, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
+
+
+def draw_shares(shares: Mapping[str, float], title: str, path: Path) -> None:
+    """Draw shares of a whole, largest first, as one bar each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = sorted(shares, key=lambda name: shares[name])
+    figure = Figure(figsize=(5, 0.6 + 0.28 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(names, [100 * shares[name] for name in names], color="#4063a3")
+    for place, name in enumerate(names):
+        axis.text(100 * shares[name] + 1, place, f"{100 * shares[name]:.1f} %", va="center", size=8)
+    axis.set_xlim(0, 100)
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})

@@ -23,6 +23,7 @@ METHODS = {
     "spinquant_no_had": "SpinQuant no_had",
     "spinquant_had": "SpinQuant had",
     "learned_ranges": "Hadamard, learned with W4 and ranges",
+    "learned_inputs": "DuQuant as start, all learned with W4",
 }
 _TEXTS = ("wiki", "c4")
 
@@ -71,11 +72,11 @@ def _learned(config: dict[str, Any]) -> str:
 
 def _perplexities(runs: Iterable[dict[str, Any]], variant: str) -> list[str]:
     values = [[run["metrics"][f"ppl/{text}/{variant}"] for run in runs] for text in _TEXTS]
-    return [_spread(found) for found in values]
+    return [spread(found) for found in values]
 
 
-def _spread(values: list[float]) -> str:
-    """Format mean ± sample standard deviation; the same value in every run has no spread."""
+def spread(values: list[float]) -> str:
+    """Format mean ± sample standard deviation; one value, or the same in every run, has none."""
     if len(set(values)) == 1:
         return _number(values[0])
     return f"{_number(mean(values))} ± {_number(stdev(values))}"

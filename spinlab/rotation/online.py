@@ -29,7 +29,8 @@ class OnlineRotation(nn.Module):
     Two small dense products cost a + b multiplications per entry instead of a·b; a Hadamard
     matrix of any order splits that way, a dense rotation is A = 1. Products are taken in float32
     or wider: the entries of a Hadamard factor, rounded to 16 bits, would all be off one way. Its
-    signs are exact in any dtype, so 16-bit inputs are multiplied by those, and scaled once.
+    signs are exact in any dtype, so 16-bit inputs are multiplied by those, and scaled once. The
+    result is rounded once by each product: relative errors stay below 2^-8, with no loss of length.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, blocks: int = 1) -> None:

@@ -35,7 +35,7 @@ def biased(make_model):
         generator = torch.Generator().manual_seed(5)
         for *_, linear in linears_of(model):
             if linear.bias is not None:
-                linear.bias.data.normal_(generator=generator)
+                linear.bias.data.copy_(torch.randn(linear.bias.shape, generator=generator))
         return model
 
     return make
@@ -97,3 +97,56 @@ def test_learned_ranges_give_the_plain_definitions_curve(make_model):
         curves.append([learner.step(i, BATCH) for i in range(4)])
     for fast, plain in zip(*curves, strict=True):
         assert fast == pytest.approx(plain, rel=1e-7, abs=1e-12)
+
+
+DTYPES = [
+    ("float32", "float64"),
+    ("float64", "float32"),
+    ("bfloat16", None),
+    ("float32", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("stored", "run"), DTYPES)
+def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
+    """The loss is that of float64 to what the narrower dtype can hold; biases come along."""
+    learn = LearnConfig(**SETTINGS, quantize_weights=rounded, dtype=run)
+    exact = LearnConfig(**SETTINGS, quantize_weights=rounded)
+    quant, make = QuantConfig(weights=TensorQuant(symmetric=True)), biased(make_model)
+    parts = quant, RotationConfig()
+    found = learner_of(make, None, learn, *parts, dtype=getattr(torch, stored))
+    assert found.head.dtype == getattr(torch, run or stored)
+    assert found.rotations.r1.dtype == torch.promote_types(found.head.dtype, torch.float32)
+    terms, gradients = loss_and_gradients(found)
+    expected, _ = loss_and_gradients(learner_of(make, None, exact, *parts))
+    narrow = "bfloat16" in (stored, run)
+    assert terms["loss"] == pytest.approx(expected["loss"], rel=0.05 if narrow else 0.02)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("names", [["r1"], ["r2"]])
+def test_a_rotation_that_is_held_fixed_still_turns(make_model, names):
+    rounded = QuantConfig(weights=TensorQuant(symmetric=True))
+    for quantized in (False, True):
+        learn = LearnConfig(**SETTINGS, rotations=names, quantize_weights=quantized)
+        runs = [
+            loss_and_gradients(
+                learner_of(biased(make_model), form, learn, rounded, RotationConfig())
+            )
+            for form in (None, PlainSpace)
+        ]
+        assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-10)
+        assert runs[0][1].keys() == set(names)
+        for name in names:
+            assert torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-9)
+
+
+def test_learning_leaves_its_start_alone(make_model):
+    learn = LearnConfig(**SETTINGS)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    learner = learner_of(make_model, None, learn, quant, RotationConfig())
+    before = learner.start.r1.clone()
+    learner.step(0, BATCH)
+    assert torch.equal(learner.start.r1, before)
+    assert not torch.equal(learner.rotations.r1.detach(), before)

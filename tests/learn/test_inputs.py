@@ -1,5 +1,7 @@
 """Learned transforms of single inputs against dense matrices and autograd, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -108,10 +110,16 @@ def by_autograd(networks, inputs):
     return loss.item(), dense
 
 
+@pytest.fixture(params=[False, True], ids=["no biases", "biases"])
+def make_any(request, make_model):
+    """As Qwen2, with biases that rotations would turn."""
+    return partial(make_model, attention_bias=request.param, mlp_bias=request.param)
+
+
 @pytest.mark.parametrize("shared", [False, True])
-def test_loss_and_gradients_are_those_of_dense_matrices(make_model, shared):
-    inputs = transforms(make_model(), shared)
-    learner, networks = learner_of(make_model, inputs)
+def test_loss_and_gradients_are_those_of_dense_matrices(make_any, shared):
+    inputs = transforms(make_any(), shared)
+    learner, networks = learner_of(make_any, inputs)
     rotations = learner.rotations
     rotations.begin()
     learner.form.begin(0)

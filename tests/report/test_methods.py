@@ -55,9 +55,7 @@ def test_only_the_table_of_a_page_is_rebuilt():
         rebuilt("a page without marks", "new")
 
 
-def test_the_committed_table_is_that_of_the_committed_records():
-    page = (EXPERIMENTS / "methods_smollm2.md").read_text(encoding="utf-8")
+def test_every_committed_method_has_three_seeds():
     records = read_records(EXPERIMENTS / "methods_smollm2")
-    assert rebuilt(page, methods_table(records)) == page
     assert all(len(runs) == 3 for runs in records.values())
     assert {run["config"]["seed"] for runs in records.values() for run in runs} == {0, 1, 2}

@@ -1,0 +1,110 @@
+"""Learning on two processes, weights sharded over them, against one: same tokens, same curve."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from spinlab import parallel
+from spinlab.config import (
+    KVConfig,
+    LearnConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    QuantConfig,
+    RotationConfig,
+    WeightsConfig,
+)
+from spinlab.learn.loop import RotationLearner, learn_rotations
+from spinlab.learn.placement import recompute_layers, shard_layers
+from spinlab.model.load import load_model
+from spinlab.model.seams import dimensions_of, layers_of
+from spinlab.networks import Networks
+from spinlab.rotation.initial import initial_rotations
+
+ARCHITECTURE = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+WINDOWS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(2))
+OBJECTIVE = ObjectiveConfig(kl=1.0, layer_mse=0.5, kurtosis=0.1)
+
+
+def original():
+    return load_model(ModelConfig(architecture=ARCHITECTURE, dtype="float64"), None, 0)
+
+
+def learned(rounded: bool, recompute: bool) -> dict:
+    """Learn three steps on the processes there are; return curve, R1, R2 and what was sharded."""
+    learn = LearnConfig(
+        steps=3,
+        batch=4,
+        sequence_length=16,
+        objective=OBJECTIVE,
+        quantize_weights=rounded,
+        lr_clip=0.03 if rounded else 0.0,
+        lr_input_clip=0.01 if rounded else 0.0,
+    )
+    networks = Networks(original, QuantConfig(), KVConfig())
+    dimensions = dimensions_of(original().config)
+    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    model, teacher = networks.learnable(start), original() if rounded else None
+    learner = RotationLearner(model, start, learn, QuantConfig(), WeightsConfig(), teacher)
+    if recompute:
+        recompute_layers(model)
+    if not rounded:
+        shard_layers(model)
+    curve: list[dict] = []
+    learn_rotations(learner, WINDOWS, 0, lambda step, values: curve.append(values))
+    weight = next(p for p in layers_of(model)[0].parameters() if p.dim() == 2)
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    result = learner.result()
+    return {
+        "curve": curve,
+        "r1": result.r1,
+        "r2": result.r2,
+        "clips": result.clips,
+        "share": local.numel() / weight.numel(),
+    }
+
+
+def _process(rank: int, port: int, case: tuple[bool, bool], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    parallel.start("cpu")
+    torch.save(learned(*case), folder / f"{rank}.pt")
+    parallel.stop()
+
+
+def two_processes(case: tuple[bool, bool], folder: Path) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (port, case, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", [(False, False), (False, True), (True, False)])
+def test_two_processes_learn_what_one_learns(case, tmp_path):
+    """Only the order of summation differs, and float64 leaves it nothing to flip."""
+    rounded, _ = case
+    alone, (first, second) = learned(*case), two_processes(case, tmp_path)
+    for found in (first, second):
+        for ours, expected in zip(found["curve"], alone["curve"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-8, abs=1e-12)
+        assert torch.allclose(found["r1"], alone["r1"], atol=1e-9)
+        assert torch.allclose(found["r2"], alone["r2"], atol=1e-9)
+        assert found["clips"] == pytest.approx(alone["clips"], rel=1e-6)
+    assert torch.equal(first["r1"], second["r1"])
+    assert first["share"] + second["share"] == pytest.approx(2 if rounded else 1)

@@ -1,0 +1,57 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from spinlab.report.__main__ import rebuilt, tables
+from spinlab.report.ablations import ablation_table, read_ablation
+from spinlab.report.gap import TEXTS, gap_closed
+from spinlab.report.methods import read_records
+
+EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
+
+
+def record(seed: int, wiki: float) -> dict:
+    metrics = {"ppl/wiki/fake": wiki, "ppl/wiki/fp": 10.0}
+    return {"config": {"seed": seed}, "metrics": metrics}
+
+
+def test_the_share_of_a_gap_is_taken_in_logarithms_and_seed_by_seed():
+    baseline = [record(1, 40.0), record(0, 20.0)]
+    # half-way between 10 and 20, and between 10 and 40, is the geometric mean
+    method = [record(0, math.sqrt(200)), record(1, 20.0)]
+    assert gap_closed(method, baseline, "wiki") == pytest.approx([0.5, 0.5])
+
+
+def test_the_committed_summary_is_that_of_its_records():
+    summary = json.loads((EXPERIMENTS / "best_smollm2.json").read_text())
+    records = read_records(EXPERIMENTS / "methods_smollm2")
+    for text in TEXTS:
+        shares = gap_closed(records[summary["method"]], records["quarot"], text)
+        assert len(shares) == 3
+        found = summary["metrics"][f"quality/gap_closed/{text}"]
+        assert found == pytest.approx(sum(shares) / 3)
+        assert found > 0.4
+    assert all((EXPERIMENTS / name).exists() for name in summary["records"])
+
+
+def test_every_committed_table_is_that_of_its_records():
+    for page, found in tables(EXPERIMENTS).items():
+        text = page.read_text(encoding="utf-8")
+        for name, table in found.items():
+            assert rebuilt(text, table, name) == text, f"{page.name}: make tables"
+
+
+def test_an_ablation_lists_the_best_value_first(tmp_path):
+    for value, c4 in (("slow_one", 30.0), ("fast", 20.0)):
+        learn = {"lr": 0.3, "lr_r2": None, "steps": 5}
+        metrics = {"ppl/wiki/fake": 5.0, "ppl/c4/fake": c4}
+        stages = [{"name": "learn", "seconds": 7.4}]
+        whole = {"status": "complete", "config": {"learn": learn}}
+        path = tmp_path / f"optimizer_{value}_seed0.json"
+        path.write_text(json.dumps({**whole, "metrics": metrics, "stages": stages}))
+    lines = ablation_table("optimizer", read_ablation(tmp_path, "optimizer")).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["fast", "slow_one"]
+    assert "| 20.00" in lines[2]
+    assert "7 " in lines[2]
