@@ -48,8 +48,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     pipeline = Pipeline(config, on_step)
     record = Record(config, overrides, environment())
     record.save()
-    if parallel.is_main():
-        trackers += make_trackers(config, record.key, record.folder)
+    trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
@@ -64,8 +63,7 @@ def run(config: Config, overrides: list[str]) -> Record:
         record.status = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        record.stages = pipeline.stages.as_json()
-        path = record.save()
+        path = _save(pipeline, record)
         finish_all(trackers, record.metrics, figures, artifacts)
     if parallel.is_main():
         _show(record, path, time.perf_counter() - start)
@@ -164,9 +162,9 @@ def _read(path: Path, default):
     return json.loads(path.read_text()) if path.exists() else default
 
 
-def _save(pipeline: Pipeline, record: Record) -> None:
+def _save(pipeline: Pipeline, record: Record) -> Path:
     record.stages = pipeline.stages.as_json()
-    record.save()
+    return record.save()
 
 
 def _show(record: Record, path: Path, seconds: float) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from spinlab import parallel
 from spinlab.config import Config, WeightsConfig, plain
 from spinlab.errors import InputError
-from spinlab.learn.estimate import announce, choose_checkpoint, estimate
+from spinlab.learn.announce import announce
+from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.guard import Divergence
 from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers

@@ -1,4 +1,4 @@
-"""Time an experiment's learning against its plain definition, step by step in one process."""
+"""Time an experiment's learning against its plain definition, one after the other."""
 
 import statistics
 from typing import Any
@@ -16,7 +16,7 @@ from spinlab.track.environment import environment
 
 
 def bench_forms(config: Config) -> dict[str, Any]:
-    """Return the record of a run of `learn.steps` steps in both forms, which take turns.
+    """Return the record of a run of `learn.steps` steps in each form.
 
     Both start from the same rotations and read the same windows; the plain one rotates every weight
     in float64 at each forward pass, as SpinQuant's published code does.
@@ -27,11 +27,11 @@ def bench_forms(config: Config) -> dict[str, Any]:
         raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
     start = RotationSet.load(pipeline.initial[0] / "rotations.safetensors")
     windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
-    fast, slow = _learner(pipeline, start, None), _learner(pipeline, start, PlainSpace)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
-    for index, batch in enumerate(windows.split(learn.batch)):
-        for name, learner in (("fast", fast), ("plain", slow)):
+    for name, form in (("fast", None), ("plain", PlainSpace)):
+        learner = _learner(pipeline, start, form)
+        for index, batch in enumerate(windows.split(learn.batch)):
             begin = now(pipeline.device)
             losses[name].append(learner.step(index, batch)["loss"])
             seconds[name].append(now(pipeline.device) - begin)

@@ -1,12 +1,10 @@
-"""What a learning run takes, from shapes alone: memory per process and time, before it starts.
+"""What a learning run takes, from shapes alone: memory per process and operations.
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
 attention q, k, v and its output, the gated MLP gate, its activation and up. A frozen linear keeps
 nothing, one whose weight gets a gradient its input.
 """
 
-import logging
-import time
 from dataclasses import dataclass
 
 import psutil
@@ -20,14 +18,8 @@ from spinlab.learn.form import CHUNK
 from spinlab.learn.loop import rounds_weights
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
 
-log = logging.getLogger(__name__)
-
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
 _MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
-_EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}  # of a run's products, in those of the probe
-_PROBE_ROWS = {"cpu": 256, "cuda": 8192}
-_TINY = {"cpu": 1e11, "cuda": 1e14}  # operations that are over before anyone asks
-_WORTH_TELLING = 5  # seconds
 
 
 @dataclass(frozen=True)
@@ -225,16 +217,15 @@ def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.devi
         checkpoint = estimate.bytes(False) > has
     if estimate.bytes(checkpoint) <= has:
         return checkpoint
-    fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}", "more processes"]
+    fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}"]
     if learn.micro_batch > 1:
         fixes.insert(0, f"a smaller learn.micro_batch than {learn.micro_batch}")
     if not checkpoint and estimate.bytes(True) <= has:
         fixes.insert(0, "learn.checkpoint=on")
-    if learn.quantize_weights:
-        fixes.append("learn.quantize_weights=false")
+    fixes.append("learn.quantize_weights=false" if learn.quantize_weights else "more processes")
     raise InputError(
-        f"learning needs about {_gib(estimate.bytes(checkpoint))} GiB with learn.checkpoint="
-        f"{'on' if checkpoint else 'off'}, and {device} has {_gib(has)} for it: use "
+        f"learning needs about {gib(estimate.bytes(checkpoint))} GiB with learn.checkpoint="
+        f"{'on' if checkpoint else 'off'}, and {device} has {gib(has)} for it: use "
         f"{', '.join(fixes[:-1])} or {fixes[-1]}"
     )
 
@@ -247,55 +238,6 @@ def memory_for(device: torch.device) -> int:
     return free + psutil.Process().memory_info().rss
 
 
-def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None:
-    """Log about how long the run takes and how much memory."""
-    seconds = _seconds(estimate, checkpoint, device)
-    kept = estimate.activations_checkpointed if checkpoint else estimate.activations
-    log.info(
-        "%-12s %s%s of %s GiB (weights %s, activations %s%s, rest %s)",
-        "learn",
-        f"about {_duration(seconds)} and " if seconds >= _WORTH_TELLING else "",
-        _gib(estimate.bytes(checkpoint)),
-        _gib(memory_for(device)),
-        _gib(estimate.weights),
-        _gib(kept),
-        " recomputed" if checkpoint else "",
-        _gib(estimate.rest),
-    )
-
-
-def _seconds(estimate: Estimate, checkpoint: bool, device: torch.device) -> float:
-    """Return about how long the run takes, from a short measurement; 0 for tiny ones."""
-    flops = estimate.flops_checkpointed if checkpoint else estimate.flops
-    if flops + estimate.wide_flops < _TINY[device.type]:
-        return 0.0
-    narrow = _rate(estimate.hidden, estimate.dtype, device)
-    wide = _rate(estimate.hidden, torch.promote_types(estimate.dtype, torch.float32), device)
-    return (flops / narrow + estimate.wide_flops / wide) / _EFFICIENCY[device.type]
-
-
-def _rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Measure operations per second of products (rows, n) (n, n): the best of three."""
-    rows = _PROBE_ROWS[device.type]
-    generator = torch.Generator(device).manual_seed(0)  # zeros would be faster than numbers are
-    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
-    matrix = torch.randn(width, width, device=device, generator=generator).to(dtype)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        found = x @ matrix
-        found[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * width**2 / best
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
     gib = count / 2**30
     return f"{gib:.1f}" if gib >= 1 else f"{gib:.2g}"

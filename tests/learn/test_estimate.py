@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import spinlab.learn.announce as telling
 import spinlab.learn.estimate as module
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
@@ -20,7 +21,8 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.errors import InputError
-from spinlab.learn.estimate import announce, choose_checkpoint, estimate
+from spinlab.learn.announce import announce
+from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.loop import RotationLearner
 from spinlab.model.seams import decoder_of, dimensions_of
 from spinlab.networks import Networks
@@ -155,7 +157,8 @@ def device_with(monkeypatch):
     """Return a function that gives the device so many bytes."""
 
     def give(count: int) -> None:
-        monkeypatch.setattr(module, "memory_for", lambda device: count)
+        for place in (module, telling):
+            monkeypatch.setattr(place, "memory_for", lambda device: count)
 
     return give
 
@@ -189,7 +192,7 @@ def test_a_run_that_cannot_fit_is_refused(device_with, setting, share, words):
 
 
 def test_it_is_told_in_one_line(device_with, caplog, monkeypatch):
-    monkeypatch.setattr(module, "_rate", lambda width, dtype, device: 4e14)
+    monkeypatch.setattr(telling, "_rate", lambda width, dtype, device: 4e14)
     device_with(80 * GIB)
     found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
     with caplog.at_level(logging.INFO):
@@ -202,12 +205,12 @@ def test_it_is_told_in_one_line(device_with, caplog, monkeypatch):
 
 
 def test_a_tiny_run_is_not_timed(device_with, caplog, make_model, monkeypatch):
-    monkeypatch.setattr(module, "_rate", None)
+    monkeypatch.setattr(telling, "_rate", None)
     with caplog.at_level(logging.INFO):
         announce(estimate(make_model(), LearnConfig(steps=2), QUANT, 1), False, CPU)
     assert "about" not in caplog.text
 
 
 def test_a_probe_measures_a_plausible_rate():
-    assert 1e8 < module._rate(64, torch.float32, CPU) < 1e13
+    assert 1e8 < telling._rate(64, torch.float32, CPU) < 1e13
     assert module.memory_for(CPU) > GIB / 4
