@@ -16,6 +16,7 @@ from spinlab.config import Config, WeightsConfig, plain
 from spinlab.errors import InputError
 from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
+from spinlab.learn.form import NetworkForm
 from spinlab.learn.guard import Divergence
 from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers
@@ -99,7 +100,7 @@ class Learning(Start):
     ) -> tuple[RotationSet, dict[str, torch.Tensor], list[dict[str, float]]]:
         """Run the learning loop; return rotations, learned clip ratios and the curve."""
         learn = self.config.learn
-        learner = self._learner()
+        learner = self.learner()
         windows = self.windows("learn", learn.steps * learn.batch, learn.sequence_length)
         curve = resume(learner, progress)
         parallel.barrier()  # all have read it before the first one writes the next
@@ -118,8 +119,8 @@ class Learning(Start):
             raise self._kept(error, learner, progress.parent) from error
         return learner.result(), learner.clips(), curve
 
-    def _learner(self) -> RotationLearner:
-        """Assemble what is learned on, where it fits."""
+    def learner(self, form: Callable[..., NetworkForm] | None = None) -> RotationLearner:
+        """Assemble what is learned on, where it fits; form: another way to compute the same."""
         config = self.config
         learn, processes = config.learn, parallel.world()
         start = RotationSet.load(self.initial[0] / "rotations.safetensors")
@@ -128,12 +129,13 @@ class Learning(Start):
         checkpoint = choose_checkpoint(expected, learn, self.device)
         announce(expected, checkpoint, self.device)
         rounded = rounds_weights(learn, config.quant)
-        teacher = self.original() if learn.objective.needs_teacher and rounded else None
+        apart = rounded or form is not None  # the network without quantizers is not the original
+        teacher = self.original() if learn.objective.needs_teacher and apart else None
         formats = learn, config.quant, config.weights
-        learner = RotationLearner(network, start, *formats, teacher=teacher)
+        learner = RotationLearner(network, start, *formats, teacher=teacher, form=form)
         if checkpoint:
             recompute_layers(network)
-        if not rounded:
+        if not apart:
             shard_layers(network)
         return learner
 

@@ -8,10 +8,8 @@ import torch
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.learn.loop import RotationLearner, rounds_weights
 from spinlab.learn.plain import PlainSpace
 from spinlab.pipeline import Pipeline
-from spinlab.rotation.rotations import RotationSet
 from spinlab.track.environment import environment
 
 
@@ -25,12 +23,11 @@ def bench_forms(config: Config) -> dict[str, Any]:
     learn = config.learn
     if "inputs" in learn.rotations or learn.lr_input_clip:
         raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
-    start = RotationSet.load(pipeline.initial[0] / "rotations.safetensors")
     windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
     for name, form in (("fast", None), ("plain", PlainSpace)):
-        learner = _learner(pipeline, start, form)
+        learner = pipeline.learner(form)
         for index, batch in enumerate(windows.split(learn.batch)):
             begin = now(pipeline.device)
             losses[name].append(learner.step(index, batch)["loss"])
@@ -43,16 +40,6 @@ def bench_forms(config: Config) -> dict[str, Any]:
         "metrics": _metrics(seconds, losses),
         "curves": losses,
     }
-
-
-def _learner(pipeline: Pipeline, start: RotationSet, form: Any) -> RotationLearner:
-    config = pipeline.config
-    network = pipeline.networks.learnable(start)
-    rounded = rounds_weights(config.learn, config.quant)
-    needs = config.learn.objective.needs_teacher and (rounded or form is not None)
-    teacher = pipeline.original() if needs else None
-    formats = config.learn, config.quant, config.weights
-    return RotationLearner(network, start, *formats, teacher=teacher, form=form)
 
 
 def _metrics(seconds: dict[str, list[float]], losses: dict[str, list[float]]) -> dict[str, float]:

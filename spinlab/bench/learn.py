@@ -105,7 +105,6 @@ def _timed(
     """Return the seconds and the loss of every step."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    learner.guard = type(learner.guard)(float("inf"))  # random weights have nothing to diverge from
     seconds, losses = [], []
     for index, batch in enumerate(batches):
         start = now(device)

@@ -1,11 +1,12 @@
 """The step that our own optimizers of rotations share: one move per parameter with a gradient."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 
 
-class RotationOptimizer(torch.optim.Optimizer):
+class RotationOptimizer(torch.optim.Optimizer, ABC):
     """Move (..., n, n) orthogonal parameters; leading dimensions are independent matrices."""
 
     @torch.no_grad()
@@ -21,5 +22,6 @@ class RotationOptimizer(torch.optim.Optimizer):
                     self._move(p, p.grad, group)
         return loss
 
+    @abstractmethod
     def _move(self, p: torch.Tensor, gradient: torch.Tensor, group: dict) -> None:
-        raise NotImplementedError
+        """Move one parameter, in place, by its gradient and the settings of its group."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.learn.logs import LogNumbers
+from spinlab.learn.log_numbers import LogNumbers
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath
 from spinlab.quant.ranged import round_in_range

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spinlab.errors import InputError
-from spinlab.learn.logs import LogNumbers, part_of
+from spinlab.learn.log_numbers import LogNumbers, part_of
 from spinlab.rotation.duquant import DualTransform, turn_blocks
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import polar
@@ -36,10 +36,6 @@ class LiveTransform:
         """Transform inputs x: (..., in), in their own dtype."""
         dealt = _Deal.apply(turn_blocks(x, self.first), *self.deal)
         return turn_blocks(dealt, self.second)  # type: ignore[arg-type]
-
-    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Refuse: weights are transformed layers at a time, by `LearnedInputs.of_weights`."""
-        raise NotImplementedError
 
 
 class _Deal(torch.autograd.Function):

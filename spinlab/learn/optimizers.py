@@ -18,10 +18,9 @@ def on_manifold(rotation: torch.Tensor) -> nn.Parameter:
     return cast(Any, geoopt.ManifoldParameter)(rotation, manifold=manifold)
 
 
-def tangent(point: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Project a gradient on the tangent space at R: ½ (G Rᵀ - R Gᵀ) R, (..., n, n) each."""
-    turned = gradient @ point.mT
-    return 0.5 * (turned - turned.mT) @ point
+def tangent(point: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
+    """Return the Riemannian gradient ½ (M - Mᵀ) R at R, for a Euclidean one M R: (..., n, n)."""
+    return 0.5 * (generator - generator.mT) @ point
 
 
 def make_optimizer(groups: list[dict[str, Any]], learn: LearnConfig) -> torch.optim.Optimizer:

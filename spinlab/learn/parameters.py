@@ -8,7 +8,7 @@ from torch import nn
 from spinlab import parallel
 from spinlab.config import LearnConfig
 from spinlab.learn.inputs import LearnedInputs
-from spinlab.learn.optimizers import on_manifold
+from spinlab.learn.optimizers import on_manifold, tangent
 from spinlab.learn.turn import Sink
 from spinlab.rotation.orthogonal import polar
 from spinlab.rotation.rotations import RotationSet
@@ -106,7 +106,7 @@ class LearnedRotations:
         for name, parameter in self.parameters.items():
             whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
             generator = parallel.sum_(whole.contiguous())
-            parameter.grad = (generator - generator.mT).div_(2) @ parameter
+            parameter.grad = tangent(parameter.detach(), generator)
         limit = float("inf") if most is None else most
         return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
 

@@ -18,7 +18,7 @@ from spinlab.config import (
 )
 from spinlab.learn.form import NetworkForm
 from spinlab.learn.local import LocalTerms
-from spinlab.learn.logs import LogNumbers
+from spinlab.learn.log_numbers import LogNumbers
 from spinlab.learn.parameters import LearnedRotations
 from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
 from spinlab.quant.affine import TIE, at_least_float32

@@ -7,6 +7,7 @@ sign: far from the start Z can come near a singular matrix, where U⁻¹ makes g
 a step may leap over it and change the sign.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -33,8 +34,9 @@ class _LatentOptimizer(RotationOptimizer):
         latent.sub_(direction, alpha=group["lr"])
         p.copy_(orthogonal_factor(latent))
 
+    @abstractmethod
     def _direction(self, state: dict, gradient: torch.Tensor, group: dict) -> torch.Tensor:
-        raise NotImplementedError
+        """Return what the latent moves against, for its gradient."""
 
 
 class QRSGD(_LatentOptimizer):

@@ -18,7 +18,7 @@ from spinlab.learn.form import NetworkForm
 from spinlab.learn.input_ranges import InputRanges
 from spinlab.learn.linear import LearnedBatch, LearnedLinear, batches_of
 from spinlab.learn.local import LocalTerms
-from spinlab.learn.logs import LogNumbers, part_of
+from spinlab.learn.log_numbers import LogNumbers, part_of
 from spinlab.learn.parameters import LearnedRotations
 from spinlab.learn.turn import turn, turn_back
 from spinlab.model.seams import family_of, linear_at, linears_of

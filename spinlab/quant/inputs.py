@@ -22,9 +22,9 @@ from spinlab.quant.affine import (
     scale_and_zero,
 )
 from spinlab.quant.fused import has_kernel, round_rows
-from spinlab.rotation.online import InputTransform
 
 T = TypeVar("T")
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Encoded(NamedTuple):
@@ -100,7 +100,7 @@ class InputPath(nn.Module):
     """Rotate and quantize the input that `readers` linears share."""
 
     def __init__(
-        self, rotation: InputTransform | None, quantizer: TokenQuantizer | None, readers: int = 1
+        self, rotation: Transform | None, quantizer: TokenQuantizer | None, readers: int = 1
     ) -> None:
         super().__init__()
         self.rotation, self.quantizer, self.readers = rotation, quantizer, readers

@@ -2,21 +2,15 @@ import pytest
 import torch
 
 from spinlab.config import TensorQuant
-from spinlab.learn.logs import LogNumbers
+from spinlab.learn.log_numbers import LogNumbers
 from spinlab.learn.ranges import rounding_gradient
 from spinlab.quant.affine import TIE, Grid, extremes
+from spinlab.quant.inputs import StraightThrough
 
 
-class Round(torch.autograd.Function):
+def nearest(x):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.round(x + TIE)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+    return StraightThrough.apply(x, lambda t: torch.round(t + TIE))
 
 
 def rounded(weight, log_ratio, format):
@@ -26,13 +20,13 @@ def rounded(weight, log_ratio, format):
     ratio = log_ratio.exp()
     if format.symmetric:
         scale = torch.maximum(highest, -lowest) * ratio / grid.highest
-        levels = Round.apply(grouped / scale).clamp(grid.lowest, grid.highest)
+        levels = nearest(grouped / scale).clamp(grid.lowest, grid.highest)
         return (levels * scale).flatten(1)
     lowest, highest = lowest.clamp(max=0) * ratio, highest.clamp(min=0) * ratio
     scale = (highest - lowest) / grid.highest
     exact_zero = -lowest / scale
     zero = exact_zero + (torch.round(exact_zero + TIE) - exact_zero).detach()
-    levels = (Round.apply(grouped / scale) + zero).clamp(grid.lowest, grid.highest)
+    levels = (nearest(grouped / scale) + zero).clamp(grid.lowest, grid.highest)
     return ((levels - zero) * scale).flatten(1)
 
 

@@ -92,7 +92,7 @@ def two_processes(case: tuple[bool, bool], folder: Path) -> list[dict]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_process, (port, case, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", [(False, False), (False, True), (True, False)])

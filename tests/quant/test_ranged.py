@@ -8,23 +8,16 @@ import torch
 
 from spinlab.quant.affine import TIE, Grid, extremes, scale_and_zero
 from spinlab.quant.fused import pull_back_rows, round_rows
-from spinlab.quant.inputs import TokenQuantizer
+from spinlab.quant.inputs import StraightThrough, TokenQuantizer
 from spinlab.quant.ranged import pull_back, round_in_range
 
 GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(3, True)]
 GROUPS = [0, 8]
 
 
-class Round(torch.autograd.Function):
+def nearest(x):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.round(x + TIE)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+    return StraightThrough.apply(x, lambda t: torch.round(t + TIE))
 
 
 def rounded(x, log_ratio, grid, group_size):
@@ -38,7 +31,7 @@ def rounded(x, log_ratio, grid, group_size):
         bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (top - bottom) / grid.highest
         _, zero = scale_and_zero(bottom.detach(), top.detach(), grid)
-    levels = Round.apply(grouped / scale)
+    levels = nearest(grouped / scale)
     found = torch.where(levels > grid.highest - zero, top, levels * scale)
     return torch.where(levels < grid.lowest - zero, bottom, found).flatten(-2)
 
@@ -133,7 +126,7 @@ INTERPRETED = """
 import torch
 from spinlab.quant import fused, ranged
 from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
+from spinlab.quant.inputs import StraightThrough, TokenQuantizer
 
 g = torch.Generator().manual_seed(0)
 for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):

@@ -7,6 +7,7 @@ import spinlab.weights.lwc as lwc_module
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.model.seams import linear_at
 from spinlab.quant.affine import TIE, Grid, scale_and_zero
+from spinlab.quant.inputs import StraightThrough
 from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.fuse import fuse_inputs
 from spinlab.rotation.online import hadamard_rotation
@@ -55,16 +56,9 @@ def lwc(make_fused, windows, tmp_path):
     return learn
 
 
-class Round(torch.autograd.Function):
+def nearest(x):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.round(x + TIE)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
+    return StraightThrough.apply(x, lambda t: torch.round(t + TIE))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -82,7 +76,7 @@ def test_the_gradient_of_a_range_is_autograds(format):
     else:
         scale = (highest - lowest) / grid.highest
         ends = lowest, highest
-    levels = Round.apply(grouped / scale)
+    levels = nearest(grouped / scale)
     _, zero = scale_and_zero(lowest.detach(), highest.detach(), grid)
     rounded = torch.where(levels + zero < grid.lowest, ends[0], levels * scale)
     rounded = torch.where(levels + zero > grid.highest, ends[1], rounded)
