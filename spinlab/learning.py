@@ -16,7 +16,7 @@ from spinlab.config import Config, WeightsConfig, plain
 from spinlab.errors import InputError
 from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
-from spinlab.learn.form import NetworkForm
+from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.guard import Divergence
 from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers
@@ -119,7 +119,7 @@ class Learning(Start):
             raise self._kept(error, learner, progress.parent) from error
         return learner.result(), learner.clips(), curve
 
-    def learner(self, form: Callable[..., NetworkForm] | None = None) -> RotationLearner:
+    def learner(self, form: Callable[[Parts], NetworkForm] | None = None) -> RotationLearner:
         """Assemble what is learned on, where it fits; form: another way to compute the same."""
         config = self.config
         learn, processes = config.learn, parallel.world()

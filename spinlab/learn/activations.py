@@ -7,10 +7,8 @@ is rotated and none gets a gradient.
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
-from spinlab.learn.form import NetworkForm
+from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.local import LocalTerms
 from spinlab.learn.parameters import LearnedRotations
 from spinlab.learn.turn import round_turned, turn, turn_back
@@ -25,15 +23,10 @@ class ActivationSpace(NetworkForm):
     Gradients reach the rotations as they arise, and the residual stream stays the original's.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        rotations: LearnedRotations,
-        local: LocalTerms,
-        formats: tuple[LearnConfig, QuantConfig, WeightsConfig],
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
+        rotations, local = parts.rotations, parts.local
         turned: dict[InputPath, InputPath] = {}
-        for _, layer, seam, linear in linears_of(model):
+        for _, layer, seam, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
             name = {"R1": "r1", "R2": "r2"}.get(seam.reads or "")
             if name is not None and rotations.all[name] is not None:

@@ -1,11 +1,28 @@
 """What the loop asks of a network under learning, whichever basis its numbers are in."""
 
-import torch
+from dataclasses import dataclass
 
-from spinlab.config import ObjectiveConfig
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import LearnConfig, ObjectiveConfig, QuantConfig, WeightsConfig
+from spinlab.learn.local import LocalTerms
 from spinlab.learn.objectives import head_loss
+from spinlab.learn.parameters import LearnedRotations
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a form is made of: the network, what is learned, and the settings."""
+
+    model: PreTrainedModel
+    rotations: LearnedRotations
+    local: LocalTerms
+    learn: LearnConfig
+    quant: QuantConfig
+    weights: WeightsConfig
 
 
 class NetworkForm:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
 from spinlab.learn.activations import ActivationSpace
-from spinlab.learn.form import NetworkForm
+from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.guard import Guard
 from spinlab.learn.local import LocalTerms
 from spinlab.learn.optimizers import make_optimizer
@@ -42,7 +42,7 @@ class RotationLearner:
         quant: QuantConfig,
         weights: WeightsConfig,
         teacher: PreTrainedModel | None = None,
-        form: Callable[..., NetworkForm] | None = None,
+        form: Callable[[Parts], NetworkForm] | None = None,
     ) -> None:
         exact_norms(model)  # one kernel each, where transformers' take six
         self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
@@ -52,7 +52,7 @@ class RotationLearner:
         self.local = LocalTerms(learn.objective, self.rotations)
         if form is None:
             form = WeightSpace if rounds_weights(learn, quant) else ActivationSpace
-        self.form = form(model, self.rotations, self.local, (learn, quant, weights))
+        self.form = form(Parts(model, self.rotations, self.local, learn, quant, weights))
         for network in (model, teacher):  # what a form has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)

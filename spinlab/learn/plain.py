@@ -7,19 +7,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from spinlab.config import (
-    LearnConfig,
     ObjectiveConfig,
-    QuantConfig,
     TensorQuant,
-    WeightsConfig,
 )
-from spinlab.learn.form import NetworkForm
-from spinlab.learn.local import LocalTerms
+from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.log_numbers import LogNumbers
-from spinlab.learn.parameters import LearnedRotations
 from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
 from spinlab.quant.affine import TIE, at_least_float32
 from spinlab.quant.inputs import StraightThrough
@@ -33,16 +27,10 @@ class PlainSpace(NetworkForm):
     dtype is that of the rotating: float64, as in SpinQuant's published code, unless given.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        rotations: LearnedRotations,
-        local: LocalTerms,
-        formats: tuple[LearnConfig, QuantConfig, WeightsConfig],
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        self.rotations, self.dtype = rotations, dtype
-        self.learn, self.quant, self.weights = formats
+    def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
+        model = parts.model
+        self.rotations, self.dtype = parts.rotations, dtype
+        self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
         self.clip: dict[str, torch.Tensor] = {}
         self.linears = list(linears_of(model))

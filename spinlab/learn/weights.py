@@ -11,15 +11,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, QuantConfig, TensorQuant, WeightsConfig
-from spinlab.learn.form import NetworkForm
+from spinlab.config import TensorQuant
+from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.input_ranges import InputRanges
 from spinlab.learn.linear import LearnedBatch, LearnedLinear, batches_of
-from spinlab.learn.local import LocalTerms
 from spinlab.learn.log_numbers import LogNumbers, part_of
-from spinlab.learn.parameters import LearnedRotations
 from spinlab.learn.turn import turn, turn_back
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.inputs import InputPath
@@ -31,15 +28,10 @@ from spinlab.weights.rtn import search_ratios
 class WeightSpace(NetworkForm):
     """Hold the frozen weights of a network, and write rotated, rounded ones into it each step."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        rotations: LearnedRotations,
-        local: LocalTerms,
-        formats: tuple[LearnConfig, QuantConfig, WeightsConfig],
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
+        model, rotations, local = parts.model, parts.rotations, parts.local
         self.rotations = rotations
-        self.learn, self.quant, self.weights = formats
+        self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
         self.of_clips: dict[str, torch.Tensor] = {}
         paths: dict[str, InputPath] = {}

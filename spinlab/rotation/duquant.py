@@ -153,36 +153,20 @@ def largest_block(width: int, most: int) -> int:
     return block
 
 
-def dual_transform(
-    x: torch.Tensor,
-    block: int,
-    mixers: torch.Tensor,
-    shared: bool = True,
-    legacy_index: bool = False,
-) -> DualTransform:
-    """Search the dual transform of activations x (rows, C): greedy, zigzag, greedy (sec. 3).
+def dual_transforms(
+    x: torch.Tensor, mixers: torch.Tensor, shared: bool = True, legacy_index: bool = False
+) -> list[DualTransform]:
+    """Search the dual transforms of activations x (n, rows, C): greedy, zigzag, greedy (sec. 3).
 
+    Each of the n is searched alone; on a GPU many small searches take little longer than one.
     mixers: (steps, block, block). `shared` finds one rotation for all blocks at once (Remark 2);
-    otherwise each block gets its own. Raises InputError if block does not divide C.
+    otherwise each block gets its own. Raises InputError if the block does not divide C.
     """
-    width = x.shape[-1]
+    width, block = x.shape[-1], mixers.shape[-1]
     if width % block:
         raise InputError(
             f"width {width} is no multiple of block {block}; use {largest_block(width, block)}"
         )
-    assert mixers.shape[-1] == block, f"mixers of order {mixers.shape[-1]} for blocks of {block}"
-
-    return dual_transforms(x[None], mixers, shared, legacy_index)[0]
-
-
-def dual_transforms(
-    x: torch.Tensor, mixers: torch.Tensor, shared: bool = True, legacy_index: bool = False
-) -> list[DualTransform]:
-    """Search the dual transforms of several activations x (n, rows, C) at once.
-
-    On a GPU many small searches together take little longer than one.
-    """
-    block = mixers.shape[-1]
 
     def search(rows: torch.Tensor) -> torch.Tensor:
         """Return the rotations (n, k, block, block) of activations (n, rows, C)."""

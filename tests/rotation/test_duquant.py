@@ -8,7 +8,7 @@ import torch
 from spinlab.errors import InputError
 from spinlab.rotation.duquant import (
     DualTransform,
-    dual_transform,
+    dual_transforms,
     greedy_rotation,
     largest_block,
     random_mixers,
@@ -207,7 +207,7 @@ def test_dual_transform_is_a_rotation_that_keeps_every_product_with_a_weight(
 def test_dual_transform_is_greedy_then_zigzag_then_greedy(shared, legacy_index):
     x = with_outlier(40, 24, channel=13, factor=30)
     mixers = random_mixers(8, 6, generator())
-    t = dual_transform(x, 8, mixers, shared, legacy_index)
+    t = dual_transforms(x[None], mixers, shared, legacy_index)[0]
 
     def search(y: torch.Tensor) -> torch.Tensor:
         tiles = [y.reshape(-1, 8)] if shared else y.split(8, dim=1)
@@ -260,4 +260,4 @@ def test_a_block_that_does_not_divide_the_width_is_answered_with_one_that_does(c
     assert [largest_block(width, 128) for width in (576, 64, 577)] == [96, 64, 1]
     assert "blocks of 96" in caplog.text
     with pytest.raises(InputError, match="multiple of block 128; use 96"):
-        dual_transform(torch.zeros(2, 576), 128, random_mixers(128, 0, generator()))
+        dual_transforms(torch.zeros(1, 2, 576), random_mixers(128, 0, generator()))

@@ -9,7 +9,7 @@ from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks
 from spinlab.rotation.check import BrokenSeam, assert_invariant
-from spinlab.rotation.duquant import DualTransform, dual_transform, random_mixers
+from spinlab.rotation.duquant import DualTransform, dual_transforms, random_mixers
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
@@ -148,7 +148,7 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 16, generator=g, dtype=torch.float64) for n in (5, 3))
     scale = torch.rand(16, generator=g, dtype=torch.float64) + 0.5
-    dual = dual_transform(x, 8, random_mixers(8, 4, g))
+    dual = dual_transforms(x[None], random_mixers(8, 4, g))[0]
     both = ScaledDual(scale, folded=False, dual=dual)
     assert torch.allclose(both(x), (x / scale) @ dual.dense(), atol=1e-12)
     assert torch.allclose(both(x) @ both.of_weight(w).T, x @ w.T, atol=1e-12)
@@ -177,7 +177,7 @@ def search(rows: torch.Tensor, config: DuQuantConfig = SEARCH) -> DualTransform:
     """DuQuant's transform of some rows, from the first random draw of seed 0."""
     block = config.block_size
     mixers = random_mixers(block, config.steps, torch.Generator().manual_seed(0))
-    return dual_transform(rows, block, mixers, legacy_index=config.legacy_index)
+    return dual_transforms(rows[None], mixers, legacy_index=config.legacy_index)[0]
 
 
 @pytest.mark.parametrize("settings", [SEARCH, DuQuantConfig(8, 2), DuQuantConfig(8, 6, True)])
