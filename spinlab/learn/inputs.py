@@ -82,11 +82,11 @@ class LearnedInputs:
         self.scales = LogNumbers(lr_scale)
         if lr_scale:
             self.scales.start({key: self._scale(key) for key in inputs})
-        self.of_weight: dict[
-            str, list[torch.Tensor]
-        ] = {}  # by group: first and second, (layers, k, b, b)
+        # of a step: by input, what runs before it; by group, both rotations of the weights behind
+        # it, (layers, k, b, b), and their gradients; by input, those of log scales
         self.live: dict[str, LiveTransform] = {}
-        self.pulled: dict[str, list[torch.Tensor]] = {}  # gradients of `of_weight`
+        self.of_weight: dict[str, list[torch.Tensor]] = {}
+        self.pulled: dict[str, list[torch.Tensor]] = {}
         self.of_scales: dict[str, torch.Tensor] = {}
 
     def _scale(self, key: str) -> torch.Tensor:

@@ -17,9 +17,8 @@ from spinlab.rotation.rotations import RotationSet
 class LearnedRotations:
     """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim) and the transforms of inputs.
 
-    Numbers are float32 or wider.
-    A rotation that is off is None; one that is on but not learned is a plain tensor. `cast` holds
-    them in the network's dtype for the length of a step.
+    Numbers are float32 or wider. A rotation that is off is None; one that is on but not learned is
+    a plain tensor. `cast` holds R1 and R2 in the network's dtype for the length of a step.
     """
 
     def __init__(
@@ -123,8 +122,6 @@ class LearnedRotations:
     def result(self) -> dict[str, Any]:
         """Return what changed in the RotationSet, projected in float64, on the host."""
         found = {n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()}
-        return (
-            found
-            if self.inputs is None
-            else {**found, "inputs": self.inputs.result(self._stacks())}
-        )
+        if self.inputs is not None:
+            return {**found, "inputs": self.inputs.result(self._stacks())}
+        return found
