@@ -1,9 +1,14 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen at its import
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spinlab.config import ModelConfig

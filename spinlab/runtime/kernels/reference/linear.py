@@ -28,7 +28,10 @@ def linear(
         if u is not None:
             rest = a[:, index] - levels.shape[2] * z[:, index]
             found -= rest[:, None] * u[:, index]
-        out += found.to(s.dtype) * (s[:, index, None] * t[:, index])
+        found = found.to(s.dtype) * s[:, index, None]
+        out += found if weight.groups == 1 else found * t[:, index]
+    if weight.groups == 1:
+        out *= t[:, 0]
     if bias is not None:
         out += bias.to(out.dtype)
     return out.to(dtype)
@@ -40,12 +43,17 @@ def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     x: (tokens, in). Products are taken in float32 or wider.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(wide) @ dequantize(weight, wide).mT
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the floats (out, in) that a packed weight stands for."""
+    wide = torch.promote_types(dtype, torch.float32)
     levels = weight.levels().to(wide).unflatten(1, (weight.groups, -1))
     if weight.zero is not None:
         levels = levels - weight.zero.to(wide)[..., None]
-    dense = (levels * weight.scale.to(wide)[..., None]).flatten(1)
-    out = x.to(wide) @ dense.mT
-    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+    return (levels * weight.scale.to(wide)[..., None]).flatten(1).to(dtype)
 
 
 def _repeat(x: torch.Tensor, blocks: int) -> torch.Tensor:

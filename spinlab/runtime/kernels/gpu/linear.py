@@ -1,0 +1,208 @@
+"""Products with packed weights on a GPU: the twin of `spinlab.runtime.kernels.reference.linear`.
+
+Up to _FEW tokens the weights' bytes are the time, and the columns of a tile are split among
+programs; above, the operations are, and programs stay on their multiprocessor and take tile after
+tile. Weights rest packed in both: no expanded copy is made.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from spinlab.errors import InputError
+from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
+from spinlab.runtime.kernels.reference.linear import dequantize
+
+_FEW = 128  # tokens
+_WIDEST = 1 << 17  # columns whose products, 16 times and of bytes, fit into 32 bits
+_PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
+_BN = 64  # outputs of a program for few tokens
+
+
+def linear(
+    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`, as the reference does.
+
+    Raises InputError for shapes that `why_not` names.
+    """
+    _check(weight)
+    tokens, width = inputs.levels.shape
+    assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
+    out = torch.empty(tokens, weight.out_features, dtype=dtype, device=inputs.levels.device)
+    if tokens == 0:
+        return out
+    sums = inputs.sums
+    if weight.zero is not None and sums.shape[1] < weight.blocks:
+        sums = inputs.levels.unflatten(1, (weight.blocks, -1)).sum(2, dtype=torch.int32)
+    some = weight.scale  # stands for what is not there
+    pointers = (
+        inputs.scale, inputs.zero, sums, weight.scale,
+        some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
+    )  # fmt: skip
+    shape = {
+        "HALF": weight.chunk // 2,
+        "BLOCKS": weight.blocks,
+        "INPUT_GROUPS": inputs.scale.shape[1],
+        "WEIGHT_GROUPS": weight.groups,
+        "ZEROS": weight.zero is not None,
+        "BIAS": bias is not None,
+        "ASM": not _interpreted(),
+    }
+    if tokens <= _FEW:
+        _decode(inputs.levels, weight, out, pointers, shape)
+    else:
+        _prefill(inputs.levels, weight, out, pointers, shape)
+    return out
+
+
+def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x · weightᵀ + bias for inputs that are not quantized: (tokens, out) in x's dtype.
+
+    Of many tokens the operations are the time, and these are 16-bit ones: there the weight is
+    expanded for the length of the call.
+    """
+    _check(weight)
+    tokens, width = x.shape
+    assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
+    if tokens > _FEW:
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    from spinlab.runtime.kernels.gpu.decode_kernels import decode16_kernel
+
+    out = x.new_empty(tokens, weight.out_features)
+    if tokens == 0:
+        return out
+    tile = _decode_tile(tokens, weight)
+    tile["BK"] = min(tile["BK"], 64 if x.dtype.itemsize == 2 else 32)
+    tiles = _ceil(weight.out_features, tile["BN"])
+    part, count = _workspace(out, tiles, tile, torch.float32)
+    some = weight.scale
+    launch: Any = decode16_kernel[(tiles, tile["SPLIT"])]
+    launch(
+        x.contiguous(), weight.packed, out, weight.scale,
+        some if weight.zero is None else weight.zero, some if bias is None else bias, part, count,
+        tokens, weight.out_features, IN=width, HALF=weight.chunk // 2, BLOCKS=weight.blocks,
+        ZEROS=weight.zero is not None, BIAS=bias is not None, ASM=not _interpreted(), **tile,
+    )  # fmt: skip
+    return out
+
+
+def why_not(width: int, out_features: int, blocks: int) -> str | None:
+    """Say why there is no kernel for a weight (out, width) cut into blocks; None where there is.
+
+    Rows of packed weights and of results must start at multiples of 16 bytes.
+    """
+    if width >= _WIDEST:
+        return f"an input of {width} numbers overflows 32-bit sums (fewer than {_WIDEST} fit)"
+    if width % 32 or out_features % 8:
+        return f"{width} inputs and {out_features} outputs are no multiples of 32 and 8"
+    half = width // blocks // 2
+    if blocks > 1 and (half < 16 or half & (half - 1)):
+        return f"groups of {2 * half} are no power of two from 32 on"
+    return None
+
+
+def _check(weight: PackedWeight) -> None:
+    reason = why_not(weight.in_features, weight.out_features, weight.blocks)
+    if reason is not None:
+        raise InputError(f"there is no GPU kernel for this weight: {reason}; use the reference")
+
+
+def _prefill(
+    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
+) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore
+
+    from spinlab.runtime.kernels.gpu.linear_kernels import prefill_kernel
+
+    tile = _prefill_tile(len(levels), weight)
+    bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+    tiles = _ceil(len(levels), bm) * _ceil(weight.out_features, bn)
+    programs = min(tiles, _PROGRAMS * _multiprocessors(levels.device))
+    launch: Any = prefill_kernel[(programs,)]
+    launch(
+        TensorDescriptor.from_tensor(levels, [bm, bk]),
+        TensorDescriptor.from_tensor(weight.packed, [bn, bk]),
+        TensorDescriptor.from_tensor(out, [bm, bn]),
+        *pointers, len(levels), weight.out_features, **shape, **tile, PROGRAMS=programs,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
+    """Choose the tile of a program. Of several blocks it holds two sums, so it takes half."""
+    several = weight.blocks > 1
+    bk = min(64, weight.chunk // 2) if several else 64
+    return {
+        "BM": 64 if several else 128,
+        "BN": 128,
+        "BK": bk,
+        "GROUP": 8,
+        "STAGES": 3,
+        "num_warps": 4,
+    }
+
+
+def _decode(
+    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
+) -> None:
+    from spinlab.runtime.kernels.gpu.decode_kernels import decode_kernel
+
+    tile = _decode_tile(len(levels), weight)
+    tiles = _ceil(weight.out_features, tile["BN"])
+    dtype = torch.int32 if weight.blocks == 1 else torch.float32
+    part, count = _workspace(out, tiles, tile, dtype)
+    launch: Any = decode_kernel[(tiles, tile["SPLIT"])]
+    launch(
+        levels, weight.packed, out, *pointers, part, count, len(levels), weight.out_features,
+        IN=weight.in_features, **shape, **tile, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
+    """Choose the tile of a program: as much as keeps about two programs on a multiprocessor."""
+    half = weight.chunk // 2
+    bm = max(16, 1 << (tokens - 1).bit_length())
+    bk = min(128 if bm <= 32 else 64, 1 << (half - 1).bit_length())
+    tiles, parts = _ceil(weight.out_features, _BN), weight.blocks * _ceil(half, bk)
+    split, most = 1, 2 * _multiprocessors(weight.packed.device)
+    while split < 8 and 2 * split * tiles <= most and 4 * split <= parts:
+        split *= 2
+    stages = 5 if bm <= 32 else 4
+    return {"BM": bm, "BN": _BN, "BK": bk, "SPLIT": split, "STAGES": stages, "num_warps": 4}
+
+
+def _workspace(
+    out: torch.Tensor, tiles: int, tile: dict[str, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return room for the parts of every tile, and its counters."""
+    if tile["SPLIT"] == 1:
+        return out, out  # neither is used
+    size = tile["SPLIT"] * tiles * tile["BN"] * tile["BM"]
+    part = torch.empty(size, dtype=dtype, device=out.device)
+    stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
+    return part, _counters(out.device, stream, 1 << max(12, (tiles - 1).bit_length()))
+
+
+@cache
+def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
+    """Return counters that every launch leaves at zero; launches of one stream do not overlap."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # of Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _interpreted() -> bool:
+    import triton  # pyright: ignore[reportMissingImports]
+
+    return triton.knobs.runtime.interpret
+
+
+def _ceil(number: int, parts: int) -> int:
+    return (number + parts - 1) // parts

@@ -1,0 +1,59 @@
+"""What the compiler makes of the kernels for a Hopper GPU, without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = """
+import re
+import sys
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from spinlab.runtime.kernels.gpu import decode_kernels, linear_kernels
+
+NUMBERS = {"s_ptr": "*fp32", "z_ptr": "*i32", "a_ptr": "*i32", "t_ptr": "*fp32", "u_ptr": "*i32",
+           "c_ptr": "*i32", "bias_ptr": "*fp32", "tokens": "i32", "out": "i32"}
+TILES = {"x_tiles": "tensordesc<i8[128, 64]>", "w_tiles": "tensordesc<u8[128, 64]>",
+         "y_tiles": "tensordesc<bf16[128, 128]>"}
+ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "part_ptr": "*i32", "count_ptr": "*i32"}
+SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
+         "BIAS": False, "ASM": True}
+PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PROGRAMS": 264}
+DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGES": 4}
+
+
+def instructions(kernel, numbers, constants, capability):
+    types = {**NUMBERS, **numbers, **dict.fromkeys(constants, "constexpr")}
+    types = {name: types[name] for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*"}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    ptx = compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
+    return set(re.findall(r"(wgmma\\.mma_async\\S*|mma\\.sync\\S*)", ptx)), ptx
+
+
+found, ptx = instructions(linear_kernels.prefill_kernel, TILES, PREFILL, 90)
+assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
+# weights come from registers: the first operand is a list of them, not a descriptor
+assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
+found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
+assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
+for capability in (80, 89):
+    found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, capability)
+    assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
+"""
+
+
+def test_hopper_multiplies_integers_by_wgmma(tmp_path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "compiled.py"  # the compiler reads sources of kernels from files
+    script.write_text(COMPILED)
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
