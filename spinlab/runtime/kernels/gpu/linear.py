@@ -17,7 +17,6 @@ from spinlab.runtime.kernels.reference.linear import dequantize
 _FEW = 128  # tokens
 _WIDEST = 1 << 17  # columns whose products, 16 times and of bytes, fit into 32 bits
 _PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
-_BN = 64  # outputs of a program for few tokens
 
 
 def linear(
@@ -73,8 +72,7 @@ def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     out = x.new_empty(tokens, weight.out_features)
     if tokens == 0:
         return out
-    tile = _decode_tile(tokens, weight)
-    tile["BK"] = min(tile["BK"], 64 if x.dtype.itemsize == 2 else 32)
+    tile = _decode16_tile(tokens, weight, x.dtype)
     tiles = _ceil(weight.out_features, tile["BN"])
     part, count = _workspace(out, tiles, tile, torch.float32)
     some = weight.scale
@@ -138,8 +136,8 @@ def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
         "BM": 64 if several else 128,
         "BN": 128,
         "BK": bk,
-        "GROUP": 8,
-        "STAGES": 3,
+        "GROUP": 16,
+        "STAGES": 2 if several else 3,
         "num_warps": 4,
     }
 
@@ -161,16 +159,30 @@ def _decode(
 
 
 def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
-    """Choose the tile of a program: as much as keeps about two programs on a multiprocessor."""
-    half = weight.chunk // 2
+    """Choose the tile of a program for quantized inputs."""
     bm = max(16, 1 << (tokens - 1).bit_length())
-    bk = min(128 if bm <= 32 else 64, 1 << (half - 1).bit_length())
-    tiles, parts = _ceil(weight.out_features, _BN), weight.blocks * _ceil(half, bk)
-    split, most = 1, 2 * _multiprocessors(weight.packed.device)
+    programs = 2 if bm <= 64 else 1
+    tile = {"BM": bm, "BN": 64, "BK": 128, "STAGES": 5 if bm <= 32 else 3, "num_warps": 4}
+    return _split(tile, weight, programs)
+
+
+def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the tile of a program for inputs in floats, which take more room and operations."""
+    bm = max(16, 1 << (tokens - 1).bit_length())
+    bk = 128 if dtype.itemsize == 2 and bm <= 32 else 32
+    return _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": 4, "num_warps": 2}, weight, 6)
+
+
+def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[str, int]:
+    """Split columns while that leaves at most so many programs to a multiprocessor."""
+    half = weight.chunk // 2
+    tile["BK"] = min(tile["BK"], 1 << (half - 1).bit_length())
+    tiles = _ceil(weight.out_features, tile["BN"])
+    parts = weight.blocks * _ceil(half, tile["BK"])
+    split, most = 1, programs * _multiprocessors(weight.packed.device)
     while split < 8 and 2 * split * tiles <= most and 4 * split <= parts:
         split *= 2
-    stages = 5 if bm <= 32 else 4
-    return {"BM": bm, "BN": _BN, "BK": bk, "SPLIT": split, "STAGES": stages, "num_warps": 4}
+    return {**tile, "SPLIT": split}
 
 
 def _workspace(
