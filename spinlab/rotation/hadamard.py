@@ -1,9 +1,9 @@
-"""Hadamard matrices of any constructible order: Sylvester, Paley I and II, Kronecker products.
+"""Hadamard matrices: Sylvester, Paley I and II, four circulants, Kronecker products.
 
 A Hadamard matrix H has entries ±1 and H Hᵀ = n I. Paley's constructions need the quadratic
-character of a finite field (Paley 1933); together with doubling they cover the widths of the
-Llama, Qwen, Gemma and SmolLM families. A width that none of them reaches gets equal blocks of the
-largest order that divides it.
+character of a finite field (Paley 1933); together with doubling and a few arrays of circulants
+they cover the widths of the Llama, Qwen, Gemma and SmolLM families. A width that none of them
+reaches gets equal blocks of the largest order that divides it.
 """
 
 import logging
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from spinlab.errors import InputError
+from spinlab.rotation.circulants import goethals_seidel, has_circulants
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def hadamard_factors(n: int) -> tuple[int, int]:
     """Split n into (core, power of two) such that H_n = H_core ⊗ Sylvester(power).
 
-    The core is the smallest one that exists: 576 = 36·16, 1536 = 12·128, 11008 = 344·32. A power
+    The core is the smallest one that exists: 576 = 36·16, 1536 = 12·128, 11008 = 172·64. A power
     of two has core 1. Raises InputError for orders with no known construction here.
     """
     if n < 1:
@@ -37,8 +38,8 @@ def hadamard_factors(n: int) -> tuple[int, int]:
             return odd * twos, power // twos
         twos *= 2
     raise InputError(
-        f"width {n} = {odd}·{power} has no Hadamard matrix by Sylvester, Paley or Kronecker "
-        "products; use kind `random` for that rotation instead"
+        f"width {n} = {odd}·{power} has no Hadamard matrix by Sylvester, Paley, "
+        "Goethals-Seidel or Kronecker products; use kind `random` for that rotation instead"
     )
 
 
@@ -80,11 +81,13 @@ def hadamard_matrix(n: int) -> torch.Tensor:
 
 
 def _construction(n: int) -> tuple[str, int, int] | None:
-    """Name how order n = 4·k is built: Paley I or II with its field size, or a product."""
+    """Name how order n = 4·k is built: Paley I or II of a field, circulants, or a product."""
     if n % 4 == 0 and (n - 1) % 4 == 3 and _prime_power(n - 1):
         return "paley1", n - 1, 0
     if n % 4 == 0 and (n // 2 - 1) % 4 == 1 and _prime_power(n // 2 - 1):
         return "paley2", n // 2 - 1, 0
+    if has_circulants(n):
+        return "goethals_seidel", n, 0
     for a in range(4, int(n**0.5) + 1, 4):
         if n % a == 0 and (n // a) % 4 == 0 and _construction(a) and _construction(n // a):
             return "kronecker", a, n // a
@@ -97,6 +100,8 @@ def _build(n: int) -> np.ndarray:
     kind, a, b = construction
     if kind == "kronecker":
         return np.kron(_build(a), _build(b))
+    if kind == "goethals_seidel":
+        return goethals_seidel(a)
     q = _jacobsthal(a)
     ones = np.ones((1, a), dtype=np.int8)
     if kind == "paley1":  # q = 3 mod 4: Q is skew, so S + I with S = [[0, 1], [-1, Q]]
