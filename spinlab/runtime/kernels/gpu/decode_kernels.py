@@ -39,9 +39,7 @@ def _tiles(
 
 
 @triton.jit
-def _sum_parts(
-    found, part_ptr, count_ptr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+def _sum_parts(found, part_ptr, count_ptr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Leave this program's part; return whether it was the last one, and then the sum of all.
 
     Counters are zero before and after.

@@ -213,7 +213,7 @@ def _multiprocessors(device: torch.device) -> int:
 def _interpreted() -> bool:
     import triton  # pyright: ignore[reportMissingImports]
 
-    return triton.knobs.runtime.interpret
+    return triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _ceil(number: int, parts: int) -> int:

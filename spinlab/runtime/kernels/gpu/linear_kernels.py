@@ -37,7 +37,12 @@ def times_16(packed, ASM: tl.constexpr):
     """Return the low and the high nibbles of bytes as 16 times their level, int8."""
     if ASM:
         return tl.inline_asm_elementwise(
-            _BYTES, "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            _BYTES,  # pyright: ignore[reportArgumentType]
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
         )
     return (packed << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
 
@@ -47,12 +52,14 @@ def as_floats(packed, dtype: tl.constexpr, ASM: tl.constexpr):
     """Return the low and the high nibbles of bytes as levels in a float dtype."""
     if ASM and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _BFLOATS, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True,
+            _BFLOATS,  # pyright: ignore[reportArgumentType]
+            "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True,
             pack=4,
         )  # fmt: skip
     if ASM and dtype == tl.float16:
         return tl.inline_asm_elementwise(
-            _HALVES, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True,
+            _HALVES,  # pyright: ignore[reportArgumentType]
+            "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True,
             pack=4,
         )  # fmt: skip
     signed = packed.to(tl.int8, bitcast=True)
@@ -125,7 +132,7 @@ def _products(acc, x_tiles, w_tiles, row, column, block, at, HALF: tl.constexpr,
     packed = w_tiles.load([column, block * HALF + at])
     first = x_tiles.load([row, 2 * block * HALF + at])
     second = x_tiles.load([row, (2 * block + 1) * HALF + at])
-    low, high = times_16(packed, ASM)
+    low, high = times_16(packed, ASM)  # pyright: ignore[reportGeneralTypeIssues]
     acc = tl.dot(low, first.T, acc, out_dtype=tl.int32)
     return tl.dot(high, second.T, acc, out_dtype=tl.int32)
 

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+from spinlab.errors import InputError
+from spinlab.kv.codec import AffineCodec
+from spinlab.quant.affine import Grid
+from spinlab.quant.pack import unpack_nibbles
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.orthogonal import random_orthogonal
+from spinlab.runtime.kernels.gpu import kv as gpu
+from spinlab.runtime.kernels.reference import kv as reference
+from spinlab.runtime.kernels.rows import PackedRows, dequantize, empty_rows
+
+ASYMMETRIC, SYMMETRIC, THREE = Grid(4, False), Grid(4, True), Grid(3, True)
+# Triton's interpreter cuts bfloat16 off where a GPU rounds
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
+ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+def drawn(shape, dtype, device, rotary, seed=0):
+    """Queries, keys and values as slices of one product, with angles for all tokens."""
+    batch, tokens, heads, kv_heads, width = shape
+    g = torch.Generator().manual_seed(seed)
+    sizes = [n * width for n in (heads, kv_heads, kv_heads)]
+    product = torch.randn(batch, tokens, sum(sizes), generator=g)
+    product *= 4 * torch.rand(batch, tokens, 1, generator=g)
+    parts = product.to(device, dtype).split(sizes, dim=2)
+    angles = 7 * torch.rand(1 if seed % 2 else batch, tokens, rotary // 2, generator=g)
+    angles = torch.cat((angles, angles), dim=2).to(device)
+    qkv = [x.unflatten(2, (-1, width)) for x in parts]
+    return *qkv, angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def poisoned(shape, grid, capacity, clip, device) -> PackedRows:
+    batch, _, _, kv_heads, width = shape
+    rows = empty_rows(batch, kv_heads, capacity, AffineCodec(grid, width, width, clip), device)
+    for part in (rows.packed, rows.scale, rows.zero):
+        if part is not None:
+            part.fill_(123)
+    return rows
+
+
+def random_r3(width):
+    return OnlineRotation(ONE, random_orthogonal(width, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [ASYMMETRIC, SYMMETRIC, THREE], ids=str)
+def test_rows_hold_what_stock_rope_r3_and_the_codec_give(grid, dtype):
+    shape, r3 = (2, 5, 4, 2, 48), hadamard_rotation(48)
+    q, k, v, cos, sin = drawn(shape, dtype, "cpu", 32)
+    keys, values = (poisoned(shape, grid, 9, clip, "cpu") for clip in (1.0, 0.9))
+    queries, k_round, v_round = reference.store(
+        q, k, v, cos, sin, r3, keys, values, torch.tensor([3]), True
+    )
+    stock = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    assert torch.equal(queries, r3(stock[0]))
+    assert torch.equal(k_round, keys.codec.round(r3(stock[1])))
+    assert torch.equal(v_round, values.codec.round(v.transpose(1, 2)))
+    for rows, rounded in ((keys, k_round), (values, v_round)):
+        assert torch.equal(dequantize(rows, 8, dtype)[:, :, 3:], rounded)
+        assert (rows.packed[:, :, [0, 1, 2, 8]] == 123).all()
+        assert (rows.scale[:, :, [0, 1, 2, 8]] == 123).all()
+
+
+def test_bytes_count_levels_scales_and_zero_points():
+    codecs = [AffineCodec(grid, 64) for grid in (ASYMMETRIC, SYMMETRIC)]
+    for codec in codecs:
+        rows = empty_rows(2, 3, 10, codec, "cpu")
+        assert rows.bytes == 2 * 3 * 10 * codec.row_bytes
+        assert (rows.capacity, rows.head_dim) == (10, 64)
+        assert not dequantize(rows, 10, torch.float32).any()
+
+
+@pytest.mark.parametrize(
+    "codec", [AffineCodec(Grid(8, False), 64), AffineCodec(ASYMMETRIC, 64, 32)], ids=str
+)
+def test_codecs_that_do_not_fit_are_refused(codec):
+    with pytest.raises(InputError, match="do not fit packed rows"):
+        empty_rows(1, 1, 4, codec, "cpu")
+
+
+CASES = {
+    "llama": ((2, 3, 4, 2, 64), 64, hadamard_rotation(64), (ASYMMETRIC, ASYMMETRIC)),
+    "phi": ((1, 5, 3, 3, 96), 72, hadamard_rotation(96), (SYMMETRIC, THREE)),
+    "no_power_of_two": ((3, 2, 2, 1, 80), 80, hadamard_rotation(80), (ASYMMETRIC, SYMMETRIC)),
+    "plain": ((1, 1, 3, 1, 32), 32, None, (SYMMETRIC, ASYMMETRIC)),
+    "dense": ((2, 1, 2, 2, 32), 16, random_r3(32), (ASYMMETRIC, ASYMMETRIC)),
+    "blocks": ((1, 2, 2, 1, 64), 64, hadamard_rotation(64, block=16), (ASYMMETRIC, SYMMETRIC)),
+    "many_tokens": ((1, 65, 2, 1, 32), 32, hadamard_rotation(32), (ASYMMETRIC, ASYMMETRIC)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_writes_what_the_definition_does(name, dtype, device):
+    shape, rotary, r3, grids = CASES[name]
+    tokens, position = shape[1], torch.tensor([4], device=device)
+    inputs = drawn(shape, dtype, device, rotary, seed=list(CASES).index(name))
+    results, caches = [], []
+    for store in (gpu.store, reference.store):
+        caches.append([poisoned(shape, g, tokens + 7, 0.93, device) for g in grids])
+        results.append(store(*inputs, r3, *caches[-1], position, True))
+    # sums in another order; in 16 bits that shows where a number lies between two
+    units = (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+    most = results[1][0].abs().max()
+    assert (results[0][0] - results[1][0]).abs().max() <= units * most
+    for found, wanted in zip(*caches, strict=True):
+        levels = [unpack_nibbles(rows.packed, signed=False).int() for rows in (found, wanted)]
+        assert (levels[0] == levels[1]).float().mean() > 0.999
+        assert (levels[0] - levels[1]).abs().max() <= 1
+        assert torch.allclose(found.scale, wanted.scale, rtol=1e-3)
+        if found.zero is not None:
+            assert (found.zero.int() - wanted.zero.int()).abs().max() <= 1
+    for rows, rounded in zip(caches[0], results[0][1:], strict=True):
+        assert torch.equal(dequantize(rows, tokens + 4, dtype)[:, :, 4:], rounded)
+
+
+def test_without_a_round_trip_only_queries_come_back(device):
+    shape = (2, 1, 2, 1, 32)
+    inputs = drawn(shape, torch.float32, device, 32)
+    rows = [poisoned(shape, ASYMMETRIC, 3, 1.0, device) for _ in range(2)]
+    position = torch.tensor([2], device=device)
+    queries, *none = gpu.store(*inputs, None, *rows, position, False)
+    assert queries.shape == (2, 2, 1, 32) and none == [None, None]
+    assert torch.equal(
+        dequantize(rows[1], 3, torch.float32)[:, :, 2:],
+        rows[1].codec.round(inputs[2].transpose(1, 2)),
+    )
+
+
+def test_tokens_beyond_the_capacity_are_not_written(device):
+    shape = (1, 3, 1, 2, 32)
+    inputs = drawn(shape, torch.float32, device, 32)
+    rows = [poisoned(shape, SYMMETRIC, 4, 1.0, device) for _ in range(2)]
+    gpu.store(*inputs, None, *rows, torch.tensor([2], device=device), False)
+    wanted = rows[1].codec.round(inputs[2].transpose(1, 2))[:, :, :2]
+    assert torch.equal(dequantize(rows[1], 4, torch.float32)[:, :, 2:], wanted)
+    assert (rows[0].packed[:, :, :2] == 123).all()
