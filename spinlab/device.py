@@ -3,6 +3,7 @@
 import ctypes
 import os
 from contextlib import suppress
+from importlib.util import find_spec
 
 import torch
 
@@ -10,6 +11,7 @@ from spinlab import parallel
 from spinlab.config import RuntimeConfig
 from spinlab.errors import InputError
 
+_AMPERE = (8, 0)  # compute capability: asynchronous copies, int8 products of 16 x 32
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -44,12 +46,33 @@ def _own_device(name: str) -> torch.device:
 
 
 def choose_backend(name: str, device: torch.device) -> str:
-    """Return the integer back end: `auto` is int8 on a CPU and exact floats elsewhere."""
+    """Return the integer back end.
+
+    `auto` is int8 on a CPU, Triton's kernels on a GPU that has them, exact floats elsewhere.
+    """
+    lacking = lacks_kernels(device)
     if name == "auto":
-        return "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "cpu"
+        return "reference" if lacking else "triton"
     if name == "cpu" and device.type != "cpu":
         raise InputError(f"runtime.backend=cpu cannot run on {device}: use auto or reference")
+    if name == "triton" and lacking:
+        raise InputError(f"runtime.backend=triton needs {lacking}: use auto or reference")
     return name
+
+
+def lacks_kernels(device: torch.device) -> str | None:
+    """Say what is missing for Triton's kernels to run on a device; None where nothing is."""
+    if device.type != "cuda":
+        return f"a CUDA device, and the device is {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _AMPERE:
+        has = ".".join(map(str, capability))
+        return f"compute capability 8.0 or more, and {device} has {has}"
+    if find_spec("triton") is None:
+        return "the package triton, which is not installed"
+    return None
 
 
 def _keep_freed_memory() -> None:

@@ -46,7 +46,7 @@ def run(config: Config, overrides: list[str]) -> Record:
             tracker.log(step, values)
 
     pipeline = Pipeline(config, on_step)
-    record = Record(config, overrides, environment())
+    record = Record(config, overrides, environment() | {"backend": pipeline.backend})
     record.save()
     trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []
     figures: list[Path] = []

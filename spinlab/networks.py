@@ -20,7 +20,9 @@ from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.handoff import integer_runtime
 from spinlab.runtime.network import insert_integer_linears, write_ends
+from spinlab.runtime.operations import triton_operations
 from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
@@ -88,8 +90,15 @@ class Networks:
     def integer(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
     ) -> PreTrainedModel:
-        """Return the quantized network on integer kernels, with a packed KV cache."""
+        """Return the quantized network on integer kernels, with a packed KV cache.
+
+        The `triton` back end is a runtime of its own, made of fused GPU kernels.
+        """
         model = self.fused(rotations)
+        if backend == "triton":
+            operations = triton_operations()
+            integer_runtime(model, weights, rotations, self.quant, self.kv, operations)
+            return model
         insert_integer_linears(model, weights, rotations, self.quant, backend)
         attach_kv(model, kv_path(model, rotations.r3, self.kv), store=True)
         return model

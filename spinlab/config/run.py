@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from spinlab.errors import InputError
 from spinlab.limits import at_least, choice, positive
 
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "reference", "triton")
 VARIANTS = ("fp", "rtn", "init", "fake", "int4")
 
 
@@ -14,7 +14,7 @@ class RuntimeConfig:
     """Choose where it runs: device, integer back end, CPU threads (0 = all)."""
 
     device: str = "auto"
-    backend: str = "auto"  # auto: cpu on a CPU, the exact float product elsewhere
+    backend: str = "auto"  # cpu on a CPU, triton on a GPU that has it, else the exact reference
     threads: int = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,78 @@
+"""The operations that a runtime is made of, bundled: their definitions, or Triton kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from spinlab.quant.inputs import TokenQuantizer
+from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels import reference
+from spinlab.runtime.kernels.formats import TokenLevels
+from spinlab.runtime.kernels.reference import attention, kv, producers
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Hold one implementation of every operation; `spinlab.runtime.kernels.reference` defines them.
+
+    on_device: nothing is read back by the host, so that a CUDA graph can hold a whole step
+    """
+
+    name: str
+    on_device: bool
+    linear: Callable[..., torch.Tensor]
+    linear16: Callable[..., torch.Tensor]
+    quantize: Callable[[torch.Tensor, TokenQuantizer], TokenLevels]
+    norm_quantize: Callable[..., TokenLevels]
+    gate_quantize: Callable[..., TokenLevels]
+    rotate_quantize: Callable[..., TokenLevels]
+    store: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+    attend: Callable[..., torch.Tensor]
+    # whether gate_quantize and rotate_quantize take inputs such as these
+    rotates: Callable[[torch.Tensor, OnlineRotation | None, TokenQuantizer], bool]
+    why_not: Callable[[int, int, int], str | None]  # a weight (in, out, blocks) has no kernel
+
+
+def _any(*what: object) -> bool:
+    return True
+
+
+def _nothing(width: int, out_features: int, blocks: int) -> str | None:
+    return None
+
+
+REFERENCE = Operations(
+    name="reference",
+    on_device=False,
+    linear=reference.linear,
+    linear16=reference.linear16,
+    quantize=producers.quantize,
+    norm_quantize=producers.norm_quantize,
+    gate_quantize=producers.gate_quantize,
+    rotate_quantize=producers.rotate_quantize,
+    store=kv.store,
+    attend=attention.attend,
+    rotates=_any,
+    why_not=_nothing,
+)
+
+
+def triton_operations() -> Operations:
+    """Return the kernels in Triton, which is imported where the first of them is launched."""
+    from spinlab.runtime.kernels.gpu import attention, kv, linear, producers
+
+    return Operations(
+        name="triton",
+        on_device=True,
+        linear=linear.linear,
+        linear16=linear.linear16,
+        quantize=producers.quantize,
+        norm_quantize=producers.norm_quantize,
+        gate_quantize=producers.gate_quantize,
+        rotate_quantize=producers.rotate_quantize,
+        store=kv.store,
+        attend=attention.attend,
+        rotates=producers.has_gate_kernel,
+        why_not=linear.why_not,
+    )

@@ -1,0 +1,319 @@
+import logging
+
+import pytest
+import torch
+
+from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.errors import InputError
+from spinlab.model.seams import decoder_of, dimensions_of, linear_at
+from spinlab.networks import Networks
+from spinlab.rotation.duquant import DualTransform
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.online import hadamard_rotation
+from spinlab.rotation.orthogonal import exact_hadamard
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.handoff import integer_runtime, new_cache, runtime_from_packed
+from spinlab.runtime.kernels import cuda
+from spinlab.runtime.kernels.formats import pack_weight
+from spinlab.runtime.operations import REFERENCE
+from spinlab.weights.layerwise import quantize_rtn
+
+SYMMETRIC = TensorQuant(symmetric=True)
+QUANT = QuantConfig(weights=SYMMETRIC)
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+def prepared(make, quant=QUANT, kv=None, rotation=None):
+    networks = Networks(make, quant, kv or KVConfig())
+    generator = torch.Generator().manual_seed(0)
+    dimensions = dimensions_of(make().config)
+    rotations = initial_rotations(rotation or RotationConfig(), dimensions, generator)
+    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    return networks, rotations, weights
+
+
+def runtime(networks, rotations, weights):
+    model = networks.fused(rotations)
+    integer_runtime(model, weights, rotations, networks.quant, networks.kv, REFERENCE)
+    return model
+
+
+def assert_same(found, expected):
+    assert torch.allclose(found, expected, rtol=0, atol=1e-8 * expected.std().item())
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        QUANT,
+        QuantConfig(weights=TensorQuant(group_size=8), o_proj_per_head=False),
+        QuantConfig(weights=SYMMETRIC, activations=TensorQuant(bits=8, symmetric=True)),
+        QuantConfig(weights=TensorQuant(bits=3), activations=TensorQuant(bits=16)),
+        QuantConfig(weights=SYMMETRIC, activations=TensorQuant(group_size=8, clip_ratio=0.9)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_runtime_is_the_fake_quantized_network(make_model, ids, quant, caplog):
+    """In float64, where no rounding can flip a level: the three are one function."""
+    networks, rotations, weights = prepared(make_model, quant)
+    model = runtime(networks, rotations, weights)
+    assert "outside" not in caplog.text
+    found = model(ids).logits
+    assert_same(found, networks.dequantized(rotations, weights)(ids).logits)
+    assert_same(found, networks.integer(rotations, weights, "cpu")(ids).logits)
+    assert_same(model(ids, use_cache=False).logits, found)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        KVConfig(16, 16),
+        KVConfig(8, 8),
+        KVConfig(4, 16, q_bits=4),
+        KVConfig(3, 4, symmetric=True, v_clip_ratio=0.9),
+        KVConfig(group_size=4),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_every_cache_format_gives_teacher_forced_logits(make_model, ids, kv):
+    """A prefill, a chunk on the filled cache, then token by token; oracle: the fake network."""
+    networks, rotations, weights = prepared(make_model, kv=kv)
+    model = runtime(networks, rotations, weights)
+    expected = networks.dequantized(rotations, weights)(ids).logits
+    cache = new_cache(model, 9)  # too small: it has to grow
+    parts = [model(p, past_key_values=cache).logits for p in ids.split([7, 5, *[1] * 12], dim=1)]
+    assert_same(torch.cat(parts, 1), expected)
+    assert cache.get_seq_length() == 24
+    cache.crop(4)
+    assert_same(model(ids[:, 20:21], past_key_values=cache).logits, expected[:, 20:21])
+    cache.reset()
+    one_by_one = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
+    assert_same(torch.cat(one_by_one, 1), expected[:, :4])
+
+
+FAMILIES = {
+    "mistral": {},
+    "qwen2": {"head_dim": None, "hidden_size": 48},
+    "qwen3": {},
+    "phi3": {
+        "hidden_size": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, ids, family):
+    networks, rotations, weights = prepared(lambda: make_family_model(family, **FAMILIES[family]))
+    model = runtime(networks, rotations, weights)
+    expected = networks.dequantized(rotations, weights)(ids).logits
+    cache = new_cache(model, 24)
+    parts = [model(p, past_key_values=cache).logits for p in ids.split([22, 1, 1], dim=1)]
+    assert_same(torch.cat(parts, 1), expected)
+
+
+@torch.no_grad()
+def test_rotations_across_heads_and_random_ones_keep_the_function(make_model, ids):
+    kinds = {"r2": "none", "r3": "random", "r4": "random", "cross_head": "hadamard"}
+    quant = QuantConfig(weights=SYMMETRIC, o_proj_per_head=False)
+    networks, rotations, weights = prepared(make_model, quant, None, RotationConfig(**kinds))
+    model = runtime(networks, rotations, weights)
+    assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
+
+
+@torch.no_grad()
+def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_model, ids):
+    """DuQuant's, on an input that is normed and on one that is gated."""
+    inputs = {}
+    for key, width in (("0.qkv", 24), ("1.down", 40), ("1.o", 32)):
+        block = exact_hadamard(8)[None].expand(width // 8, -1, -1).contiguous()
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+        inputs[key] = ScaledDual(dual=DualTransform(block, order, block))
+    rotations = RotationSet(r3=hadamard_rotation(8), inputs=inputs)
+    networks = Networks(make_model, QUANT, KVConfig())
+    weights = quantize_rtn(networks.fused(rotations), QUANT, WeightsConfig(), {})
+    model = runtime(networks, rotations, weights)
+    assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("quant", "reason"),
+    [
+        (QuantConfig(weights=TensorQuant(bits=8)), "8-bit weights"),
+        (
+            QuantConfig(
+                weights=SYMMETRIC,
+                overrides=[{"pattern": "*.v_proj", "weights": {"symmetric": False}}],
+            ),
+            "beside others of another format",
+        ),
+        (
+            QuantConfig(weights=SYMMETRIC, activations=TensorQuant(bits=10)),
+            "10-bit inputs",
+        ),
+        (
+            QuantConfig(
+                weights=TensorQuant(group_size=8),
+                overrides=[{"pattern": "*_attn.[qkv]_proj", "activations": {"group_size": 12}}],
+            ),
+            "do not nest",
+        ),
+    ],
+    ids=["8 bits", "mixed", "10 bits", "nesting"],
+)
+@torch.no_grad()
+def test_what_kernels_lack_runs_in_torch_with_one_warning(make_model, ids, quant, reason, caplog):
+    networks, rotations, weights = prepared(make_model, quant)
+    with caplog.at_level(logging.WARNING):
+        model = runtime(networks, rotations, weights)
+    warnings = [r.message for r in caplog.records if "outside the 4-bit kernels" in r.message]
+    (warning,) = warnings
+    assert reason in warning and "model.layers.0." in warning
+    assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
+
+
+@torch.no_grad()
+def test_linears_without_quantized_weights_keep_their_own(make_model, ids):
+    quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
+    networks, rotations, _ = prepared(make_model)
+    networks = Networks(make_model, quant, KVConfig(16, 16))
+    found = runtime(networks, rotations, {})(ids).logits
+    assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(make_model, ids):
+    """Every sequence of a padded batch gets the tokens it gets alone."""
+    networks, rotations, weights = prepared(make_model)
+    model = runtime(networks, rotations, weights)
+    lengths = [9, 4]
+    alone = [
+        model.generate(ids[i : i + 1, :n], max_new_tokens=5, **GREEDY)[0, n:]
+        for i, n in enumerate(lengths)
+    ]
+    padded, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    for i, n in enumerate(lengths):
+        padded[i, 9 - n :], mask[i, 9 - n :] = ids[i, :n], 1
+    found = model.generate(padded, attention_mask=mask, max_new_tokens=5, **GREEDY)[:, 9:]
+    assert torch.equal(found, torch.stack(alone))
+
+
+def test_padding_elsewhere_is_refused(make_model, ids):
+    model = runtime(*prepared(make_model))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with pytest.raises(InputError, match="padding on the left only"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(InputError, match=r"\(batch, tokens\) only"):
+        model(ids, attention_mask=torch.ones(2, 1, 24, 24))
+
+
+def test_generate_equals_the_existing_integer_network(make_model, ids):
+    """Greedy and by beams, which reorder the cache."""
+    networks, rotations, weights = prepared(make_model)
+    model, stock = (
+        runtime(networks, rotations, weights),
+        networks.integer(rotations, weights, "cpu"),
+    )
+    prompt = ids[:, :6]
+    for settings in ({"max_new_tokens": 8}, {"max_new_tokens": 6, "num_beams": 3}):
+        found = model.generate(prompt, **settings, **GREEDY)
+        assert torch.equal(found, stock.generate(prompt, **settings, **GREEDY))
+
+
+def test_generate_takes_the_capacity_it_needs_and_reuses_it(make_model, ids):
+    model = runtime(*prepared(make_model))
+    settings = {"max_new_tokens": 300, "max_time": 0.01, **GREEDY}
+    found = model.generate(ids[:1, :6], return_dict_in_generate=True, **settings)
+    slots = found.past_key_values.slots
+    assert slots.capacity == 320  # 305 in blocks of 64: the last token is not stored
+    held = [t.clone() for t in slots.tensors()]
+    model.generate(ids[:1, :6], **GREEDY, max_new_tokens=3)
+    assert all(torch.equal(a, b) for a, b in zip(held, slots.tensors(), strict=True))
+    del found
+    again = new_cache(model, 16)
+    model(ids[:1], past_key_values=again)
+    assert again.slots is slots  # of the cache that is gone
+
+
+def test_the_cache_holds_packed_bytes(make_model, ids):
+    model = runtime(*prepared(make_model))
+    cache = new_cache(model, 256)
+    assert cache.stored_bytes() == 0
+    model(ids, past_key_values=cache)
+    # 2 layers, keys and values, 2 heads of 8 numbers: 4 bytes of levels, 2 of scale, 1 of zero
+    assert cache.stored_bytes() == 2 * 256 * 2 * 2 * 2 * 7
+
+
+def test_a_pass_that_broke_off_leaves_the_cache_as_it_was(make_model, ids):
+    model = runtime(*prepared(make_model))
+    expected = model(ids).logits
+    cache = new_cache(model, 24)
+    model(ids[:, :20], past_key_values=cache)
+    hook = decoder_of(model).get_submodule("norm").register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, 20:22], past_key_values=cache)
+    hook.remove()
+    assert_same(model(ids[:, 20:], past_key_values=cache).logits, expected[:, 20:])
+
+
+def test_a_sliding_window_is_refused_only_where_it_is_reached(make_family_model, ids):
+    networks, rotations, weights = prepared(lambda: make_family_model("mistral", sliding_window=16))
+    model = runtime(networks, rotations, weights)
+    expected = networks.dequantized(rotations, weights)(ids[:, :16]).logits
+    assert_same(model(ids[:, :16]).logits, expected)
+    with pytest.raises(InputError, match="24 tokens exceed the model's sliding window of 16"):
+        model(ids)
+
+
+def test_other_activations_are_refused(make_model):
+    networks, rotations, weights = prepared(lambda: make_model(hidden_act="gelu"))
+    with pytest.raises(InputError, match="activation is gelu"):
+        runtime(networks, rotations, weights)
+
+
+def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_model, ids):
+    networks, rotations, weights = prepared(make_model)
+    model = runtime(networks, rotations, weights)
+    asked = {}
+
+    def make_weight(name, out, width, groups):
+        asked[name] = (out, width, groups)
+        return pack_weight(weights[name], groups, torch.float64)
+
+    built = runtime_from_packed(
+        make_model(tie_word_embeddings=False).config,
+        make_weight,
+        rotations,
+        networks.quant,
+        networks.kv,
+        REFERENCE,
+        torch.device("cpu"),
+        torch.float64,
+    )
+    assert asked["model.layers.1.self_attn.o_proj"] == (24, 32, 4)  # a group per head
+    assert not any(t.is_meta for t in (*built.parameters(), *built.buffers()))
+    for name in ("model.embed_tokens", "lm_head"):
+        linear_at(built, name).weight.data.copy_(linear_at(model, name).weight)
+    # stock norms are float32 inside, those of the other model are not
+    assert torch.allclose(built(ids).logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 24), (33, 17, 11)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_the_padded_integer_product_is_exact(shape, dtype):
+    """Oracle: int64."""
+    tokens, width, out = shape
+    levels, weight = (torch.randint(-128, 128, (n, width)) for n in (tokens, out))
+    levels = levels.to(torch.int8) if dtype == torch.int8 else (levels + 128).to(torch.uint8)
+    weight = weight.to(torch.int8)
+    expected = levels.long() @ weight.long().T
+    assert torch.equal(cuda.matmul(levels, weight).long(), expected)
