@@ -1,34 +1,60 @@
 """Run a benchmark: python -m spinlab.bench gptq --model llama2_7b --out experiments/bench/x.json"""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spinlab import parallel
+from spinlab.bench.collect import collect
+from spinlab.bench.figure import draw_ratios
 from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
 from spinlab.config import LearnConfig, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
+from spinlab.errors import InputError
 from spinlab.stage import write_json
+
+_PARTS = ("prefill", "decode", "producers", "kv", "peers")
+_PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 
 
 def main(words: list[str] | None = None) -> None:
     """Parse the command line, run, print the metrics and keep the record."""
     arguments = _parser().parse_args(words)
-    set_arithmetic(RuntimeConfig())
+    try:
+        _run(arguments)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.repeatable:
+        set_arithmetic(RuntimeConfig())
     torch.manual_seed(0)
     device = choose_device(arguments.device)
     parallel.start(device.type)
     record = arguments.run(arguments, device)
     if parallel.is_main():
         for name, value in sorted(record["metrics"].items()):
-            print(f"{name:32} {value:,.3f}")
+            print(f"{name:32} {value:,.6g}")
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.out, record)
+            if not arguments.repeatable:
+                _draw(record, arguments.out)
     parallel.stop()
+
+
+def _draw(record: dict[str, Any], out: Path) -> None:
+    gpu = record["environment"].get("gpu") or "CPU"
+    try:
+        draw_ratios(record["metrics"], f"{record['experiment']}: {gpu}", out.with_suffix(".png"))
+    except ImportError:
+        print("no figure: matplotlib is not installed", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,15 +68,39 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--out", type=Path, help="where the record goes")
     gptq = commands.add_parser("gptq", parents=[common], help="quantize a whole model by GPTQ")
     gptq.add_argument("--samples", type=int, default=128, help="calibration windows")
-    gptq.set_defaults(run=_gptq)
+    gptq.set_defaults(run=_gptq, repeatable=True)
     learn = commands.add_parser("learn", parents=[common], help="learn the rotations of a model")
     learn.add_argument("settings", nargs="*", help="of the learning: steps=100 micro_batch=2 ...")
-    learn.set_defaults(run=_learn)
+    learn.set_defaults(run=_learn, repeatable=True)
     forms = commands.add_parser("forms", help="an experiment's learning against its definition")
     forms.add_argument("overrides", nargs="+", help="as for spinlab: +experiment=NAME ...")
     forms.add_argument("--out", type=Path, help="where the record goes")
-    forms.set_defaults(run=_forms, device="auto")
+    forms.set_defaults(run=_forms, device="auto", repeatable=True)
+    _add_kernels(commands)
     return parser
+
+
+def _add_kernels(commands: Any) -> None:
+    """Add what times integer kernels; deterministic algorithms would slow torch's side down."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", default="auto")
+    common.add_argument("--out", type=Path, help="where the record goes, and a figure beside it")
+    kernels = commands.add_parser("kernels", parents=[common], help="the integer kernels alone")
+    kernels.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS))
+    kernels.add_argument("--peers", nargs="+", choices=_PEERS, default=list(_PEERS))
+    kernels.set_defaults(run=_kernels, repeatable=False)
+    for name, batches, prompt in (("decode", [1, 16, 64], 512), ("prefill", [1, 8], 2048)):
+        whole = commands.add_parser(name, parents=[common], help=f"{name} of a whole model")
+        whole.add_argument("--model", choices=sorted(SHAPES), default="llama2_7b")
+        whole.add_argument("--layers", type=int, help="fewer than the model has")
+        whole.add_argument("--batch", type=int, nargs="+", default=batches)
+        whole.add_argument("--prompt", type=int, default=prompt, help="tokens of a prompt")
+        whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
+        whole.set_defaults(run=_end_to_end, repeatable=False)
+    gather = commands.add_parser("collect", help="gather the records of several runs in one")
+    gather.add_argument("records", type=Path, nargs="+", help="of two that overlap the last counts")
+    gather.add_argument("--out", type=Path, required=True, help="where the record goes")
+    gather.set_defaults(run=_collect, device="cpu", repeatable=False)
 
 
 def _gptq(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -70,6 +120,29 @@ def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
     from spinlab.compose import composed
 
     return bench_forms(composed(*arguments.overrides))
+
+
+def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.kernels import bench_kernels
+    from spinlab.runtime.operations import triton_operations
+
+    peers = arguments.peers if "peers" in arguments.only else []
+    parts = [part for part in arguments.only if part != "peers"]
+    return bench_kernels(triton_operations(), device, parts, peers, arguments.out)
+
+
+def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.end_to_end import Setting, bench_decode, bench_prefill
+    from spinlab.runtime.operations import REFERENCE, triton_operations
+
+    operations = triton_operations() if device.type == "cuda" else REFERENCE
+    setting = Setting(arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
+    bench = bench_decode if arguments.command == "decode" else bench_prefill
+    return bench(operations, device, setting, arguments.batch, arguments.out)
+
+
+def _collect(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    return collect(arguments.records, "bench/kernels")
 
 
 if __name__ == "__main__":

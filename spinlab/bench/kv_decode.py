@@ -1,0 +1,139 @@
+"""Time decode attention on 4-bit keys and values against torch on bf16 ones."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from spinlab.bench.operands import random_floats, random_rows
+from spinlab.bench.results import Results
+from spinlab.bench.timing import Work, copies_for, measure
+from spinlab.runtime.kernels.reference import attention
+from spinlab.runtime.kernels.rows import PackedRows
+from spinlab.runtime.operations import Operations
+
+HEAD_DIM = 128
+# batch, filled slots, query heads, key and value heads
+KV_CASES: dict[str, tuple[int, int, int, int]] = {
+    "b16_c8192_h32_kv8": (16, 8192, 32, 8),
+    "b1_c8192_h32_kv8": (1, 8192, 32, 8),
+    "b1_c8192_h32_kv32": (1, 8192, 32, 32),
+    "b64_c768_h32_kv32": (64, 768, 32, 32),
+    "b16_c768_h32_kv32": (16, 768, 32, 32),
+}
+_CLOSE = 2.0**-6  # of the largest output; weights and outputs are rounded to 16 bits
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Case = tuple[str, tuple[int, int, int, int]]
+
+
+def kv(
+    operations: Operations,
+    device: torch.device,
+    rates: Mapping[str, float],
+    results: Results,
+    cases: Mapping[str, tuple[int, int, int, int]] = KV_CASES,
+) -> None:
+    """Time attention on 4-bit keys and values against torch's fastest on bf16 ones."""
+    generator = torch.Generator(device).manual_seed(4)
+    for case in cases.items():
+        kv_decode(operations, case, generator, rates, results)
+
+
+def kv_decode(
+    operations: Operations,
+    case: Case,
+    generator: torch.Generator,
+    rates: Mapping[str, float],
+    results: Results,
+    head_dim: int = HEAD_DIM,
+) -> None:
+    """Add a case's speedup over torch's fastest back end, and the seconds of every one."""
+    name, (batch, context, heads, kv_heads) = case
+    query = random_floats(batch, heads, 1, head_dim, generator=generator)
+    works, row_bytes = ours(operations, query, (context, kv_heads), generator)
+    timings = measure({"ours": works}, query.device)
+    for label, calls in _of_torch(query, (context, kv_heads), generator).items():
+
+        def take(label: str = label, calls: list[Work] = calls) -> None:
+            timings.update(measure({label: calls}, query.device))
+
+        results.attempt(f"kv_decode/{name}/{label}", take)
+    results.times(f"kv_decode/{name}", timings)
+    best = min(t.seconds for label, t in timings.items() if label != "ours")
+    results.add(
+        {
+            f"speedup/kv_decode/{name}": best / timings["ours"].seconds,
+            f"speed/kv_decode/{name}/bf16": best,
+            f"floor/kv_decode/{name}": 2 * row_bytes / rates["copy"],
+        }
+    )
+
+
+def ours(
+    operations: Operations,
+    query: torch.Tensor,
+    cache: tuple[int, int],
+    generator: torch.Generator,
+) -> tuple[list[Work], int]:
+    """Return our attention over full caches, checked, and the bytes of one's keys.
+
+    query: (batch, heads, 1, head_dim); cache: slots, heads.
+    """
+    (batch, _, _, head_dim), (context, kv_heads) = query.shape, cache
+
+    def draw() -> PackedRows:
+        return random_rows(batch, kv_heads, context, head_dim, generator)
+
+    first = draw()
+    count = copies_for(2 * first.bytes, query.device)
+    caches = [(first, draw()), *((draw(), draw()) for _ in range(count - 1))]
+    start = torch.zeros(batch, dtype=torch.int32, device=query.device)
+    length = torch.full((1,), context, dtype=torch.int64, device=query.device)
+    scaling = 1 / math.sqrt(head_dim)
+
+    def attend(keys: PackedRows, values: PackedRows) -> torch.Tensor:
+        return operations.attend(query, keys, values, start, length, scaling)
+
+    expected = attention.attend(query, *caches[0], start, length, scaling).float()
+    error = (attend(*caches[0]).float() - expected).abs().max() / expected.abs().max()
+    assert error < _CLOSE, f"attention of {tuple(query.shape)} is off by {error:.3g}"
+    return [lambda c=c: attend(*c) for c in caches], first.bytes
+
+
+def _of_torch(
+    query: torch.Tensor, cache: tuple[int, int], generator: torch.Generator
+) -> dict[str, list[Work]]:
+    """Return torch's attention by every back end: on grouped heads, and on repeated ones."""
+    (batch, heads, _, head_dim), (context, kv_heads) = query.shape, cache
+    shape = (batch, kv_heads, context, head_dim)
+    size = 2 * 2 * math.prod(shape)
+    caches = [
+        (random_floats(*shape, generator=generator), random_floats(*shape, generator=generator))
+        for _ in range(copies_for(size, query.device))
+    ]
+
+    def call(pair: tuple[torch.Tensor, torch.Tensor], backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, *pair, enable_gqa=heads != kv_heads)
+
+    works: dict[str, list[Work]] = {
+        name: [lambda p=pair, b=backend: call(p, b) for pair in caches]
+        for name, backend in _BACKENDS.items()
+    }
+    if heads != kv_heads:  # queries of a group as tokens of one head: no mask is needed here
+        grouped = query.flatten(1, 2).unflatten(1, (kv_heads, -1))
+
+        def folded(pair: tuple[torch.Tensor, torch.Tensor], backend: SDPBackend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(grouped, *pair)
+
+        for name, backend in _BACKENDS.items():
+            works[f"{name}_folded"] = [lambda p=p, b=backend: folded(p, b) for p in caches]
+    return works

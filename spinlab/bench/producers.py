@@ -1,0 +1,81 @@
+"""Time the fused kernels that make quantized inputs against torch's gate on bf16."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn import functional
+
+from spinlab.bench.operands import QUANTIZER, random_floats
+from spinlab.bench.results import Results
+from spinlab.bench.timing import Work, copies_for
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.runtime.kernels.reference import producers as reference
+from spinlab.runtime.operations import Operations
+
+WIDTHS, TOKENS = (11008, 14336), 8192
+_SAME = 0.98  # share of levels
+
+
+def producers(
+    operations: Operations,
+    device: torch.device,
+    rates: Mapping[str, float],
+    results: Results,
+    cases: tuple[Sequence[int], int] = (WIDTHS, TOKENS),
+) -> None:
+    """Time silu·up + R4 + quantize against bf16 silu·up; cases: widths, tokens."""
+    generator = torch.Generator(device).manual_seed(3)
+    fused = torch.compile(_gated, dynamic=False) if device.type == "cuda" else _gated
+    widths, tokens = cases
+    for width in widths:
+        rotation = hadamard_rotation(width)
+        copies = copies_for(4 * tokens * width, device)
+        # columns of one product, as the network has them
+        pairs = [
+            random_floats(tokens, 2 * width, generator=generator).chunk(2, dim=1)
+            for _ in range(copies)
+        ]
+        _check(operations, rotation, *pairs[0])
+        works = {
+            "ours": [_gate(operations, rotation, *pair) for pair in pairs],
+            "eager": [lambda p=pair: _gated(*p) for pair in pairs],
+            "quantize": [lambda p=pair: operations.quantize(p[0], QUANTIZER) for pair in pairs],
+            "norm_quantize": [
+                lambda p=pair: operations.norm_quantize(p[0], p[1][0], 1e-5, QUANTIZER)
+                for pair in pairs
+            ],
+        }
+        case = f"hadamard_quant/{width}"
+        seconds = results.measure(case, works, device)
+        results.add(
+            {f"ratio/{case}": seconds["ours"] / seconds["eager"]}
+            | {f"floor/{case}": 5 * tokens * width / rates["copy"]}
+        )
+        ours, one = seconds["ours"], [lambda p=pair: fused(*p) for pair in pairs]
+
+        def take(case: str = case, ours: float = ours, one: Sequence[Work] = one) -> None:
+            fastest = results.measure(case, {"fused": one}, device)["fused"]
+            results.add({f"ratio/{case}/fused": ours / fastest})
+
+        results.attempt(f"hadamard_quant/{width}/fused", take)
+
+
+def _check(
+    operations: Operations, rotation: OnlineRotation, gate: torch.Tensor, up: torch.Tensor
+) -> None:
+    """Assert that some tokens get the definition's levels, but for float noise of the rotation."""
+    pair = gate[:16], up[:16]
+    found = operations.gate_quantize(*pair, rotation, QUANTIZER).levels
+    expected = reference.gate_quantize(*pair, rotation, QUANTIZER).levels
+    same = (found == expected).double().mean().item()
+    assert same > _SAME, f"only {same:.3%} of the levels of {gate.shape[1]} are right"
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return functional.silu(gate) * up
+
+
+def _gate(
+    operations: Operations, rotation: OnlineRotation, gate: torch.Tensor, up: torch.Tensor
+) -> Work:
+    return lambda: operations.gate_quantize(gate, up, rotation, QUANTIZER)
