@@ -23,6 +23,7 @@ from spinlab.quant.inputs import StraightThrough, check_group
 from spinlab.rotation.online import OnlineRotation
 
 ATTENTION = "spinlab_sdpa"
+_KEPT = 1 << 18  # decoded numbers that a layer keeps at most
 _KV_PATH = "kv_path"  # attribute of an attention module
 
 
@@ -49,11 +50,16 @@ def _round(x: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
 
 
 class CodedLayer(DynamicLayer):
-    """Keep one layer's keys and values as coded rows: (batch, heads, tokens, row_bytes) uint8."""
+    """Keep one layer's keys and values as coded rows: (batch, heads, tokens, row_bytes) uint8.
+
+    While they are few, decoded ones are kept beside them, so that a step decodes its own only.
+    """
 
     def __init__(self, path: KVPath, store: bool) -> None:
         super().__init__()
         self.path, self.store = path, store
+        self._decoded: torch.Tensor | None = None  # all rows of `_decoded_keys` and their values
+        self._decoded_keys: torch.Tensor | None = None
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
@@ -71,16 +77,30 @@ class CodedLayer(DynamicLayer):
             return _round(key_states, self.path.keys), _round(value_states, self.path.values)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._append(self.keys, key_states, self.path.keys)
-        self.values = self._append(self.values, value_states, self.path.values)
-        return self._read(self.keys, self.path.keys), self._read(self.values, self.path.values)
+        codec = self.path.keys
+        if codec is None or codec != self.path.values or key_states.shape != value_states.shape:
+            self.keys = _append(self.keys, _coded(key_states, codec))
+            self.values = _append(self.values, _coded(value_states, self.path.values))
+            return self._read(self.keys, codec), self._read(self.values, self.path.values)
+        keys, values = self._update_both(torch.stack((key_states, value_states)), codec)
+        return keys, values
 
-    @staticmethod
-    def _append(
-        rows: torch.Tensor | None, x: torch.Tensor, codec: AffineCodec | None
-    ) -> torch.Tensor:
-        new = x if codec is None else codec.encode(x)
-        return new if rows is None or rows.numel() == 0 else torch.cat([rows, new], dim=-2)
+    def _update_both(self, new: torch.Tensor, codec: AffineCodec) -> torch.Tensor:
+        """Code new keys and values, stacked, and return all, decoded.
+
+        Both go together because for a token of decoding calls cost more than their work.
+        """
+        coded, rounded = codec.encode_and_round(new)
+        before = self._decoded if self._decoded_keys is self.keys else None
+        self.keys, self.values = _append(self.keys, coded[0]), _append(self.values, coded[1])
+        if before is None:
+            decoded = codec.decode(torch.stack((self.keys, self.values)), self.dtype)
+        else:
+            decoded = torch.cat((before, rounded), dim=-2)
+        # rows that were cropped or reordered since are another tensor
+        keep = decoded.numel() <= _KEPT
+        self._decoded, self._decoded_keys = (decoded, self.keys) if keep else (None, None)
+        return decoded
 
     def _read(self, rows: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
         return rows if codec is None else codec.decode(rows, self.dtype)
@@ -88,6 +108,14 @@ class CodedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         rows = self.keys
         return 0 if rows is None or rows.numel() == 0 else rows.shape[-2]
+
+
+def _coded(x: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
+    return x if codec is None else codec.encode(x)
+
+
+def _append(rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    return new if rows is None or rows.numel() == 0 else torch.cat([rows, new], dim=-2)
 
 
 class CodedCache(Cache):

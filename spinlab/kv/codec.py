@@ -17,6 +17,7 @@ from spinlab.quant.affine import (
     scale_and_zero,
     zero_point,
 )
+from spinlab.quant.few import are_few, few_levels
 from spinlab.quant.fused import has_kernel, round_rows
 from spinlab.quant.pack import pack_nibbles, unpack_nibbles
 
@@ -63,7 +64,14 @@ class AffineCodec:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
+        return self._pack(*self._levels(x))
+
+    def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return encode(x) and what it decodes to, in x's dtype."""
         levels, scale, zero = self._levels(x)
+        return self._pack(levels, scale, zero), self._decode(levels, scale, zero, x.dtype)
+
+    def _pack(self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         levels = levels.flatten(-2)
         parts = [pack_nibbles(levels) if self._nibbles else levels.to(torch.int16).to(torch.uint8)]
         parts.append(scale.squeeze(-1).to(torch.float16).contiguous().view(torch.uint8))
@@ -88,6 +96,10 @@ class AffineCodec:
 
     def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return levels (..., groups, g) with the scale that float16 stores, and its zero."""
+        if are_few(x):
+            few = few_levels(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
+            levels, scale, zero = (torch.from_numpy(t) for t in few)
+            return levels, scale, zero
         grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
         lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
         scale, _ = scale_and_zero(lowest, highest, self.grid)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +22,7 @@ from spinlab.quant.affine import (
     extremes,
     scale_and_zero,
 )
+from spinlab.quant.few import FewLevels, few_levels
 from spinlab.quant.fused import has_kernel, round_rows
 
 T = TypeVar("T")
@@ -50,8 +52,27 @@ class TokenQuantizer:
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
         grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
-        scale, zero = scale_and_zero(lowest * self.clip_ratio, highest * self.clip_ratio, self.grid)
+        if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
+            lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
+        scale, zero = scale_and_zero(lowest, highest, self.grid)
         return Encoded(encode(grouped, scale, zero, self.grid), scale, zero)
+
+    def to_bytes(self, x: torch.Tensor) -> Encoded:
+        """Return the levels of x: (..., C) on a grid of at most 8 bits, moved to start at 0.
+
+        Levels are uint8, zero points, moved as well, int32.
+        """
+        levels, scale, zero = self.encode(x)
+        if self.grid.lowest:
+            levels, zero = levels - self.grid.lowest, zero - self.grid.lowest
+        return Encoded(levels.to(torch.uint8), scale, zero.to(torch.int32))
+
+    def to_few_bytes(self, x: torch.Tensor) -> FewLevels:
+        """Return what `to_bytes` does for a few numbers in the host's memory, in numpy."""
+        levels, scale, zero = few_levels(x, self.grid, self.group_size, float(self.clip_ratio))
+        if self.grid.lowest:
+            levels, zero = levels - self.grid.lowest, zero - self.grid.lowest
+        return FewLevels(levels.astype(np.uint8), scale, zero.astype(np.int32))
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """Return the floats (..., C) that encoded levels stand for, in the scale's dtype."""
@@ -96,6 +117,43 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
+class Once:
+    """Do work for the first of several readers of a tensor and hand the result to the others.
+
+    A tensor is known by what it is, not by its values, and must not have changed. Readers may want
+    different work done. Nothing is kept beyond the last reader.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self._last: tuple[weakref.ref, int, dict[object, object]] | None = None
+        self._uses = 0
+
+    def __call__(self, x: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
+        """Return work(x), or what it gave to a reader before."""
+        if self.readers == 1:
+            return work(x)
+        # of a method only the function: kept with its owner it would keep that alive
+        name = getattr(work, "__func__", work)
+        results = self._known(x)
+        self._uses += 1
+        if name not in results:
+            results[name] = work(x)
+        self._last = (weakref.ref(x), _version(x), results)
+        if self._uses == self.readers:
+            self._last = None
+        return results[name]  # type: ignore[return-value]
+
+    def _known(self, x: torch.Tensor) -> dict[object, object]:
+        """Return what was done for x; start anew for another tensor."""
+        if self._last is not None:
+            source, version, results = self._last
+            if source() is x and version == _version(x):
+                return results
+        self._uses = 0
+        return {}
+
+
 class InputPath(nn.Module):
     """Rotate and quantize the input that `readers` linears share."""
 
@@ -103,17 +161,24 @@ class InputPath(nn.Module):
         self, rotation: Transform | None, quantizer: TokenQuantizer | None, readers: int = 1
     ) -> None:
         super().__init__()
-        self.rotation, self.quantizer, self.readers = rotation, quantizer, readers
-        self._last: tuple[weakref.ref, int, str, object] | None = None
-        self._uses = 0
+        self.rotation, self.quantizer = rotation, quantizer
+        self.once = Once(readers)
+
+    @property
+    def readers(self) -> int:
+        return self.once.readers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rotated input after a round trip through the integer grid: (..., C)."""
-        return self._once(x, self._round)
+        return self.once(x, self._round)
 
     def encode(self, x: torch.Tensor) -> Encoded:
-        """Return the rotated input as levels, for integer kernels."""
-        return self._once(x, self._encode)
+        """Return the rotated input as bytes, for integer kernels."""
+        return self.once(x, self._encode)
+
+    def encode_few(self, x: torch.Tensor) -> FewLevels:
+        """Return what `encode` does for a few numbers in the host's memory, in numpy."""
+        return self.once(x, self._encode_few)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         x = x if self.rotation is None else self.rotation(x)
@@ -121,25 +186,11 @@ class InputPath(nn.Module):
 
     def _encode(self, x: torch.Tensor) -> Encoded:
         assert self.quantizer is not None
-        return self.quantizer.encode(x if self.rotation is None else self.rotation(x))
+        return self.quantizer.to_bytes(x if self.rotation is None else self.rotation(x))
 
-    def _once(self, x: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
-        """Do the work for the first reader of a tensor and hand the result to the others.
-
-        Readers that want other work (levels, or floats where weights stay wide) do it anew.
-        """
-        if self._last is not None:
-            source, version, name, result = self._last
-            if source() is x and version == _version(x) and name == work.__name__:
-                self._uses += 1
-                if self._uses == self.readers:
-                    self._last = None
-                return result  # type: ignore[return-value]
-        result = work(x)
-        self._uses = 1
-        kept = (weakref.ref(x), _version(x), work.__name__, result)
-        self._last = kept if self.readers > 1 else None
-        return result
+    def _encode_few(self, x: torch.Tensor) -> FewLevels:
+        assert self.quantizer is not None
+        return self.quantizer.to_few_bytes(x if self.rotation is None else self.rotation(x))
 
 
 def _version(x: torch.Tensor) -> int:

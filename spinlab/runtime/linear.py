@@ -1,27 +1,40 @@
 """A linear that quantizes its input per token, multiplies integers exactly, and rescales.
 
-With activation level a, scale s, zero z and weight level w, scale t, zero u, a block of n inputs
-adds to an output
-
-    y = Σ s(a - z)·t(w - u) = s·t·Σ a·w - s·z·(t·Σ w) - (s·Σ a - n·s·z)·(t·u)
-
-Σ a·w is the integer product; the other two terms are a rank-one product per block.
+The arithmetic is that of `spinlab.runtime.kernels.formats`: a block of inputs adds s·t·I to an
+output, with an integer I = Σ a·w - z·Σ w - u·(Σ a - n·z) that int32 holds exactly.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import nn
 
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath
+from spinlab.quant.few import are_few
+from spinlab.quant.inputs import InputPath, Once
 from spinlab.runtime.kernels import Matmul
+from spinlab.runtime.kernels.formats import into_int8
 from spinlab.weights.quantized import QuantizedWeight
+
+
+class _Views(NamedTuple):
+    """Hold the tables of a linear for a few tokens: t, Σ w, u and bias in numpy."""
+
+    path: InputPath
+    weights: torch.Tensor
+    t: np.ndarray
+    sums: np.ndarray
+    u: np.ndarray | None
+    bias: np.ndarray | None
 
 
 class IntegerLinear(nn.Module):
     """Run y = x Wᵀ + bias on integers. Weights rest as int8 levels, one byte each.
 
     Weights and activations may be grouped along the input; the product is cut into blocks of the
-    finer grouping, which must refine the coarser one.
+    finer grouping, which must refine the coarser one. Input levels are bytes from 0 on, with which
+    processors multiply faster than with signed ones.
     """
 
     def __init__(
@@ -36,55 +49,149 @@ class IntegerLinear(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)  # of the epilogue; outputs follow inputs
         assert weight.grid.bits <= 8, "integer kernels take weights of at most 8 bits"
         assert path.quantizer is not None, "integer kernels take quantized inputs"
-        shift = _into_int8(weight.grid)
-        self.shift = _into_int8(path.quantizer.grid)
-        self.path, self.matmul, self.symmetric = path, matmul, weight.grid.symmetric
+        assert path.quantizer.grid.bits <= 8, "integer kernels take inputs of at most 8 bits"
+        shift = into_int8(weight.grid)
+        self.path, self.matmul = path, matmul
         self.out_features, width = weight.levels.shape
         input_group = path.quantizer.group_size or width
         fine, coarse = sorted((input_group, width // weight.groups))
         assert coarse % fine == 0, "the groups of weights and inputs do not nest"
-        self.block = fine
-        blocks = (weight.levels - shift).to(torch.int8).split(self.block, dim=1)
-        self.levels = nn.ParameterList(
-            nn.Parameter(block.contiguous(), requires_grad=False) for block in blocks
-        )
-        repeats = len(blocks) // weight.groups
-        scale = weight.scale.to(dtype).repeat_interleave(repeats, dim=1).T.contiguous()
-        zero = (weight.zero - shift).to(dtype).repeat_interleave(repeats, dim=1).T
-        sums = torch.stack([block.sum(1, dtype=torch.int32) for block in blocks]).to(dtype)
-        # all (blocks, out): t, t·Σw, t·u
-        self.scale, self.scaled_sums = nn.Buffer(scale), nn.Buffer(scale * sums)
-        self.scaled_zero = nn.Buffer(scale * zero)
+        self.block, self.blocks = fine, width // fine
+        levels = (weight.levels - shift).to(torch.int8)
+        self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
+        # all (blocks, out): t, Σ w, u
+        self.scale = nn.Buffer(_per_block(weight.scale.to(dtype), self.blocks))
+        sums = levels.unflatten(1, (-1, fine)).sum(2, dtype=torch.int32)
+        self.sums = nn.Buffer(sums.T.contiguous())
+        zero = None if weight.grid.symmetric else (weight.zero - shift).to(torch.int32)
+        self.zero = None if zero is None else nn.Buffer(_per_block(zero, self.blocks))
         self.bias = None if bias is None else nn.Buffer(bias.detach().to("cpu", dtype))
+        self._views: _Views | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x: (..., in), in x's dtype."""
-        levels, s, sz = self._encode(x)
-        # first what needs only sums over a block, for all blocks at once
-        out = -sz @ self.scaled_sums
-        if not self.symmetric:
-            sums = levels.sum(-1).to(s.dtype)
-            out -= (s * sums - self.block * sz) @ self.scaled_zero
-        integers = levels.to(torch.int8)
-        for index, weight in enumerate(self.levels):
-            products = self.matmul(integers[:, index].contiguous(), weight).to(s.dtype)
-            out.addcmul_(products.mul_(s[:, index, None]), self.scale[index])
+        if are_few(x):
+            out = torch.from_numpy(self._few(x).reshape(*x.shape[:-1], -1))
+            return out if out.dtype == x.dtype else out.to(x.dtype)
+        terms = self._terms(*self._encode(x))
+        out = next(terms)
+        for term in terms:
+            out += term
         if self.bias is not None:
             out += self.bias
-        return out.unflatten(0, x.shape[:-1]).to(x.dtype)
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _few(self, x: torch.Tensor) -> np.ndarray:
+        """Return the output (tokens, out) for a few numbers in the host's memory.
+
+        The steps are those of many, in numpy, whose calls cost a fraction of torch's.
+        """
+        if self._views is None:
+            self._views = self._view_tables()
+        path, weights, t, sums, u, bias = self._views
+        levels, s, z = path.encode_few(x)
+        groups, blocks = s.shape[-2], len(t)
+        levels = levels.reshape(-1, blocks, self.block)
+        s, z = s.reshape(-1, groups, 1), z.reshape(-1, groups, 1)
+        if groups < blocks:
+            s, z = (np.repeat(t, blocks // groups, axis=1) for t in (s, z))
+        rows = levels[:, 0] if blocks == 1 else _spread(levels)
+        found = self.matmul(torch.from_numpy(rows), weights).numpy()
+        found = found.reshape(len(levels), blocks, -1)
+        found -= z * sums
+        if u is not None:
+            rest = levels.sum(2, keepdims=True, dtype=np.int32) - np.int32(self.block) * z
+            found -= rest * u
+        terms = found.astype(t.dtype)
+        terms *= s.astype(t.dtype, copy=False) * t
+        out = terms[:, 0]
+        for block in range(1, blocks):
+            out += terms[:, block]
+        if bias is not None:
+            out += bias
+        return out
+
+    def _view_tables(self) -> _Views:
+        """Return what `_few` reads as it reads it; looking it up would cost as much as the work."""
+        zero, bias = (None if t is None else t.numpy() for t in (self.zero, self.bias))
+        return _Views(
+            self.path, self.levels.detach(), self.scale.numpy(), self.sums.numpy(), zero, bias
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._views = None  # tables move, and leave the views behind
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None}  # a copy views tables of its own
 
     def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return levels (tokens, blocks, block) with s and s·z per token and block."""
-        levels, scale, zero = (t.flatten(0, -3) for t in self.path.encode(x))
-        blocks = levels.flatten(1).unflatten(1, (-1, self.block))
-        repeats = blocks.shape[1] // scale.shape[1]
-        scale, zero = (t.squeeze(-1).repeat_interleave(repeats, dim=1) for t in (scale, zero))
-        if self.shift:
-            blocks, zero = blocks - self.shift, zero - self.shift
-        scale = scale.to(self.scale.dtype)
-        return blocks, scale, scale * zero
+        """Return levels (tokens, blocks, block) with s and z: (tokens, blocks, 1)."""
+        levels, scale, zero = self.path.encode(x)
+        groups, blocks = scale.shape[-2], self.blocks
+        levels = levels.reshape(-1, blocks, self.block)
+        scale, zero = (t.reshape(-1, groups, 1) for t in (scale.to(self.scale.dtype), zero))
+        if groups < blocks:
+            repeats = blocks // groups
+            scale, zero = (t.repeat_interleave(repeats, dim=1) for t in (scale, zero))
+        return levels, scale, zero
+
+    def _terms(self, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Return what each block adds to the output: (tokens, out)."""
+        weights = self.levels.split(self.block, dim=1)
+        tables = (
+            [self.sums, self.scale] if self.zero is None else [self.sums, self.scale, self.zero]
+        )
+        cut = zip(*(t.unbind(1) for t in inputs), weights, *tables, strict=True)
+        return (_scaled(self.matmul, *part) for part in cut)
 
 
-def _into_int8(grid: Grid) -> int:
-    """Return what levels and zero points are shifted down by: an asymmetric byte reaches 255."""
-    return 0 if grid.highest <= 127 else 128
+def _scaled(
+    matmul: Matmul,
+    levels: torch.Tensor,
+    s: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    t: torch.Tensor,
+    u: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return s·t·I of a block: (tokens, out)."""
+    found = matmul(levels.contiguous(), weight.contiguous())
+    found.addcmul_(z, sums, value=-1)
+    if u is not None:
+        rest = levels.sum(1, keepdim=True, dtype=torch.int32) - levels.shape[1] * z
+        found.addcmul_(rest, u, value=-1)
+    return found.to(s.dtype).mul_(s * t)
+
+
+def _spread(levels: np.ndarray) -> np.ndarray:
+    """Return rows (tokens·blocks, in) that are 0 outside one block each.
+
+    levels: (tokens, blocks, block). One product with these rows gives those of all blocks.
+    """
+    tokens, blocks, block = levels.shape
+    rows = np.zeros((tokens, blocks, blocks, block), levels.dtype)
+    each = np.arange(blocks)
+    rows[:, each, each] = levels
+    return rows.reshape(tokens * blocks, -1)
+
+
+class LinearPart(nn.Module):
+    """Be one of several linears that read the very same input and are multiplied as one.
+
+    The first of them that is called multiplies; all take their columns of the result.
+    """
+
+    def __init__(self, whole: IntegerLinear, once: Once, columns: slice) -> None:
+        super().__init__()
+        self.whole, self.once, self.columns = whole, once, columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output for x: (..., in), in x's dtype."""
+        return self.once(x, self.whole)[..., self.columns]
+
+
+def _per_block(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Give every block the values of its group: (out, groups) to (blocks, 1, out)."""
+    return x.repeat_interleave(blocks // x.shape[1], dim=1).T.contiguous()

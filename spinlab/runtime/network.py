@@ -1,17 +1,19 @@
 """The hand-off: the linears of a rotated stock model become linears that hold integers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig
-from spinlab.model.seams import family_of, layers_of, linear_at, linears_of
-from spinlab.quant.inputs import InputPath
+from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.quant.affine import Grid
+from spinlab.quant.inputs import InputPath, Once
 from spinlab.quant.network import FakeQuantLinear, input_paths
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.kernels import KERNELS
-from spinlab.runtime.linear import IntegerLinear
+from spinlab.runtime.linear import IntegerLinear, LinearPart
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 
@@ -24,13 +26,27 @@ def insert_integer_linears(
 ) -> None:
     """Swap every rotated linear for its integer twin, in place.
 
+    Linears of one layer that read the same input, by weights of one format, are multiplied as one.
     Where activations or weights have more than 8 bits there are no integers to multiply: such
     linears hold the dequantized weight, or their own where none is given.
     """
     paths = input_paths(model, rotations, quant)
-    for name, index, seam, linear in list(linears_of(model)):
-        twin = _linear(linear, weights.get(name), paths[index][seam.group], backend)
-        layers_of(model)[index].set_submodule(seam.name, twin)
+    groups: dict[tuple[int, str], dict[str, nn.Linear]] = {}
+    for name, index, seam, linear in linears_of(model):
+        groups.setdefault((index, seam.group), {})[name] = linear
+    for (index, group), linears in groups.items():
+        path = paths[index][group]
+        readers = 0
+        for names in _stacks(linears, weights, path):
+            stack = [(linears[name], weights[name]) for name in names]
+            for name, twin in zip(names, _integer(stack, path, backend), strict=True):
+                model.set_submodule(name, twin)
+            readers += 1
+        for name in linears:
+            if isinstance(linear := linear_at(model, name), nn.Linear):
+                model.set_submodule(name, _float(linear, weights.get(name), path))
+                readers += 1
+        path.once.readers = readers
     write_ends(model, weights)
 
 
@@ -45,14 +61,54 @@ def write_ends(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -
             set_dequantized(linear_at(model, name), weights[name])
 
 
-def _linear(
-    linear: nn.Linear, weight: QuantizedWeight | None, path: InputPath, backend: str
-) -> nn.Module:
-    dtype, device = linear.weight.dtype, linear.weight.device
-    if weight is None:
-        return FakeQuantLinear(linear, path)
-    if path.quantizer is None or max(path.quantizer.grid.bits, weight.grid.bits) > 8:
+def _stacks(
+    names: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight], path: InputPath
+) -> Iterator[list[str]]:
+    """Yield the names of linears with integers to multiply, by the format of their weights."""
+    if path.quantizer is None or path.quantizer.grid.bits > 8:
+        return
+    formats: dict[tuple[Grid, int], list[str]] = {}
+    for name in names:
+        if name in weights and weights[name].grid.bits <= 8:
+            formats.setdefault((weights[name].grid, weights[name].groups), []).append(name)
+    yield from formats.values()
+
+
+def _integer(
+    stack: Sequence[tuple[nn.Linear, QuantizedWeight]], path: InputPath, backend: str
+) -> list[nn.Module]:
+    """Return the twins of linears that read one input by weights of one format."""
+    linears, weights = zip(*stack, strict=True)
+    dtype, device = linears[0].weight.dtype, linears[0].weight.device
+    whole = IntegerLinear(_stacked(weights), _biases(linears), path, KERNELS[backend], dtype)
+    whole.to(device)
+    if len(stack) == 1:
+        return [whole]
+    once, twins, start = Once(len(stack)), [], 0
+    for weight in weights:
+        stop = start + weight.levels.shape[0]
+        twins.append(LinearPart(whole, once, slice(start, stop)))
+        start = stop
+    return twins
+
+
+def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    parts = zip(*((w.levels, w.scale, w.zero) for w in weights), strict=True)
+    return QuantizedWeight(*(torch.cat(part) for part in parts), grid=weights[0].grid)
+
+
+def _biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Stack biases, zeros where a linear has none; None where no linear has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    rows = (linear.weight.new_zeros(linear.weight.shape[0]) for linear in linears)
+    return torch.cat(
+        [r if x.bias is None else x.bias.detach() for r, x in zip(rows, linears, strict=True)]
+    )
+
+
+def _float(linear: nn.Linear, weight: QuantizedWeight | None, path: InputPath) -> FakeQuantLinear:
+    """Return the twin of a linear that multiplies floats."""
+    if weight is not None:
         set_dequantized(linear, weight)
-        return FakeQuantLinear(linear, path)
-    integer = IntegerLinear(weight, linear.bias, path, KERNELS[backend], dtype)
-    return integer.to(device)
+    return FakeQuantLinear(linear, path)

@@ -4,7 +4,9 @@ from transformers import DynamicCache
 
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
-from spinlab.kv.cache import CodedCache, attach_kv, kv_bits, kv_path
+from spinlab.kv.cache import CodedCache, CodedLayer, KVPath, attach_kv, kv_bits, kv_path
+from spinlab.kv.codec import AffineCodec
+from spinlab.quant.affine import Grid
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()
@@ -137,3 +139,26 @@ def test_finer_queries_come_closer_to_the_original(make_model, ids):
         coded(model, KVConfig(16, 16, q_bits=bits))
         errors.append((model(ids).logits - original).norm())
     assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 18])
+def test_decoded_rows_are_those_of_the_coded_ones(kept, monkeypatch):
+    """Through appending, cropping and reordering, whether or not decoded rows are kept."""
+    monkeypatch.setattr("spinlab.kv.cache._KEPT", kept)
+    codec = AffineCodec(Grid(4, False), 8)
+    layer = CodedLayer(KVPath(None, codec, codec), store=True)
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    change = [
+        lambda: None,
+        lambda: layer.crop(-2),
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+    ]
+    for index in range(8):
+        if index == 6:
+            layer.reset()
+        change[index % 3]()
+        new = torch.randn(2, 2, 3, 1 + index % 2, 8, generator=g)
+        keys, values = layer.update(*new)
+        assert torch.equal(keys, codec.decode(layer.keys, torch.float32))
+        assert torch.equal(values, codec.decode(layer.values, torch.float32))
+        assert torch.equal(keys[..., -new.shape[-2] :, :], codec.round(new[0]))

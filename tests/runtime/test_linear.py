@@ -1,13 +1,16 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath, TokenQuantizer
+from spinlab.quant.inputs import InputPath, Once, TokenQuantizer
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.runtime.kernels import KERNELS
-from spinlab.runtime.linear import IntegerLinear
+from spinlab.runtime.linear import IntegerLinear, LinearPart
+from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import rtn
 
 FORMATS = [
@@ -85,3 +88,76 @@ def test_the_online_rotation_comes_before_the_quantizer():
         quantizer.round(x @ rotation.dense().float()), weight.dequantize()
     )
     assert torch.allclose(linear(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch):
+    weight = rtn(draw(24, 64), format, WeightsConfig())
+    path, bias = InputPath(None, quantizer), draw(24, seed=1)
+    linear = IntegerLinear(weight, bias, path, KERNELS["cpu"], dtype)
+    x = draw(2, 5, 64, seed=torch.seed() % 2**31).to(dtype)
+    few = linear(x)
+    monkeypatch.setattr("spinlab.runtime.linear.are_few", lambda x: False)
+    assert few.dtype == dtype
+    assert torch.equal(few, linear(x))
+
+
+def test_outputs_are_exact_integers_times_both_scales():
+    """Bit for bit the formula of `spinlab.runtime.kernels.formats`, written out in int64."""
+    weight = rtn(draw(24, 64), TensorQuant(bits=4), WeightsConfig())
+    quantizer = TokenQuantizer(Grid(4, False))
+    linear = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS["cpu"], torch.float32)
+    x = draw(5, 64, seed=2)
+    encoded = quantizer.encode(x)
+    inputs = (encoded.levels - encoded.zero)[:, 0].long()
+    weights = weight.levels.long() - weight.zero.long()
+    expected = (inputs @ weights.T).float() * (encoded.scale[:, 0] * weight.scale.T)
+    assert torch.equal(linear(x), expected)
+
+
+def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
+    weights = [rtn(draw(rows, 64, seed=rows), FORMATS[1], WeightsConfig()) for rows in (24, 8, 8)]
+    path = InputPath(None, TokenQuantizer(Grid(4, False)))
+    calls = []
+
+    def matmul(levels, weight):
+        calls.append(1)
+        return KERNELS["cpu"](levels, weight)
+
+    def linear(weight):
+        return IntegerLinear(weight, None, path, matmul, torch.float32)
+
+    stacked = QuantizedWeight(
+        *(torch.cat([getattr(w, part) for w in weights]) for part in ("levels", "scale", "zero")),
+        grid=weights[0].grid,
+    )
+    once, whole = Once(3), linear(stacked)
+    cuts = (slice(0, 24), slice(24, 32), slice(32, 40))
+    parts = [LinearPart(whole, once, cut) for cut in cuts]
+    for seed in (2, 3):
+        x = draw(3, 64, seed=seed)
+        expected = [linear(weight)(x) for weight in weights]
+        calls.clear()
+        found = [part(x) for part in parts]
+        assert len(calls) == 1
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert once._last is None
+    before = parts[0](x)
+    x.mul_(2)  # a power of two scales the output, and the old one must not come back
+    assert torch.equal(parts[1](x), 2 * expected[1])
+    assert torch.equal(before, expected[0])
+
+
+def test_a_linear_moves_and_copies_with_its_tables():
+    weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
+    path, x = InputPath(None, TokenQuantizer(Grid(4, False))), draw(3, 64, seed=2)
+    linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
+    linear(x)
+    copied = copy.deepcopy(linear)
+    copied.scale.mul_(2)
+    assert torch.equal(copied(x), 2 * linear(x))
+    moved = linear.to(torch.device("cpu"), torch.float64)
+    assert torch.allclose(moved(x), copied(x) / 2)
+    assert moved.scale.dtype == torch.float64

@@ -3,14 +3,14 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks import Networks, channel_peaks, stored_bytes
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.linear import IntegerLinear
+from spinlab.runtime.linear import IntegerLinear, LinearPart
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -94,7 +94,38 @@ def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
 def test_every_rotated_linear_multiplies_integers(make_model):
     networks, rotations, weights = prepared(make_model)
     model = networks.integer(rotations, weights, "cpu")
-    assert sum(isinstance(m, IntegerLinear) for m in model.modules()) == 7 * 2
+    linears = [linear for *_, linear in linears_of(model)]
+    assert len(linears) == 7 * 2
+    assert all(isinstance(m, IntegerLinear | LinearPart) for m in linears)
+    assert sum(isinstance(m, IntegerLinear) for m in model.modules()) == 4 * 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [{"pattern": "*.k_proj", "weights": {"bits": 8}}],
+        [{"pattern": "*.q_proj", "weights": {"bits": 12}}],
+        [{"pattern": "*.v_proj", "weights": {"bits": 16}}],
+        [{"pattern": "*.gate_proj", "weights": {"symmetric": False}}],
+    ],
+    ids=str,
+)
+def test_linears_of_unlike_formats_are_multiplied_apart(make_model, ids, overrides):
+    quant = QuantConfig(weights=TensorQuant(symmetric=True), overrides=overrides)
+    networks, rotations, weights = prepared(make_model, quant, dtype=torch.float64)
+    model = networks.integer(rotations, weights, "cpu")
+    fake = networks.dequantized(rotations, weights)(ids).logits
+    assert torch.allclose(model(ids).logits, fake, atol=1e-8 * fake.std().item())
+    paths = {p for *_, linear in linears_of(model) if (p := getattr(linear, "path", None))}
+    assert all(path.once._last is None for path in paths)
+
+
+def test_linears_with_biases_keep_them(make_family_model, ids):
+    """Qwen2: q, k and v have biases, the rest none."""
+    networks, rotations, weights = prepared(lambda *dtype: make_family_model("qwen2"))
+    fake = networks.dequantized(rotations, weights)(ids).logits
+    found = networks.integer(rotations, weights, "cpu")(ids).logits
+    assert torch.allclose(found, fake, atol=1e-8 * fake.std().item())
 
 
 def test_generate_runs_on_integers_and_matches_full_passes(make_model, ids):

@@ -1,9 +1,10 @@
 """Decode attention that reads packed rows, split over the context, in Triton."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from spinlab.runtime.kernels.gpu.launch import launch
 from spinlab.runtime.kernels.rows import PackedRows
 
 _RESIDENT = 8  # programs that one multiprocessor runs at a time
@@ -50,21 +51,29 @@ def attend(
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
     sums = query.new_empty(batch * heads, splits, width if splits > 1 else 0, dtype=torch.float32)
     most, total = query.new_empty(2, batch * heads, splits, dtype=torch.float32)
-    launch: Any = attend_kernel[(owners, splits)]
-    launch(
+    arguments = (
         query, *_tensors(keys), *_tensors(values), start, length, sums, most, total, out,
         scaling * _LOG2_E, keys.capacity, splits, kv_heads, query.stride(0), query.stride(1),
-        GROUP=group, HEADS=columns, D=width, PAIRS=max(16, _power(width // 4)), BLOCK=block,
-        WHOLE=splits == 1, K_MIDDLE=_middle(keys), V_MIDDLE=_middle(values),
-        WIDE=query.dtype == torch.float32, EVEN=keys.capacity % block == 0, FAST=query.is_cuda,
-        num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    constants = {
+        "GROUP": group,
+        "HEADS": columns,
+        "D": width,
+        "PAIRS": max(16, _power(width // 4)),
+        "BLOCK": block,
+        "WHOLE": splits == 1,
+        "K_MIDDLE": _middle(keys),
+        "V_MIDDLE": _middle(values),
+        "WIDE": query.dtype == torch.float32,
+        "EVEN": keys.capacity % block == 0,
+        "FAST": query.is_cuda,
+    }
+    grid = (owners, splits)
+    launch(attend_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     if splits > 1:
-        launch = combine_kernel[(batch * heads,)]
-        launch(
-            sums, most, total, out, splits, D=width, BLOCK_D=_power(width), BLOCK=_power(splits),
-            num_warps=4,
-        )  # fmt: skip
+        arguments = (sums, most, total, out, splits)
+        constants = {"D": width, "BLOCK_D": _power(width), "BLOCK": _power(splits)}
+        launch(combine_kernel, (batch * heads,), arguments, constants, num_warps=4)
     return out
 
 

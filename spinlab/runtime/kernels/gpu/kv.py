@@ -1,12 +1,12 @@
 """RoPE, R3 and coding of keys and values in one pass over memory, in Triton."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from spinlab.quant.affine import TIE
 from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels.gpu.launch import launch
 from spinlab.runtime.kernels.rows import PackedRows
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20
@@ -44,17 +44,19 @@ def store(
     step, warps = _cut(batch * tokens)
     programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
     k_grid, v_grid = keys.codec.grid, values.codec.grid
-    launch: Any = store_kernel[(programs,)]
-    launch(
+    arguments = (
         q, k, v, cos, sin, matrix, position, queries, *_tensors(keys), k_round, *_tensors(values),
         v_round, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, keys.codec.clip_ratio,
-        values.codec.clip_ratio, D=width, HALF=max(16, _power(width // 2)), ROTARY=cos.shape[2],
-        STEP=step, R3=r3 is not None, K_LOWEST=k_grid.lowest, K_HIGHEST=k_grid.highest,
-        V_LOWEST=v_grid.lowest, V_HIGHEST=v_grid.highest, ROUND=round_trip, TIE=TIE,
-        FLOOR=_SMALLEST_SCALE, HALF_FLOOR=_SMALLEST_HALF, FUSED=q.is_cuda, num_warps=warps,
-        enable_fp_fusion=False,
+        values.codec.clip_ratio,
     )  # fmt: skip
+    constants = {
+        "D": width, "HALF": max(16, _power(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
+        "R3": r3 is not None, "K_LOWEST": k_grid.lowest, "K_HIGHEST": k_grid.highest,
+        "V_LOWEST": v_grid.lowest, "V_HIGHEST": v_grid.highest, "ROUND": round_trip, "TIE": TIE,
+        "FLOOR": _SMALLEST_SCALE, "HALF_FLOOR": _SMALLEST_HALF, "FUSED": q.is_cuda,
+    }  # fmt: skip
+    launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
     return (queries, k_round, v_round) if round_trip else (queries, None, None)
 
 

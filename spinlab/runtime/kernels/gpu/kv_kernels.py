@@ -141,9 +141,9 @@ def store_kernel(
             x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D, HALF, ROTARY, R3
         )
         kind = queries_ptr.dtype.element_ty
-        queries_ptr += row.to(tl.int64)[:, None] * D + d
-        tl.store(queries_ptr, low.to(kind), mask=inside)
-        tl.store(queries_ptr + D // 2, high.to(kind), mask=inside)
+        to = queries_ptr + row.to(tl.int64)[:, None] * D + d
+        tl.store(to, low.to(kind), mask=inside)
+        tl.store(to + D // 2, high.to(kind), mask=inside)
     elif is_value:
         x_ptr = v_ptr + (batch * v_batch + token * v_token + head * v_head)[:, None]
         low = tl.load(x_ptr + d, mask=inside, other=0.0).to(tl.float32)

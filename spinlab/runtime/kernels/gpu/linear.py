@@ -12,6 +12,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
+from spinlab.runtime.kernels.gpu.launch import interpreted, launch
 from spinlab.runtime.kernels.reference.linear import dequantize
 
 _FEW = 128  # tokens
@@ -47,7 +48,6 @@ def linear(
         "WEIGHT_GROUPS": weight.groups,
         "ZEROS": weight.zero is not None,
         "BIAS": bias is not None,
-        "ASM": not _interpreted(),
     }
     if tokens <= _FEW:
         _decode(inputs.levels, weight, out, pointers, shape)
@@ -76,13 +76,18 @@ def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     tiles = _ceil(weight.out_features, tile["BN"])
     part, count = _workspace(out, tiles, tile, torch.float32)
     some = weight.scale
-    launch: Any = decode16_kernel[(tiles, tile["SPLIT"])]
-    launch(
+    arguments = (
         x.contiguous(), weight.packed, out, weight.scale,
         some if weight.zero is None else weight.zero, some if bias is None else bias, part, count,
-        tokens, weight.out_features, IN=width, HALF=weight.chunk // 2, BLOCKS=weight.blocks,
-        ZEROS=weight.zero is not None, BIAS=bias is not None, ASM=not _interpreted(), **tile,
+        tokens, weight.out_features,
     )  # fmt: skip
+    warps = tile.pop("num_warps")
+    constants = {
+        "IN": width, "HALF": weight.chunk // 2, "BLOCKS": weight.blocks,
+        "ZEROS": weight.zero is not None, "BIAS": bias is not None, **tile,
+        "ASM": not interpreted(),
+    }  # fmt: skip
+    launch(decode16_kernel, (tiles, tile["SPLIT"]), arguments, constants, num_warps=warps)
     return out
 
 
@@ -110,22 +115,29 @@ def _check(weight: PackedWeight) -> None:
 def _prefill(
     levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
 ) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore
-
     from spinlab.runtime.kernels.gpu.linear_kernels import prefill_kernel
 
     tile = _prefill_tile(len(levels), weight)
-    bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
+    warps, bm, bn, bk = tile.pop("num_warps"), tile["BM"], tile["BN"], tile["BK"]
     tiles = _ceil(len(levels), bm) * _ceil(weight.out_features, bn)
     programs = min(tiles, _PROGRAMS * _multiprocessors(levels.device))
-    launch: Any = prefill_kernel[(programs,)]
-    launch(
-        TensorDescriptor.from_tensor(levels, [bm, bk]),
-        TensorDescriptor.from_tensor(weight.packed, [bn, bk]),
-        TensorDescriptor.from_tensor(out, [bm, bn]),
-        *pointers, len(levels), weight.out_features, **shape, **tile, PROGRAMS=programs,
-        enable_fp_fusion=False,
+    arguments = (
+        _tiles(levels, bm, bk),
+        _tiles(weight.packed, bn, bk),
+        _tiles(out, bm, bn),
+        *pointers, len(levels), weight.out_features,
     )  # fmt: skip
+    constants = {**shape, **tile, "PROGRAMS": programs, "ASM": not interpreted()}
+    launch(
+        prefill_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False
+    )
+
+
+def _tiles(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """Describe a contiguous matrix that kernels read or write tile by tile."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore
+
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [rows, columns])
 
 
 def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
@@ -151,11 +163,13 @@ def _decode(
     tiles = _ceil(weight.out_features, tile["BN"])
     dtype = torch.int32 if weight.blocks == 1 else torch.float32
     part, count = _workspace(out, tiles, tile, dtype)
-    launch: Any = decode_kernel[(tiles, tile["SPLIT"])]
-    launch(
+    arguments = (
         levels, weight.packed, out, *pointers, part, count, len(levels), weight.out_features,
-        IN=weight.in_features, **shape, **tile, enable_fp_fusion=False,
     )  # fmt: skip
+    warps = tile.pop("num_warps")
+    constants = {"IN": weight.in_features, **shape, **tile, "ASM": not interpreted()}
+    grid = (tiles, tile["SPLIT"])
+    launch(decode_kernel, grid, arguments, constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
@@ -208,12 +222,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # of Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _interpreted() -> bool:
-    import triton  # pyright: ignore[reportMissingImports]
-
-    return triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _ceil(number: int, parts: int) -> int:

@@ -153,7 +153,7 @@ def prefill_kernel(
     """
     rows, columns = tl.cdiv(tokens, BM), tl.cdiv(out, BN)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=BLOCKS == 1):
-        row, column = _tile(tile, rows, columns, GROUP)
+        row, column = _tile(tile, rows, columns, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
         m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
         acc = tl.zeros((BN, BM), tl.int32)
         if BLOCKS == 1:

@@ -4,6 +4,7 @@
 bit for bit; what a norm, a gate or a rotation computes may differ by its own rounding.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from spinlab.quant.affine import TIE, Grid
 from spinlab.quant.inputs import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
+from spinlab.runtime.kernels.gpu.launch import launch
 
 _TILE = 4096  # numbers that one program quantizes, at least
 _WIDEST = 32768  # of a token that one program holds
@@ -94,12 +96,10 @@ def _empty(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
     """Return room for the levels of x: (..., width)."""
     width = x.shape[-1]
     tokens, groups = x.numel() // width, width // (quantizer.group_size or width)
-    return TokenLevels(
-        levels=torch.empty(tokens, width, dtype=torch.int8, device=x.device),
-        scale=torch.empty(tokens, groups, dtype=torch.float32, device=x.device),
-        zero=torch.empty(tokens, groups, dtype=torch.int32, device=x.device),
-        sums=torch.empty(tokens, groups, dtype=torch.int32, device=x.device),
-    )
+    levels = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    # one piece of memory: to ask for it costs the host more than the kernel that fills it
+    scale, zero, sums = torch.empty(3, tokens, groups, dtype=torch.int32, device=x.device)
+    return TokenLevels(levels, scale.view(torch.float32), zero, sums)
 
 
 def _launch_rows(
@@ -124,14 +124,20 @@ def _launch_rows(
     step = max(1, _TILE // (block * many))
     if not rows:
         return
-    launch: Any = rows_kernel[(-(-rows // step),)]
-    launch(
+    arguments = (
         x, x if other is None else other, *found, rows, x.stride(0),
-        other.stride(0) if gated and other is not None else 0, epsilon, quantizer.clip_ratio,
-        GATED=gated, NORMED=normed, GAIN=normed and other is not None, STEP=step,
-        GROUPS=width // group, GROUP=group, MANY=many, BLOCK=block, **_constants(quantizer, x),
-        num_warps=min(32, max(4, step * many * block // 1024)), enable_fp_fusion=False,
+        other.stride(0) if gated and other is not None else 0, epsilon,
+        float(quantizer.clip_ratio),
     )  # fmt: skip
+    constants = {
+        "GATED": gated, "NORMED": normed, "GAIN": normed and other is not None, "STEP": step,
+        "GROUPS": width // group, "GROUP": group, "MANY": many, "BLOCK": block,
+        **_constants(quantizer, x),
+    }  # fmt: skip
+    # few warps a program, many programs: while one waits for its token, others compute
+    warps = 4 if step * many * block <= 16384 else 8
+    grid = (-(-rows // step),)
+    launch(rows_kernel, grid, arguments, constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def _launch_rotation(
@@ -153,15 +159,19 @@ def _launch_rotation(
     if not tokens:
         return
     programs = _programs(gate.device, _held(rotation, rows, columns))
-    launch: Any = rotate_kernel[(min(tokens, programs),)]
-    launch(
+    arguments = (
         gate, up, left, right, *found, tokens, gate.stride(0), up.stride(0), factor,
-        quantizer.clip_ratio, GATED=gated, ROWS=rows, LEFT=len(left), B=columns,
-        RIGHT=len(right), FIRST=first, SECOND=second, BLOCK=block,
-        GROUP=quantizer.group_size % rotation.width, GROUPS=found.scale.shape[1],
-        **_constants(quantizer, gate), **_options((first + second) * block, block),
-        enable_fp_fusion=False,
+        float(quantizer.clip_ratio),
     )  # fmt: skip
+    constants = {
+        "GATED": gated, "ROWS": rows, "LEFT": len(left), "B": columns, "RIGHT": len(right),
+        "FIRST": first, "SECOND": second, "BLOCK": block,
+        "GROUP": quantizer.group_size % rotation.width, "GROUPS": found.scale.shape[1],
+        **_constants(quantizer, gate),
+    }  # fmt: skip
+    options = _options((first + second) * block, block)
+    grid = (min(tokens, programs),)
+    launch(rotate_kernel, grid, arguments, constants, **options, enable_fp_fusion=False)
 
 
 def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
@@ -175,6 +185,7 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@lru_cache(maxsize=256)
 def _factors(rotation: OnlineRotation) -> tuple[int, int, float]:
     """Return rows and columns that tokens are read as, and the scale of a product of signs.
 
@@ -196,6 +207,7 @@ def _pieces(rows: int, columns: int) -> tuple[int, int, int]:
     return (whole // 2, rest, block) if two else (whole, 0, block)
 
 
+@lru_cache(maxsize=256)
 def _held(rotation: OnlineRotation, rows: int, columns: int) -> int:
     """Return the bytes of shared memory of a program: both factors' signs and a token."""
     first, second, block = _pieces(rows, columns)
@@ -203,6 +215,7 @@ def _held(rotation: OnlineRotation, rows: int, columns: int) -> int:
     return 2 * (left + block**2 + (first + second) * block)
 
 
+@lru_cache(maxsize=16)
 def _shared(device: torch.device) -> tuple[int, int]:
     """Return the bytes of shared memory that a program may have, and all that share them."""
     if device.type != "cuda":

@@ -1,0 +1,66 @@
+"""Levels of a few rows on a CPU, by numpy, whose calls cost a fraction of torch's.
+
+The torch functions of `spinlab.quant.affine` are the definition: both give the same values bit for
+bit, because each step is one correctly rounded operation.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spinlab.quant.affine import TIE, Grid, at_least_float32
+
+_FEW = 1 << 14  # numbers up to which calls cost more than the work
+_SMALLEST_SCALE = {t: torch.finfo(t).tiny * 2**20 for t in (torch.float32, torch.float64)}
+_SMALLEST = _SMALLEST_SCALE[torch.float32]
+_SMALLEST_HALF = 2.0**-14  # the smallest normal float16
+
+
+class FewLevels(NamedTuple):
+    """Hold integer-valued levels (..., C/g, g) with scale and zero (..., C/g, 1)."""
+
+    levels: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+
+def are_few(x: torch.Tensor) -> bool:
+    """Tell whether x is a few numbers in the host's memory."""
+    return x.device.type == "cpu" and 0 < x.numel() <= _FEW
+
+
+def few_levels(
+    x: torch.Tensor, grid: Grid, group_size: int, clip_ratio: float, half_scale: bool = False
+) -> FewLevels:
+    """Return the levels of x: (..., C), in its dtype or float32 if that is wider.
+
+    group_size divides C, 0 means C. half_scale: the scale is rounded to float16 as the KV codec
+    stores it.
+    """
+    wide = (x if x.dtype in _SMALLEST_SCALE else at_least_float32(x)).detach().numpy()
+    grouped = wide.reshape(*wide.shape[:-1], -1, group_size or wide.shape[-1])
+    # the range contains 0
+    lowest = np.minimum.reduce(grouped, axis=-1, keepdims=True, initial=0)
+    highest = np.maximum.reduce(grouped, axis=-1, keepdims=True, initial=0)
+    if clip_ratio != 1:
+        lowest, highest = lowest * clip_ratio, highest * clip_ratio
+    span = np.maximum(highest, -lowest) if grid.symmetric else highest - lowest
+    scale = np.maximum(span / grid.highest, _SMALLEST_SCALE.get(x.dtype, _SMALLEST))
+    if half_scale:
+        scale = np.maximum(scale, _SMALLEST_HALF).astype(np.float16).astype(wide.dtype)
+    levels = grouped / scale
+    levels += TIE
+    np.rint(levels, out=levels)
+    if grid.symmetric:
+        zero = np.zeros_like(scale)
+    else:
+        zero = np.rint(-lowest / scale + TIE)
+        if half_scale:
+            zero = np.minimum(zero, grid.highest)
+        levels += zero
+    np.minimum(levels, grid.highest, out=levels)
+    if grid.symmetric or half_scale or clip_ratio != 1:
+        # else the range's lowest number is at 0, because the zero point is rounded as it is
+        np.maximum(levels, grid.lowest, out=levels)
+    return FewLevels(levels, scale, zero)

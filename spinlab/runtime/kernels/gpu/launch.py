@@ -1,0 +1,61 @@
+"""Launch Triton kernels with little work for the host.
+
+Triton's own launch looks at every argument anew, a tenth of a millisecond for kernels with many:
+more than the kernels of a layer take. Here what a launch depends on is looked up in one table.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_compiled: dict[tuple, Any] = {}  # by kernel, device, kinds of arguments, constants and options
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Run a Triton kernel on the current stream.
+
+    arguments: those that are no constants, in the kernel's order; the constants follow them there
+    """
+    if interpreted():
+        kernel[grid](*arguments, **constants, **options)
+        return
+    key = (
+        id(kernel),  # kernels live as long as their modules
+        torch.cuda.current_device(),
+        tuple(map(_kind, arguments)),
+        tuple(constants.values()),
+        tuple(options.values()),
+    )
+    found = _compiled.get(key)
+    if found is None:
+        rest = kernel.arg_names[len(arguments) :]
+        assert set(rest) == constants.keys(), "constants follow what are none"
+        _compiled[key] = kernel[grid](*arguments, **constants, **options), rest
+        return
+    compiled, names = found
+    compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names])
+
+
+def interpreted() -> bool:
+    """Tell whether kernels run in Triton's interpreter."""
+    import triton  # pyright: ignore[reportMissingImports]
+
+    return triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _kind(argument: Any) -> Any:
+    """Return all that Triton compiles for in an argument: types, and numbers it treats apart."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    if isinstance(argument, float):
+        return float
+    return argument.base.dtype, tuple(argument.block_shape)  # a descriptor of tiles
