@@ -164,7 +164,8 @@ types |= {"k_ptr": "*u16", "v_ptr": "*u16", "k_scale_ptr": "*fp16", "v_scale_ptr
           "k_zero_ptr": "*u8", "v_zero_ptr": "*u8", "start_ptr": "*i32", "length_ptr": "*i64",
           "query_ptr": "*bf16", "out_ptr": "*bf16", "factor": "fp32"}
 constants = {"GROUP": 4, "HEADS": 8, "D": 128, "PAIRS": 32, "BLOCK": 64, "WHOLE": False,
-             "K_MIDDLE": -1, "V_MIDDLE": -1, "WIDE": False, "EVEN": True, "FAST": True}
+             "K_MIDDLE": -1, "V_MIDDLE": -1, "WIDE": False, "EVEN": True, "FAST": True,
+             "PDL": True}
 types |= dict.fromkeys(constants, "constexpr")
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types)
            if types[n][0] == "*" or n == "capacity"}

@@ -13,7 +13,13 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from spinlab.runtime.kernels.gpu import decode_kernels, linear_kernels
+from spinlab.runtime.kernels.gpu import (
+    decode_kernels,
+    hadamard_kernels,
+    kv_kernels,
+    linear_kernels,
+    producer_kernels,
+)
 
 NUMBERS = {"s_ptr": "*fp32", "z_ptr": "*i32", "a_ptr": "*i32", "t_ptr": "*fp32", "u_ptr": "*i32",
            "c_ptr": "*i32", "bias_ptr": "*fp32", "tokens": "i32", "out": "i32"}
@@ -27,6 +33,7 @@ DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGE
 
 
 def instructions(kernel, numbers, constants, capability):
+    constants = {**constants, "PDL": capability >= 90}
     types = {**NUMBERS, **numbers, **dict.fromkeys(constants, "constexpr")}
     types = {name: types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*"}
@@ -42,13 +49,39 @@ assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
 assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
 found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
+# what the interpreter takes and the compiler may not
+GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "TIE": 2.0**-7, "FLOOR": 1e-30,
+        "FUSED": True}
+SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "gate_stride", "up_stride"), "i32")
+SIZES |= dict.fromkeys(("epsilon", "clip", "factor"), "fp32")
+SIZES |= dict.fromkeys(("x_ptr", "other_ptr", "gate_ptr", "up_ptr"), "*bf16")
+SIZES |= {"left_ptr": "*bf16", "right_ptr": "*bf16", "levels_ptr": "*i8", "scale_ptr": "*fp32",
+          "zero_ptr": "*i32", "sums_ptr": "*i32"}
+ROWS = {**GRID, "GATED": False, "NORMED": True, "GAIN": True, "STEP": 1, "GROUPS": 1,
+        "GROUP": 4096, "MANY": 1, "BLOCK": 4096}
+instructions(producer_kernels.rows_kernel, SIZES, ROWS, 90)
+ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64, "FIRST": 128,
+           "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
+found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
+assert any("wgmma" in one and "bf16" in one for one in found), found
+POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "r3_ptr",
+                                 "queries_ptr", "k_round_ptr", "v_round_ptr")}
+POINTERS |= {"position_ptr": "*i64"}
+for kind in "kv":
+    POINTERS |= {f"{kind}_packed_ptr": "*u8", f"{kind}_scale_ptr": "*fp16",
+                 f"{kind}_zero_ptr": "*u8", f"{kind}_clip": "fp32"}
+HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST": 0,
+         "K_HIGHEST": 15, "V_LOWEST": 0, "V_HIGHEST": 15, "ROUND": True, "TIE": 2.0**-7,
+         "FLOOR": 1e-30, "HALF_FLOOR": 2.0**-14, "FUSED": True}
+rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
+instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, HEADS, 90)
 for capability in (80, 89):
     found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, capability)
     assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
 """
 
 
-def test_hopper_multiplies_integers_by_wgmma(tmp_path) -> None:
+def test_kernels_compile_and_hopper_multiplies_integers_by_wgmma(tmp_path) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = tmp_path / "compiled.py"  # the compiler reads sources of kernels from files

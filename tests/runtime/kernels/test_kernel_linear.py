@@ -37,7 +37,7 @@ CASES = [
     (1, 64, 96, 1, 1, True, 4, False),  # in/2 is no multiple of a tile
     (5, 72, 288, 1, 1, False, 4, True),
     (17, 72, 512, 1, 1, True, 8, True),  # columns split among programs
-    (3, 64, 128, 1, 4, True, 4, True),  # inputs in groups
+    (3, 64, 256, 1, 4, True, 4, True),  # inputs in groups
     (4, 40, 256, 4, 1, False, 8, False),  # weights in groups
     (6, 40, 512, 2, 8, False, 4, False),  # both
     (130, 136, 160, 1, 1, False, 4, True),  # many tokens
@@ -112,8 +112,8 @@ def test_sixteen_bit_inputs_meet_packed_weights(
     exact = x.double() @ weight.dequantize(torch.float64).mT + bias.double()
     own = (reference.linear16(x, packed, bias) - exact).norm() / exact.norm()
     found = gpu.linear16(x.to(device), packed.to(device), bias.to(device)).cpu()
-    # many tokens meet a weight rounded to their dtype
-    own += torch.finfo(dtype).eps if tokens > 128 else 0
+    # many tokens meet a weight rounded to their dtype; float32 sums depend on their order
+    own += torch.finfo(dtype).eps if tokens > 128 or dtype == torch.float32 else 0
     if dtype == torch.bfloat16 and device.type == "cpu":
         own *= 2  # the interpreter cuts off where it should round
     assert found.dtype == dtype
@@ -122,7 +122,7 @@ def test_sixteen_bit_inputs_meet_packed_weights(
 
 @pytest.mark.parametrize(
     ("out", "width", "groups", "word"),
-    [(24, 40, 1, "multiples"), (20, 64, 1, "multiples"), (24, 96, 3, None), (24, 96, 2, "power")],
+    [(24, 40, 1, "multiples"), (20, 64, 1, "multiples"), (24, 192, 3, None), (24, 96, 3, "power")],
 )
 def test_shapes_without_a_kernel_are_named(
     out: int, width: int, groups: int, word: str | None

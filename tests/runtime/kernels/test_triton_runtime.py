@@ -15,7 +15,7 @@ SHAPE = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 # the interpreter's dot takes bfloat16 for integers
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16

@@ -11,6 +11,8 @@ makes two operands.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
+
 _ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
 _LEAST = tl.constexpr(-1e30)  # below every score, and finite
 _SMALLEST_SCALE = tl.constexpr(2.0**-14)  # that a codec stores
@@ -195,6 +197,7 @@ def attend_kernel(
     query_batch, query_head, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr,
     V_MIDDLE: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to HEADS of the GROUP query heads of a KV head to one part of its slots.
 
@@ -203,6 +206,7 @@ def attend_kernel(
     factor: scaling·log2(e). Slots are rows of matrices and query heads their columns: a product
     with 8 columns wastes least.
     """
+    wait_for_inputs(PDL)
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     owner = tl.program_id(0) // PARTS
     batch, head = owner // kv_heads, owner % kv_heads
@@ -238,9 +242,10 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     sums_ptr, most_ptr, total_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add what the splits found for one query head, and put the numbers in their order."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     split = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)

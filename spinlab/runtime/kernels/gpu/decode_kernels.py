@@ -16,6 +16,7 @@ from spinlab.runtime.kernels.gpu.linear_kernels import (
     times_16,
     with_bias,
 )
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 
 
 @triton.jit
@@ -63,12 +64,13 @@ def decode_kernel(
     tokens, out, IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
     INPUT_GROUPS: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr,
     BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute BN outputs of all tokens, at most BM, from levels; the grid is (tiles, SPLIT).
 
     Of one block the columns are split, of several the blocks. Of several, BK divides HALF.
     """
+    wait_for_inputs(PDL)
     part = tl.program_id(1)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BM), tl.int32)
@@ -123,9 +125,10 @@ def decode16_kernel(
     x_ptr, w_ptr, y_ptr, t_ptr, u_ptr, bias_ptr, part_ptr, count_ptr, tokens, out,
     IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr, ZEROS: tl.constexpr,
     BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do the same from inputs that are floats; every block is a group of the weight."""
+    wait_for_inputs(PDL)
     part = tl.program_id(1)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     per: tl.constexpr = (HALF + BK - 1) // BK

@@ -3,6 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 from spinlab.runtime.kernels.gpu.producer_kernels import gated, grid_of, levels_of
 
 
@@ -98,13 +99,14 @@ def rotate_kernel(
     LEFT: tl.constexpr, B: tl.constexpr, RIGHT: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize rotated tokens X (ROWS, B), of which FIRST rows and SECOND more are held apart.
 
     Products are (right' X') left, so that the first result is an operand in registers. Signs are
     loaded once: a program goes over many tokens.
     """
+    wait_for_inputs(PDL)
     dtype = gate_ptr.dtype.element_ty
     b = tl.arange(0, BLOCK)
     right = tl.trans(_signs(right_ptr, b[:, None], b[None, :], RIGHT, B))

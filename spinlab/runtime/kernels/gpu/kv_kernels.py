@@ -8,6 +8,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.quant.round_kernel import _scale, _zero
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 from spinlab.runtime.kernels.gpu.producer_kernels import levels_of
 
 
@@ -112,12 +113,13 @@ def store_kernel(
     HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
     K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, V_LOWEST: tl.constexpr,
     V_HIGHEST: tl.constexpr, ROUND: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr,
-    HALF_FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    HALF_FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do STEP heads of `store`: those of queries come first, then keys, then values.
 
     Heads are counted within tokens and tokens within sequences, as they lie in memory.
     """
+    wait_for_inputs(PDL)
     program = tl.program_id(0)
     of_queries = tl.cdiv(batches * tokens * heads, STEP)
     of_keys = tl.cdiv(batches * tokens * kv_heads, STEP)

@@ -5,6 +5,7 @@ more than the kernels of a layer take. Here what a launch depends on is looked u
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ def launch(
 ) -> None:
     """Run a Triton kernel on the current stream.
 
-    arguments: those that are no constants, in the kernel's order; the constants follow them there
+    arguments: those that are no constants, in the kernel's order; the constants follow them there.
+    The kernel has a constant PDL more: whether to begin by `wait_for_inputs`.
     """
     if interpreted():
-        kernel[grid](*arguments, **constants, **options)
+        kernel[grid](*arguments, **constants, PDL=False, **options)
         return
+    pdl = _overlaps(torch.cuda.current_device())
+    constants, options = {**constants, "PDL": pdl}, {**options, "launch_pdl": pdl}
     key = (
         id(kernel),  # kernels live as long as their modules
         torch.cuda.current_device(),
@@ -41,6 +45,12 @@ def launch(
         return
     compiled, names = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names])
+
+
+@cache
+def _overlaps(device: int) -> bool:
+    """Tell whether a device can begin a kernel before the one that it waits for has ended."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def interpreted() -> bool:

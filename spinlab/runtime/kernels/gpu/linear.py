@@ -101,8 +101,8 @@ def why_not(width: int, out_features: int, blocks: int) -> str | None:
     if width % 32 or out_features % 8:
         return f"{width} inputs and {out_features} outputs are no multiples of 32 and 8"
     half = width // blocks // 2
-    if blocks > 1 and (half < 16 or half & (half - 1)):
-        return f"groups of {2 * half} are no power of two from 32 on"
+    if blocks > 1 and (half < 32 or half & (half - 1)):
+        return f"groups of {2 * half} are no power of two from 64 on"
     return None
 
 

@@ -9,6 +9,8 @@ byte is 16 times its level, which costs one operation for four of them; accumula
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
+
 _BYTES = tl.constexpr(
     "{ shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }"
 )
@@ -143,7 +145,7 @@ def prefill_kernel(
     HALF: tl.constexpr, BLOCKS: tl.constexpr, INPUT_GROUPS: tl.constexpr,
     WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    PROGRAMS: tl.constexpr, ASM: tl.constexpr,
+    PROGRAMS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles (BM tokens, BN outputs); a program stays and takes every PROGRAMS-th one.
 
@@ -151,6 +153,7 @@ def prefill_kernel(
     the result (tokens, out). Blocks have 2·HALF columns. Of several blocks, BK divides HALF; of a
     single one it need not, because tiles of weights are zero behind the edge.
     """
+    wait_for_inputs(PDL)
     rows, columns = tl.cdiv(tokens, BM), tl.cdiv(out, BN)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=BLOCKS == 1):
         row, column = _tile(tile, rows, columns, GROUP)  # pyright: ignore[reportGeneralTypeIssues]

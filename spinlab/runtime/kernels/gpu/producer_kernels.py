@@ -4,6 +4,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.quant.round_kernel import _scale, _zero
+from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -96,11 +97,13 @@ def rows_kernel(
     STEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
     SHIFT: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize STEP tokens of GROUPS groups of GROUP numbers.
 
     GATED: silu(x)·other. NORMED: x/rms(x), times other where there is GAIN. Else x itself.
     """
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None, None]
     group = tl.arange(0, MANY)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
