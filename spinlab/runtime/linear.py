@@ -4,7 +4,7 @@ The arithmetic is that of `spinlab.runtime.kernels.formats`: a block of inputs a
 output, with an integer I = Σ a·w - z·Σ w - u·(Σ a - n·z) that int32 holds exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +19,11 @@ from spinlab.weights.quantized import QuantizedWeight
 
 
 class _Views(NamedTuple):
-    """Hold the tables of a linear for a few tokens: t, Σ w, u and bias in numpy."""
+    """Hold the tables of a linear for a few tokens: t, Σ w, u, bias, and who is in which block."""
 
     path: InputPath
     weights: torch.Tensor
+    member: np.ndarray  # (blocks, in) of 0 and 1
     t: np.ndarray
     sums: np.ndarray
     u: np.ndarray | None
@@ -34,7 +35,7 @@ class IntegerLinear(nn.Module):
 
     Weights and activations may be grouped along the input; the product is cut into blocks of the
     finer grouping, which must refine the coarser one. Input levels are bytes from 0 on, with which
-    processors multiply faster than with signed ones.
+    processors multiply one row faster than with signed ones; of several rows the reverse is true.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class IntegerLinear(nn.Module):
         fine, coarse = sorted((input_group, width // weight.groups))
         assert coarse % fine == 0, "the groups of weights and inputs do not nest"
         self.block, self.blocks = fine, width // fine
+        self.may_sign = path.quantizer.grid.bits < 8  # bytes up to 127 are the same signed
         levels = (weight.levels - shift).to(torch.int8)
         self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
         # all (blocks, out): t, Σ w, u
@@ -88,25 +90,27 @@ class IntegerLinear(nn.Module):
         """
         if self._views is None:
             self._views = self._view_tables()
-        path, weights, t, sums, u, bias = self._views
+        path, weights, member, t, sums, u, bias = self._views
         levels, s, z = path.encode_few(x)
         groups, blocks = s.shape[-2], len(t)
         levels = levels.reshape(-1, blocks, self.block)
         s, z = s.reshape(-1, groups, 1), z.reshape(-1, groups, 1)
         if groups < blocks:
             s, z = (np.repeat(t, blocks // groups, axis=1) for t in (s, z))
-        rows = levels[:, 0] if blocks == 1 else _spread(levels)
+        # rows that are 0 outside one block each: one product gives those of all blocks
+        rows = levels[:, 0] if blocks == 1 else (levels.reshape(-1, 1, member.shape[1]) * member)
+        rows = rows.reshape(-1, member.shape[1])
+        if self.may_sign and len(rows) > 1:
+            rows = rows.view(np.int8)
         found = self.matmul(torch.from_numpy(rows), weights).numpy()
         found = found.reshape(len(levels), blocks, -1)
         found -= z * sums
         if u is not None:
             rest = levels.sum(2, keepdims=True, dtype=np.int32) - np.int32(self.block) * z
             found -= rest * u
-        terms = found.astype(t.dtype)
+        terms = found.astype(t.dtype, order="C")
         terms *= s.astype(t.dtype, copy=False) * t
-        out = terms[:, 0]
-        for block in range(1, blocks):
-            out += terms[:, block]
+        out = terms[:, 0] if blocks == 1 else np.add.reduce(terms, axis=1)  # in turn
         if bias is not None:
             out += bias
         return out
@@ -114,9 +118,9 @@ class IntegerLinear(nn.Module):
     def _view_tables(self) -> _Views:
         """Return what `_few` reads as it reads it; looking it up would cost as much as the work."""
         zero, bias = (None if t is None else t.numpy() for t in (self.zero, self.bias))
-        return _Views(
-            self.path, self.levels.detach(), self.scale.numpy(), self.sums.numpy(), zero, bias
-        )
+        member = np.eye(self.blocks, dtype=np.uint8).repeat(self.block, axis=1)
+        scale, sums = self.scale.numpy(), self.sums.numpy()
+        return _Views(self.path, self.levels.detach(), member, scale, sums, zero, bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._views = None  # tables move, and leave the views behind
@@ -130,6 +134,8 @@ class IntegerLinear(nn.Module):
         levels, scale, zero = self.path.encode(x)
         groups, blocks = scale.shape[-2], self.blocks
         levels = levels.reshape(-1, blocks, self.block)
+        if self.may_sign and len(levels) > 1:
+            levels = levels.view(torch.int8)
         scale, zero = (t.reshape(-1, groups, 1) for t in (scale.to(self.scale.dtype), zero))
         if groups < blocks:
             repeats = blocks // groups
@@ -162,34 +168,27 @@ def _scaled(
     if u is not None:
         rest = levels.sum(1, keepdim=True, dtype=torch.int32) - levels.shape[1] * z
         found.addcmul_(rest, u, value=-1)
-    return found.to(s.dtype).mul_(s * t)
-
-
-def _spread(levels: np.ndarray) -> np.ndarray:
-    """Return rows (tokens·blocks, in) that are 0 outside one block each.
-
-    levels: (tokens, blocks, block). One product with these rows gives those of all blocks.
-    """
-    tokens, blocks, block = levels.shape
-    rows = np.zeros((tokens, blocks, blocks, block), levels.dtype)
-    each = np.arange(blocks)
-    rows[:, each, each] = levels
-    return rows.reshape(tokens * blocks, -1)
+    return found.to(s.dtype, memory_format=torch.contiguous_format).mul_(s * t)
 
 
 class LinearPart(nn.Module):
     """Be one of several linears that read the very same input and are multiplied as one.
 
     The first of them that is called multiplies; all take their columns of the result.
+    rows: outputs of each; index: which this one is.
     """
 
-    def __init__(self, whole: IntegerLinear, once: Once, columns: slice) -> None:
+    def __init__(self, whole: IntegerLinear, once: Once, rows: Sequence[int], index: int) -> None:
         super().__init__()
-        self.whole, self.once, self.columns = whole, once, columns
+        self.whole, self.once, self.rows, self.index = whole, once, list(rows), index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x: (..., in), in x's dtype."""
-        return self.once(x, self.whole)[..., self.columns]
+        return self.once(x, self._multiply)[self.index]
+
+    def _multiply(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs of all."""
+        return self.whole(x).split(self.rows, dim=-1)
 
 
 def _per_block(x: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -84,12 +84,8 @@ def _integer(
     whole.to(device)
     if len(stack) == 1:
         return [whole]
-    once, twins, start = Once(len(stack)), [], 0
-    for weight in weights:
-        stop = start + weight.levels.shape[0]
-        twins.append(LinearPart(whole, once, slice(start, stop)))
-        start = stop
-    return twins
+    once, rows = Once(len(stack)), [weight.levels.shape[0] for weight in weights]
+    return [LinearPart(whole, once, rows, index) for index in range(len(stack))]
 
 
 def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
