@@ -53,10 +53,12 @@ class OnlineRotation(nn.Module):
             return self._by_signs(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         left, right = self._factors(dtype, x.device)
-        wide = x.to(dtype).unflatten(-1, (self.blocks, left.shape[0], right.shape[0]))
+        a, b = left.shape[0], right.shape[0]
         # a row x, read as blocks X of (a, b), becomes Aᵀ X B
-        turned = wide @ right if left.shape[0] == 1 else left.mT @ (wide @ right)
-        return turned.flatten(-3).to(x.dtype)
+        turned = x.to(dtype).reshape(-1, b) @ right
+        if a > 1:
+            turned = left.mT @ turned.view(-1, a, b)
+        return turned.reshape(x.shape).to(x.dtype)
 
     def _factors(
         self, dtype: torch.dtype, device: torch.device

@@ -134,8 +134,7 @@ def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
         grid=weights[0].grid,
     )
     once, whole = Once(3), linear(stacked)
-    cuts = (slice(0, 24), slice(24, 32), slice(32, 40))
-    parts = [LinearPart(whole, once, cut) for cut in cuts]
+    parts = [LinearPart(whole, once, (24, 8, 8), index) for index in range(3)]
     for seed in (2, 3):
         x = draw(3, 64, seed=seed)
         expected = [linear(weight)(x) for weight in weights]

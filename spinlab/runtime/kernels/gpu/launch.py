@@ -18,17 +18,19 @@ def launch(
     grid: tuple[int, ...],
     arguments: tuple[Any, ...],
     constants: Mapping[str, Any],
+    overlap: bool = True,
     **options: Any,
 ) -> None:
     """Run a Triton kernel on the current stream.
 
     arguments: those that are no constants, in the kernel's order; the constants follow them there.
     The kernel has a constant PDL more: whether to begin by `wait_for_inputs`.
+    overlap: whether it may take its place before the kernel that it waits for has ended
     """
     if interpreted():
         kernel[grid](*arguments, **constants, PDL=False, **options)
         return
-    pdl = _overlaps(torch.cuda.current_device())
+    pdl = overlap and _overlaps(torch.cuda.current_device())
     constants, options = {**constants, "PDL": pdl}, {**options, "launch_pdl": pdl}
     key = (
         id(kernel),  # kernels live as long as their modules

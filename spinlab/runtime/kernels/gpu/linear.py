@@ -128,9 +128,9 @@ def _prefill(
         *pointers, len(levels), weight.out_features,
     )  # fmt: skip
     constants = {**shape, **tile, "PROGRAMS": programs, "ASM": not interpreted()}
-    launch(
-        prefill_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False
-    )
+    # a program takes so much room that the kernel before it would end more slowly
+    options = {"overlap": False, "num_warps": warps, "enable_fp_fusion": False}
+    launch(prefill_kernel, (programs,), arguments, constants, **options)
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> Any:
