@@ -10,36 +10,48 @@ COMPILED = """
 import re
 import sys
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.gpu import (
     decode_kernels,
     hadamard_kernels,
     kv_kernels,
+    linear,
     linear_kernels,
     producer_kernels,
 )
 
+def weight(width):
+    empty = torch.zeros(64, 1)
+    return PackedWeight(torch.zeros(64, width // 2, dtype=torch.uint8), empty, None, empty, width)
+
+
+LARGE, NARROW = weight(4096), weight(32)
 NUMBERS = {"s_ptr": "*fp32", "z_ptr": "*i32", "a_ptr": "*i32", "t_ptr": "*fp32", "u_ptr": "*i32",
            "c_ptr": "*i32", "bias_ptr": "*fp32", "tokens": "i32", "out": "i32"}
 TILES = {"x_tiles": "tensordesc<i8[128, 64]>", "w_tiles": "tensordesc<u8[128, 64]>",
          "y_tiles": "tensordesc<bf16[128, 128]>"}
 ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "part_ptr": "*i32", "count_ptr": "*i32"}
+ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may share
 SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
          "BIAS": False, "ASM": True}
 PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PROGRAMS": 264}
 DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGES": 4}
 
 
-def instructions(kernel, numbers, constants, capability):
+def instructions(kernel, numbers, constants, capability, warps=4):
     constants = {**constants, "PDL": capability >= 90}
     types = {**NUMBERS, **numbers, **dict.fromkeys(constants, "constexpr")}
     types = {name: types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*"}
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    ptx = compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
+    compiled = compile(source, target=target, options={"num_warps": warps})
+    assert compiled.metadata.shared <= ROOM_OF[capability], (capability, compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
     return set(re.findall(r"(wgmma\\.mma_async\\S*|mma\\.sync\\S*)", ptx)), ptx
 
 
@@ -75,9 +87,17 @@ HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST"
          "FLOOR": 1e-30, "HALF_FLOOR": 2.0**-14, "FUSED": True}
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
 instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, HEADS, 90)
-for capability in (80, 89):
-    found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, capability)
-    assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
+# the tiles that are chosen for 128 tokens of floats, and for 32 inputs
+FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
+for name in ("INPUT_GROUPS", "WEIGHT_GROUPS", "num_warps"):
+    del FLOATS[name]
+OF_FLOATS = {**ROOM, "x_ptr": "*fp32", "part_ptr": "*fp32"}
+instructions(decode_kernels.decode16_kernel, OF_FLOATS, FLOATS, 89, warps=2)
+narrow = linear._decode_tile(4, NARROW)
+del narrow["num_warps"]
+instructions(decode_kernels.decode_kernel, ROOM, {**DECODE, "IN": 32, "HALF": 16, **narrow}, 90)
+found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 80)
+assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
 """
 
 

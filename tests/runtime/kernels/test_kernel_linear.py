@@ -12,6 +12,11 @@ from spinlab.runtime.kernels.gpu import linear as gpu
 from spinlab.weights.quantized import QuantizedWeight
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def random_weight(out: int, width: int, groups: int, symmetric: bool) -> QuantizedWeight:
     grid = Grid(4, symmetric)
     levels = torch.randint(grid.lowest, grid.highest + 1, (out, width)).short()
@@ -135,6 +140,18 @@ def test_shapes_without_a_kernel_are_named(
         inputs = quantized(torch.randn(2, width), TokenQuantizer(Grid(4, False)))
         with pytest.raises(InputError, match=word):
             gpu.linear(inputs, weight, None, torch.float32)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    weight = pack_weight(random_weight(24, 256, 1, True), 2)
+    inputs = quantized(torch.randn(4, 256), TokenQuantizer(Grid(4, False), 64))
+    with pytest.raises(AssertionError, match="4 groups"):
+        gpu.linear(inputs, weight, None, torch.float32)
+    with pytest.raises(AssertionError, match="in groups"):
+        gpu.linear16(torch.randn(4, 256), weight, None)
+    whole = quantized(torch.randn(4, 256), TokenQuantizer(Grid(4, False), 128))
+    with pytest.raises(AssertionError, match="one piece"):
+        gpu.linear(TokenLevels(*(t[::2] for t in whole)), weight, None, torch.float32)
 
 
 def test_no_tokens_give_no_rows(device: torch.device) -> None:

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -5,7 +7,9 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, W
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.handoff import graph_runner, integer_runtime, new_cache
+from spinlab.runtime.kernels.gpu import linear as gpu
 from spinlab.runtime.operations import REFERENCE, triton_operations
 from spinlab.weights.layerwise import quantize_rtn
 
@@ -63,3 +67,31 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
     # float noise moves a few levels
     error = (triton - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@torch.no_grad()
+def test_an_input_too_wide_to_quantize_falls_back_with_a_warning(
+    make_model, ids, device, group, monkeypatch, caplog
+):
+    """Whatever the groups of its weight: an input without groups is quantized as one row."""
+
+    def make():
+        return make_model(torch.float32, **{**SHAPE, "intermediate_size": 128}).to(device)
+
+    quant = QuantConfig(weights=TensorQuant(symmetric=True, group_size=group))
+    networks = Networks(make, quant, KVConfig())
+    rotations, ids = RotationSet(), ids[:, :3].to(device)
+    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    monkeypatch.setattr(gpu, "_WIDEST_GROUP", 64)
+    found = []
+    for operations in (REFERENCE, triton_operations()):
+        model = networks.fused(rotations)
+        with caplog.at_level(logging.WARNING):
+            integer_runtime(model, weights, rotations, quant, networks.kv, operations)
+        found.append(model(ids).logits.double())
+    (warning,) = [r.message for r in caplog.records if "outside the 4-bit" in r.message]
+    assert "model.layers.0.mlp.down_proj (a group of 128 inputs" in warning
+    expected, triton = found
+    assert (triton - expected).norm() < 1e-2 * expected.norm()

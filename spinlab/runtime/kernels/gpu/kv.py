@@ -60,11 +60,6 @@ def store(
     return (queries, k_round, v_round) if round_trip else (queries, None, None)
 
 
-def has_store_kernel(r3: OnlineRotation, dtype: torch.dtype) -> bool:
-    """Tell whether `store` turns heads of a dtype with R3."""
-    return dtype.itemsize <= 4
-
-
 def _cut(tokens: int) -> tuple[int, int]:
     """Return heads per program and warps: few for short waits, many to read R3 less often."""
     return (16, 4) if tokens <= 128 else (64, 4)

@@ -128,7 +128,8 @@ def store_kernel(
     count = tl.where(is_query, heads, kv_heads)
     program -= tl.where(is_query, 0, tl.where(is_value, of_queries + of_keys, of_queries))
     row = program * STEP + tl.arange(0, STEP)
-    head, token, batch = row % count, row // count % tokens, (row // count // tokens).to(tl.int64)
+    head, token = row % count, (row // count % tokens).to(tl.int64)
+    batch = (row // count // tokens).to(tl.int64)
     there = batch < batches
     inside = there[:, None] & (tl.arange(0, HALF) < D // 2)[None, :]
     at = (batch * angle_batch + token * ROTARY)[:, None]

@@ -16,6 +16,7 @@ from spinlab.runtime.kernels.gpu.launch import interpreted, launch
 from spinlab.runtime.kernels.reference.linear import dequantize
 
 _FEW = 128  # tokens
+_WIDEST_GROUP = 1 << 15  # of inputs, as they are quantized
 _WIDEST = 1 << 17  # columns whose products, 16 times and of bytes, fit into 32 bits
 _PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
 
@@ -29,7 +30,10 @@ def linear(
     """
     _check(weight)
     tokens, width = inputs.levels.shape
+    groups = inputs.scale.shape[1]
     assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
+    assert weight.blocks % groups == 0, f"{groups} groups meet a weight of {weight.blocks} blocks"
+    assert all(t.is_contiguous() for t in inputs), "inputs lie in one piece each"
     out = torch.empty(tokens, weight.out_features, dtype=dtype, device=inputs.levels.device)
     if tokens == 0:
         return out
@@ -44,7 +48,7 @@ def linear(
     shape = {
         "HALF": weight.chunk // 2,
         "BLOCKS": weight.blocks,
-        "INPUT_GROUPS": inputs.scale.shape[1],
+        "INPUT_GROUPS": groups,
         "WEIGHT_GROUPS": weight.groups,
         "ZEROS": weight.zero is not None,
         "BIAS": bias is not None,
@@ -65,6 +69,7 @@ def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     _check(weight)
     tokens, width = x.shape
     assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
+    assert weight.blocks == weight.groups, "a weight for inputs in groups meets none"
     if tokens > _FEW:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
     from spinlab.runtime.kernels.gpu.decode_kernels import decode16_kernel
@@ -98,6 +103,8 @@ def why_not(width: int, out_features: int, blocks: int) -> str | None:
     """
     if width >= _WIDEST:
         return f"an input of {width} numbers overflows 32-bit sums (fewer than {_WIDEST} fit)"
+    if width // blocks > _WIDEST_GROUP:
+        return f"a group of {width // blocks} inputs fits into no program ({_WIDEST_GROUP} do)"
     if width % 32 or out_features % 8:
         return f"{width} inputs and {out_features} outputs are no multiples of 32 and 8"
     half = width // blocks // 2
@@ -183,14 +190,18 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dict[str, int]:
     """Choose the tile of a program for inputs in floats, which take more room and operations."""
     bm = max(16, 1 << (tokens - 1).bit_length())
-    bk = 128 if dtype.itemsize == 2 and bm <= 32 else 32
-    return _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": 4, "num_warps": 2}, weight, 6)
+    few = bm <= 32
+    bk = 128 if dtype.itemsize == 2 and few else 32
+    stages = 4 if dtype.itemsize == 2 or few else 2  # a multiprocessor of Ada holds no more
+    return _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": stages, "num_warps": 2}, weight, 6)
 
 
 def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[str, int]:
     """Split columns while that leaves at most so many programs to a multiprocessor."""
     half = weight.chunk // 2
-    tile["BK"] = min(tile["BK"], 1 << (half - 1).bit_length())
+    tile["BK"] = min(
+        tile["BK"], max(32, 1 << (half - 1).bit_length())
+    )  # 32: the least of a product
     tiles = _ceil(weight.out_features, tile["BN"])
     parts = weight.blocks * _ceil(half, tile["BK"])
     split, most = 1, programs * _multiprocessors(weight.packed.device)

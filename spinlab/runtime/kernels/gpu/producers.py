@@ -1,7 +1,8 @@
 """What makes quantized inputs, each operation in one pass over memory, on CUDA.
 
-`spinlab.runtime.kernels.reference.producers` is the definition. On the same floats levels are equal
-bit for bit; what a norm, a gate or a rotation computes may differ by its own rounding.
+`spinlab.runtime.kernels.reference.producers` is the definition. On the same finite floats levels
+are equal bit for bit; what a norm, a gate or a rotation computes may differ by its own rounding.
+What is no number is lost: its token gets the range of the others.
 """
 
 from functools import lru_cache
@@ -21,7 +22,7 @@ _FACTOR = 256  # the largest order of a Hadamard factor that a program holds
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20
 
 
-def has_gate_kernel(
+def has_rotation_kernel(
     x: torch.Tensor, rotation: OnlineRotation | None, quantizer: TokenQuantizer
 ) -> bool:
     """Tell whether `gate_quantize` and `rotate_quantize` take inputs such as x: (..., width).
@@ -41,7 +42,7 @@ def has_gate_kernel(
         and max(rows, columns) <= _FACTOR
         and _held(rotation, rows, columns) <= _shared(x.device)[0]
         and (not group or (block == columns and group & (group - 1) == 0))
-        and group <= block  # longer ones came out wrong where the compiler reshaped four rows
+        and group <= block  # within a row: four rows to a group came out wrong
     )
 
 
@@ -149,7 +150,7 @@ def _launch_rotation(
 ) -> None:
     from spinlab.runtime.kernels.gpu.hadamard_kernels import rotate_kernel
 
-    assert has_gate_kernel(gate, rotation, quantizer), "ask has_gate_kernel first"
+    assert has_rotation_kernel(gate, rotation, quantizer), "ask has_rotation_kernel first"
     rows, columns, factor = _factors(rotation)
     first, second, block = _pieces(rows, columns)
     left, right = rotation._factors(gate.dtype, gate.device)
