@@ -97,6 +97,13 @@ def _add_kernels(commands: Any) -> None:
         whole.add_argument("--prompt", type=int, default=prompt, help="tokens of a prompt")
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
         whole.set_defaults(run=_end_to_end, repeatable=False)
+    cpu = commands.add_parser("cpu", parents=[common], help="int8 products and decoding on a CPU")
+    cpu.add_argument("--model", choices=sorted(SHAPES), default="smollm2_135m")
+    cpu.add_argument("--layers", type=int, help="fewer than the model has")
+    cpu.add_argument("--context", type=int, default=128, help="tokens in the cache at the start")
+    cpu.add_argument("--repeats", type=int, default=100, help="timed calls")
+    cpu.add_argument("--threads", type=int, nargs="+", default=[1], help="to decode on")
+    cpu.set_defaults(run=_cpu, device="cpu", repeatable=False)
     gather = commands.add_parser("collect", help="gather the records of several runs in one")
     gather.add_argument("records", type=Path, nargs="+", help="of two that overlap the last counts")
     gather.add_argument("--out", type=Path, required=True, help="where the record goes")
@@ -139,6 +146,13 @@ def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str
     setting = Setting(arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     bench = bench_decode if arguments.command == "decode" else bench_prefill
     return bench(operations, device, setting, arguments.batch, arguments.out)
+
+
+def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.cpu import bench_cpu
+
+    sizes = (arguments.layers, arguments.context, arguments.repeats)
+    return bench_cpu(arguments.model, *sizes, arguments.threads)
 
 
 def _collect(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

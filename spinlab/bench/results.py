@@ -1,5 +1,6 @@
 """What a benchmark has found so far: printed line by line, kept as a record after each of them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Results:
 
     def skip(self, name: str, reason: str) -> None:
         """Say in one line why something is missing."""
-        line = " ".join(reason.split())[:300]
+        line = re.sub(r"/\S*/", "", " ".join(reason.split()))[:300]  # folders say nothing elsewhere
         self.skipped[name] = line
         print(f"{name}: skipped: {line}", flush=True)
         self._save()

@@ -233,7 +233,7 @@ def _programs(device: torch.device, held: int) -> int:
     return min(most, 4) * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _options(size: int, block: int) -> dict[str, int | None]:
+def _options(size: int, block: int) -> dict[str, Any]:
     """Return how to compile for tokens of `size` numbers, read in columns of `block`.
 
     A warp takes 16 columns of a product. Where 128 registers are enough for 8 warps, two programs
