@@ -6,9 +6,11 @@ One row of bytes holds one head of one token, so that every cache operation of t
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from spinlab.quant.affine import (
+    SMALLEST_HALF,
     Grid,
     at_least_float32,
     decode,
@@ -17,11 +19,9 @@ from spinlab.quant.affine import (
     scale_and_zero,
     zero_point,
 )
-from spinlab.quant.few import are_few, few_levels
+from spinlab.quant.few import FewLevels, are_few, few_levels
 from spinlab.quant.fused import has_kernel, round_rows
 from spinlab.quant.pack import pack_nibbles, unpack_nibbles
-
-_SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,13 @@ class AffineCodec:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
-        return self._pack(*self._levels(x))
+        return self._pack_few(self._few_levels(x)) if are_few(x) else self._pack(*self._levels(x))
 
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return encode(x) and what it decodes to, in x's dtype."""
+        if are_few(x):
+            few = self._few_levels(x)
+            return self._pack_few(few), torch.from_numpy(few.decode()).view(x.shape).to(x.dtype)
         levels, scale, zero = self._levels(x)
         return self._pack(levels, scale, zero), self._decode(levels, scale, zero, x.dtype)
 
@@ -78,6 +81,23 @@ class AffineCodec:
         if not self.grid.symmetric:
             parts.append(zero.squeeze(-1).to(torch.uint8))
         return torch.cat(parts, dim=-1)
+
+    def _few_levels(self, x: torch.Tensor) -> FewLevels:
+        """Return what `_levels` does, in numpy."""
+        few = few_levels(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
+        shape = (*few.levels.shape[:-1], 1)
+        return FewLevels(few.levels, few.scale.reshape(shape), few.zero.reshape(shape))
+
+    def _pack_few(self, few: FewLevels) -> torch.Tensor:
+        """Return what `_pack` does, in numpy."""
+        levels = few.levels.reshape(*few.levels.shape[:-2], -1).astype(np.int16).astype(np.uint8)
+        if self._nibbles:
+            half = self.width // 2
+            levels = levels[..., :half] & 0xF | levels[..., half:] << 4
+        parts = [levels, few.scale[..., 0].astype(np.float16).view(np.uint8)]
+        if not self.grid.symmetric:
+            parts.append(few.zero[..., 0].astype(np.uint8))
+        return torch.from_numpy(np.concatenate(parts, axis=-1))
 
     def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers (..., width) behind coded rows."""
@@ -90,20 +110,21 @@ class AffineCodec:
             levels = packed.view(torch.int8) if self.grid.symmetric else packed
         wide = torch.promote_types(dtype, torch.float32)
         grouped = levels.to(wide).unflatten(-1, (self.groups, -1))
-        scale = scale_bytes.contiguous().view(torch.float16).to(wide)[..., None]
+        # contiguous() would leave odd strides to dimensions of size 1
+        scale_bytes = scale_bytes.clone(memory_format=torch.contiguous_format)
+        scale = scale_bytes.view(torch.float16).to(wide)[..., None]
         zero = zero.to(wide)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
         return self._decode(grouped, scale, zero, dtype)
 
     def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return levels (..., groups, g) with the scale that float16 stores, and its zero."""
         if are_few(x):
-            few = few_levels(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
-            levels, scale, zero = (torch.from_numpy(t) for t in few)
+            levels, scale, zero = (torch.from_numpy(t) for t in self._few_levels(x))
             return levels, scale, zero
         grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
         lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
         scale, _ = scale_and_zero(lowest, highest, self.grid)
-        scale = scale.clamp_(min=_SMALLEST_SCALE).to(torch.float16).to(grouped.dtype)
+        scale = scale.clamp_(min=SMALLEST_HALF).to(torch.float16).to(grouped.dtype)
         zero = torch.zeros_like(scale)
         if not self.grid.symmetric:
             zero = zero_point(lowest.clamp(max=0), scale).clamp_(0, self.grid.highest)

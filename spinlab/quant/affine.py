@@ -14,6 +14,9 @@ import torch
 # noise and far below a level, settles such ties the same way in every implementation.
 TIE = 2.0**-7
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20  # of float32; its inverse is finite
+SMALLEST_HALF = 2.0**-14  # the smallest normal float16, where scales are stored as such
+
 
 @dataclass(frozen=True)
 class Grid:

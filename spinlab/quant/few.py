@@ -9,25 +9,33 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spinlab.quant.affine import TIE, Grid, at_least_float32
+from spinlab.quant.affine import SMALLEST_HALF, TIE, Grid, at_least_float32
 
 _FEW = 1 << 14  # numbers up to which calls cost more than the work
 _SMALLEST_SCALE = {t: torch.finfo(t).tiny * 2**20 for t in (torch.float32, torch.float64)}
 _SMALLEST = _SMALLEST_SCALE[torch.float32]
-_SMALLEST_HALF = 2.0**-14  # the smallest normal float16
 
 
 class FewLevels(NamedTuple):
-    """Hold integer-valued levels (..., C/g, g) with scale and zero (..., C/g, 1)."""
+    """Hold integer-valued levels (..., C/g, g) with scale and zero (..., C/g, 1).
+
+    Where there is but one group, scale and zero have no dimensions: numpy counts faster with them.
+    """
 
     levels: np.ndarray
     scale: np.ndarray
     zero: np.ndarray
 
+    def decode(self) -> np.ndarray:
+        """Return the floats that the levels stand for: scale·(level - zero)."""
+        numbers = self.levels - self.zero
+        numbers *= self.scale
+        return numbers
+
 
 def are_few(x: torch.Tensor) -> bool:
     """Tell whether x is a few numbers in the host's memory."""
-    return x.device.type == "cpu" and 0 < x.numel() <= _FEW
+    return x.is_cpu and 0 < x.numel() <= _FEW
 
 
 def few_levels(
@@ -38,24 +46,27 @@ def few_levels(
     group_size divides C, 0 means C. half_scale: the scale is rounded to float16 as the KV codec
     stores it.
     """
-    wide = (x if x.dtype in _SMALLEST_SCALE else at_least_float32(x)).detach().numpy()
+    wide = (x if x.dtype in _SMALLEST_SCALE else at_least_float32(x)).numpy(force=True)
     grouped = wide.reshape(*wide.shape[:-1], -1, group_size or wide.shape[-1])
+    axis = -1 if (several := grouped.size > grouped.shape[-1]) else None
     # the range contains 0
-    lowest = np.minimum.reduce(grouped, axis=-1, keepdims=True, initial=0)
-    highest = np.maximum.reduce(grouped, axis=-1, keepdims=True, initial=0)
+    lowest = np.minimum.reduce(grouped, axis=axis, keepdims=several, initial=0)
+    highest = np.maximum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     if clip_ratio != 1:
         lowest, highest = lowest * clip_ratio, highest * clip_ratio
     span = np.maximum(highest, -lowest) if grid.symmetric else highest - lowest
     scale = np.maximum(span / grid.highest, _SMALLEST_SCALE.get(x.dtype, _SMALLEST))
     if half_scale:
-        scale = np.maximum(scale, _SMALLEST_HALF).astype(np.float16).astype(wide.dtype)
+        with np.errstate(over="ignore"):  # infinite, as torch has it
+            half = np.maximum(scale, SMALLEST_HALF).astype(np.float16)
+        scale = half.astype(wide.dtype)
     levels = grouped / scale
     levels += TIE
     np.rint(levels, out=levels)
     if grid.symmetric:
-        zero = np.zeros_like(scale)
+        zero = np.zeros_like(scale)[()]
     else:
-        zero = np.rint(-lowest / scale + TIE)
+        zero = np.rint(TIE - lowest / scale)
         if half_scale:
             zero = np.minimum(zero, grid.highest)
         levels += zero

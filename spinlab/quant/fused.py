@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from spinlab.quant.affine import TIE, Grid
+from spinlab.quant.affine import SMALLEST_HALF, SMALLEST_SCALE, TIE, Grid
 
 _TILE = 4096  # numbers that one program rounds
 _BACKWARD_TILE = 2048  # and pulls back: it holds more of each, 8 to a thread fit into registers
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20
-_SMALLEST_HALF = 2.0**-14
 
 
 def has_kernel(x: torch.Tensor) -> bool:
@@ -47,7 +45,7 @@ def round_rows(
         launch(
             x, out, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width, BLOCK=block,
             STEP=step, LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric, KNOWN=known,
-            HALF=half_scale, ERROR=error, TIE=TIE, FLOOR=_SMALLEST_SCALE, HALF_FLOOR=_SMALLEST_HALF,
+            HALF=half_scale, ERROR=error, TIE=TIE, FLOOR=SMALLEST_SCALE, HALF_FLOOR=SMALLEST_HALF,
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -68,7 +66,7 @@ def pull_back_rows(
         launch(
             x, gradient, ratio.float(), out, sums, rows, WIDTH=width, BLOCK=block, STEP=step,
             LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric, TIE=TIE,
-            FLOOR=_SMALLEST_SCALE, num_warps=min(step * block // 256, 32),
+            FLOOR=SMALLEST_SCALE, num_warps=min(step * block // 256, 32),
             enable_fp_fusion=False,
         )  # fmt: skip
     return out, sums.sum()

@@ -190,7 +190,8 @@ class InputPath(nn.Module):
 
     def _encode_few(self, x: torch.Tensor) -> FewLevels:
         assert self.quantizer is not None
-        return self.quantizer.to_few_bytes(x if self.rotation is None else self.rotation(x))
+        rotation = self.rotation
+        return self.quantizer.to_few_bytes(x if rotation is None else rotation(x))
 
 
 def _version(x: torch.Tensor) -> int:

@@ -11,13 +11,13 @@ def _even(x):
 
 
 @triton.jit
-def _scale(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
+def scale_of(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
     span = tl.maximum(high, -low) if SYMMETRIC else high - low
     return tl.maximum(tl.math.div_rn(span, HIGH * 1.0), FLOOR)
 
 
 @triton.jit
-def _zero(low, scale, SYMMETRIC: tl.constexpr, TIE: tl.constexpr):
+def zero_of(low, scale, SYMMETRIC: tl.constexpr, TIE: tl.constexpr):
     return tl.zeros_like(scale) if SYMMETRIC else _even(tl.math.div_rn(-low, scale) + TIE)
 
 
@@ -40,10 +40,10 @@ def round_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     low = tl.minimum(tl.min(x, 1) * ratio, 0.0)
     high = tl.maximum(tl.max(x, 1) * ratio, 0.0)
-    scale = _scale(low, high, HIGH, SYMMETRIC, FLOOR)
+    scale = scale_of(low, high, HIGH, SYMMETRIC, FLOOR)
     if HALF:
         scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
-    zero = _zero(low, scale, SYMMETRIC, TIE)
+    zero = zero_of(low, scale, SYMMETRIC, TIE)
     if HALF and not SYMMETRIC:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
     scale, zero = scale[:, None], zero[:, None]
@@ -74,8 +74,8 @@ def pull_back_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-    scale = _scale(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
-    zero = _zero(lowest * ratio, scale, SYMMETRIC, TIE)
+    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC, TIE)
     exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
     levels = _even(exact + TIE)
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]

@@ -17,6 +17,8 @@ from spinlab.runtime.kernels import Matmul
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.weights.quantized import QuantizedWeight
 
+_MOST_ROWS = 16  # of one product for all blocks, each row 0 outside its own
+
 
 class _Views(NamedTuple):
     """Hold the tables of a linear for a few tokens: t, Σ w, u, bias, and who is in which block."""
@@ -72,7 +74,8 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x: (..., in), in x's dtype."""
-        if are_few(x):
+        rows = x.numel() // x.shape[-1] * self.blocks
+        if are_few(x) and (self.blocks == 1 or rows <= _MOST_ROWS):
             out = torch.from_numpy(self._few(x).reshape(*x.shape[:-1], -1))
             return out if out.dtype == x.dtype else out.to(x.dtype)
         terms = self._terms(*self._encode(x))
@@ -92,11 +95,10 @@ class IntegerLinear(nn.Module):
             self._views = self._view_tables()
         path, weights, member, t, sums, u, bias = self._views
         levels, s, z = path.encode_few(x)
-        groups, blocks = s.shape[-2], len(t)
+        blocks = len(t)
         levels = levels.reshape(-1, blocks, self.block)
-        s, z = s.reshape(-1, groups, 1), z.reshape(-1, groups, 1)
-        if groups < blocks:
-            s, z = (np.repeat(t, blocks // groups, axis=1) for t in (s, z))
+        if s.ndim:  # else there is but one token and group
+            s, z = (self._each_block(part) for part in (s, z))
         # rows that are 0 outside one block each: one product gives those of all blocks
         rows = levels[:, 0] if blocks == 1 else (levels.reshape(-1, 1, member.shape[1]) * member)
         rows = rows.reshape(-1, member.shape[1])
@@ -115,6 +117,12 @@ class IntegerLinear(nn.Module):
             out += bias
         return out
 
+    def _each_block(self, table: np.ndarray) -> np.ndarray:
+        """Give every block the numbers of its group: (..., groups, 1) to (tokens, blocks, 1)."""
+        groups = table.shape[-2]
+        table = table.reshape(-1, groups, 1)
+        return table if groups == self.blocks else table.repeat(self.blocks // groups, axis=1)
+
     def _view_tables(self) -> _Views:
         """Return what `_few` reads as it reads it; looking it up would cost as much as the work."""
         zero, bias = (None if t is None else t.numpy() for t in (self.zero, self.bias))
@@ -125,6 +133,10 @@ class IntegerLinear(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._views = None  # tables move, and leave the views behind
         return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._views = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": None}  # a copy views tables of its own

@@ -27,6 +27,16 @@ def test_bytes_hold_exactly_what_fake_quantization_computes(codec):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_a_single_row_decodes_as_among_others(codec):
+    rows = codec.encode(keys())
+    found = codec.decode(rows[:1, :1, :1], torch.float32)
+    assert torch.equal(found, codec.decode(rows, torch.float32)[:1, :1, :1])
+    alone = codec.encode(keys()[:1, :1, :1])
+    assert torch.equal(alone, rows[:1, :1, :1])
+    assert torch.equal(codec.decode(alone, torch.float32), found)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_no_number_moves_further_than_a_level(codec):
     x = keys()
     groups = x.unflatten(-1, (codec.groups, -1))

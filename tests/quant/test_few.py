@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,18 @@ def test_levels_of_few_rows_are_the_definitions(quantizer, dtype):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(torch.from_numpy(a), b)
             assert torch.from_numpy(a).dtype == b.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grid", [Grid(4, False), Grid(4, True), Grid(8, False)], ids=str)
+def test_of_one_row_scale_and_zero_are_scalars_and_the_definitions(grid, dtype):
+    quantizer = TokenQuantizer(grid, clip_ratio=0.9)
+    for x in rows(dtype):
+        expected, found = quantizer.to_bytes(x), quantizer.to_few_bytes(x)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(torch.as_tensor(a).view(b.shape), b)
+            assert torch.as_tensor(a).dtype == b.dtype
+        assert np.ndim(found.scale) == np.ndim(found.zero) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -70,6 +70,16 @@ def test_accumulations_are_bit_equal_to_the_reference(tokens):
         assert torch.equal(found.long(), expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+def test_several_signed_rows_are_multiplied_from_the_other_side(tokens):
+    """As wide as whole rows of blocks get; oracle: the bytes in int64."""
+    g = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 128, (tokens, 576), generator=g).to(torch.uint8)
+    weight = torch.randint(-128, 128, (40, 576), generator=g).to(torch.int8)
+    found = KERNELS["cpu"](levels.view(torch.int8), weight)
+    assert torch.equal(found.long(), levels.long() @ weight.long().T)
+
+
 def test_a_token_does_not_depend_on_its_batch():
     weight = rtn(draw(24, 64), FORMATS[0], WeightsConfig())
     path = InputPath(None, TokenQuantizer(Grid(4, False)))
@@ -160,3 +170,14 @@ def test_a_linear_moves_and_copies_with_its_tables():
     moved = linear.to(torch.device("cpu"), torch.float64)
     assert torch.allclose(moved(x), copied(x) / 2)
     assert moved.scale.dtype == torch.float64
+
+
+def test_a_linear_takes_the_tables_that_are_loaded():
+    weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
+    path, x = InputPath(None, TokenQuantizer(Grid(4, False))), draw(3, 64, seed=2)
+    linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
+    before = linear(x).clone()
+    state = {name: t.clone() for name, t in linear.state_dict().items()}
+    state["scale"].mul_(2)
+    linear.load_state_dict(state, assign=True)
+    assert torch.equal(linear(x), 2 * before)

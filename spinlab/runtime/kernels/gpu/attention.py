@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from spinlab.runtime.kernels.gpu.launch import launch
+from spinlab.runtime.kernels.gpu.launch import launch, power_of_two
 from spinlab.runtime.kernels.rows import PackedRows
 
 _RESIDENT = 8  # programs that one multiprocessor runs at a time
@@ -59,7 +59,7 @@ def attend(
         "GROUP": group,
         "HEADS": columns,
         "D": width,
-        "PAIRS": max(16, _power(width // 4)),
+        "PAIRS": max(16, power_of_two(width // 4)),
         "BLOCK": block,
         "WHOLE": splits == 1,
         "K_MIDDLE": _middle(keys),
@@ -72,7 +72,7 @@ def attend(
     launch(attend_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     if splits > 1:
         arguments = (sums, most, total, out, splits)
-        constants = {"D": width, "BLOCK_D": _power(width), "BLOCK": _power(splits)}
+        constants = {"D": width, "BLOCK_D": power_of_two(width), "BLOCK": power_of_two(splits)}
         launch(combine_kernel, (batch * heads,), arguments, constants, num_warps=4)
     return out
 
@@ -95,8 +95,3 @@ def _tensors(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def _middle(rows: PackedRows) -> int:
     return -1 if rows.zero is not None else rows.middle
-
-
-def _power(n: int) -> int:
-    """Return the smallest power of two from n on."""
-    return 1 << (n - 1).bit_length()

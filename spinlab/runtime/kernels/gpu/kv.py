@@ -4,13 +4,10 @@ from functools import lru_cache
 
 import torch
 
-from spinlab.quant.affine import TIE
+from spinlab.quant.affine import SMALLEST_HALF, SMALLEST_SCALE, TIE
 from spinlab.rotation.online import OnlineRotation
-from spinlab.runtime.kernels.gpu.launch import launch
+from spinlab.runtime.kernels.gpu.launch import launch, power_of_two
 from spinlab.runtime.kernels.rows import PackedRows
-
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20
-_SMALLEST_HALF = 2.0**-14
 
 
 def store(
@@ -51,10 +48,10 @@ def store(
         values.codec.clip_ratio,
     )  # fmt: skip
     constants = {
-        "D": width, "HALF": max(16, _power(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
+        "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
         "R3": r3 is not None, "K_LOWEST": k_grid.lowest, "K_HIGHEST": k_grid.highest,
         "V_LOWEST": v_grid.lowest, "V_HIGHEST": v_grid.highest, "ROUND": round_trip, "TIE": TIE,
-        "FLOOR": _SMALLEST_SCALE, "HALF_FLOOR": _SMALLEST_HALF, "FUSED": q.is_cuda,
+        "FLOOR": SMALLEST_SCALE, "HALF_FLOOR": SMALLEST_HALF, "FUSED": q.is_cuda,
     }  # fmt: skip
     launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
     return (queries, k_round, v_round) if round_trip else (queries, None, None)
@@ -82,8 +79,3 @@ def _matrix(
 def _tensors(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return packed levels, scales and zero points; where there are none, anything."""
     return rows.packed, rows.scale, rows.scale if rows.zero is None else rows.zero
-
-
-def _power(n: int) -> int:
-    """Return the smallest power of two from n on."""
-    return 1 << (n - 1).bit_length()

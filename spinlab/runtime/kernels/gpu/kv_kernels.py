@@ -7,7 +7,7 @@ whole head, and byte j of a packed row takes number j of each.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.quant.round_kernel import _scale, _zero
+from spinlab.quant.round_kernel import scale_of, zero_of
 from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 from spinlab.runtime.kernels.gpu.producer_kernels import levels_of
 
@@ -81,10 +81,10 @@ def _write(
     # beyond the head there are zeros, which every range contains
     least = tl.minimum(tl.min(tl.minimum(low, high), 1) * clip, 0.0)
     most = tl.maximum(tl.max(tl.maximum(low, high), 1) * clip, 0.0)
-    scale = _scale(least, most, HIGHEST, SYMMETRIC, FLOOR)
+    scale = scale_of(least, most, HIGHEST, SYMMETRIC, FLOOR)
     stored = tl.maximum(scale, HALF_FLOOR).to(tl.float16)
     scale = stored.to(tl.float32)
-    zero = _zero(least, scale, SYMMETRIC, TIE)
+    zero = zero_of(least, scale, SYMMETRIC, TIE)
     if not SYMMETRIC:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGHEST * 1.0)
         tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)

@@ -71,3 +71,8 @@ def _kind(argument: Any) -> Any:
     if isinstance(argument, float):
         return float
     return argument.base.dtype, tuple(argument.block_shape)  # a descriptor of tiles
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two from n on, the size of a kernel's tile; 0 for nothing."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0

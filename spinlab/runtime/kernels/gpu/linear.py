@@ -12,7 +12,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
-from spinlab.runtime.kernels.gpu.launch import interpreted, launch
+from spinlab.runtime.kernels.gpu.launch import interpreted, launch, power_of_two
 from spinlab.runtime.kernels.reference.linear import dequantize
 
 _FEW = 128  # tokens
@@ -181,7 +181,7 @@ def _decode(
 
 def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program for quantized inputs."""
-    bm = max(16, 1 << (tokens - 1).bit_length())
+    bm = max(16, power_of_two(tokens))
     programs = 2 if bm <= 64 else 1
     tile = {"BM": bm, "BN": 64, "BK": 128, "STAGES": 5 if bm <= 32 else 3, "num_warps": 4}
     return _split(tile, weight, programs)
@@ -189,7 +189,7 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 
 def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dict[str, int]:
     """Choose the tile of a program for inputs in floats, which take more room and operations."""
-    bm = max(16, 1 << (tokens - 1).bit_length())
+    bm = max(16, power_of_two(tokens))
     few = bm <= 32
     bk = 128 if dtype.itemsize == 2 and few else 32
     stages = 4 if dtype.itemsize == 2 or few else 2  # a multiprocessor of Ada holds no more
@@ -199,9 +199,7 @@ def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dic
 def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[str, int]:
     """Split columns while that leaves at most so many programs to a multiprocessor."""
     half = weight.chunk // 2
-    tile["BK"] = min(
-        tile["BK"], max(32, 1 << (half - 1).bit_length())
-    )  # 32: the least of a product
+    tile["BK"] = min(tile["BK"], max(32, power_of_two(half)))  # 32: the least of a product
     tiles = _ceil(weight.out_features, tile["BN"])
     parts = weight.blocks * _ceil(half, tile["BK"])
     split, most = 1, programs * _multiprocessors(weight.packed.device)
@@ -219,7 +217,7 @@ def _workspace(
     size = tile["SPLIT"] * tiles * tile["BN"] * tile["BM"]
     part = torch.empty(size, dtype=dtype, device=out.device)
     stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
-    return part, _counters(out.device, stream, 1 << max(12, (tiles - 1).bit_length()))
+    return part, _counters(out.device, stream, max(4096, power_of_two(tiles)))
 
 
 @cache

@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.quant.round_kernel import _scale, _zero
+from spinlab.quant.round_kernel import scale_of, zero_of
 from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
@@ -49,8 +49,8 @@ def grid_of(
 ):  # fmt: skip
     """Return scale and zero point of a range that is shrunk by clip and contains 0."""
     low, high = tl.minimum(low * clip, 0.0), tl.maximum(high * clip, 0.0)
-    scale = _scale(low, high, HIGH, SYMMETRIC, FLOOR)
-    return scale, _zero(low, scale, SYMMETRIC, TIE)
+    scale = scale_of(low, high, HIGH, SYMMETRIC, FLOOR)
+    return scale, zero_of(low, scale, SYMMETRIC, TIE)
 
 
 @triton.jit

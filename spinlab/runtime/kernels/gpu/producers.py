@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from spinlab.quant.affine import TIE, Grid
+from spinlab.quant.affine import SMALLEST_SCALE, TIE, Grid
 from spinlab.quant.inputs import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
-from spinlab.runtime.kernels.gpu.launch import launch
+from spinlab.runtime.kernels.gpu.launch import launch, power_of_two
 
 _TILE = 4096  # numbers that one program quantizes, at least
 _WIDEST = 32768  # of a token that one program holds
 _FACTOR = 256  # the largest order of a Hadamard factor that a program holds
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20
 
 
 def has_rotation_kernel(
@@ -121,7 +120,7 @@ def _launch_rows(
     if other is not None:
         other = other if other.stride(-1) == 1 else other.contiguous()
     group = quantizer.group_size or width
-    block, many = _power_of_two(group), _power_of_two(width // group)
+    block, many = power_of_two(group), power_of_two(width // group)
     step = max(1, _TILE // (block * many))
     if not rows:
         return
@@ -182,7 +181,7 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
     return {
         "LOW": grid.lowest, "HIGH": grid.highest, "SYMMETRIC": grid.symmetric,
-        "SHIFT": into_int8(grid), "TIE": TIE, "FLOOR": _SMALLEST_SCALE, "FUSED": x.is_cuda,
+        "SHIFT": into_int8(grid), "TIE": TIE, "FLOOR": SMALLEST_SCALE, "FUSED": x.is_cuda,
     }  # fmt: skip
 
 
@@ -201,10 +200,10 @@ def _factors(rotation: OnlineRotation) -> tuple[int, int, float]:
 
 def _pieces(rows: int, columns: int) -> tuple[int, int, int]:
     """Return in which two powers of two rows are held (or in one), and columns in one."""
-    whole = max(16, _power_of_two(rows))
-    rest = max(16, _power_of_two(rows - whole // 2))
+    whole = max(16, power_of_two(rows))
+    rest = max(16, power_of_two(rows - whole // 2))
     two = whole > 16 and whole // 2 + rest < whole
-    block = max(16, _power_of_two(columns))
+    block = max(16, power_of_two(columns))
     return (whole // 2, rest, block) if two else (whole, 0, block)
 
 
@@ -243,7 +242,3 @@ def _options(size: int, block: int) -> dict[str, Any]:
         return {"num_warps": 1 if size <= 1024 else 2, "num_stages": 1}
     warps = 4 if block == 64 or size <= 4096 else 8
     return {"num_warps": warps, "num_stages": 1, "maxnreg": 128 if size <= 2048 * warps else None}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n > 0 else 0
