@@ -18,7 +18,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 def choose_device(name: str) -> torch.device:
     """Return the device a config asks for; `auto` takes CUDA where there is one.
 
-    Of several processes on a machine each has a CUDA device of its own.
+    A CUDA device that is named by number becomes the current one, where kernels are launched.
+    Of several processes on a machine each has a device of its own, which `parallel.start` sets.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +30,8 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"runtime.device={name}: this machine has no such CUDA device, use cpu")
     if kind == "cuda" and parallel.launched() > 1:
         return _own_device(name)
+    if kind == "cuda" and index:
+        torch.cuda.set_device(int(index))
     return torch.device(name)
 
 
@@ -48,13 +51,14 @@ def _own_device(name: str) -> torch.device:
 def choose_backend(name: str, device: torch.device) -> str:
     """Return the integer back end.
 
-    `auto` is int8 on a CPU, Triton's kernels on a GPU that has them, exact floats elsewhere.
+    `auto` is int8 on a CPU and exact floats on a GPU without Triton's kernels. With them it stays
+    `auto`: the model decides (`Networks.integer`).
     """
     lacking = lacks_kernels(device)
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "reference" if lacking else "triton"
+        return "reference" if lacking else "auto"
     if name == "cpu" and device.type != "cpu":
         raise InputError(f"runtime.backend=cpu cannot run on {device}: use auto or reference")
     if name == "triton" and lacking:
@@ -66,6 +70,8 @@ def lacks_kernels(device: torch.device) -> str | None:
     """Say what is missing for Triton's kernels to run on a device; None where nothing is."""
     if device.type != "cuda":
         return f"a CUDA device, and the device is {device}"
+    if torch.version.cuda is None:  # ROCm calls its devices cuda, and counts capabilities anew
+        return "NVIDIA's CUDA, and this torch is built without it"
     capability = torch.cuda.get_device_capability(device)
     if capability < _AMPERE:
         has = ".".join(map(str, capability))

@@ -7,6 +7,7 @@ fake    the learned rotation, quantization emulated in floating point
 int4    the same weights as `fake`, on integer kernels
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -20,11 +21,13 @@ from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.handoff import integer_runtime
+from spinlab.runtime.handoff import integer_runtime, why_not_runtime
 from spinlab.runtime.network import insert_integer_linears, write_ends
 from spinlab.runtime.operations import triton_operations
 from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
+
+log = logging.getLogger(__name__)
 
 _STORED_BYTES = 2  # of a number that is not quantized: embedding, head and norms rest in 16 bits
 
@@ -92,9 +95,15 @@ class Networks:
     ) -> PreTrainedModel:
         """Return the quantized network on integer kernels, with a packed KV cache.
 
-        The `triton` back end is a runtime of its own, made of fused GPU kernels.
+        The `triton` back end is a runtime of its own, made of fused GPU kernels; `auto` takes it
+        for the models that it runs, and the exact product for others, with a warning.
         """
         model = self.fused(rotations)
+        if backend == "auto":
+            reason = why_not_runtime(model)
+            if reason is not None:
+                log.warning("%s: linears multiply by the exact reference product", reason)
+            backend = "triton" if reason is None else "reference"
         if backend == "triton":
             operations = triton_operations()
             integer_runtime(model, weights, rotations, self.quant, self.kv, operations)

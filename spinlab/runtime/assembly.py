@@ -97,7 +97,10 @@ class QuantizedMaker(Maker):
         if linear.weight.shape[1] % (2 * max(weight.groups, groups)):
             return None, "a group has an odd width"
         out, width = linear.weight.shape
-        if reason := self.operations.why_not(width, out, max(weight.groups, groups)):
+        reason = self.operations.why_not(width, out, max(weight.groups, groups))
+        if groups == 1 and path.quantizer is not None:  # a whole row is quantized at once
+            reason = reason or self.operations.why_not(width, out, 1)
+        if reason:
             return None, reason
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         return pack_weight(weight, groups, dtype).to(linear.weight.device), ""

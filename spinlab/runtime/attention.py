@@ -5,12 +5,13 @@ stores them as in later ones. One new token per sequence attends to the packed r
 more of them attend to floats.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from spinlab.kv.cache import KVPath
-from spinlab.kv.codec import AffineCodec
 from spinlab.model.seams import Dimensions
 from spinlab.runtime.cache import IntegerCache, PlainRows
 from spinlab.runtime.kernels.reference.kv import rotary
@@ -36,6 +37,7 @@ class IntegerAttention(nn.Module):
         super().__init__()
         self.qkv, self.out = readers
         self.layer, self.path, self.operations = layer, path, operations
+        self.behind_store = replace(path, r3=None)  # which turns queries itself
         self.heads, self.kv_heads = dimensions.heads, dimensions.kv_heads
         self.head_dim = dimensions.head_dim
         self.scaling: float = stock.scaling  # type: ignore[assignment]
@@ -81,7 +83,7 @@ class IntegerAttention(nn.Module):
         query, k_round, v_round = self.operations.store(
             q, k, v, *angles, self.path.r3, keys, values, slots.position, round_trip
         )
-        query = _round(query, self.path.queries)
+        query = self.behind_store.turn_queries(query)
         if tokens == 1:
             return self.operations.attend(
                 query, keys, values, slots.start, slots.length, self.scaling
@@ -102,20 +104,12 @@ class IntegerAttention(nn.Module):
         """Attend on rows that torch codes: (batch, heads, tokens, head_dim)."""
         keys, values = cache.slots.rows[self.layer]
         assert isinstance(keys, PlainRows) and isinstance(values, PlainRows)
-        query, key = self._turned(q, k, angles)
+        query, key = (rotary(x.transpose(1, 2), *angles) for x in (q, k))
+        key = key if self.path.r3 is None else self.path.r3(key)
         keys.write(key, cache.slots.position)
         values.write(v.transpose(1, 2), cache.slots.position)
-        length = cache.visible
-        query = _round(query, self.path.queries)
+        length, query = cache.visible, self.path.turn_queries(query)
         return self._floats(query, keys.read(length), values.read(length), cache)
-
-    def _turned(
-        self, q: torch.Tensor, k: torch.Tensor, angles: Angles
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and keys behind RoPE and R3: (batch, heads, tokens, head_dim)."""
-        query, key = (rotary(x.transpose(1, 2), *angles) for x in (q, k))
-        r3 = self.path.r3
-        return (query, key) if r3 is None else (r3(query), r3(key))
 
     def _floats(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: IntegerCache
@@ -130,7 +124,3 @@ class IntegerAttention(nn.Module):
             scale=self.scaling,
             enable_gqa=self.heads > self.kv_heads,
         )
-
-
-def _round(query: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
-    return query if codec is None else codec.round(query)

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -101,15 +102,21 @@ class Slots:
 
 @dataclass
 class SlotPool:
-    """Make slots, and keep those of the last cache that died: with them lives their graph."""
+    """Make slots, and keep those of the last cache that died: with them lives their graph.
+
+    A deep copy, of a model that was copied, has no slots: graphs run on the original's weights.
+    """
 
     layout: Layout
     spare: Slots | None = field(default=None)
 
     def take(self, batch: int, capacity: int) -> Slots:
-        """Return slots for a batch, with at least this capacity; their rows hold anything."""
+        """Return slots for a batch, with exactly this capacity; their rows hold anything.
+
+        Kernels split a sequence by capacity, so that a larger one would give other bits.
+        """
         spare, self.spare = self.spare, None
-        if spare is not None and spare.batch == batch and spare.capacity >= capacity:
+        if spare is not None and (spare.batch, spare.capacity) == (batch, capacity):
             return spare
         del spare  # before more memory is asked for
         return Slots(self.layout, batch, capacity)
@@ -118,6 +125,9 @@ class SlotPool:
         """Keep the slots of a dead cache for the next one."""
         if holder:
             self.spare = holder[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spare": None}
 
 
 class IntegerCache(Cache):
@@ -132,6 +142,7 @@ class IntegerCache(Cache):
         self.pool, self.wanted = pool, capacity
         self.filled, self.tokens = 0, 0  # slots of past passes, and of this one
         self.padded = False
+        self.all_padding = False  # in some sequence: a later mask says where it begins
         self._mask: torch.Tensor | None = None
         self._slots: list[Slots] = []
         weakref.finalize(self, pool.give_back, self._slots).atexit = False
@@ -147,19 +158,35 @@ class IntegerCache(Cache):
     def begin(self, batch: int, tokens: int, mask: torch.Tensor | None) -> None:
         """Make room for the tokens of a pass; mask: (batch, filled + tokens), 0 at padding.
 
-        Only the first pass reads the mask: padding stands at the left, so it says all there is.
+        Without a mask sequences begin where an earlier pass found their first token.
         """
         if self.tokens:  # the last pass broke off
             self.rewind(self.filled)
         needed = self.filled + tokens
+        if mask is not None and tuple(mask.shape) != (batch, needed):
+            raise InputError(
+                f"an attention mask of shape {tuple(mask.shape)} meets {batch} sequences of "
+                f"{needed} tokens: the integer runtime takes masks (batch, tokens) of all tokens, "
+                "those in the cache included"
+            )
         self.check_window(needed)
         self._reserve(batch, needed)
         self.tokens, self._mask = tokens, None
         if self.filled == 0:
             self.slots.length.zero_()
+        if self.filled == 0 or mask is not None:
             self._set_padding(mask)
         self.slots.position.copy_(self.slots.length)
         self.slots.length.add_(tokens)
+
+    def must_read(self, mask: torch.Tensor | None) -> bool:
+        """Tell whether the mask of one more token may say what no earlier mask said.
+
+        Padding stands at the left: where every sequence has begun, a mask says nothing new.
+        """
+        if mask is None:
+            return False
+        return self.all_padding or tuple(mask.shape) != (self.slots.batch, self.filled + 1)
 
     def check_window(self, needed: int) -> None:
         """Raise InputError where so many tokens reach beyond a sliding window."""
@@ -217,9 +244,9 @@ class IntegerCache(Cache):
             self.slots.length.copy_(old.length)
 
     def _set_padding(self, mask: torch.Tensor | None) -> None:
-        self.padded = mask is not None and not bool(mask.all())
-        self.slots.start.zero_()
-        if mask is None or not self.padded:
+        if mask is None or bool(mask.all()):
+            self.padded = self.all_padding = False
+            self.slots.start.zero_()
             return
         mask = mask.bool()
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
@@ -227,6 +254,7 @@ class IntegerCache(Cache):
                 "the attention mask has zeros after ones: the integer runtime takes padding on the "
                 "left only (tokenizer.padding_side='left')"
             )
+        self.padded, self.all_padding = True, not bool(mask[:, -1].all())
         self.slots.start.copy_((~mask).sum(1))
 
     # what transformers asks of a cache ----------------------------------------------------------

@@ -7,6 +7,7 @@ builds a model around packed weights, without float ones. new_cache(model, capac
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from spinlab.weights.quantized import QuantizedWeight
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
 _SILU = ("silu", "swish")
+_NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
 
 
@@ -63,8 +65,9 @@ def runtime_from_packed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Build a model around packed weights; embedding, norms and head are drawn at random.
+    """Build a model around packed weights; embedding and head are drawn at random.
 
+    The gains of norms are 1, as in every rotated model, and must stay so.
     make_weight: (full name of a linear, out, in, groups of its input) to its packed weight
     """
     with torch.device("meta"):
@@ -82,6 +85,16 @@ def runtime_from_packed(
     _materialize(model, device)
     _swap(model, Given(operations), rotations, quant, kv, operations)
     return model
+
+
+def why_not_runtime(model: PreTrainedModel) -> str | None:
+    """Say why a stock model cannot run on the integer runtime as long as it is; None if it can."""
+    activation, window = model.config.hidden_act, _window(model)
+    if activation not in _SILU:
+        return f"the model's activation is {activation}, and the integer runtime gates by SiLU only"
+    if window is not None and window < model.config.max_position_embeddings:
+        return f"the model has a sliding window of {window}, which the integer runtime lacks"
+    return None
 
 
 def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
@@ -102,24 +115,21 @@ def _swap(
     kv: KVConfig,
     operations: Operations,
 ) -> None:
-    activation = model.config.hidden_act
-    if activation not in _SILU:
-        raise InputError(
-            f"the model's activation is {activation}, and the integer runtime gates by SiLU only: "
-            "use runtime.backend=reference"
-        )
+    if model.config.hidden_act not in _SILU:
+        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
     path = kv_path(model, rotations.r3, kv)
     layout = _layout(model, path)
     LayerBuilder(model, maker, rotations, quant, path, operations).build()
     maker.report()
     pool = SlotPool(layout)
+    # everything that hangs on the model is a method or a partial: a deep copy of it has its own
     setattr(model, _POOL, pool)
     model.config._attn_implementation = ATTENTION
     _insert_cache(model, pool)
-    _size_cache(model)
+    prepare = partial(_prepare_cache, model)
+    setattr(model, "_prepare_cache_for_generation", prepare)  # noqa: B010 - a method of the class
     capturable = operations.on_device and model.device.type == "cuda" and not _moving_rope(model)
-    runner = run_on_graphs(model, capturable)
-    setattr(model, _RUNNER, runner)
+    setattr(model, _RUNNER, run_on_graphs(model, pool, capturable))
 
 
 def _moving_rope(model: PreTrainedModel) -> bool:
@@ -158,47 +168,46 @@ def _window(model: PreTrainedModel) -> int | None:
 
 def _insert_cache(model: PreTrainedModel, pool: SlotPool) -> None:
     """Open the runtime's cache before the decoder's passes and close it behind them."""
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, IntegerCache):
-            assert cache is None or cache.get_seq_length() == 0, "a foreign cache cannot be coded"
-            cache = IntegerCache(pool)
-        assert cache.pool is pool, "the cache belongs to another model"
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-        if mask is not None and mask.dim() != 2:
-            raise InputError("the integer runtime takes attention masks (batch, tokens) only")
-        cache.begin(batch, tokens, mask)
-        return (), {**kwargs, "past_key_values": cache, "attention_mask": None}
-
-    def end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        kwargs["past_key_values"].end()
-        if kwargs.get("use_cache") is False:
-            output.past_key_values = None
-        return output
-
     decoder = decoder_of(model)
-    decoder.register_forward_pre_hook(begin, with_kwargs=True)
-    decoder.register_forward_hook(end, with_kwargs=True)
+    decoder.register_forward_pre_hook(partial(_begin, pool), with_kwargs=True)
+    decoder.register_forward_hook(_end, with_kwargs=True)
 
 
-def _size_cache(model: PreTrainedModel) -> None:
+def _begin(pool: SlotPool, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    kwargs = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, IntegerCache):
+        if cache is not None and cache.get_seq_length():
+            raise InputError(
+                f"a filled {type(cache).__name__} cannot be coded: begin with new_cache(model)"
+            )
+        cache = IntegerCache(pool)
+    if cache.pool is not pool:
+        raise InputError("the cache belongs to another model: begin with new_cache(model)")
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    if mask is not None and mask.dim() != 2:
+        raise InputError("the integer runtime takes attention masks (batch, tokens) only")
+    cache.begin(batch, tokens, mask)
+    return (), {**kwargs, "past_key_values": cache, "attention_mask": None}
+
+
+def _end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    kwargs["past_key_values"].end()
+    if kwargs.get("use_cache") is False:
+        output.past_key_values = None
+    return output
+
+
+def _prepare_cache(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Let `generate` begin with a cache of the capacity it will need."""
-    stock = cast(Callable[..., Any], model._prepare_cache_for_generation)
-    signature = inspect.signature(stock)
-
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        of_model, config = given["model_kwargs"], given["generation_config"]
-        if of_model.get("past_key_values") is None and config.use_cache is not False:
-            of_model["past_key_values"] = new_cache(model, given["max_cache_length"])
-            return None
-        return stock(*args, **kwargs)
-
-    setattr(model, "_prepare_cache_for_generation", prepare)  # noqa: B010 - a method of the class
+    stock = cast(Any, type(model))._prepare_cache_for_generation
+    given = inspect.signature(stock).bind(model, *args, **kwargs).arguments
+    of_model, config = given["model_kwargs"], given["generation_config"]
+    if of_model.get("past_key_values") is None and config.use_cache is not False:
+        of_model["past_key_values"] = new_cache(model, given["max_cache_length"])
+        return None
+    return stock(model, *args, **kwargs)
 
 
 def _materialize(model: PreTrainedModel, device: torch.device) -> None:

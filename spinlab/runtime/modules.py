@@ -55,7 +55,10 @@ class Reader(nn.Module):
 
 
 class NormReader(Reader):
-    """Norm the residual stream before its readers; the stock norm's place passes it on."""
+    """Norm the residual stream before its readers; the stock norm's place passes it on.
+
+    A gain of 1, which rotated models have, is not read again: it must stay 1.
+    """
 
     def __init__(
         self, norm: nn.Module, product: Product, path: InputPath, operations: Operations

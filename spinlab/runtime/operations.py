@@ -73,6 +73,6 @@ def triton_operations() -> Operations:
         rotate_quantize=producers.rotate_quantize,
         store=kv.store,
         attend=attention.attend,
-        rotates=producers.has_gate_kernel,
+        rotates=producers.has_rotation_kernel,
         why_not=linear.why_not,
     )

@@ -1,7 +1,9 @@
+import copy
 import logging
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
@@ -13,6 +15,7 @@ from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.cache import IntegerCache
 from spinlab.runtime.handoff import integer_runtime, new_cache, runtime_from_packed
 from spinlab.runtime.kernels import cuda
 from spinlab.runtime.kernels.formats import pack_weight
@@ -206,12 +209,43 @@ def test_padding_on_the_left_changes_nothing(make_model, ids):
     assert torch.equal(found, torch.stack(alone))
 
 
+@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("size", [1, 3])
+@torch.no_grad()
+def test_padding_longer_than_the_chunks_of_a_prefill_changes_nothing(make_model, ids, size, kv):
+    model = runtime(*prepared(make_model, kv=kv))
+    prompt, mask = ids[:, :9].clone(), torch.ones(2, 9, dtype=torch.int64)
+    prompt[1, :5] = mask[1, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 5, **GREEDY}
+    found = model.generate(prompt, prefill_chunk_size=size, **settings)
+    assert torch.equal(found, model.generate(prompt, **settings))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, seen, parts = new_cache(model, 9), 0, []
+    for part, position in zip(prompt.split(size, 1), positions.split(size, 1), strict=True):
+        seen += part.shape[1]
+        out = model(part, mask[:, :seen], position, past_key_values=cache)
+        parts.append(out.logits)
+    expected = model(prompt, mask, positions).logits
+    assert_same(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()])
+    assert torch.cat(parts, 1).isfinite().all()
+
+
+@torch.no_grad()
 def test_padding_elsewhere_is_refused(make_model, ids):
+    """In later chunks, too."""
     model = runtime(*prepared(make_model))
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
     with pytest.raises(InputError, match="padding on the left only"):
         model(ids, attention_mask=mask)
+    expected = model(ids).logits
+    cache = new_cache(model, 24)
+    model(ids[:, :20], past_key_values=cache)
+    with pytest.raises(InputError, match="padding on the left only"):
+        model(ids[:, 20:], attention_mask=mask, past_key_values=cache)
+    with pytest.raises(InputError, match=r"shape \(2, 4\) meets 2 sequences of 24 tokens"):
+        model(ids[:, 20:], attention_mask=mask[:, :4], past_key_values=cache)
+    assert_same(model(ids[:, 20:], past_key_values=cache).logits, expected[:, 20:])
     with pytest.raises(InputError, match=r"\(batch, tokens\) only"):
         model(ids, attention_mask=torch.ones(2, 1, 24, 24))
 
@@ -239,9 +273,46 @@ def test_generate_takes_the_capacity_it_needs_and_reuses_it(make_model, ids):
     model.generate(ids[:1, :6], **GREEDY, max_new_tokens=3)
     assert all(torch.equal(a, b) for a, b in zip(held, slots.tensors(), strict=True))
     del found
-    again = new_cache(model, 16)
+    again = new_cache(model, 320)
     model(ids[:1], past_key_values=again)
     assert again.slots is slots  # of the cache that is gone
+
+
+def test_slots_of_another_capacity_are_not_reused(make_model, ids):
+    """Kernels split sequences by capacity: results would depend on the caches before."""
+    model = runtime(*prepared(make_model))
+    model(ids, past_key_values=new_cache(model, 320))
+    cache = new_cache(model, 64)
+    model(ids, past_key_values=cache)
+    assert cache.slots.capacity == 64
+
+
+def test_other_caches_are_refused(make_model, ids):
+    model, other = runtime(*prepared(make_model)), runtime(*prepared(make_model))
+    cache = new_cache(model, 24)
+    model(ids[:, :8], past_key_values=cache)
+    with pytest.raises(InputError, match="cache belongs to another model"):
+        other(ids[:, 8:], past_key_values=cache)
+    stock = DynamicCache()
+    make_model()(ids[:, :8], past_key_values=stock)
+    with pytest.raises(InputError, match="a filled DynamicCache cannot be coded"):
+        model(ids[:, 8:], past_key_values=stock)
+
+
+@torch.no_grad()
+def test_a_deep_copy_runs_on_weights_and_caches_of_its_own(make_model, ids):
+    model = runtime(*prepared(make_model))
+    settings = {"max_new_tokens": 3, **GREEDY}
+    expected, tokens = model(ids).logits, model.generate(ids[:, :6], **settings)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids).logits, expected)
+    assert torch.equal(twin.generate(ids[:, :6], **settings), tokens)
+    with pytest.raises(InputError, match="another model"):
+        twin(ids, past_key_values=new_cache(model, 24))
+    linear_at(twin, "lm_head").weight.zero_()
+    assert not twin(ids).logits.any()
+    assert not twin(ids, past_key_values=new_cache(twin, 24)).logits.any()
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_the_cache_holds_packed_bytes(make_model, ids):
@@ -278,6 +349,35 @@ def test_other_activations_are_refused(make_model):
     networks, rotations, weights = prepared(lambda: make_model(hidden_act="gelu"))
     with pytest.raises(InputError, match="activation is gelu"):
         runtime(networks, rotations, weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"hidden_act": "gelu"}, "activation is gelu"), ({"sliding_window": 16}, "window of 16")],
+    ids=["gelu", "window"],
+)
+@torch.no_grad()
+def test_auto_takes_the_exact_product_where_the_runtime_cannot_run(
+    make_family_model, ids, changes, reason, caplog
+):
+    def make():
+        return make_family_model("mistral", **changes)
+
+    networks, rotations, weights = prepared(make)
+    found = networks.integer(rotations, weights, "auto")(ids).logits
+    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert reason in warning
+    assert_same(found, networks.integer(rotations, weights, "reference")(ids).logits)
+    with pytest.raises(InputError, match=reason):
+        networks.integer(rotations, weights, "triton")(ids)
+
+
+@torch.no_grad()
+def test_auto_takes_the_runtime_where_it_runs(make_family_model, ids, caplog):
+    networks, rotations, weights = prepared(lambda: make_family_model("mistral", sliding_window=64))
+    model = networks.integer(rotations, weights, "auto")
+    assert isinstance(model(ids).past_key_values, IntegerCache)
+    assert not caplog.records
 
 
 def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_model, ids):
