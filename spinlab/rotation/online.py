@@ -52,7 +52,7 @@ class OnlineRotation(nn.Module):
         if self.flat and x.dtype.itemsize == 2:
             return self._by_signs(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        left, right = self._factors(dtype, x.device)
+        left, right = self.factors(dtype, x.device)
         a, b = left.shape[0], right.shape[0]
         # a row x, read as blocks X of (a, b), becomes Aᵀ X B
         turned = x.to(dtype).reshape(-1, b) @ right
@@ -60,7 +60,7 @@ class OnlineRotation(nn.Module):
             turned = left.mT @ turned.view(-1, a, b)
         return turned.reshape(x.shape).to(x.dtype)
 
-    def _factors(
+    def factors(
         self, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B as products take them: in 16 bits, the signs of their entries."""
@@ -72,7 +72,7 @@ class OnlineRotation(nn.Module):
         return self._cast[dtype, device]
 
     def _by_signs(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = self._factors(x.dtype, x.device)
+        left, right = self.factors(x.dtype, x.device)
         scale = (self.left[0, 0] * self.right[0, 0]).abs().item()
         rows = x.reshape(-1, right.shape[0])
         # alpha acts on the product's accumulator, before anything is rounded

@@ -18,7 +18,7 @@ from spinlab.quant.inputs import InputPath
 from spinlab.quant.network import FakeQuantLinear, input_paths
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.attention import IntegerAttention
-from spinlab.runtime.kernels import KERNELS, Matmul, cuda
+from spinlab.runtime.kernels import KERNELS, Matmul, cublas
 from spinlab.runtime.kernels.formats import PackedWeight, pack_weight
 from spinlab.runtime.linear import IntegerLinear
 from spinlab.runtime.modules import GateReader, IntegerMLP, NormReader, Product, Reader
@@ -121,7 +121,7 @@ class QuantizedMaker(Maker):
 
     def _matmul(self, device: torch.device) -> Matmul:
         on_device = self.operations.on_device and device.type == "cuda"
-        return cuda.matmul if on_device else KERNELS["reference"]
+        return cublas.matmul if on_device else KERNELS["reference"]
 
 
 class LayerBuilder:

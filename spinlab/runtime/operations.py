@@ -7,9 +7,8 @@ import torch
 
 from spinlab.quant.inputs import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
-from spinlab.runtime.kernels import reference
 from spinlab.runtime.kernels.formats import TokenLevels
-from spinlab.runtime.kernels.reference import attention, kv, producers
+from spinlab.runtime.kernels.reference import attention, kv, linear, producers
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ def _nothing(width: int, out_features: int, blocks: int) -> str | None:
 REFERENCE = Operations(
     name="reference",
     on_device=False,
-    linear=reference.linear,
-    linear16=reference.linear16,
+    linear=linear.linear,
+    linear16=linear.linear16,
     quantize=producers.quantize,
     norm_quantize=producers.norm_quantize,
     gate_quantize=producers.gate_quantize,

@@ -17,7 +17,7 @@ from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.cache import IntegerCache
 from spinlab.runtime.handoff import integer_runtime, new_cache, runtime_from_packed
-from spinlab.runtime.kernels import cuda
+from spinlab.runtime.kernels import cublas
 from spinlab.runtime.kernels.formats import pack_weight
 from spinlab.runtime.operations import REFERENCE
 from spinlab.weights.layerwise import quantize_rtn
@@ -416,4 +416,4 @@ def test_the_padded_integer_product_is_exact(shape, dtype):
     levels = levels.to(torch.int8) if dtype == torch.int8 else (levels + 128).to(torch.uint8)
     weight = weight.to(torch.int8)
     expected = levels.long() @ weight.long().T
-    assert torch.equal(cuda.matmul(levels, weight).long(), expected)
+    assert torch.equal(cublas.matmul(levels, weight).long(), expected)

@@ -1,4 +1,4 @@
-"""Integer matrix products. A back end is a function with the signature of `reference.matmul`.
+"""Integer matrix products. A back end is a function with the signature of `reference/matmul.py`'s.
 
 matmul(levels, weight) -> accumulators
 levels  (tokens, in)  unsigned 0..255 or signed -128..127, uint8 or int8
@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from spinlab.runtime.kernels import cpu, reference
+from spinlab.runtime.kernels import cpu
+from spinlab.runtime.kernels.reference import matmul as reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

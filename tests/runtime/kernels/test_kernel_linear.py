@@ -6,9 +6,9 @@ import torch
 from spinlab.errors import InputError
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import TokenQuantizer
-from spinlab.runtime.kernels import reference
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
 from spinlab.runtime.kernels.gpu import linear as gpu
+from spinlab.runtime.kernels.reference import linear as reference
 from spinlab.weights.quantized import QuantizedWeight
 
 

@@ -152,7 +152,7 @@ def _launch_rotation(
     assert has_rotation_kernel(gate, rotation, quantizer), "ask has_rotation_kernel first"
     rows, columns, factor = _factors(rotation)
     first, second, block = _pieces(rows, columns)
-    left, right = rotation._factors(gate.dtype, gate.device)
+    left, right = rotation.factors(gate.dtype, gate.device)
     tokens, gated = len(gate), up is not None
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     up = gate if up is None else up if up.stride(1) == 1 else up.contiguous()
