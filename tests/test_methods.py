@@ -233,7 +233,7 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 4
     )
     assert model.get_submodule("model.layers.0.mlp.down_proj").path.quantizer.grid.bits == 8
-    assert model.get_submodule("model.layers.0.mlp.up_proj").path.quantizer.grid.bits == 4
+    assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.grid.bits == 4
     for name in ("lm_head", "model.embed_tokens"):
         assert torch.equal(model.get_submodule(name).weight, weights[name].dequantize())
     assert handoff_error(run) < 1e-9
