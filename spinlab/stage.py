@@ -10,6 +10,8 @@ Of several processes (`spinlab.parallel`) the first one looks, locks, works and 
 others go on with what it found; all of them work on a stage that is done together.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import logging
@@ -18,7 +20,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -111,6 +113,7 @@ class Stages:
                 with parallel.alone():
                     work(partial)
         seconds = time.perf_counter() - start
+        _give_back_memory()  # what the stage freed would stand beside what the next one takes
         return parallel.share(_finish(name, partial, final, seconds) if parallel.is_main() else {})
 
     @contextmanager
@@ -172,6 +175,13 @@ def write_json(path: Path, content: Any) -> None:
 def peak_memory() -> int:
     """Return the peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _give_back_memory() -> None:
+    """Give freed memory back to the system, which steps of one stage keep for each other."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _intact(folder: Path) -> dict | None:
