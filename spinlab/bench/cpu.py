@@ -31,7 +31,7 @@ from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.rtn import rtn
 
 SCHEMA = 1
-# (tokens, out, in): the square of the issue, and what SmolLM2-135M multiplies, q k v as one
+# (tokens, out, in): a square one, and what SmolLM2-135M multiplies, q k v as one
 LINEARS = (
     (1, 2048, 2048),
     (8, 2048, 2048),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,17 +42,31 @@ def _nothing(width: int, out_features: int, blocks: int) -> str | None:
     return None
 
 
-REFERENCE = Operations(
-    name="reference",
+def _bundle(
+    name: str, linear: Any, producers: Any, kv: Any, attention: Any, **how: Any
+) -> Operations:
+    """Take every operation from the module that holds it; both folders of kernels have the same."""
+    return Operations(
+        name=name,
+        linear=linear.linear,
+        linear16=linear.linear16,
+        quantize=producers.quantize,
+        norm_quantize=producers.norm_quantize,
+        gate_quantize=producers.gate_quantize,
+        rotate_quantize=producers.rotate_quantize,
+        store=kv.store,
+        attend=attention.attend,
+        **how,
+    )
+
+
+REFERENCE = _bundle(
+    "reference",
+    linear,
+    producers,
+    kv,
+    attention,
     on_device=False,
-    linear=linear.linear,
-    linear16=linear.linear16,
-    quantize=producers.quantize,
-    norm_quantize=producers.norm_quantize,
-    gate_quantize=producers.gate_quantize,
-    rotate_quantize=producers.rotate_quantize,
-    store=kv.store,
-    attend=attention.attend,
     rotates=_any,
     why_not=_nothing,
 )
@@ -61,17 +76,13 @@ def triton_operations() -> Operations:
     """Return the kernels in Triton, which is imported where the first of them is launched."""
     from spinlab.runtime.kernels.gpu import attention, kv, linear, producers
 
-    return Operations(
-        name="triton",
+    return _bundle(
+        "triton",
+        linear,
+        producers,
+        kv,
+        attention,
         on_device=True,
-        linear=linear.linear,
-        linear16=linear.linear16,
-        quantize=producers.quantize,
-        norm_quantize=producers.norm_quantize,
-        gate_quantize=producers.gate_quantize,
-        rotate_quantize=producers.rotate_quantize,
-        store=kv.store,
-        attend=attention.attend,
         rotates=producers.has_rotation_kernel,
         why_not=linear.why_not,
     )

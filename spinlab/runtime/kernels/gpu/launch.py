@@ -1,7 +1,7 @@
 """Launch Triton kernels with little work for the host.
 
-Triton's own launch looks at every argument anew, a tenth of a millisecond for kernels with many:
-more than the kernels of a layer take. Here what a launch depends on is looked up in one table.
+Triton's own launch looks at every argument anew, which for kernels with many can take the host
+longer than they run. Here what a launch depends on is looked up in one table.
 """
 
 from collections.abc import Mapping
