@@ -222,7 +222,7 @@ def _workspace(
 
 @cache
 def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
-    """Return counters that every launch leaves at zero; launches of a stream wait for each other."""
+    """Return counters that every launch leaves at zero; those of a stream wait for each other."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
