@@ -16,6 +16,7 @@ from spinlab.quant.affine import (
     decode,
     encode,
     extremes,
+    low_end,
     scale_and_zero,
     zero_point,
 )
@@ -122,13 +123,14 @@ class AffineCodec:
             levels, scale, zero = (torch.from_numpy(t) for t in self._few_levels(x))
             return levels, scale, zero
         grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
-        lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
-        scale, _ = scale_and_zero(lowest, highest, self.grid)
+        ends = lowest * self.clip_ratio, highest * self.clip_ratio
+        scale, _ = scale_and_zero(*ends, self.grid)
         scale = scale.clamp_(min=SMALLEST_HALF).to(torch.float16).to(grouped.dtype)
         zero = torch.zeros_like(scale)
         if not self.grid.symmetric:
-            zero = zero_point(lowest.clamp(max=0), scale).clamp_(0, self.grid.highest)
-        return encode(grouped, scale, zero, self.grid), scale, zero
+            zero = zero_point(ends[0].clamp(max=0), scale).clamp_(0, self.grid.highest)
+        least = low_end(lowest, scale, self.grid)
+        return encode(grouped, scale, zero, self.grid, least), scale, zero
 
     def _decode(
         self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype

@@ -15,7 +15,7 @@ from spinlab.config import (
 from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.log_numbers import LogNumbers
 from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
-from spinlab.quant.affine import TIE, at_least_float32
+from spinlab.quant.affine import at_least_float32
 from spinlab.quant.inputs import StraightThrough
 from spinlab.rotation.fuse import rotated_weight, rotations_at
 from spinlab.weights.rtn import round_to_nearest, search_ratios, weight_grid
@@ -145,7 +145,7 @@ def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor)
     grouped = weight.unflatten(-1, (-1, format.group_size or weight.shape[-1]))
     scale = grouped.abs().max(-1, keepdim=True).values * clip / grid.highest
     exact = grouped / scale
-    levels = exact + ((exact + TIE).round() - exact).detach()
+    levels = exact + (exact.round() - exact).detach()
     return (levels.clamp(grid.lowest, grid.highest) * scale).flatten(-2)
 
 

@@ -8,7 +8,7 @@ al. 2020) and each channel's ratio is learned, as OmniQuant's learnable weight c
 import torch
 
 from spinlab.config import TensorQuant
-from spinlab.quant.affine import TIE, scale_and_zero
+from spinlab.quant.affine import scale_and_zero
 from spinlab.weights.rtn import weight_grid
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
@@ -39,7 +39,7 @@ def _symmetric(
     peak, at_peak = grouped.abs().max(-1, keepdim=True)
     scale, _ = scale_and_zero(-peak * clip, peak * clip, grid)
     exact = grouped / scale
-    levels = (exact + TIE).round_()
+    levels = exact.round()
     kept = levels.clamp(grid.lowest, grid.highest)
     passed = _groups(gradient, format)
     of_levels = _dot(passed, kept)  # inside the range kept - exact, outside kept alone
@@ -60,7 +60,7 @@ def _asymmetric(
     highest, at_highest = grouped.max(-1, keepdim=True)
     scale, zero = scale_and_zero(lowest * clip, highest * clip, grid)
     exact = grouped / scale
-    levels = (exact + TIE).round_()
+    levels = exact.round()
     kept = levels.clamp(grid.lowest - zero, grid.highest - zero)
     of_rounding = levels - exact
     passed, clipped = _split(_groups(gradient, format), levels, kept)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 
 # A massive-activation token is nearly c·e_j; a Hadamard rotation spreads it to ±c/sqrt(n) in every
-# channel. Then min = -max, the asymmetric zero point is 7.5 and every entry lies half-way between
-# two levels: float noise alone would choose the side. Shifting all rounding by TIE, far above that
-# noise and far below a level, settles such ties the same way in every implementation.
+# channel. Then min = -max, the asymmetric zero point is 7.5, and the lower half of the entries lies
+# at -7.5: float noise alone would choose the sides. (The upper half, at 7.5 or above, ends on the
+# highest level either way, and on symmetric grids a range ends on levels.) A shift by TIE, far
+# above that noise and far below a level, settles these two ties the same way in every
+# implementation: of zero points, and of what lies at the low end of a token. All else is rounded
+# half to even, because a shift of all levels would be a bias.
 TIE = 2.0**-7
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20  # of float32; its inverse is finite
@@ -59,12 +62,29 @@ def zero_point(lowest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (-lowest / scale).add_(TIE).round_()
 
 
-def encode(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Round x to grid levels; the result is integer-valued in x's dtype.
+def low_end(lowest: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor | None:
+    """Return what entries of a token count for at least, in levels from 0; None: as they are.
 
-    scale and zero broadcast against x.
+    lowest: the least entry before any clipping; it counts for TIE more than it is.
     """
-    levels = (x / scale).add_(TIE).round_()
+    return None if grid.symmetric else (lowest.clamp(max=0) / scale).add_(TIE)
+
+
+def encode(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    grid: Grid,
+    least: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Round x to grid levels, half to even; the result is integer-valued in x's dtype.
+
+    scale, zero and least, the `low_end` of a token, broadcast against x.
+    """
+    levels = x / scale
+    if least is not None:
+        torch.maximum(levels, least, out=levels)
+    levels.round_()
     if grid.symmetric:
         return levels.clamp_(grid.lowest, grid.highest)
     return levels.add_(zero).clamp_(grid.lowest, grid.highest)

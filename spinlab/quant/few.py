@@ -50,7 +50,7 @@ def few_levels(
     grouped = wide.reshape(*wide.shape[:-1], -1, group_size or wide.shape[-1])
     axis = -1 if (several := grouped.size > grouped.shape[-1]) else None
     # the range contains 0
-    lowest = np.minimum.reduce(grouped, axis=axis, keepdims=several, initial=0)
+    lowest = least = np.minimum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     highest = np.maximum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     if clip_ratio != 1:
         lowest, highest = lowest * clip_ratio, highest * clip_ratio
@@ -61,17 +61,18 @@ def few_levels(
             half = np.maximum(scale, SMALLEST_HALF).astype(np.float16)
         scale = half.astype(wide.dtype)
     levels = grouped / scale
-    levels += TIE
-    np.rint(levels, out=levels)
     if grid.symmetric:
         zero = np.zeros_like(scale)[()]
+        np.rint(levels, out=levels)
     else:
+        np.maximum(levels, TIE + least / scale, out=levels)
+        np.rint(levels, out=levels)
         zero = np.rint(TIE - lowest / scale)
         if half_scale:
             zero = np.minimum(zero, grid.highest)
         levels += zero
     np.minimum(levels, grid.highest, out=levels)
     if grid.symmetric or half_scale or clip_ratio != 1:
-        # else the range's lowest number is at 0, because the zero point is rounded as it is
+        # else the range's lowest number is at 0 or 1, because the zero point is shifted as it is
         np.maximum(levels, grid.lowest, out=levels)
     return FewLevels(levels, scale, zero)

@@ -20,6 +20,7 @@ from spinlab.quant.affine import (
     decode,
     encode,
     extremes,
+    low_end,
     scale_and_zero,
 )
 from spinlab.quant.few import FewLevels, few_levels
@@ -52,10 +53,12 @@ class TokenQuantizer:
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
         grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
+        ends = lowest, highest
         if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
-            lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
-        scale, zero = scale_and_zero(lowest, highest, self.grid)
-        return Encoded(encode(grouped, scale, zero, self.grid), scale, zero)
+            ends = lowest * self.clip_ratio, highest * self.clip_ratio
+        scale, zero = scale_and_zero(*ends, self.grid)
+        least = low_end(lowest, scale, self.grid)
+        return Encoded(encode(grouped, scale, zero, self.grid, least), scale, zero)
 
     def to_bytes(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C) on a grid of at most 8 bits, moved to start at 0.

@@ -22,6 +22,12 @@ def zero_of(low, scale, SYMMETRIC: tl.constexpr, TIE: tl.constexpr):
 
 
 @triton.jit
+def low_end(low, scale, TIE: tl.constexpr):
+    """Return what entries count for at least on an asymmetric grid; low: their least, or 0."""
+    return tl.math.div_rn(low, scale) + TIE
+
+
+@triton.jit
 def round_kernel(
     x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
@@ -38,16 +44,18 @@ def round_kernel(
     inside = (row < rows) & (column < WIDTH)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    low = tl.minimum(tl.min(x, 1) * ratio, 0.0)
-    high = tl.maximum(tl.max(x, 1) * ratio, 0.0)
-    scale = scale_of(low, high, HIGH, SYMMETRIC, FLOOR)
+    lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
     if HALF:
         scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
-    zero = zero_of(low, scale, SYMMETRIC, TIE)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC, TIE)
     if HALF and not SYMMETRIC:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
+    exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
+    if not SYMMETRIC:
+        exact = tl.maximum(exact, low_end(lowest, scale, TIE)[:, None])
     scale, zero = scale[:, None], zero[:, None]
-    levels = _even(tl.math.div_rn(x, tl.broadcast_to(scale, (STEP, BLOCK))) + TIE) + zero
+    levels = _even(exact) + zero
     levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
     found = (levels - zero) * scale
     if ERROR:
@@ -77,7 +85,10 @@ def pull_back_kernel(
     scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
     zero = zero_of(lowest * ratio, scale, SYMMETRIC, TIE)
     exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
-    levels = _even(exact + TIE)
+    placed = exact
+    if not SYMMETRIC:
+        placed = tl.maximum(exact, low_end(lowest, scale, TIE)[:, None])
+    levels = _even(placed)
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.model.seams import family_of, linear_at
-from spinlab.quant.affine import TIE, Grid, decode, encode, extremes, scale_and_zero
+from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, hidden_states
@@ -172,7 +172,7 @@ def range_gradient(
     """Pull the gradient of a rounded weight (out, in/g, g) back to the ends of its ranges."""
     scale, zero = scale_and_zero(lowest, highest, grid)
     exact = grouped / scale
-    levels = (exact + TIE).round_()
+    levels = exact.round()
     above, below = levels > grid.highest - zero, levels < grid.lowest - zero
     inside = levels.sub_(exact).masked_fill_(above | below, 0)
     of_scale = (gradient * inside).sum(-1, keepdim=True)

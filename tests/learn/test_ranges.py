@@ -10,7 +10,7 @@ from spinlab.quant.inputs import StraightThrough
 
 def nearest(x):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-    return StraightThrough.apply(x, lambda t: torch.round(t + TIE))
+    return StraightThrough.apply(x, torch.round)
 
 
 def rounded(weight, log_ratio, format):

@@ -15,9 +15,14 @@ GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(3, True)]
 GROUPS = [0, 8]
 
 
-def nearest(x):
+def nearest(x, grid):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-    return StraightThrough.apply(x, lambda t: torch.round(t + TIE))
+
+    def rounding(t):
+        least = t.amin(-1, keepdim=True).clamp(max=0) + TIE
+        return torch.round(t if grid.symmetric else torch.maximum(t, least))
+
+    return StraightThrough.apply(x, rounding)
 
 
 def rounded(x, log_ratio, grid, group_size):
@@ -31,7 +36,7 @@ def rounded(x, log_ratio, grid, group_size):
         bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (top - bottom) / grid.highest
         _, zero = scale_and_zero(bottom.detach(), top.detach(), grid)
-    levels = nearest(grouped / scale)
+    levels = nearest(grouped / scale, grid)
     found = torch.where(levels > grid.highest - zero, top, levels * scale)
     return torch.where(levels < grid.lowest - zero, bottom, found).flatten(-2)
 
@@ -133,7 +138,7 @@ for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
     for grid in (Grid(4, False), Grid(4, True), Grid(8, False)):
         for ratio in (torch.tensor(1.0), torch.tensor(0.8)):
             x = torch.randn(shape, generator=g) + torch.randn(*shape[:-1], 1, generator=g)
-            x[0] = 0
+            x[0], x[1] = 0, x[1].sign()
             upstream = torch.randn(shape, generator=g)
             value = TokenQuantizer(grid, group, ratio.item()).round(x)
             assert torch.equal(fused.round_rows(x, grid, group, ratio), value)

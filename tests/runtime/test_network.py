@@ -60,7 +60,7 @@ def test_without_quantized_weights_the_network_keeps_its_own(make_model, ids):
 
 
 def test_bfloat16_networks_compute_levels_and_scales_in_float32(make_model, ids):
-    """bfloat16 cannot tell 7.5 from 7.5 + TIE, nor hold an accumulator: only activations that
+    """bfloat16 cannot tell 127.5 from 127.7, nor hold an accumulator: only activations that
     pass between modules may be 16-bit."""
     networks, rotations, weights = prepared(make_model, dtype=torch.bfloat16)
     model = networks.integer(rotations, weights, "cpu")

@@ -117,6 +117,23 @@ def test_the_kernel_writes_what_the_definition_does(name, dtype, device):
         assert torch.equal(dequantize(rows, tokens + 4, dtype)[:, :, 4:], rounded)
 
 
+@pytest.mark.parametrize("grid", [ASYMMETRIC, SYMMETRIC, THREE], ids=str)
+def test_ties_are_decided_as_defined(grid, device):
+    """A token of one massive channel, which R3 spreads evenly, and levels and a half."""
+    shape = (1, 2, 1, 1, 32)
+    q, k, v, cos, sin = drawn(shape, torch.float32, device, 32)
+    k.zero_()[..., 5] = 1000.0
+    v.copy_(torch.arange(-16, 16, device=device) / 2)
+    v[:, 1] += 0.5
+    caches = [[poisoned(shape, grid, 4, 1.0, device) for _ in range(2)] for _ in range(2)]
+    for store, rows in zip((gpu.store, reference.store), caches, strict=True):
+        position = torch.tensor([0], device=device)
+        store(q, k, v, cos, sin, hadamard_rotation(32), *rows, position, False)
+    for found, wanted in zip(*caches, strict=True):
+        assert torch.equal(found.packed, wanted.packed)
+        assert torch.equal(found.scale, wanted.scale)
+
+
 def test_without_a_round_trip_only_queries_come_back(device):
     shape = (2, 1, 2, 1, 32)
     inputs = drawn(shape, torch.float32, device, 32)

@@ -153,6 +153,16 @@ def test_quantizing_is_exact(run, grid, shape, dtype):
         )
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_ties_are_decided_as_defined(run, grid):
+    """Half-way between levels, at both ends of a token, and where float noise is all there is."""
+    ties = torch.arange(4 * grid.lowest, 4 * grid.highest + 1) / 4 - (0 if grid.symmetric else 7.5)
+    massive = ties.sign() * (1 + 1e-5 * torch.randn(20, len(ties)))
+    x = torch.cat((ties[None], ties[None] - 0.25, massive))
+    for ratio in (1.0, 0.9):
+        assert_equal(*run("quantize", x, TokenQuantizer(grid, 0, ratio)))
+
+
 def test_quantizing_takes_any_strides(run):
     quantizer = TokenQuantizer(GRIDS[0], 4)
     assert_equal(*run("quantize", rows(24, 5).mT, quantizer))

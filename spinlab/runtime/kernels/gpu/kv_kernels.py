@@ -7,7 +7,7 @@ whole head, and byte j of a packed row takes number j of each.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.quant.round_kernel import scale_of, zero_of
+from spinlab.quant.round_kernel import low_end, scale_of, zero_of
 from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 from spinlab.runtime.kernels.gpu.producer_kernels import levels_of
 
@@ -79,19 +79,20 @@ def _write(
     """Code rows and write them at `place`, and what they hold at row `new`, where `inside`."""
     SYMMETRIC: tl.constexpr = LOWEST < 0
     # beyond the head there are zeros, which every range contains
-    least = tl.minimum(tl.min(tl.minimum(low, high), 1) * clip, 0.0)
-    most = tl.maximum(tl.max(tl.maximum(low, high), 1) * clip, 0.0)
-    scale = scale_of(least, most, HIGHEST, SYMMETRIC, FLOOR)
+    lowest = tl.minimum(tl.min(tl.minimum(low, high), 1), 0.0)
+    highest = tl.maximum(tl.max(tl.maximum(low, high), 1), 0.0)
+    scale = scale_of(lowest * clip, highest * clip, HIGHEST, SYMMETRIC, FLOOR)
     stored = tl.maximum(scale, HALF_FLOOR).to(tl.float16)
     scale = stored.to(tl.float32)
-    zero = zero_of(least, scale, SYMMETRIC, TIE)
+    zero = zero_of(lowest * clip, scale, SYMMETRIC, TIE)
     if not SYMMETRIC:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGHEST * 1.0)
         tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)
     tl.store(scale_ptr + place, stored, mask=inside)
+    least = low_end(lowest, scale, TIE)[:, None]
     scale, zero = scale[:, None], zero[:, None]
-    low = levels_of(low, scale, zero, LOWEST, HIGHEST, LOWEST, TIE, FUSED)
-    high = levels_of(high, scale, zero, LOWEST, HIGHEST, LOWEST, TIE, FUSED)
+    low = levels_of(low, scale, zero, least, LOWEST, HIGHEST, LOWEST, FUSED)
+    high = levels_of(high, scale, zero, least, LOWEST, HIGHEST, LOWEST, FUSED)
     d = tl.arange(0, HALF)[None, :]
     inside = inside[:, None] & (d < D // 2)
     packed_ptr += place[:, None] * (D // 2) + d

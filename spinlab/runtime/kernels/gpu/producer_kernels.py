@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.quant.round_kernel import scale_of, zero_of
+from spinlab.quant.round_kernel import low_end, scale_of, zero_of
 from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
@@ -47,19 +47,22 @@ def grid_of(
     low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, TIE: tl.constexpr,
     FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Return scale and zero point of a range that is shrunk by clip and contains 0."""
-    low, high = tl.minimum(low * clip, 0.0), tl.maximum(high * clip, 0.0)
-    scale = scale_of(low, high, HIGH, SYMMETRIC, FLOOR)
-    return scale, zero_of(low, scale, SYMMETRIC, TIE)
+    """Return scale, zero point and low end of a range that is shrunk by clip and contains 0."""
+    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+    scale = scale_of(low * clip, high * clip, HIGH, SYMMETRIC, FLOOR)
+    return scale, zero_of(low * clip, scale, SYMMETRIC, TIE), low_end(low, scale, TIE)
 
 
 @triton.jit
 def levels_of(
-    x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, TIE: tl.constexpr,
+    x, scale, zero, least, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr,
     FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Return the levels of x, less SHIFT, in int32; scale and zero broadcast against x."""
-    placed = (_quotient(x, scale, FUSED) + TIE) + _MAGIC
+    """Return the levels of x, less SHIFT, in int32; scale, zero and least broadcast against x."""
+    exact = _quotient(x, scale, FUSED)
+    if LOW == 0:  # an asymmetric grid
+        exact = tl.maximum(exact, least)
+    placed = exact + _MAGIC
     placed = tl.minimum(tl.maximum(placed, _MAGIC + (LOW - zero)), _MAGIC + (HIGH - zero))
     # integers are the low bits of their sum with the magic number
     return placed.to(tl.int32, bitcast=True) + (zero.to(tl.int32) - (SHIFT + _MAGIC_BITS))
@@ -74,9 +77,10 @@ def _write(
 ):  # fmt: skip
     """Quantize x (STEP, MANY, BLOCK), float32 and zero outside, and write what belongs to it."""
     low, high = tl.min(x, axis=2), tl.max(x, axis=2)
-    scale, zero = grid_of(low, high, clip, HIGH, SYMMETRIC, TIE, FLOOR)
-    many_scale, many_zero = scale[:, :, None], zero[:, :, None]
-    levels = levels_of(x, many_scale, many_zero, LOW, HIGH, SHIFT, TIE, FUSED)
+    scale, zero, least = grid_of(low, high, clip, HIGH, SYMMETRIC, TIE, FLOOR)
+    levels = levels_of(
+        x, scale[:, :, None], zero[:, :, None], least[:, :, None], LOW, HIGH, SHIFT, FUSED
+    )
     group = tl.arange(0, MANY)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
     place = token * (GROUPS * GROUP) + group * GROUP + column
