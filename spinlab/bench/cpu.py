@@ -24,7 +24,7 @@ from spinlab.networks import Networks
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath, TokenQuantizer
 from spinlab.rotation.initial import initial_rotations
-from spinlab.runtime.kernels import KERNELS
+from spinlab.runtime.kernels import kernel_for
 from spinlab.runtime.linear import IntegerLinear
 from spinlab.track.environment import environment
 from spinlab.weights.layerwise import quantize_rtn
@@ -87,7 +87,7 @@ def _linear(tokens: int, rows: int, columns: int, repeats: int) -> dict[str, flo
     weight, x = torch.randn(rows, columns), torch.randn(1, tokens, columns)
     levels = rtn(weight, TensorQuant(symmetric=True), _ROUNDING)
     path = InputPath(None, TokenQuantizer(Grid(4, symmetric=False)))
-    integer = IntegerLinear(levels, None, path, KERNELS["cpu"], torch.float32)
+    integer = IntegerLinear(levels, None, path, kernel_for("cpu", levels.grid), torch.float32)
     wide = nn.Linear(columns, rows, bias=False)
     wide.weight.copy_(weight)
     seconds = _taking_turns({"fp32": lambda: wide(x), "w4a4": lambda: integer(x)}, repeats, 2)

@@ -12,7 +12,7 @@ from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import InputPath, Once
 from spinlab.quant.network import FakeQuantLinear, input_paths
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.kernels import KERNELS
+from spinlab.runtime.kernels import kernel_for
 from spinlab.runtime.linear import IntegerLinear, LinearPart
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
@@ -80,7 +80,8 @@ def _integer(
     """Return the twins of linears that read one input by weights of one format."""
     linears, weights = zip(*stack, strict=True)
     dtype, device = linears[0].weight.dtype, linears[0].weight.device
-    whole = IntegerLinear(_stacked(weights), _biases(linears), path, KERNELS[backend], dtype)
+    matmul = kernel_for(backend, weights[0].grid)
+    whole = IntegerLinear(_stacked(weights), _biases(linears), path, matmul, dtype)
     whole.to(device)
     if len(stack) == 1:
         return [whole]

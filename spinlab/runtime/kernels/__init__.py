@@ -10,9 +10,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from spinlab.quant.affine import Grid
 from spinlab.runtime.kernels import cpu
 from spinlab.runtime.kernels.reference import matmul as reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}
+
+
+def kernel_for(backend: str, grid: Grid) -> Matmul:
+    """Return a back end's product for weights of a grid, whose levels are moved into int8."""
+    return cpu.matmul_narrow if backend == "cpu" and grid.bits <= 6 else KERNELS[backend]
