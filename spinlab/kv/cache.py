@@ -105,6 +105,11 @@ class CodedLayer(DynamicLayer):
     def _read(self, rows: torch.Tensor, codec: AffineCodec | None) -> torch.Tensor:
         return rows if codec is None else codec.decode(rows, self.dtype)
 
+    def reset(self) -> None:
+        """Forget all rows, which a layer of transformers 5.17 overwrites by zeros and keeps."""
+        self.keys = self.values = self._decoded = self._decoded_keys = None
+        self.is_initialized = False
+
     def get_seq_length(self) -> int:
         rows = self.keys
         return 0 if rows is None or rows.numel() == 0 else rows.shape[-2]

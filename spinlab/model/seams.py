@@ -74,7 +74,8 @@ def _seams(qkv: str, gate_up: str) -> tuple[Seam, ...]:
 
 
 # Mistral and Qwen took Llama's module names over. Qwen3's q_norm and k_norm stay as they are: they
-# act on single heads, between linears that write no rotated space and R3.
+# act on single heads, between linears that write no rotated space and R3. SmolLM3 turns the queries
+# and keys of some layers by no RoPE, which R3 does not miss.
 LLAMA = Family(
     seams=_seams("self_attn", "mlp"),
     norms={"input_layernorm": "qkv", "post_attention_layernorm": "gate_up"},
@@ -97,6 +98,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
     "phi3": PHI3,
 }
 

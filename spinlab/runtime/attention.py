@@ -13,11 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spinlab.kv.cache import KVPath
 from spinlab.model.seams import Dimensions
-from spinlab.runtime.cache import IntegerCache, PlainRows
+from spinlab.runtime.cache import IntegerCache
 from spinlab.runtime.kernels.reference.kv import rotary
 from spinlab.runtime.kernels.rows import PackedRows, dequantize
 from spinlab.runtime.modules import NormReader, Reader
 from spinlab.runtime.operations import Operations
+from spinlab.runtime.slots import PlainRows
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos, sin: (batch or 1, tokens, rotary_dim)
 
@@ -41,6 +42,7 @@ class IntegerAttention(nn.Module):
         self.heads, self.kv_heads = dimensions.heads, dimensions.kv_heads
         self.head_dim = dimensions.head_dim
         self.scaling: float = stock.scaling  # type: ignore[assignment]
+        self.turns: bool = getattr(stock, "use_rope", True)  # SmolLM3 has layers without RoPE
         # Qwen3 norms every head of queries and keys
         self.q_norm = getattr(stock, "q_norm", None)
         self.k_norm = getattr(stock, "k_norm", None)
@@ -56,7 +58,9 @@ class IntegerAttention(nn.Module):
         q, k, v = self._heads(self.qkv(hidden_states))
         rows = past_key_values.slots.rows[self.layer]
         attend = self._packed if isinstance(rows[0], PackedRows) else self._plain
-        found = attend(q, k, v, position_embeddings, past_key_values)
+        cos, sin = position_embeddings
+        angles = (cos, sin) if self.turns else (cos[..., :0], sin[..., :0])
+        found = attend(q, k, v, angles, past_key_values)
         return self.out(found.transpose(1, 2).flatten(2)), None
 
     def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:

@@ -1,133 +1,15 @@
-"""The runtime's cache: slots of fixed places in memory, so that a CUDA graph can write them."""
+"""The runtime's cache, as transformers knows caches; its memory is `spinlab.runtime.slots`."""
 
 import weakref
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
 from spinlab.errors import InputError
-from spinlab.kv.codec import AffineCodec
-from spinlab.runtime.kernels.rows import PackedRows, empty_rows
+from spinlab.runtime.slots import SlotPool, Slots
 
 _STEP = 256  # a cache that must grow, or whose need is not known, has a multiple of this
 _BLOCK = 64  # slots that kernels take at once
-
-
-@dataclass(frozen=True)
-class PlainRows:
-    """Hold keys or values (batch, kv_heads, capacity, width): floats, or bytes of any codec."""
-
-    data: torch.Tensor
-    codec: AffineCodec | None
-    dtype: torch.dtype
-
-    def write(self, x: torch.Tensor, position: torch.Tensor) -> None:
-        """Store x: (batch, kv_heads, tokens, head_dim) from slot `position` (1,) on."""
-        index = position + torch.arange(x.shape[2], device=position.device)
-        self.data.index_copy_(2, index, x if self.codec is None else self.codec.encode(x))
-
-    def read(self, length: int) -> torch.Tensor:
-        """Return the first rows as floats: (batch, kv_heads, length, head_dim)."""
-        rows = self.data[:, :, :length]
-        return rows if self.codec is None else self.codec.decode(rows, self.dtype)
-
-
-Rows = PackedRows | PlainRows
-
-
-def fits_packed_rows(codec: AffineCodec) -> bool:
-    """Tell whether kernels read what a codec makes: one group of nibbles per head."""
-    return codec.grid.bits <= 4 and codec.groups == 1 and codec.width % 4 == 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Say what a model keeps of a token: heads and their width, and a codec each (None = floats).
-
-    packed: rows lie as kernels read them; otherwise torch codes and decodes them
-    window: how far back a token may look, or None
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    keys: AffineCodec | None
-    values: AffineCodec | None
-    packed: bool
-    window: int | None
-    dtype: torch.dtype
-    device: torch.device
-
-    def rows(self, codec: AffineCodec | None, batch: int, capacity: int) -> Rows:
-        """Return empty rows of one layer."""
-        if self.packed:
-            assert codec is not None
-            return empty_rows(batch, self.kv_heads, capacity, codec, self.device)
-        width, dtype = self.head_dim, self.dtype
-        if codec is not None:
-            width, dtype = codec.row_bytes, torch.uint8
-        shape = (batch, self.kv_heads, capacity, width)
-        return PlainRows(torch.zeros(shape, dtype=dtype, device=self.device), codec, self.dtype)
-
-
-class Slots:
-    """Hold the memory of one cache, and the CUDA graph that was captured on it.
-
-    start     (batch,) int32: first valid slot of a sequence, behind its padding
-    position  (1,) int64: slot of the first token of this pass
-    length    (1,) int64: slots in use, those of this pass counted
-    """
-
-    def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
-        self.batch, self.capacity = batch, capacity
-        self.graph: object | None = None
-        # tensors made in inference mode could not be written outside of it
-        with torch.inference_mode(False):
-            both = [(layout.keys, layout.values)] * layout.layers
-            self.rows = [tuple(layout.rows(c, batch, capacity) for c in pair) for pair in both]
-            self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
-            self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
-            self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return what is stored per slot; slots are dimension 2."""
-        found: list[torch.Tensor | None] = []
-        for rows in (r for pair in self.rows for r in pair):
-            parts = (rows.packed, rows.scale, rows.zero) if isinstance(rows, PackedRows) else None
-            found += [rows.data] if isinstance(rows, PlainRows) else parts or ()
-        return [t for t in found if t is not None]
-
-
-@dataclass
-class SlotPool:
-    """Make slots, and keep those of the last cache that died: with them lives their graph.
-
-    A deep copy, of a model that was copied, has no slots: graphs run on the original's weights.
-    """
-
-    layout: Layout
-    spare: Slots | None = field(default=None)
-
-    def take(self, batch: int, capacity: int) -> Slots:
-        """Return slots for a batch, with exactly this capacity; their rows hold anything.
-
-        Kernels split a sequence by capacity, so that a larger one would give other bits.
-        """
-        spare, self.spare = self.spare, None
-        if spare is not None and (spare.batch, spare.capacity) == (batch, capacity):
-            return spare
-        del spare  # before more memory is asked for
-        return Slots(self.layout, batch, capacity)
-
-    def give_back(self, holder: "list[Slots]") -> None:
-        """Keep the slots of a dead cache for the next one."""
-        if holder:
-            self.spare = holder[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "spare": None}
 
 
 class IntegerCache(Cache):
@@ -236,12 +118,16 @@ class IntegerCache(Cache):
         if batch != self.slots.batch:
             raise InputError(f"a batch of {batch} meets a cache of {self.slots.batch} sequences")
         if needed > self.slots.capacity:
-            old = self._slots.pop()
-            self._slots.append(Slots(self.pool.layout, batch, _up(2 * needed, _STEP)))
-            for source, target in zip(old.tensors(), self.slots.tensors(), strict=True):
-                target[:, :, : self.filled].copy_(source[:, :, : self.filled])
-            self.slots.start.copy_(old.start)
-            self.slots.length.copy_(old.length)
+            self._move(Slots(self.pool.layout, batch, _up(2 * needed, _STEP)))
+
+    def _move(self, slots: Slots, sequences: torch.Tensor | slice = slice(None)) -> None:
+        """Go on in other slots with the past of some sequences."""
+        old = self._slots.pop()
+        for source, target in zip(old.tensors(), slots.tensors(), strict=True):
+            target[:, :, : self.filled].copy_(source[sequences, :, : self.filled])
+        slots.start.copy_(old.start[sequences])
+        slots.length.copy_(old.length)
+        self._slots.append(slots)
 
     def _set_padding(self, mask: torch.Tensor | None) -> None:
         if mask is None or bool(mask.all()):
@@ -276,13 +162,27 @@ class IntegerCache(Cache):
         self.rewind(0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens."""
-        self.rewind(self.filled - tokens_to_remove)
+        """Forget the last tokens, whose number is given as a negative one."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): -n removes the last n tokens of a cache")
+        self.rewind(max(self.filled + tokens_to_remove, 0))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Give every sequence the past of another one, for beam search."""
         for tensor in (*self.slots.tensors(), self.slots.start):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if not self.is_empty:
+            self.batch_select_indices(torch.arange(self.slots.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some sequences, in this order."""
+        if not self.is_empty:
+            device = self.slots.start.device
+            kept = torch.arange(self.slots.batch, device=device)[indices.to(device)]
+            self._move(Slots(self.pool.layout, len(kept), self.slots.capacity), kept)
 
     def stored_bytes(self) -> int:
         """Return the bytes that all slots take, used or not."""

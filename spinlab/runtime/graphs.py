@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from spinlab.runtime.cache import IntegerCache, SlotPool
+from spinlab.runtime.cache import IntegerCache
+from spinlab.runtime.slots import SlotPool
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position")
 _USUAL = {"use_cache": (True,), "return_dict": (True,), "logits_to_keep": (0, 1)}

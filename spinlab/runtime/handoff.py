@@ -22,11 +22,12 @@ from spinlab.model.split import split_fused
 from spinlab.quant.inputs import InputPath
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.assembly import LayerBuilder, Maker, QuantizedMaker
-from spinlab.runtime.cache import IntegerCache, Layout, SlotPool, fits_packed_rows
+from spinlab.runtime.cache import IntegerCache
 from spinlab.runtime.graphs import GraphRunner, run_on_graphs
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.network import write_ends
 from spinlab.runtime.operations import REFERENCE, Operations
+from spinlab.runtime.slots import Layout, SlotPool, fits_packed_rows
 from spinlab.weights.quantized import QuantizedWeight
 
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made

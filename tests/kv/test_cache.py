@@ -121,7 +121,8 @@ def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
     lowest = turned.amin(-1, keepdim=True).clamp(max=0)
     scale = ((turned.amax(-1, keepdim=True).clamp(min=0) - lowest) / 15).half().float()
     zero = (-lowest / scale + 2.0**-7).round()
-    expected = (((turned / scale + 2.0**-7).round() + zero).clamp(0, 15) - zero) * scale
+    least = lowest / scale + 2.0**-7
+    expected = ((torch.maximum(turned / scale, least).round() + zero).clamp(0, 15) - zero) * scale
     assert torch.allclose(path.turn_queries(query), expected, atol=1e-6)
 
 
@@ -139,6 +140,29 @@ def test_finer_queries_come_closer_to_the_original(make_model, ids):
         coded(model, KVConfig(16, 16, q_bits=bits))
         errors.append((model(ids).logits - original).norm())
     assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("codec", [AffineCodec(Grid(4, False), 8), None], ids=["coded", "floats"])
+def test_a_layer_that_was_reset_is_empty(codec):
+    """It holds what comes after, and no zeros or decoded rows of before."""
+    layer = CodedLayer(KVPath(None, codec, codec), store=True)
+    first, second = torch.randn(2, 2, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    layer.update(*first)
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    layer.reset()
+    found = torch.stack(layer.update(*second))
+    assert torch.equal(found, second if codec is None else codec.round(second))
+
+
+def test_a_cache_that_was_reset_serves_another_prompt(make_model, ids):
+    model = make_model(torch.float32)
+    cache = CodedCache(coded(model), layers=2)
+    expected = model(ids[:, 9:15]).logits
+    model(ids[:, :9], past_key_values=cache, use_cache=True)
+    cache.reset()
+    parts = [model(p, past_key_values=cache).logits for p in ids[:, 9:15].split([4, 1, 1], 1)]
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 18])

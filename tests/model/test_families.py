@@ -13,6 +13,7 @@ from spinlab.rotation.online import hadamard_rotation
 
 UNTIED = {"tie_word_embeddings": False}
 MULTI_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12}
+SLIDES_WITHOUT_ROPE = {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [1, 0]}
 SOME_LAYERS_SLIDE = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
@@ -26,6 +27,8 @@ SHAPES = [
     ("qwen2", {"head_dim": 16, **SOME_LAYERS_SLIDE, **UNTIED}),
     ("qwen3", {"head_dim": 16}),
     ("qwen3", {"attention_bias": True, **SOME_LAYERS_SLIDE, **MULTI_HEAD, **UNTIED}),
+    ("smollm3", {"no_rope_layers": [1, 0]}),
+    ("smollm3", {"head_dim": 16, **SLIDES_WITHOUT_ROPE, **UNTIED}),
     ("phi3", {"head_dim": None, "hidden_size": 48}),
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
     ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),

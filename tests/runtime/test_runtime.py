@@ -90,17 +90,63 @@ def test_every_cache_format_gives_teacher_forced_logits(make_model, ids, kv):
     parts = [model(p, past_key_values=cache).logits for p in ids.split([7, 5, *[1] * 12], dim=1)]
     assert_same(torch.cat(parts, 1), expected)
     assert cache.get_seq_length() == 24
-    cache.crop(4)
+    cache.crop(-4)
     assert_same(model(ids[:, 20:21], past_key_values=cache).logits, expected[:, 20:21])
     cache.reset()
     one_by_one = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
     assert_same(torch.cat(one_by_one, 1), expected[:, :4])
 
 
+@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@torch.no_grad()
+def test_sequences_of_a_cache_are_repeated_chosen_and_cut(make_model, ids, kv):
+    """As transformers' caches do; oracle: passes over the whole of each sequence."""
+    model = runtime(*prepared(make_model, kv=kv))
+    cache = new_cache(model, 24)
+    for change in (cache.batch_repeat_interleave, cache.batch_select_indices):
+        change(torch.tensor([0]) if change == cache.batch_select_indices else 2)  # nothing yet
+    model(ids[:, :9], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    order, following = torch.tensor([0, 0, 1, 1]), ids[:, 9:11].repeat(2, 1)
+
+    def assert_whole(kept: int) -> None:
+        whole = torch.cat((ids[order, :kept], following[: len(order)]), dim=1)
+        found = model(following[: len(order)], past_key_values=cache).logits
+        assert_same(found, model(whole).logits[:, kept:])
+        cache.crop(-2)
+
+    assert_whole(9)
+    order = order[[3, 0, 0]]
+    cache.batch_select_indices(torch.tensor([3, 0, 0]))
+    assert_whole(9)
+    order = order[:2]
+    cache.batch_select_indices(torch.tensor([True, True, False]))
+    cache.crop(-4)
+    assert_whole(5)
+    cache.crop(0)
+    assert cache.get_seq_length() == 5
+    with pytest.raises(InputError, match="-n removes the last n tokens"):
+        cache.crop(3)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 0
+    assert_whole(0)
+
+
+@torch.no_grad()
+def test_assisted_generation_is_plain_generation(make_model, ids):
+    """It draws several tokens at once and crops those that were wrong from both caches."""
+    model, small = runtime(*prepared(make_model)), make_model(num_hidden_layers=1)
+    prompt = ids[:1, :6]
+    settings = {"max_new_tokens": 12, **GREEDY}
+    expected = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, assistant_model=small, **settings), expected)
+
+
 FAMILIES = {
     "mistral": {},
     "qwen2": {"head_dim": None, "hidden_size": 48},
     "qwen3": {},
+    "smollm3": {"no_rope_layers": [0, 1]},
     "phi3": {
         "hidden_size": 32,
         "rope_parameters": {
@@ -121,6 +167,37 @@ def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, id
     cache = new_cache(model, 24)
     parts = [model(p, past_key_values=cache).logits for p in ids.split([22, 1, 1], dim=1)]
     assert_same(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("rope", [[1, 0], [0, 0], [1, 1]], ids=str)
+@torch.no_grad()
+def test_layers_without_rope_get_none(make_family_model, ids, rope, kv):
+    """Oracle: the fake network, on the stock model's attention; RoPE does change the logits."""
+    made = [
+        prepared(lambda r=r: make_family_model("smollm3", no_rope_layers=r), kv=kv)
+        for r in (rope, [1 - has for has in rope])
+    ]
+    model = runtime(*made[0])
+    expected, other = (networks.dequantized(*rest)(ids).logits for networks, *rest in made)
+    cache = new_cache(model, 24)
+    parts = [model(p, past_key_values=cache).logits for p in ids.split([22, 1, 1], dim=1)]
+    assert_same(torch.cat(parts, 1), expected)
+    assert not torch.allclose(expected, other, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_layer_of_its_own_scaling_keeps_it(make_model, ids):
+    """What one layer's attention says holds for that layer."""
+
+    def make(*dtype):
+        model = make_model(*dtype)
+        decoder_of(model).layers[1].self_attn.scaling *= 3
+        return model
+
+    networks, rotations, weights = prepared(make)
+    expected = networks.dequantized(rotations, weights)(ids).logits
+    assert_same(runtime(networks, rotations, weights)(ids).logits, expected)
 
 
 @torch.no_grad()

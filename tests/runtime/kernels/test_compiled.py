@@ -86,7 +86,8 @@ HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST"
          "K_HIGHEST": 15, "V_LOWEST": 0, "V_HIGHEST": 15, "ROUND": True, "TIE": 2.0**-7,
          "FLOOR": 1e-30, "HALF_FLOOR": 2.0**-14, "FUSED": True}
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
-instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, HEADS, 90)
+for heads in (HEADS, {**HEADS, "ROTARY": 0}):
+    instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, heads, 90)
 # the tiles that are chosen for 128 tokens of floats, and for 32 inputs
 FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
 for name in ("INPUT_GROUPS", "WEIGHT_GROUPS", "num_warps"):

@@ -86,6 +86,7 @@ CASES = {
     "phi": ((1, 5, 3, 3, 96), 72, hadamard_rotation(96), (SYMMETRIC, THREE)),
     "no_power_of_two": ((3, 2, 2, 1, 80), 80, hadamard_rotation(80), (ASYMMETRIC, SYMMETRIC)),
     "plain": ((1, 1, 3, 1, 32), 32, None, (SYMMETRIC, ASYMMETRIC)),
+    "no_rope": ((2, 3, 2, 1, 32), 0, hadamard_rotation(32), (ASYMMETRIC, SYMMETRIC)),
     "dense": ((2, 1, 2, 2, 32), 16, random_r3(32), (ASYMMETRIC, ASYMMETRIC)),
     "blocks": ((1, 2, 2, 1, 64), 64, hadamard_rotation(64, block=16), (ASYMMETRIC, SYMMETRIC)),
     "many_tokens": ((1, 65, 2, 1, 32), 32, hadamard_rotation(32), (ASYMMETRIC, ASYMMETRIC)),
