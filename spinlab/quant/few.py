@@ -65,9 +65,10 @@ def few_levels(
         zero = np.zeros_like(scale)[()]
         np.rint(levels, out=levels)
     else:
-        np.maximum(levels, TIE + least / scale, out=levels)
+        start = least / scale
+        np.maximum(levels, start + TIE, out=levels)
         np.rint(levels, out=levels)
-        zero = np.rint(TIE - lowest / scale)
+        zero = np.rint(TIE - (start if clip_ratio == 1 else lowest / scale))
         if half_scale:
             zero = np.minimum(zero, grid.highest)
         levels += zero

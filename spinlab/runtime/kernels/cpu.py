@@ -59,19 +59,17 @@ def _product(
     """
     if levels.shape[1] == 1:  # the library makes nonsense of one column
         return levels.int() * weight.int().t()
-    if levels.dtype == torch.uint8 and not unsigned:
+    if not unsigned and levels.dtype == torch.uint8:
         # signed bytes are 128 less; a row of ones finds what that takes from the others
         ones = torch.ones(1, levels.shape[1], dtype=torch.uint8)
         rows = torch.cat((levels ^ 128, ones)).view(torch.int8)
         found = _product(rows, weight, turn, unsigned)
         return found[:-1] + 128 * found[-1]
+    left, right = levels, weight
     if turn and levels.dtype == torch.int8 and 1 < len(levels) <= _SEVERAL:
-        return _int_mm(weight, levels.t()).t()
-    return _int_mm(levels, weight.t())
-
-
-def _int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch._int_mm(left, right)  # pyright: ignore[reportPrivateImportUsage]
+        left, right = right, left
+    found = torch._int_mm(left, right.t())  # pyright: ignore[reportPrivateImportUsage]
+    return found if left is levels else found.t()
 
 
 def _is_right(product: Matmul, most: int) -> bool:
