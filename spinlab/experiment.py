@@ -25,7 +25,7 @@ from spinlab.track.trackers import Tracker, finish_all, make_trackers
 
 log = logging.getLogger(__name__)
 
-_SMALL_GAIN = 0.05  # of perplexity
+_SMALL_GAIN = 0.05  # of perplexity, either way
 
 
 def run(config: Config, overrides: list[str]) -> Record:
@@ -124,17 +124,26 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
 
 
 def _gain(record: Record, text: str) -> None:
-    """Record by how much learning lowered perplexity, and say so where it did not matter."""
+    """Record by how much learning lowered perplexity; say so where it hardly did, or raised it."""
     start, end = (record.metrics.get(f"ppl/{text}/{v}") for v in ("init", "fake"))
     if start is None or end is None or "learn/first_loss" not in record.metrics:
         return
     record.metrics[f"learn/gain/{text}"] = 1 - end / start
-    if end > (1 - _SMALL_GAIN) * start:
+    if end > (1 + _SMALL_GAIN) * start:
         log.warning(
-            "learning moved %s perplexity only from %.2f to %.2f: from this start, with these "
-            "settings, it did not matter",
+            "learning made %s perplexity worse, from %.2f to %.2f: with these settings it leads "
+            "away from what it starts from, which learn=none keeps",
             text,
             start,
+            end,
+        )
+    elif end > (1 - _SMALL_GAIN) * start:
+        log.warning(
+            "learning hardly moved %s perplexity, from %.2f %s to %.2f: from this start, with "
+            "these settings, it did not matter",
+            text,
+            start,
+            "up" if end > start else "down",
             end,
         )
 

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from spinlab.experiment import _gain
 
 ROOT = Path(__file__).parent.parent
 FAST = ["tracker=none", "eval.tasks=[]"]
@@ -55,6 +58,24 @@ def test_the_record_is_complete(finished):
     assert abs(metrics["gap/wiki"]) < 0.005
     assert "| int4" in output
     assert str(folder) in output
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (94.0, None),
+        (95.5, "hardly moved wiki perplexity, from 100.00 down to 95.50"),
+        (100.15, "hardly moved wiki perplexity, from 100.00 up to 100.15"),
+        (105.5, "made wiki perplexity worse, from 100.00 to 105.50"),
+    ],
+)
+def test_what_learning_did_to_perplexity_is_said_with_its_direction(end, said, caplog):
+    metrics = {"ppl/wiki/init": 100.0, "ppl/wiki/fake": end, "learn/first_loss": 5.0}
+    record = SimpleNamespace(metrics=metrics)
+    _gain(record, "wiki")
+    assert metrics["learn/gain/wiki"] == pytest.approx(1 - end / 100)
+    assert (said in caplog.text) if said else not caplog.text
+    assert ("it did not matter" in caplog.text) == (abs(end - 100) <= 5)
 
 
 def test_what_a_run_leaves_behind(finished):

@@ -6,6 +6,7 @@ of the one process that runs the tests. Most of the time goes into imports, so i
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -336,7 +337,7 @@ def test_two_processes_leave_one_record_like_that_of_one(job, monkeypatch, tmp_p
     assert not list(job[0].glob("toy/*.partial"))
     assert output.count("| fp ") == output.count("record: ") == 1
     assert output.count("learn        done") == 1
-    assert output.count("it did not matter") <= 2  # one warning for each text
+    assert len(re.findall("learning (hardly moved|made)", output)) <= 2  # one warning for each text
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
 

@@ -14,6 +14,7 @@ OPTIMIZERS = (
     "qr_sgd",
     "qr_adam",
 )
+GRAD_NORMS = ("riemannian", "euclidean")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = ("auto", "on", "off")
 
@@ -94,7 +95,9 @@ class LearnConfig:
     warmup: int = 0
     momentum: float = 0.0
     cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
-    max_grad_norm: float | None = 1.0  # of all Riemannian gradients together, before the step
+    # of the gradients along the manifold, or of those of R as a free matrix (SpinQuant's code)
+    grad_norm: str = "riemannian"
+    max_grad_norm: float | None = 1.0  # of all rotations together, before the step
     max_loss_ratio: float = 3.0  # a loss above so many times the first one stops the run
     project_every: int = 25  # steps between polar re-projections
     save_every: int = 5
@@ -121,6 +124,7 @@ class LearnConfig:
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
         choice("learn.optimizer", self.optimizer, OPTIMIZERS)
+        choice("learn.grad_norm", self.grad_norm, GRAD_NORMS)
         choice("learn.schedule", self.schedule, SCHEDULES)
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
         choice("learn.checkpoint", self.checkpoint, CHECKPOINTS)

@@ -2,8 +2,11 @@
 
 A rotated network differs from the original only where it rounds, so R1 is needed only around the
 quantizers that read the residual stream, R2 around those of values and of o_proj's input. No weight
-is rotated and none gets a gradient.
+is rotated and none gets a gradient. Where the norm of Euclidean gradients is asked for, R1's other
+uses, which cancel, are accounted for where the stream is read.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,8 +14,8 @@ from torch import nn
 from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.local import LocalTerms
 from spinlab.learn.parameters import LearnedRotations
-from spinlab.learn.turn import round_turned, turn, turn_back
-from spinlab.model.seams import linears_of
+from spinlab.learn.turn import read_normed, read_stream, round_turned, turn, turn_back
+from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.inputs import InputPath
 from spinlab.quant.network import FakeQuantLinear
 
@@ -25,6 +28,7 @@ class ActivationSpace(NetworkForm):
 
     def __init__(self, parts: Parts) -> None:
         rotations, local = parts.rotations, parts.local
+        self.rotations = rotations
         turned: dict[InputPath, InputPath] = {}
         for _, layer, seam, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
@@ -36,6 +40,20 @@ class ActivationSpace(NetworkForm):
                 linear.path = turned[linear.path]
             if seam.writes == "R2" and rotations.r2 is not None:
                 linear.register_forward_hook(_turn_heads(rotations, layer, local))
+        norm = linear_at(parts.model, family_of(parts.model.config.model_type).final_norm)
+        norm.register_forward_hook(self._after_norms)
+
+    def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
+        return self._read(read_normed, out)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream as it is: it stayed the original's."""
+        return self._read(read_stream, x)
+
+    def _read(self, way: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Account for a reading of the stream that nothing rounds, where that is asked for."""
+        sink = self.rotations.sink("r1", 0)
+        return x if sink.add_half is None else way(x, self.rotations.anchor("r1"), sink)
 
 
 class StreamPath(InputPath):
@@ -50,11 +68,11 @@ class StreamPath(InputPath):
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         r1 = self.turns.at("r1", self.layer)
+        anchor, sink = self.turns.anchor("r1"), self.turns.sink("r1", self.layer)
         if self.quantizer is None:
             if self.see is not None:
                 self.see(x.detach() @ r1)
-            return x
-        anchor, sink = self.turns.anchor("r1"), self.turns.sink("r1", self.layer)
+            return x if sink.add_half is None else read_normed(x, anchor, sink)
         return round_turned(x, r1, anchor, sink, self.quantizer, self.see)
 
 

@@ -1,7 +1,14 @@
 """Cayley SGD on orthogonal matrices (Li, Li & Todorovic 2020, algorithm 1), as SpinQuant uses it.
 
 geoopt has no optimizer of this kind: its retractions solve a linear system or take a QR, and its
-step has no cap. Differences from the published code are stated where they are.
+step has no cap. SpinQuant's published code takes the same step with these differences:
+
+- it turns the transpose, so that its cap is 1/||W||_1 of Rᵀ W R; steps below the cap are the same;
+- its fixed point starts off the tangent, at Rᵀ - α Gᵀ: five iterations leave (α||W||/2)⁵ of that,
+  which is nothing for small steps and up to 2⁻⁵ of α G at the cap;
+- it scales the rows of R to norm 1 at every step, and with probability 1/101 takes a QR of R; here
+  the caller projects at fixed steps (`spinlab.learn.loop`);
+- its momentum buffer is never written, so that any momentum is 0.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,10 +28,9 @@ class CayleySGD(RotationOptimizer):
     """Move along the Cayley transform of a skew generator, with a cap on the step.
 
     Parameters are (..., n, n) orthogonal matrices; leading dimensions are independent matrices,
-    each with its own cap. `momentum` adds up generators as algorithm 1 adds up gradients; in the
-    published code its buffer was never written. Instead of a QR that strikes with probability
-    1/101 the caller projects at fixed steps (`spinlab.learn.loop`). `transform` takes the step:
-    `cayley_fixed_point` as in the paper, or `cayley_exact`, which stays orthogonal without a cap.
+    each with its own cap. `momentum` adds up generators as algorithm 1 adds up gradients.
+    `transform` takes the step: `cayley_fixed_point` as in the paper, or `cayley_exact`, which
+    stays orthogonal without a cap.
     """
 
     def __init__(

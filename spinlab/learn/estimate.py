@@ -158,6 +158,7 @@ def _kept_by_layer(job: _Job) -> int:
         inputs = 2 * d.hidden + queries + d.intermediate
     else:  # rounding errors of both inputs from the stream, and both ends of R2
         errors = 2 * d.hidden if job.quant.activations.bits < 16 else 0
+        errors += 2 * d.hidden if job.learn.grad_norm == "euclidean" else 0  # with the inputs
         inputs = errors + queries + values
     if any(name.endswith("q_norm") for name, _ in layers_of(job.model)[0].named_modules()):
         attention += queries + values
@@ -172,6 +173,7 @@ def _rest(job: _Job) -> int:
     turned = sum(size for name, size in sizes.items() if name in learn.rotations)
     copies = 4 + (2 if learn.optimizer.endswith("adam") else 1 if learn.momentum else 0)
     copies += learn.optimizer.startswith("qr_")
+    copies += learn.grad_norm == "euclidean"
     rotations = turned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
     chunk = min(CHUNK["cpu" if job.model.device.type == "cpu" else "cuda"], job.tokens)
@@ -192,7 +194,8 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     attention = 2 * d.layers * learn.sequence_length * d.heads * d.head_dim  # causal: half of T²
     turn = 0 if job.rounded else 2 * 2 * d.layers * d.hidden**2  # one product with R1 everywhere
     forward = linears + attention + 2 * turn
-    backward = linears * (2 if job.rounded else 1) + 2.5 * attention + turn
+    whole = turn if learn.grad_norm == "euclidean" else 0
+    backward = linears * (2 if job.rounded else 1) + 2.5 * attention + turn + whole
     passes = objective.on_logits + (objective.layer_mse > 0)
     teachers = (objective.kl > 0) + (objective.layer_mse > 0)
     each = passes * (forward + backward) + teachers * (linears + attention)

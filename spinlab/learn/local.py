@@ -52,7 +52,7 @@ class LocalTerms:
             (gradient,) = torch.autograd.grad(total, leaf)
         with torch.no_grad():
             # for rows x = y Rᵀ the generator is xᵀ (dy Rᵀ)
-            self.rotations.sink(name, layer)(point @ (rows.mT @ gradient) @ point.mT)
+            self.rotations.sink(name, layer).add(point @ (rows.mT @ gradient) @ point.mT)
 
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor:

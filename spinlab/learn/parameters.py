@@ -25,6 +25,7 @@ class LearnedRotations:
         self, start: RotationSet, learn: LearnConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.euclidean = learn.grad_norm == "euclidean"
         self.all: dict[str, torch.Tensor | None] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name in ("r1", "r2"):
@@ -41,6 +42,7 @@ class LearnedRotations:
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
+        self._halves: dict[str, torch.Tensor] = {}
 
     @property
     def r1(self) -> torch.Tensor | None:
@@ -54,12 +56,15 @@ class LearnedRotations:
         """Start a step: cast the rotations as they stand, forget the last gradients."""
         on = {name: held for name, held in self.all.items() if held is not None}
         self.cast = {name: held.detach().to(self.dtype) for name, held in on.items()}
-        self._generators = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
-        self._gradients = {n: torch.zeros_like(p.data) for n, p in self.parameters.items()}
+        self._generators, self._gradients = self._zeros(), self._zeros()
+        self._halves = self._zeros() if self.euclidean else {}
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.inputs is not None:
             self.inputs.begin(self._stacks())
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(p.data) for name, p in self.parameters.items()}
 
     def _stacks(self) -> dict[str, torch.Tensor]:
         """Return the rotations of inputs, by `group.part`."""
@@ -77,37 +82,50 @@ class LearnedRotations:
         return held
 
     def sink(self, name: str, layer: int) -> Sink:
-        """Return where the generators of a rotation's gradient go."""
+        """Return where the generators of a rotation's gradient go, and on demand what they lack."""
 
         def add(generator: torch.Tensor) -> None:
-            if name in self.parameters:
-                whole = self._generators[name]
-                (whole if name == "r1" else whole[layer]).add_(generator)
+            self._at(self._generators, name, layer, generator)
 
-        return add
+        def add_half(half: torch.Tensor) -> None:
+            self._at(self._halves, name, layer, half)
+
+        return Sink(add, add_half if self.euclidean and name in self.parameters else None)
 
     def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
         """Add a Euclidean gradient: that of R1, or of the R2 of a layer."""
+        self._at(self._gradients, name, layer, gradient)
+
+    def _at(self, sums: dict[str, torch.Tensor], name: str, layer: int, part: torch.Tensor) -> None:
         if name in self.parameters:
-            whole = self._gradients[name]
-            (whole if name == "r1" else whole[layer]).add_(gradient)
+            (sums[name] if name == "r1" else sums[name][layer]).add_(part)
 
     @torch.no_grad()
     def finish(self, most: float | None) -> torch.Tensor:
-        """Give every learned rotation its Riemannian gradient and return their common norm.
+        """Give every learned rotation its Riemannian gradient and return the gradients' norm.
 
         It is that of the Euclidean metric, ½ (M - Mᵀ) R, whatever Euclidean gradient was handed
-        in; summed over processes; scaled down to `most` if its norm exceeds that.
+        in; summed over processes. The norm is that of all rotations together, of their Euclidean
+        gradients (M + H + Hᵀ) R where `learn.grad_norm` says so; if it exceeds `most`, gradients
+        are scaled by most / norm.
         """
         if self.inputs is not None:
             stacks = self._stacks()
             self._gradients |= {name: self.inputs.gradients(name, stacks) for name in stacks}
+        measured: list[torch.Tensor] = []
         for name, parameter in self.parameters.items():
             whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
             generator = parallel.sum_(whole.contiguous())
             parameter.grad = tangent(parameter.detach(), generator)
+            if self.euclidean:  # R does not change the norm
+                half = parallel.sum_(self._halves[name])
+                measured.append(generator + half + half.mT)
+            else:
+                measured.append(parameter.grad)
+        norm = nn.utils.get_total_norm(measured)
         limit = float("inf") if most is None else most
-        return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
+        return norm
 
     @torch.no_grad()
     def project(self) -> None:

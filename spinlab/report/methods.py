@@ -22,6 +22,8 @@ METHODS = {
     "duquant_learned": "DuQuant as start, learned",
     "spinquant_no_had": "SpinQuant no_had",
     "spinquant_had": "SpinQuant had",
+    "spinquant_no_had_riemannian": "SpinQuant no_had, Riemannian clip",
+    "spinquant_had_riemannian": "SpinQuant had, Riemannian clip",
     "learned_ranges": "Hadamard, learned with W4 and ranges",
     "learned_inputs": "DuQuant as start, all learned with W4",
 }

@@ -42,6 +42,7 @@ SHAPE = {
 }
 FORMS = {
     "16-bit weights": {},
+    "16-bit weights, Euclidean norms": {"grad_norm": "euclidean"},
     "quantized weights": {"quantize_weights": True, "lr_clip": 0.01},
 }
 SETTINGS = dict(steps=1, batch=2, micro_batch=2, sequence_length=128)

@@ -12,6 +12,7 @@ from spinlab.config import (
     TensorQuant,
     WeightsConfig,
 )
+from spinlab.config.learn import GRAD_NORMS
 from spinlab.learn import linear as learned
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.plain import PlainSpace
@@ -49,13 +50,13 @@ def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
     return RotationLearner(*parts, form=form)
 
 
-def loss_and_gradients(learner, batch=BATCH):
+def loss_and_gradients(learner, batch=BATCH, most=None):
     learner.rotations.begin()
     learner.form.begin(0)
     terms = learner._backward(batch)
     learner.form.collect()
-    learner.rotations.finish(None)
-    return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}
+    norm = learner.rotations.finish(most).item()
+    return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}, norm
 
 
 OBJECTIVES = {
@@ -73,17 +74,57 @@ def test_loss_and_gradient_are_those_of_the_plain_definition(
 ):
     rounded = weights == "quantized weights"
     learn = LearnConfig(
-        **SETTINGS, quantize_weights=rounded, objective=OBJECTIVES[objective], max_grad_norm=None
+        **SETTINGS,
+        quantize_weights=rounded,
+        objective=OBJECTIVES[objective],
+        max_grad_norm=None,
+        grad_norm="euclidean",
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     make = biased(make_model)
     found = loss_and_gradients(learner_of(make, None, learn, quant, rotation))
     plain = loss_and_gradients(learner_of(make, PlainSpace, learn, quant, rotation))
     assert found[0] == pytest.approx(plain[0], rel=1e-10)
+    assert found[2] == pytest.approx(plain[2], rel=1e-8)
     for name, gradient in plain[1].items():
         error = (found[1][name] - gradient).norm() / gradient.norm()
         assert gradient.norm() > 1e-4
         assert error < 1e-8, f"{name}: {error:.1e}"
+
+
+WIDE = [{"pattern": "*.0.mlp.*_proj", "activations": {"bits": 16}}]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_inputs_that_nothing_rounds_are_part_of_the_euclidean_norm(make_model, bits):
+    """Of one layer's MLP, or of all linears: what is rounded then are keys and values."""
+    off = TensorQuant(bits=16)
+    quant = QuantConfig(weights=off, activations=TensorQuant(bits=bits), overrides=WIDE)
+    learn = LearnConfig(**SETTINGS, grad_norm="euclidean")
+    norms = [
+        loss_and_gradients(learner_of(biased(make_model), form, learn, quant, RotationConfig()))[2]
+        for form in (None, PlainSpace)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-8)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("kind", GRAD_NORMS)
+def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, kind, rounded):
+    learn = LearnConfig(**SETTINGS, grad_norm=kind, quantize_weights=rounded)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    learner = learner_of(make_model, None, learn, quant, RotationConfig())
+    _, whole, norm = loss_and_gradients(learner)
+    length = torch.stack([gradient.norm() for gradient in whole.values()]).norm().item()
+    assert (norm == pytest.approx(length)) == (kind == "riemannian")
+    assert norm > 0.999 * length  # a projection is never longer
+    for most in (norm / 5, norm * 5):
+        _, clipped, found = loss_and_gradients(learner, most=most)
+        assert found == pytest.approx(norm)
+        scale = min(1, most / norm)
+        assert all(
+            torch.allclose(clipped[n], scale * g, rtol=1e-4, atol=1e-12) for n, g in whole.items()
+        )
 
 
 def test_learned_ranges_give_the_plain_definitions_curve(make_model):
@@ -110,18 +151,19 @@ DTYPES = [
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize(("stored", "run"), DTYPES)
 def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
-    """The loss is that of float64 to what the narrower dtype can hold; biases come along."""
-    learn = LearnConfig(**SETTINGS, quantize_weights=rounded, dtype=run)
-    exact = LearnConfig(**SETTINGS, quantize_weights=rounded)
+    """Loss and Euclidean norm are float64's to what the narrower dtype can hold; so are biases."""
+    settings = {**SETTINGS, "quantize_weights": rounded, "grad_norm": "euclidean"}
+    learn, exact = LearnConfig(**settings, dtype=run), LearnConfig(**settings)
     quant, make = QuantConfig(weights=TensorQuant(symmetric=True)), biased(make_model)
     parts = quant, RotationConfig()
     found = learner_of(make, None, learn, *parts, dtype=getattr(torch, stored))
     assert found.head.dtype == getattr(torch, run or stored)
     assert found.rotations.r1.dtype == torch.promote_types(found.head.dtype, torch.float32)
-    terms, gradients = loss_and_gradients(found)
-    expected, _ = loss_and_gradients(learner_of(make, None, exact, *parts))
+    terms, gradients, norm = loss_and_gradients(found)
+    expected, _, exact_norm = loss_and_gradients(learner_of(make, None, exact, *parts))
     narrow = "bfloat16" in (stored, run)
     assert terms["loss"] == pytest.approx(expected["loss"], rel=0.05 if narrow else 0.02)
+    assert norm == pytest.approx(exact_norm, rel=0.05 if narrow else 0.02)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
@@ -129,7 +171,9 @@ def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
 def test_a_rotation_that_is_held_fixed_still_turns(make_model, names):
     rounded = QuantConfig(weights=TensorQuant(symmetric=True))
     for quantized in (False, True):
-        learn = LearnConfig(**SETTINGS, rotations=names, quantize_weights=quantized)
+        learn = LearnConfig(
+            **SETTINGS, rotations=names, quantize_weights=quantized, grad_norm="euclidean"
+        )
         runs = [
             loss_and_gradients(
                 learner_of(biased(make_model), form, learn, rounded, RotationConfig())
@@ -137,6 +181,7 @@ def test_a_rotation_that_is_held_fixed_still_turns(make_model, names):
             for form in (None, PlainSpace)
         ]
         assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-10)
+        assert runs[0][2] == pytest.approx(runs[1][2], rel=1e-8)
         assert runs[0][1].keys() == set(names)
         for name in names:
             assert torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-9)

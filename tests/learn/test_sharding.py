@@ -52,6 +52,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
         sequence_length=16,
         objective=OBJECTIVE,
         quantize_weights=rounded,
+        grad_norm="euclidean",
         lr_clip=0.03 if rounded else 0.0,
         lr_input_clip=0.01 if rounded else 0.0,
     )
