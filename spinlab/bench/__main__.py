@@ -118,7 +118,8 @@ def _gptq(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.learn import bench_learn, with_settings  # geoopt loads here
 
-    settings = with_settings(LearnConfig(sequence_length=arguments.length), arguments.settings)
+    published = LearnConfig(sequence_length=arguments.length, grad_norm="euclidean")
+    settings = with_settings(published, arguments.settings)
     return bench_learn(arguments.model, settings, arguments.layers, device)
 
 

@@ -95,7 +95,8 @@ class LearnConfig:
     warmup: int = 0
     momentum: float = 0.0
     cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
-    # of the gradients along the manifold, or of those of R as a free matrix (SpinQuant's code)
+    # what curves show and max_grad_norm clips: the norm of gradients along the manifold, or of
+    # those of rotations as free matrices (SpinQuant's code)
     grad_norm: str = "riemannian"
     max_grad_norm: float | None = 1.0  # of all rotations together, before the step
     max_loss_ratio: float = 3.0  # a loss above so many times the first one stops the run

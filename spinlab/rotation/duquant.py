@@ -56,7 +56,8 @@ def greedy_rotation(
     the empty one is the identity, so no peak is raised. Each batch element is searched alone.
 
     `legacy_index` repeats a slip of the public code, which exchanges channel (row of the largest
-    entry) mod size; the peak stays max|x R|, where that code takes max - min.
+    entry) mod size, and nothing else of it: the peak stays max|x R|, where that code takes
+    max - min, and mixers are those of the caller, where it has one for all steps.
     """
     size = x.shape[-1]
     x = x.to(torch.promote_types(x.dtype, torch.float32))

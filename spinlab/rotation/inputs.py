@@ -78,7 +78,8 @@ class ScaledDual:
 def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return max|X_j|^alpha / max|W_j|^(1-alpha) per channel (SmoothQuant, eq. 4).
 
-    activations, weights: (in,) the largest magnitudes per input channel. The inverse of the result
+    activations, weights: (in,) the largest magnitudes per input channel; weights of all linears
+    that read it, where DuQuant's code looks at q_proj and up_proj alone. The inverse of the result
     is a bfloat16 number, so that a norm's gain can hold it exactly in any dtype. Channels without
     activations or weights keep scale 1. Xiao et al. 2023, arXiv 2211.10438.
     """

@@ -2,7 +2,8 @@
 
 OmniQuant (Shao et al. 2024, arXiv 2308.13137, sec. 3.2 and eq. 2), as DuQuant uses it: each end of
 a range is its extreme times sigmoid(gamma), and the gammas minimize the change of what a whole
-decoder layer computes.
+decoder layer computes. DuQuant's code passes no gradient through the rounding of zero points, has
+twice the step, and quantizes queries, keys and values while a layer learns.
 """
 
 from collections.abc import Iterator

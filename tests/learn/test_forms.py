@@ -163,7 +163,7 @@ def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
     expected, _, exact_norm = loss_and_gradients(learner_of(make, None, exact, *parts))
     narrow = "bfloat16" in (stored, run)
     assert terms["loss"] == pytest.approx(expected["loss"], rel=0.05 if narrow else 0.02)
-    assert norm == pytest.approx(exact_norm, rel=0.05 if narrow else 0.02)
+    assert norm == pytest.approx(exact_norm, rel=0.15 if narrow else 0.02)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
