@@ -63,7 +63,7 @@ def quantize_inputs(model):
             width = HEAD if name.endswith("o_proj") else 0
             rounding = TokenQuantizer(Grid(4, symmetric=False), width).round_trip
             module.register_forward_pre_hook(
-                lambda m, args, rounding=rounding: args[0] + (rounding(args[0]) - args[0]).detach()
+                lambda m, args, q=rounding: args[0] + q(args[0].detach()) - args[0].detach()
             )
 
 
