@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from spinlab import parallel
 from spinlab.config import Config, WeightsConfig, plain
 from spinlab.errors import InputError
+from spinlab.files import replacing, write_json
 from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.form import NetworkForm, Parts
@@ -23,7 +24,7 @@ from spinlab.learn.placement import recompute_layers, shard_layers
 from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.recipe import training_of
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stage import write_json
+from spinlab.stage import PROGRESS
 from spinlab.start import SETTINGS, Start
 
 log = logging.getLogger(__name__)
@@ -83,25 +84,25 @@ class Learning(Start):
 
     def _learn(self, out: Path) -> None:
         """Learn on all processes, and write what came of it on the first."""
-        rotations, clips, curve = self._optimize(out / "progress.safetensors")
+        rotations, clips, curve = self._optimize(out)
         if not parallel.is_main():
             return
         self._described(rotations).save(out / "rotations.safetensors")
         save_file(clips, out / "clips.safetensors")
         write_json(out / "gate.json", self.gate(rotations))
         write_json(out / "curve.json", curve)
-        (out / "progress.safetensors").unlink(missing_ok=True)
 
     def _described(self, rotations: RotationSet) -> RotationSet:
         return replace(rotations, about={**(rotations.about or {}), **training_of(self.config)})
 
     def _optimize(
-        self, progress: Path
+        self, out: Path
     ) -> tuple[RotationSet, dict[str, torch.Tensor], list[dict[str, float]]]:
         """Run the learning loop; return rotations, learned clip ratios and the curve."""
         learn = self.config.learn
         learner = self.learner()
         windows = self.windows("learn", learn.steps * learn.batch, learn.sequence_length)
+        progress = out / PROGRESS / "learn.safetensors"
         curve = resume(learner, progress)
         parallel.barrier()  # all have read it before the first one writes the next
         for step, values in enumerate(curve):
@@ -110,13 +111,14 @@ class Learning(Start):
         def after_step(step: int, values: dict[str, float]) -> None:
             curve.append(values)
             self.on_step(step, values)
-            if (step + 1) % learn.save_every == 0 and parallel.is_main():
+            due = (step + 1) % learn.save_every == 0 or step + 1 == learn.steps
+            if due and parallel.is_main():
                 save_progress(learner, progress, curve)
 
         try:
             learn_rotations(learner, windows, len(curve), after_step)
         except Divergence as error:
-            raise self._kept(error, learner, progress.parent) from error
+            raise self._kept(error, learner, out) from error
         return learner.result(), learner.clips(), curve
 
     def learner(self, form: Callable[[Parts], NetworkForm] | None = None) -> RotationLearner:
@@ -149,7 +151,6 @@ class Learning(Start):
         path = work.with_name(f"{work.stem}.diverged.safetensors")
         if parallel.is_main():
             learner.restore(error.last_good)
-            temporary = path.with_suffix(".tmp")
-            self._described(learner.result()).save(temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                self._described(learner.result()).save(temporary)
         return InputError(f"{error}; the last good rotations are kept: rotation.load={path}")

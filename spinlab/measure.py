@@ -18,13 +18,13 @@ from spinlab.data.questions import digest as question_digest
 from spinlab.data.text import label
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
+from spinlab.files import write_json
 from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import linears_of
 from spinlab.networks import channel_peaks, stored_bytes
 from spinlab.pipeline import Pipeline
 from spinlab.rotation.check import logits, relative_error
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stage import write_json
 from spinlab.start import GATE_TOKENS, SETTINGS
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
 

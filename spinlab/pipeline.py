@@ -21,6 +21,7 @@ from spinlab.config import Config, WeightsConfig, plain
 from spinlab.device import choose_backend
 from spinlab.learning import Learning, clip_settings
 from spinlab.rotation.rotations import RotationSet
+from spinlab.stage import PROGRESS
 from spinlab.start import SETTINGS
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
@@ -73,12 +74,10 @@ class Pipeline(Learning):
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
             check_weight_groups(model, self.config.quant)
-            weights = self._rounded(model, rotations, config, self._clips(variant), out)
-            parallel.barrier()  # all have read the layers that were there
+            clips, progress = self._clips(variant), out / PROGRESS
+            weights = self._rounded(model, rotations, config, clips, progress)
             if parallel.is_main():
                 save_weights(weights, out / "weights.safetensors")
-                for layer in out.glob("layer-*"):
-                    layer.unlink()
 
         code = ("pipeline", "learning", "weights", "rotation", "model", "quant", "networks")
         code = (*code, "parallel", *SETTINGS)

@@ -3,8 +3,8 @@
     key = sha256(name, code, canonical JSON of everything the result depends on)
 
 A stage works in `<key>.partial`, under a lock that dies with its process, and is renamed to
-`<key>` once a manifest with digests stands in it. A killed stage finds its own progress again, a
-torn or altered one is recomputed with a warning.
+`<key>` once a manifest with digests stands in it. A killed stage finds again what it left in
+`progress`, which goes only after the rename; a torn or altered one is recomputed with a warning.
 
 Of several processes (`spinlab.parallel`) the first one looks, locks, works and finishes, and the
 others go on with what it found; all of them work on a stage that is done together.
@@ -20,19 +20,21 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from spinlab import parallel
+from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
 
 log = logging.getLogger(__name__)
 
+PROGRESS = "progress"  # the subfolder of what a killed stage goes on with: no part of its result
 _MANIFEST = "manifest.json"
 
 
@@ -68,16 +70,17 @@ class Stages:
         `depends` is JSON-ready and names everything the result depends on: the keys of earlier
         stages, the stage's own settings, digests of its inputs. `code` names the modules and
         subpackages that make the result: their sources are part of the key, so that a changed
-        method is never served from an old cache. `work` may leave progress in its folder and be
-        called again on it after a kill. With `together` every process calls `work` on the same
-        folder, where only the first one writes; else the first one calls it by itself.
+        method is never served from an old cache. What `work` leaves in the folder's subfolder
+        `PROGRESS` is there when it is called again after a kill. With `together` every process
+        calls `work` on the same folder, where only the first one writes; else the first one calls
+        it by itself. Raises InputError where the system refuses to write.
         """
         # what the first process asks for while it works alone, the others would wait for forever
         assert self._at_work is None, f"{name} must be asked for before {self._at_work} starts"
         key = content_key({"stage": name, "code": code_digest(code), "depends": depends})
         key = parallel.share(key)
         final = self.root / f"{name}-{key}"
-        with self._lock(final.name):
+        with writing(self.root, "paths.cache"), self._lock(name, final.name):
             manifest = parallel.share(_intact(final) if parallel.is_main() else None)
             cached = manifest is not None
             if cached:
@@ -88,12 +91,23 @@ class Stages:
         self.reports.append(report)
         return final, key
 
-    def _lock(self, name: str) -> AbstractContextManager:
+    @contextmanager
+    def _lock(self, name: str, folder: str) -> Iterator[None]:
         """Keep other runs from this stage; the first process does so for all."""
         if not parallel.is_main():
-            return nullcontext()
+            yield
+            return
         self.root.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / f"{name}.lock")
+        lock = FileLock(self.root / f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%-12s waits for another run of %s", name, folder)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _make(
         self, name: str, final: Path, work: Callable[[Path], None], together: bool
@@ -103,7 +117,7 @@ class Stages:
         log.info("%-12s …", name)
         start = time.perf_counter()
         if parallel.is_main():
-            partial.mkdir(exist_ok=True)
+            _clear(partial)
         with self._working(name):
             if together:
                 parallel.barrier()
@@ -128,18 +142,33 @@ class Stages:
         return [asdict(report) for report in self.reports]
 
 
+def _clear(partial: Path) -> None:
+    """Leave nothing of an earlier attempt but its progress."""
+    progress = partial / PROGRESS
+    progress.mkdir(parents=True, exist_ok=True)
+    for left in [*partial.iterdir(), *progress.iterdir()]:
+        if (left.parent == progress and not is_temporary(left)) or left == progress:
+            continue
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _finish(name: str, partial: Path, final: Path, seconds: float) -> dict[str, Any]:
     """Write the manifest of what was made and give its folder the final name."""
-    files = {
-        str(f.relative_to(partial)): file_digest(f)
-        for f in sorted(partial.rglob("*"))
-        if f.is_file()
-    }
+    made = [f for child in partial.iterdir() if child.name != PROGRESS for f in _tree(child)]
+    files = {str(f.relative_to(partial)): file_digest(f) for f in made if f.is_file()}
     manifest = {"files": files, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+    for path in made:
+        sync(path)
     write_json(partial / _MANIFEST, manifest)
     os.replace(partial, final)
+    sync(final.parent)
+    shutil.rmtree(final / PROGRESS)
     log.info("%-12s done in %.1f s, peak %.2f GiB", name, seconds, peak_memory() / 2**30)
     return manifest
+
+
+def _tree(path: Path) -> list[Path]:
+    return [path, *path.rglob("*")] if path.is_dir() else [path]
 
 
 @cache
@@ -151,25 +180,6 @@ def code_digest(names: tuple[str, ...]) -> str:
     for file in sorted(f for f in files if f.is_file()):
         sha.update(file.read_bytes())
     return sha.hexdigest()
-
-
-def content_key(content: Any) -> str:
-    """Return 16 hex digits that identify JSON-ready content."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write sorted, indented JSON under a temporary name, then rename it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, sort_keys=True, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def peak_memory() -> int:
@@ -188,6 +198,8 @@ def _intact(folder: Path) -> dict | None:
     """Return a finished stage's manifest; clear the folder away if it is torn or altered."""
     if not folder.is_dir():
         return None
+    if (progress := folder / PROGRESS).exists():  # of a run that was killed after the rename
+        shutil.rmtree(progress)
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
+from spinlab.files import file_digest, write_json
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
@@ -22,7 +23,6 @@ from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
 from spinlab.sources import Sources
-from spinlab.stage import file_digest, write_json
 
 log = logging.getLogger(__name__)
 

@@ -142,9 +142,13 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "overrides", "trace"),
     [
-        ("cache/learn-*.partial/progress.safetensors", ["learn.steps=24"], "learning resumes"),
         (
-            "cache/weights-*.partial/layer-001.safetensors",
+            "cache/learn-*.partial/progress/learn.safetensors",
+            ["learn.steps=24"],
+            "learning resumes",
+        ),
+        (
+            "cache/weights-*.partial/progress/layer-001.safetensors",
             ["weights=gptq", "weights.samples=96", "weights.sequence_length=96",
              "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
             "",

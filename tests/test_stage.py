@@ -3,7 +3,8 @@ import logging
 
 import pytest
 
-from spinlab.stage import Stages, content_key, write_json
+from spinlab.files import content_key, write_json
+from spinlab.stage import PROGRESS, Stages
 
 
 def work_once(calls: list):
@@ -40,14 +41,14 @@ def test_a_key_does_not_depend_on_the_order_of_settings():
 
 def test_a_failed_stage_keeps_its_progress_and_is_not_finished(tmp_path):
     def fail(folder):
-        (folder / "progress.txt").write_text("half")
+        (folder / PROGRESS / "half.txt").write_text("half")
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError):
         Stages(tmp_path).run("s", 1, fail)
 
     def finish(folder):
-        assert (folder / "progress.txt").read_text() == "half"
+        assert (folder / PROGRESS / "half.txt").read_text() == "half"
         (folder / "result.txt").write_text("whole")
 
     folder, _ = Stages(tmp_path).run("s", 1, finish)

@@ -15,7 +15,7 @@ from spinlab.bench.models import SHAPES
 from spinlab.config import LearnConfig, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
-from spinlab.stage import write_json
+from spinlab.files import write_json
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")

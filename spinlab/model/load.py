@@ -18,11 +18,11 @@ from transformers import (
 from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
+from spinlab.files import file_digest
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.random import architecture_of, random_model
 from spinlab.model.seams import family_of
 from spinlab.model.split import split_fused
-from spinlab.stage import file_digest
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from spinlab.files import write_json
 from spinlab.report.methods import read_records
-from spinlab.stage import write_json
 
 TEXTS = ("wiki", "c4")
 

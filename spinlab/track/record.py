@@ -7,7 +7,7 @@ from typing import Any
 
 from spinlab import parallel
 from spinlab.config import Config, plain
-from spinlab.stage import content_key, file_digest, write_json
+from spinlab.files import content_key, file_digest, write_json
 
 SCHEMA = 1
 _PRIVATE = ("paths.", "export.", "rotation.load=")  # overrides that name places

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
+from spinlab.files import kept_tensors, save_tensors
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.inputs import check_group
 from spinlab.quant.network import (
@@ -23,7 +24,12 @@ from spinlab.quant.network import (
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq
-from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights, set_dequantized
+from spinlab.weights.quantized import (
+    QuantizedWeight,
+    from_stored_form,
+    set_dequantized,
+    stored_form,
+)
 from spinlab.weights.rtn import round_to_nearest, rtn
 
 
@@ -143,17 +149,16 @@ def kept_layer(
 ) -> dict[str, QuantizedWeight]:
     """Return the weights of a layer, in the host's memory; afterwards the model holds them.
 
-    They are those that an earlier call left in `progress`, or what `make` returns.
+    They are those that an earlier call left in `progress`, if they are sound, or what `make`
+    returns.
     """
     path = progress / f"layer-{index:03d}.safetensors"
-    exists = parallel.share(path.exists())
-    weights = load_weights(path) if exists else make()
+    kept = kept_tensors(path)
+    weights = make() if kept is None else from_stored_form(*kept)
     for name, weight in weights.items():
         set_dequantized(linear_at(model, name), weight)
-    if not exists and parallel.is_main():
-        temporary = path.with_suffix(".tmp")
-        save_weights(weights, temporary)
-        temporary.replace(path)
+    if kept is None and parallel.is_main():
+        save_tensors(path, *stored_form(weights))
     return {name: weight.cpu() for name, weight in weights.items()}
 
 

@@ -89,21 +89,35 @@ def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str,
 
 def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
     """Write named weights, each with a grid of its own, into a safetensors file."""
-    tensors = {
-        f"{name}.{part}": tensor.cpu().contiguous()
-        for name, weight in weights.items()
-        for part, tensor in weight.tensors().items()
-    }
-    grids = {name: [w.grid.bits, w.grid.symmetric] for name, w in weights.items()}
+    tensors, grids = stored_form(weights)
     save_file(tensors, path, {"grids": json.dumps(grids, sort_keys=True)})
 
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Read what `save_weights` wrote."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
     with safe_open(path, framework="pt") as file:
-        grids = {name: Grid(*of) for name, of in json.loads(file.metadata()["grids"]).items()}
-        for key in file.keys():  # noqa: SIM118
-            name, _, part = key.rpartition(".")
-            parts.setdefault(name, {})[part] = file.get_tensor(key)
-    return {name: QuantizedWeight.from_tensors(parts[name], grid) for name, grid in grids.items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return from_stored_form(tensors, json.loads(file.metadata()["grids"]))
+
+
+def stored_form(
+    weights: Mapping[str, QuantizedWeight],
+) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+    """Return the tensors of named weights for a file, and the grid of each, JSON-ready."""
+    tensors = {
+        f"{name}.{part}": tensor.cpu().contiguous()
+        for name, weight in weights.items()
+        for part, tensor in weight.tensors().items()
+    }
+    return tensors, {name: [w.grid.bits, w.grid.symmetric] for name, w in weights.items()}
+
+
+def from_stored_form(
+    tensors: Mapping[str, torch.Tensor], grids: Mapping[str, list]
+) -> dict[str, QuantizedWeight]:
+    """Rebuild what `stored_form` took apart."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        parts.setdefault(name, {})[part] = tensor
+    return {n: QuantizedWeight.from_tensors(parts[n], Grid(*of)) for n, of in grids.items()}

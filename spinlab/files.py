@@ -1,0 +1,204 @@
+"""Files: digests, JSON, and tensors that are on the disk whole or not at all (the ground floor).
+
+What is written goes to a temporary name, to the disk, and then to its place: a kill, a crash or a
+full disk leaves the old file or the new one.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spinlab import parallel
+from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY = ".tmp"  # in every temporary name, ours and those of safetensors
+_ABOUT = "spinlab"  # the one entry of the metadata: several would be written in any order
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems that bring no folder to the disk
+
+# digests ----------------------------------------------------------------------------------
+
+
+def content_key(content: Any) -> str:
+    """Return 16 hex digits that identify JSON-ready content."""
+    return hashlib.sha256(_canonical(content)).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Return the sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _tensors_digest(tensors: Mapping[str, torch.Tensor], about: Any) -> str:
+    """Digest names, dtypes, shapes and bytes of tensors, and what is said about them."""
+    sha = hashlib.sha256(_canonical(about))
+    for name, tensor in sorted(tensors.items()):
+        sha.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+# writing ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; what was written there is brought to the disk and to `path`.
+
+    Temporary files of `path` whose process is gone are removed.
+    """
+    for left in path.parent.glob(f"*{_TEMPORARY}-*"):
+        name, _, process = left.name.rpartition(f"{_TEMPORARY}-")
+        if name == path.name and process.isdigit() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}{_TEMPORARY}-{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(number)
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether a file is what a killed writer left of another one."""
+    return _TEMPORARY in path.name
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write sorted, indented JSON, whole or not at all."""
+    text = json.dumps(content, sort_keys=True, indent=2) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = None) -> None:
+    """Write tensors and JSON-ready `about` with a digest of both, whole or not at all.
+
+    The tensors are contiguous and in the host's memory. Equal content gives equal bytes.
+    """
+    digest = _tensors_digest(tensors, about)
+    told = json.dumps({"about": about, "sha256": digest}, sort_keys=True)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, {_ABOUT: told})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the tensors that `save_tensors` wrote, and what is said about them.
+
+    Raises ValueError if the file is torn or altered.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            told = json.loads(file.metadata()[_ABOUT])
+        about, digest = told["about"], told["sha256"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"it is torn ({type(error).__name__}: {error})") from error
+    if _tensors_digest(tensors, about) != digest:
+        raise ValueError("its content does not have its digest")
+    return tensors, about
+
+
+def kept_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """Return what an earlier run left by `save_tensors`, the same on all processes, if anything.
+
+    A torn or altered file is dropped with a warning, to be made again.
+    """
+    found = None
+    if parallel.is_main() and path.exists():
+        try:
+            found = read_tensors(path)
+        except ValueError as error:
+            log.warning("the progress in %s is damaged and is dropped: %s", path.name, error)
+            path.unlink()
+    if not parallel.share(found is not None):
+        return None
+    return found or read_tensors(path)
+
+
+# what cannot be written -------------------------------------------------------------------
+
+
+@contextmanager
+def writing(folder: Path, setting: str) -> Iterator[None]:
+    """Turn the system's refusal to write below `folder` into an InputError that names the cure.
+
+    setting: the one that chose the folder. A refusal elsewhere is left as it is.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number, place = _refusal(error)
+        if number not in _FULL | _REFUSED or not _is_below(place or folder, folder):
+            raise
+        cure = f"set {setting} to a folder that can be written"
+        if number in _FULL:
+            cure = (
+                "free some space and start again, which goes on with what is finished, or set "
+                f"{setting} to a folder on another disk"
+            )
+        reason = os.strerror(number)
+        raise InputError(f"cannot write {place or folder}: {reason}: {cure}") from error
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Make a folder and write into it; raise InputError if that cannot be done."""
+    with writing(folder, setting):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"spinlab")
+
+
+def _refusal(error: OSError | SafetensorError) -> tuple[int, Path | None]:
+    """Return the system's error number, 0 if it has none, and the file if it is known."""
+    if isinstance(error, OSError):
+        name = error.filename if isinstance(error.filename, str | os.PathLike) else None
+        return error.errno or 0, Path(name) if name else None
+    found = re.search(r"\(os error (\d+)\)(?: at path \"(.*)\")?", str(error))
+    return (int(found[1]), Path(found[2]) if found[2] else None) if found else (0, None)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Tell whether a path is a folder, or in it, or above it where the folder cannot be made."""
+    whole, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return whole.is_relative_to(base) or base.is_relative_to(whole)
