@@ -9,10 +9,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from spinlab import parallel
-from spinlab.config import Config
+from spinlab.config import Config, PathsConfig, plain
 from spinlab.data.text import label
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.transformed import save_transformed
+from spinlab.files import check_writable, writing
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
@@ -36,6 +37,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     them. One that fails ends at once, so that the others do not wait for it.
     """
     start = time.perf_counter()
+    check_paths(config.paths)
     parallel.start(choose_device(config.runtime.device).type)
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
@@ -46,7 +48,8 @@ def run(config: Config, overrides: list[str]) -> Record:
             tracker.log(step, values)
 
     pipeline = Pipeline(config, on_step)
-    record = Record(config, overrides, environment() | {"backend": pipeline.backend})
+    facts = environment() | {"backend": pipeline.backend}
+    record = Record(config, overrides, facts, pipeline.identity)
     record.save()
     trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []
     figures: list[Path] = []
@@ -60,7 +63,7 @@ def run(config: Config, overrides: list[str]) -> Record:
         figures.append(_outliers(pipeline, record))
         record.status = "complete"
     except BaseException as error:
-        record.status = f"failed: {type(error).__name__}: {error}"
+        record.end(error)
         raise
     finally:
         path = _save(pipeline, record)
@@ -69,6 +72,12 @@ def run(config: Config, overrides: list[str]) -> Record:
         _show(record, path, time.perf_counter() - start)
     parallel.stop()
     return record
+
+
+def check_paths(paths: PathsConfig) -> None:
+    """Raise InputError for a folder of the settings that cannot be made, or written into."""
+    for name, folder in plain(paths).items():
+        check_writable(Path(folder), f"paths.{name}")
 
 
 def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
@@ -162,8 +171,9 @@ def _outliers(pipeline: Pipeline, record: Record) -> Path:
     }
     profiles = {titles[name]: p[layer].numpy() for name, p in peaks.items()}
     if parallel.is_main():
-        title = f"{record.config.model.name}, attention input of layer {layer}"
-        draw_outliers(profiles, title, path)
+        title = f"{record.model_name}, attention input of layer {layer}"
+        with writing(record.folder, "paths.runs"):
+            draw_outliers(profiles, title, path)
     return path
 
 

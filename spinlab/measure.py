@@ -172,8 +172,8 @@ def _sizes(
 def _perplexities(pipeline: Pipeline, model: PreTrainedModel, variant: str) -> dict[str, float]:
     windows, batch = load_file(pipeline.evaluation[0]), pipeline.config.eval.batch
     return {
-        f"ppl/{label(name)}": perplexity(model, windows[name], batch, f"{variant} {name}")
-        for name in pipeline.config.data.evaluation
+        f"ppl/{name}": perplexity(model, windows[name], batch, f"{variant} {name}")
+        for name in map(label, pipeline.config.data.evaluation)
     }
 
 

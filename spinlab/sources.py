@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.config import Config, ModelConfig
-from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
+from spinlab.data.text import fixed_windows, label, random_windows, read_text, tokenize
 from spinlab.device import choose_device
+from spinlab.files import text_digest
 from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
 from spinlab.stage import Stages
 
@@ -59,23 +60,28 @@ class Sources:
     # the text -------------------------------------------------------------------------------
 
     @cached_property
+    def texts(self) -> tuple[str, dict[str, str]]:
+        """The calibration text, and those of the evaluation by what metrics call them."""
+        data = self.config.data
+        parts = {name: read_text(name) for name in (data.calibration, *data.evaluation)}
+        evaluation = {label(name): parts[name][1] for name in data.evaluation}
+        return parts[data.calibration][0], evaluation
+
+    @cached_property
     def calibration(self) -> tuple[Path, str]:
         """A file with the calibration tokens, and its key."""
-        name = self.config.data.calibration
-
-        texts = {name: read_text(name)[0]}
+        texts = {"calibration": self.texts[0]}
         return self._tokenized("calibration", texts, [], lambda name, ids: ids)
 
     @cached_property
     def evaluation(self) -> tuple[Path, str]:
         """A file with the evaluation windows of every text, and its key."""
         window, most = self.config.eval.window, self.config.eval.max_windows
-        texts = {name: read_text(name)[1] for name in self.config.data.evaluation}
 
         def windows(name: str, ids: torch.Tensor) -> torch.Tensor:
             return fixed_windows(ids, window, most, name).contiguous()
 
-        return self._tokenized("evaluation", texts, [window, most], windows)
+        return self._tokenized("evaluation", self.texts[1], [window, most], windows)
 
     def _tokenized(
         self,
@@ -85,7 +91,7 @@ class Sources:
         cut: Callable[[str, torch.Tensor], torch.Tensor],
     ) -> tuple[Path, str]:
         """Keep the tokens of named texts as one file, apart from what else they are used for."""
-        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        digests = {name: text_digest(text) for name, text in texts.items()}
         source = self.source["digest"]  # a model that cannot be had fails here
         tokenizer = self.tokenizer  # and a packaged one is converted, as a stage of its own
 
@@ -99,7 +105,7 @@ class Sources:
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""
         name = self.config.data.calibration
-        ids = load_file(self.calibration[0])[name]
+        ids = load_file(self.calibration[0])["calibration"]
         return random_windows(ids, length, count, self.generator(purpose), f"{name}, for {purpose}")
 
     def generator(self, purpose: str) -> torch.Generator:

