@@ -10,6 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
+
+from spinlab import experiment, learning
+from spinlab.compose import composed
+from spinlab.errors import InputError
+from spinlab.learn.progress import save_progress
 
 from spinlab.experiment import _gain
 
@@ -164,6 +170,42 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(tmp_path, pattern
     resumed, output = run(tmp_path / "killed", *FAST, *overrides)
     assert trace in output
     assert resumed["metrics"] == whole["metrics"]
+
+
+def test_an_interrupted_run_says_so_and_the_next_one_goes_on(tmp_path, monkeypatch, caplog):
+    settings = [*FAST, "eval.variants=[fp]", "learn.steps=4", "learn.save_every=1"]
+    paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    config = composed("+experiment=toy", *settings, *paths)
+    with monkeypatch.context() as patch:
+
+        def interrupt(learner, path, curve):
+            save_progress(learner, path, curve)
+            if len(curve) == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(learning, "save_progress", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(config, settings)
+    (path,) = tmp_path.glob("runs/toy/*/record.json")
+    assert json.loads(path.read_text())["status"] == "interrupted"
+    for lock in tmp_path.rglob("*.lock"):
+        with FileLock(lock, timeout=0):
+            pass
+    with caplog.at_level("INFO"):
+        record = experiment.run(config, settings)
+    assert "learning resumes after step 2" in caplog.text
+    assert json.loads(path.read_text())["status"] == record.status == "complete"
+
+
+def test_folders_that_cannot_be_written_are_refused_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("cache", "runs"):
+        paths = {"cache": "a", "runs": "b", name: "file/below"}
+        config = composed(
+            "+experiment=toy", *(f"paths.{n}={tmp_path}/{p}" for n, p in paths.items())
+        )
+        with pytest.raises(InputError, match=rf"Not a directory: set paths\.{name} to a folder"):
+            experiment.run(config, [])
 
 
 def test_two_processes_share_one_cache(tmp_path):

@@ -10,9 +10,16 @@ import pytest
 import torch
 from filelock import FileLock
 
+from spinlab import stage
 from spinlab.errors import InputError
 from spinlab.files import kept_tensors, save_tensors, write_json
 from spinlab.stage import PROGRESS, Stages
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+    """Collecting what the other tests left takes longer than any stage here."""
+    monkeypatch.setattr(stage, "_give_back_memory", lambda: None)
 
 
 def work_once(calls: list):

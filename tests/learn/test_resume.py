@@ -13,7 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spinlab import learning
+from spinlab.compose import composed
 from spinlab.files import read_tensors
+from spinlab.learn.loop import RotationLearner
+from spinlab.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
@@ -25,13 +29,17 @@ SETTINGS = [
 ]
 
 
+def with_text(folder: Path, *choice: str) -> list[str]:
+    """Return all settings, with a short text in the folder: packaged ones take seconds to read."""
+    text = folder / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
+    return [*SETTINGS, f"data.calibration={text}", f"data.evaluation=[{text}]", *choice]
+
+
 def start(folder: Path, caches: str, recipes: str, *flags: str) -> subprocess.Popen:
     """Start a run, or with -m one for each pair of a cache and a recipe."""
-    text = folder / "text.txt"  # a short one: packaged texts take seconds to read
-    text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
-    texts = [f"data.calibration={text}", f"data.evaluation=[{text}]"]
     choice = [f"paths.cache={caches}", f"paths.runs={folder / 'runs'}", f"learn={recipes}"]
-    command = [sys.executable, "-m", "spinlab", *flags, *SETTINGS, *texts, *choice]
+    command = [sys.executable, "-m", "spinlab", *flags, *with_text(folder, *choice)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -98,3 +106,81 @@ def test_killed_runs_end_with_the_bits_of_unbroken_ones(caches):
         assert len(curve) == STEPS
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+class Killed(BaseException):
+    """Stand for a kill in this process."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Pipeline:
+    """Return a pipeline that has learned from its start to its end."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    found = short(folder)
+    found.learned  # noqa: B018
+    return found
+
+
+def short(folder: Path) -> Pipeline:
+    """Return a pipeline of three steps that are saved after the second one and the last."""
+    choice = ["learn=two_cores", f"paths.cache={folder / 'cache'}", "learn.warmup=0"]
+    steps = ["learn.steps=3", "learn.save_every=2"]
+    return Pipeline(composed(*with_text(folder, *choice, *steps)), lambda step, values: None)
+
+
+def break_off(monkeypatch, pipeline: Pipeline) -> Path:
+    """Kill the learning behind its last step, at the gate; return what it leaves."""
+
+    def kill(self, rotations):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        pipeline.initial  # noqa: B018 - it has a gate of its own
+        patch.setattr(learning.Learning, "gate", kill)
+        with pytest.raises(Killed):
+            pipeline.learned  # noqa: B018
+    (path,) = pipeline.stages.root.glob("learn-*.partial/progress/learn.safetensors")
+    return path
+
+
+def counted(monkeypatch) -> list[int]:
+    """Return a list that grows by each step that is done from here on."""
+    steps, step = [], RotationLearner.step
+
+    def count(self, index, batch):
+        steps.append(index)
+        return step(self, index, batch)
+
+    monkeypatch.setattr(RotationLearner, "step", count)
+    return steps
+
+
+def bits(pipeline: Pipeline) -> tuple[dict[str, torch.Tensor], list]:
+    return learned(pipeline.stages.root, pipeline.learned[0].name)
+
+
+def same(found: tuple[dict, list], expected: tuple[dict, list]) -> bool:
+    (tensors, curve), (others, other_curve) = found, expected
+    return (
+        curve == other_curve
+        and tensors.keys() == others.keys()
+        and all(torch.equal(tensors[name], tensor) for name, tensor in others.items())
+    )
+
+
+def test_a_kill_behind_the_last_step_costs_no_step(unbroken, tmp_path, monkeypatch):
+    assert len(read_tensors(break_off(monkeypatch, short(tmp_path)))[1]) == 3
+    steps = counted(monkeypatch)
+    assert same(bits(short(tmp_path)), bits(unbroken))
+    assert steps == []
+
+
+def test_damaged_progress_is_dropped_and_learned_again(unbroken, tmp_path, monkeypatch, caplog):
+    path = break_off(monkeypatch, short(tmp_path))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    steps = counted(monkeypatch)
+    assert same(bits(short(tmp_path)), bits(unbroken))
+    assert steps == [0, 1, 2]
+    assert "the progress in learn.safetensors is damaged and is dropped" in caplog.text
+    assert not list(tmp_path.glob("cache/learn-*/progress"))

@@ -124,6 +124,26 @@ def test_gptq_resumes_with_the_same_bits(make_model, windows, tmp_path):
     assert all(torch.equal(resumed[n].levels, w.levels) for n, w in whole.items())
 
 
+def test_a_damaged_layer_is_made_again_with_the_same_bits(make_model, windows, tmp_path, caplog):
+    """One flipped bit of a level, a file that was torn, and an empty one."""
+    config = WeightsConfig(method="gptq", block_size=10)
+
+    def run():
+        model = make_model(torch.float32, num_hidden_layers=3)
+        return quantize_gptq(model, RotationSet(), windows, MIXED, config, tmp_path)
+
+    whole, path = run(), tmp_path / "layer-001.safetensors"
+    sound = path.read_bytes()
+    for damaged in (sound[:-1] + bytes([sound[-1] ^ 1]), sound[: len(sound) // 2], b""):
+        caplog.clear()
+        path.write_bytes(damaged)
+        resumed = run()
+        assert "the progress in layer-001.safetensors is damaged and is dropped" in caplog.text
+        assert path.read_bytes() == sound
+        for name, weight in whole.items():
+            assert torch.equal(resumed[name].dequantize(), weight.dequantize())
+
+
 def test_an_override_that_matches_nothing_is_refused(make_model):
     quant = QuantConfig(overrides=[{"pattern": "*.down_porj", "weights": {"bits": 8}}])
     with pytest.raises(InputError, match=r"'\*\.down_porj' matches no linear"):

@@ -126,6 +126,17 @@ def test_learned_ranges_resume_with_the_same_bits(lwc, tmp_path):
         assert torch.equal(resumed[name].scale, weight.scale)
 
 
+def test_a_damaged_layer_of_learned_ranges_is_made_again_with_the_same_bits(lwc, tmp_path, caplog):
+    whole, path = lwc(QUANT, CONFIG), tmp_path / "layer-001.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    resumed = lwc(QUANT, CONFIG)
+    assert "the progress in layer-001.safetensors is damaged and is dropped" in caplog.text
+    assert path.read_bytes() == sound
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name].dequantize(), weight.dequantize())
+
+
 def test_only_weights_of_fewer_than_16_bits_are_learned(lwc):
     overrides = [
         {"pattern": "*.0.*", "weights": {"bits": 16}},
