@@ -23,7 +23,7 @@ _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 
 def main(words: list[str] | None = None) -> None:
     """Parse the command line, run, print the metrics and keep the record."""
-    arguments = _parser().parse_args(words)
+    arguments = command_line().parse_args(words)
     try:
         _run(arguments)
     except InputError as error:
@@ -37,12 +37,13 @@ def _run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = choose_device(arguments.device)
     parallel.start(device.type)
+    if arguments.out:  # what cannot be written is known before hours of work
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = arguments.run(arguments, device)
     if parallel.is_main():
         for name, value in sorted(record["metrics"].items()):
             print(f"{name:32} {value:,.6g}")
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.out, record)
             if not arguments.repeatable:
                 _draw(record, arguments.out)
@@ -57,19 +58,20 @@ def _draw(record: dict[str, Any], out: Path) -> None:
         print("no figure: matplotlib is not installed", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of every benchmark and its options."""
     parser = argparse.ArgumentParser(prog="python -m spinlab.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", choices=sorted(SHAPES), default="smollm2_135m")
-    common.add_argument("--layers", type=int, help="fewer than the model has")
-    common.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    common.add_argument("--device", default="auto")
-    common.add_argument("--out", type=Path, help="where the record goes")
-    gptq = commands.add_parser("gptq", parents=[common], help="quantize a whole model by GPTQ")
+    gptq = commands.add_parser("gptq", help="quantize a whole model by GPTQ")
+    _add_place(gptq)
+    _add_model(gptq)
+    gptq.add_argument("--length", type=int, default=2048, help="tokens of a window")
     gptq.add_argument("--samples", type=int, default=128, help="calibration windows")
     gptq.set_defaults(run=_gptq, repeatable=True)
-    learn = commands.add_parser("learn", parents=[common], help="learn the rotations of a model")
+    learn = commands.add_parser("learn", help="learn the rotations of a model")
+    _add_place(learn)
+    _add_model(learn)
+    learn.add_argument("--length", type=int, default=2048, help="tokens of a window")
     learn.add_argument("settings", nargs="*", help="of the learning: steps=100 micro_batch=2 ...")
     learn.set_defaults(run=_learn, repeatable=True)
     forms = commands.add_parser("forms", help="an experiment's learning against its definition")
@@ -80,30 +82,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# every command gets options of its own: argparse changes the option itself where one sets a default
+
+
+def _add_place(command: argparse.ArgumentParser, device: str = "auto") -> None:
+    command.add_argument("--device", default=device, help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--out", type=Path, help="where the record goes, a figure beside it")
+
+
+def _add_model(command: argparse.ArgumentParser, model: str = "smollm2_135m") -> None:
+    command.add_argument("--model", choices=sorted(SHAPES), default=model)
+    command.add_argument("--layers", type=int, help="fewer than the model has")
+
+
 def _add_kernels(commands: Any) -> None:
     """Add what times integer kernels; deterministic algorithms would slow torch's side down."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", default="auto")
-    common.add_argument("--out", type=Path, help="where the record goes, and a figure beside it")
-    kernels = commands.add_parser("kernels", parents=[common], help="the integer kernels alone")
+    kernels = commands.add_parser("kernels", help="the integer kernels alone")
+    _add_place(kernels)
     kernels.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS))
     kernels.add_argument("--peers", nargs="+", choices=_PEERS, default=list(_PEERS))
     kernels.set_defaults(run=_kernels, repeatable=False)
     for name, batches, prompt in (("decode", [1, 16, 64], 512), ("prefill", [1, 8], 2048)):
-        whole = commands.add_parser(name, parents=[common], help=f"{name} of a whole model")
-        whole.add_argument("--model", choices=sorted(SHAPES), default="llama2_7b")
-        whole.add_argument("--layers", type=int, help="fewer than the model has")
+        whole = commands.add_parser(name, help=f"{name} of a whole model")
+        _add_place(whole)
+        _add_model(whole, "llama2_7b")
         whole.add_argument("--batch", type=int, nargs="+", default=batches)
         whole.add_argument("--prompt", type=int, default=prompt, help="tokens of a prompt")
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
         whole.set_defaults(run=_end_to_end, repeatable=False)
-    cpu = commands.add_parser("cpu", parents=[common], help="int8 products and decoding on a CPU")
-    cpu.add_argument("--model", choices=sorted(SHAPES), default="smollm2_135m")
-    cpu.add_argument("--layers", type=int, help="fewer than the model has")
+    cpu = commands.add_parser("cpu", help="int8 products and decoding on a CPU")
+    _add_place(cpu, "cpu")
+    _add_model(cpu)
     cpu.add_argument("--context", type=int, default=128, help="tokens in the cache at the start")
     cpu.add_argument("--repeats", type=int, default=100, help="timed calls")
     cpu.add_argument("--threads", type=int, nargs="+", default=[1], help="to decode on")
-    cpu.set_defaults(run=_cpu, device="cpu", repeatable=False)
+    cpu.set_defaults(run=_cpu, repeatable=False)
     gather = commands.add_parser("collect", help="gather the records of several runs in one")
     gather.add_argument("records", type=Path, nargs="+", help="of two that overlap the last counts")
     gather.add_argument("--out", type=Path, required=True, help="where the record goes")
@@ -152,6 +165,8 @@ def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str
 def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.cpu import bench_cpu
 
+    if device.type != "cpu":
+        raise InputError(f"cpu times a CPU and --device is {device}: use kernels or decode")
     sizes = (arguments.layers, arguments.context, arguments.repeats)
     return bench_cpu(arguments.model, *sizes, arguments.threads)
 

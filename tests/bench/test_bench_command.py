@@ -1,0 +1,39 @@
+"""The benchmarks' command line: what each command runs on, and what it refuses."""
+
+import pytest
+
+from spinlab.bench.__main__ import command_line, main
+
+COMMANDS = {
+    "gptq": [],
+    "learn": [],
+    "forms": ["+experiment=toy"],
+    "kernels": [],
+    "decode": [],
+    "prefill": [],
+}
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS.items(), ids=COMMANDS)
+def test_every_command_takes_the_gpu_where_there_is_one(command, words):
+    assert command_line().parse_args([command, *words]).device == "auto"
+
+
+def test_only_the_cpu_benchmark_runs_on_the_cpu_by_itself(capsys):
+    assert command_line().parse_args(["cpu"]).device == "cpu"
+    assert command_line().parse_args(["kernels", "--device", "cuda:1"]).device == "cuda:1"
+    with pytest.raises(SystemExit) as stop:
+        main(["kernels", "--device", "cpu"])
+    assert stop.value.code == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+def test_a_default_of_one_command_is_not_anothers():
+    parser = command_line()
+    models = {name: parser.parse_args([name]).model for name in ("gptq", "learn", "cpu")}
+    assert set(models.values()) == {"smollm2_135m"}
+    assert {parser.parse_args([name]).model for name in ("decode", "prefill")} == {"llama2_7b"}
+    assert (parser.parse_args(["decode"]).prompt, parser.parse_args(["prefill"]).prompt) == (
+        512,
+        2048,
+    )
