@@ -22,7 +22,7 @@ from spinlab.report.table import result_table
 from spinlab.rotation.exchange import write_bin
 from spinlab.track.environment import environment
 from spinlab.track.record import Record
-from spinlab.track.trackers import Tracker, finish_all, make_trackers
+from spinlab.track.trackers import Outcome, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +41,18 @@ def run(config: Config, overrides: list[str]) -> Record:
     parallel.start(choose_device(config.runtime.device).type)
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
-    trackers: list[Tracker] = []
-
-    def on_step(step: int, values: dict[str, float]) -> None:
-        for tracker in trackers:
-            tracker.log(step, values)
-
-    pipeline = Pipeline(config, on_step)
+    trackers = Trackers()
+    pipeline = Pipeline(config, trackers.log)
     facts = environment() | {"backend": pipeline.backend}
-    record = Record(config, overrides, facts, pipeline.identity)
+    record = Record(config, overrides, facts, pipeline.identity, mirrors=trackers.stopped)
     record.save()
-    trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
+        if parallel.is_main():
+            trackers.start(record)
         prepare(pipeline)
-        artifacts.append(_rotations(pipeline, record, on_step))
+        artifacts.append(_rotations(pipeline, record, trackers.log))
         if parallel.is_main():
             export(pipeline)
         _evaluations(pipeline, record)
@@ -67,7 +63,10 @@ def run(config: Config, overrides: list[str]) -> Record:
         raise
     finally:
         path = _save(pipeline, record)
-        finish_all(trackers, record.metrics, figures, artifacts)
+        complete = record.status == "complete"
+        trackers.finish(Outcome(complete, record.metrics, figures, artifacts))
+        if trackers.stopped:
+            record.save()
     if parallel.is_main():
         _show(record, path, time.perf_counter() - start)
     parallel.stop()

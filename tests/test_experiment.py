@@ -51,7 +51,7 @@ def test_the_record_is_complete(finished):
     assert record["status"] == "complete"
     assert set(record) == {
         "schema", "experiment", "key", "identity", "config", "overrides", "environment", "stages",
-        "metrics", "status",
+        "metrics", "status", "mirrors",
     }  # fmt: skip
     metrics = record["metrics"]
     for variant in ("fp", "rtn", "init", "fake", "int4"):

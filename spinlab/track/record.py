@@ -81,6 +81,7 @@ class Record:
     stages: list[dict] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     status: str = "running"
+    mirrors: dict[str, str] = field(default_factory=dict)  # trackers that stopped, and why
 
     @property
     def key(self) -> str:
@@ -122,6 +123,7 @@ class Record:
             "stages": self.stages,
             "metrics": self.metrics,
             "status": self.status,
+            "mirrors": self.mirrors,
         }
         return without_folders(content)
 
