@@ -7,7 +7,6 @@ first of them while the others wait; what is shared out is done by all together.
 itself goes through the same code, where none of these functions does anything.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,27 +16,31 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from spinlab.launch import launched, launched_here, local_rank
+
+__all__ = [
+    "alone",
+    "barrier",
+    "is_main",
+    "launched",
+    "launched_here",
+    "local_rank",
+    "part",
+    "rank",
+    "share",
+    "share_tensors",
+    "start",
+    "stop",
+    "sum_",
+    "world",
+]
+
 T = TypeVar("T")
 
 # the first process may work alone for that long while the others wait for its word
 _PATIENCE = timedelta(hours=72)
 _HOST = torch.device("cpu")
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
-
-
-def launched() -> int:
-    """Return how many processes torchrun started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def launched_here() -> int:
-    """Return how many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    """Return this process's place among those of its machine, as torchrun counts them."""
-    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def start(device: str) -> None:

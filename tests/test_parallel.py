@@ -299,7 +299,9 @@ def test_a_stage_within_a_stage_is_refused(tmp_path):
     ],
 )
 def test_every_process_has_its_own_device(monkeypatch, name, expected):
-    for variable, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+    set_by_torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    set_by_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, value in set_by_torchrun.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
