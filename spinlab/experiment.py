@@ -21,6 +21,7 @@ from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
 from spinlab.rotation.exchange import write_bin
 from spinlab.track.environment import environment
+from spinlab.track.journal import Journal
 from spinlab.track.record import Record
 from spinlab.track.trackers import Outcome, Trackers
 
@@ -46,6 +47,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     facts = environment() | {"backend": pipeline.backend}
     record = Record(config, overrides, facts, pipeline.identity, mirrors=trackers.stopped)
     record.save()
+    journal = Journal(record.folder / "run.log", overrides)
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
@@ -60,6 +62,7 @@ def run(config: Config, overrides: list[str]) -> Record:
         record.status = "complete"
     except BaseException as error:
         record.end(error)
+        journal.tell(error)
         raise
     finally:
         path = _save(pipeline, record)
@@ -67,6 +70,7 @@ def run(config: Config, overrides: list[str]) -> Record:
         trackers.finish(Outcome(complete, record.metrics, figures, artifacts))
         if trackers.stopped:
             record.save()
+        journal.close()
     if parallel.is_main():
         _show(record, path, time.perf_counter() - start)
     parallel.stop()

@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from spinlab import parallel
 from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
+from spinlab.track.journal import heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Stages:
         start = time.perf_counter()
         if parallel.is_main():
             _clear(partial)
-        with self._working(name):
+        with self._working(name), heartbeat(name):
             if together:
                 parallel.barrier()
                 work(partial)

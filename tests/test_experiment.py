@@ -89,8 +89,15 @@ def test_what_a_run_leaves_behind(finished):
     home = folder / "runs" / "toy" / record["key"]
     lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
+    assert record["mirrors"] == {}
     assert (home / "figures" / "outliers.png").read_bytes().startswith(b"\x89PNG")
-    assert list(home.glob("wandb/offline-run-*/*.wandb"))
+    (mirror,) = home.glob("wandb/offline-run-*")
+    assert list(mirror.glob("*.wandb"))
+    assert (mirror / "files" / "rotations.safetensors").is_file()
+    log = (home / "run.log").read_text()
+    assert "== spinlab tracker=offline" in log
+    assert "learn        done in" in log
+    assert "\r" not in log  # of bars
     assert list(home.glob("tensorboard/events*"))
 
 
