@@ -1,5 +1,8 @@
 """Compose settings: the schema, and the YAML files under conf/ that hold the differences to it."""
 
+import difflib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import cast
 
@@ -7,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from spinlab.config import Config
+from spinlab.config import Config, plain
+from spinlab.errors import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -21,9 +25,53 @@ def composed(*overrides: str) -> Config:
     """Return the settings that `python -m spinlab` would run with these overrides."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = OmegaConf.to_object(compose("config", list(overrides)))
+        return settings(compose("config", list(overrides)))
+
+
+def settings(composed: DictConfig) -> Config:
+    """Return composed settings as dataclasses. Raises InputError for one that nothing reads."""
+    for name in _unread(composed):
+        raise InputError(f"unknown setting {name!r}: {nearest(name, setting_names())}")
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
+
+
+def setting_names() -> list[str]:
+    """Return the dotted names of all settings, and the groups that are added with a plus."""
+    return [*_names(plain(Config())), "+experiment", "+method"]
+
+
+def options_of(group: str) -> list[str]:
+    """Return the names of a group's files."""
+    folder = CONF / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def nearest(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
+    """Say which of the known names may have been meant, or what lists them."""
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(known)}" if len(known) < 20 else f"{lists} lists them all"
+
+
+def _names(tree: dict, prefix: str = "") -> list[str]:
+    nested = [_names(v, f"{prefix}{k}.") for k, v in tree.items() if isinstance(v, dict)]
+    return [f"{prefix}{k}" for k in tree] + [name for names in nested for name in names]
+
+
+def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Name what was added (with a plus) where the schema has no field for it."""
+    schema = OmegaConf.get_type(node)
+    if not is_dataclass(schema):
+        return  # free keys: a model's architecture
+    known = {f.name for f in fields(schema)}
+    for key in map(str, node):
+        if key not in known:
+            yield prefix + key
+        elif OmegaConf.is_dict(child := node._get_node(key)):
+            yield from _unread(cast(DictConfig, child), f"{prefix}{key}.")
 
 
 def _schema() -> DictConfig:

@@ -1,5 +1,7 @@
 """What a user sees: help at once, and one sentence with exit status 2 for every mistake."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,10 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 
 from spinlab.__main__ import main
+from spinlab.config import Config
+from spinlab.errors import InputError
+from spinlab.report import __main__ as report
+from spinlab.streams import Terminated
 
 ROOT = Path(__file__).parent.parent
 TOY = ["+experiment=toy", "tracker=none", "eval.tasks=[]"]
@@ -138,6 +144,31 @@ def test_it_runs_from_any_folder(tmp_path):
             ["shares its input", "quant.overrides"],
         ),
         ([*TOY, "runtime.device=tpu"], ["runtime.device=tpu", "cuda"]),
+        (["+experiments=toy"], ["unknown setting 'experiments'", "+experiment"]),
+        ([*TOY, "+foo=1"], ["unknown setting 'foo'"]),
+        ([*TOY, "+learn.stpes=3"], ["unknown setting 'learn.stpes'", "learn.steps"]),
+        ([*TOY, "++quant.weights.bit=3"], ["'quant.weights.bit'", "quant.weights.bits"]),
+        (["--experiment", "toy"], ["write +experiment=NAME"]),
+        (["experiment", "toy"], ["write +experiment=NAME"]),
+        ([*TOY, "model=null"], ["model=null", "toy"]),
+        ([*TOY, "model=", "learn.steps=1"], ["conf/model"]),
+        ([*TOY, "model={nmae:x}"], ["unknown setting 'model.nmae'", "model.name"]),
+        ([*TOY, "model.architecture.foo=1"], ["write +model.architecture.foo=VALUE"]),
+        ([*TOY, "+learn=none"], ["learn is chosen already", "learn=NAME"]),
+        ([*TOY, "+experiment=toy"], ["+experiment=NAME, once"]),
+        ([*TOY, "model.path=/a,b"], ["several values", "'model.path=\"/a,b\"'"]),
+        ([*TOY, "seed=1,2"], ["seed=[1,2]", "-m"]),
+        ([*TOY, "eval.variants=fp"], ["is no list: write eval.variants=[fp]"]),
+        ([*TOY, "learn.steps=null"], ["learn.steps needs a value"]),
+        ([*TOY, "learn.steps.x=3"], ["learn.steps is one value"]),
+        ([*TOY, "~learn.steps"], ["cannot be deleted"]),
+        ([*TOY, "name=../x"], ["name='../x'", "no .."]),
+        (["-m", *TOY, "hydra/launcher=submitit_slurm"], ["pip install hydra-submitit-launcher"]),
+        (["-m", *TOY, "hydra/sweeper=optuna"], ["pip install hydra-optuna-sweeper"]),
+        (["-m", *TOY, "hydra/launcher=basci"], ["unknown hydra/launcher 'basci'", "basic"]),
+        ([*TOY, "hydra.run.dir=/proc/x"], ["/proc/x"]),
+        (["--resolve"], ["--cfg"]),
+        (["--config-name", "nope"], ["'nope'"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -170,3 +201,125 @@ def test_missing_package_data(mistake, monkeypatch):
 
     monkeypatch.setattr("spinlab.data.assets.distribution", missing)
     assert "make setup" in mistake(*TOY)
+
+
+@pytest.fixture
+def sweep(monkeypatch, capsys, tmp_path):
+    """Run a sweep whose jobs only fail or not; return its exit status, its jobs and stderr."""
+
+    def run(failing: dict[int, Exception], *arguments: str) -> tuple[int, list[int], list[str]]:
+        seeds = []
+
+        def experiment(composed):
+            seeds.append(composed.seed)
+            if composed.seed in failing:
+                raise failing[composed.seed]
+
+        monkeypatch.setattr("spinlab.__main__._experiment", experiment)
+        words = ["-m", *TOY, f"paths.runs={tmp_path}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["spinlab", *words])
+        GlobalHydra.instance().clear()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code
+        lines = capsys.readouterr().err.splitlines()
+        return status, seeds, [line for line in lines if line.startswith("spinlab: ")]
+
+    return run
+
+
+def test_every_failure_of_a_sweep_is_told_and_summed_up(sweep):
+    failing = {1: InputError("no such text"), 3: InputError("too short")}
+    status, seeds, lines = sweep(failing, "seed=0,1,2,3")
+    assert (status, seeds) == (2, [0, 1, 2, 3])
+    assert lines == [
+        "spinlab: seed=1: no such text",
+        "spinlab: seed=3: too short",
+        "spinlab: 2 of 4 failed: seed=1: no such text; seed=3: too short",
+    ]
+
+
+def test_a_fault_in_a_sweep_is_status_1_with_its_trace(sweep):
+    failing = {0: InputError("no such text"), 1: RuntimeError("out of luck")}
+    status, seeds, lines = sweep(failing, "seed=0,1,2", "hydra.sweeper.max_batch_size=1")
+    assert (status, seeds) == (1, [0, 1, 2])
+    assert lines[1] == "spinlab: seed=1: RuntimeError: out of luck"
+    assert lines[2].startswith("spinlab: 2 of 3 failed: seed=0: no such text; seed=1: RuntimeError")
+    assert sweep({}, "seed=0,1")[::2] == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("too short"), 2, "too short"),
+        (RuntimeError("out of luck"), 1, "RuntimeError: out of luck"),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command to go on"),
+        (Terminated(signal.SIGTERM), 143, "interrupted: run the same command to go on"),
+        (Terminated(signal.SIGHUP), 129, "interrupted: run the same command to go on"),
+    ],
+    ids=["mistake", "fault", "ctrl-c", "sigterm", "sighup"],
+)
+def test_an_end_has_one_line_and_its_own_status(monkeypatch, capsys, error, status, said):
+    def experiment(composed):
+        raise error
+
+    monkeypatch.setattr("spinlab.__main__._experiment", experiment)
+    monkeypatch.setattr(sys, "argv", ["spinlab", *TOY])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == status
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"spinlab: {said}")
+    assert ("Traceback" in "".join(trace)) == (status == 1)
+    assert not trace or status == 1
+
+
+def test_a_sweep_writes_nothing_outside_its_folder(sweep, tmp_path):
+    sweep({}, "seed=0,1", "name=../../x")
+    assert not (tmp_path.parent.parent / "x").exists()
+
+
+NO_FOLDERS = [
+    "", "..", "a/..", "../x", "/x", "a//b", "a/", ".", "~x", "a/~b", "a\\b", "a\nb", "a" * 201,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(InputError, match="is no name for a folder"):
+        Config(name=name)
+    for good in ("llama2_7b/spinquant_had", "über mich", "a..b", "v1.0", ".hidden"):
+        assert Config(name=good).name == good
+
+
+def test_the_version_is_spinlabs_own():
+    done = command_line("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("spinlab ")
+    assert "Hydra" not in done.stdout
+
+
+def test_the_console_script_completes_names(tmp_path):
+    script = tmp_path / "spinlab"
+    script.write_text(f"#!{sys.executable}\nfrom spinlab.__main__ import main\nmain()\n")
+    script.chmod(0o755)
+    shell = (
+        'eval "$(spinlab -sc install=bash)"; COMP_LINE="spinlab +experiment=toy learn.st"; '
+        "COMP_WORDS=($COMP_LINE); COMP_CWORD=2; hydra_bash_completion; echo ${COMPREPLY[@]}"
+    )
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", shell], env=os.environ | paths, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "learn.steps=", done.stderr
+
+
+def test_a_report_says_what_it_does_before_it_writes(capsys, monkeypatch):
+    monkeypatch.setattr(report, "tables", lambda folder: pytest.fail("it writes"))
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--help"])
+    assert stop.value.code == 0
+    assert "Rebuild every table" in capsys.readouterr().out

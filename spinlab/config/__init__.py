@@ -70,6 +70,7 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
+        self._check_name()
         quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
         if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(
@@ -92,6 +93,17 @@ class Config:
                     )
         if "int4" in self.eval.variants:
             self._check_integers()
+
+    def _check_name(self) -> None:
+        """Refuse a name that is no folder, or leads out of the folder of all runs."""
+        for part in self.name.split("/"):
+            # of 255 bytes that a name may have on most systems, W&B's take some
+            leads_out = part in ("", ".", "..") or part.startswith("~")
+            if leads_out or "\\" in part or not part.isprintable() or len(part.encode()) > 200:
+                raise InputError(
+                    f"name={self.name!r} is no name for a folder: use printable words of at most "
+                    "200 bytes, with / between them, and no .., ~ or backslash"
+                )
 
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""

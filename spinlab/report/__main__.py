@@ -1,5 +1,6 @@
 """Rebuild every table and summary under experiments/ from the records: `make tables`."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -33,8 +34,9 @@ def tables(experiments: Path) -> dict[Path, dict[str, str]]:
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Write every table into its page, and the summary of the best method."""
+    argparse.ArgumentParser(prog="python -m spinlab.report", description=__doc__).parse_args(words)
     for page, found in tables(_EXPERIMENTS).items():
         text = page.read_text(encoding="utf-8")
         for name, table in found.items():
