@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from spinlab import parallel
+from spinlab.arguments import prepared
 from spinlab.bench.collect import collect
 from spinlab.bench.figure import draw_ratios
 from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
+from spinlab.compose import composed
 from spinlab.config import LearnConfig, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
+from spinlab.sentences import sentence
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
@@ -26,8 +31,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = command_line().parse_args(words)
     try:
         _run(arguments)
-    except InputError as error:
-        print(error, file=sys.stderr)
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        print(sentence(error), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -137,10 +142,9 @@ def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from spinlab.bench.forms import bench_forms  # Hydra and the rest load here
-    from spinlab.compose import composed
+    from spinlab.bench.forms import bench_forms  # geoopt and the rest load here
 
-    return bench_forms(composed(*arguments.overrides))
+    return bench_forms(composed(*prepared(arguments.overrides)))
 
 
 def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -37,3 +37,21 @@ def test_a_default_of_one_command_is_not_anothers():
         512,
         2048,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["forms", "+experiment=toi"], "unknown experiment 'toi': did you mean toy?"),
+        (["forms", "+experiment=toy", "learn.stpes=3"], "unknown setting 'learn.stpes'"),
+        (["forms", "experiment"], "write +experiment=NAME"),
+        (["cpu", "--device", "tpu"], "runtime.device=tpu"),
+    ],
+    ids=["file", "setting", "no value", "device"],
+)
+def test_a_mistake_is_one_sentence_and_status_2(capsys, words, said):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
