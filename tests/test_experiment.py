@@ -15,9 +15,8 @@ from filelock import FileLock
 from spinlab import experiment, learning
 from spinlab.compose import composed
 from spinlab.errors import InputError
-from spinlab.learn.progress import save_progress
-
 from spinlab.experiment import _gain
+from spinlab.learn.progress import save_progress
 
 ROOT = Path(__file__).parent.parent
 FAST = ["tracker=none", "eval.tasks=[]"]
