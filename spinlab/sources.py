@@ -1,6 +1,7 @@
 """The first stages of an experiment: the original model, its tokenizer, and the text as tokens."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,17 @@ from spinlab.config import Config, ModelConfig
 from spinlab.data.text import fixed_windows, label, random_windows, read_text, tokenize
 from spinlab.device import choose_device
 from spinlab.files import text_digest
-from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
+from spinlab.model.gguf import convert_gguf
+from spinlab.model.load import (
+    check_numbers,
+    load_model,
+    load_tokenizer,
+    source_digest,
+    tokenizer_digest,
+)
 from spinlab.stage import Stages
+
+log = logging.getLogger(__name__)
 
 
 class Sources:
@@ -31,17 +41,24 @@ class Sources:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What identifies the original model, for keys."""
+        """What identifies the original model, for keys. Its numbers are looked at once."""
         model = self.config.model
         random = model.weights == "random"
+        if model.unread:
+            log.info(
+                "%-12s %s weights: %s not read", "model", model.weights, ", ".join(model.unread)
+            )
+        digest = source_digest(model)
+        if not random and not model.packaged:  # a packaged one is looked at when it is converted
+            self.stages.run("check", digest, lambda out: check_numbers(model), ("model",))
         shape = [model.outlier_channels, model.outlier_scale, self.config.seed] if random else None
-        return {"digest": source_digest(model), "dtype": model.dtype, "random": shape}
+        return {"digest": digest, "dtype": model.dtype, "random": shape}
 
     @cached_property
     def converted(self) -> Path | None:
         """The folder of a packaged model's dequantized checkpoint."""
         model = self.config.model
-        if model.weights == "random" or model.path or not model.package:
+        if not model.packaged:
             return None
         depends = self.source["digest"]
         return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[
@@ -92,14 +109,15 @@ class Sources:
     ) -> tuple[Path, str]:
         """Keep the tokens of named texts as one file, apart from what else they are used for."""
         digests = {name: text_digest(text) for name, text in texts.items()}
-        source = self.source["digest"]  # a model that cannot be had fails here
-        tokenizer = self.tokenizer  # and a packaged one is converted, as a stage of its own
+        tokens = tokenizer_digest(self.config.model)  # a model that cannot be had fails here
+        tokenizer = self.tokenizer  # a packaged one is converted, as a stage of its own
+        _ = self.source  # weights are looked at before anything comes of them
 
         def work(out: Path) -> None:
             rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
             save_file(rows, out / "tokens.safetensors")
 
-        folder, key = self.stages.run(stage, [source, digests, settings], work, ("data",))
+        folder, key = self.stages.run(stage, [tokens, digests, settings], work, ("data",))
         return folder / "tokens.safetensors", key
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.data.text import fixed_windows, read_text, tokenize
-from spinlab.model.load import convert_gguf, load_model, load_tokenizer
+from spinlab.model.gguf import convert_gguf
+from spinlab.model.load import load_model, load_tokenizer
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spinlab.errors import InputError
-from spinlab.limits import choice
+from spinlab.limits import at_least, choice, positive
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class ModelConfig:
     file: str | None = None
     hub: str | None = None
     revision: str = "main"
-    weights: str = "random"  # pretrained, or random: `architecture` with seeded weights
+    # pretrained, random (`architecture` with seeded weights), or auto: random if no model is named
+    weights: str = "auto"
     # fields of the family's config, `model_type` (llama unless given) among them
     architecture: dict[str, Any] = field(default_factory=dict)
     outlier_channels: int = 0  # random weights: residual channels scaled up, as real models have
@@ -25,15 +26,40 @@ class ModelConfig:
     dtype: str = "float32"  # what the networks run in; fusing is always float64
 
     def __post_init__(self) -> None:
-        choice("model.weights", self.weights, ("pretrained", "random"))
+        choice("model.weights", self.weights, ("auto", "pretrained", "random"))
         choice("model.dtype", self.dtype, ("float32", "float64", "bfloat16"))
-        if self.weights == "pretrained" and not (self.path or self.package or self.hub):
+        at_least("model.outlier_channels", self.outlier_channels, 0)
+        positive("model.outlier_scale", self.outlier_scale)
+        named = self.path or self.package or self.hub
+        if self.weights == "pretrained" and not named:
             raise InputError("no model is named: set model.path, model.hub or model.package")
+        if self.weights == "random" and self.path:
+            raise InputError(
+                f"model.path={self.path} and model.weights=random name two models: set "
+                "model.weights=pretrained, or model.path=null"
+            )
+        if self.weights == "auto":
+            object.__setattr__(self, "weights", "pretrained" if named else "random")
         if self.hub and self.package and not self.path:
             raise InputError(
                 f"model.hub={self.hub} and model.package={self.package} name two models: "
                 "set one of them to null"
             )
+        if self.packaged and not self.file:
+            raise InputError(f"model.package={self.package} needs model.file, its GGUF checkpoint")
+
+    @property
+    def packaged(self) -> bool:
+        """Tell whether the weights come from an installed package."""
+        return self.weights == "pretrained" and bool(self.package) and not self.path
+
+    @property
+    def unread(self) -> list[str]:
+        """The settings of other sources, which presets may carry and this choice does not read."""
+        names = {"hub", "package"} if self.path or self.weights == "random" else set()
+        names |= set() if self.weights == "random" else {"outlier_channels"}
+        given = {name: getattr(self, name) for name in sorted(names)}
+        return [f"model.{name}={value}" for name, value in given.items() if value]
 
 
 @dataclass(frozen=True)

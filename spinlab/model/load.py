@@ -1,120 +1,106 @@
 """Load stock transformers models: packaged GGUF, a local folder, the hub, or random weights."""
 
-import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from spinlab.config import ModelConfig
-from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
-from spinlab.files import file_digest
 from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.checkpoint import checkpoint_of, content_digest
+from spinlab.model.gguf import gguf_config, gguf_of
 from spinlab.model.random import architecture_of, random_model
-from spinlab.model.seams import family_of
+from spinlab.model.seams import dimensions_of
+from spinlab.model.settings import OURS, on_meta
 from spinlab.model.split import split_fused
+from spinlab.model.whole import check_finite, check_report
 
-log = logging.getLogger(__name__)
 
+def source_digest(config: ModelConfig) -> dict[str, Any]:
+    """Identify the weights for cache keys by content: digests of files, or the configured shape.
 
-def source_digest(config: ModelConfig) -> dict:
-    """Identify the weights for cache keys: digests of files, or the hub's commit, or the shape.
-
-    Raises InputError for a model that cannot be reached or rotated, before anything is loaded.
+    A hub repository's commit stands beside them. Raises InputError for a model that cannot be
+    reached or rotated, or is not whole, before anything is loaded.
     """
     if config.weights == "random":
         architecture_of(config)
         return {"random": config.architecture}
-    if config.path:
-        return _folder_digests(Path(config.path).expanduser())
-    if config.package:
-        return {"gguf": file_digest(packaged_file(config.package, config.file or ""))}
-    return {"hub": config.hub, "commit": _hub_commit(config.hub or "", config.revision)}
+    if config.packaged:
+        return {"gguf": content_digest(gguf_of(config))}
+    checkpoint = checkpoint_of(config, None)
+    checkpoint.check()
+    commit = {"commit": checkpoint.origin["commit"]} if "commit" in checkpoint.origin else {}
+    return {**commit, **checkpoint.weight_digests()}
 
 
-def _folder_digests(folder: Path) -> dict[str, str]:
-    """Digest the weights and settings of a local checkpoint."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model.path={folder} holds no config.json: give a checkpoint folder")
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check_rotatable(f"model.path={folder}", settings)
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(
-            f"model.path={folder} holds no *.safetensors: pickled weights are not read"
-        )
-    kinds = (".safetensors", ".json", ".model", ".txt")  # weights, settings, tokenizers
-    files = sorted(f for f in folder.iterdir() if f.suffix in kinds)
-    return {file.name: file_digest(file) for file in files}
+def tokenizer_digest(config: ModelConfig) -> dict[str, Any]:
+    """Identify the tokenizer for cache keys, by content and apart from the weights."""
+    if config.weights == "random":
+        return {"tokens": "bytes"}
+    if config.packaged:
+        return {"gguf": content_digest(gguf_of(config))}
+    return checkpoint_of(config, None).tokenizer_digests()
 
 
-def _hub_commit(hub: str, revision: str) -> str:
-    """Resolve a hub revision to a commit, from the hub or its local copy."""
-    try:
-        found = AutoConfig.from_pretrained(hub, revision=revision)
-    except OSError as error:
-        raise InputError(
-            f"cannot load {hub} from the hub: log in for a gated model, "
-            "or set model.path=/a/local/folder, or model.weights=random for shapes only"
-        ) from error
-    _check_rotatable(f"model.hub={hub}", found.to_dict())
-    commit = getattr(found, "_commit_hash", None)
-    if commit is None:
-        raise InputError(
-            f"{hub} at {revision} has no commit to cite: use model.path for local files"
-        )
-    return commit
+def check_numbers(config: ModelConfig) -> None:
+    """Read every weight of a folder or repository; raise InputError for one that is not finite."""
+    checkpoint = checkpoint_of(config, None)
+    check_finite(checkpoint.place, checkpoint.weights)
 
 
-def _check_rotatable(place: str, settings: dict) -> None:
-    """Raise InputError for a checkpoint of an unsupported family, or without float weights."""
-    family_of(settings.get("model_type"))
-    quantization = settings.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unnamed method")
-        raise InputError(
-            f"{place} is stored quantized ({method}), and only float weights can be rotated: "
-            "name the checkpoint it was made from"
-        )
+def describe_model(config: ModelConfig, converted: Path | None = None) -> dict[str, Any]:
+    """Tell which model runs, ready for JSON: its origin (no path), its family and its sizes."""
+    model = meta_model(config, converted)
+    dimensions = dimensions_of(model.config)
+    return {
+        "source": _origin(config),
+        "family": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": model.config.vocab_size,
+        "tied": model.config.tie_word_embeddings,
+        **vars(dimensions),
+    }
 
 
-def convert_gguf(config: ModelConfig, folder: Path) -> None:
-    """Dequantize a packaged GGUF checkpoint to float32 safetensors plus tokenizer in `folder`."""
-    gguf = packaged_file(config.package or "", config.file or "")
-    where, name = gguf.parent, gguf.name
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
-    # saved as an ordinary checkpoint: the weights are plain floats from here on
-    if hasattr(model.config, "quantization_config"):
-        delattr(model.config, "quantization_config")
-    setattr(model, "hf_quantizer", None)  # noqa: B010 - an attribute transformers declares oddly
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
+def _origin(config: ModelConfig) -> dict[str, str]:
+    if config.weights == "random":
+        return {"random": "seeded weights"}
+    if config.packaged:
+        return {"package": config.package or "", "file": gguf_of(config).name}
+    return checkpoint_of(config, None).origin
 
 
 def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTrainedModel:
     """Return the model in its configured dtype and evaluation mode, frozen, on the CPU.
 
     `converted` is the folder that `convert_gguf` filled, for packaged models. Fused linears come
-    split; `spinlab.model.split.join_fused` makes the model stock again.
+    split; `spinlab.model.split.join_fused` makes the model stock again. Raises InputError if
+    transformers reports any tensor as missing, left over or of another shape.
     """
     dtype = getattr(torch, config.dtype)
     if config.weights == "random":
-        model = random_model(config, seed)
-    else:
-        where, revision = _checkpoint(config, converted)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, revision=revision, use_safetensors=True
-        )
+        return _prepared(random_model(config, seed), dtype)
+    checkpoint = checkpoint_of(config, converted)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = load(
+        checkpoint.folder,
+        config=checkpoint.config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they are in the report
+        output_loading_info=True,
+        **OURS,
+    )
+    check_report(checkpoint.place, checkpoint.config, report)
     return _prepared(model, dtype)
 
 
@@ -123,20 +109,16 @@ def meta_model(config: ModelConfig, converted: Path | None = None) -> PreTrained
 
     A packaged model that is not converted yet is described by its own metadata.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_settings(config, converted))
-    return _prepared(model, getattr(torch, config.dtype))
+    return _prepared(on_meta(_described(config, converted)), getattr(torch, config.dtype))
 
 
-def _settings(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
-    """Return the transformers config of a model that need not be loaded."""
+def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
+    """Return the transformers config of a model without loading it."""
     if config.weights == "random":
         return architecture_of(config)
-    if config.package and not (converted or config.path):
-        gguf = packaged_file(config.package, config.file or "")
-        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    where, revision = _checkpoint(config, converted)
-    return AutoConfig.from_pretrained(where, revision=revision)
+    if config.packaged and converted is None:
+        return gguf_config(config)
+    return checkpoint_of(config, converted).config
 
 
 def _prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -175,16 +157,22 @@ def exact_norms(model: PreTrainedModel) -> None:
             model.set_submodule(name, exact)
 
 
-def _checkpoint(config: ModelConfig, converted: Path | None) -> tuple[str | Path, str]:
-    """Return what `from_pretrained` takes: a folder, or a hub id with the commit it stands at."""
-    if converted or config.path:
-        return converted or Path(config.path or "").expanduser(), "main"
-    return config.hub or "", _hub_commit(config.hub or "", config.revision)
-
-
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; random models read bytes."""
+    """Return the model's tokenizer; random models read bytes.
+
+    Raises InputError for one that cannot be read, or has more tokens than the model knows.
+    """
     if config.weights == "random":
-        return byte_tokenizer()
-    where, revision = _checkpoint(config, converted)
-    return AutoTokenizer.from_pretrained(where, revision=revision)
+        tokenizer, place = byte_tokenizer(), "model.architecture"
+        rows = architecture_of(config).vocab_size
+    else:
+        checkpoint = checkpoint_of(config, converted)
+        tokenizer, place = checkpoint.tokenizer(), checkpoint.place
+        rows = checkpoint.config.vocab_size
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= last < rows:
+        raise InputError(
+            f"{place}: its tokenizer's last token is {last} and vocab_size={rows}: take the "
+            "tokenizer that the model was trained with, or a larger vocab_size for random weights"
+        )
+    return tokenizer

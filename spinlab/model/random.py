@@ -5,20 +5,16 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import dimensions_of, family_of, layers_of, linear_at
+from spinlab.model.seams import family_of, layers_of, linear_at
+from spinlab.model.settings import OURS, config_from
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
-_WIDTHS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-)
 
 
 def architecture_of(config: ModelConfig) -> PreTrainedConfig:
@@ -32,29 +28,17 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
         )
     # no padding: a family's default padding token can lie outside a small vocabulary
     shape = {"pad_token_id": None, **config.architecture}
-    model_type = shape.pop("model_type", "llama")
-    family_of(model_type)
-    _check_names(model_type, shape)
-    for name in _WIDTHS:
-        if isinstance(shape.get(name), int) and shape[name] < 1:
-            raise InputError(f"model.architecture.{name}={shape[name]} must be positive")
-    try:
-        found = AutoConfig.for_model(model_type, **shape)
-    except StrictDataclassError as error:  # its cause is the sentence without the bookkeeping
-        raise InputError(f"model.architecture: {error.__cause__ or error}") from error
-    dimensions = dimensions_of(found)
-    if dimensions.heads % dimensions.kv_heads:
-        raise InputError(
-            f"model.architecture.num_key_value_heads={dimensions.kv_heads} does not divide "
-            f"num_attention_heads={dimensions.heads}"
-        )
-    return found
+    shape.setdefault("model_type", "llama")
+    _check_names(shape)
+    return config_from("model.architecture.", shape)
 
 
-def _check_names(model_type: str, shape: dict[str, Any]) -> None:
+def _check_names(shape: dict[str, Any]) -> None:
     """Raise InputError for a field that transformers would take in silence and never read."""
+    model_type = shape["model_type"]
+    family_of(model_type)
     known = {f.name for f in fields(type(AutoConfig.for_model(model_type)))}
-    known = (known - {f.name for f in fields(PreTrainedConfig)}) | set(_UNDECLARED)
+    known = (known - {f.name for f in fields(PreTrainedConfig)}) | {"model_type", *_UNDECLARED}
     for name in shape:
         if name not in known:
             close = get_close_matches(name, known, 1)
@@ -70,12 +54,14 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     the outliers of trained models. Biases are drawn as well: transformers starts them at zero.
     """
     architecture = architecture_of(config)
+    if config.outlier_channels > architecture.hidden_size:
+        raise InputError(
+            f"model.outlier_channels={config.outlier_channels} is more than "
+            f"hidden_size={architecture.hidden_size}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model = AutoModelForCausalLM.from_config(architecture)
-        except KeyError as error:  # an activation or a kind of RoPE
-            raise InputError(f"model.architecture: transformers lacks {error.args[0]}") from error
+        model = AutoModelForCausalLM.from_config(architecture, **OURS)
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -1,0 +1,128 @@
+"""Whether a checkpoint's tensors are those of the model that its config describes, and finite.
+
+Both are told from the files, before a model is made: names and shapes from the headers of the
+safetensors files, by transformers' own rules of loading; numbers by reading them once.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from spinlab.errors import InputError
+from spinlab.model.files import read_bytes
+from spinlab.model.settings import on_meta
+
+_CHUNK = 2**24  # numbers that are looked at together
+_NAMED = 3  # tensors that a sentence names
+
+Report = dict[str, Any]  # of transformers: keys by what is wrong with them
+
+
+def check_whole(place: str, config: PreTrainedConfig, files: list[Path]) -> None:
+    """Raise InputError unless files hold the tensors of a config's model, all of them and no more.
+
+    transformers loads them as it would, without their numbers: on the meta device.
+    """
+    stored = _stored_shapes(files)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    load: Any = type(on_meta(config)).from_pretrained
+    with _silence():  # what its report says is said below
+        _, report = load(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_report(place, config, report)
+
+
+def check_report(place: str, config: PreTrainedConfig, report: Report) -> None:
+    """Raise InputError if a loading report of transformers names any tensor or error."""
+    family = config.model_type
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    wrong = sorted(report["mismatched_keys"])
+    faults = [
+        f"lacks {_names(missing)}" if missing else "",
+        f"holds {_names(extra)}, which {family} has no place for" if extra else "",
+        *(f"has {n} of shape {(*found,)} for {(*due,)}" for n, found, due in wrong[:_NAMED]),
+        *(str(error) for error in report.get("error_msgs", ())),
+    ]
+    if any(faults):
+        said = "; ".join(filter(None, faults))
+        raise InputError(
+            f"{place} {said}: it is not the whole {family} model of its config.json, so copy or "
+            "download it again, or name the checkpoint it was made from"
+        )
+
+
+def check_finite(place: str, files: Iterable[Path]) -> None:
+    """Read every number once; raise InputError naming the first tensor with NaN or infinity."""
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - a file is no dictionary
+                if not is_finite(stored.get_tensor(name)):
+                    raise InputError(
+                        f"{place}: {name} in {file.name} holds NaN or infinity: copy or download "
+                        "it again, or train it anew"
+                    )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether all numbers are finite, in steps that need little memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    for chunk in tensor.flatten().split(_CHUNK):
+        numbers = chunk.float() if chunk.element_size() == 1 else chunk  # what has no aminmax
+        if not torch.stack(numbers.aminmax()).isfinite().all():  # which hand NaN on
+            return False
+    return True
+
+
+def _stored_shapes(files: list[Path]) -> dict[str, list[int]]:
+    """Read names and shapes from headers; raise InputError for a file that is torn or no floats."""
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        read_bytes(file, 64)  # a pointer, or a file that cannot be opened
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    if name in shapes:
+                        raise InputError(f"{file.name} holds {name} again: take it out of one file")
+                    tensor = stored.get_slice(name)
+                    if tensor.get_dtype()[0] not in "FB" or tensor.get_dtype() == "BOOL":
+                        raise InputError(
+                            f"{file}: {name} holds {tensor.get_dtype()} numbers, and only float "
+                            "weights can be rotated: name the checkpoint it was made from"
+                        )
+                    shapes[name] = tensor.get_shape()
+        except SafetensorError as error:
+            raise InputError(
+                f"{file} is torn or no safetensors file ({error}): copy or download it again"
+            ) from error
+    return shapes
+
+
+def _names(names: list[str]) -> str:
+    """Name the first of some tensors and count the others."""
+    more = f" and {len(names) - _NAMED} more tensors" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers' own report of a loading from the log."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
