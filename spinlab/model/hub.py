@@ -31,6 +31,8 @@ def snapshot(hub: str, revision: str) -> Path:
     `revision` is a branch, a tag or a commit. What lacks is downloaded; a hub that does not answer
     is asked once, and the local copy stands in for it. Raises InputError where there is none.
     """
+    if not revision or ".." in revision or revision.startswith("/"):
+        raise InputError(f"model.revision={revision} is no name of a branch, a tag or a commit")
     refusal = _ask(hub, revision)
     try:
         wanted = [*SETTINGS, *TOKENIZER, ADAPTER[0], SINGLE, INDEX]
@@ -40,6 +42,8 @@ def snapshot(hub: str, revision: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise InputError(_sentence(hub, revision, refusal or error)) from error
     if refusal is not None:
+        if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+            raise InputError(_sentence(hub, revision, refusal))
         log.info("%-12s %s is taken from the hub's local cache", "model", hub)
     return folder
 
@@ -85,7 +89,8 @@ def _sentence(hub: str, revision: str, error: Exception) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         why = "the hub is switched off (HF_HUB_OFFLINE)"
     else:
-        why = f"the hub cannot be reached ({type(error).__name__})"
+        said = str(error).partition("\n")[0] or type(error).__name__
+        why = f"the hub cannot be reached ({said})"
     return (
         f"model.hub={hub} at {revision} is not, or not whole, in the local cache, and {why}: "
         f"connect once, {local}, or set model.weights=random for shapes only"

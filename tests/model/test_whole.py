@@ -1,0 +1,170 @@
+"""A checkpoint is the whole model of its config, by transformers' own rules, and finite."""
+
+import pytest
+import torch
+
+from spinlab.config import ModelConfig
+from spinlab.errors import InputError
+from spinlab.model.load import check_numbers, load_model, source_digest
+from spinlab.model.random import random_model
+from spinlab.model.seams import FAMILIES
+from spinlab.model.whole import is_finite
+
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+NORM = "model.layers.1.input_layernorm.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def local(folder) -> ModelConfig:
+    return ModelConfig(weights="pretrained", path=str(folder))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(InputError) as mistake:
+        source_digest(local(folder))
+    assert "\n" not in str(mistake.value)
+    return str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    "name", [NORM, QUERY, "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+)
+def test_a_missing_tensor_is_named(folder, name, change_tensors):
+    change_tensors(folder, lambda tensors: tensors.pop(name))
+    assert f"lacks {name}: it is not the whole llama model" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["q_norm.weight", "k_norm.weight"])
+def test_a_missing_norm_of_single_heads_is_named(tmp_path, part, save_checkpoint, change_tensors):
+    save_checkpoint(tmp_path, model_type="qwen3")
+    change_tensors(tmp_path, lambda tensors: tensors.pop(f"model.layers.0.self_attn.{part}"))
+    assert f"lacks model.layers.0.self_attn.{part}" in refusal(tmp_path)
+
+
+def test_missing_biases_are_counted(tmp_path, save_checkpoint, change_tensors):
+    save_checkpoint(tmp_path, model_type="qwen2")
+    change_tensors(
+        tmp_path, lambda tensors: [tensors.pop(n) for n in [*tensors] if n.endswith("bias")]
+    )
+    assert "and 3 more tensors" in refusal(tmp_path)  # q, k, v of two layers, three of them named
+
+
+def test_a_tensor_without_a_place_is_named(folder, change_tensors):
+    change_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    assert "holds extra, which llama has no place for" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [NORM, QUERY])
+def test_a_tensor_of_another_shape_is_named_with_both(folder, name, change_tensors):
+    def cut(tensors):
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    change_tensors(folder, cut)
+    assert f"has {name} of shape (" in refusal(folder)
+
+
+def test_layers_that_the_config_does_not_count_are_not_dropped(folder, change_json):
+    change_json(folder / "config.json", lambda settings: settings.update(num_hidden_layers=1))
+    assert "holds model.layers.1." in refusal(folder)
+
+
+def test_another_prefix_is_refused(folder, change_tensors):
+    def rename(tensors):
+        for name in [*tensors]:
+            tensors[f"module.{name}"] = tensors.pop(name)
+
+    change_tensors(folder, rename)
+    assert "lacks " in refusal(folder)
+    assert "holds module.lm_head.weight" in refusal(folder)
+
+
+def test_a_bare_decoder_is_refused_for_the_head_that_it_lacks(tmp_path, save_checkpoint):
+    """transformers would draw a fresh head; with tied embeddings none is missing."""
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        save_checkpoint(folder, tie_word_embeddings=tied)
+        random_model(ModelConfig(architecture=SHAPE), 0).model.save_pretrained(tmp_path / "bare")
+        (tmp_path / "bare" / "model.safetensors").rename(folder / "model.safetensors")
+    assert "lacks lm_head.weight" in refusal(tmp_path / "False")
+    assert source_digest(local(tmp_path / "True"))
+
+
+def test_integers_are_no_weights(folder, change_tensors):
+    def round_off(tensors):
+        tensors[QUERY] = tensors[QUERY].to(torch.int8)
+
+    change_tensors(folder, round_off)
+    assert f"{QUERY} holds I8 numbers" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_what_transformers_saves_is_whole(tmp_path, family, tied, size, save_checkpoint):
+    dtype = torch.bfloat16 if tied else torch.float16
+    save_checkpoint(tmp_path, dtype, size, model_type=family, tie_word_embeddings=tied)
+    config = local(tmp_path)
+    assert source_digest(config)
+    check_numbers(config)
+    expected = random_model(
+        ModelConfig(architecture={**SHAPE, "model_type": family, "tie_word_embeddings": tied}), 0
+    )
+    loaded = load_model(config, None, 0)
+    norm, embedding = loaded.model.norm.weight, loaded.model.embed_tokens.weight
+    assert torch.equal(norm, expected.model.norm.weight.to(dtype).float())
+    assert torch.equal(embedding, expected.model.embed_tokens.weight.to(dtype).float())
+
+
+def test_old_frequencies_of_rope_and_a_stored_tied_head_are_harmless(
+    tmp_path, save_checkpoint, change_tensors
+):
+    save_checkpoint(tmp_path, tie_word_embeddings=True)
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    before = load_model(local(tmp_path), None, 0)(torch.arange(9)[None]).logits
+    change_tensors(tmp_path, add)
+    assert source_digest(local(tmp_path))
+    assert torch.equal(load_model(local(tmp_path), None, 0)(torch.arange(9)[None]).logits, before)
+
+
+def test_loading_reads_the_report_too(folder, change_tensors):
+    """The second line of defence: a file that changed since it was looked at."""
+    change_tensors(folder, lambda tensors: tensors.pop(NORM))
+    with pytest.raises(InputError, match=f"lacks {NORM}"):
+        load_model(local(folder), None, 0)
+    change_tensors(folder, lambda tensors: tensors.update({NORM: torch.ones(7)}))
+    with pytest.raises(InputError, match=rf"has {NORM} of shape \(7,\) for \(24,\)"):
+        load_model(local(folder), None, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_number_that_is_none_is_found(folder, dtype, bad, change_tensors):
+    """In an embedding row, where no window of text need meet it."""
+
+    def spoil(tensors):
+        tensors["model.embed_tokens.weight"][201, 7] = bad
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(dtype)
+
+    change_tensors(folder, spoil)
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight in model.safetensors holds"):
+        check_numbers(local(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_largest_numbers_are_finite(dtype):
+    limits = torch.finfo(dtype)
+    assert is_finite(torch.tensor([limits.max, limits.min, limits.tiny, 0], dtype=dtype))
+    assert is_finite(torch.empty(0, dtype=dtype))
+    assert not is_finite(torch.tensor([1, torch.nan], dtype=dtype))
