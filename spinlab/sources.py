@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spinlab.config import Config, ModelConfig
 from spinlab.data.text import fixed_windows, label, random_windows, read_text, tokenize
 from spinlab.device import choose_device
+from spinlab.errors import InputError
 from spinlab.files import text_digest
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
@@ -23,6 +24,7 @@ from spinlab.model.load import (
     load_tokenizer,
     source_digest,
     tokenizer_digest,
+    vocabulary,
 )
 from spinlab.stage import Stages
 
@@ -111,14 +113,28 @@ class Sources:
         digests = {name: text_digest(text) for name, text in texts.items()}
         tokens = tokenizer_digest(self.config.model)  # a model that cannot be had fails here
         tokenizer = self.tokenizer  # a packaged one is converted, as a stage of its own
+        known = vocabulary(self.config.model, self.converted)
         _ = self.source  # weights are looked at before anything comes of them
 
         def work(out: Path) -> None:
-            rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
+            ids = {name: tokenize(text, tokenizer) for name, text in texts.items()}
+            for name, row in ids.items():
+                self._check_ids(name, row, known)
+            rows = {name: cut(name, row) for name, row in ids.items()}
             save_file(rows, out / "tokens.safetensors")
 
-        folder, key = self.stages.run(stage, [tokens, digests, settings], work, ("data",))
+        depends = [tokens, known, digests, settings]
+        folder, key = self.stages.run(stage, depends, work, ("data", "sources"))
         return folder / "tokens.safetensors", key
+
+    @staticmethod
+    def _check_ids(name: str, ids: torch.Tensor, known: int) -> None:
+        """Refuse a text with special tokens that the tokenizer has and the model has not."""
+        if len(ids) and (last := int(ids.max())) >= known:
+            raise InputError(
+                f"text {name!r} holds token {last}, which the tokenizer knows and the model, with "
+                f"vocab_size={known}, does not: take the tokenizer that it was trained with"
+            )
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""

@@ -71,9 +71,10 @@ def _read(load: Any, config: ModelConfig, **settings: Any) -> Any:
     try:
         return load(file.parent, gguf_file=file.name, local_files_only=True, **settings)
     except Exception as error:  # a reader fed with other bytes fails in any way
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"{_place(config)} is cut or no GGUF that transformers reads "
-            f"({type(error).__name__}: {error}): run `make setup` to install it again"
+            f"{_place(config)} is cut or no GGUF that transformers reads ({said}): "
+            "run `make setup` to install it again"
         ) from error
 
 

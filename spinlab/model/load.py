@@ -160,19 +160,26 @@ def exact_norms(model: PreTrainedModel) -> None:
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; random models read bytes.
 
-    Raises InputError for one that cannot be read, or has more tokens than the model knows.
+    Raises InputError for one that cannot be read, or has more tokens than the model knows. Tokens
+    that were added to it (transformers adds some by itself) may lie beyond, until a text has one.
     """
     if config.weights == "random":
         tokenizer, place = byte_tokenizer(), "model.architecture"
-        rows = architecture_of(config).vocab_size
     else:
         checkpoint = checkpoint_of(config, converted)
         tokenizer, place = checkpoint.tokenizer(), checkpoint.place
-        rows = checkpoint.config.vocab_size
-    last = max(tokenizer.get_vocab().values(), default=-1)
+    rows = vocabulary(config, converted)
+    ends: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id]  # which texts are given
+    apart = set(tokenizer.added_tokens_decoder) - set(ends)
+    last = max(set(tokenizer.get_vocab().values()) - apart, default=-1)
     if not 0 <= last < rows:
         raise InputError(
             f"{place}: its tokenizer's last token is {last} and vocab_size={rows}: take the "
             "tokenizer that the model was trained with, or a larger vocab_size for random weights"
         )
     return tokenizer
+
+
+def vocabulary(config: ModelConfig, converted: Path | None) -> int:
+    """Return how many tokens the model knows."""
+    return _described(config, converted).vocab_size

@@ -45,6 +45,8 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
         on_meta(config)
     except Exception as error:  # settings that are not a model's fail in any way
         raise InputError(f"{prefix.rstrip('.: ')}: {_reason(error)}") from error
+    if dimensions.head_dim % 2:
+        raise InputError(f"{prefix}head_dim={dimensions.head_dim} is odd, and RoPE turns pairs")
     if dimensions.heads % dimensions.kv_heads:
         raise InputError(
             f"{prefix}num_key_value_heads={dimensions.kv_heads} does not divide "

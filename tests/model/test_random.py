@@ -87,6 +87,11 @@ def test_biases_are_not_the_zeros_that_transformers_starts_with():
         ({"hidden_size": "wide"}, "'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),
         ({"model_type": "qwen3", "num_key_value_heads": 3}, "num_key_value_heads=3 does not"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is out of range"),
+        ({"hidden_size": 10**12}, "hidden_size=1000000000000 is out of range"),
+        ({"rope_scaling": {"rope_type": "moebius"}}, "transformers lacks moebius"),
+        ({"rope_theta": "steep"}, "transformers makes no model of it"),
         ({"hidden_act": "nonsense"}, "transformers lacks nonsense"),
     ],
     ids=str,
@@ -95,3 +100,8 @@ def test_an_impossible_shape_is_one_sentence(changes, sentence):
     with pytest.raises(InputError, match=sentence) as mistake:
         random_model(shaped(**changes), 0)
     assert "\n" not in str(mistake.value)
+
+
+def test_more_outliers_than_channels_are_refused():
+    with pytest.raises(InputError, match="outlier_channels=25 is more than hidden_size=24"):
+        random_model(replace(shaped(), outlier_channels=25), 0)
