@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
+from spinlab.files import file_digest
 from spinlab.model.files import (
     CONFIG,
     SETTINGS,
@@ -24,7 +25,6 @@ from spinlab.model.hub import snapshot
 from spinlab.model.settings import config_from
 from spinlab.model.whole import check_whole
 from spinlab.rotation.exchange import MANIFEST
-from spinlab.files import file_digest
 
 
 @dataclass(frozen=True)
