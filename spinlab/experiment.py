@@ -14,8 +14,9 @@ from spinlab.data.text import label
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.transformed import save_transformed
 from spinlab.learn.recipe import warn_of_mismatch
-from spinlab.measure import evaluate, handoff_error, outliers, prepare
+from spinlab.measure import evaluate, handoff_error, outliers
 from spinlab.pipeline import Pipeline
+from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
 from spinlab.rotation.exchange import write_bin
@@ -46,13 +47,13 @@ def run(config: Config, overrides: list[str]) -> Record:
             tracker.log(step, values)
 
     pipeline = Pipeline(config, on_step)
+    preflight(pipeline)
     record = Record(config, overrides, environment() | {"backend": pipeline.backend})
     record.save()
     trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
-        prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
         if parallel.is_main():
             export(pipeline)

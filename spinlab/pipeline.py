@@ -22,7 +22,7 @@ from spinlab.device import choose_backend
 from spinlab.learning import Learning, clip_settings
 from spinlab.rotation.rotations import RotationSet
 from spinlab.start import SETTINGS
-from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
+from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
 from spinlab.weights.quantized import QuantizedWeight, save_weights
 
@@ -72,7 +72,6 @@ class Pipeline(Learning):
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
-            check_weight_groups(model, self.config.quant)
             weights = self._rounded(model, rotations, config, self._clips(variant), out)
             parallel.barrier()  # all have read the layers that were there
             if parallel.is_main():

@@ -15,6 +15,7 @@ from spinlab.config import Config, ModelConfig
 from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
 from spinlab.device import choose_device
 from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
+from spinlab.model.meta import meta_model
 from spinlab.stage import Stages
 
 
@@ -46,6 +47,12 @@ class Sources:
         return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[
             0
         ]
+
+    @cached_property
+    def shape(self) -> PreTrainedModel:
+        """The original model on the meta device: its names and widths, without its weights."""
+        assert self.source  # a model that cannot be had fails here, with a sentence
+        return meta_model(self.config.model)
 
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
         """Return a fresh copy of the original model on the device."""

@@ -93,6 +93,22 @@ class Config:
         if "int4" in self.eval.variants:
             self._check_integers()
 
+    @property
+    def calibration_windows(self) -> dict[str, int]:
+        """Name the settings of the calibration windows that are in use, with their lengths."""
+        rotation, weights = self.rotation, self.weights
+        gathers = rotation.needs_statistics and not rotation.load
+        calibrated = weights.method == "gptq" or weights.lwc_epochs > 0
+        rounds = self.quant.quantizes_weights and set(self.eval.variants) - {"fp", "rtn"}
+        uses = (
+            ("rotation.statistics", rotation.statistics, gathers),
+            ("learn", self.learn, self.learn.steps > 0),
+            ("weights", weights, calibrated and rounds),
+        )
+        return {
+            f"{name}.sequence_length": part.sequence_length for name, part, used in uses if used
+        }
+
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant

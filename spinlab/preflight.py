@@ -1,0 +1,57 @@
+"""What can be known about an experiment before its first stage, whatever is cached.
+
+Settings that contradict each other were refused when they were composed (`spinlab.config`). Here
+they meet the model's shape, without its weights, then files and the hub; last the texts are cut
+into tokens, for only these tell whether a text is long enough. Every check lives in the package
+of its subject.
+"""
+
+import logging
+
+from safetensors.torch import load_file
+
+from spinlab.data.questions import check_questions
+from spinlab.kv.cache import kv_path
+from spinlab.model.context import check_context
+from spinlab.model.seams import dimensions_of
+from spinlab.pipeline import Pipeline
+from spinlab.quant.network import input_paths
+from spinlab.rotation.initial import check_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.handoff import check_runtime
+from spinlab.weights.layerwise import check_weight_groups
+
+log = logging.getLogger(__name__)
+
+
+def preflight(pipeline: Pipeline) -> None:
+    """Raise InputError, with the cure, for what would fail in a stage."""
+    _check_shape(pipeline)
+    _check_given(pipeline)
+    check_questions(pipeline.config.eval)
+    _check_texts(pipeline)
+
+
+def _check_shape(pipeline: Pipeline) -> None:
+    """Hold formats, rotations and windows against the model's widths."""
+    config, model = pipeline.config, pipeline.shape
+    check_context(config, model.config)
+    check_weight_groups(model, config.quant)
+    input_paths(model, RotationSet(), config.quant)
+    kv_path(model, None, config.kv)
+    if pipeline.backend == "triton":
+        check_runtime(model)
+
+
+def _check_given(pipeline: Pipeline) -> None:
+    """Read the rotations that are given, or see that those of the settings can be made."""
+    given, brought = pipeline.given, pipeline.given_rotations
+    if given is None or brought is None or given.suffix == ".bin":
+        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.shape.config))
+
+
+def _check_texts(pipeline: Pipeline) -> None:
+    """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
+    path, _ = pipeline.evaluation
+    shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in load_file(path).items())
+    log.info("%-12s %s", "texts", shapes)
