@@ -28,3 +28,19 @@ def at_least(name: str, value: float | None, least: float) -> None:
     """None stands for a setting that is left out."""
     if value is not None and not value >= least:
         raise InputError(f"{name}={value} must be at least {least}")
+
+
+def filled(name: str, values: list[str]) -> None:
+    """Check a list of names: there are some, none of them empty and none twice."""
+    if not values:
+        raise InputError(f"{name}=[] is empty: name at least one")
+    distinct(name, values)
+
+
+def distinct(name: str, values: list[str]) -> None:
+    """Check a list of names that may be empty."""
+    for value in values:
+        if not value.strip():
+            raise InputError(f"{name} holds an empty name")
+        if values.count(value) > 1:
+            raise InputError(f"{name} names {value} twice")

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import plain
 from spinlab.data.questions import digest as question_digest
-from spinlab.data.text import label
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.kv.cache import kv_bits
@@ -156,8 +155,10 @@ def _sizes(
 def _perplexities(pipeline: Pipeline, model: PreTrainedModel, variant: str) -> dict[str, float]:
     windows, batch = load_file(pipeline.evaluation[0]), pipeline.config.eval.batch
     return {
-        f"ppl/{label(name)}": perplexity(model, windows[name], batch, f"{variant} {name}")
-        for name in pipeline.config.data.evaluation
+        f"ppl/{text.label}": perplexity(
+            model, windows[text.label], batch, f"{variant} {text.label}"
+        )
+        for text in pipeline.texts[1]
     }
 
 

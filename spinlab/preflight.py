@@ -11,6 +11,7 @@ import logging
 from safetensors.torch import load_file
 
 from spinlab.data.questions import check_questions
+from spinlab.data.text import check_length
 from spinlab.kv.cache import kv_path
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
@@ -52,6 +53,14 @@ def _check_given(pipeline: Pipeline) -> None:
 
 def _check_texts(pipeline: Pipeline) -> None:
     """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
-    path, _ = pipeline.evaluation
-    shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in load_file(path).items())
-    log.info("%-12s %s", "texts", shapes)
+    calibration, evaluation = pipeline.texts
+    log.info("%-12s %s (%s) calibrates", "texts", calibration.label, calibration.part)
+    windows = load_file(pipeline.evaluation[0])
+    for text in evaluation:
+        count, length = windows[text.label].shape
+        about = f"{text.label} ({text.part}) is evaluated: {count} windows of {length} tokens"
+        log.info("%-12s %s", "texts", about)
+    tokens = pipeline.calibration_tokens
+    lengths = {**pipeline.config.calibration_windows, "the gates' window": pipeline.gate_tokens}
+    for setting, length in lengths.items():
+        check_length(tokens, length, calibration.label, setting)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.config import Config, ModelConfig
-from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
+from spinlab.data.text import Text, fixed_windows, random_windows, read_texts, tokenize
 from spinlab.device import choose_device
-from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
-from spinlab.model.meta import meta_model
+from spinlab.model.load import (
+    convert_gguf,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    source_digest,
+)
 from spinlab.stage import Stages
 
 
@@ -66,38 +72,45 @@ class Sources:
     # the text -------------------------------------------------------------------------------
 
     @cached_property
-    def calibration(self) -> tuple[Path, str]:
-        """A file with the calibration tokens, and its key."""
-        name = self.config.data.calibration
+    def texts(self) -> tuple[Text, list[Text]]:
+        """The calibration text and the evaluation texts."""
+        return read_texts(self.config.data)
 
-        texts = {name: read_text(name)[0]}
-        return self._tokenized("calibration", texts, [], lambda name, ids: ids)
+    @cached_property
+    def calibration(self) -> tuple[Path, str]:
+        """A file with the calibration tokens, whatever their text is called, and its key."""
+        text = replace(self.texts[0], label="tokens")
+        return self._tokenized("calibration", [text], [], lambda name, ids: ids)
+
+    @property
+    def calibration_tokens(self) -> torch.Tensor:
+        """The calibration text as token ids: (N,)."""
+        return load_file(self.calibration[0])["tokens"]
 
     @cached_property
     def evaluation(self) -> tuple[Path, str]:
         """A file with the evaluation windows of every text, and its key."""
         window, most = self.config.eval.window, self.config.eval.max_windows
-        texts = {name: read_text(name)[1] for name in self.config.data.evaluation}
 
         def windows(name: str, ids: torch.Tensor) -> torch.Tensor:
             return fixed_windows(ids, window, most, name).contiguous()
 
-        return self._tokenized("evaluation", texts, [window, most], windows)
+        return self._tokenized("evaluation", self.texts[1], [window, most], windows)
 
     def _tokenized(
         self,
         stage: str,
-        texts: dict[str, str],
+        texts: list[Text],
         settings: list,
         cut: Callable[[str, torch.Tensor], torch.Tensor],
     ) -> tuple[Path, str]:
-        """Keep the tokens of named texts as one file, apart from what else they are used for."""
-        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        """Keep the tokens of texts as one file, apart from what else they are used for."""
+        digests = {text.label: text.digest for text in texts}
         source = self.source["digest"]  # a model that cannot be had fails here
         tokenizer = self.tokenizer  # and a packaged one is converted, as a stage of its own
 
         def work(out: Path) -> None:
-            rows = {name: cut(name, tokenize(text, tokenizer)) for name, text in texts.items()}
+            rows = {t.label: cut(t.label, tokenize(t.text, tokenizer)) for t in texts}
             save_file(rows, out / "tokens.safetensors")
 
         folder, key = self.stages.run(stage, [source, digests, settings], work, ("data",))
@@ -105,9 +118,7 @@ class Sources:
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""
-        name = self.config.data.calibration
-        ids = load_file(self.calibration[0])[name]
-        return random_windows(ids, length, count, self.generator(purpose), f"{name}, for {purpose}")
+        return random_windows(self.calibration_tokens, length, count, self.generator(purpose))
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return an independent random stream per purpose."""

@@ -159,9 +159,13 @@ class Start(Sources):
 
     @property
     def gate_ids(self) -> torch.Tensor:
-        """One calibration window, no longer than the model's context: (1, tokens)."""
-        length = min(GATE_TOKENS, context_of(self.shape.config) or GATE_TOKENS)
-        return self.windows("gate", 1, length)
+        """One calibration window: (1, gate_tokens)."""
+        return self.windows("gate", 1, self.gate_tokens)
+
+    @property
+    def gate_tokens(self) -> int:
+        """How many tokens the gates look at: no more than the model's context."""
+        return min(GATE_TOKENS, context_of(self.shape.config) or GATE_TOKENS)
 
     def networks_in(self, dtype: str) -> Networks:
         """Return the same networks in another dtype."""

@@ -7,8 +7,9 @@ YAML files under conf/ hold deltas to these dataclasses. Nothing here imports to
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from spinlab.config.data import DataConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
-from spinlab.config.model import DataConfig, ModelConfig
+from spinlab.config.model import ModelConfig
 from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.config.rotation import (
     DuQuantConfig,

