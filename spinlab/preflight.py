@@ -10,8 +10,8 @@ import logging
 
 from safetensors.torch import load_file
 
-from spinlab.data.questions import check_questions
 from spinlab.data.text import check_length
+from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
 from spinlab.kv.cache import kv_path
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
@@ -30,6 +30,8 @@ def preflight(pipeline: Pipeline) -> None:
     _check_shape(pipeline)
     _check_given(pipeline)
     check_questions(pipeline.config.eval)
+    if pipeline.config.eval.scored:
+        check_tokenizer(pipeline.tokenizer)
     _check_texts(pipeline)
 
 

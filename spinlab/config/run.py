@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, positive
+from spinlab.limits import at_least, choice, distinct, filled, positive
 
 BACKENDS = ("auto", "cpu", "reference", "triton")
 VARIANTS = ("fp", "rtn", "init", "fake", "int4")
@@ -36,7 +36,15 @@ class EvalConfig:
     limit: int | None = None  # questions per task
     task_batch: int = 8
 
+    @property
+    def scored(self) -> bool:
+        """Tell whether any task is measured on any variant."""
+        return bool(self.tasks) and not set(self.variants).isdisjoint(self.task_variants)
+
     def __post_init__(self) -> None:
+        filled("eval.variants", self.variants)
+        distinct("eval.tasks", self.tasks)
+        distinct("eval.task_variants", self.task_variants)
         for name in self.variants:
             choice("eval.variants", name, VARIANTS)
         for name in self.task_variants:

