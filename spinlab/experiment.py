@@ -47,7 +47,7 @@ def run(config: Config, overrides: list[str]) -> Record:
             tracker.log(step, values)
 
     pipeline = Pipeline(config, on_step)
-    preflight(pipeline)
+    preflight(pipeline, overrides)
     record = Record(config, overrides, environment() | {"backend": pipeline.backend})
     record.save()
     trackers += make_trackers(config, record.key, record.folder) if parallel.is_main() else []

@@ -2,6 +2,8 @@
 
 from spinlab.errors import InputError
 
+_MOST = 1_000_000
+
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
@@ -30,17 +32,12 @@ def at_least(name: str, value: float | None, least: float) -> None:
         raise InputError(f"{name}={value} must be at least {least}")
 
 
+def count(name: str, value: int, least: int = 1, most: int = _MOST) -> None:
+    """Check how many of something a run makes or holds: more than `most` is a slip of the hand."""
+    if not least <= value <= most:
+        raise InputError(f"{name}={value} is out of range: it goes from {least} to {most}")
+
+
 def filled(name: str, values: list[str]) -> None:
-    """Check a list of names: there are some, none of them empty and none twice."""
     if not values:
         raise InputError(f"{name}=[] is empty: name at least one")
-    distinct(name, values)
-
-
-def distinct(name: str, values: list[str]) -> None:
-    """Check a list of names that may be empty."""
-    for value in values:
-        if not value.strip():
-            raise InputError(f"{name} holds an empty name")
-        if values.count(value) > 1:
-            raise InputError(f"{name} names {value} twice")

@@ -7,9 +7,13 @@ of its subject.
 """
 
 import logging
+from collections.abc import Sequence
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from safetensors.torch import load_file
 
+from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
 from spinlab.kv.cache import kv_path
@@ -25,8 +29,14 @@ from spinlab.weights.layerwise import check_weight_groups
 log = logging.getLogger(__name__)
 
 
-def preflight(pipeline: Pipeline) -> None:
-    """Raise InputError, with the cure, for what would fail in a stage."""
+def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
+    """Raise InputError, with the cure, for what would fail in a stage.
+
+    overrides: what the command itself sets; the runs of a sweep share theirs, and not each reads
+    all of them.
+    """
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    check_read(pipeline.config, () if sweep else overrides)
     _check_shape(pipeline)
     _check_given(pipeline)
     check_questions(pipeline.config.eval)

@@ -25,6 +25,7 @@ from spinlab.config.run import (
     TrackerConfig,
     WandbConfig,
 )
+from spinlab.config.values import check_values
 from spinlab.errors import InputError
 
 __all__ = [
@@ -71,6 +72,7 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
+        check_values(plain(self))
         quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
         if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(

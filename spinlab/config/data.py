@@ -17,5 +17,4 @@ class DataConfig:
     evaluation: list[str] = field(default_factory=lambda: ["wiki", "c4"])
 
     def __post_init__(self) -> None:
-        filled("data.calibration", [self.calibration])
         filled("data.evaluation", self.evaluation)

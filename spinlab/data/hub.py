@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
+_SWITCH = "HF_HUB_OFFLINE"  # read at every request, by its clients' modules
 _PATIENCE = 5.0  # seconds for the hub to answer
 
 
@@ -23,16 +24,15 @@ def hub_or_cache() -> Iterator[None]:
     """
     from datasets import config
 
-    switches = (constants, config)
-    before = [module.HF_HUB_OFFLINE for module in switches]
+    switches = [(vars(module), module.HF_HUB_OFFLINE) for module in (constants, config)]
     try:
         if not _answers():
-            for module in switches:
-                module.HF_HUB_OFFLINE = True  # pyright: ignore[reportConstantRedefinition]
+            for module, _ in switches:
+                module[_SWITCH] = True
         yield
     finally:
-        for module, value in zip(switches, before, strict=True):
-            module.HF_HUB_OFFLINE = value  # pyright: ignore[reportConstantRedefinition]
+        for module, before in switches:
+            module[_SWITCH] = before
 
 
 @cache

