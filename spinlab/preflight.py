@@ -17,6 +17,7 @@ from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
 from spinlab.kv.cache import kv_path
+from spinlab.learn.inputs import check_duals
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
 from spinlab.pipeline import Pipeline
@@ -24,7 +25,7 @@ from spinlab.quant.network import input_paths
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.handoff import check_runtime
-from spinlab.weights.layerwise import check_weight_groups
+from spinlab.weights.layerwise import check_samples, check_weight_groups
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ def _check_shape(pipeline: Pipeline) -> None:
     check_weight_groups(model, config.quant)
     input_paths(model, RotationSet(), config.quant)
     kv_path(model, None, config.kv)
+    if config.weights.method == "gptq":
+        check_samples(config.weights.samples)
     if pipeline.backend == "triton":
         check_runtime(model)
 
@@ -61,6 +64,9 @@ def _check_given(pipeline: Pipeline) -> None:
     given, brought = pipeline.given, pipeline.given_rotations
     if given is None or brought is None or given.suffix == ".bin":
         check_rotations(pipeline.config.rotation, dimensions_of(pipeline.shape.config))
+    learn = pipeline.config.learn
+    if brought is not None and learn.steps and "inputs" in learn.rotations:
+        check_duals(brought.inputs)
 
 
 def _check_texts(pipeline: Pipeline) -> None:

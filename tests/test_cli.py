@@ -149,7 +149,7 @@ def test_a_mistake_is_one_sentence_and_status_2(mistake, arguments, words):
 
 def test_a_text_shorter_than_a_window(mistake, tmp_path):
     text = tmp_path / "short.txt"
-    text.write_text("A short text. " * 20)
+    text.write_text("A short text. " * 5)
     sentence = mistake(*TOY, f"data.evaluation=[{text}]")
     assert "fewer than one window of 128" in sentence
     assert "fewer than one window" in mistake(
