@@ -41,9 +41,10 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_shape(pipeline)
     _check_given(pipeline)
     check_questions(pipeline.config.eval)
+    _read_texts(pipeline)
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.tokenizer)
-    _check_texts(pipeline)
+    _check_windows(pipeline)
 
 
 def _check_shape(pipeline: Pipeline) -> None:
@@ -69,16 +70,24 @@ def _check_given(pipeline: Pipeline) -> None:
         check_duals(brought.inputs)
 
 
-def _check_texts(pipeline: Pipeline) -> None:
-    """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
+def _read_texts(pipeline: Pipeline) -> None:
+    """Read the texts and say which part of which plays which role."""
     calibration, evaluation = pipeline.texts
-    log.info("%-12s %s (%s) calibrates", "texts", calibration.label, calibration.part)
-    windows = load_file(pipeline.evaluation[0])
-    for text in evaluation:
-        count, length = windows[text.label].shape
-        about = f"{text.label} ({text.part}) is evaluated: {count} windows of {length} tokens"
-        log.info("%-12s %s", "texts", about)
-    tokens = pipeline.calibration_tokens
+    scored = ", ".join(f"{text.label} ({text.part})" for text in evaluation)
+    log.info(
+        "%-12s calibration on %s (%s), evaluation on %s",
+        "texts",
+        calibration.label,
+        calibration.part,
+        scored,
+    )
+
+
+def _check_windows(pipeline: Pipeline) -> None:
+    """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
+    shapes = {name: tuple(ids.shape) for name, ids in load_file(pipeline.evaluation[0]).items()}
+    log.info("%-12s %s", "windows", ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+    tokens, name = pipeline.calibration_tokens, pipeline.texts[0].label
     lengths = {**pipeline.config.calibration_windows, "the gates' window": pipeline.gate_tokens}
     for setting, length in lengths.items():
-        check_length(tokens, length, calibration.label, setting)
+        check_length(tokens, length, name, setting)

