@@ -138,6 +138,9 @@ def test_it_runs_from_any_folder(tmp_path):
             ["shares its input", "quant.overrides"],
         ),
         ([*TOY, "runtime.device=tpu"], ["runtime.device=tpu", "cuda"]),
+        ([*TOY, "learn=none", "learn.lr=3"], ["learn.lr is not read with learn.steps=0"]),
+        ([*TOY, "learn.lr=inf"], ["learn.lr=inf is no finite number"]),
+        ([*TOY, "eval.window=600"], ["eval.window=600 is longer than the 512 tokens"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

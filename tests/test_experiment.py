@@ -165,7 +165,7 @@ def test_a_failed_stage_keeps_what_was_finished(tmp_path):
     assert process.returncode == 2
     (path,) = (tmp_path / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
-    assert record["status"].startswith("failed: Divergence")
+    assert record["status"].startswith("failed: InputError: learning diverged")
     assert {"evaluation", "rotate"} <= {stage["name"] for stage in record["stages"]}
 
 

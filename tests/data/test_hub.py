@@ -1,6 +1,8 @@
+import json
 import time
 
 import datasets
+import pyarrow
 import pytest
 from huggingface_hub import constants
 
@@ -35,14 +37,22 @@ def test_wikitext2_without_a_hub_fails_at_once_and_names_the_ways_out(no_hub):
     assert time.perf_counter() - start < 10
 
 
-def test_a_data_set_in_the_local_cache_needs_no_hub(no_hub, monkeypatch):
-    """Switched off, the hub's library serves its cache: here a stand-in says what it was asked."""
-
-    def cached(path: str, name: str, split: str) -> dict[str, list[str]]:
-        assert datasets.config.HF_HUB_OFFLINE
-        return {"text": [f"{path} {name}", split]}
-
-    monkeypatch.setattr(datasets, "load_dataset", cached)
+def test_a_data_set_in_the_local_cache_needs_no_hub(no_hub, tmp_path):
+    """The cache is laid out as the hub's library leaves it."""
+    folder = tmp_path / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / ("a" * 40)
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict({"text": ["", f" = {split} = "]}).data.table
+        with (
+            pyarrow.OSFile(str(folder / f"wikitext-{split}.arrow"), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as writer,
+        ):
+            writer.write_table(table)
+    splits = {name: {"name": name, "num_examples": 2} for name in ("train", "test")}
+    about = {"builder_name": "parquet", "config_name": "wikitext-2-raw-v1", "splits": splits}
+    about["features"] = {"text": {"dtype": "string", "_type": "Value"}}
+    about["version"] = {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0}
+    (folder / "dataset_info.json").write_text(json.dumps({**about, "dataset_name": "wikitext"}))
     calibration, (evaluation,) = read_texts(DataConfig("wikitext2", ["wikitext2"]))
-    assert calibration.text == "Salesforce/wikitext wikitext-2-raw-v1\n\ntrain"
-    assert evaluation.text.endswith("\n\ntest")
+    assert (calibration.text, evaluation.text) == ("\n\n = train = ", "\n\n = test = ")
+    assert calibration.label == evaluation.label == "wikitext2"
