@@ -1,6 +1,7 @@
 """Values and combinations of settings that no run could mean, and those that nothing reads."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from spinlab.compose import composed
 from spinlab.config.unread import check_read, unread
 from spinlab.errors import InputError
 
-CONF = Path(__file__).parent.parent / "conf"
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
 EXPERIMENTS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix(""))
     for path in (CONF / "experiment").rglob("*.yaml")
@@ -142,3 +144,28 @@ def test_llama_rows_measure_what_the_paper_does(name):
             "openbookqa",
         }  # fmt: skip
         assert {"fp", "int4"} <= set(config.eval.variants) & set(config.eval.task_variants)
+
+
+def documented() -> list[list[str]]:
+    """Return the arguments of every command of the README, and of its lines of bare settings."""
+    found = []
+    for block in (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]:
+        for line in block.splitlines():
+            *command, arguments = line.rpartition("spinlab +experiment=")
+            words = shlex.split(arguments, comments=True)
+            if any(command):
+                found.append([f"+experiment={words[0]}", *words[1:]])
+            elif "=" in line.partition(" ")[0]:  # settings for an experiment with a batch to cut
+                large = "micro_batch" in line
+                base = "smollm2_135m_w4a4kv4_full" if large else "toy"
+                found.append([f"+experiment={base}", *words])
+    return found
+
+
+@pytest.mark.parametrize("arguments", documented(), ids=" ".join)
+def test_what_the_readme_says_composes_and_is_read(arguments):
+    check_read(composed(*arguments), arguments)
+
+
+def test_the_readme_is_understood():
+    assert len(documented()) > 15
