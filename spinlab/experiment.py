@@ -10,13 +10,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from spinlab import parallel
 from spinlab.config import Config, PathsConfig, plain
-from spinlab.data.text import label
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.transformed import save_transformed
 from spinlab.files import check_writable, writing
 from spinlab.learn.recipe import warn_of_mismatch
-from spinlab.measure import evaluate, handoff_error, outliers, prepare
+from spinlab.measure import evaluate, handoff_error, outliers
 from spinlab.pipeline import Pipeline
+from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
 from spinlab.rotation.exchange import write_bin
@@ -44,6 +44,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
     trackers = Trackers()
     pipeline = Pipeline(config, trackers.log)
+    preflight(pipeline, overrides)
     facts = environment() | {"backend": pipeline.backend}
     record = Record(config, overrides, facts, pipeline.identity, mirrors=trackers.stopped)
     record.save()
@@ -53,7 +54,6 @@ def run(config: Config, overrides: list[str]) -> Record:
     try:
         if parallel.is_main():
             trackers.start(record)
-        prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, trackers.log))
         if parallel.is_main():
             export(pipeline)
@@ -128,7 +128,7 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
     for variant in record.config.eval.variants:
         record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)
-    for text in map(label, record.config.data.evaluation):
+    for text in (text.label for text in pipeline.texts[1]):
         both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
         if both[0] is not None and both[1] is not None:
             record.metrics[f"gap/{text}"] = both[0] / both[1] - 1

@@ -2,6 +2,8 @@
 
 from spinlab.errors import InputError
 
+_MOST = 1_000_000
+
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
@@ -28,3 +30,14 @@ def at_least(name: str, value: float | None, least: float) -> None:
     """None stands for a setting that is left out."""
     if value is not None and not value >= least:
         raise InputError(f"{name}={value} must be at least {least}")
+
+
+def count(name: str, value: int, least: int = 1, most: int = _MOST) -> None:
+    """Check how many of something a run makes or holds: more than `most` is a slip of the hand."""
+    if not least <= value <= most:
+        raise InputError(f"{name}={value} is out of range: it goes from {least} to {most}")
+
+
+def filled(name: str, values: list[str]) -> None:
+    if not values:
+        raise InputError(f"{name}=[] is empty: name at least one")

@@ -1,7 +1,6 @@
 """Measure the networks of a pipeline: perplexity, zero-shot accuracy, bytes, outliers."""
 
 import json
-import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +12,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import plain
-from spinlab.data.questions import check_task
 from spinlab.data.questions import digest as question_digest
-from spinlab.data.text import label
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
@@ -25,22 +22,8 @@ from spinlab.networks import channel_peaks, stored_bytes
 from spinlab.pipeline import Pipeline
 from spinlab.rotation.check import logits, relative_error
 from spinlab.rotation.rotations import RotationSet
-from spinlab.start import GATE_TOKENS, SETTINGS
+from spinlab.start import SETTINGS
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
-
-log = logging.getLogger(__name__)
-
-
-def prepare(pipeline: Pipeline) -> None:
-    """Cut the evaluation text and find the questions: what lacks must fail before the learning."""
-    path, _ = pipeline.evaluation
-    log.info(
-        "%-12s %s", "texts", ", ".join(f"{k} {tuple(v.shape)}" for k, v in load_file(path).items())
-    )
-    for task in pipeline.config.eval.tasks:
-        check_task(task)
-        if pipeline.config.eval.task_source == "packaged":
-            question_digest(task)
 
 
 def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
@@ -86,7 +69,7 @@ def handoff_error(pipeline: Pipeline) -> float:
     def work(out: Path) -> None:
         networks = pipeline.networks_in("float64")
         rotations, weights = _parts(pipeline, "int4")
-        ids = pipeline.windows("gate", 1, GATE_TOKENS).to(pipeline.device)
+        ids = pipeline.gate_ids.to(pipeline.device)
         expected = logits(networks.dequantized(rotations, weights), ids)
         found = logits(networks.integer(rotations, weights, pipeline.backend), ids)
         error = relative_error(found, expected)
@@ -104,7 +87,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
     """Return per network the largest |attention input| of each layer and channel, as a stage."""
 
     def work(out: Path) -> None:
-        ids = pipeline.windows("gate", 1, GATE_TOKENS)
+        ids = pipeline.gate_ids
         networks = {} if pipeline.transformed else {"before": RotationSet()}
         networks |= {name: pipeline.rotation_of(v)[0] for name, v in _ROTATED.items()}
         peaks = {n: channel_peaks(pipeline.networks.rotated(r), ids) for n, r in networks.items()}
@@ -172,8 +155,10 @@ def _sizes(
 def _perplexities(pipeline: Pipeline, model: PreTrainedModel, variant: str) -> dict[str, float]:
     windows, batch = load_file(pipeline.evaluation[0]), pipeline.config.eval.batch
     return {
-        f"ppl/{name}": perplexity(model, windows[name], batch, f"{variant} {name}")
-        for name in map(label, pipeline.config.data.evaluation)
+        f"ppl/{text.label}": perplexity(
+            model, windows[text.label], batch, f"{variant} {text.label}"
+        )
+        for text in pipeline.texts[1]
     }
 
 

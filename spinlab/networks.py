@@ -24,7 +24,6 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.handoff import integer_runtime, why_not_runtime
 from spinlab.runtime.network import insert_integer_linears, write_ends
 from spinlab.runtime.operations import triton_operations
-from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,6 @@ class Networks:
         if inputs:
             rotations = replace(rotations, inputs={})
         model = self.original()
-        check_weight_groups(model, self.quant)  # now, not after hours of learning
         fold_norms(model)
         fuse_inputs(model, rotations)
         self._fake_quant(model, rotations)

@@ -23,7 +23,7 @@ from spinlab.learning import Learning, clip_settings
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import PROGRESS
 from spinlab.start import SETTINGS
-from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
+from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
 from spinlab.weights.quantized import QuantizedWeight, save_weights
 
@@ -73,7 +73,6 @@ class Pipeline(Learning):
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
-            check_weight_groups(model, self.config.quant)
             clips, progress = self._clips(variant), out / PROGRESS
             weights = self._rounded(model, rotations, config, clips, progress)
             if parallel.is_main():

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.config import Config, ModelConfig
-from spinlab.data.text import fixed_windows, label, random_windows, read_text, tokenize
+from spinlab.data.text import Text, fixed_windows, random_windows, read_texts, tokenize
 from spinlab.device import choose_device
 from spinlab.errors import InputError
-from spinlab.files import text_digest
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_numbers,
     load_model,
     load_tokenizer,
+    meta_model,
     source_digest,
     tokenizer_digest,
     vocabulary,
@@ -67,6 +68,12 @@ class Sources:
             0
         ]
 
+    @cached_property
+    def shape(self) -> PreTrainedModel:
+        """The original model on the meta device: its names and widths, without its weights."""
+        assert self.source  # a model that cannot be had fails here, with a sentence
+        return meta_model(self.config.model)
+
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
         """Return a fresh copy of the original model on the device."""
         model = load_model(model_config or self.config.model, self.converted, self.config.seed)
@@ -79,18 +86,20 @@ class Sources:
     # the text -------------------------------------------------------------------------------
 
     @cached_property
-    def texts(self) -> tuple[str, dict[str, str]]:
-        """The calibration text, and those of the evaluation by what metrics call them."""
-        data = self.config.data
-        parts = {name: read_text(name) for name in (data.calibration, *data.evaluation)}
-        evaluation = {label(name): parts[name][1] for name in data.evaluation}
-        return parts[data.calibration][0], evaluation
+    def texts(self) -> tuple[Text, list[Text]]:
+        """The calibration text and the evaluation texts."""
+        return read_texts(self.config.data)
 
     @cached_property
     def calibration(self) -> tuple[Path, str]:
-        """A file with the calibration tokens, and its key."""
-        texts = {"calibration": self.texts[0]}
-        return self._tokenized("calibration", texts, [], lambda name, ids: ids)
+        """A file with the calibration tokens, whatever their text is called, and its key."""
+        text = replace(self.texts[0], label="tokens")
+        return self._tokenized("calibration", [text], [], lambda name, ids: ids)
+
+    @property
+    def calibration_tokens(self) -> torch.Tensor:
+        """The calibration text as token ids: (N,)."""
+        return load_file(self.calibration[0])["tokens"]
 
     @cached_property
     def evaluation(self) -> tuple[Path, str]:
@@ -105,22 +114,22 @@ class Sources:
     def _tokenized(
         self,
         stage: str,
-        texts: dict[str, str],
+        texts: list[Text],
         settings: list,
         cut: Callable[[str, torch.Tensor], torch.Tensor],
     ) -> tuple[Path, str]:
-        """Keep the tokens of named texts as one file, apart from what else they are used for."""
-        digests = {name: text_digest(text) for name, text in texts.items()}
+        """Keep the tokens of texts as one file, apart from what else they are used for."""
+        digests = {text.label: text.digest for text in texts}
         tokens = tokenizer_digest(self.config.model)  # a model that cannot be had fails here
         tokenizer = self.tokenizer  # a packaged one is converted, as a stage of its own
         known = vocabulary(self.config.model, self.converted)
         _ = self.source  # weights are looked at before anything comes of them
 
         def work(out: Path) -> None:
-            ids = {name: tokenize(text, tokenizer) for name, text in texts.items()}
-            for name, row in ids.items():
-                self._check_ids(name, row, known)
-            rows = {name: cut(name, row) for name, row in ids.items()}
+            ids = {text.label: tokenize(text.text, tokenizer) for text in texts}
+            for label, row in ids.items():
+                self._check_ids(label, row, known)
+            rows = {label: cut(label, row) for label, row in ids.items()}
             save_file(rows, out / "tokens.safetensors")
 
         depends = [tokens, known, digests, settings]
@@ -138,9 +147,7 @@ class Sources:
 
     def windows(self, purpose: str, count: int, length: int) -> torch.Tensor:
         """Draw (count, length) calibration windows, the same for the same seed and purpose."""
-        name = self.config.data.calibration
-        ids = load_file(self.calibration[0])["calibration"]
-        return random_windows(ids, length, count, self.generator(purpose), f"{name}, for {purpose}")
+        return random_windows(self.calibration_tokens, length, count, self.generator(purpose))
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return an independent random stream per purpose."""

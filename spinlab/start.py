@@ -10,12 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.data.questions import digest as question_digest
 from spinlab.errors import InputError
-from spinlab.files import file_digest, text_digest, write_json
+from spinlab.files import file_digest, write_json
+from spinlab.model.context import context_of
+from spinlab.model.load import tokenizer_digest
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
@@ -64,10 +67,11 @@ class Start(Sources):
         measured, packaged = self.config.eval, self.config.eval.task_source == "packaged"
         return {
             "model": self.source,
-            "calibration": text_digest(calibration),
-            "evaluation": {name: text_digest(text) for name, text in evaluation.items()},
+            "tokenizer": tokenizer_digest(self.config.model),
+            "calibration": calibration.digest,
+            "evaluation": {t.label: {"part": t.part, "digest": t.digest} for t in evaluation},
             "questions": {t: question_digest(t) if packaged else "hub" for t in measured.tasks},
-            "rotations": self.given and file_digest(self._existing(self.given)),
+            "rotations": self.given and file_digest(self.given),
         }
 
     @property
@@ -80,6 +84,15 @@ class Start(Sources):
         """The file that the settings name, if any."""
         load = self.config.rotation.load
         return Path(load).expanduser() if load else None
+
+    @cached_property
+    def given_rotations(self) -> RotationSet | None:
+        """What the given file holds, made for this model; None where no file is given."""
+        if self.given is None:
+            return None
+        settings = self.shape.config
+        dimensions = dimensions_of(settings)
+        return read_rotations(self.given, dimensions, settings.model_type, self.transformed)
 
     @cached_property
     def statistics(self) -> tuple[Path, str]:
@@ -104,7 +117,7 @@ class Start(Sources):
         config, depends = self.config.rotation, [self.source, self.calibration[1]]
         depends += [self._rotation_settings(), self.config.seed]
         if self.given is not None:
-            depends.append(file_digest(self._existing(self.given)))
+            depends.append(file_digest(self.given))
         elif config.needs_statistics:
             depends.append(self.statistics[1])
 
@@ -123,25 +136,19 @@ class Start(Sources):
         unused |= set() if config.needs_statistics else {"statistics"}
         return {name: value for name, value in plain(config).items() if name not in unused}
 
-    @staticmethod
-    def _existing(path: Path) -> Path:
-        if not path.is_file():
-            raise InputError(f"rotation.load={path} does not exist")
-        return path
-
     def _start(self) -> RotationSet:
         """Read the rotations, or draw them, or make them from statistics."""
-        config, settings = self.config.rotation, self.original().config
+        config, settings = self.config.rotation, self.shape.config
         dimensions = dimensions_of(settings)
         about = self.about(settings.model_type)
-        if self.given is None:
+        loaded = self.given_rotations
+        if self.given is None or loaded is None:
             statistics = None
             if config.needs_statistics:
                 statistics = Statistics.from_tensors(load_file(self.statistics[0]))
             generator = self.generator("init")
             drawn = initial_rotations(config, dimensions, generator, statistics, self.device)
             return replace(drawn, about=about)
-        loaded = read_rotations(self.given, dimensions, settings.model_type, self.transformed)
         if self.given.suffix != ".bin":
             log.info("%-12s all from %s, rotation.* is not used", "rotations", self.given.name)
             return loaded
@@ -160,11 +167,21 @@ class Start(Sources):
         """Compare the rotated model with the original and measure orthogonality."""
         dtype = "float64" if self.config.model.dtype == "float64" else "float32"
         networks = self.networks_in(dtype)
-        ids = self.windows("gate", 1, GATE_TOKENS).to(self.device)
+        ids = self.gate_ids.to(self.device)
         original, rotated = networks.original(), networks.rotated(rotations)
         error = assert_invariant(original, rotated, rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
+
+    @property
+    def gate_ids(self) -> torch.Tensor:
+        """One calibration window: (1, gate_tokens)."""
+        return self.windows("gate", 1, self.gate_tokens)
+
+    @property
+    def gate_tokens(self) -> int:
+        """How many tokens the gates look at: no more than the model's context."""
+        return min(GATE_TOKENS, context_of(self.shape.config) or GATE_TOKENS)
 
     def networks_in(self, dtype: str) -> Networks:
         """Return the same networks in another dtype."""

@@ -169,6 +169,9 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "hydra.run.dir=/proc/x"], ["/proc/x"]),
         (["--resolve"], ["--cfg"]),
         (["--config-name", "nope"], ["'nope'"]),
+        ([*TOY, "learn=none", "learn.lr=3"], ["learn.lr is not read with learn.steps=0"]),
+        ([*TOY, "learn.lr=inf"], ["learn.lr=inf is no finite number"]),
+        ([*TOY, "eval.window=600"], ["eval.window=600 is longer than the 512 tokens"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -180,7 +183,7 @@ def test_a_mistake_is_one_sentence_and_status_2(mistake, arguments, words):
 
 def test_a_text_shorter_than_a_window(mistake, tmp_path):
     text = tmp_path / "short.txt"
-    text.write_text("A short text. " * 20)
+    text.write_text("A short text. " * 5)
     sentence = mistake(*TOY, f"data.evaluation=[{text}]")
     assert "fewer than one window of 128" in sentence
     assert "fewer than one window" in mistake(

@@ -232,12 +232,13 @@ def test_a_sweep_leaves_one_record_per_seed(tmp_path):
 
 
 def test_a_failed_stage_keeps_what_was_finished(tmp_path):
-    process = start(tmp_path, *FAST, "kv.group_size=7")
+    far = ["learn.lr=1e30", "learn.cap_step=false", "learn.max_grad_norm=null"]
+    process = start(tmp_path, *FAST, *far)
     process.communicate(timeout=120)
     assert process.returncode == 2
     (path,) = (tmp_path / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
-    assert record["status"].startswith("failed: InputError")
+    assert record["status"].startswith("failed: InputError: learning diverged")
     assert {"evaluation", "rotate"} <= {stage["name"] for stage in record["stages"]}
 
 

@@ -11,7 +11,7 @@ from spinlab.config import (
     TensorQuant,
     WeightsConfig,
 )
-from spinlab.data.text import fixed_windows, read_text, tokenize
+from spinlab.data.text import TEXTS, fixed_windows, tokenize
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
 from spinlab.model.seams import dimensions_of
@@ -36,7 +36,7 @@ def smollm2(tmp_path_factory):
         dimensions_of(load_model(MODEL, folder, 0).config),
         torch.Generator().manual_seed(0),
     )
-    text = read_text("wiki")[1][:4000]
+    text = TEXTS["wiki"]()[1][:4000]
     ids = fixed_windows(tokenize(text, load_tokenizer(MODEL, folder)), 128, 1, "wiki")
     return folder, rotations, ids
 

@@ -7,8 +7,9 @@ YAML files under conf/ hold deltas to these dataclasses. Nothing here imports to
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from spinlab.config.data import DataConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
-from spinlab.config.model import DataConfig, ModelConfig
+from spinlab.config.model import ModelConfig
 from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.config.rotation import (
     DuQuantConfig,
@@ -24,6 +25,7 @@ from spinlab.config.run import (
     TrackerConfig,
     WandbConfig,
 )
+from spinlab.config.values import check_values
 from spinlab.errors import InputError
 
 __all__ = [
@@ -70,6 +72,7 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
+        check_values(plain(self))
         self._check_name()
         quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
         if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
@@ -104,6 +107,22 @@ class Config:
                     f"name={self.name!r} is no name for a folder: use printable words of at most "
                     "200 bytes, with / between them, and no .., ~ or backslash"
                 )
+
+    @property
+    def calibration_windows(self) -> dict[str, int]:
+        """Name the settings of the calibration windows that are in use, with their lengths."""
+        rotation, weights = self.rotation, self.weights
+        gathers = rotation.needs_statistics and not rotation.load
+        calibrated = weights.method == "gptq" or weights.lwc_epochs > 0
+        rounds = self.quant.quantizes_weights and set(self.eval.variants) - {"fp", "rtn"}
+        uses = (
+            ("rotation.statistics", rotation.statistics, gathers),
+            ("learn", self.learn, self.learn.steps > 0),
+            ("weights", weights, calibrated and rounds),
+        )
+        return {
+            f"{name}.sequence_length": part.sequence_length for name, part, used in uses if used
+        }
 
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""

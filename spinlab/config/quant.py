@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, bits, choice, positive, ratio
+from spinlab.limits import at_least, bits, choice, count, positive, ratio
 
 METHODS = ("rtn", "gptq")
 
@@ -120,10 +120,12 @@ class WeightsConfig:
 
     def __post_init__(self) -> None:
         choice("weights.method", self.method, METHODS)
-        for name in ("clip_norm", "clip_grid", "samples", "block_size", "percdamp", "lwc_lr"):
+        for name in ("clip_norm", "percdamp", "lwc_lr"):
             positive(f"weights.{name}", getattr(self, name))
+        for name in ("clip_grid", "samples", "block_size"):
+            count(f"weights.{name}", getattr(self, name))
         at_least("weights.sequence_length", self.sequence_length, 2)
-        at_least("weights.lwc_epochs", self.lwc_epochs, 0)
+        count("weights.lwc_epochs", self.lwc_epochs, 0)
         at_least("weights.clip_grid*clip_max_shrink", self.clip_grid * self.clip_max_shrink, 1)
         if not 0 < self.clip_max_shrink < 1:
             raise InputError(f"weights.clip_max_shrink={self.clip_max_shrink} must lie in (0, 1)")

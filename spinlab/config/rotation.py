@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice
+from spinlab.limits import at_least, choice, count
 
 ROTATION_KINDS = (
     "none",
@@ -29,7 +29,7 @@ class DuQuantConfig:
 
     def __post_init__(self) -> None:
         at_least("rotation.duquant.block_size", self.block_size, 2)
-        at_least("rotation.duquant.steps", self.steps, 1)
+        count("rotation.duquant.steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StatisticsConfig:
     sequence_length: int = 2048
 
     def __post_init__(self) -> None:
-        at_least("rotation.statistics.samples", self.samples, 1)
+        count("rotation.statistics.samples", self.samples)
         at_least("rotation.statistics.sequence_length", self.sequence_length, 2)
 
 

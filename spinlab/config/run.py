@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, positive
+from spinlab.limits import at_least, choice, count, filled, positive
 
 BACKENDS = ("auto", "cpu", "reference", "triton")
+_MOST_THREADS = 4096
 VARIANTS = ("fp", "rtn", "init", "fake", "int4")
 
 
@@ -19,7 +20,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         choice("runtime.backend", self.backend, BACKENDS)
-        at_least("runtime.threads", self.threads, 0)
+        count("runtime.threads", self.threads, 0, _MOST_THREADS)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,13 @@ class EvalConfig:
     limit: int | None = None  # questions per task
     task_batch: int = 8
 
+    @property
+    def scored(self) -> bool:
+        """Tell whether any task is measured on any variant."""
+        return bool(self.tasks) and not set(self.variants).isdisjoint(self.task_variants)
+
     def __post_init__(self) -> None:
+        filled("eval.variants", self.variants)
         for name in self.variants:
             choice("eval.variants", name, VARIANTS)
         for name in self.task_variants:
@@ -45,8 +52,8 @@ class EvalConfig:
         at_least("eval.window", self.window, 2)
         positive("eval.max_windows", self.max_windows)
         at_least("eval.limit", self.limit, 2)  # one question has no standard error
-        positive("eval.batch", self.batch)
-        positive("eval.task_batch", self.task_batch)
+        count("eval.batch", self.batch)
+        count("eval.task_batch", self.task_batch)
 
 
 @dataclass(frozen=True)

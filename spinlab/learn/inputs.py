@@ -62,6 +62,16 @@ def _dealt(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(-1, order[:, None].expand(x.shape))
 
 
+def check_duals(inputs: Mapping[str, ScaledDual]) -> None:
+    """Raise InputError where an input has no dual transform that could be learned."""
+    for key, transform in inputs.items():
+        if transform.dual is None:
+            raise InputError(
+                f"learn.rotations=[inputs] learns dual transforms, and input {key} has a scale "
+                "only: use rotation=duquant"
+            )
+
+
 class LearnedInputs:
     """Hold the transforms of all inputs: rotations stacked over layers by group, scales by key."""
 
@@ -72,6 +82,7 @@ class LearnedInputs:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        check_duals(inputs)
         self.start, self.device, self.dtype = dict(inputs), device, dtype
         self.layers: dict[str, list[int]] = {}
         for key in inputs:
@@ -95,15 +106,9 @@ class LearnedInputs:
         return scale.to(self.device, self.dtype)
 
     def _duals(self, group: str) -> list[DualTransform]:
-        """Return the dual transforms of a group; raise InputError where an input has none."""
+        """Return the dual transforms of a group."""
         keys = [input_key(layer, group) for layer in self.layers[group]]
-        found = [dual for key in keys if (dual := self.start[key].dual) is not None]
-        if len(found) < len(keys):
-            raise InputError(
-                f"learn.rotations=[inputs] learns dual transforms, and the {group} inputs have "
-                "scales only: use rotation=duquant"
-            )
-        return found
+        return [dual for key in keys if (dual := self.start[key].dual) is not None]
 
     def _stacks(self) -> dict[str, torch.Tensor]:
         """Return the rotations of every group, (layers, k, b, b) by `group.part`, k = in/b."""

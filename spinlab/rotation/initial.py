@@ -46,6 +46,7 @@ def initial_rotations(
     statistics: needed where `config.needs_statistics`. device: where DuQuant's searches run; the
     result is on the CPU.
     """
+    check_rotations(config, dimensions)
     maker = _Maker(config, dimensions, generator, statistics, device)
     r1 = maker.matrix("r1", config.r1, dimensions.hidden, 0)
     heads = [
@@ -56,6 +57,21 @@ def initial_rotations(
     r3 = maker.online("r3", config.r3, dimensions.head_dim)
     r4 = maker.online("r4", config.r4, dimensions.intermediate)
     return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, dimensions), maker.inputs())
+
+
+def check_rotations(config: RotationConfig, dimensions: Dimensions) -> None:
+    """Raise InputError where settings do not fit a model of these dimensions."""
+    block, width = config.r4_block, dimensions.intermediate
+    if config.online and config.r4 != "none" and block and width % block:
+        raise InputError(f"rotation.r4_block={block} does not divide {width}, the R4 width")
+    # grouped-query attention reads one value channel in several heads
+    shared = dimensions.kv_heads != dimensions.heads
+    scaled = config.smooth is not None and "o" in config.smooth_groups
+    if scaled and shared and not config.online:
+        raise InputError(
+            "rotation.smooth of the o input runs online on a model with grouped queries: take o "
+            "out of rotation.smooth_groups, or set rotation.online=true"
+        )
 
 
 def cross_head_rotation(config: RotationConfig, dimensions: Dimensions) -> OnlineRotation | None:
@@ -114,8 +130,6 @@ class _Maker:
             return None
         if kind in ("hadamard", "exact_hadamard"):
             block = self.config.r4_block if where == "r4" else 0
-            if block and n % block:
-                raise InputError(f"rotation.r4_block={block} does not divide {n}, the R4 width")
             return hadamard_rotation(n, block, where)
         dense = self.matrix(where, kind, n, 0)
         assert dense is not None
@@ -135,11 +149,6 @@ class _Maker:
             if scale is not None or dual is not None:
                 # grouped-query attention reads one value channel in several heads
                 shared = group == "o" and self.dimensions.kv_heads != self.dimensions.heads
-                if shared and not config.online:
-                    raise InputError(
-                        "rotation.smooth of the o input runs online on a model with grouped "
-                        "queries: take o out of rotation.smooth_groups, or set rotation.online=true"
-                    )
                 found[key] = ScaledDual(scale, not shared, dual)
         return found
 

@@ -98,6 +98,12 @@ def why_not_runtime(model: PreTrainedModel) -> str | None:
     return None
 
 
+def check_runtime(model: PreTrainedModel) -> None:
+    """Raise InputError for a model that the integer runtime cannot compute."""
+    if model.config.hidden_act not in _SILU:
+        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
+
+
 def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
     """Return an empty cache of a runtime's model with room for so many tokens per sequence."""
     return IntegerCache(getattr(model, _POOL), capacity)
@@ -116,8 +122,7 @@ def _swap(
     kv: KVConfig,
     operations: Operations,
 ) -> None:
-    if model.config.hidden_act not in _SILU:
-        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
+    check_runtime(model)
     path = kv_path(model, rotations.r3, kv)
     layout = _layout(model, path)
     LayerBuilder(model, maker, rotations, quant, path, operations).build()

@@ -125,11 +125,7 @@ def quantize_gptq(
     Of several processes each takes its part of the windows and adds to common Hessians; all end
     with the weights of the first, which alone writes.
     """
-    if len(windows) < parallel.world():
-        raise InputError(
-            f"weights.samples={len(windows)} leaves some of {parallel.world()} processes without a "
-            "window: raise it, or start fewer"
-        )
+    check_samples(len(windows))
     insert_fake_quant(model, rotations, None)
     found = quantize_ends(model, quant, config)
     mine = parallel.part(windows)
@@ -139,6 +135,15 @@ def quantize_gptq(
         found |= kept_layer(progress, index, model, make)
         inputs.advance()
     return found
+
+
+def check_samples(samples: int) -> None:
+    """Raise InputError where there are fewer calibration windows than processes."""
+    if samples < parallel.world():
+        raise InputError(
+            f"weights.samples={samples} leaves some of {parallel.world()} processes without a "
+            "window: raise it, or start fewer"
+        )
 
 
 def kept_layer(

@@ -1,13 +1,26 @@
 import pytest
 import torch
 
-from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
+from spinlab.config import DataConfig
+from spinlab.data.text import (
+    TEXTS,
+    Text,
+    check_length,
+    fixed_windows,
+    random_windows,
+    read_texts,
+    tokenize,
+)
 from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
 
 
+def roles(calibration: object, *evaluation: object) -> tuple[Text, list[Text]]:
+    return read_texts(DataConfig(str(calibration), [str(name) for name in evaluation]))
+
+
 def test_calibration_and_evaluation_share_no_article():
-    calibration, held_out = read_text("wiki")
+    calibration, held_out = TEXTS["wiki"]()
     articles = [a for a in held_out.split("\n\n") if len(a) > 300]
     assert len(articles) > 30
     assert not any(article in calibration for article in articles)
@@ -16,20 +29,64 @@ def test_calibration_and_evaluation_share_no_article():
 
 
 def test_c4_is_held_out_by_characters():
-    calibration, held_out = read_text("c4")
+    calibration, held_out = TEXTS["c4"]()
     assert len(held_out) == 120_000
     assert held_out[:500] not in calibration
 
 
-def test_a_users_text_is_cut_at_nine_tenths(tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_text("0123456789" * 10)
-    assert read_text(str(path)) == ("0123456789" * 9, "0123456789")
+def test_a_file_is_used_whole_where_it_plays_one_role(tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("learn from this")
+    test.write_text("0123456789" * 10)
+    calibration, (evaluation,) = roles(train, test)
+    assert (calibration.text, calibration.part) == ("learn from this", "whole")
+    assert (evaluation.text, evaluation.part) == ("0123456789" * 10, "whole")
+    assert roles("wiki", test)[1] == [evaluation]
+
+
+def test_a_file_that_plays_both_roles_is_cut_at_nine_tenths(tmp_path):
+    path, copy = tmp_path / "mine.txt", tmp_path / "copy.txt"
+    for file in (path, copy):
+        file.write_text("0123456789" * 10)
+    for other in (path, copy):  # known by content, not by name
+        calibration, (evaluation,) = roles(path, other)
+        assert (calibration.text, calibration.part) == ("0123456789" * 9, "first 90 %")
+        assert (evaluation.text, evaluation.part) == ("0123456789", "last 10 %")
+
+
+def test_a_file_is_called_by_its_name_and_never_as_a_named_text(tmp_path):
+    for name in ("wiki.txt", "wikitext2.txt", "c4"):
+        (tmp_path / name).write_text("my own text")
+    _, texts = roles("wiki", "wiki", tmp_path / "wiki.txt", tmp_path / "wikitext2.txt")
+    assert [text.label for text in texts] == ["wiki", "wiki.txt", "wikitext2.txt"]
+    with pytest.raises(InputError, match="would be called c4, as one of the named texts"):
+        roles("wiki", tmp_path / "c4")
+    with pytest.raises(InputError, match="would be called c4"):
+        roles(tmp_path / "c4", "wiki")
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text(folder)
+    with pytest.raises(InputError, match="would both be called test"):
+        roles("wiki", tmp_path / "a" / "test.txt", tmp_path / "b" / "test.txt")
+    again = tmp_path / "a" / ".." / "a" / "test.txt"  # one file, twice
+    with pytest.raises(InputError, match="would both be called test"):
+        roles("wiki", tmp_path / "a" / "test.txt", again)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("at home")
+    assert roles("~/mine.txt", "wiki")[0].text == "at home"
 
 
 def test_unknown_texts_name_the_known_ones():
     with pytest.raises(InputError, match="wiki, c4, wikitext2"):
-        read_text("wiki3")
+        roles("wiki3", "wiki")
+    with pytest.raises(InputError, match=r"/no/such.md does not exist"):
+        roles("/no/such.md", "wiki")
 
 
 def test_bytes_are_tokens():
@@ -49,7 +106,7 @@ def test_windows_do_not_overlap_and_drop_the_tail():
 
 def test_random_windows_are_slices_and_reach_both_ends():
     generator = torch.Generator().manual_seed(0)
-    windows = random_windows(torch.arange(12), 4, 500, generator, "t")
+    windows = random_windows(torch.arange(12), 4, 500, generator)
     assert (windows.diff(dim=1) == 1).all()
     assert set(windows[:, 0].tolist()) == set(range(9))
 
@@ -57,5 +114,5 @@ def test_random_windows_are_slices_and_reach_both_ends():
 def test_too_short_texts_are_named():
     with pytest.raises(InputError, match="'t' has 5 tokens, fewer than one window of 6"):
         fixed_windows(torch.arange(5), 6, None, "t")
-    with pytest.raises(InputError, match="'t' has 5 tokens"):
-        random_windows(torch.arange(5), 6, 1, torch.Generator(), "t")
+    with pytest.raises(InputError, match=r"'t' has 5 tokens.*lower learn.sequence_length"):
+        check_length(torch.arange(5), 6, "t", "learn.sequence_length")

