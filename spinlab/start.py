@@ -19,6 +19,7 @@ from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
 from spinlab.rotation.exchange import manifest_of, read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.ranges import warn_of_lost_ranges, with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
 from spinlab.sources import Sources
@@ -84,6 +85,11 @@ class Start(Sources):
         folder, key = self.stages.run("statistics", depends, work, code)
         return folder / "statistics.safetensors", key
 
+    def rotations_in(self, folder: Path) -> RotationSet:
+        """Load a stage's rotations, with those of their learned ranges that fit the formats."""
+        found = RotationSet.load(folder / "rotations.safetensors")
+        return with_fitting_ranges(found, self.config.quant, self.config.weights)
+
     @cached_property
     def initial(self) -> tuple[Path, str]:
         """The initial rotations, once they have passed the invariance gate."""
@@ -100,7 +106,11 @@ class Start(Sources):
             write_json(out / "gate.json", self.gate(rotations))
 
         code = ("rotation", "model", "quant", "kv", "networks", "start", *SETTINGS)
-        return self.stages.run("rotate", depends, work, code)
+        folder, key = self.stages.run("rotate", depends, work, code)
+        if self.given is not None:
+            found = RotationSet.load(folder / "rotations.safetensors")
+            warn_of_lost_ranges(found, self.config.quant, self.config.weights, self.given.name)
+        return folder, key
 
     def _rotation_settings(self) -> dict[str, Any]:
         """Name the settings that the initial rotations depend on, for keys and files."""
