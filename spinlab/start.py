@@ -5,6 +5,7 @@ of a transformed model (its manifest).
 """
 
 import logging
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
+from spinlab.export.identity import manifest_of
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
-from spinlab.rotation.exchange import manifest_of, read_rotations, with_online
+from spinlab.rotation.exchange import read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.ranges import warn_of_lost_ranges, with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
@@ -37,13 +39,15 @@ class Start(Sources):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.networks = Networks(self.original, config.quant, config.kv)
+        self.given = self._given()
 
-    @cached_property
-    def given(self) -> Path | None:
-        """A file that the rotations come from: a transformed model's manifest, or `load`."""
+    def _given(self) -> Path | None:
+        """Return the file that rotations come from: a transformed model's manifest, or `load`."""
         path, measured = self.config.model.path, self.config.eval
         manifest = manifest_of(path)
         if manifest is None:
+            if self.loaded is not None and not os.path.isfile(self.loaded):
+                raise InputError(f"rotation.load={self.loaded} does not exist")
             return self.loaded
         if self.loaded or self.config.learn.steps:
             raise InputError(
@@ -96,7 +100,7 @@ class Start(Sources):
         config, depends = self.config.rotation, [self.source, self.calibration[1]]
         depends += [self._rotation_settings(), self.config.seed]
         if self.given is not None:
-            depends.append(file_digest(self._existing(self.given)))
+            depends.append(file_digest(self.given))
         elif config.needs_statistics:
             depends.append(self.statistics[1])
 
@@ -118,12 +122,6 @@ class Start(Sources):
         unused = {"load"} | (set() if config.searches else {"duquant"})
         unused |= set() if config.needs_statistics else {"statistics"}
         return {name: value for name, value in plain(config).items() if name not in unused}
-
-    @staticmethod
-    def _existing(path: Path) -> Path:
-        if not path.is_file():
-            raise InputError(f"rotation.load={path} does not exist")
-        return path
 
     def _start(self) -> RotationSet:
         """Read the rotations, or draw them, or make them from statistics."""

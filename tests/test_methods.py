@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
+from spinlab.export.identity import manifest_of
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, network, outliers
 from spinlab.pipeline import Pipeline
@@ -145,23 +146,17 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
         _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
 
 
-def test_an_export_appears_at_once_and_replaces_only_an_export(tmp_path, monkeypatch):
-    folder = tmp_path / "t"
-    run = pipeline(tmp_path, "learn=none", f"export.transformed={folder}")
-    with monkeypatch.context() as patch:
-        patch.setattr(RotationSet, "save", lambda *arguments: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            export(run)
-    assert not folder.exists()
-    export(run)
-    export(run)
-    again = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none"]
-    export(pipeline(tmp_path, *again, f"export.transformed={tmp_path / 'u'}"))
+def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, text):
+    export(pipeline(tmp_path, *text, "learn=none", f"export.transformed={tmp_path / 't'}"))
+    model = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}", *text]
+    again = pipeline(tmp_path, *model, "learn=none", f"export.transformed={tmp_path / 'u'}")
+    export(again)
+    assert manifest_of(str(tmp_path / "u")) == tmp_path / "u" / "transform.safetensors"
     copy = RotationSet.load(tmp_path / "u" / "transform.safetensors")
     assert copy.about["fused"] == ["r1", "r2"]
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="is there and no earlier export"):
-        export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 'mine'}"))
+    (tmp_path / "t" / "transform.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lost its transform\.safetensors"):
+        pipeline(tmp_path, *model, "learn=none")
 
 
 @pytest.mark.parametrize(

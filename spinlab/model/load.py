@@ -18,6 +18,7 @@ from transformers import (
 from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
+from spinlab.export.identity import refuse_without_folder
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.random import architecture_of, random_model
 from spinlab.model.seams import family_of
@@ -67,6 +68,7 @@ def _hub_commit(hub: str, revision: str) -> str:
             "or set model.path=/a/local/folder, or model.weights=random for shapes only"
         ) from error
     _check_rotatable(f"model.hub={hub}", found.to_dict())
+    refuse_without_folder(f"model.hub={hub}", found.to_dict())
     commit = getattr(found, "_commit_hash", None)
     if commit is None:
         raise InputError(

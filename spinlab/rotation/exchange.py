@@ -5,7 +5,9 @@ An R.bin is a pickled dictionary: `R1` (hidden, hidden) and `model.layers.N.self
 builds tensors and plain containers and nothing else.
 """
 
+import io
 import logging
+import os
 import warnings
 import zipfile
 from dataclasses import replace
@@ -19,12 +21,11 @@ from spinlab.model.seams import Dimensions
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import ONLINE, RotationSet
-from spinlab.rotation.stored import check_shape, exactly, not_orthogonal, read_stored
+from spinlab.rotation.stored import check_shape, exactly, not_orthogonal, read_about, read_stored
 
 log = logging.getLogger(__name__)
 
 _R2 = "model.layers.{}.self_attn.R2"
-MANIFEST = "transform.safetensors"  # beside a transformed model: what its weights lack
 # of max|RRᵀ-I|: what learning in float32 without projection leaves, with room; numbers rounded to
 # bfloat16 are off by 2^-9 of themselves, which makes at most 2·2^-9 = 4e-3
 _DRIFT = 1e-2
@@ -42,7 +43,7 @@ def read_rotations(
     and the deviation is logged. Raises InputError, with the measured deviation, for what is no
     rotation, and for the wrong size or family.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"rotation.load={path} does not exist")
     read = _read_bin if path.suffix == ".bin" else partial(read_stored, family=family)
     found = read(path, dimensions)
@@ -70,13 +71,25 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
     for what, there in lost.items():
         if there:
             raise InputError(
-                f"{path}: an R.bin holds R1 and R2 and nothing else, and there are {what}; use "
-                ".safetensors"
+                f"an R.bin holds R1 and R2 and nothing else, and there are {what}; use .safetensors"
             )
     if rotations.r1 is None or rotations.r2 is None:
-        raise InputError(f"{path}: an R.bin needs R1 and R2, and one is off; use .safetensors")
+        raise InputError("an R.bin needs R1 and R2, and one is off; use .safetensors")
     heads = {_R2.format(layer): r2.float().clone() for layer, r2 in enumerate(rotations.r2)}
-    torch.save({"R1": rotations.r1.float(), **heads}, path)
+    content = io.BytesIO()  # on a full disk torch says what nobody understands
+    torch.save({"R1": rotations.r1.float(), **heads}, content)
+    path.write_bytes(content.getbuffer())
+
+
+def is_rotations(path: Path) -> bool:
+    """Tell whether a file holds rotations, by the names in it or by what it says of itself."""
+    try:
+        if zipfile.is_zipfile(path):
+            return "R1" in _tensors(path)
+        read_about(path)
+    except InputError:
+        return False
+    return True
 
 
 def _made_again(rotations: RotationSet, name: str) -> bool:
@@ -88,12 +101,6 @@ def _made_again(rotations: RotationSet, name: str) -> bool:
     expected = hadamard_rotation(online.width, size if size & (size - 1) == 0 else 0)
     pairs = [(online.left, expected.left), (online.right, expected.right)]
     return online.blocks == expected.blocks and all(torch.equal(a, b) for a, b in pairs)
-
-
-def manifest_of(path: str | None) -> Path | None:
-    """Return the manifest of a transformed checkpoint; None for an ordinary one."""
-    manifest = Path(path or "").expanduser() / MANIFEST
-    return manifest if path and manifest.is_file() else None
 
 
 def _read_bin(path: Path, dimensions: Dimensions) -> RotationSet:

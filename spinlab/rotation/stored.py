@@ -73,6 +73,15 @@ def read_stored(path: Path, dimensions: Dimensions, family: str) -> RotationSet:
     return RotationSet.from_tensors(tensors, about, blocks)
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """Return what a file of rotations says of itself; raise InputError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _words(path, file.metadata() or {})[0]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no file of rotations: {error}") from error
+
+
 def rules_of(dimensions: Dimensions, family: str) -> dict[str, Rule]:
     """Return the rule of every tensor that rotations of such a model may have, by its name."""
     head, layers, seams = dimensions.head_dim, dimensions.layers, family_of(family)
@@ -228,6 +237,8 @@ def check_about(path: Path, about: Mapping[str, Any]) -> None:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and type(value) is not wanted:
             raise InputError(f"{path}: about.{name} is {value!r:.60}, not a {wanted.__name__}")
-    names = [*about.get("fused", []), *about.get("files", {}).values()]
-    if not all(isinstance(name, str) for name in names):
+    files = about.get("files", {})
+    words = [*about.get("fused", []), *files.values()]
+    inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in files)
+    if not inside or not all(isinstance(word, str) for word in words):
         raise InputError(f"{path}: about.fused and about.files hold names and digests")
