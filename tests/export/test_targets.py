@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from spinlab.compose import composed
 from spinlab.config import Config, ExportConfig, LearnConfig, ModelConfig, RotationConfig
 from spinlab.errors import InputError
+from spinlab.experiment import run
 from spinlab.export.rotations import save_rotations
 from spinlab.export.targets import check_export, sole_writer
 from spinlab.rotation.orthogonal import random_orthogonal
@@ -133,6 +135,17 @@ def test_what_an_r_bin_would_lose_is_known_from_a_loaded_file(place):
             continue
         with pytest.raises(InputError, match=r"does not go with rotation\.load="):
             check(rotations=place / "new.bin", **still)
+
+
+def test_a_run_says_so_before_its_first_stage(tmp_path):
+    paths = [f"paths.{name}={tmp_path / name}" for name in ("cache", "runs")]
+    settings = ["learn.steps=2", "learn.lr_clip=0.1", f"export.rotations={tmp_path / 'R.bin'}"]
+    with pytest.raises(InputError, match=r"does not go with learn\.lr_clip=0\.1"):
+        run(composed("+experiment=toy", *settings, *paths), [])
+    missing = f"rotation.load={tmp_path / 'R.safetensors'}"
+    with pytest.raises(InputError, match=r"R\.safetensors does not exist"):
+        run(composed("+experiment=toy", missing, *paths), [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_good_targets_pass_and_nothing_is_made(place):
