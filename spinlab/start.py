@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.export.identity import manifest_of
+from spinlab.export.identity import manifest_of, warn_of_dtype
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
@@ -59,6 +59,7 @@ class Start(Sources):
                 f"model.path={path} holds a transformed model: it has no variant rtn, without "
                 "rotation; use eval=llmc or other eval.variants"
             )
+        warn_of_dtype(manifest, self.config.model.dtype)
         return manifest
 
     @property

@@ -49,6 +49,19 @@ def files_of(folder: Path) -> set[str] | None:
     return None if listed is None else {*listed, MANIFEST}
 
 
+def warn_of_dtype(manifest: Path, dtype: str) -> None:
+    """Say so where an exported checkpoint is run in another dtype than it was rotated in."""
+    before = read_about(manifest).get("model", {}).get("dtype", dtype)
+    if before != dtype:
+        log.warning(
+            "%s was rotated and rounded in %s: with model.dtype=%s its numbers are not those of "
+            "the run that wrote it",
+            manifest.parent,
+            before,
+            dtype,
+        )
+
+
 def manifest_of(path: str | None) -> Path | None:
     """Return the manifest of an exported checkpoint; None for an ordinary one.
 

@@ -28,6 +28,7 @@ _LARGEST_SCALE = 1e18  # so that squares of scales, and of their inverses, are f
 # what code reads of `about`; anything else in it is nobody's business
 _ABOUT = {
     "family": str,
+    "model": dict,
     "fused": list,
     "files": dict,
     "learn": dict,

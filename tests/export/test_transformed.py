@@ -13,13 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spinlab.config import RotationConfig
+from spinlab.config import ModelConfig, RotationConfig
 from spinlab.errors import InputError
-from spinlab.export.identity import MANIFEST, digests_of, manifest_of, refuse_without_folder
+from spinlab.export.identity import (
+    MANIFEST,
+    digests_of,
+    manifest_of,
+    refuse_without_folder,
+    warn_of_dtype,
+)
 from spinlab.export.transformed import save_transformed
 from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.load import cast_model, load_model
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
+from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.stored import read_about
@@ -72,6 +80,31 @@ def test_an_export_is_an_ordinary_checkpoint_to_others(
     with pytest.raises(InputError, match="a/b is an exported model, and its transform"):
         refuse_without_folder("a/b", settings)
     refuse_without_folder("a/b", make_family_model(model_type).config.to_dict())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen2"])
+def test_weights_come_back_with_every_bit_and_are_turned_on_as_before(
+    make_family_model, tmp_path, model_type, dtype
+):
+    """What R4 and the cross-head rotation still have to turn has been through a file, or not."""
+
+    def make():
+        return cast_model(make_family_model(model_type), getattr(torch, dtype))
+
+    config = RotationConfig(cross_head="hadamard")
+    dimensions, generator = dimensions_of(make().config), torch.Generator().manual_seed(0)
+    rotations = initial_rotations(config, dimensions, generator)
+    networks = Networks(make, None, None)
+    model = networks.stream_rotated(rotations)
+    save_transformed(model, byte_tokenizer(), rotations, str(tmp_path / "t"))
+    settings = ModelConfig(weights="pretrained", path=str(tmp_path / "t"), dtype=dtype)
+    manifest = tmp_path / "t" / MANIFEST
+    again = Networks(lambda: load_model(settings, None, 0), None, None)
+    found = again.fused(read_rotations(manifest, dimensions, model_type, manifest=True))
+    expected = dict(networks.fused(rotations).named_parameters())
+    assert dict(found.named_parameters()).keys() == expected.keys()
+    assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters())
 
 
 def test_an_export_is_known_and_others_are_not_taken_for_one(export, tmp_path):
@@ -129,6 +162,18 @@ def test_an_export_that_is_no_longer_whole_is_refused(export, tmp_path, change):
     alter(tmp_path / "t")
     with pytest.raises(InputError, match=message):
         manifest_of(str(tmp_path / "t"))
+
+
+def test_another_dtype_is_another_number_and_is_said(export, tmp_path, caplog):
+    manifest = tmp_path / "t" / MANIFEST
+    export()
+    warn_of_dtype(manifest, "float32")  # it does not tell
+    about = {**read_about(manifest), "model": {"dtype": "bfloat16"}}
+    replace(RotationSet.load(manifest), about=about).save(manifest)
+    warn_of_dtype(manifest, "bfloat16")
+    assert not caplog.text
+    warn_of_dtype(manifest, "float32")
+    assert "was rotated and rounded in bfloat16: with model.dtype=float32" in caplog.text
 
 
 def test_a_config_that_says_the_same_in_other_bytes_is_the_same(export, tmp_path):
