@@ -18,10 +18,11 @@ def save_rotations(rotations: RotationSet, path: str) -> None:
     """
     target = place_of(path)
     with sole_writer(target) as partial:
+        file = partial / target.name
         if Path(path).suffix == ".bin":
-            write_bin(rotations, partial)
+            write_bin(rotations, file)
         else:
-            rotations.save(partial)
-        flush(partial)
-        os.replace(partial, target)
+            rotations.save(file)
+        flush(file)
+        os.replace(file, target)
     log.info("%-12s rotations in %s", "export", path)

@@ -117,7 +117,7 @@ def _carries_more(path: str | None) -> bool:
 
 @contextmanager
 def sole_writer(target: Path) -> Iterator[Path]:
-    """Yield a free name beside a target to write under, and keep other processes from it.
+    """Yield an empty folder beside a target to write in, and keep other processes from it.
 
     What an earlier process left there is removed, and so is what this one leaves. A target that
     cannot be written is an InputError.
@@ -128,6 +128,7 @@ def sole_writer(target: Path) -> Iterator[Path]:
         with _locked(target):
             for left in (partial, *_left_by_the_dead(target)):
                 _remove(left)
+            partial.mkdir()
             try:
                 yield partial
             finally:
@@ -166,6 +167,10 @@ def _remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file's bytes on the disk, before a rename does."""
+    """Put a file's bytes on the disk, before a rename does, for those who may read its folder.
+
+    safetensors makes files for their owner alone.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -39,7 +39,6 @@ def save_transformed(
     join_fused(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     with sole_writer(folder) as partial:
-        partial.mkdir()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         about = {**about, "fused": [*about.get("fused", []), *fused], "files": digests_of(partial)}

@@ -157,6 +157,13 @@ def test_good_targets_pass_and_nothing_is_made(place):
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "any").write_text("as any new file")
+    for name in ("R.safetensors", "R.bin"):
+        save_rotations(rotations(), str(tmp_path / name))
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_a_file_is_replaced_at_once_and_behind_its_link(tmp_path):
     target, link = tmp_path / "R.safetensors", tmp_path / "deep" / "link.safetensors"
     link.parent.mkdir()
@@ -211,17 +218,17 @@ def test_writers_of_one_target_wait_for_each_other_and_say_so(tmp_path, caplog):
         inside.wait(10)
         with sole_writer(target) as partial:
             order.append("second")
-            partial.write_text("second")
+            (partial / "mine").write_text("second")
 
     thread = threading.Thread(target=second)
     thread.start()
     with sole_writer(target) as partial:
-        partial.write_text("first")
+        (partial / "mine").write_text("first")
         inside.set()
         while "waiting for another process" not in caplog.text:
             thread.join(0.01)
         order.append("first")
-        assert partial.read_text() == "first"
+        assert (partial / "mine").read_text() == "first"
     thread.join(10)
     assert order == ["first", "second"]
     assert f"waiting for another process that writes {target}" in caplog.text
@@ -235,6 +242,5 @@ def test_leftovers_of_the_dead_are_removed_and_other_files_stay(tmp_path):
     (tmp_path / ".t[1].partial").mkdir()
     (tmp_path / ".t[1].partial" / "half").write_text("half")
     with sole_writer(target) as partial:
-        assert not partial.exists()
-        partial.mkdir()
+        assert not list(partial.iterdir())
     assert {p.name for p in tmp_path.iterdir() if p.suffix != ".lock"} == set(names[1:])

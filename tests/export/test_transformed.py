@@ -213,6 +213,9 @@ def test_a_new_export_replaces_its_own_files_and_no_others(export, tmp_path, ear
     put(folder, MINE)
     export(seed=1)
     export("fresh", seed=1)
+    (tmp_path / "any").write_text("as any new file")
+    modes = {file.stat().st_mode for file in (tmp_path / "fresh").iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
     found, fresh = contents(folder), contents(tmp_path / "fresh")
     assert found == {**fresh, **{name: text.encode() for name, text in MINE.items()}}
     assert manifest_of(str(folder)) is not None
