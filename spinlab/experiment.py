@@ -11,6 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from spinlab import parallel
 from spinlab.config import Config, PathsConfig, plain
 from spinlab.device import choose_device, set_arithmetic
+from spinlab.export.rotations import save_rotations
+from spinlab.export.targets import check_export
 from spinlab.export.transformed import save_transformed
 from spinlab.files import check_writable, writing
 from spinlab.learn.recipe import warn_of_mismatch
@@ -19,7 +21,6 @@ from spinlab.pipeline import Pipeline
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
-from spinlab.rotation.exchange import write_bin
 from spinlab.track.environment import environment
 from spinlab.track.journal import Journal
 from spinlab.track.record import Record
@@ -39,6 +40,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     """
     start = time.perf_counter()
     check_paths(config.paths)
+    check_export(config)
     parallel.start(choose_device(config.runtime.device).type)
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
@@ -111,14 +113,10 @@ def export(pipeline: Pipeline) -> None:
     config = pipeline.config.export
     rotations, _ = pipeline.rotation_of("fake")
     if config.rotations:
-        path = Path(config.rotations).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bin(rotations, path) if path.suffix == ".bin" else rotations.save(path)
-        log.info("%-12s rotations in %s", "export", path)
+        save_rotations(rotations, config.rotations)
     if config.transformed:
         model = pipeline.networks.stream_rotated(rotations)
-        folder = Path(config.transformed).expanduser()
-        save_transformed(model, pipeline.tokenizer, rotations, folder)
+        save_transformed(model, pipeline.tokenizer, rotations, config.transformed)
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from spinlab import parallel
 from spinlab.config import Config, WeightsConfig, plain
@@ -22,7 +21,7 @@ from spinlab.learn.guard import Divergence
 from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers
 from spinlab.learn.progress import resume, save_progress
-from spinlab.learn.recipe import training_of
+from spinlab.learn.recipe import announce_further, training_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import PROGRESS
 from spinlab.start import SETTINGS, Start
@@ -39,7 +38,7 @@ def clip_settings(config: WeightsConfig) -> dict[str, Any]:
 
 
 class Learning(Start):
-    """Add the learned rotations, and the ranges learned with them."""
+    """Add the learned rotations, with the ranges learned together with them."""
 
     def __init__(self, config: Config, on_step: Callable[[int, dict], None]) -> None:
         super().__init__(config)
@@ -57,6 +56,8 @@ class Learning(Start):
         config = self.config
         if not self.learns:
             return self.initial
+        if self.given is not None:
+            announce_further(self.rotations_in(self.initial[0]), config.learn, self.given.name)
         settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
         quant = config.quant
         inputs = [o for o in quant.overrides if "activations" in o]
@@ -75,7 +76,7 @@ class Learning(Start):
         learn = self.config.learn
         if learn.steps == 0:
             return False
-        start = RotationSet.load(self.initial[0] / "rotations.safetensors")
+        start = self.rotations_in(self.initial[0])
         held = [getattr(start, name) for name in learn.rotations]
         if any(isinstance(x, torch.Tensor) or x for x in held):
             return True
@@ -84,21 +85,18 @@ class Learning(Start):
 
     def _learn(self, out: Path) -> None:
         """Learn on all processes, and write what came of it on the first."""
-        rotations, clips, curve = self._optimize(out)
+        rotations, curve = self._optimize(out)
         if not parallel.is_main():
             return
         self._described(rotations).save(out / "rotations.safetensors")
-        save_file(clips, out / "clips.safetensors")
         write_json(out / "gate.json", self.gate(rotations))
         write_json(out / "curve.json", curve)
 
     def _described(self, rotations: RotationSet) -> RotationSet:
         return replace(rotations, about={**(rotations.about or {}), **training_of(self.config)})
 
-    def _optimize(
-        self, out: Path
-    ) -> tuple[RotationSet, dict[str, torch.Tensor], list[dict[str, float]]]:
-        """Run the learning loop; return rotations, learned clip ratios and the curve."""
+    def _optimize(self, out: Path) -> tuple[RotationSet, list[dict[str, float]]]:
+        """Run the learning loop; return all that was learned, and the curve."""
         learn = self.config.learn
         learner = self.learner()
         windows = self.windows("learn", learn.steps * learn.batch, learn.sequence_length)
@@ -119,13 +117,13 @@ class Learning(Start):
             learn_rotations(learner, windows, len(curve), after_step)
         except Divergence as error:
             raise self._kept(error, learner, out) from error
-        return learner.result(), learner.clips(), curve
+        return learner.result(), curve
 
     def learner(self, form: Callable[[Parts], NetworkForm] | None = None) -> RotationLearner:
         """Assemble what is learned on, where it fits; form: another way to compute the same."""
         config = self.config
         learn, processes = config.learn, parallel.world()
-        start = RotationSet.load(self.initial[0] / "rotations.safetensors")
+        start = self.rotations_in(self.initial[0])
         network = self.networks.learnable(start, inputs="inputs" in learn.rotations)
         expected = estimate(network, learn, config.quant, processes)
         checkpoint = choose_checkpoint(expected, learn, self.device)

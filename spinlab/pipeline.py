@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spinlab import parallel
@@ -43,19 +41,13 @@ class Pipeline(Learning):
         if variant in ("fp", "rtn"):
             return RotationSet(), "none"
         folder, key = self.initial if variant == "init" else self.learned
-        return RotationSet.load(folder / "rotations.safetensors"), key
+        return self.rotations_in(folder), key
 
     def weights_of(self, variant: str) -> tuple[Path, str]:
         """Return the file of a variant's quantized weights, and its key."""
         if variant not in self._weights:
             self._weights[variant] = self._quantize(variant)
         return self._weights[variant]
-
-    def _clips(self, variant: str) -> dict[str, torch.Tensor]:
-        """Return the clip ratios that were learned together with a variant's rotations, if any."""
-        if variant in ("rtn", "init") or not self.learns:
-            return {}
-        return load_file(self.learned[0] / "clips.safetensors")
 
     def _quantize(self, variant: str) -> tuple[Path, str]:
         """Round the rotated weights; `rtn` ignores the experiment's method."""
@@ -73,8 +65,7 @@ class Pipeline(Learning):
 
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
-            clips, progress = self._clips(variant), out / PROGRESS
-            weights = self._rounded(model, rotations, config, clips, progress)
+            weights = self._rounded(model, rotations, config, out / PROGRESS)
             if parallel.is_main():
                 save_weights(weights, out / "weights.safetensors")
 
@@ -94,13 +85,12 @@ class Pipeline(Learning):
         model: PreTrainedModel,
         rotations: RotationSet,
         config: WeightsConfig,
-        clips: dict[str, torch.Tensor],
         progress: Path,
     ) -> dict[str, QuantizedWeight]:
         """Round a rotated model's weights by GPTQ, with learned clipping, or to nearest."""
         quant = self.config.quant
         if config.method == "rtn" and not config.lwc_epochs:
-            return quantize_rtn(model, quant, config, clips)
+            return quantize_rtn(model, quant, config, rotations.weight_clips)
         windows = self.windows("gptq", config.samples, config.sequence_length)
         work = quantize_gptq if config.method == "gptq" else quantize_lwc
         return work(model, rotations, windows, quant, config, progress)

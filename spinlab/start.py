@@ -5,6 +5,7 @@ of a transformed model (its manifest).
 """
 
 import logging
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from spinlab.config import Config, plain
 from spinlab.data.questions import digest as question_digest
 from spinlab.errors import InputError
+from spinlab.export.identity import manifest_of, warn_of_dtype
 from spinlab.files import file_digest, write_json
 from spinlab.model.context import context_of
 from spinlab.model.load import tokenizer_digest
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.check import assert_invariant
-from spinlab.rotation.exchange import manifest_of, read_rotations, with_online
+from spinlab.rotation.exchange import read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.ranges import warn_of_lost_ranges, with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
 from spinlab.sources import Sources
@@ -40,13 +43,15 @@ class Start(Sources):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.networks = Networks(self.original, config.quant, config.kv)
+        self.given = self._given()
 
-    @cached_property
-    def given(self) -> Path | None:
-        """A file that the rotations come from: a transformed model's manifest, or `load`."""
+    def _given(self) -> Path | None:
+        """Return the file that rotations come from: a transformed model's manifest, or `load`."""
         path, measured = self.config.model.path, self.config.eval
         manifest = manifest_of(path)
         if manifest is None:
+            if self.loaded is not None and not os.path.isfile(self.loaded):
+                raise InputError(f"rotation.load={self.loaded} does not exist")
             return self.loaded
         if self.loaded or self.config.learn.steps:
             raise InputError(
@@ -58,6 +63,7 @@ class Start(Sources):
                 f"model.path={path} holds a transformed model: it has no variant rtn, without "
                 "rotation; use eval=llmc or other eval.variants"
             )
+        warn_of_dtype(manifest, self.config.model.dtype)
         return manifest
 
     @cached_property
@@ -111,6 +117,11 @@ class Start(Sources):
         folder, key = self.stages.run("statistics", depends, work, code)
         return folder / "statistics.safetensors", key
 
+    def rotations_in(self, folder: Path) -> RotationSet:
+        """Load a stage's rotations, with those of their learned ranges that fit the formats."""
+        found = RotationSet.load(folder / "rotations.safetensors")
+        return with_fitting_ranges(found, self.config.quant, self.config.weights)
+
     @cached_property
     def initial(self) -> tuple[Path, str]:
         """The initial rotations, once they have passed the invariance gate."""
@@ -127,7 +138,11 @@ class Start(Sources):
             write_json(out / "gate.json", self.gate(rotations))
 
         code = ("rotation", "model", "quant", "kv", "networks", "start", *SETTINGS)
-        return self.stages.run("rotate", depends, work, code)
+        folder, key = self.stages.run("rotate", depends, work, code)
+        if self.given is not None:
+            found = RotationSet.load(folder / "rotations.safetensors")
+            warn_of_lost_ranges(found, self.config.quant, self.config.weights, self.given.name)
+        return folder, key
 
     def _rotation_settings(self) -> dict[str, Any]:
         """Name the settings that the initial rotations depend on, for keys and files."""

@@ -1,6 +1,7 @@
 """Every method of the field as a preset, run on the toy model, and what passes between two runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
+from spinlab.export.identity import manifest_of
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, network, outliers
 from spinlab.pipeline import Pipeline
@@ -56,6 +58,14 @@ PARTS = {
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
     paths = [f"paths.cache={folder / 'cache'}", "eval.max_windows=1", "eval.tasks=[]"]
     return Pipeline(composed("+experiment=toy", *overrides, *paths), lambda step, values: None)
+
+
+@pytest.fixture
+def text(tmp_path) -> list[str]:
+    """Return settings for a text that is read in no time."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
+    return [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -136,23 +146,17 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
         _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
 
 
-def test_an_export_appears_at_once_and_replaces_only_an_export(tmp_path, monkeypatch):
-    folder = tmp_path / "t"
-    run = pipeline(tmp_path, "learn=none", f"export.transformed={folder}")
-    with monkeypatch.context() as patch:
-        patch.setattr(RotationSet, "save", lambda *arguments: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            export(run)
-    assert not folder.exists()
-    export(run)
-    export(run)
-    again = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none"]
-    export(pipeline(tmp_path, *again, f"export.transformed={tmp_path / 'u'}"))
+def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, text):
+    export(pipeline(tmp_path, *text, "learn=none", f"export.transformed={tmp_path / 't'}"))
+    model = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}", *text]
+    again = pipeline(tmp_path, *model, "learn=none", f"export.transformed={tmp_path / 'u'}")
+    export(again)
+    assert manifest_of(str(tmp_path / "u")) == tmp_path / "u" / "transform.safetensors"
     copy = RotationSet.load(tmp_path / "u" / "transform.safetensors")
     assert copy.about["fused"] == ["r1", "r2"]
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="is there and no earlier export"):
-        export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 'mine'}"))
+    (tmp_path / "t" / "transform.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lost its transform\.safetensors"):
+        pipeline(tmp_path, *model, "learn=none")
 
 
 @pytest.mark.parametrize(
@@ -203,12 +207,73 @@ def test_a_rotation_learned_elsewhere_is_used_as_it_is(tmp_path, suffix):
     assert not torch.allclose(loaded.r1, drawn.r1, atol=1e-3)
 
 
-def test_a_loaded_rotation_can_be_learned_on(tmp_path):
-    file = tmp_path / "R.bin"
-    export(pipeline(tmp_path, f"export.rotations={file}", "learn=none"))
-    further = pipeline(tmp_path, f"rotation.load={file}", "learn.steps=3")
-    start = RotationSet.load(further.initial[0] / "rotations.safetensors")
-    assert not torch.allclose(further.rotation_of("fake")[0].r1, start.r1, atol=1e-6)
+LEARNED = {
+    "rotations": ["learn.steps=3"],
+    "rotations and weight ranges": ["learn.steps=3", "learn.lr_clip=0.3"],
+    "rotations for GPTQ": ["learn.steps=3", "weights=gptq", "learn.quantize_weights=false", *SMALL],
+    "transforms and all ranges": [
+        "+method=learned_inputs",
+        *SMALL,
+        *("learn.steps=3", "learn.lr_scale=0.3", "learn.lr_clip=0.3", "learn.lr_input_clip=0.3"),
+    ],
+}
+PLAIN = ["rotation=hadamard", "learn=none"]
+
+
+@pytest.mark.parametrize("how", LEARNED)
+def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_path, text, how):
+    """Through a file of rotations, and through a checkpoint with its manifest: bit for bit."""
+    settings = LEARNED[how]
+    file, folder = tmp_path / "R.safetensors", tmp_path / "t"
+    exports = [f"export.rotations={file}", f"export.transformed={folder}"]
+    first = pipeline(tmp_path, *text, *settings, *exports)
+    export(first)
+    expected = evaluate(first, "fake")
+    weights = [s for s in settings if s.startswith("weights")]
+    loaded = pipeline(tmp_path, *text, *PLAIN, *weights, f"rotation.load={file}")
+    assert evaluate(loaded, "fake") == expected
+    model = ["eval.variants=[fp,fake]", "model.weights=pretrained", f"model.path={folder}"]
+    assert evaluate(pipeline(tmp_path, *text, *PLAIN, *weights, *model), "fake") == expected
+    if "learn.lr_clip=0.3" in settings:  # and it is not the number without them
+        forgetful = replace(loaded.rotation_of("fake")[0], weight_clips={}, clips={})
+        forgetful.save(file)
+        assert (
+            evaluate(pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}"), "fake") != expected
+        )
+
+
+def test_a_loaded_rotation_is_learned_on_in_one_line(tmp_path, text, caplog):
+    caplog.set_level("INFO", "spinlab")
+    file = tmp_path / "R.safetensors"
+    export(
+        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=3", "learn.lr_clip=0.3")
+    )
+    assert "further" not in caplog.text
+    further = pipeline(tmp_path, *text, f"rotation.load={file}", "learn.steps=2", "learn.lr_clip=0")
+    start, end = (further.rotation_of(variant)[0] for variant in ("init", "fake"))
+    assert not torch.allclose(end.r1, start.r1, atol=1e-6)
+    assert (bool(start.weight_clips), bool(end.weight_clips)) == (True, False)
+    (line,) = (r.getMessage() for r in caplog.records if "further" in r.getMessage())
+    assert "R.safetensors, which was learned for 3 steps" in line
+    assert "learn.lr_clip=0 leaves weight ranges to the clip search" in line
+    assert (
+        pipeline(tmp_path, *text, f"rotation.load={file}").rotation_of("rtn")[0].weight_clips == {}
+    )
+
+
+def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text, caplog):
+    file = tmp_path / "R.safetensors"
+    export(
+        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=2", "learn.lr_clip=0.3")
+    )
+    same = pipeline(tmp_path, *text, "learn=none", f"rotation.load={file}")
+    assert same.rotation_of("fake")[0].weight_clips
+    assert "carries" not in caplog.text
+    for other in ("quant.weights.bits=3", "weights=gptq"):
+        caplog.clear()
+        run = pipeline(tmp_path, *text, "learn=none", f"rotation.load={file}", other)
+        assert run.rotation_of("fake")[0].weight_clips == {}
+        assert caplog.text.count("R.safetensors carries weight ranges learned for") == 1
 
 
 def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):

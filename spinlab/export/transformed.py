@@ -1,13 +1,13 @@
 """A transformed checkpoint: stock weights with R1 and R2 fused, and a manifest of all the rest.
 
 The checkpoint alone computes the original's function in any tool. What needs an online half (R3,
-R4, cross-head, transforms of single inputs) is not in its weights: the manifest holds it, and
-loading the folder as `model.path` fuses and runs both halves together, so neither is forgotten.
+R4, cross-head, transforms of single inputs), and the ranges that were learned, are not in its
+weights: the manifest holds them, and loading the folder as `model.path` fuses and runs both halves
+together, so neither is forgotten.
 """
 
 import logging
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.errors import InputError
+from spinlab.export.identity import digests_of, files_of, mark
+from spinlab.export.targets import check_folder, flush, place_of, sole_writer
+from spinlab.model.files import MANIFEST
 from spinlab.model.split import join_fused
-from spinlab.rotation.exchange import MANIFEST
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
@@ -26,28 +28,51 @@ def save_transformed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rotations: RotationSet,
-    folder: Path,
+    path: str,
 ) -> None:
     """Save a model whose residual stream and heads are rotated, and the rest as its manifest.
 
-    The folder appears at once and whole. One that is there already is replaced if it is an earlier
-    export; raises InputError for any other.
+    A new folder appears at once and whole. In an earlier export its own files are replaced and
+    others stay; raises InputError for any other folder. The model is used up.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise InputError(
-            f"export.transformed={folder} is there and no earlier export: name another"
-        )
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    about = rotations.about or {}
+    folder, about = place_of(path), rotations.about or {}
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
-    about = {**about, "fused": [*about.get("fused", []), *fused]}
     join_fused(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    replace(rotations, r1=None, r2=None, about=about).save(partial / MANIFEST)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    log.info("%-12s transformed model in %s", "export", folder)
+    with sole_writer(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        about = {**about, "fused": [*about.get("fused", []), *fused], "files": digests_of(partial)}
+        replace(rotations, r1=None, r2=None, about=about).save(partial / MANIFEST)
+        mark(partial)
+        _install(partial, folder, path)
+    log.info("%-12s transformed model in %s", "export", path)
+
+
+def _install(partial: Path, folder: Path, path: str) -> None:
+    """Give a finished export its place, and leave alone what is not its own there."""
+    setting = f"export.transformed={path}"
+    check_folder(setting, folder)
+    new = [file.relative_to(partial) for file in partial.rglob("*") if file.is_file()]
+    for name in new:
+        flush(partial / name)
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(partial, folder)
+        return
+    old = {Path(name) for name in files_of(folder) or ()} or _files_of_earlier_version(folder, new)
+    for name in new:
+        if (folder / name).exists() and name not in old:
+            raise InputError(f"{setting} holds {name}, which is not of the earlier export: move it")
+    # the config names the new manifest: until that is there too, the folder is no export
+    order = {Path("config.json"): 0, Path(MANIFEST): 2}
+    for name in sorted(new, key=lambda name: (order.get(name, 1), name)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    for name in old - set(new):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _files_of_earlier_version(folder: Path, new: list[Path]) -> set[Path]:
+    """Return what an export that does not list its files must have written."""
+    weights = (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json")
+    return {*new, *(file.relative_to(folder) for file in weights)}

@@ -1,5 +1,6 @@
 """What the loop asks of a network under learning, whichever basis its numbers are in."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class Parts:
     learn: LearnConfig
     quant: QuantConfig
     weights: WeightsConfig
+    clips: Mapping[str, torch.Tensor]  # ratios that learned weight ranges start from, by linear
 
 
 class NetworkForm:

@@ -52,7 +52,8 @@ class RotationLearner:
         self.local = LocalTerms(learn.objective, self.rotations)
         if form is None:
             form = WeightSpace if rounds_weights(learn, quant) else ActivationSpace
-        self.form = form(Parts(model, self.rotations, self.local, learn, quant, weights))
+        ranges = start.weight_clips
+        self.form = form(Parts(model, self.rotations, self.local, learn, quant, weights, ranges))
         for network in (model, teacher):  # what a form has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)
@@ -172,13 +173,13 @@ class RotationLearner:
             tensor.copy_(numbers[name])
 
     def result(self) -> RotationSet:
-        """Return the learned rotations, projected in float64."""
-        clips = {**self.start.clips, **self.form.input_clips()}
-        return replace(self.start, **self.rotations.result(), clips=clips)
+        """Return the learned rotations, projected in float64, and the ranges learned with them.
 
-    def clips(self) -> dict[str, torch.Tensor]:
-        """Return the learned clip ratios by linear; none if they were only searched."""
-        return self.form.clips()
+        Weight ranges that the start brought and that were not learned on belong to its rotations.
+        """
+        clips = {**self.start.clips, **self.form.input_clips()}
+        ranges = {"clips": clips, "weight_clips": self.form.clips()}
+        return replace(self.start, **self.rotations.result(), **ranges)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything a resumed run needs to continue with the same bits."""

@@ -3,17 +3,18 @@
 import logging
 from typing import Any
 
-from spinlab.config import Config, WeightsConfig, plain
+from spinlab.config import Config, LearnConfig, WeightsConfig, plain
+from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
 
 
 def training_of(config: Config) -> dict[str, Any]:
-    """Return what a file of learned rotations says about their training."""
+    """Return what a file of learned rotations says about their training: settings and formats."""
     bits = config.quant.weights.bits if config.learn.quantize_weights else 16
     formats = {"activations": plain(config.quant.activations), "kv": plain(config.kv)}
-    trained = {"weights_bits": bits, **formats}
+    trained = {"weights_bits": bits, **formats, "formats": formats_of(config.quant)}
     return {"learn": plain(config.learn), "trained": trained}
 
 
@@ -34,3 +35,13 @@ def warn_of_mismatch(rotations: RotationSet, config: WeightsConfig) -> None:
             trained["weights_bits"],
             config.method,
         )
+
+
+def announce_further(start: RotationSet, learn: LearnConfig, name: str) -> None:
+    """Say what learning starts from where a file of that name brought the rotations."""
+    steps = (start.about or {}).get("learn", {}).get("steps")
+    before = "" if steps is None else f", which was learned for {steps} steps"
+    rest = ""
+    if start.weight_clips and not learn.lr_clip:
+        rest = "; learn.lr_clip=0 leaves weight ranges to the clip search, its own are dropped"
+    log.info("%-12s further from %s%s%s", "learn", name, before, rest)

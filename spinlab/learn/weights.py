@@ -33,6 +33,7 @@ class WeightSpace(NetworkForm):
         self.rotations = rotations
         self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
+        self.given = parts.clips if self.learn.lr_clip else {}
         self.of_clips: dict[str, torch.Tensor] = {}
         paths: dict[str, InputPath] = {}
         self.linears: list[LearnedLinear] = []
@@ -103,7 +104,8 @@ class WeightSpace(NetworkForm):
             return torch.stack([self.ratios.number(linear.name) for linear in batch.linears])
         if refresh or batch.clip is None:
             found = search_ratios(weights.flatten(0, 1), format, self.weights)
-            return found.unflatten(0, weights.shape[:2])
+            searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
+            return torch.stack([self.given.get(x.name, ratio).to(ratio) for x, ratio in searched])
         return batch.clip
 
     def after_backward(self) -> None:
@@ -148,8 +150,10 @@ class WeightSpace(NetworkForm):
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """Return what is learned beside the rotations and belongs to their file."""
-        ranges = {} if self.input_ranges is None else self.input_ranges.numbers.logs
-        return {f"input_ranges.{key}": log.data for key, log in ranges.items()}
+        inputs = {} if self.input_ranges is None else self.input_ranges.numbers.logs
+        weights = {} if self.ratios is None else self.ratios.logs
+        found = {f"input_ranges.{key}": log.data for key, log in inputs.items()}
+        return found | {f"ratios.{name}": log.data for name, log in weights.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs beside the rotations."""

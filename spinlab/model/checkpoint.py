@@ -12,6 +12,8 @@ from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.files import (
     CONFIG,
+    EXPORTED,
+    MANIFEST,
     SETTINGS,
     TOKENIZER,
     VOCABULARY,
@@ -24,7 +26,6 @@ from spinlab.model.files import (
 from spinlab.model.hub import snapshot
 from spinlab.model.settings import config_from
 from spinlab.model.whole import check_whole
-from spinlab.rotation.exchange import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,18 @@ class Checkpoint:
     def check(self) -> None:
         """Raise InputError for what can be told without reading a number: all must fit."""
         check_whole(self.place, self.config, self.weights)
+        if "hub" in self.origin:
+            self._refuse_export()
         for file in files_like(self.folder, SETTINGS):
             read_json(file)
+
+    def _refuse_export(self) -> None:
+        """Raise InputError for an export on the hub: its manifest is read from a folder only."""
+        if EXPORTED in read_json(self.folder / CONFIG):
+            raise InputError(
+                f"{self.place} is an exported model, and its {MANIFEST} is only read from a "
+                "folder: download it whole and give the folder as model.path"
+            )
 
     def weight_digests(self) -> dict[str, str]:
         """Return the digest of every file that the model is made of, by name."""

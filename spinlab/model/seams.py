@@ -26,6 +26,23 @@ class Dimensions:
     heads: int  # that ask
     kv_heads: int  # that keys and values have; divides `heads`
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return the width that a group of linears reads."""
+        heads = self.heads * self.head_dim
+        of_stream = dict.fromkeys(("qkv", "gate_up"), self.hidden)
+        return {**of_stream, "o": heads, "down": self.intermediate}
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Return the width that a linear writes, by the last part of its name."""
+        return {
+            "q_proj": self.heads * self.head_dim,
+            **dict.fromkeys(("k_proj", "v_proj"), self.kv_heads * self.head_dim),
+            **dict.fromkeys(("gate_proj", "up_proj"), self.intermediate),
+            **dict.fromkeys(("o_proj", "down_proj"), self.hidden),
+        }
+
 
 @dataclass(frozen=True)
 class Seam:

@@ -31,15 +31,7 @@ class SplitLinear(nn.Module):
 
 def split_fused(model: PreTrainedModel) -> None:
     """Replace every fused linear of a stock model by its parts, in place."""
-    dimensions = dimensions_of(model.config)
-    kv_rows = dimensions.kv_heads * dimensions.head_dim
-    rows = {
-        "q_proj": dimensions.heads * dimensions.head_dim,
-        "k_proj": kv_rows,
-        "v_proj": kv_rows,
-        "gate_proj": dimensions.intermediate,
-        "up_proj": dimensions.intermediate,
-    }
+    rows = dimensions_of(model.config).rows
     for layer in layers_of(model):
         for name, parts in family_of(model.config.model_type).fused.items():
             split = _split(linear_at(layer, name), {part: rows[part] for part in parts})

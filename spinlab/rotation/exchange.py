@@ -5,25 +5,31 @@ An R.bin is a pickled dictionary: `R1` (hidden, hidden) and `model.layers.N.self
 builds tensors and plain containers and nothing else.
 """
 
+import io
 import logging
-import re
+import os
 import warnings
+import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, polar
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import ONLINE, RotationSet
+from spinlab.rotation.stored import check_shape, exactly, not_orthogonal, read_about, read_stored
 
 log = logging.getLogger(__name__)
 
 _R2 = "model.layers.{}.self_attn.R2"
-MANIFEST = "transform.safetensors"  # beside a transformed model: what its weights lack
-_DRIFT = 1e-2  # of max|RRᵀ-I|: what learning in float32 without projection leaves, with room
+# of max|RRᵀ-I|: what learning in float32 without projection leaves, with room; numbers rounded to
+# bfloat16 are off by 2^-9 of themselves, which makes at most 2·2^-9 = 4e-3
+_DRIFT = 1e-2
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_rotations(
@@ -37,9 +43,10 @@ def read_rotations(
     and the deviation is logged. Raises InputError, with the measured deviation, for what is no
     rotation, and for the wrong size or family.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"rotation.load={path} does not exist")
-    found = _read_bin(path) if path.suffix == ".bin" else _read_own(path)
+    read = _read_bin if path.suffix == ".bin" else partial(read_stored, family=family)
+    found = read(path, dimensions)
     fused = (found.about or {}).get("fused")
     if fused and not manifest:
         raise InputError(
@@ -49,57 +56,72 @@ def read_rotations(
     made_for = (found.about or {}).get("family", family)
     if made_for != family:
         raise InputError(f"{path} was made for a {made_for} model, this one is {family}")
-    found.check(dimensions, path)
     return found
 
 
 def write_bin(rotations: RotationSet, path: Path) -> None:
     """Write R1 and R2 in SpinQuant's layout; what runs online has no place in it.
 
-    Raises InputError where R1 or R2 is off, or where transforms or clip ratios of inputs would be
-    lost.
+    Raises InputError where R1 or R2 is off, or where anything would be lost: transforms of inputs,
+    learned ranges, online rotations that the settings do not make again.
     """
-    if rotations.r1 is None or rotations.r2 is None or rotations.inputs or rotations.clips:
-        raise InputError(f"{path}: an R.bin holds R1 and R2 and nothing else; use .safetensors")
+    lost = {"transforms of inputs": rotations.inputs, "clip ratios of inputs": rotations.clips}
+    lost |= {"learned weight ranges": rotations.weight_clips}
+    lost |= {f"{n} that is no exact Hadamard": not _made_again(rotations, n) for n in ONLINE}
+    for what, there in lost.items():
+        if there:
+            raise InputError(
+                f"an R.bin holds R1 and R2 and nothing else, and there are {what}; use .safetensors"
+            )
+    if rotations.r1 is None or rotations.r2 is None:
+        raise InputError("an R.bin needs R1 and R2, and one is off; use .safetensors")
     heads = {_R2.format(layer): r2.float().clone() for layer, r2 in enumerate(rotations.r2)}
-    torch.save({"R1": rotations.r1.float(), **heads}, path)
+    content = io.BytesIO()  # on a full disk torch says what nobody understands
+    torch.save({"R1": rotations.r1.float(), **heads}, content)
+    path.write_bytes(content.getbuffer())
 
 
-def manifest_of(path: str | None) -> Path | None:
-    """Return the manifest of a transformed checkpoint; None for an ordinary one."""
-    manifest = Path(path or "").expanduser() / MANIFEST
-    return manifest if path and manifest.is_file() else None
-
-
-def _read_own(path: Path) -> RotationSet:
+def is_rotations(path: Path) -> bool:
+    """Tell whether a file holds rotations, by the names in it or by what it says of itself."""
     try:
-        found = RotationSet.load(path)
-    except (
-        SafetensorError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        raise InputError(f"{path} is no file of rotations: {error}") from error
-    except AssertionError as error:
-        raise InputError(f"{path}: {error}") from error
-    return found
+        if zipfile.is_zipfile(path):
+            return "R1" in _tensors(path)
+        read_about(path)
+    except InputError:
+        return False
+    return True
 
 
-def _read_bin(path: Path) -> RotationSet:
+def _made_again(rotations: RotationSet, name: str) -> bool:
+    """Tell whether the settings alone make an online rotation: it is off, or Hadamard's."""
+    online: OnlineRotation | None = getattr(rotations, name)
+    if online is None or name == "cross_head":  # across heads there is no other kind
+        return True
+    size = online.width // online.blocks
+    expected = hadamard_rotation(online.width, size if size & (size - 1) == 0 else 0)
+    pairs = [(online.left, expected.left), (online.right, expected.right)]
+    return online.blocks == expected.blocks and all(torch.equal(a, b) for a, b in pairs)
+
+
+def _read_bin(path: Path, dimensions: Dimensions) -> RotationSet:
     tensors = _tensors(path)
-    layers = {int(m[1]) for key in tensors if (m := re.fullmatch(_R2.format(r"(\d+)"), key))}
-    wanted = {"R1"} | {_R2.format(layer) for layer in range(len(layers))}
-    if tensors.keys() != wanted or not layers:
-        extra = ", ".join(sorted(tensors.keys() ^ wanted)[:3]) or "no R2"
-        raise InputError(f"{path} has not the keys of an R.bin (R1, {_R2.format('N')}): {extra}")
-    try:
-        heads = torch.stack([tensors[_R2.format(layer)] for layer in range(len(layers))])
-    except RuntimeError as error:
-        raise InputError(f"{path}: its R2 are not of one size") from error
+    names = [_R2.format(layer) for layer in range(dimensions.layers)]
+    if tensors.keys() != {"R1", *names}:
+        odd = ", ".join(sorted(tensors.keys() ^ {"R1", *names})[:3])
+        raise InputError(
+            f"{path} has not the keys of an R.bin of {dimensions.layers} layers (R1, "
+            f"{_R2.format('N')}): {odd}"
+        )
+    # before anything is computed with them
+    for name, order in {
+        "R1": dimensions.hidden,
+        **dict.fromkeys(names, dimensions.head_dim),
+    }.items():
+        rule = exactly((order, order), partial(not_orthogonal, most=_DRIFT))
+        check_shape(f"{path}: {name}", tuple(tensors[name].shape), rule)
+        if (fault := rule.fault(tensors[name])) is not None:
+            raise InputError(f"{path}: {name} {fault}")
+    heads = torch.stack([tensors[name].double() for name in names])
     r1, r2 = (_projected(f"{path}: {n}", t) for n, t in (("R1", tensors["R1"]), ("R2", heads)))
     return RotationSet(r1, r2, about={"file": path.name})
 
@@ -109,30 +131,33 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():  # of pickle protocols other than torch's own
             warnings.simplefilter("ignore", UserWarning)
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # what is too large is refused before it is read
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # an unpickler fed with other bytes fails in any way
         raise InputError(
             f"{path} is not a plain dictionary of tensors, and nothing else is unpickled"
         ) from error
-    plain = isinstance(found, dict) and all(
-        isinstance(k, str) and isinstance(t, torch.Tensor) and t.numel() for k, t in found.items()
-    )
-    if not plain:
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise InputError(f"{path} is not a plain dictionary of tensors")
-    return found
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise InputError(
+                f"{path} is not a plain dictionary of tensors: {name:.60} ({kind}) is no dense "
+                "tensor of floats"
+            )
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is dense, holds numbers, and numbers of a float dtype."""
+    dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+    return dense and tensor.dtype in _FLOATS
 
 
 def _projected(name: str, matrix: torch.Tensor) -> torch.Tensor:
-    """Return the nearest orthogonal matrices to (..., n, n), if they are near."""
-    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise InputError(f"{name} is {tuple(matrix.shape)}, not square")
-    error = orthogonality_error(matrix)
-    if not error <= _DRIFT:
-        raise InputError(
-            f"{name} is not orthogonal: max|RRᵀ-I| = {error:.1e}, more than the {_DRIFT:.0e} that "
-            "learning leaves"
-        )
-    log.info("%s: max|RRᵀ-I| = %.1e, projected", name, error)
+    """Return the nearest orthogonal matrices to (..., n, n), which are near."""
+    log.info("%s: max|RRᵀ-I| = %.1e, projected", name, orthogonality_error(matrix))
     return polar(matrix)
 
 

@@ -104,10 +104,11 @@ def untie(model: PreTrainedModel) -> None:
 def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
     """Rotate every weight of a model whose norms are folded, in place and in float64.
 
-    Afterwards the model computes the same function once its online transforms run.
+    Afterwards the model computes the same function once its online transforms run. What they turn
+    is already rotated, so R1 and R2 enter first: as in a checkpoint that is saved in between.
     """
-    fuse_inputs(model, rotations)
     fuse_stream(model, rotations)
+    fuse_inputs(model, rotations)
 
 
 def fuse_stream(model: PreTrainedModel, rotations: RotationSet) -> None:

@@ -9,15 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions, Seam
+from spinlab.model.seams import Seam
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
 from spinlab.rotation.orthogonal import assert_orthogonal, orthogonality_error
 from spinlab.rotation.statistics import input_key
 
 _FUSED = ("r1", "r2")
-_ONLINE = ("r3", "r4", "cross_head")
+ONLINE = ("r3", "r4", "cross_head")
+WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of online rotations
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
     A rotation that is switched off is None. `inputs` are transforms of single groups of linears,
-    by `input_key`, and `clips` the clip ratios of their quantizers that were learned together with
-    the rotations. `about` is JSON-ready: how the set came to be.
+    by `input_key`. What was learned together with the rotations is part of the set: `clips`, the
+    clip ratios of input quantizers by `input_key`, and `weight_clips`, those of weights by the
+    linear's name: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
@@ -36,6 +37,7 @@ class RotationSet:
     cross_head: OnlineRotation | None = None  # (heads·head_dim): turns across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
+    weight_clips: Mapping[str, torch.Tensor] = field(default_factory=dict)
     about: dict | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class RotationSet:
     def orthogonality(self) -> dict[str, float]:
         """Return max|RRᵀ-I| of every rotation that is on."""
         found = {name: getattr(self, name) for name in _FUSED}
-        found |= {f"{n}.{f}": t for n in _ONLINE for f, t in self._factors(n).items()}
+        found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
         errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
         duals = [t.dual for t in self.inputs.values() if t.dual is not None]
         if duals:
@@ -66,78 +68,54 @@ class RotationSet:
         online: OnlineRotation | None = getattr(self, name)
         return {} if online is None else {"left": online.left, "right": online.right}
 
-    def save(self, path: Path) -> None:
-        """Write all rotations and `about` into one safetensors file."""
-        tensors = {name: getattr(self, name) for name in _FUSED}
-        tensors |= {f"{n}.{f}": t for n in _ONLINE for f, t in self._factors(n).items()}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the stored form, but for `about` and the blocks of online rotations."""
+        found = {name: getattr(self, name) for name in _FUSED}
+        found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
         for key, transform in self.inputs.items():
-            tensors |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
+            found |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
         for key, ratio in self.clips.items():
-            tensors[f"clip.{key}"] = torch.tensor(ratio, dtype=torch.float64)
-        tensors = {k: t.cpu().contiguous() for k, t in tensors.items() if t is not None}
-        blocks = {n: getattr(self, n).blocks for n in _ONLINE if getattr(self, n) is not None}
-        about = {"about": self.about or {}, "blocks": blocks}
-        save_file(tensors, path, {k: json.dumps(v, sort_keys=True) for k, v in about.items()})
+            found[f"clip.{key}"] = torch.tensor(ratio, dtype=torch.float64)
+        found |= {f"weight_clip.{name}": ratio for name, ratio in self.weight_clips.items()}
+        return {name: t.cpu().contiguous() for name, t in found.items() if t is not None}
 
     @staticmethod
-    def load(path: Path) -> "RotationSet":
-        """Read back what `save` wrote; raise ValueError for any other file of tensors."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        about, blocks = (json.loads(metadata.get(name, "{}")) for name in ("about", "blocks"))
+    def from_tensors(
+        tensors: Mapping[str, torch.Tensor], about: dict, blocks: Mapping[str, int]
+    ) -> "RotationSet":
+        """Rebuild a set from its stored form."""
         online = {
             n: OnlineRotation(tensors[f"{n}.left"], tensors[f"{n}.right"], blocks.get(n, 1))
-            for n in _ONLINE
+            for n in ONLINE
             if f"{n}.left" in tensors
         }
         parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("inputs."):
-                key, _, part = name.removeprefix("inputs.").rpartition(".")
-                parts.setdefault(key, {})[part] = tensor
+        for name, tensor in _part(tensors, "inputs.").items():
+            key, _, part = name.rpartition(".")
+            parts.setdefault(key, {})[part] = tensor
         inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
-        clips = {n.removeprefix("clip."): tensors[n].item() for n in tensors if n[:5] == "clip."}
+        clips = {key: ratio.item() for key, ratio in _part(tensors, "clip.").items()}
+        ranges = _part(tensors, "weight_clip.")
         r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
-        known = {*_FUSED, *(f"{n}.{part}" for n in _ONLINE for part in ("left", "right"))}
-        unknown = {n for n in tensors if n not in known and not n.startswith(("inputs.", "clip."))}
-        if unknown or "blocks" not in metadata:
-            raise ValueError(f"it holds {min(unknown)}" if unknown else "spinlab did not write it")
-        return RotationSet(r1, r2, inputs=inputs, clips=clips, about=about, **online)
+        return RotationSet(
+            r1, r2, inputs=inputs, clips=clips, weight_clips=ranges, about=about, **online
+        )
 
-    def check(self, dimensions: Dimensions, path: Path | str = "rotations") -> None:
-        """Raise InputError where a rotation does not fit a model of these dimensions."""
-        head = (dimensions.head_dim,) * 2
-        wanted = {"r1": (dimensions.hidden,) * 2, "r2": (dimensions.layers, *head)}
-        for name, shape in wanted.items():
-            matrix = getattr(self, name)
-            if matrix is not None and tuple(matrix.shape) != shape:
-                raise InputError(f"{path}: {name} is {tuple(matrix.shape)}, the model has {shape}")
-        widths = {
-            "r3": dimensions.head_dim,
-            "r4": dimensions.intermediate,
-            "cross_head": dimensions.heads * dimensions.head_dim,
-        }
-        for name, width in widths.items():
-            online = getattr(self, name)
-            if online is not None and online.width != width:
-                raise InputError(f"{path}: {name} has width {online.width}, the model has {width}")
-        of_group = {
-            "qkv": dimensions.hidden,
-            "gate_up": dimensions.hidden,
-            "o": dimensions.heads * dimensions.head_dim,
-            "down": dimensions.intermediate,
-        }
-        known = {
-            input_key(n, group): w
-            for n in range(dimensions.layers)
-            for group, w in of_group.items()
-        }
-        for key, transform in self.inputs.items():
-            if transform.width != known.get(key):
-                raise InputError(f"{path}: the transform of input {key} does not fit the model")
-        for key, ratio in self.clips.items():
-            if key not in known:
-                raise InputError(f"{path}: the clip ratio of input {key} does not fit the model")
-            if not 0 < ratio <= 1:
-                raise InputError(f"{path}: the clip ratio of input {key} is {ratio}, not in (0, 1]")
+    def save(self, path: Path) -> None:
+        """Write everything into one safetensors file; equal sets give equal bytes."""
+        blocks = {n: getattr(self, n).blocks for n in ONLINE if getattr(self, n) is not None}
+        words = json.dumps({"about": self.about or {}, "blocks": blocks}, sort_keys=True)
+        # of several entries safetensors makes a different order each time
+        save_file(self.tensors(), path, {WORDS: words})
+
+    @staticmethod
+    def load(path: Path) -> "RotationSet":
+        """Read back what `save` wrote in a stage; `spinlab.rotation.exchange` reads other files."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            words = json.loads(file.metadata()[WORDS])
+        return RotationSet.from_tensors(tensors, words["about"], words["blocks"])
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -171,9 +173,42 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path, optimizer, 
     assert resumed == curve
     assert torch.equal(second.result().r1, whole.result().r1)
     assert torch.equal(second.result().r2, whole.result().r2)
-    assert second.clips().keys() == whole.clips().keys()
-    assert all(torch.equal(second.clips()[k], v) for k, v in whole.clips().items())
-    assert bool(whole.clips()) == bool(lr_clip)
+    found, expected = second.result().weight_clips, whole.result().weight_clips
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    assert bool(expected) == bool(lr_clip)
+
+
+def test_learning_goes_on_from_the_ranges_that_came_with_the_rotations(make_model):
+    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=1e-9)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    first, networks = make_learner(make_model, learn, quant, KVConfig())
+    first.step(0, windows(2))
+    narrow = {name: ratio / 2 for name, ratio in first.result().weight_clips.items()}
+    start = replace(first.result(), weight_clips=narrow)
+    settings = learn, quant, WeightsConfig()
+    second = RotationLearner(networks.learnable(start), start, *settings)
+    second.step(0, windows(2))
+    for name, ratio in second.result().weight_clips.items():
+        assert torch.allclose(ratio, narrow[name], rtol=1e-5)
+    searched = replace(learn, lr_clip=0.0), quant, WeightsConfig()
+    third = RotationLearner(networks.learnable(start), start, *searched)
+    third.step(0, windows(2))
+    assert third.result().weight_clips == {}
+
+
+def test_the_last_good_numbers_hold_the_weight_ranges_too(make_model):
+    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=0.1)
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    learner, _ = make_learner(make_model, learn, quant, KVConfig())
+    learner.step(0, windows(2))
+    before = learner.result().weight_clips
+    learner.step(1, windows(2))
+    moved = learner.result().weight_clips
+    learner.restore(learner.guard.last_good)
+    for name, ratio in learner.result().weight_clips.items():
+        assert torch.equal(ratio, before[name])
+        assert not torch.equal(ratio, moved[name])
 
 
 def test_only_the_chosen_rotations_move(make_model):

@@ -73,7 +73,6 @@ def kill_in_the_middle(cache: Path, recipe: str) -> int:
 def learned(cache: Path, name: str) -> tuple[dict[str, torch.Tensor], list]:
     """Return all tensors that a stage of learning leaves, and its curve."""
     tensors = load_file(cache / name / "rotations.safetensors")
-    tensors |= load_file(cache / name / "clips.safetensors")
     return tensors, json.loads((cache / name / "curve.json").read_text())
 
 

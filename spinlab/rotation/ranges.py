@@ -1,0 +1,70 @@
+"""Learned ranges belong to the formats they were learned for: which of them a run can use."""
+
+import json
+import logging
+from dataclasses import replace
+from typing import Any
+
+from spinlab.config import QuantConfig, WeightsConfig, plain
+from spinlab.rotation.rotations import RotationSet
+
+log = logging.getLogger(__name__)
+
+
+def formats_of(quant: QuantConfig) -> dict[str, Any]:
+    """Name, JSON-ready, the formats that learned ranges of weights and of inputs belong to."""
+
+    def changes(kind: str) -> list[Any]:
+        return [[o["pattern"], plain(o[kind])] for o in quant.overrides if kind in o]
+
+    return {
+        "weights": [plain(quant.weights), changes("weights")],
+        "inputs": [plain(quant.activations), changes("activations"), quant.o_proj_per_head],
+    }
+
+
+def with_fitting_ranges(
+    rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig
+) -> RotationSet:
+    """Return a set without the learned ranges that are not those of a run's formats."""
+    lost = _lost(rotations, quant, weights)
+    return replace(rotations, **{kind: {} for kind in lost}) if lost else rotations
+
+
+def warn_of_lost_ranges(
+    rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig, name: str
+) -> None:
+    """Say so where a file of that name carries learned ranges that a run cannot use."""
+    for reason in _lost(rotations, quant, weights).values():
+        log.warning("%s carries %s", name, reason)
+
+
+def _lost(rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig) -> dict[str, str]:
+    """Return the kinds of ranges that do not fit, by their field, and why."""
+    trained = (rotations.about or {}).get("trained", {})
+    found, used = trained.get("formats", {}), formats_of(quant)
+    if "inputs" not in found and "activations" in trained:  # a file of an earlier version
+        found = {**found, "inputs": [trained["activations"], *used["inputs"][1:]]}
+    lost: dict[str, str] = {}
+    if rotations.weight_clips and (weights.method != "rtn" or weights.lwc_epochs):
+        method = "weights=gptq" if weights.method == "gptq" else "weights.lwc_epochs"
+        lost["weight_clips"] = (
+            f"weight ranges learned for rounding to nearest, and {method} finds its own: they are "
+            "not used; weights=rtn uses them"
+        )
+    elif rotations.weight_clips and found.get("weights") != used["weights"]:
+        lost["weight_clips"] = (
+            f"weight ranges learned for {_words(found.get('weights'))}, and this run has "
+            f"{_words(used['weights'])}: they are not used, the clip search finds others"
+        )
+    if rotations.clips and found.get("inputs", used["inputs"]) != used["inputs"]:
+        lost["clips"] = (
+            f"clip ratios of inputs learned for {_words(found['inputs'])}, and this run has "
+            f"{_words(used['inputs'])}: they are not used, quant.activations.clip_ratio holds"
+        )
+    return lost
+
+
+def _words(formats: Any) -> str:
+    """Describe what `formats_of` names, as a file tells it."""
+    return "formats that it does not name" if formats is None else json.dumps(formats)

@@ -1,0 +1,245 @@
+"""The door for files of rotations: what one must hold to be taken for those of a model.
+
+Everything is held against one table of rules: names and shapes while only the file's header is
+read, then the numbers, then what the file says of itself.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from spinlab.errors import InputError
+from spinlab.model.seams import Dimensions, family_of
+from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
+from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet
+from spinlab.rotation.statistics import input_key
+
+Shape = tuple[int, ...]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DUAL = {"first", "permutation", "second"}
+_SCALES = {"scale", "folded_scale"}
+_LARGEST_SCALE = 1e18  # so that squares of scales, and of their inverses, are float32 numbers
+# what code reads of `about`; anything else in it is nobody's business
+_ABOUT = {
+    "family": str,
+    "model": dict,
+    "fused": list,
+    "files": dict,
+    "learn": dict,
+    "trained": dict,
+    "trained.weights_bits": int,
+    "trained.formats": dict,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Say what a stored tensor must be: its shape, tested and in words, its numbers, its dtype."""
+
+    fits: Callable[[Shape], bool]
+    shape: str
+    fault: Callable[[torch.Tensor], str | None]
+    dtypes: tuple[str, ...] = _FLOATS
+
+
+def read_stored(path: Path, dimensions: Dimensions, family: str) -> RotationSet:
+    """Read a file that `RotationSet.save` wrote, now or in an earlier version, for such a model.
+
+    Raises InputError, naming the tensor and what is wrong with it, for any other file.
+    """
+    rules = rules_of(dimensions, family)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            about, blocks = _words(path, file.metadata() or {})
+            for name in names:
+                found = file.get_slice(name)
+                check_shape(f"{path}: {name}", tuple(found.get_shape()), rules.get(name))
+                if found.get_dtype() not in rules[name].dtypes:
+                    wanted = " or ".join(rules[name].dtypes)
+                    raise InputError(f"{path}: {name} is {found.get_dtype()}, not {wanted}")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no file of rotations: {error}") from error
+    for name, tensor in tensors.items():
+        if (fault := rules[name].fault(tensor)) is not None:
+            raise InputError(f"{path}: {name} {fault}")
+    _check_parts(path, tensors, blocks, dimensions)
+    return RotationSet.from_tensors(tensors, about, blocks)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return what a file of rotations says of itself; raise InputError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _words(path, file.metadata() or {})[0]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no file of rotations: {error}") from error
+
+
+def rules_of(dimensions: Dimensions, family: str) -> dict[str, Rule]:
+    """Return the rule of every tensor that rotations of such a model may have, by its name."""
+    head, layers, seams = dimensions.head_dim, dimensions.layers, family_of(family)
+    rules = {
+        "r1": exactly((dimensions.hidden,) * 2, not_orthogonal),
+        "r2": exactly((layers, head, head), not_orthogonal),
+    }
+    for name, width in _online_widths(dimensions).items():
+        words = f"a square whose order divides {width}"
+        rule = Rule(lambda s, width=width: _tiles((1, *s), width), words, not_orthogonal)
+        rules |= {f"{name}.left": rule, f"{name}.right": rule}
+    for layer in range(layers):
+        for group, width in dimensions.widths.items():
+            key = input_key(layer, group)
+            rules |= _input_rules(f"inputs.{key}", width)
+            rules[f"clip.{key}"] = exactly((), _no_ratio)
+        for seam in seams.seams:
+            rows = dimensions.rows[seam.name.rpartition(".")[2]]
+            width = dimensions.widths[seam.group]
+            rules[f"weight_clip.{seams.layers}.{layer}.{seam.name}"] = Rule(
+                lambda s, r=rows, w=width: len(s) == 3 and s[::2] == (r, 1) and _divides(s[1], w),
+                f"({rows}, groups of {width} inputs, 1)",
+                _no_ratio,
+            )
+    return rules
+
+
+def _input_rules(prefix: str, width: int) -> dict[str, Rule]:
+    """Return the rules of one input's transform."""
+    words = f"square blocks that tile {width}, or one for all"
+    dual = Rule(lambda s: _tiles(s, width), words, not_orthogonal)
+    order = exactly((width,), _no_permutation, ("I64",))
+    scales = {f"{prefix}.{name}": exactly((width,), _no_scale) for name in _SCALES}
+    parts = {f"{prefix}.first": dual, f"{prefix}.second": dual, f"{prefix}.permutation": order}
+    return parts | scales
+
+
+def exactly(
+    shape: Shape, fault: Callable[[torch.Tensor], str | None], dtypes: tuple[str, ...] = _FLOATS
+) -> Rule:
+    """Return the rule of a tensor that can have one shape only."""
+    return Rule(lambda found: found == shape, str(shape), fault, dtypes)
+
+
+def check_shape(what: str, shape: Shape, rule: Rule | None) -> None:
+    """Raise InputError for a tensor that the model has no place for, or not of this shape."""
+    if rule is None:
+        raise InputError(f"{what} has no place among the rotations of this model")
+    if not rule.fits(shape):
+        raise InputError(f"{what} is {shape}, the model has {rule.shape}")
+
+
+def _online_widths(dimensions: Dimensions) -> dict[str, int]:
+    at = dimensions.widths
+    return {"r3": dimensions.head_dim, "r4": at["down"], "cross_head": at["o"]}
+
+
+def _tiles(shape: Shape, width: int) -> bool:
+    """Tell whether (k, b, b) are blocks that tile a width, or one that all places share."""
+    if len(shape) != 3 or shape[1] != shape[2] or not _divides(shape[1], width):
+        return False
+    return shape[0] in (1, width // shape[1])
+
+
+def _divides(part: int, width: int) -> bool:
+    return part > 0 and width % part == 0
+
+
+def not_finite(tensor: torch.Tensor) -> str | None:
+    """Return what is wrong where a number is NaN or infinite."""
+    return None if tensor.isfinite().all() else "holds numbers that are not finite"
+
+
+def not_orthogonal(tensor: torch.Tensor, most: float = ORTHOGONAL_TOLERANCE) -> str | None:
+    """Return what is wrong with matrices (..., n, n) further than `most` from orthogonal."""
+    error = orthogonality_error(tensor)
+    if error <= most:
+        return None
+    return not_finite(tensor) or (
+        f"is not orthogonal: max|RRᵀ-I| = {error:.1e}, more than the {most:.0e} that is allowed"
+    )
+
+
+def _no_ratio(tensor: torch.Tensor) -> str | None:
+    wrong = tensor[~((tensor > 0) & (tensor <= 1))]
+    return f"has the clip ratio {wrong[0].item():.3g}, not in (0, 1]" if wrong.numel() else None
+
+
+def _no_scale(tensor: torch.Tensor) -> str | None:
+    sound = (tensor >= 1 / _LARGEST_SCALE) & (tensor <= _LARGEST_SCALE)
+    if sound.all():
+        return None
+    return f"has the scale {tensor[~sound][0].item():.3g}, not in [1e-18, 1e18]"
+
+
+def _no_permutation(tensor: torch.Tensor) -> str | None:
+    if torch.equal(tensor.sort().values, torch.arange(len(tensor))):
+        return None
+    return f"is no permutation of {len(tensor)} channels"
+
+
+def _check_parts(
+    path: Path, tensors: Mapping[str, torch.Tensor], blocks: dict[str, int], dimensions: Dimensions
+) -> None:
+    """Raise InputError where parts that belong together are not all there, or do not fit."""
+    for name, width in _online_widths(dimensions).items():
+        orders = [len(tensors[n]) for n in (f"{name}.left", f"{name}.right") if n in tensors]
+        if len(orders) == 1:
+            raise InputError(f"{path}: {name} has one of its two factors only")
+        if orders and (found := orders[0] * orders[1] * blocks.get(name, 1)) != width:
+            raise InputError(f"{path}: {name} has width {found}, the model has {width}")
+    parts: dict[str, set[str]] = {}
+    for name in tensors:
+        if name.startswith("inputs."):
+            key, _, part = name.rpartition(".")
+            parts.setdefault(key, set()).add(part)
+    for key, found in parts.items():
+        if found & _DUAL not in (set(), _DUAL) or found >= _SCALES:
+            raise InputError(
+                f"{path}: {key} is no transform: it has {', '.join(sorted(found))}, where a dual "
+                f"one has {', '.join(sorted(_DUAL))} and there is at most one scale"
+            )
+
+
+def _words(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return what a file says of itself, and the blocks of its online rotations."""
+    try:
+        if WORDS in metadata:
+            words = json.loads(metadata[WORDS])
+        elif "blocks" in metadata:  # a file of an earlier version
+            words = {name: json.loads(metadata.get(name, "{}")) for name in ("about", "blocks")}
+        else:
+            raise InputError(f"{path} is no file of rotations: spinlab did not write it")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its metadata is no JSON: {error}") from error
+    sound = isinstance(words, dict) and all(
+        isinstance(words.get(name), dict) for name in ("about", "blocks")
+    )
+    if not sound:
+        raise InputError(f"{path}: its metadata must be two JSON objects, about and blocks")
+    for name, count in words["blocks"].items():
+        if name not in ONLINE or type(count) is not int or count < 1:
+            raise InputError(f"{path}: blocks of {name} are {count!r}, not a number from 1 on")
+    check_about(path, words["about"])
+    return words["about"], words["blocks"]
+
+
+def check_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise InputError where a file says of itself what is of the wrong type."""
+    for name, wanted in _ABOUT.items():
+        value: Any = about
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and type(value) is not wanted:
+            raise InputError(f"{path}: about.{name} is {value!r:.60}, not a {wanted.__name__}")
+    files = about.get("files", {})
+    words = [*about.get("fused", []), *files.values()]
+    inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in files)
+    if not inside or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{path}: about.fused and about.files hold names and digests")

@@ -1,0 +1,81 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spinlab.config import QuantConfig, TensorQuant, WeightsConfig, plain
+from spinlab.rotation.ranges import formats_of, warn_of_lost_ranges, with_fitting_ranges
+from spinlab.rotation.rotations import RotationSet
+
+QUANT = QuantConfig(overrides=[{"pattern": "*.down_proj", "weights": {"bits": 8}}])
+RATIOS = {"model.layers.0.mlp.up_proj": torch.tensor([0.5]).view(1, 1, 1)}
+INPUTS = {"0.qkv": 0.5}
+EIGHT = TensorQuant(bits=8)
+
+
+def learned(**about) -> RotationSet:
+    trained = json.loads(json.dumps({"formats": formats_of(QUANT)}))  # as from a file
+    return RotationSet(clips=INPUTS, weight_clips=RATIOS, about={"trained": trained, **about})
+
+
+def kept(rotations: RotationSet, quant=QUANT, weights=None) -> tuple[bool, bool]:
+    found = with_fitting_ranges(rotations, quant, weights or WeightsConfig())
+    return bool(found.weight_clips), bool(found.clips)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (True, True)),
+        ({"head": EIGHT, "embedding": EIGHT}, (True, True)),  # have no learned ranges
+        ({"weights": TensorQuant(bits=3, symmetric=True)}, (False, True)),
+        ({"weights": TensorQuant(symmetric=True, group_size=8)}, (False, True)),
+        ({"overrides": []}, (False, True)),
+        ({"activations": EIGHT}, (True, False)),
+        ({"o_proj_per_head": False}, (True, False)),
+        (
+            {"overrides": [*QUANT.overrides, {"pattern": "*", "activations": {"bits": 8}}]},
+            (True, False),
+        ),
+    ],
+    ids=str,
+)
+def test_ranges_are_used_with_the_formats_they_were_learned_for(changes, expected, caplog):
+    quant = replace(QUANT, **changes)
+    assert kept(learned(), quant) == expected
+    warn_of_lost_ranges(learned(), quant, WeightsConfig(), "R.safetensors")
+    sentences = [record.getMessage() for record in caplog.records]
+    assert len(sentences) == 2 - sum(expected)
+    assert all(s.startswith("R.safetensors carries ") and "not used" in s for s in sentences)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        (WeightsConfig(method="gptq"), "weights=gptq"),
+        (WeightsConfig(lwc_epochs=2), "weights.lwc_epochs"),
+    ],
+)
+def test_only_rounding_to_nearest_reads_weight_ranges(weights, name, caplog):
+    assert kept(learned(), QUANT, weights) == (False, True)
+    warn_of_lost_ranges(learned(), QUANT, weights, "R.safetensors")
+    assert f"{name} finds its own" in caplog.text
+
+
+def test_what_says_nothing_of_its_formats_keeps_input_ranges_only():
+    assert kept(replace(learned(), about=None)) == (False, True)
+    before = {"trained": {"weights_bits": 4, "activations": plain(QUANT.activations)}}
+    assert kept(replace(learned(), about=before)) == (False, True)
+    assert kept(replace(learned(), about=before), replace(QUANT, activations=EIGHT)) == (
+        False,
+        False,
+    )
+
+
+def test_a_set_without_ranges_is_left_as_it_is(caplog):
+    plain_set = RotationSet(about={"trained": {}})
+    gptq = WeightsConfig(method="gptq")
+    assert with_fitting_ranges(plain_set, QUANT, gptq) is plain_set
+    warn_of_lost_ranges(plain_set, QUANT, gptq, "R.safetensors")
+    assert not caplog.text
