@@ -13,6 +13,7 @@ from spinlab.config import Config
 from spinlab.data.text import label
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.transformed import save_transformed
+from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.pipeline import Pipeline
@@ -26,6 +27,8 @@ from spinlab.track.trackers import Tracker, finish_all, make_trackers
 log = logging.getLogger(__name__)
 
 _SMALL_GAIN = 0.05  # of perplexity
+# the metric of each variant's hand-off gate; invariance/init is the rotated model's own
+_HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "int4")} | {"init": "handoff/init"}
 
 
 def run(config: Config, overrides: list[str]) -> Record:
@@ -58,6 +61,7 @@ def run(config: Config, overrides: list[str]) -> Record:
             export(pipeline)
         _evaluations(pipeline, record)
         figures.append(_outliers(pipeline, record))
+        check_finite(record.metrics, "the record cannot be complete")
         record.status = "complete"
     except BaseException as error:
         record.status = f"failed: {type(error).__name__}: {error}"
@@ -110,10 +114,10 @@ def export(pipeline: Pipeline) -> None:
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:
-    """Measure every variant, and how far the integer kernels are from fake quantization."""
-    if "int4" in record.config.eval.variants:
-        record.metrics["invariance/int4"] = handoff_error(pipeline)
+    """Measure every variant, those on integers once they have passed the gate of the hand-off."""
     for variant in record.config.eval.variants:
+        if variant != "fp":
+            record.metrics[_HANDOFF[variant]] = handoff_error(pipeline, variant)
         record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)
     for text in map(label, record.config.data.evaluation):

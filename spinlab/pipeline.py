@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import Config, WeightsConfig, plain
 from spinlab.device import choose_backend
+from spinlab.finite import check_finite
 from spinlab.learning import Learning, clip_settings
 from spinlab.rotation.rotations import RotationSet
 from spinlab.start import SETTINGS
@@ -74,6 +75,8 @@ class Pipeline(Learning):
             model = self.networks.fused(rotations)
             check_weight_groups(model, self.config.quant)
             weights = self._rounded(model, rotations, config, self._clips(variant), out)
+            scales = {name: weight.scale for name, weight in weights.items()}
+            check_finite(scales, "rounded weights have no scale")
             parallel.barrier()  # all have read the layers that were there
             if parallel.is_main():
                 save_weights(weights, out / "weights.safetensors")

@@ -6,7 +6,7 @@ of a transformed model (its manifest).
 
 import logging
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
+from spinlab.finite import check_finite
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
-from spinlab.rotation.check import assert_invariant
+from spinlab.rotation.check import check_invariance
 from spinlab.rotation.exchange import manifest_of, read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -77,8 +78,9 @@ class Start(Sources):
         def work(out: Path) -> None:
             model = self.networks.stream_rotated(RotationSet())
             windows = self.windows("statistics", settings.samples, settings.sequence_length)
-            found = gather_statistics(model, windows, searches)
-            save_file(found.tensors(), out / "statistics.safetensors")
+            found = gather_statistics(model, windows, searches).tensors()
+            check_finite(found, "the model is broken, or its activations overflow")
+            save_file(found, out / "statistics.safetensors")
 
         code = ("rotation", "model", "networks", "start", *SETTINGS)
         folder, key = self.stages.run("statistics", depends, work, code)
@@ -147,8 +149,8 @@ class Start(Sources):
         dtype = "float64" if self.config.model.dtype == "float64" else "float32"
         networks = self.networks_in(dtype)
         ids = self.windows("gate", 1, GATE_TOKENS).to(self.device)
-        original, rotated = networks.original(), networks.rotated(rotations)
-        error = assert_invariant(original, rotated, rotations, ids)
+        rotated = partial(networks.rotated, rotations)
+        error = check_invariance(networks.original, rotated, rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
 

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinlab.config import KVConfig
+from spinlab.errors import InputError
 from spinlab.kv.codec import AffineCodec
 from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
 from spinlab.quant.affine import Grid
@@ -178,7 +179,8 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CodedCache):
             return args, kwargs
-        assert cache is None or cache.get_seq_length() == 0, "a foreign cache cannot be coded"
+        if cache is not None and cache.get_seq_length():
+            raise InputError(f"a filled {type(cache).__name__} cannot be coded: begin without one")
         keep = store and kwargs.get("use_cache") is not False
         path = kv_path_of(model)
         return args, {**kwargs, "past_key_values": CodedCache(path, len(layers), keep)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.model.seams import Dimensions
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import RotationSet
@@ -84,7 +84,7 @@ def _read_own(path: Path) -> RotationSet:
         TypeError,
     ) as error:
         raise InputError(f"{path} is no file of rotations: {error}") from error
-    except AssertionError as error:
+    except ResultError as error:
         raise InputError(f"{path}: {error}") from error
     return found
 
