@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -114,6 +115,32 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, revision=revision, use_safetensors=True
         )
+    return _prepared(model, dtype)
+
+
+def meta_model(config: ModelConfig, converted: Path | None = None) -> PreTrainedModel:
+    """Return the model that `load_model` gives, on the meta device: names, shapes and no numbers.
+
+    A packaged model that is not converted yet is described by its own metadata.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_settings(config, converted))
+    return _prepared(model, getattr(torch, config.dtype))
+
+
+def _settings(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
+    """Return the transformers config of a model that need not be loaded."""
+    if config.weights == "random":
+        return architecture_of(config)
+    if config.package and not (converted or config.path):
+        gguf = packaged_file(config.package, config.file or "")
+        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    where, revision = _checkpoint(config, converted)
+    return AutoConfig.from_pretrained(where, revision=revision)
+
+
+def _prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Split fused linears, bring the numbers to a dtype and freeze them."""
     split_fused(model)
     if dtype == torch.float64:
         exact_norms(model)

@@ -5,9 +5,9 @@ import torch
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.load import load_model, source_digest
+from spinlab.model.load import load_model, meta_model, source_digest
 from spinlab.model.random import random_model
-from spinlab.model.seams import dimensions_of, family_of, linears_of
+from spinlab.model.seams import FAMILIES, dimensions_of, family_of, linears_of
 
 SHAPE = {
     "vocab_size": 256,
@@ -67,6 +67,19 @@ def test_float64_models_are_float64_throughout():
     norm = model.model.norm
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
     assert torch.allclose(norm(x), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_model_on_the_meta_device_has_the_tensors_of_the_loaded_one(family, dtype):
+    config = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
+    shapes, loaded = meta_model(config), load_model(config, None, seed=0)
+    assert all(tensor.is_meta for tensor in shapes.state_dict().values())
+
+    def described(model):
+        return {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+
+    assert described(shapes) == described(loaded)
 
 
 def test_dimensions_come_from_the_config_not_from_hidden_over_heads():
