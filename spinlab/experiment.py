@@ -16,6 +16,7 @@ from spinlab.export.transformed import save_transformed
 from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
+from spinlab.memory.check import check_memory
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
@@ -55,6 +56,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     figures: list[Path] = []
     artifacts: list[Path] = []
     try:
+        check_memory(pipeline)
         prepare(pipeline)
         artifacts.append(_rotations(pipeline, record, on_step))
         if parallel.is_main():

@@ -23,7 +23,7 @@ from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.finite import check_finite
 from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import linears_of
-from spinlab.networks import Networks, channel_peaks, stored_bytes
+from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
 from spinlab.pipeline import Pipeline
 from spinlab.rotation.check import logits_of, relative_error
 from spinlab.rotation.rotations import RotationSet
@@ -104,7 +104,7 @@ def handoff_error(pipeline: Pipeline, variant: str) -> float:
     """
 
     def work(out: Path) -> None:
-        networks = pipeline.networks_in("float64")
+        networks = ExactNetworks(pipeline.original, pipeline.config.quant, pipeline.config.kv)
         parts = _parts(pipeline, variant)
         ids = pipeline.windows("gate", 1, GATE_TOKENS).to(pipeline.device)
         expected = logits_of(partial(networks.dequantized, *parts), ids)
@@ -185,10 +185,9 @@ def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
 def _sizes(
     pipeline: Pipeline, model: PreTrainedModel, weights: Mapping[str, QuantizedWeight] | None
 ) -> dict[str, float]:
-    original = pipeline.original()
-    sizes: dict[str, float] = {"bytes": stored_bytes(original, weights)}
+    sizes: dict[str, float] = {"bytes": stored_bytes(pipeline.shape, weights)}
     if weights is not None:
-        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(original)}
+        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(pipeline.shape)}
         sizes["bits/weights"] = effective_bits(weights, numbers)
         sizes["bits/kv"] = kv_bits(model, pipeline.config.kv)
     return sizes

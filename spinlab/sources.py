@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spinlab.config import Config, ModelConfig
 from spinlab.data.text import fixed_windows, random_windows, read_text, tokenize
 from spinlab.device import choose_device
-from spinlab.model.load import convert_gguf, load_model, load_tokenizer, source_digest
+from spinlab.model.load import convert_gguf, load_model, load_tokenizer, meta_model, source_digest
 from spinlab.stage import Stages
 
 
@@ -51,6 +51,12 @@ class Sources:
         """Return a fresh copy of the original model on the device."""
         model = load_model(model_config or self.config.model, self.converted, self.config.seed)
         return cast(PreTrainedModel, nn.Module.to(model, self.device))
+
+    @cached_property
+    def shape(self) -> PreTrainedModel:
+        """The original model on the meta device: its names and widths, without its weights."""
+        assert self.source  # a model that cannot be had fails here, with a sentence
+        return meta_model(self.config.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -119,7 +119,7 @@ class Start(Sources):
 
     def _start(self) -> RotationSet:
         """Read the rotations, or draw them, or make them from statistics."""
-        config, settings = self.config.rotation, self.original().config
+        config, settings = self.config.rotation, self.shape.config
         dimensions = dimensions_of(settings)
         about = self.about(settings.model_type)
         if self.given is None:
@@ -147,14 +147,10 @@ class Start(Sources):
     def gate(self, rotations: RotationSet) -> dict[str, float]:
         """Compare the rotated model with the original and measure orthogonality."""
         dtype = "float64" if self.config.model.dtype == "float64" else "float32"
-        networks = self.networks_in(dtype)
+        model = replace(self.config.model, dtype=dtype)
+        networks = replace(self.networks, original=lambda: self.original(model))
         ids = self.windows("gate", 1, GATE_TOKENS).to(self.device)
         rotated = partial(networks.rotated, rotations)
         error = check_invariance(networks.original, rotated, rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
-
-    def networks_in(self, dtype: str) -> Networks:
-        """Return the same networks in another dtype."""
-        model = replace(self.config.model, dtype=dtype)
-        return replace(self.networks, original=lambda: self.original(model))

@@ -1,6 +1,7 @@
 """What must not enter a record: integers that are not their numbers, and numbers that are none."""
 
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -35,6 +36,21 @@ def pipeline(folder, *overrides) -> Pipeline:
     return Pipeline(settings(folder, *overrides), lambda step, values: None)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A cache with the texts, which take the longest."""
+    folder = tmp_path_factory.mktemp("texts")
+    run = pipeline(folder)
+    assert run.calibration, run.evaluation
+    return folder / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path, texts):
+    shutil.copytree(texts, tmp_path / "cache")
+    return tmp_path
+
+
 def saturating(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Multiply as processors do whose pairs of products meet in too few bits."""
     products = levels.int()[:, None] * weight.int()
@@ -42,20 +58,20 @@ def saturating(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_integers_of_every_variant_are_the_numbers_they_stand_for(tmp_path, variant):
-    assert handoff_error(pipeline(tmp_path), variant) < 1e-12
+def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, variant):
+    assert handoff_error(pipeline(folder), variant) < 1e-12
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_wrong_integers_of_any_variant_are_refused_and_not_cached(tmp_path, variant, monkeypatch):
+def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
     monkeypatch.setitem(KERNELS, "reference" if variant == "fake" else "cpu", saturating)
     with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=reference"):
-        handoff_error(pipeline(tmp_path), variant)
-    assert not list((tmp_path / "cache").glob("handoff-*/manifest.json"))
+        handoff_error(pipeline(folder), variant)
+    assert not list((folder / "cache").glob("handoff-*/manifest.json"))
 
 
-def test_no_network_of_the_handoff_stands_beside_another(tmp_path):
-    run, made = pipeline(tmp_path), []
+def test_no_network_of_the_handoff_stands_beside_another(folder):
+    run, made = pipeline(folder), []
     run.initial, run.weights_of("int4")
     original = run.original
 
@@ -93,14 +109,14 @@ except ResultError as error:
 """
 
 
-def test_gates_hold_without_assertions(tmp_path, request):
-    script = WITHOUT_ASSERTIONS.format(tests=str(request.path.parent), folder=str(tmp_path))
+def test_gates_hold_without_assertions(folder, request):
+    script = WITHOUT_ASSERTIONS.format(tests=str(request.path.parent), folder=str(folder))
     done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("R1 is not orthogonal")
     assert second.startswith("int4's integers are not the numbers they stand for")
-    assert not list((tmp_path / "cache").glob("handoff-*/manifest.json"))
+    assert not list((folder / "cache").glob("handoff-*/manifest.json"))
 
 
 @pytest.fixture
@@ -119,39 +135,40 @@ def unseen_nan(monkeypatch):
     monkeypatch.setattr(Pipeline, "original", poisoned)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # nan to a byte, in numpy
 @pytest.mark.parametrize("variant", ["fp", "fake"])
-def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(tmp_path, unseen_nan, variant):
-    run = pipeline(tmp_path, UNTIED)
-    assert run.evaluation, run.calibration
+def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen_nan, variant):
+    run = pipeline(folder, UNTIED)
+    assert run.calibration, run.evaluation
     if variant == "fake":
         assert handoff_error(run, "fake") < 1e-12  # it does not see it
     with pytest.raises(ResultError, match=f"network {variant} is broken: ppl/wiki is nan"):
         evaluate(run, variant)
-    assert not list((tmp_path / "cache").glob("eval-*/manifest.json"))
+    assert not list((folder / "cache").glob("eval-*/manifest.json"))
 
 
-def test_a_run_with_a_metric_that_is_no_number_fails(tmp_path, unseen_nan):
+def test_a_run_with_a_metric_that_is_no_number_fails(folder, unseen_nan):
     with pytest.raises(ResultError, match="ppl/wiki is nan"):
-        experiment.run(settings(tmp_path, UNTIED, "eval.variants=[fp]"), [])
-    (path,) = (tmp_path / "runs").glob("toy/*/record.json")
+        experiment.run(settings(folder, UNTIED, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
     assert record["status"].startswith("failed: ResultError: the network fp is broken: ppl/wiki")
     assert "ppl/wiki/fp" not in record["metrics"]
 
 
-def test_any_other_metric_that_is_no_number_fails_a_run(tmp_path, monkeypatch):
+def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
     monkeypatch.setattr(experiment, "outliers", lambda run: {"before": torch.zeros(2, 96)})
     monkeypatch.setattr(experiment, "draw_outliers", lambda *args: None)
     with pytest.raises(ResultError, match="outliers/before is nan"):
-        experiment.run(settings(tmp_path, "eval.variants=[fp]"), [])
-    (path,) = (tmp_path / "runs").glob("toy/*/record.json")
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
     assert json.loads(path.read_text())["status"].startswith("failed: ResultError")
 
 
-def test_a_gate_is_recorded_for_every_network_on_integers(tmp_path, monkeypatch):
+def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     monkeypatch.setattr(experiment, "evaluate", lambda run, variant: {})
     monkeypatch.setattr(experiment, "handoff_error", lambda run, variant: float(len(variant)))
-    run, config = pipeline(tmp_path), settings(tmp_path)
+    run, config = pipeline(folder), settings(folder)
     record = Record(config, [], {})
     experiment._evaluations(run, record)
     names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/int4")
