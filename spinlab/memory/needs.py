@@ -106,7 +106,7 @@ def needs(job: Job) -> list[Need]:
     if config.export.transformed:
         stages.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
     if quantized and job.linears:
-        stages.append(_rounding(job))
+        stages += _rounding(job)
     stages += [_measuring(job, variant) for variant in config.eval.variants]
     return stages
 
@@ -166,22 +166,25 @@ def _checkpoints(setting: str) -> tuple[bool, ...]:
     return {"on": (True,), "off": (False,)}.get(setting, (True, False))
 
 
-def _rounding(job: Job) -> Need:
+def _rounding(job: Job) -> Iterator[Need]:
     """GPTQ holds all windows at one layer, and a Hessian twice in float64 while it is factored."""
     config, d = job.config.weights, job.dimensions
     weights = job.untied * job.size
-    levels = job.levels
-    if config.method != "gptq" and not config.lwc_epochs:
-        return Need("rounding weights", levels, weights, job.cure())
-    length, gptq = config.sequence_length, config.method == "gptq"
+    gptq = config.method == "gptq"
+    name = "GPTQ" if gptq else "LWC" if config.lwc_epochs else "rounding weights"
+    yield Need(name, 0, weights + job.fusing, job.cure())
+    if name == "rounding weights":
+        yield Need(name, job.levels, weights, job.cure())
+        return
+    length = config.sequence_length
     samples = -(-config.samples // parallel.launched()) if gptq else config.samples
     states = samples * length * d.hidden * job.size * (1 if gptq else 2)
     layer = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     work = max(layer, (2 * _FLOAT64 + _FLOAT32) * d.intermediate**2) if gptq else layer
-    host = levels + config.samples * length * _INDEX
+    host = job.levels + config.samples * length * _INDEX
     cures = [f"fewer weights.samples than {config.samples}"]
     cures.append(f"a smaller weights.sequence_length than {length}")
-    return Need("GPTQ" if gptq else "LWC", host, weights + states + work, job.cure(*cures))
+    yield Need(name, host, weights + states + work, job.cure(*cures))
 
 
 def _measuring(job: Job, variant: str) -> Need:
