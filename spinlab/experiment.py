@@ -12,11 +12,13 @@ from spinlab import parallel
 from spinlab.config import Config
 from spinlab.data.text import label
 from spinlab.device import choose_device, set_arithmetic
+from spinlab.errors import InputError
 from spinlab.export.transformed import save_transformed
 from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers, prepare
 from spinlab.memory.check import check_memory
+from spinlab.memory.machine import out_of_memory
 from spinlab.pipeline import Pipeline
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
@@ -67,6 +69,8 @@ def run(config: Config, overrides: list[str]) -> Record:
         record.status = "complete"
     except BaseException as error:
         record.status = f"failed: {type(error).__name__}: {error}"
+        if sentence := out_of_memory(error):
+            raise InputError(sentence) from error
         raise
     finally:
         path = _save(pipeline, record)

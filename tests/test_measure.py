@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import spinlab.experiment as experiment
+import spinlab.memory.check as check
 from spinlab.compose import composed
-from spinlab.errors import ResultError
+from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.measure import BrokenHandoff, evaluate, handoff_error
 from spinlab.pipeline import Pipeline
@@ -91,7 +92,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_measure as tests
-from spinlab.errors import ResultError
+from spinlab.errors import InputError, ResultError
 from spinlab.rotation.rotations import RotationSet
 
 assert False, "assertions are on"
@@ -163,6 +164,21 @@ def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
         experiment.run(settings(folder, "eval.variants=[fp]"), [])
     (path,) = (folder / "runs").glob("toy/*/record.json")
     assert json.loads(path.read_text())["status"].startswith("failed: ResultError")
+
+
+def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate", lambda run, variant: torch.empty(2**50))
+    with pytest.raises(InputError, match="the host's memory ran out: what is finished is kept"):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
+    assert "allocate" in json.loads(path.read_text())["status"]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(check, "left_on_host", lambda swap: 2**20)
+    monkeypatch.setattr(Pipeline, "original", None)
+    with pytest.raises(InputError, match="needs at least .* GiB of memory"):
+        experiment.run(settings(folder), [])
 
 
 def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
