@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 
 import spinlab.experiment as experiment
 import spinlab.memory.check as check
+import spinlab.runtime.network as network
 from spinlab.compose import composed
 from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.measure import BrokenHandoff, evaluate, handoff_error
 from spinlab.pipeline import Pipeline
-from spinlab.runtime.kernels import KERNELS
 from spinlab.start import GATE_TOKENS
 from spinlab.track.record import Record
 
 QUANTIZED = ("rtn", "init", "fake", "int4")
 FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
 FAST += ["weights.clip_search=false", "model.architecture.num_hidden_layers=1"]
-# untied: a row of the head is read at every token
-UNTIED = "model.architecture.tie_word_embeddings=false"
+# a row of the embedding is not one of the head, which is read at every token
+FAST += ["model.architecture.tie_word_embeddings=false"]
 
 
 def settings(folder, *overrides):
@@ -42,7 +42,7 @@ def texts(tmp_path_factory):
     """A cache with the texts, which take the longest."""
     folder = tmp_path_factory.mktemp("texts")
     run = pipeline(folder)
-    assert run.calibration, run.evaluation
+    assert run.calibration and run.evaluation
     return folder / "cache"
 
 
@@ -65,7 +65,7 @@ def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, varian
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
-    monkeypatch.setitem(KERNELS, "reference" if variant == "fake" else "cpu", saturating)
+    monkeypatch.setattr(network, "kernel_for", lambda backend, grid: saturating)
     with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=reference"):
         handoff_error(pipeline(folder), variant)
     assert not list((folder / "cache").glob("handoff-*/manifest.json"))
@@ -101,7 +101,7 @@ try:
     print("taken")
 except ResultError as error:
     print(error)
-tests.KERNELS["cpu"] = tests.saturating
+tests.network.kernel_for = lambda backend, grid: tests.saturating
 try:
     tests.handoff_error(tests.pipeline(Path({folder!r})), "int4")
     print("passed")
@@ -139,8 +139,8 @@ def unseen_nan(monkeypatch):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # nan to a byte, in numpy
 @pytest.mark.parametrize("variant", ["fp", "fake"])
 def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen_nan, variant):
-    run = pipeline(folder, UNTIED)
-    assert run.calibration, run.evaluation
+    run = pipeline(folder)
+    assert run.calibration and run.evaluation
     if variant == "fake":
         assert handoff_error(run, "fake") < 1e-12  # it does not see it
     with pytest.raises(ResultError, match=f"network {variant} is broken: ppl/wiki is nan"):
@@ -150,7 +150,7 @@ def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen
 
 def test_a_run_with_a_metric_that_is_no_number_fails(folder, unseen_nan):
     with pytest.raises(ResultError, match="ppl/wiki is nan"):
-        experiment.run(settings(folder, UNTIED, "eval.variants=[fp]"), [])
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
     (path,) = (folder / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
     assert record["status"].startswith("failed: ResultError: the network fp is broken: ppl/wiki")
@@ -177,7 +177,7 @@ def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(check, "left_on_host", lambda swap: 2**20)
     monkeypatch.setattr(Pipeline, "original", None)
-    with pytest.raises(InputError, match="needs at least .* GiB of memory"):
+    with pytest.raises(InputError, match=r"needs at least .* GiB of memory"):
         experiment.run(settings(folder), [])
 
 

@@ -35,7 +35,7 @@ def peak(work) -> int:
 def main(folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     run = Pipeline(composed(*overrides, f"paths.cache={folder}"), lambda step, values: None)
-    assert run.calibration, run.evaluation
+    assert run.calibration and run.evaluation
     run.shape  # noqa: B018
     work = {"the gate of the rotated model, in float32,": lambda: run.initial}
     if run.config.learn.steps:
