@@ -1,5 +1,6 @@
 """The third part of an experiment's stages: rotations learned against the quantized network."""
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,6 +87,7 @@ class Learning(Start):
         rotations, clips, curve = self._optimize(out / "progress.safetensors")
         if not parallel.is_main():
             return
+        gc.collect()  # hooks keep the learner's network, which would stand beside the gate's
         self._described(rotations).save(out / "rotations.safetensors")
         save_file(clips, out / "clips.safetensors")
         write_json(out / "gate.json", self.gate(rotations))

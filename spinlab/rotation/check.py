@@ -4,6 +4,7 @@ Gates run their networks in turn: each is made, gives its logits and is gone bef
 """
 
 import gc
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -31,9 +32,11 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of a network that lives for this call only."""
-    gc.collect()  # hooks tie modules into cycles, which would stand beside the next network
-    found = logits(make(), ids)
-    gc.collect()
+    model = make()
+    found, left = logits(model, ids), weakref.ref(model)
+    del model
+    if left() is not None:  # in a cycle, it would stand beside the next network
+        gc.collect()
     return found
 
 
