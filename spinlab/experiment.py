@@ -9,14 +9,17 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from spinlab import parallel
-from spinlab.config import Config, PathsConfig, plain
+from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
+from spinlab.errors import InputError
 from spinlab.export.rotations import save_rotations
-from spinlab.export.targets import check_export
 from spinlab.export.transformed import save_transformed
-from spinlab.files import check_writable, writing
+from spinlab.files import writing
+from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.measure import evaluate, handoff_error, outliers
+from spinlab.memory.machine import out_of_memory
+from spinlab.model.load import describe_model
 from spinlab.pipeline import Pipeline
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
@@ -29,6 +32,8 @@ from spinlab.track.trackers import Outcome, Trackers
 log = logging.getLogger(__name__)
 
 _SMALL_GAIN = 0.05  # of perplexity, either way
+# the metric of each variant's hand-off gate; invariance/init is the rotated model's own
+_HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "int4")} | {"init": "handoff/init"}
 
 
 def run(config: Config, overrides: list[str]) -> Record:
@@ -39,8 +44,6 @@ def run(config: Config, overrides: list[str]) -> Record:
     them. One that fails ends at once, so that the others do not wait for it.
     """
     start = time.perf_counter()
-    check_paths(config.paths)
-    check_export(config)
     parallel.start(choose_device(config.runtime.device).type)
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
@@ -48,7 +51,8 @@ def run(config: Config, overrides: list[str]) -> Record:
     pipeline = Pipeline(config, trackers.log)
     preflight(pipeline, overrides)
     facts = environment() | {"backend": pipeline.backend}
-    record = Record(config, overrides, facts, pipeline.identity, mirrors=trackers.stopped)
+    model = describe_model(config.model, pipeline.shape)
+    record = Record(config, overrides, facts, pipeline.identity, model, mirrors=trackers.stopped)
     record.save()
     journal = Journal(record.folder / "run.log", overrides)
     figures: list[Path] = []
@@ -61,10 +65,13 @@ def run(config: Config, overrides: list[str]) -> Record:
             export(pipeline)
         _evaluations(pipeline, record)
         figures.append(_outliers(pipeline, record))
+        check_finite(record.metrics, "the record cannot be complete")
         record.status = "complete"
     except BaseException as error:
         record.end(error)
         journal.tell(error)
+        if sentence := out_of_memory(error):
+            raise InputError(sentence) from error
         raise
     finally:
         path = _save(pipeline, record)
@@ -77,12 +84,6 @@ def run(config: Config, overrides: list[str]) -> Record:
         _show(record, path, time.perf_counter() - start)
     parallel.stop()
     return record
-
-
-def check_paths(paths: PathsConfig) -> None:
-    """Raise InputError for a folder of the settings that cannot be made, or written into."""
-    for name, folder in plain(paths).items():
-        check_writable(Path(folder), f"paths.{name}")
 
 
 def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
@@ -120,10 +121,10 @@ def export(pipeline: Pipeline) -> None:
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:
-    """Measure every variant, and how far the integer kernels are from fake quantization."""
-    if "int4" in record.config.eval.variants:
-        record.metrics["invariance/int4"] = handoff_error(pipeline)
+    """Measure every variant, those on integers once they have passed the gate of the hand-off."""
     for variant in record.config.eval.variants:
+        if variant != "fp":
+            record.metrics[_HANDOFF[variant]] = handoff_error(pipeline, variant)
         record.metrics |= evaluate(pipeline, variant)
         _save(pipeline, record)
     for text in (text.label for text in pipeline.texts[1]):

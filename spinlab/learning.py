@@ -1,5 +1,6 @@
 """The third part of an experiment's stages: rotations learned against the quantized network."""
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,6 +89,7 @@ class Learning(Start):
         rotations, curve = self._optimize(out)
         if not parallel.is_main():
             return
+        gc.collect()  # hooks keep the learner's network, which would stand beside the gate's
         self._described(rotations).save(out / "rotations.safetensors")
         write_json(out / "gate.json", self.gate(rotations))
         write_json(out / "curve.json", curve)

@@ -1,7 +1,9 @@
 """Measure the networks of a pipeline: perplexity, zero-shot accuracy, bytes, outliers."""
 
 import json
+import logging
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -13,17 +15,25 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import plain
 from spinlab.data.questions import digest as question_digest
+from spinlab.errors import ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
+from spinlab.finite import check_finite
 from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import linears_of
-from spinlab.networks import channel_peaks, stored_bytes
+from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
 from spinlab.pipeline import Pipeline
-from spinlab.rotation.check import logits, relative_error
+from spinlab.rotation.check import logits_of, relative_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.start import SETTINGS
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
+
+log = logging.getLogger(__name__)
+
+
+class BrokenHandoff(ResultError):
+    """Say that integers do not compute what the numbers they stand for do."""
 
 
 def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
@@ -35,6 +45,7 @@ def evaluate(pipeline: Pipeline, variant: str) -> dict[str, float]:
     def work(out: Path) -> None:
         model, weights = network(pipeline, variant)
         metrics = _perplexities(pipeline, model, variant)
+        check_finite(metrics, f"the network {variant} is broken")
         if parallel.is_main():
             metrics |= _sizes(pipeline, model, weights) | _accuracies(pipeline, model, variant)
             write_json(out / "metrics.json", metrics)
@@ -53,33 +64,49 @@ def network(
     if variant == "fp":
         return pipeline.original(), None
     rotations, weights = _parts(pipeline, variant)
+    model = _quantized(pipeline.networks, variant, rotations, weights, pipeline.backend)
+    return model, weights
+
+
+def _quantized(
+    networks: Networks,
+    variant: str,
+    rotations: RotationSet,
+    weights: Mapping[str, QuantizedWeight],
+    backend: str,
+) -> PreTrainedModel:
+    """Assemble a variant that multiplies integers: `fake` emulates them, others have kernels."""
     if variant == "fake":
-        return pipeline.networks.emulated(rotations, weights), weights
-    return pipeline.networks.integer(rotations, weights, pipeline.backend), weights
+        return networks.emulated(rotations, weights)
+    return networks.integer(rotations, weights, backend)
 
 
-def handoff_error(pipeline: Pipeline) -> float:
-    """Return how far the integer network is from the learned one in float64, as a stage.
+def handoff_error(pipeline: Pipeline, variant: str) -> float:
+    """Return how far a variant's network is from dequantized floats in float64, as a stage.
 
     The gate of the hand-off: where float noise is too small to flip a level, products of
-    dequantized floats and integer kernels must give the same logits. The result is max|Δlogits|
-    relative to their standard deviation. Raises AssertionError above 1e-6.
+    dequantized floats and of integers, by kernels or emulated, must give the same logits. The
+    result is max|Δlogits| relative to their standard deviation. Raises BrokenHandoff above 1e-6.
     """
 
     def work(out: Path) -> None:
-        networks = pipeline.networks_in("float64")
-        rotations, weights = _parts(pipeline, "int4")
+        networks = ExactNetworks(pipeline.original, pipeline.config.quant, pipeline.config.kv)
+        parts = _parts(pipeline, variant)
         ids = pipeline.gate_ids.to(pipeline.device)
-        expected = logits(networks.dequantized(rotations, weights), ids)
-        found = logits(networks.integer(rotations, weights, pipeline.backend), ids)
-        error = relative_error(found, expected)
-        assert error <= _HANDOFF_LIMIT, (
-            f"integer kernels differ from fake quantization: {error:.1e}"
-        )
+        expected = logits_of(partial(networks.dequantized, *parts), ids)
+        integers = partial(_quantized, networks, variant, *parts, pipeline.backend)
+        error = relative_error(logits_of(integers, ids), expected)
+        log.info("%-12s %s differs by %.1e of the logits' spread", "handoff", variant, error)
+        if not error <= _HANDOFF_LIMIT:
+            raise BrokenHandoff(
+                f"{variant}'s integers are not the numbers they stand for: logits differ by "
+                f"{error:.1e} of their spread (limit {_HANDOFF_LIMIT:.0e}); runtime.backend="
+                "reference multiplies them exactly"
+            )
         write_json(out / "gate.json", {"logits_error": error})
 
-    depends = [*_network_depends(pipeline, "int4"), pipeline.calibration[1], pipeline.config.seed]
-    folder, _ = pipeline.stages.run("handoff", depends, work, _CODE)
+    depends = [*_network_depends(pipeline, variant), pipeline.calibration[1], pipeline.config.seed]
+    folder, _ = pipeline.stages.run(f"handoff-{variant}", depends, work, _CODE)
     return json.loads((folder / "gate.json").read_text())["logits_error"]
 
 
@@ -91,6 +118,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
         networks = {} if pipeline.transformed else {"before": RotationSet()}
         networks |= {name: pipeline.rotation_of(v)[0] for name, v in _ROTATED.items()}
         peaks = {n: channel_peaks(pipeline.networks.rotated(r), ids) for n, r in networks.items()}
+        check_finite(peaks, "attention inputs on the way to the outlier figure")
         save_file(peaks, out / "peaks.safetensors")
 
     depends = [pipeline.source, pipeline.calibration[1], pipeline.initial[1], pipeline.learned[1]]
@@ -143,10 +171,9 @@ def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
 def _sizes(
     pipeline: Pipeline, model: PreTrainedModel, weights: Mapping[str, QuantizedWeight] | None
 ) -> dict[str, float]:
-    original = pipeline.original()
-    sizes: dict[str, float] = {"bytes": stored_bytes(original, weights)}
+    sizes: dict[str, float] = {"bytes": stored_bytes(pipeline.shape, weights)}
     if weights is not None:
-        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(original)}
+        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(pipeline.shape)}
         sizes["bits/weights"] = effective_bits(weights, numbers)
         sizes["bits/kv"] = kv_bits(model, pipeline.config.kv)
     return sizes

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.model.load import cast_model, exact_norms
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
@@ -24,7 +25,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.handoff import integer_runtime, why_not_runtime
 from spinlab.runtime.network import insert_integer_linears, write_ends
 from spinlab.runtime.operations import triton_operations
-from spinlab.weights.quantized import QuantizedWeight, set_dequantized
+from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls, empty_weight
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Networks:
         levels here and there; every flip makes more of them, and after thirty layers two such
         networks are independent samples of the rounding noise.
         """
-        model = self.fused(rotations)
+        model = self._bare(rotations, weights)
         insert_integer_linears(model, weights, rotations, self.quant, "reference")
         attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
         return model
@@ -96,7 +97,7 @@ class Networks:
         The `triton` back end is a runtime of its own, made of fused GPU kernels; `auto` takes it
         for the models that it runs, and the exact product for others, with a warning.
         """
-        model = self.fused(rotations)
+        model = self._bare(rotations, weights)
         if backend == "auto":
             reason = why_not_runtime(model)
             if reason is not None:
@@ -113,18 +114,45 @@ class Networks:
     def dequantized(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
-        """Return the quantized network as learning sees it: products of dequantized floats."""
-        model = self.fused(rotations)
-        for name, _, _, linear in linears_of(model):
-            if name in weights:
-                set_dequantized(linear, weights[name])
+        """Return the quantized network as learning sees it: products of dequantized floats.
+
+        A linear holds its floats only while it computes.
+        """
+        model = self._bare(rotations, weights)
         write_ends(model, weights)
         self._fake_quant(model, rotations)
+        for name, _, _, linear in linears_of(model):
+            if name in weights:
+                dequantize_in_calls(linear, weights[name])
         return model
+
+    def _bare(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the rotated model whose linears are about to take these weights."""
+        return self.fused(rotations)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)
         attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+
+
+class ExactNetworks(Networks):
+    """Networks that compute in float64, for the gate of the hand-off.
+
+    Numbers are those of the original's own dtype, and what has levels is never there in float64: a
+    gate takes no more memory than the network that it is for.
+    """
+
+    def _bare(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        model = self.fused(rotations)
+        for name, _, _, linear in linears_of(model):
+            if name in weights:
+                empty_weight(linear, torch.float64)
+        exact_norms(model)
+        return cast_model(model, torch.float64)
 
 
 def stored_bytes(
@@ -134,8 +162,7 @@ def stored_bytes(
 
     A quantized model stores embedding and head apart, even where the original ties them.
     """
-    tensors = {p.data_ptr(): p for p in model.parameters()}
-    numbers = sum(p.numel() for p in tensors.values())
+    numbers = sum(p.numel() for p in model.parameters())
     if weights is None:
         return numbers * _STORED_BYTES
     numbers -= sum(w.levels.numel() for w in weights.values())

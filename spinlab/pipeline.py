@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import Config, WeightsConfig, plain
 from spinlab.device import choose_backend
+from spinlab.finite import check_finite
 from spinlab.learning import Learning, clip_settings
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stage import PROGRESS
@@ -66,6 +67,8 @@ class Pipeline(Learning):
         def work(out: Path) -> None:
             model = self.networks.fused(rotations)
             weights = self._rounded(model, rotations, config, out / PROGRESS)
+            scales = {name: weight.scale for name, weight in weights.items()}
+            check_finite(scales, "rounded weights have no scale")
             if parallel.is_main():
                 save_weights(weights, out / "weights.safetensors")
 

@@ -8,16 +8,21 @@ of its subject.
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from safetensors.torch import load_file
 
+from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
+from spinlab.export.targets import check_export
+from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
 from spinlab.learn.inputs import check_duals
+from spinlab.memory.check import check_memory
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
 from spinlab.pipeline import Pipeline
@@ -36,15 +41,24 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     overrides: what the command itself sets; the runs of a sweep share theirs, and not each reads
     all of them.
     """
+    _check_places(pipeline.config)
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_read(pipeline.config, () if sweep else overrides)
     _check_shape(pipeline)
     _check_given(pipeline)
+    check_memory(pipeline)
     check_questions(pipeline.config.eval)
     _read_texts(pipeline)
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.tokenizer)
     _check_windows(pipeline)
+
+
+def _check_places(config: Config) -> None:
+    """See that cache, records and exports can be written where the settings say."""
+    for name, folder in plain(config.paths).items():
+        check_writable(Path(folder), f"paths.{name}")
+    check_export(config)
 
 
 def _check_shape(pipeline: Pipeline) -> None:

@@ -71,7 +71,7 @@ class Sources:
     @cached_property
     def shape(self) -> PreTrainedModel:
         """The original model on the meta device: its names and widths, without its weights."""
-        assert self.source  # a model that cannot be had fails here, with a sentence
+        _ = self.source  # a model that cannot be had fails here, with a sentence
         return meta_model(self.config.model)
 
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:

@@ -7,7 +7,7 @@ of a transformed model (its manifest).
 import logging
 import os
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from spinlab.data.questions import digest as question_digest
 from spinlab.errors import InputError
 from spinlab.export.identity import manifest_of, warn_of_dtype
 from spinlab.files import file_digest, write_json
+from spinlab.finite import check_finite
 from spinlab.model.context import context_of
 from spinlab.model.load import tokenizer_digest
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
-from spinlab.rotation.check import assert_invariant
+from spinlab.rotation.check import check_invariance
 from spinlab.rotation.exchange import read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.ranges import warn_of_lost_ranges, with_fitting_ranges
@@ -110,8 +111,9 @@ class Start(Sources):
         def work(out: Path) -> None:
             model = self.networks.stream_rotated(RotationSet())
             windows = self.windows("statistics", settings.samples, settings.sequence_length)
-            found = gather_statistics(model, windows, searches)
-            save_file(found.tensors(), out / "statistics.safetensors")
+            found = gather_statistics(model, windows, searches).tensors()
+            check_finite(found, "the model is broken, or its activations overflow")
+            save_file(found, out / "statistics.safetensors")
 
         code = ("rotation", "model", "networks", "start", *SETTINGS)
         folder, key = self.stages.run("statistics", depends, work, code)
@@ -181,10 +183,11 @@ class Start(Sources):
     def gate(self, rotations: RotationSet) -> dict[str, float]:
         """Compare the rotated model with the original and measure orthogonality."""
         dtype = "float64" if self.config.model.dtype == "float64" else "float32"
-        networks = self.networks_in(dtype)
+        model = replace(self.config.model, dtype=dtype)
+        networks = replace(self.networks, original=lambda: self.original(model))
+        rotated = partial(networks.rotated, rotations)
         ids = self.gate_ids.to(self.device)
-        original, rotated = networks.original(), networks.rotated(rotations)
-        error = assert_invariant(original, rotated, rotations, ids)
+        error = check_invariance(networks.original, rotated, rotations, ids)
         log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
         return {"logits_error": error, **rotations.orthogonality()}
 
@@ -197,8 +200,3 @@ class Start(Sources):
     def gate_tokens(self) -> int:
         """How many tokens the gates look at: no more than the model's context."""
         return min(GATE_TOKENS, context_of(self.shape.config) or GATE_TOKENS)
-
-    def networks_in(self, dtype: str) -> Networks:
-        """Return the same networks in another dtype."""
-        model = replace(self.config.model, dtype=dtype)
-        return replace(self.networks, original=lambda: self.original(model))

@@ -49,8 +49,8 @@ def test_the_record_is_complete(finished):
     folder, record, output = finished
     assert record["status"] == "complete"
     assert set(record) == {
-        "schema", "experiment", "key", "identity", "config", "overrides", "environment", "stages",
-        "metrics", "status", "mirrors",
+        "schema", "experiment", "key", "identity", "model", "config", "overrides", "environment",
+        "stages", "metrics", "status", "mirrors",
     }  # fmt: skip
     metrics = record["metrics"]
     for variant in ("fp", "rtn", "init", "fake", "int4"):

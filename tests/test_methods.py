@@ -86,7 +86,7 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
     )
-    assert handoff_error(run) < 1e-9
+    assert handoff_error(run, "int4") < 1e-9
     metrics = evaluate(run, "fp") | evaluate(run, "fake")
     assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=0.1)
     assert metrics["ppl/wiki/fake"] != metrics["ppl/wiki/fp"]
@@ -126,7 +126,7 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     rtn = pipeline(tmp_path, *loaded, "weights=rtn")
     found, expected = (network(run, "fake")[0](ids).logits for run in (rtn, first))
     assert (found - expected).norm() < 0.1 * (expected - original).norm()
-    assert handoff_error(second) < 1e-9
+    assert handoff_error(second, "int4") < 1e-9
 
 
 def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
@@ -170,7 +170,7 @@ def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, 
 def test_wide_and_narrow_weights_may_share_an_input(tmp_path, overrides):
     variants = "eval.variants=[fp,fake]"
     run = pipeline(tmp_path, "learn=none", f"quant.overrides={overrides}", variants)
-    assert handoff_error(run) < 1e-9
+    assert handoff_error(run, "int4") < 1e-9
     assert "bits/weights/fake" in evaluate(run, "fake")
 
 
@@ -301,7 +301,7 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.grid.bits == 4
     for name in ("lm_head", "model.embed_tokens"):
         assert torch.equal(model.get_submodule(name).weight, weights[name].dequantize())
-    assert handoff_error(run) < 1e-9
+    assert handoff_error(run, "int4") < 1e-9
     assert network(run, "fp")[1] is None
 
 

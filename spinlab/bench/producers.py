@@ -8,6 +8,7 @@ from torch.nn import functional
 from spinlab.bench.operands import QUANTIZER, random_floats
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
+from spinlab.errors import ResultError
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.runtime.kernels.reference import producers as reference
 from spinlab.runtime.operations import Operations
@@ -66,12 +67,13 @@ def producers(
 def _check(
     operations: Operations, rotation: OnlineRotation, gate: torch.Tensor, up: torch.Tensor
 ) -> None:
-    """Assert that some tokens get the definition's levels, but for float noise of the rotation."""
+    """Raise ResultError unless some tokens get the definition's levels, but for float noise."""
     pair = gate[:16], up[:16]
     found = operations.gate_quantize(*pair, rotation, QUANTIZER).levels
     expected = reference.gate_quantize(*pair, rotation, QUANTIZER).levels
     same = (found == expected).double().mean().item()
-    assert same > _SAME, f"only {same:.3%} of the levels of {gate.shape[1]} are right"
+    if not same > _SAME:
+        raise ResultError(f"only {same:.3%} of the levels of {gate.shape[1]} are right")
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 from spinlab.bench.operands import QUANTIZER, random_floats, random_weight
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
+from spinlab.errors import ResultError
 from spinlab.quant.inputs import TokenQuantizer
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.operations import Operations
@@ -126,7 +127,7 @@ def _int_mm(x: torch.Tensor, out: int, generator: torch.Generator) -> list[Work]
 def _check(
     operations: Operations, x: torch.Tensor, shape: Shape, generator: torch.Generator
 ) -> None:
-    """Assert that what is timed is right, on the first tokens and an independent product."""
+    """Hold the first tokens of what is timed against an independent product, or raise."""
     weight = random_weight(*shape, 1, generator)
     dense = weight.levels().double() * weight.scale.double()
     levels = operations.quantize(x, QUANTIZER)
@@ -136,4 +137,5 @@ def _check(
         (operations.linear16(x[:4], weight, None), x[:4].double() @ dense.mT),
     ):
         error = (found.double() - expected).norm() / expected.norm()
-        assert error < _CLOSE, f"a product of {tuple(x.shape)} and {shape} is off by {error:.3g}"
+        if not error < _CLOSE:
+            raise ResultError(f"a product of {tuple(x.shape)} and {shape} is off by {error:.3g}")

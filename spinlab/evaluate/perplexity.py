@@ -16,6 +16,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int, label:
 
     Windows are independent; each predicts its tokens from the second on. Losses are taken in
     float32 and averaged over windows in float64. Every process takes its part of the windows.
+    A loss whose exponential float64 cannot hold gives inf.
     """
     total = torch.zeros((), dtype=torch.float64)
     mine = parallel.part(windows)
@@ -24,4 +25,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int, label:
         logits = model(input_ids=ids).logits[:, :-1].float()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         total += loss.item() * len(ids)
-    return math.exp(parallel.sum_(total).item() / len(windows))
+    try:
+        return math.exp(parallel.sum_(total).item() / len(windows))
+    except OverflowError:
+        return math.inf

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spinlab.config import EvalConfig
 from spinlab.data.hub import hub_or_cache
 from spinlab.data.questions import TASKS, check_task, digest, load_questions
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 
 log = logging.getLogger(__name__)
 
@@ -134,11 +135,19 @@ def _splits(task: str, limit: int | None, **_: Any) -> dict[str, Any]:
 
 
 def _score(lm: Any, requests: list[Any], **options: Any) -> Any:
-    """Warn once if beginnings of prompts do not fit the model; lm-eval logs one line for each."""
+    """Return lm-eval's likelihoods, if they are numbers; raise ResultError where they are not.
+
+    Warn once if beginnings of prompts do not fit the model; lm-eval logs one line for each.
+    """
     cut = sum(len(prompt) + len(answer) > lm.max_length + 1 for _, prompt, answer in requests)
     if cut:
         log.warning("%d of %d prompts are cut to %d tokens", cut, len(requests), lm.max_length)
-    return type(lm)._loglikelihood_tokens(lm, requests, **options)
+    scores = type(lm)._loglikelihood_tokens(lm, requests, **options)
+    if wrong := sum(math.isnan(likelihood) for likelihood, _ in scores):
+        raise ResultError(  # an argmax over them would be an accuracy like any other
+            f"the network is broken: {wrong} of {len(scores)} answers have a likelihood of nan"
+        )
+    return scores
 
 
 def _flatten(report: Any) -> dict[str, float]:

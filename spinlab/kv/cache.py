@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinlab.config import KVConfig
+from spinlab.errors import InputError
 from spinlab.kv.codec import AffineCodec
 from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
 from spinlab.quant.affine import Grid
@@ -173,15 +174,19 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     model.config._attn_implementation = ATTENTION
     layers = layers_of(model)
     set_kv_path(model, path)
+    attention = family_of(model.config.model_type).attention
+    # what the hook holds, instead of the model: that would keep itself alive
+    count, first = len(layers), layers[0].get_submodule(attention)
 
     def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, CodedCache):
             return args, kwargs
-        assert cache is None or cache.get_seq_length() == 0, "a foreign cache cannot be coded"
+        if cache is not None and cache.get_seq_length():
+            raise InputError(f"a filled {type(cache).__name__} cannot be coded: begin without one")
         keep = store and kwargs.get("use_cache") is not False
-        path = kv_path_of(model)
-        return args, {**kwargs, "past_key_values": CodedCache(path, len(layers), keep)}
+        path: KVPath = getattr(first, _KV_PATH)
+        return args, {**kwargs, "past_key_values": CodedCache(path, count, keep)}
 
     decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
 

@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from spinlab.learn.estimate import Estimate, gib, memory_for
+from spinlab.learn.estimate import Estimate
+from spinlab.memory.machine import gib, memory_for
 
 log = logging.getLogger(__name__)
 

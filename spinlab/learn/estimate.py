@@ -7,15 +7,14 @@ nothing, one whose weight gets a gradient its input.
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
-from spinlab import parallel
 from spinlab.config import LearnConfig, QuantConfig
 from spinlab.errors import InputError
 from spinlab.learn.form import CHUNK
 from spinlab.learn.loop import rounds_weights
+from spinlab.memory.machine import gib, memory_for
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
 
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
@@ -176,7 +175,7 @@ def _rest(job: _Job) -> int:
     copies += learn.grad_norm == "euclidean"
     rotations = turned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
-    chunk = min(CHUNK["cpu" if job.model.device.type == "cpu" else "cuda"], job.tokens)
+    chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
     logits = chunk * job.model.config.vocab_size * 4 * (5 if learn.objective.kl else 2)
     layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
     step = _MOVING * turned * job.wide
@@ -231,16 +230,3 @@ def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.devi
         f"{'on' if checkpoint else 'off'}, and {device} has {gib(has)} for it: use "
         f"{', '.join(fixes[:-1])} or {fixes[-1]}"
     )
-
-
-def memory_for(device: torch.device) -> int:
-    """Return the bytes that this process may take on a device, with what it has taken already."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    free = psutil.virtual_memory().available // parallel.launched_here()
-    return free + psutil.Process().memory_info().rss
-
-
-def gib(count: int) -> str:
-    gib = count / 2**30
-    return f"{gib:.1f}" if gib >= 1 else f"{gib:.2g}"

@@ -56,9 +56,12 @@ def check_numbers(config: ModelConfig) -> None:
     check_finite(checkpoint.place, checkpoint.weights)
 
 
-def describe_model(config: ModelConfig, converted: Path | None = None) -> dict[str, Any]:
-    """Tell which model runs, ready for JSON: its origin (no path), its family and its sizes."""
-    model = meta_model(config, converted)
+def describe_model(config: ModelConfig, shape: PreTrainedModel | None = None) -> dict[str, Any]:
+    """Tell which model runs, ready for JSON: its origin (no path), its family and its sizes.
+
+    shape: what `meta_model` gives, where it is there already.
+    """
+    model = meta_model(config) if shape is None else shape
     dimensions = dimensions_of(model.config)
     return {
         "source": _origin(config),

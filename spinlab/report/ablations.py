@@ -1,12 +1,11 @@
 """Tables of one setting at a time: optimizers and objectives of rotation learning."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from spinlab.report.methods import spread
+from spinlab.report.methods import read_complete, spread
 from spinlab.report.table import markdown
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -17,9 +16,7 @@ def read_ablation(folder: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"{kind}_*_seed*.json")):
         value = path.stem.removeprefix(f"{kind}_").rpartition("_seed")[0]
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert record["status"] == "complete", f"{path} is not complete"
-        found.setdefault(value, []).append(record)
+        found.setdefault(value, []).append(read_complete(path))
     return found
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from spinlab.errors import InputError
 from spinlab.report.table import markdown
 
 # in the order of the table; a method without records is left out
@@ -30,16 +31,22 @@ METHODS = {
 _TEXTS = ("wiki", "c4")
 
 
+def read_complete(path: Path) -> dict[str, Any]:
+    """Return a record; raise InputError for one of a run that did not end well."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["status"] != "complete":
+        raise InputError(f"{path} is not complete: run it again, or take it away")
+    return record
+
+
 def read_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the records `<method>_seed<N>.json` of a folder by method, in the order of seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*_seed*.json")):
         method, _, _ = path.stem.rpartition("_seed")
-        record = json.loads(path.read_text(encoding="utf-8"))
-        assert record["status"] == "complete", f"{path} is not complete"
-        found.setdefault(method, []).append(record)
-    unknown = found.keys() - METHODS.keys()
-    assert not unknown, f"methods without a title in spinlab.report.methods: {sorted(unknown)}"
+        found.setdefault(method, []).append(read_complete(path))
+    if unknown := found.keys() - METHODS.keys():
+        raise InputError(f"methods without a title in spinlab.report.methods: {sorted(unknown)}")
     return found
 
 

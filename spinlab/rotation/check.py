@@ -1,41 +1,62 @@
-"""The invariance gate: before anything is quantized, the rotated model must be the original."""
+"""The invariance gate: before anything is quantized, the rotated model must be the original.
+
+Gates run their networks in turn: each is made, gives its logits and is gone before the next.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spinlab.errors import ResultError
 from spinlab.model.seams import linears_of
 from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+Make = Callable[[], PreTrainedModel]
 
 
-class BrokenSeam(Exception):
+class BrokenSeam(ResultError):
     """Tell which seam changed the function of the model."""
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits of token ids (1, tokens) in float64."""
-    return model(input_ids=ids).logits.double()
+    """Return the logits of token ids (1, tokens), in the model's dtype."""
+    return model(input_ids=ids).logits
+
+
+def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a network that lives for this call only."""
+    model = make()
+    found, left = logits(model, ids), weakref.ref(model)
+    del model
+    if left() is not None:  # in a cycle, it would stand beside the next network
+        gc.collect()
+    return found
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return max|Δ| relative to the standard deviation of what is expected."""
+    found, expected = found.double(), expected.double()
     return ((found - expected).abs().max() / expected.std()).item()
 
 
-def assert_invariant(
-    original: PreTrainedModel, rotated: PreTrainedModel, rotations: RotationSet, ids: torch.Tensor
+def check_invariance(
+    original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor
 ) -> float:
     """Return the logits error, or raise BrokenSeam naming the first linear that is off.
 
     ids: (1, tokens). The limit is 1e-9 in float64 and 1e-3 in float32; 16-bit floats are too coarse
     to tell a broken seam from rounding.
     """
-    error = relative_error(logits(rotated, ids), logits(original, ids))
-    limit = TOLERANCE[original.dtype]
+    expected = logits_of(original, ids)
+    limit = TOLERANCE[expected.dtype]
+    error = relative_error(logits_of(rotated, ids), expected)
     if not error <= limit:
         seam = broken_seam(original, rotated, rotations, ids, limit)
         raise BrokenSeam(
@@ -46,20 +67,19 @@ def assert_invariant(
 
 
 def broken_seam(
-    original: PreTrainedModel,
-    rotated: PreTrainedModel,
-    rotations: RotationSet,
-    ids: torch.Tensor,
-    limit: float,
+    original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor, limit: float
 ) -> str:
     """Return the name of the first linear whose output, turned back, is not the original's.
 
     A linear that writes a rotated space must give the original's output times that rotation, one
     that carries a scale the original's divided by it.
     """
-    expected, found = _outputs(original, ids), _outputs(rotated, ids)
-    scales = {(layer, name): s for layer, name, s in folded_scales(rotated, rotations)}
-    for name, layer, seam, _ in linears_of(rotated):
+    expected = _outputs(original(), ids)
+    gc.collect()
+    model = rotated()
+    found = _outputs(model, ids)
+    scales = {(layer, name): s for layer, name, s in folded_scales(model, rotations)}
+    for name, layer, seam, _ in linears_of(model):
         _, writes = rotations_at(seam, layer, rotations.r1, rotations.r2)
         want = expected[name].double()
         if (layer, seam.name) in scales:

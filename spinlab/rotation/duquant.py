@@ -10,8 +10,8 @@ from typing import Self
 
 import torch
 
-from spinlab.errors import InputError
-from spinlab.rotation.orthogonal import assert_orthogonal
+from spinlab.errors import InputError, ResultError
+from spinlab.rotation.orthogonal import check_orthogonal
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def greedy_rotation(
         peak, channel = _peak(x @ rotation.to(x.dtype), legacy_index)
         best = torch.where((peak < lowest)[:, None, None], rotation, best)
         lowest = torch.minimum(peak, lowest)
-    assert_orthogonal("greedy rotation", best)
+    check_orthogonal("greedy rotation", best)
     return best
 
 
@@ -101,13 +101,15 @@ class DualTransform:
 
     def __post_init__(self) -> None:
         channels = torch.arange(self.width, device=self.permutation.device)
-        assert torch.equal(self.permutation.sort().values, channels), "not a permutation"
+        if not torch.equal(self.permutation.sort().values, channels):
+            raise ResultError("what deals the channels is not a permutation")
         for name, rotation in (("first", self.first), ("second", self.second)):
             k, b, _ = rotation.shape
-            assert self.width % b == 0 and k in (1, self.width // b), (
-                f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
-            )
-            assert_orthogonal(f"{name} rotation", rotation)
+            if self.width % b or k not in (1, self.width // b):
+                raise ResultError(
+                    f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
+                )
+            check_orthogonal(f"{name} rotation", rotation)
 
     @property
     def width(self) -> int:

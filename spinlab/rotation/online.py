@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spinlab.rotation.hadamard import hadamard_block, hadamard_factors, hadamard_matrix
-from spinlab.rotation.orthogonal import assert_orthogonal
+from spinlab.rotation.orthogonal import check_orthogonal
 
 _DENSE = 128  # up to this order one product is faster than two with batches of small factors
 
@@ -35,8 +35,8 @@ class OnlineRotation(nn.Module):
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, blocks: int = 1) -> None:
         super().__init__()
-        assert_orthogonal("online rotation", left)
-        assert_orthogonal("online rotation", right)
+        check_orthogonal("online rotation", left)
+        check_orthogonal("online rotation", right)
         self.left, self.right = left.double().contiguous(), right.double().contiguous()
         self.blocks = blocks
         entries = [m.abs() for m in (self.left, self.right)]

@@ -2,6 +2,7 @@
 
 import torch
 
+from spinlab.errors import ResultError
 from spinlab.rotation.hadamard import hadamard_block, hadamard_matrix
 
 ORTHOGONAL_TOLERANCE = 1e-6
@@ -104,7 +105,8 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
     return (r @ r.mT - eye).abs().max().item()
 
 
-def assert_orthogonal(name: str, matrix: torch.Tensor) -> None:
-    """Assert that a rotation about to be used is orthogonal to 1e-6."""
+def check_orthogonal(name: str, matrix: torch.Tensor) -> None:
+    """Raise ResultError for a rotation about to be used that is not orthogonal to 1e-6."""
     error = orthogonality_error(matrix)
-    assert error <= ORTHOGONAL_TOLERANCE, f"{name} is not orthogonal: max|RRᵀ-I| = {error:.2e}"
+    if not error <= ORTHOGONAL_TOLERANCE:  # nan fails too
+        raise ResultError(f"{name} is not orthogonal: max|RRᵀ-I| = {error:.2e}")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from spinlab.model.seams import Seam
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
-from spinlab.rotation.orthogonal import assert_orthogonal, orthogonality_error
+from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
 from spinlab.rotation.statistics import input_key
 
 _FUSED = ("r1", "r2")
@@ -44,7 +44,7 @@ class RotationSet:
         for name in _FUSED:
             matrix = getattr(self, name)
             if matrix is not None:
-                assert_orthogonal(name.upper(), matrix)
+                check_orthogonal(name.upper(), matrix)
 
     def online(self, layer: int, seam: Seam) -> InputTransform | None:
         """Return what runs before a linear, if anything."""

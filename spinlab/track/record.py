@@ -78,6 +78,7 @@ class Record:
     overrides: list[str]
     environment: dict
     identity: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)  # which one ran: origin, family, sizes
     stages: list[dict] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     status: str = "running"
@@ -117,6 +118,7 @@ class Record:
             "experiment": self.config.name,
             "key": self.key,
             "identity": self.identity,
+            "model": self.model,
             "config": settings,
             "overrides": overrides,
             "environment": self.environment,

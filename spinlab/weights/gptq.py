@@ -12,6 +12,7 @@ import torch
 from spinlab import parallel
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError
+from spinlab.finite import check_finite
 from spinlab.quant.affine import decode, encode
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range, weight_grid
@@ -51,7 +52,11 @@ class ErrorSpread:
 
 
 def error_spread(hessian: torch.Tensor, config: WeightsConfig) -> ErrorSpread:
-    """Damp and factor H (in, in), in float64. Raises InputError where that is impossible."""
+    """Damp and factor H (in, in), in float64.
+
+    Raises InputError where that is impossible, ResultError for an H that is not finite.
+    """
+    check_finite({"the Hessian": hessian}, "the model is broken, or a linear's inputs overflow")
     diagonal = torch.diagonal(hessian)
     dead = diagonal == 0
     diagonal = diagonal + dead

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -74,6 +75,24 @@ def set_dequantized(linear: nn.Linear, weight: QuantizedWeight) -> None:
     """Replace a module's weight by the floats of its quantized form, in its own dtype."""
     dense = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
     linear.weight = nn.Parameter(dense, requires_grad=False)
+
+
+def empty_weight(linear: nn.Linear, dtype: torch.dtype) -> None:
+    """Leave a module's weight its shape and device, and take its memory."""
+    number = linear.weight.new_zeros((), dtype=dtype)
+    linear.weight = nn.Parameter(number.expand(linear.weight.shape), requires_grad=False)
+
+
+def dequantize_in_calls(linear: nn.Linear, weight: QuantizedWeight) -> None:
+    """Give a module the floats of a quantized weight while it is called, and empty it after."""
+    dtype = linear.weight.dtype
+    empty_weight(linear, dtype)
+    linear.register_forward_pre_hook(
+        lambda module, args: set_dequantized(cast(nn.Linear, module), weight)
+    )
+    linear.register_forward_hook(
+        lambda module, args, out: empty_weight(cast(nn.Linear, module), dtype)
+    )
 
 
 def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str, int]) -> float:

@@ -100,7 +100,7 @@ def test_a_filled_foreign_cache_is_refused(make_model, ids):
     foreign = DynamicCache(config=original.config)
     original(ids, past_key_values=foreign, use_cache=True)
     coded(model)
-    with pytest.raises(AssertionError, match="foreign cache"):
+    with pytest.raises(InputError, match="filled DynamicCache cannot"):
         model(ids, past_key_values=foreign, use_cache=True)
 
 

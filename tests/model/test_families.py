@@ -7,7 +7,7 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig
 from spinlab.kv.cache import CodedCache, attach_kv, kv_path
 from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
 from spinlab.networks import Networks
-from spinlab.rotation.check import BrokenSeam, assert_invariant, logits, relative_error
+from spinlab.rotation.check import BrokenSeam, check_invariance, logits, relative_error
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import hadamard_rotation
 
@@ -64,7 +64,7 @@ def test_a_broken_part_of_a_fused_linear_is_named(make_family_model, ids, seam):
     weight = rotated.get_submodule(f"model.layers.1.{seam}").weight
     weight.data = weight.data.roll(1, 0)
     with pytest.raises(BrokenSeam, match=f"model.layers.1.{seam}"):
-        assert_invariant(original, rotated, rotations, ids[:1])
+        check_invariance(lambda: original, lambda: rotated, rotations, ids[:1])
 
 
 @every_shape

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spinlab.errors import InputError
 from spinlab.report.__main__ import rebuilt
 from spinlab.report.methods import METHODS, methods_table, read_records
 
@@ -39,11 +40,11 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
 
 def test_records_that_are_not_complete_or_not_known_are_refused(tmp_path):
     (tmp_path / "gptq_seed0.json").write_text(json.dumps({**record(1.0), "status": "running"}))
-    with pytest.raises(AssertionError, match="is not complete"):
+    with pytest.raises(InputError, match="is not complete"):
         read_records(tmp_path)
     (tmp_path / "gptq_seed0.json").rename(tmp_path / "other_seed0.json")
     (tmp_path / "other_seed0.json").write_text(json.dumps(record(1.0)))
-    with pytest.raises(AssertionError, match="without a title"):
+    with pytest.raises(InputError, match="without a title"):
         read_records(tmp_path)
 
 

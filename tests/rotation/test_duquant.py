@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.rotation.duquant import (
     DualTransform,
     dual_transforms,
@@ -249,7 +249,7 @@ def test_what_is_no_rotation_or_no_permutation_is_refused():
         (eye, order.clamp(max=6), eye, "not a permutation"),
         (eye.expand(3, 4, 4), order, eye, "does not tile width 8"),
     ]:
-        with pytest.raises(AssertionError, match=message):
+        with pytest.raises(ResultError, match=message):
             DualTransform(first, permutation, second)
 
 

@@ -8,7 +8,7 @@ from spinlab.config.rotation import DuQuantConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at
 from spinlab.networks import Networks
-from spinlab.rotation.check import BrokenSeam, assert_invariant
+from spinlab.rotation.check import BrokenSeam, check_invariance
 from spinlab.rotation.duquant import DualTransform, dual_transforms, random_mixers
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import initial_rotations
@@ -60,7 +60,7 @@ def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv
     rotations = made(config, make_model, **changes)
     networks = Networks(lambda: make_model(**changes), None, None)
     model, original = networks.rotated(rotations), make_model(**changes)
-    assert assert_invariant(original, model, rotations, ids[:1]) < 1e-9
+    assert check_invariance(lambda: original, lambda: model, rotations, ids[:1]) < 1e-9
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3"])
@@ -71,7 +71,7 @@ def test_every_family_takes_every_transform(make_family_model, ids, config, mode
 
     rotations = made(config, make)
     model = Networks(make, None, None).rotated(rotations)
-    assert assert_invariant(make(), model, rotations, ids[:1]) < 1e-9
+    assert check_invariance(make, lambda: model, rotations, ids[:1]) < 1e-9
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -91,7 +91,7 @@ def test_a_broken_seam_behind_a_scale_is_named(make_model, ids):
     model = Networks(make_model, None, None).rotated(rotations)
     linear_at(model, "model.layers.1.mlp.up_proj").weight.data[3] *= 2
     with pytest.raises(BrokenSeam, match=r"layers\.1\.mlp\.up_proj"):
-        assert_invariant(make_model(), model, rotations, ids[:1])
+        check_invariance(make_model, lambda: model, rotations, ids[:1])
 
 
 def test_statistics_are_what_the_linears_read(make_model):

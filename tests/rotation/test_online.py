@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from spinlab.errors import ResultError
 from spinlab.rotation.hadamard import hadamard_matrix
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
@@ -39,7 +40,7 @@ def test_the_cut_is_the_cheapest():
 
 
 def test_a_matrix_that_is_not_orthogonal_is_refused():
-    with pytest.raises(AssertionError, match="not orthogonal"):
+    with pytest.raises(ResultError, match="not orthogonal"):
         OnlineRotation(torch.eye(2), torch.ones(3, 3))
 
 

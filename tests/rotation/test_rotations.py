@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from spinlab.config import RotationConfig
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.model.seams import Dimensions
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -74,7 +74,7 @@ def test_cross_head_and_r2_make_quarots_kronecker_product():
 
 
 def test_a_matrix_that_is_not_orthogonal_is_refused():
-    with pytest.raises(AssertionError, match="R1"):
+    with pytest.raises(ResultError, match="R1"):
         RotationSet(r1=torch.ones(4, 4))
 
 

@@ -4,7 +4,7 @@ import torch
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
-from spinlab.networks import Networks, channel_peaks, stored_bytes
+from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
@@ -220,3 +220,33 @@ def test_a_rotation_flattens_channel_peaks(make_model, ids):
     assert seen[0].amax() < 0.7 * before[0].amax()  # behind what runs online
     assert torch.allclose(seen[1], channel_peaks(networks.rotated(RotationSet()), ids[:1])[1])
     assert (after.amax(1) / after.mean(1) < 0.5 * before.amax(1) / before.mean(1)).all()
+
+
+def bytes_of(model) -> int:
+    """Return what a model's tensors really take."""
+    storages = {t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_the_gates_networks_compute_in_float64_and_are_no_larger_than_what_they_gate(
+    make_model, ids, dtype
+):
+    def make():
+        return make_model(dtype, **shape)
+
+    shape = {"hidden_size": 48, "intermediate_size": 80, "vocab_size": 64}
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    networks = ExactNetworks(make, quant, KVConfig())
+    generator = torch.Generator().manual_seed(0)
+    rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
+    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(clip_search=False), {})
+    most = bytes_of(networks.fused(rotations)) + 7 * 2 * 64 * 48  # both ends in 8 bytes, not in 2
+    expected = networks.dequantized(rotations, weights)
+    found = networks.integer(rotations, weights, "reference")
+    assert bytes_of(expected) < most
+    assert bytes_of(found) < most
+    expected, found = expected(ids).logits, found(ids).logits
+    assert expected.dtype == found.dtype == torch.float64
+    assert (expected - found).abs().max() < 1e-12 * expected.std()

@@ -1,0 +1,205 @@
+"""What each stage takes at least, from the model's shape and the settings alone.
+
+A stage holds weights, and beside them the largest of what it does in turn. What is small beside a
+matrix of the vocabulary is left out, so that these are lower bounds: a run is refused only if it
+cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab import parallel
+from spinlab.config import Config
+from spinlab.learn.estimate import estimate
+from spinlab.model.seams import Dimensions, dimensions_of, family_of, linear_at, linears_of
+from spinlab.weights.calibration import batch_of
+
+_FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
+_GATE_TOKENS = 256
+_MORE = "a machine with more memory"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Tell what a stage holds at once: bytes in the host's memory and on the device."""
+
+    stage: str
+    host: int
+    device: int
+    cure: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Gather what the needs depend on. shape: the original on the meta device."""
+
+    config: Config
+    shape: PreTrainedModel
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        return getattr(torch, self.config.model.dtype).itemsize
+
+    @property
+    def gate_size(self) -> int:
+        """Bytes of a number in the invariance gate."""
+        return max(self.size, _FLOAT32)
+
+    @cached_property
+    def dimensions(self) -> Dimensions:
+        return dimensions_of(self.shape.config)
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of the checkpoint, where embedding and head may be one."""
+        return sum(p.numel() for p in self.shape.parameters())
+
+    @cached_property
+    def end(self) -> int:
+        """Numbers of the embedding, and of the head."""
+        family = family_of(self.shape.config.model_type)
+        return linear_at(self.shape, family.embedding).weight.numel()
+
+    @cached_property
+    def untied(self) -> int:
+        """Numbers of a rotated model, whose head is its own."""
+        return self.numbers + (self.end if self.shape.config.tie_word_embeddings else 0)
+
+    @cached_property
+    def linears(self) -> dict[str, int]:
+        """Numbers of the linears that are quantized, by name."""
+        quant = self.config.quant
+        return {
+            name: linear.weight.numel()
+            for name, _, _, linear in linears_of(self.shape)
+            if quant.weights_at(name).bits < 16
+        }
+
+    @cached_property
+    def fusing(self) -> int:
+        """What fusing the largest matrix takes beside the model."""
+        return 2 * _FLOAT64 * max(self.end, *(w.numel() for w in self.shape.parameters()))
+
+    @property
+    def levels(self) -> int:
+        """Quantized weights in the host's memory, as stages pass them on."""
+        return _LEVEL * sum(self.linears.values())
+
+    def cure(self, *more: str) -> str:
+        """Name what helps: what a stage has, and what every stage has."""
+        dtype = [f"model.dtype=bfloat16 instead of {self.config.model.dtype}"]
+        named = [*more, *(dtype if self.size > 2 else []), "a smaller model"]
+        return f"{', '.join(named)} or {_MORE}"
+
+
+def needs(job: Job) -> list[Need]:
+    """Return the needs of all stages, in the order in which they run."""
+    config = job.config
+    quantized = [v for v in config.eval.variants if v != "fp"]
+    stages = [*_loading(job), *_statistics(job), _rotating(job), *_learning(job)]
+    if config.export.transformed:
+        stages.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
+    if quantized and job.linears:
+        stages += _rounding(job)
+    stages += [_measuring(job, variant) for variant in config.eval.variants]
+    return stages
+
+
+def _loading(job: Job) -> Iterator[Need]:
+    """Converting dequantizes a whole GGUF file; random weights are drawn in float32."""
+    model = job.config.model
+    if model.weights == "random":
+        drawn = job.numbers * max(_FLOAT32, job.size)
+        yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {_MORE}")
+    elif model.package and not model.path:
+        read = job.numbers * _FLOAT32
+        yield Need("converting the GGUF file", read, 0, f"a smaller model or {_MORE}")
+    if job.device.type != "cpu":  # read by the host, then moved
+        yield Need("loading the model", job.numbers * job.gate_size, 0, job.cure())
+
+
+def _statistics(job: Job) -> Iterator[Need]:
+    """A search keeps the mean of every input of a window."""
+    rotation, d = job.config.rotation, job.dimensions
+    if not rotation.needs_statistics or rotation.load:
+        return
+    length = rotation.statistics.sequence_length
+    run = length * job.end // d.hidden * job.size
+    widths = 2 * d.hidden + (d.heads + d.kv_heads) * d.head_dim + d.intermediate
+    means = length * widths * d.layers * _FLOAT32 if rotation.searches else 0
+    windows = rotation.statistics.samples * length * _INDEX
+    cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
+    yield Need("statistics", windows, job.untied * job.size + means + run, cure)
+
+
+def _rotating(job: Job) -> Need:
+    """The gate runs original and rotated model in turn."""
+    kept = _GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
+    need = job.untied * job.gate_size + job.fusing + kept
+    name = f"the gate of the rotated model, in float{8 * job.gate_size},"
+    return Need(name, 0, need, f"a smaller model or {_MORE}")
+
+
+def _learning(job: Job) -> Iterator[Need]:
+    learn = job.config.learn
+    if not learn.steps:
+        return
+    length, count = learn.sequence_length, learn.steps * learn.batch
+    found = estimate(job.shape, learn, job.config.quant, parallel.launched())
+    least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
+    windows = count * length * _INDEX
+    cures = [f"a smaller learn.sequence_length than {length}"]
+    if windows > least:
+        cures.insert(0, f"fewer learn.steps than {learn.steps}")
+    if learn.quantize_weights:
+        cures.append("learn.quantize_weights=false")
+    yield Need("learning", windows, least, job.cure(*cures))
+
+
+def _checkpoints(setting: str) -> tuple[bool, ...]:
+    return {"on": (True,), "off": (False,)}.get(setting, (True, False))
+
+
+def _rounding(job: Job) -> Iterator[Need]:
+    """GPTQ holds all windows at one layer, and a Hessian twice in float64 while it is factored."""
+    config, d = job.config.weights, job.dimensions
+    weights = job.untied * job.size
+    gptq = config.method == "gptq"
+    name = "GPTQ" if gptq else "LWC" if config.lwc_epochs else "rounding weights"
+    yield Need(name, 0, weights + job.fusing, job.cure())
+    if name == "rounding weights":
+        yield Need(name, job.levels, weights, job.cure())
+        return
+    length = config.sequence_length
+    samples = -(-config.samples // parallel.launched()) if gptq else config.samples
+    states = samples * length * d.hidden * job.size * (1 if gptq else 2)
+    layer = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
+    work = max(layer, (2 * _FLOAT64 + _FLOAT32) * d.intermediate**2) if gptq else layer
+    host = job.levels + config.samples * length * _INDEX
+    cures = [f"fewer weights.samples than {config.samples}"]
+    cures.append(f"a smaller weights.sequence_length than {length}")
+    yield Need(name, host, weights + states + work, job.cure(*cures))
+
+
+def _measuring(job: Job, variant: str) -> Need:
+    """A window's logits are there in the model's dtype, in float32 and as probabilities."""
+    measured, d = job.config.eval, job.dimensions
+    tokens = measured.batch * measured.window
+    copy = job.size != _FLOAT32 or measured.batch > 1
+    logits = tokens * (job.end // d.hidden) * (job.size + (1 + copy) * _FLOAT32)
+    cures = [f"a smaller eval.window than {measured.window}"]
+    if measured.batch > 1:
+        cures.insert(0, f"a smaller eval.batch than {measured.batch}")
+    name, cure = f"measuring {variant}", job.cure(*cures)
+    if variant == "fp":
+        return Need(name, 0, job.numbers * job.size + logits, cure)
+    made = job.untied * job.size + job.fusing
+    floats = job.untied - sum(job.linears.values())
+    run = floats * job.size + (job.untied - floats) // 2 + logits
+    return Need(name, job.levels, max(made, run), cure)

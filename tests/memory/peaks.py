@@ -1,0 +1,57 @@
+"""Run the stages of a small experiment and print what each took at its peak: run by test_needs."""
+
+import gc
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from spinlab.compose import composed
+from spinlab.measure import evaluate, handoff_error
+from spinlab.memory.needs import Job, needs
+from spinlab.pipeline import Pipeline
+from spinlab.stage import _give_back_memory
+
+
+def status(name: str) -> int:
+    """Return a line of the kernel's account of this process, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def peak(work) -> int:
+    """Return by how much this process grew at most while it did the work."""
+    gc.collect()
+    _give_back_memory()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    work()
+    return status("VmHWM") - before
+
+
+def main(folder: str, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    run = Pipeline(composed(*overrides, f"paths.cache={folder}"), lambda step, values: None)
+    assert run.calibration and run.evaluation
+    run.shape  # noqa: B018
+    work = {"the gate of the rotated model, in float32,": lambda: run.initial}
+    if run.config.learn.steps:
+        work["learning"] = lambda: run.learned
+    gptq = run.config.weights.method == "gptq"
+    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights_of("int4")
+    for variant in run.config.eval.variants:
+        work[f"measuring {variant}"] = lambda v=variant: (
+            v == "fp" or handoff_error(run, v),
+            evaluate(run, v),
+        )
+    expected: dict[str, int] = {}
+    for need in needs(Job(run.config, run.shape, run.device)):
+        expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
+    print(json.dumps({name: [expected[name], peak(call)] for name, call in work.items()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,122 @@
+"""What stages are said to take, against what they take and what was worked out by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spinlab.compose import composed
+from spinlab.errors import InputError
+from spinlab.memory.check import check_needs
+from spinlab.memory.needs import Job, Need, needs
+from spinlab.model.load import meta_model
+
+GIB, CPU, GPU = 2**30, torch.device("cpu"), torch.device("cuda", 0)
+LLAMA = ["+experiment=llama2_7b_w4a4kv4", "model.weights=random", "data=packaged"]
+MIDDLE = (
+    "model.architecture={vocab_size:12000,hidden_size:512,intermediate_size:1408,"
+    "num_hidden_layers:4,num_attention_heads:8,num_key_value_heads:4,head_dim:64,"
+    "max_position_embeddings:1024,tie_word_embeddings:true}"
+)
+SMOLLM2 = (
+    "model.architecture={vocab_size:49152,hidden_size:576,intermediate_size:1536,"
+    "num_hidden_layers:30,num_attention_heads:9,num_key_value_heads:3}"
+)
+_SLACK = 64 * 2**20  # of allocators, and of libraries as they are first called
+
+
+def needs_of(*overrides: str, device: torch.device = CPU) -> list[Need]:
+    config = composed(*overrides)
+    return needs(Job(config, meta_model(config.model), device))
+
+
+def need_of(stage: str, *overrides: str, device: torch.device = CPU) -> Need:
+    """Return the largest need of a stage."""
+    found = [n for n in needs_of(*overrides, device=device) if n.stage == stage]
+    return max(found, key=lambda need: need.host + need.device)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["rtn", pytest.param("gptq", marks=pytest.mark.slow)],
+)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux")
+def test_what_is_estimated_is_what_stages_take(weights, tmp_path):
+    script = Path(__file__).parent / "peaks.py"
+    small = ["learn.steps=1", "learn.batch=1", "learn.sequence_length=256", "eval.tasks=[]"]
+    small += ["weights.clip_search=false", "weights.samples=4", "weights.sequence_length=128"]
+    small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,int4]"]
+    command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", f"weights={weights}"]
+    done = subprocess.run([*command, MIDDLE, *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5
+    for stage, (expected, taken) in found.items():
+        assert expected - _SLACK / 4 < taken < 1.5 * expected + _SLACK, (stage, found)
+
+
+def test_needs_of_a_7b_are_those_worked_out_by_hand():
+    layers, end = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096
+    whole = layers + 2 * end
+    gate = need_of("the gate of the rotated model, in float32,", *LLAMA)
+    assert gate.device == pytest.approx(4 * whole + 16 * end, rel=0.01)
+    windows, hessian = 128 * 2048 * 4096 * 2, 11008**2 * 20
+    gptq = need_of("GPTQ", *LLAMA, device=GPU)
+    assert gptq.device == pytest.approx(2 * whole + windows + hessian, rel=0.01)
+    assert gptq.host == pytest.approx(2 * layers, rel=0.01)
+    logits = 2048 * 32000 * (2 + 4 + 4)
+    assert need_of("measuring fp", *LLAMA).device == pytest.approx(2 * whole + logits, rel=0.01)
+    assert need_of("measuring int4", *LLAMA).host == 2 * layers
+    drawn = need_of("drawing random weights", *LLAMA, device=GPU)
+    assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
+
+
+def test_what_fits_is_not_refused():
+    """Machines that these have been run on."""
+    default = ["+experiment=toy", "learn=two_cores", "eval=quick", SMOLLM2]
+    check_needs(needs_of(*default), 4 * GIB, None, CPU)
+    of_gpu = needs_of(*LLAMA, device=GPU)
+    gptq = [need for need in of_gpu if need.stage == "GPTQ"]
+    check_needs(gptq, 16 * GIB, 24 * GIB, GPU)
+    check_needs(of_gpu, 64 * GIB, 32 * GIB, GPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "cure"),
+    [
+        ([], "drawing random weights", "model.architecture"),
+        ([], "the gate of the rotated model, in float32,", "a smaller model"),
+        (["eval.batch=64"], "measuring fp", "a smaller eval.batch than 64"),
+        (["eval.window=200000"], "measuring fp", "a smaller eval.window than 200000"),
+        (["learn.steps=1000000000"], "learning", "fewer learn.steps than 1000000000"),
+        (["learn.sequence_length=500000"], "learning", "learn.sequence_length than 500000"),
+        (["weights.samples=100000"], "GPTQ", "fewer weights.samples than 100000"),
+        (["rotation=duquant", "rotation.statistics.sequence_length=100000", "learn=none"],
+         "statistics", "a smaller rotation.statistics.sequence_length than 100000"),
+        (["export.transformed=x", "learn=none"], "export", "a smaller model"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_cannot_fit_is_named_with_what_it_needs_and_a_cure(overrides, stage, cure):
+    stages = [need for need in needs_of(*LLAMA, *overrides) if need.stage == stage]
+    most = max(n.host + n.device for n in stages)
+    check_needs(stages, most, None, CPU)
+    with pytest.raises(InputError) as refused:
+        check_needs(stages, most - 1, None, CPU)
+    sentence = str(refused.value)
+    assert sentence.startswith(stage)
+    assert f"needs at least {most / GIB:.1f} GiB of memory" in sentence
+    assert cure in sentence
+
+
+def test_host_and_gpu_are_held_apart():
+    need = Need("it", 2 * GIB, 4 * GIB, "less")
+    check_needs([need], 2 * GIB, 4 * GIB, GPU)
+    with pytest.raises(InputError, match=r"2\.0 GiB of host memory, and 1\.0 GiB are left"):
+        check_needs([need], GIB, 4 * GIB, GPU)
+    with pytest.raises(InputError, match=r"4\.0 GiB of memory of cuda:0, and 3\.0 GiB"):
+        check_needs([need], 2 * GIB, 3 * GIB, GPU)
+    with pytest.raises(InputError, match=r"6\.0 GiB of memory, and 5\.0 GiB are left: use less"):
+        check_needs([need], 5 * GIB, None, CPU)
