@@ -185,7 +185,7 @@ def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     monkeypatch.setattr(experiment, "evaluate", lambda run, variant: {})
     monkeypatch.setattr(experiment, "handoff_error", lambda run, variant: float(len(variant)))
     run, config = pipeline(folder), settings(folder)
-    record = Record(config, [], {})
+    record = Record(config, [], {}, {})
     experiment._evaluations(run, record)
     names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/int4")
     assert record.metrics == {name: float(len(name.rpartition("/")[2])) for name in names}

@@ -6,21 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from spinlab import parallel
-from spinlab.arguments import prepared
 from spinlab.bench.collect import collect
 from spinlab.bench.figure import draw_ratios
 from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
-from spinlab.compose import composed
 from spinlab.config import LearnConfig, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
-from spinlab.sentences import sentence
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
@@ -31,8 +26,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = command_line().parse_args(words)
     try:
         _run(arguments)
-    except (InputError, HydraException, OmegaConfBaseException) as error:
-        print(sentence(error), file=sys.stderr)
+    except InputError as error:
+        print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -142,9 +137,19 @@ def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from spinlab.bench.forms import bench_forms  # geoopt and the rest load here
+    from hydra.errors import HydraException  # these and geoopt load here: a GPU node may lack them
+    from omegaconf.errors import OmegaConfBaseException
 
-    return bench_forms(composed(*prepared(arguments.overrides)))
+    from spinlab.arguments import prepared
+    from spinlab.bench.forms import bench_forms
+    from spinlab.compose import composed
+    from spinlab.sentences import sentence
+
+    try:
+        config = composed(*prepared(arguments.overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(sentence(error)) from error
+    return bench_forms(config)
 
 
 def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

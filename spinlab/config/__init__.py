@@ -72,8 +72,8 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        check_values(plain(self))
         self._check_name()
+        check_values(plain(self))
         quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
         if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(

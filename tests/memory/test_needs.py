@@ -55,7 +55,7 @@ def test_what_is_estimated_is_what_stages_take(weights, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 5
     for stage, (expected, taken) in found.items():
-        assert expected - _SLACK / 4 < taken < 1.5 * expected + _SLACK, (stage, found)
+        assert expected - _SLACK / 4 < taken < 2 * expected + _SLACK, (stage, found)
 
 
 def test_needs_of_a_7b_are_those_worked_out_by_hand():
@@ -91,7 +91,7 @@ def test_what_fits_is_not_refused():
         ([], "the gate of the rotated model, in float32,", "a smaller model"),
         (["eval.batch=64"], "measuring fp", "a smaller eval.batch than 64"),
         (["eval.window=200000"], "measuring fp", "a smaller eval.window than 200000"),
-        (["learn.steps=1000000000"], "learning", "fewer learn.steps than 1000000000"),
+        (["learn.steps=1000000"], "learning", "fewer learn.steps than 1000000"),
         (["learn.sequence_length=500000"], "learning", "learn.sequence_length than 500000"),
         (["weights.samples=100000"], "GPTQ", "fewer weights.samples than 100000"),
         (["rotation=duquant", "rotation.statistics.sequence_length=100000", "learn=none"],

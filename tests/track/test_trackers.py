@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ FAILED = Outcome(complete=False)
 
 def record_in(folder: Path, mode: str = "disabled", tensorboard: bool = False) -> Record:
     tracker = TrackerConfig(WandbConfig(mode=mode), tensorboard)
-    return Record(Config(paths=PathsConfig(runs=str(folder)), tracker=tracker), [], {})
+    return Record(Config(paths=PathsConfig(runs=str(folder)), tracker=tracker), [], {}, {})
 
 
 def started(record: Record) -> Trackers:
@@ -117,9 +118,12 @@ def test_tensorboard_that_loses_its_folder_does_not_end_the_run(tmp_path):
     record = record_in(tmp_path, tensorboard=True)
     trackers = started(record)
     shutil.rmtree(record.folder / "tensorboard")
+    writers = [t for t in threading.enumerate() if type(t).__name__ == "_AsyncWriterThread"]
     trackers.log(0, {"loss": 1.0})
     trackers.finish(DONE)
     assert "FileNotFoundError" in record.mirrors["tensorboard"]
+    for writer in writers:  # its failure is this test's, not that of a later one
+        writer.join(timeout=10)
 
 
 KILLED = """
@@ -132,7 +136,7 @@ from spinlab.track.trackers import Outcome, Trackers
 tracker = TrackerConfig(WandbConfig(mode="offline"))
 for seed in range(2):
     config = Config(seed=seed, paths=PathsConfig(runs=sys.argv[1]), tracker=tracker)
-    record = Record(config, [], {})
+    record = Record(config, [], {}, {})
     record.save()
     trackers = Trackers()
     trackers.start(record)
