@@ -52,7 +52,7 @@ class Sources:
                 "%-12s %s weights: %s not read", "model", model.weights, ", ".join(model.unread)
             )
         digest = source_digest(model)
-        if not random and not model.packaged:  # a packaged one is looked at when it is converted
+        if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
             self.stages.run("check", digest, lambda out: check_numbers(model), ("model",))
         shape = [model.outlier_channels, model.outlier_scale, self.config.seed] if random else None
         return {"digest": digest, "dtype": model.dtype, "random": shape}
@@ -61,7 +61,7 @@ class Sources:
     def converted(self) -> Path | None:
         """The folder of a packaged model's dequantized checkpoint."""
         model = self.config.model
-        if not model.packaged:
+        if not model.is_gguf:
             return None
         depends = self.source["digest"]
         return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[

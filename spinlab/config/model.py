@@ -9,11 +9,12 @@ from spinlab.limits import at_least, choice, positive
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Say which weights are loaded: a local `path`, else packaged GGUF, else a hub `hub` id."""
+    """Say which weights are loaded: a local `path`, else one of a package, else a `hub` id."""
 
     name: str = "toy"
     path: str | None = None  # local folder with config.json and safetensors; beats the other two
-    package: str | None = None  # installed distribution that carries `file`, a GGUF checkpoint
+    # installed distribution that carries `file`: a GGUF, or the folder of a checkpoint
+    package: str | None = None
     file: str | None = None
     hub: str | None = None
     revision: str = "main"
@@ -45,13 +46,16 @@ class ModelConfig:
                 f"model.hub={self.hub} and model.package={self.package} name two models: "
                 "set one of them to null"
             )
-        if self.packaged and not self.file:
-            raise InputError(f"model.package={self.package} needs model.file, its GGUF checkpoint")
+        if self.package and not self.path and self.weights == "pretrained" and not self.file:
+            raise InputError(
+                f"model.package={self.package} needs model.file, its GGUF or checkpoint folder"
+            )
 
     @property
-    def packaged(self) -> bool:
-        """Tell whether the weights come from an installed package."""
-        return self.weights == "pretrained" and bool(self.package) and not self.path
+    def is_gguf(self) -> bool:
+        """Tell whether the weights are the GGUF of a package, converted before they are loaded."""
+        from_package = self.weights == "pretrained" and self.package and not self.path
+        return bool(from_package) and str(self.file).endswith(".gguf")
 
     @property
     def unread(self) -> list[str]:

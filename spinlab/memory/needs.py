@@ -117,7 +117,7 @@ def _loading(job: Job) -> Iterator[Need]:
     if model.weights == "random":
         drawn = job.numbers * max(_FLOAT32, job.size)
         yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {_MORE}")
-    elif model.package and not model.path:
+    elif model.is_gguf:
         read = job.numbers * _FLOAT32
         yield Need("converting the GGUF file", read, 0, f"a smaller model or {_MORE}")
     if job.device.type != "cpu":  # read by the host, then moved

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spinlab.config import ModelConfig
+from spinlab.data.assets import packaged_folder
 from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.files import (
@@ -127,9 +128,10 @@ def checkpoint_of(config: ModelConfig, converted: Path | None) -> Checkpoint:
         folder = Path(config.path).expanduser()
         return Checkpoint(f"model.path={config.path}", folder, {"folder": folder.resolve().name})
     if config.package:
-        assert converted is not None, "a packaged model is converted before it is loaded"
+        assert converted or not config.is_gguf, "a GGUF is converted before it is loaded"
+        folder = converted or packaged_folder(config.package, config.file or "")
         origin = {"package": config.package, "file": Path(config.file or "").name}
-        return Checkpoint(f"{config.file} of {config.package}", converted, origin)
+        return Checkpoint(f"{config.file} of {config.package}", folder, origin)
     hub = config.hub or ""
     folder = snapshot(hub, config.revision)
     return Checkpoint(f"model.hub={hub}", folder, {"hub": hub, "commit": folder.name})

@@ -33,7 +33,7 @@ def source_digest(config: ModelConfig) -> dict[str, Any]:
     if config.weights == "random":
         architecture_of(config)
         return {"random": config.architecture}
-    if config.packaged:
+    if config.is_gguf:
         return {"gguf": content_digest(gguf_of(config))}
     checkpoint = checkpoint_of(config, None)
     checkpoint.check()
@@ -45,7 +45,7 @@ def tokenizer_digest(config: ModelConfig) -> dict[str, Any]:
     """Identify the tokenizer for cache keys, by content and apart from the weights."""
     if config.weights == "random":
         return {"tokens": "bytes"}
-    if config.packaged:
+    if config.is_gguf:
         return {"gguf": content_digest(gguf_of(config))}
     return checkpoint_of(config, None).tokenizer_digests()
 
@@ -76,7 +76,7 @@ def describe_model(config: ModelConfig, shape: PreTrainedModel | None = None) ->
 def _origin(config: ModelConfig) -> dict[str, str]:
     if config.weights == "random":
         return {"random": "seeded weights"}
-    if config.packaged:
+    if config.is_gguf:
         return {"package": config.package or "", "file": gguf_of(config).name}
     return checkpoint_of(config, None).origin
 
@@ -119,7 +119,7 @@ def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
     """Return the transformers config of a model without loading it."""
     if config.weights == "random":
         return architecture_of(config)
-    if config.packaged and converted is None:
+    if config.is_gguf and converted is None:
         return gguf_config(config)
     return checkpoint_of(config, converted).config
 

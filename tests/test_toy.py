@@ -1,0 +1,70 @@
+"""The toy model was trained, so its numbers mean something: they rank as theory says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spinlab.compose import composed
+from spinlab.measure import evaluate
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.train_toy import FOLDER, plant_outliers, untrained_toy
+from spinlab.pipeline import Pipeline
+
+Perplexities = Callable[..., tuple[float, float]]
+
+
+@pytest.fixture(scope="module")
+def perplexities(tmp_path_factory) -> Perplexities:
+    """Return what gives a variant's perplexity of either text under some settings."""
+    paths = [f"paths.cache={tmp_path_factory.mktemp('toy') / 'cache'}", "eval.tasks=[]"]
+
+    def measure(variant: str, *settings: str) -> tuple[float, float]:
+        run = Pipeline(composed("+experiment=toy", *paths, *settings), lambda step, values: None)
+        found = evaluate(run, variant)
+        return found[f"ppl/wiki/{variant}"], found[f"ppl/c4/{variant}"]
+
+    return measure
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learned_beats_hadamard_beats_no_rotation(perplexities, seed):
+    fp, learned, hadamard, none = (
+        perplexities(variant, f"seed={seed}") for variant in ("fp", "fake", "init", "rtn")
+    )
+    for text in (0, 1):
+        assert fp[text] < learned[text] < hadamard[text] < none[text]
+    assert none[0] > 1.5 * hadamard[0]
+
+
+def test_more_bits_are_better(perplexities):
+    formats = ("quant.weights.bits", "quant.activations.bits", "kv.k_bits", "kv.v_bits")
+    by_bits = [
+        perplexities("fake", "learn=none", *(f"{name}={bits}" for name in formats))
+        for bits in (8, 4, 3)
+    ]
+    for text in (0, 1):
+        eight, four, three = (found[text] for found in by_bits)
+        assert eight < four < three
+    assert by_bits[0][0] == pytest.approx(perplexities("fp")[0], rel=0.01)
+
+
+def test_the_shipped_files_are_those_of_the_module_that_trains_them():
+    shipped = AutoModelForCausalLM.from_pretrained(FOLDER)
+    made = untrained_toy()
+    assert {n: p.shape for n, p in shipped.named_parameters()} == {
+        n: p.shape for n, p in made.named_parameters()
+    }
+    assert all(file.stat().st_size < 200_000 for file in Path(FOLDER).iterdir())
+    text = "Bytes, é and ↑."
+    assert len(byte_tokenizer()(text)["input_ids"]) == len(text.encode())
+
+
+def test_planted_outliers_leave_the_function_as_it_is():
+    model, ids = untrained_toy().eval(), torch.arange(64)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        plant_outliers(model)
+        assert torch.equal(model(ids).logits, before)
