@@ -87,7 +87,7 @@ def test_what_a_run_leaves_behind(finished):
     folder, record, _ = finished
     home = folder / "runs" / "toy" / record["key"]
     lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(24))
     assert record["mirrors"] == {}
     assert (home / "figures" / "outliers.png").read_bytes().startswith(b"\x89PNG")
     (mirror,) = home.glob("wandb/offline-run-*")
@@ -162,7 +162,7 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
         (
             "cache/weights-*.partial/progress/layer-001.safetensors",
             ["weights=gptq", "weights.samples=96", "weights.sequence_length=96",
-             "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
+             "model=random", "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
             "",
         ),
     ],

@@ -88,8 +88,8 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     )
     assert handoff_error(run, "int4") < 1e-9
     metrics = evaluate(run, "fp") | evaluate(run, "fake")
-    assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=0.1)
-    assert metrics["ppl/wiki/fake"] != metrics["ppl/wiki/fp"]
+    # 4 bits cost something, and random weights would leave it at 256
+    assert metrics["ppl/wiki/fp"] < metrics["ppl/wiki/fake"] < 4 * metrics["ppl/wiki/fp"]
     rotations, _ = run.rotation_of("fake")
     fused, online, inputs = PARTS[method]
     assert (rotations.r1 is not None, rotations.r2 is not None) == (fused, fused)
@@ -103,7 +103,13 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
 def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     """LLMC's two runs: nothing in the second one says that anything has to run online."""
     folder = tmp_path / "transformed"
-    quiet = ["rotation=quarot", "model.architecture.num_attention_heads=4", "learn=none", *SMALL]
+    quiet = [
+        "rotation=quarot",
+        "model=random",
+        "model.architecture.num_attention_heads=4",
+        "learn=none",
+        *SMALL,
+    ]
     first = pipeline(tmp_path, *quiet, f"export.transformed={folder}")
     export(first)
     loaded = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]

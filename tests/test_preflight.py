@@ -25,12 +25,16 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
     return Pipeline(config, lambda step, values: None)
 
 
+def begun(run: Pipeline) -> set[str]:
+    """Return the names of the stages that were asked for; `check` reads the model's numbers."""
+    return {report.name for report in run.stages.reports}
+
+
 def refused(folder: Path, *overrides: str) -> str:
     """Return the sentence that a run is refused with, once it is sure that no stage was begun."""
     with pytest.raises(InputError) as error:
         preflight(pipeline(folder, *overrides))
-    begun = {path.name.partition("-")[0] for path in folder.glob("cache/*")}
-    assert begun <= {"check"}  # of the model's numbers
+    assert {path.name.partition("-")[0] for path in folder.glob("cache/*")} <= {"check"}
     return str(error.value)
 
 
@@ -91,15 +95,17 @@ def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(parallel, "world", lambda: 3)
-    assert "weights.samples=2 leaves some" in refused(tmp_path, "weights=gptq", "weights.samples=2")
+    assert "weights.samples=2 leaves some" in refused(
+        tmp_path, "model=random", "weights=gptq", "weights.samples=2"
+    )
 
 
 def test_a_runtime_that_cannot_compute_the_model_is_refused_before_any_stage(tmp_path):
-    run = pipeline(tmp_path, "+model.architecture.hidden_act=gelu")
+    run = pipeline(tmp_path, "model=random", "+model.architecture.hidden_act=gelu")
     run.backend = "triton"  # as on a machine that has it
     with pytest.raises(InputError, match=r"gates by SiLU only.*runtime.backend=reference"):
         preflight(run)
-    assert run.stages.reports == []
+    assert begun(run) <= {"check"}
 
 
 def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkeypatch):
@@ -113,7 +119,7 @@ def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkey
     run.tokenizer.eos_token = None
     with pytest.raises(InputError, match="it has neither"):
         preflight(run)
-    assert run.stages.reports == []
+    assert begun(run) <= {"check"}
 
 
 def test_texts_are_looked_for_before_any_stage(tmp_path, monkeypatch):
@@ -144,11 +150,11 @@ def test_a_window_longer_than_the_calibration_text_is_refused_before_it_is_used(
     run = pipeline(tmp_path, *overrides, f"data.calibration={text}")
     with pytest.raises(InputError, match=rf"'short.txt' has 300 tokens.*400: lower {words}"):
         preflight(run)
-    assert {report.name for report in run.stages.reports} == {"calibration", "evaluation"}
+    assert begun(run) == {"check", "calibration", "evaluation"}
 
 
 def test_gates_look_at_no_more_than_the_models_context(tmp_path):
-    short = ["model.architecture.max_position_embeddings=64", "eval.window=64"]
+    short = ["model=random", "model.architecture.max_position_embeddings=64", "eval.window=64"]
     assert pipeline(tmp_path, *short).gate_ids.shape == (1, 64)
     assert pipeline(tmp_path).gate_ids.shape == (1, 256)
 
@@ -161,4 +167,4 @@ def test_a_sentence_does_not_depend_on_what_is_cached(tmp_path):
     again = pipeline(tmp_path, *groups)
     with pytest.raises(InputError, match="do not nest"):
         preflight(again)
-    assert again.stages.reports == []
+    assert begun(again) <= {"check"}

@@ -93,7 +93,7 @@ def test_sources_that_exclude_each_other_are_refused(given, words):
 def test_a_folder_given_to_the_toy_is_what_runs():
     named = composed("+experiment=toy", "model.path=/a/folder").model
     assert (named.weights, named.path) == ("pretrained", "/a/folder")
-    assert composed("+experiment=toy").model.weights == "random"
+    assert composed("+experiment=toy", "model=random").model.weights == "random"
     preset = composed("+experiment=llama2_7b_w4a4kv4", "model.path=/a/folder").model
     assert preset.unread == ["model.hub=meta-llama/Llama-2-7b-hf"]
     shapes = composed("+experiment=llama2_7b_w4a4kv4", "model.weights=random").model

@@ -236,5 +236,5 @@ def learn_rotations(
     for index in bar:
         batch = windows[index * learn.batch : (index + 1) * learn.batch]
         curve = learner.step(index, batch)
-        bar.set_postfix(loss=f"{curve['loss']:.3f}")
+        bar.set_postfix(loss=f"{curve['loss']:.3f}", refresh=False)
         after_step(index, curve)

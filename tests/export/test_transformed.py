@@ -1,7 +1,6 @@
 """Exported checkpoints: known again by content, and never at the cost of what is not theirs."""
 
 import json
-import logging
 import os
 import shutil
 import threading
@@ -166,7 +165,7 @@ def test_an_export_that_is_no_longer_whole_is_refused(export, tmp_path, change):
 def test_another_dtype_is_another_number_and_is_said(export, tmp_path, caplog):
     manifest = tmp_path / "t" / MANIFEST
     export()
-    caplog.set_level(logging.WARNING)
+    caplog.clear()
     warn_of_dtype(manifest, "float32")  # it does not tell
     about = {**read_about(manifest), "model": {"dtype": "bfloat16"}}
     replace(RotationSet.load(manifest), about=about).save(manifest)

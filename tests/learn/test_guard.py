@@ -99,7 +99,8 @@ def command_line(monkeypatch, capfd, tmp_path):
 
 
 def test_a_diverged_run_names_a_file_that_can_be_loaded(command_line, tmp_path):
-    status, said = command_line("learn.max_loss_ratio=1.0001", "learn.lr=1e6", "learn.lr_clip=0.1")
+    fast = ["learn.max_loss_ratio=1.0001", "learn.lr=1e6", "learn.lr_clip=0.1"]
+    status, said = command_line("model=random", *fast)
     assert status == 2
     (sentence,) = (line for line in said.splitlines() if "spinlab:" in line)
     found = re.search(r"diverged at step (\d+): .* rotation.load=(\S+)$", sentence)
@@ -112,7 +113,7 @@ def test_a_diverged_run_names_a_file_that_can_be_loaded(command_line, tmp_path):
     assert len(kept.weight_clips) == 14
     assert max(kept.orthogonality().values()) < 1e-12
     assert (kept.about or {})["trained"]["weights_bits"] == 4
-    status, said = command_line("learn=none", f"rotation.load={path}")
+    status, said = command_line("model=random", "learn=none", f"rotation.load={path}")
     assert status == 0, said
     assert f"all from {path.name}" in said
 

@@ -50,7 +50,9 @@ def test_what_is_estimated_is_what_stages_take(weights, tmp_path):
     small += ["weights.clip_search=false", "weights.samples=4", "weights.sequence_length=128"]
     small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,int4]"]
     command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", f"weights={weights}"]
-    done = subprocess.run([*command, MIDDLE, *small], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "model=random", MIDDLE, *small], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 5
@@ -76,7 +78,7 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
 
 def test_what_fits_is_not_refused():
     """Machines that these have been run on."""
-    default = ["+experiment=toy", "learn=two_cores", "eval=quick", SMOLLM2]
+    default = ["+experiment=toy", "model=random", "learn=two_cores", "eval=quick", SMOLLM2]
     check_needs(needs_of(*default), 4 * GIB, None, CPU)
     of_gpu = needs_of(*LLAMA, device=GPU)
     gptq = [need for need in of_gpu if need.stage == "GPTQ"]

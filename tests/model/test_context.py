@@ -32,6 +32,7 @@ def test_the_context_is_what_positions_are_made_for(rope, expected):
 def test_a_sliding_window_is_no_limit():
     config = composed(
         "+experiment=toy",
+        "model=random",
         "model.architecture.max_position_embeddings=4096",
         "+model.architecture.sliding_window=128",
         "+model.architecture.model_type=mistral",
