@@ -16,8 +16,8 @@ from spinlab.quant.affine import (
     decode,
     encode,
     extremes,
-    low_end,
     scale_and_zero,
+    settled,
     zero_point,
 )
 from spinlab.quant.few import FewLevels, are_few, few_levels
@@ -129,8 +129,7 @@ class AffineCodec:
         zero = torch.zeros_like(scale)
         if not self.grid.symmetric:
             zero = zero_point(ends[0].clamp(max=0), scale).clamp_(0, self.grid.highest)
-        least = low_end(lowest, scale, self.grid)
-        return encode(grouped, scale, zero, self.grid, least), scale, zero
+        return encode(grouped, scale, zero, self.grid, settled), scale, zero
 
     def _decode(
         self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype

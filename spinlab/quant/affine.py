@@ -4,18 +4,26 @@ Asymmetric grids hold 0..2^b-1 with a rounded zero point, symmetric ones -2^(b-1
 zero point 0. The range always contains 0, so the zero point always lies on the grid.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-# A massive-activation token is nearly c·e_j; a Hadamard rotation spreads it to ±c/sqrt(n) in every
-# channel. Then min = -max, the asymmetric zero point is 7.5, and the lower half of the entries lies
-# at -7.5: float noise alone would choose the sides. (The upper half, at 7.5 or above, ends on the
-# highest level either way, and on symmetric grids a range ends on levels.) A shift by TIE, far
-# above that noise and far below a level, settles these two ties the same way in every
-# implementation: of zero points, and of what lies at the low end of a token. All else is rounded
-# half to even, because a shift of all levels would be a bias.
-TIE = 2.0**-7
+Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Weights lie between levels by chance. Activations and zero points also lie exactly half-way by
+# structure, where float noise would choose the side and every flip would spread:
+# - A massive token is nearly c·e_j, and a Hadamard rotation spreads it to ±c/sqrt(n) in every
+#   channel. Then min = -max, the asymmetric zero point is 7.5 and the entries are at ±7.5.
+# - A token that attends to one token alone takes over its value, whose numbers are levels already.
+#   If they fill 14 of 15 steps, the next quantizer finds level 7 at 7·15/14 = 7.5.
+# So they are rounded to one of PARTS parts of a level first: whatever lies within half a part of a
+# tie, from either side, is on it, and goes to the even neighbour. That is stable, and has no bias,
+# because it is up as often as down. The cost: one number in 2·PARTS takes a neighbour that is up to
+# a part farther than the other. Half a part is far above the noise of float32 at 128 levels, 2^-17.
+# And numbers that are quantized twice lie at j/m of a level, m <= 255: those next to a tie are at
+# least 1/510 away from it, and half a part, half as far, is not near any of them.
+PARTS = 2.0**9
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20  # of float32; its inverse is finite
 SMALLEST_HALF = 2.0**-14  # the smallest normal float16, where scales are stored as such
@@ -59,32 +67,30 @@ def scale_and_zero(
 
 def zero_point(lowest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the rounded zero point of a range that starts at `lowest` <= 0."""
-    return (-lowest / scale).add_(TIE).round_()
+    return settled(-lowest, scale)
 
 
-def low_end(lowest: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor | None:
-    """Return what entries of a token count for at least, in levels from 0; None: as they are.
+def nearest(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Round x / scale to the nearest integer, half to even: the rule of weights."""
+    return (x / scale).round_()
 
-    lowest: the least entry before any clipping; it counts for TIE more than it is.
+
+def settled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Round x / scale to the nearest integer, what is about half to even: the rule of activations.
+
+    PARTS is a power of two: no step but the division and the roundings changes a bit.
     """
-    return None if grid.symmetric else (lowest.clamp(max=0) / scale).add_(TIE)
+    return (x / (scale / PARTS)).round_().mul_(1 / PARTS).round_()
 
 
 def encode(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    grid: Grid,
-    least: torch.Tensor | None = None,
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, rounding: Rounding
 ) -> torch.Tensor:
-    """Round x to grid levels, half to even; the result is integer-valued in x's dtype.
+    """Turn x into grid levels by a rule, `nearest` or `settled`; integer-valued, in x's dtype.
 
-    scale, zero and least, the `low_end` of a token, broadcast against x.
+    scale and zero broadcast against x.
     """
-    levels = x / scale
-    if least is not None:
-        torch.maximum(levels, least, out=levels)
-    levels.round_()
+    levels = rounding(x, scale)
     if grid.symmetric:
         return levels.clamp_(grid.lowest, grid.highest)
     return levels.add_(zero).clamp_(grid.lowest, grid.highest)
@@ -98,7 +104,7 @@ def decode(
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Return x in float32 or wider: 16-bit floats cannot hold levels, TIE and scales apart."""
+    """Return x in float32 or wider: 16-bit floats cannot hold levels, their parts and scales."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
+from spinlab.quant.affine import Grid, decode, encode, extremes, nearest, scale_and_zero
 
 # elements worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -61,7 +61,7 @@ def _search_rows(
     smallest = torch.full_like(lowest, torch.inf)
     for i, ratio in enumerate(search.ratios()):
         scale, zero = scale_and_zero(lowest * ratio, highest * ratio, grid)
-        rounded = decode(encode(rows, scale, zero, grid), scale, zero, grid)
+        rounded = decode(encode(rows, scale, zero, grid, nearest), scale, zero, grid)
         error = _power_sum(rounded.sub_(rows), search.norm)
         better = error < smallest
         best = torch.where(better, ratio, best)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spinlab.quant.affine import SMALLEST_HALF, TIE, Grid, at_least_float32
+from spinlab.quant.affine import PARTS, SMALLEST_HALF, Grid, at_least_float32
 
 _FEW = 1 << 14  # numbers up to which calls cost more than the work
 _SMALLEST_SCALE = {t: torch.finfo(t).tiny * 2**20 for t in (torch.float32, torch.float64)}
@@ -50,7 +50,7 @@ def few_levels(
     grouped = wide.reshape(*wide.shape[:-1], -1, group_size or wide.shape[-1])
     axis = -1 if (several := grouped.size > grouped.shape[-1]) else None
     # the range contains 0
-    lowest = least = np.minimum.reduce(grouped, axis=axis, keepdims=several, initial=0)
+    lowest = np.minimum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     highest = np.maximum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     if clip_ratio != 1:
         lowest, highest = lowest * clip_ratio, highest * clip_ratio
@@ -60,20 +60,24 @@ def few_levels(
         with np.errstate(over="ignore"):  # infinite, as torch has it
             half = np.maximum(scale, SMALLEST_HALF).astype(np.float16)
         scale = half.astype(wide.dtype)
-    levels = grouped / scale
+    levels = _settled(grouped, scale)
     if grid.symmetric:
         zero = np.zeros_like(scale)[()]
-        np.rint(levels, out=levels)
     else:
-        start = least / scale
-        np.maximum(levels, start + TIE, out=levels)
-        np.rint(levels, out=levels)
-        zero = np.rint(TIE - (start if clip_ratio == 1 else lowest / scale))
+        zero = _settled(-lowest, scale)
         if half_scale:
             zero = np.minimum(zero, grid.highest)
         levels += zero
     np.minimum(levels, grid.highest, out=levels)
     if grid.symmetric or half_scale or clip_ratio != 1:
-        # else the range's lowest number is at 0 or 1, because the zero point is shifted as it is
+        # else the range's lowest number is at 0, because the zero point is settled as it is
         np.maximum(levels, grid.lowest, out=levels)
     return FewLevels(levels, scale, zero)
+
+
+def _settled(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    parts = x / (scale / PARTS)
+    out = parts if parts.ndim else None
+    parts = np.rint(parts, out=out)
+    parts *= 1 / PARTS
+    return np.rint(parts, out=out)

@@ -2,14 +2,15 @@
 
 The torch functions of `spinlab.quant.affine` and `spinlab.quant.ranged` are the definition: kernel
 and definition give the same values bit for bit (exact division, rounding to even, no fused
-multiply-add), and gradients that differ only in the order of their sums.
+multiply-add), and gradients that differ only in the order of their sums. Above 12 bits float32 has
+no room for parts of levels, and what is next to a tie may differ by a level.
 """
 
 from typing import Any
 
 import torch
 
-from spinlab.quant.affine import SMALLEST_HALF, SMALLEST_SCALE, TIE, Grid
+from spinlab.quant.affine import SMALLEST_HALF, SMALLEST_SCALE, Grid
 
 _TILE = 4096  # numbers that one program rounds
 _BACKWARD_TILE = 2048  # and pulls back: it holds more of each, 8 to a thread fit into registers
@@ -45,7 +46,7 @@ def round_rows(
         launch(
             x, out, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width, BLOCK=block,
             STEP=step, LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric, KNOWN=known,
-            HALF=half_scale, ERROR=error, TIE=TIE, FLOOR=SMALLEST_SCALE, HALF_FLOOR=SMALLEST_HALF,
+            HALF=half_scale, ERROR=error, FLOOR=SMALLEST_SCALE, HALF_FLOOR=SMALLEST_HALF,
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -65,7 +66,7 @@ def pull_back_rows(
         launch: Any = pull_back_kernel[(len(sums),)]
         launch(
             x, gradient, ratio.float(), out, sums, rows, WIDTH=width, BLOCK=block, STEP=step,
-            LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric, TIE=TIE,
+            LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric,
             FLOOR=SMALLEST_SCALE, num_warps=min(step * block // 256, 32),
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -20,8 +20,8 @@ from spinlab.quant.affine import (
     decode,
     encode,
     extremes,
-    low_end,
     scale_and_zero,
+    settled,
 )
 from spinlab.quant.few import FewLevels, few_levels
 from spinlab.quant.fused import has_kernel, round_rows
@@ -57,8 +57,7 @@ class TokenQuantizer:
         if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
             ends = lowest * self.clip_ratio, highest * self.clip_ratio
         scale, zero = scale_and_zero(*ends, self.grid)
-        least = low_end(lowest, scale, self.grid)
-        return Encoded(encode(grouped, scale, zero, self.grid, least), scale, zero)
+        return Encoded(encode(grouped, scale, zero, self.grid, settled), scale, zero)
 
     def to_bytes(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C) on a grid of at most 8 bits, moved to start at 0.

@@ -9,7 +9,7 @@ The zero point counts as exact.
 
 import torch
 
-from spinlab.quant.affine import Grid, at_least_float32, extremes, low_end, scale_and_zero
+from spinlab.quant.affine import Grid, at_least_float32, extremes, scale_and_zero, settled
 from spinlab.quant.fused import has_kernel, pull_back_rows
 from spinlab.quant.inputs import TokenQuantizer
 
@@ -67,9 +67,7 @@ def _pull_back(
     """Do it for groups (n, width)."""
     wide, lowest, highest = (t.squeeze(1) for t in extremes(at_least_float32(x), 0))
     scale, zero = scale_and_zero(lowest * ratio, highest * ratio, grid)
-    exact = wide / scale
-    least = low_end(lowest, scale, grid)
-    levels = (exact if least is None else torch.maximum(exact, least)).round()
+    exact, levels = wide / scale, settled(wide, scale)
     # +1 above the range, -1 below it, 0 inside; comparisons cost many times as much on a CPU
     side = (levels - levels.clamp(grid.lowest - zero, grid.highest - zero)).clamp_(-1, 1)
     signed = gradient * side

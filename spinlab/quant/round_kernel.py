@@ -3,6 +3,10 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.quant.affine import PARTS
+
+_PART = tl.constexpr(1 / PARTS)  # of a level
+
 
 @triton.jit
 def _even(x):
@@ -17,22 +21,28 @@ def scale_of(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.c
 
 
 @triton.jit
-def zero_of(low, scale, SYMMETRIC: tl.constexpr, TIE: tl.constexpr):
-    return tl.zeros_like(scale) if SYMMETRIC else _even(tl.math.div_rn(-low, scale) + TIE)
+def part_of(scale):
+    return scale * _PART
 
 
 @triton.jit
-def low_end(low, scale, TIE: tl.constexpr):
-    """Return what entries count for at least on an asymmetric grid; low: their least, or 0."""
-    return tl.math.div_rn(low, scale) + TIE
+def on_ties(parts):
+    """Return what, rounded half to even, is `spinlab.quant.affine.settled`, in levels."""
+    return _even(parts) * _PART
+
+
+@triton.jit
+def zero_of(low, scale, SYMMETRIC: tl.constexpr):
+    if SYMMETRIC:
+        return tl.zeros_like(scale)
+    return _even(on_ties(tl.math.div_rn(-low, part_of(scale))))
 
 
 @triton.jit
 def round_kernel(
     x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
-    HALF: tl.constexpr, ERROR: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr,
-    HALF_FLOOR: tl.constexpr,
+    HALF: tl.constexpr, ERROR: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Round STEP rows of WIDTH numbers; the arguments are those of `round_rows`.
 
@@ -48,14 +58,12 @@ def round_kernel(
     scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
     if HALF:
         scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
-    zero = zero_of(lowest * ratio, scale, SYMMETRIC, TIE)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
     if HALF and not SYMMETRIC:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
-    exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
-    if not SYMMETRIC:
-        exact = tl.maximum(exact, low_end(lowest, scale, TIE)[:, None])
+    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
     scale, zero = scale[:, None], zero[:, None]
-    levels = _even(exact) + zero
+    levels = _even(on_ties(parts)) + zero
     levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
     found = (levels - zero) * scale
     if ERROR:
@@ -68,7 +76,7 @@ def round_kernel(
 def pull_back_kernel(
     x_ptr, gradient_ptr, ratio_ptr, out_ptr, sums_ptr, rows, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SYMMETRIC: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr,
+    SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Pull the gradient of STEP rows back; the arguments are those of `pull_back_rows`.
 
@@ -83,12 +91,9 @@ def pull_back_kernel(
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
-    zero = zero_of(lowest * ratio, scale, SYMMETRIC, TIE)
-    exact = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], (STEP, BLOCK)))
-    placed = exact
-    if not SYMMETRIC:
-        placed = tl.maximum(exact, low_end(lowest, scale, TIE)[:, None])
-    levels = _even(placed)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
+    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
+    exact, levels = parts * _PART, _even(on_ties(parts))
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)

@@ -13,7 +13,7 @@ from spinlab import parallel
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
-from spinlab.quant.affine import decode, encode
+from spinlab.quant.affine import decode, encode, nearest
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range, weight_grid
 
@@ -152,7 +152,7 @@ class _Sweep:
                 self._take_range(column, end, errors[: column - begin])
             scale, zero = scales[self.group_of[column]], zeros[self.group_of[column]]
             exact = self.columns[column]
-            levels.append(encode(exact, scale, zero, self.grid))
+            levels.append(encode(exact, scale, zero, self.grid, nearest))
             torch.sub(exact, decode(levels[-1], scale, zero, self.grid), out=error)
             later = self.rows[column, column + 1 : end]
             self.columns[column + 1 : end].addr_(later, error, alpha=-1)

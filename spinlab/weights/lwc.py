@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.model.seams import family_of, linear_at
-from spinlab.quant.affine import Grid, decode, encode, extremes, scale_and_zero
+from spinlab.quant.affine import Grid, decode, encode, extremes, nearest, scale_and_zero
 from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, hidden_states
@@ -154,7 +154,7 @@ class _Round(torch.autograd.Function):
         ctx.save_for_backward(grouped, lowest, highest)
         ctx.grid = grid
         scale, zero = scale_and_zero(lowest, highest, grid)
-        return decode(encode(grouped, scale, zero, grid), scale, zero, grid)
+        return decode(encode(grouped, scale, zero, grid, nearest), scale, zero, grid)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):

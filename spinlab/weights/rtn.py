@@ -3,7 +3,7 @@
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
-from spinlab.quant.affine import Grid, encode, extremes, scale_and_zero
+from spinlab.quant.affine import Grid, encode, extremes, nearest, scale_and_zero
 from spinlab.quant.clip import ClipSearch, search_clip
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -25,7 +25,7 @@ def round_to_range(
 ) -> QuantizedWeight:
     """Quantize a grouped weight (out, in/g, g) with ranges of its groups: (out, in/g, 1) each."""
     scale, zero = scale_and_zero(lowest, highest, grid)
-    levels = encode(grouped, scale, zero, grid).flatten(1).to(torch.int16)
+    levels = encode(grouped, scale, zero, grid, nearest).flatten(1).to(torch.int16)
     return QuantizedWeight(levels, scale.squeeze(-1), zero.squeeze(-1), grid)
 
 

@@ -120,9 +120,9 @@ def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
     turned = query @ hadamard_rotation(8).dense().float()
     lowest = turned.amin(-1, keepdim=True).clamp(max=0)
     scale = ((turned.amax(-1, keepdim=True).clamp(min=0) - lowest) / 15).half().float()
-    zero = (-lowest / scale + 2.0**-7).round()
-    least = lowest / scale + 2.0**-7
-    expected = ((torch.maximum(turned / scale, least).round() + zero).clamp(0, 15) - zero) * scale
+    # 1/512 of a level, then levels, half to even: what is next to a tie is on it
+    levels, zero = (((t / scale * 512).round() / 512).round() for t in (turned, -lowest))
+    expected = ((levels + zero).clamp(0, 15) - zero) * scale
     assert torch.allclose(path.turn_queries(query), expected, atol=1e-6)
 
 

@@ -132,13 +132,13 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model):
     text = loud().generate(prompts, max_new_tokens=23, do_sample=True, pad_token_id=0)
     floor = loud()(input_ids=text, labels=text).loss.item()
     learn = LearnConfig(
-        steps=30, batch=8, micro_batch=8, sequence_length=24, lr=0.1, quantize_weights=True
+        steps=60, batch=8, micro_batch=8, sequence_length=24, lr=0.03, quantize_weights=True
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=3))
     rotation = RotationConfig(r1="identity", r2="identity")
     learner, _ = make_learner(loud, learn, quant, KVConfig(), rotation=rotation)
     curve: list = []
-    learn_rotations(learner, text.repeat(30, 1), 0, lambda step, values: curve.append(values))
+    learn_rotations(learner, text.repeat(60, 1), 0, lambda step, values: curve.append(values))
     losses = [values["loss"] for values in curve]
     assert losses[0] - floor > 0.05
     assert sum(losses[-5:]) / 5 - floor < 0.5 * (losses[0] - floor)

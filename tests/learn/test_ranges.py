@@ -4,7 +4,7 @@ import torch
 from spinlab.config import TensorQuant
 from spinlab.learn.log_numbers import LogNumbers
 from spinlab.learn.ranges import rounding_gradient
-from spinlab.quant.affine import TIE, Grid, extremes
+from spinlab.quant.affine import Grid, extremes, zero_point
 from spinlab.quant.inputs import StraightThrough
 
 
@@ -25,7 +25,7 @@ def rounded(weight, log_ratio, format):
     lowest, highest = lowest.clamp(max=0) * ratio, highest.clamp(min=0) * ratio
     scale = (highest - lowest) / grid.highest
     exact_zero = -lowest / scale
-    zero = exact_zero + (torch.round(exact_zero + TIE) - exact_zero).detach()
+    zero = exact_zero + (zero_point(lowest, scale) - exact_zero).detach()
     levels = (nearest(grouped / scale) + zero).clamp(grid.lowest, grid.highest)
     return ((levels - zero) * scale).flatten(1)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spinlab.quant.affine import Grid, decode, encode, scale_and_zero
+from spinlab.quant.affine import Grid, decode, encode, nearest, scale_and_zero
 from spinlab.quant.clip import ClipSearch, search_clip
 
 
@@ -44,7 +44,7 @@ def test_search_finds_the_brute_force_optimum(symmetric, group):
 def error_of(row: torch.Tensor, ratio: float, grid: Grid, norm: float) -> torch.Tensor:
     """Score one chosen ratio with the package's own quantizer."""
     scale, zero = scale_and_zero(row.min()[None] * ratio, row.max()[None] * ratio, grid)
-    rounded = decode(encode(row, scale, zero, grid), scale, zero, grid)
+    rounded = decode(encode(row, scale, zero, grid, nearest), scale, zero, grid)
     return (rounded - row).abs().pow(norm).sum()
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from spinlab.quant.affine import TIE, Grid, extremes, scale_and_zero
+from spinlab.quant.affine import Grid, extremes, scale_and_zero, settled
 from spinlab.quant.fused import pull_back_rows, round_rows
 from spinlab.quant.inputs import StraightThrough, TokenQuantizer
 from spinlab.quant.ranged import pull_back, round_in_range
@@ -15,14 +15,9 @@ GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(3, True)]
 GROUPS = [0, 8]
 
 
-def nearest(x, grid):
+def nearest(x):
     """Round with a straight-through gradient: the only piece autograd does not know."""
-
-    def rounding(t):
-        least = t.amin(-1, keepdim=True).clamp(max=0) + TIE
-        return torch.round(t if grid.symmetric else torch.maximum(t, least))
-
-    return StraightThrough.apply(x, rounding)
+    return StraightThrough.apply(x, lambda t: settled(t, torch.ones((), dtype=t.dtype)))
 
 
 def rounded(x, log_ratio, grid, group_size):
@@ -36,7 +31,7 @@ def rounded(x, log_ratio, grid, group_size):
         bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (top - bottom) / grid.highest
         _, zero = scale_and_zero(bottom.detach(), top.detach(), grid)
-    levels = nearest(grouped / scale, grid)
+    levels = nearest(grouped / scale)
     found = torch.where(levels > grid.highest - zero, top, levels * scale)
     return torch.where(levels < grid.lowest - zero, bottom, found).flatten(-2)
 
@@ -129,6 +124,7 @@ def test_a_microbatch_of_any_shape_reaches_the_one_ratio():
 
 INTERPRETED = """
 import torch
+from spinlab.kv.codec import AffineCodec
 from spinlab.quant import fused, ranged
 from spinlab.quant.affine import Grid
 from spinlab.quant.inputs import StraightThrough, TokenQuantizer
@@ -139,10 +135,15 @@ for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
         for ratio in (torch.tensor(1.0), torch.tensor(0.8)):
             x = torch.randn(shape, generator=g) + torch.randn(*shape[:-1], 1, generator=g)
             x[0], x[1] = 0, x[1].sign()
+            near = 1 + 1e-6 * torch.randn(shape[1:], generator=g)
+            x[2] = torch.randint(-13, 14, shape[1:], generator=g) / 2 * near
+            x[2, ..., :2] = torch.tensor([-7, 7])  # a scale of 1, or of 14/15
             upstream = torch.randn(shape, generator=g)
             value = TokenQuantizer(grid, group, ratio.item()).round(x)
             assert torch.equal(fused.round_rows(x, grid, group, ratio), value)
             assert torch.equal(fused.round_rows(x, grid, group, ratio.item()), value)
+            value = AffineCodec(grid, shape[-1], group, ratio.item()).round(x)
+            assert torch.equal(fused.round_rows(x, grid, group, ratio.item(), True), value)
             found = fused.pull_back_rows(x, upstream, ratio, grid, group)
             wanted = ranged.pull_back(x, upstream, ratio, grid, group)
             for ours, theirs in zip(found, wanted, strict=True):

@@ -5,6 +5,7 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, W
 from spinlab.errors import InputError
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
+from spinlab.quant.affine import Grid, scale_and_zero
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
@@ -14,10 +15,11 @@ from spinlab.runtime.linear import IntegerLinear, LinearPart
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
+KV = KVConfig()
 
 
-def prepared(make_model, quant=QUANT, dtype=torch.float32):
-    networks = Networks(lambda: make_model(dtype), quant, KVConfig())
+def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
+    networks = Networks(lambda: make_model(dtype), quant, kv)
     dimensions = dimensions_of(make_model().config)
     rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
@@ -89,6 +91,37 @@ def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
     fake = networks.dequantized(rotations, weights)(ids).logits
     found = networks.integer(rotations, weights, "cpu")(ids).logits
     assert (found - fake).abs().max() < 1e-3 * fake.std()
+
+
+def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_model):
+    """What o_proj reads is quantized already, and where a head fills 10 or 14 steps odd numbers of
+    them lie half-way between its 15 new ones.
+
+    Sequences of one token attend to it alone; float noise is added where other kernels bring it.
+    """
+    kv = KVConfig(symmetric=True)  # asymmetric heads fill 15 steps: all but one in 600
+    networks, rotations, weights = prepared(make_model, dtype=torch.float64, kv=kv)
+    alone = torch.arange(64)[:, None]
+    expected = networks.dequantized(rotations, weights)(alone).logits
+    found = networks.integer(rotations, weights, "reference")(alone).logits
+    assert torch.allclose(found, expected, atol=1e-12 * expected.std().item())
+    noisy, g = networks.dequantized(rotations, weights), torch.Generator().manual_seed(0)
+    read = []
+
+    def add_noise(module, inputs):
+        read.append(inputs[0])
+        return inputs[0] * (1 + 1e-15 * torch.randn(inputs[0].shape, generator=g).double())
+
+    for layer in (0, 1):
+        o_proj = linear_at(noisy, f"model.layers.{layer}.self_attn.o_proj")
+        o_proj.register_forward_pre_hook(add_noise)
+    with torch.no_grad():
+        found = noisy(alone).logits
+    assert torch.allclose(found, expected, atol=1e-10 * expected.std().item())
+    heads = torch.cat(read).unflatten(-1, (-1, 8))
+    scale, _ = scale_and_zero(heads.amin(-1), heads.amax(-1), Grid(4, False))
+    fraction = (heads / scale[..., None]) % 1
+    assert ((fraction - 0.5).abs() < 1e-12).sum() > 50  # there were ties to be decided
 
 
 def test_every_rotated_linear_multiplies_integers(make_model):

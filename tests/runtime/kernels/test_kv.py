@@ -135,6 +135,24 @@ def test_ties_are_decided_as_defined(grid, device):
         assert torch.equal(found.scale, wanted.scale)
 
 
+@pytest.mark.parametrize("grid", [ASYMMETRIC, SYMMETRIC], ids=str)
+def test_around_every_half_both_sides_take_the_same_level(grid, device):
+    """Tokens of one head whose values lie about halves of a range with scale 1."""
+    noise = torch.tensor([0, -1e-6, 1e-6, -1e-7, 1e-7])[:, None]
+    halves = torch.arange(-7, 7) + 0.5
+    x = torch.cat(
+        [halves * (1 + noise), torch.tensor([-7.0, 7 if grid.symmetric else 8]).expand(5, 2)], 1
+    )
+    shape = (1, 5, 1, 1, 16)
+    inputs = drawn(shape, torch.float32, device, 16)
+    inputs[2].copy_(x[None, :, None])
+    for store in (gpu.store, reference.store):
+        rows = [poisoned(shape, grid, 5, 1.0, device) for _ in range(2)]
+        store(*inputs, None, *rows, torch.tensor([0], device=device), False)
+        found = dequantize(rows[1], 5, torch.float32)[0, 0, :, :-2]
+        assert torch.equal(found.cpu(), halves.round().expand(5, -1))
+
+
 def test_without_a_round_trip_only_queries_come_back(device):
     shape = (2, 1, 2, 1, 32)
     inputs = drawn(shape, torch.float32, device, 32)

@@ -163,6 +163,17 @@ def test_ties_are_decided_as_defined(run, grid):
         assert_equal(*run("quantize", x, TokenQuantizer(grid, 0, ratio)))
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_around_every_half_both_sides_take_the_same_level(run, grid):
+    start = grid.lowest + 1 if grid.symmetric else -(grid.highest // 2)
+    halves = torch.arange(start, start + grid.highest - grid.lowest - grid.symmetric) + 0.5
+    x = halves * (1 + torch.tensor([[0], [-1e-6], [1e-6], [-1e-7], [1e-7]]))
+    ends = torch.tensor([halves[0] - 0.5, halves[-1] + 0.5]).expand(len(x), 2)
+    for found in run("quantize", torch.cat((x, ends), 1), TokenQuantizer(grid)):
+        levels = found.levels[:, :-2].int() - found.zero  # both less a shift
+        assert torch.equal(levels.float().cpu(), halves.round().expand_as(x))
+
+
 def test_quantizing_takes_any_strides(run):
     quantizer = TokenQuantizer(GRIDS[0], 4)
     assert_equal(*run("quantize", rows(24, 5).mT, quantizer))

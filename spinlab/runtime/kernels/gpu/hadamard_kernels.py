@@ -50,13 +50,13 @@ def _ends(x, dtype: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _write(
-    x, scale, zero, least, levels_ptr, START: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+    x, scale, zero, levels_ptr, START: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Quantize SIZE rows x from START on; return the sums of their levels, by group."""
     if GROUP:
-        scale, zero, least = scale[:, None], zero[:, None], least[:, None]
+        scale, zero = scale[:, None], zero[:, None]
         a = tl.arange(0, SIZE * BLOCK // GROUP)[:, None]
         b = tl.arange(0, GROUP)[None, :]
         place = START * B + a * GROUP + b
@@ -66,7 +66,7 @@ def _write(
         b = tl.arange(0, BLOCK)[None, :]
         place = a * B + b
         inside = (a < ROWS) & (b < B)
-    levels = levels_of(x.to(tl.float32), scale, zero, least, LOW, HIGH, SHIFT, FUSED)
+    levels = levels_of(x.to(tl.float32), scale, zero, LOW, HIGH, SHIFT, FUSED)
     tl.store(levels_ptr + place, levels.to(tl.int8), mask=inside)
     # read back, levels are summed as they lie; otherwise they would be found twice, in two layouts
     tl.debug_barrier()
@@ -99,7 +99,7 @@ def rotate_kernel(
     LEFT: tl.constexpr, B: tl.constexpr, RIGHT: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize rotated tokens X (ROWS, B), of which FIRST rows and SECOND more are held apart.
 
@@ -144,17 +144,17 @@ def rotate_kernel(
             if not GROUP:
                 low, high = tl.minimum(low, low2), tl.maximum(high, high2)
         levels, groups = levels_ptr + token * (ROWS * B), token * GROUPS
-        scale, zero, least = grid_of(low, high, clip, HIGH, SYMMETRIC, TIE, FLOOR)
+        scale, zero = grid_of(low, high, clip, HIGH, SYMMETRIC, FLOOR)
         sums = _write(
-            y, scale, zero, least, levels, 0, ROWS, B, FIRST, BLOCK, GROUP, LOW, HIGH, SHIFT, FUSED
+            y, scale, zero, levels, 0, ROWS, B, FIRST, BLOCK, GROUP, LOW, HIGH, SHIFT, FUSED
         )
         if SECOND:
-            scale2, zero2, least2 = scale, zero, least
+            scale2, zero2 = scale, zero
             if GROUP:
-                scale2, zero2, least2 = grid_of(low2, high2, clip, HIGH, SYMMETRIC, TIE, FLOOR)
+                scale2, zero2 = grid_of(low2, high2, clip, HIGH, SYMMETRIC, FLOOR)
             sums2 = _write(
-                y2, scale2, zero2, least2, levels, FIRST, ROWS, B, SECOND, BLOCK, GROUP, LOW, HIGH,
-                SHIFT, FUSED,
+                y2, scale2, zero2, levels, FIRST, ROWS, B, SECOND, BLOCK, GROUP, LOW, HIGH, SHIFT,
+                FUSED,
             )  # fmt: skip
             if GROUP:
                 _write_groups(

@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.quant.round_kernel import low_end, scale_of, zero_of
+from spinlab.quant.round_kernel import on_ties, part_of, scale_of, zero_of
 from spinlab.runtime.kernels.gpu.overlap import wait_for_inputs
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
@@ -43,26 +43,19 @@ def _quotient(x, scale, FUSED: tl.constexpr):
 
 
 @triton.jit
-def grid_of(
-    low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, TIE: tl.constexpr,
-    FLOOR: tl.constexpr,
-):  # fmt: skip
-    """Return scale, zero point and low end of a range that is shrunk by clip and contains 0."""
+def grid_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
+    """Return scale and zero point of a range that is shrunk by clip and contains 0."""
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     scale = scale_of(low * clip, high * clip, HIGH, SYMMETRIC, FLOOR)
-    return scale, zero_of(low * clip, scale, SYMMETRIC, TIE), low_end(low, scale, TIE)
+    return scale, zero_of(low * clip, scale, SYMMETRIC)
 
 
 @triton.jit
 def levels_of(
-    x, scale, zero, least, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr,
-    FUSED: tl.constexpr,
-):  # fmt: skip
-    """Return the levels of x, less SHIFT, in int32; scale, zero and least broadcast against x."""
-    exact = _quotient(x, scale, FUSED)
-    if LOW == 0:  # an asymmetric grid
-        exact = tl.maximum(exact, least)
-    placed = exact + _MAGIC
+    x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr
+):
+    """Return the levels of x, less SHIFT, in int32; scale and zero broadcast against x."""
+    placed = on_ties(_quotient(x, part_of(scale), FUSED)) + _MAGIC
     placed = tl.minimum(tl.maximum(placed, _MAGIC + (LOW - zero)), _MAGIC + (HIGH - zero))
     # integers are the low bits of their sum with the magic number
     return placed.to(tl.int32, bitcast=True) + (zero.to(tl.int32) - (SHIFT + _MAGIC_BITS))
@@ -73,14 +66,12 @@ def _write(
     x, token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    FLOOR: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Quantize x (STEP, MANY, BLOCK), float32 and zero outside, and write what belongs to it."""
     low, high = tl.min(x, axis=2), tl.max(x, axis=2)
-    scale, zero, least = grid_of(low, high, clip, HIGH, SYMMETRIC, TIE, FLOOR)
-    levels = levels_of(
-        x, scale[:, :, None], zero[:, :, None], least[:, :, None], LOW, HIGH, SHIFT, FUSED
-    )
+    scale, zero = grid_of(low, high, clip, HIGH, SYMMETRIC, FLOOR)
+    levels = levels_of(x, scale[:, :, None], zero[:, :, None], LOW, HIGH, SHIFT, FUSED)
     group = tl.arange(0, MANY)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
     place = token * (GROUPS * GROUP) + group * GROUP + column
@@ -100,8 +91,7 @@ def rows_kernel(
     epsilon, clip, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr,
     STEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
-    SHIFT: tl.constexpr, TIE: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr,
-    PDL: tl.constexpr,
+    SHIFT: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize STEP tokens of GROUPS groups of GROUP numbers.
 
@@ -128,5 +118,5 @@ def rows_kernel(
             x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
     _write(
         x.to(tl.float32), token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
-        GROUPS, GROUP, MANY, BLOCK, LOW, HIGH, SYMMETRIC, SHIFT, TIE, FLOOR, FUSED,
+        GROUPS, GROUP, MANY, BLOCK, LOW, HIGH, SYMMETRIC, SHIFT, FLOOR, FUSED,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spinlab.quant.affine import SMALLEST_SCALE, TIE, Grid
+from spinlab.quant.affine import SMALLEST_SCALE, Grid
 from spinlab.quant.inputs import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
@@ -181,7 +181,7 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
     return {
         "LOW": grid.lowest, "HIGH": grid.highest, "SYMMETRIC": grid.symmetric,
-        "SHIFT": into_int8(grid), "TIE": TIE, "FLOOR": SMALLEST_SCALE, "FUSED": x.is_cuda,
+        "SHIFT": into_int8(grid), "FLOOR": SMALLEST_SCALE, "FUSED": x.is_cuda,
     }  # fmt: skip
 
 
