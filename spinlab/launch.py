@@ -33,8 +33,8 @@ def launched() -> int:
 
 
 def launched_here() -> int:
-    """Return how many of them run on this machine."""
-    return _number("LOCAL_WORLD_SIZE", 1)
+    """Return how many of them run on this machine: at least this one, at most all."""
+    return max(1, min(_number("LOCAL_WORLD_SIZE", 1), launched()))
 
 
 def local_rank() -> int:

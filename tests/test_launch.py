@@ -48,6 +48,14 @@ def test_variables_that_are_left_over_are_refused(environment, left, named):
     assert all(word in str(refusal.value) for word in [*named, "torchrun"])
 
 
+@pytest.mark.parametrize(("told", "here"), [("0", 1), ("2", 2), ("64", 2)])
+def test_a_machine_runs_at_least_this_process_and_at_most_all(environment, told, here):
+    environment(LOCAL_WORLD_SIZE=told)
+    assert launched_here() == 1
+    environment(**{**TORCHRUN, "LOCAL_WORLD_SIZE": told})
+    assert launched_here() == here
+
+
 def test_a_rank_without_a_world_is_the_first(environment):
     """It would be silent for ever."""
     environment(RANK="3")
