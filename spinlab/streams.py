@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from spinlab.launch import is_first
+
 
 class Terminated(KeyboardInterrupt):
     """A signal treated like Ctrl-C: what is open is closed and what is known is saved."""
@@ -78,8 +80,12 @@ def keep_streams() -> None:
 
 
 def end_in_order() -> None:
-    """Turn the signals that ask for an end into exceptions, where they would kill at once."""
-    if threading.current_thread() is not threading.main_thread():
+    """Turn the signals that ask for an end into exceptions, where they would kill at once.
+
+    Only the first process has something to close. The others may wait for it in a collective, where
+    no handler of Python's runs: they keep the default, which ends them there.
+    """
+    if not is_first() or threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored

@@ -1,5 +1,6 @@
 """Streams that go away and signals, from outside: a small program that works as a run does."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_a_signal_lets_open_work_be_closed(number):
     said, _ = process.communicate(timeout=30)
     name = "KeyboardInterrupt " if number == signal.SIGINT else f"Terminated {number.name}"
     assert said.splitlines() == [name, "closed"]
+
+
+def test_a_signal_ends_the_other_processes_at_once():
+    """They may wait in a collective, where a handler would never run."""
+    code = START + "print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
+    other = {**os.environ, "WORLD_SIZE": "2", "RANK": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", "import signal" + code],
+        cwd=ROOT,
+        env=other,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout == "True\n", said.stderr
 
 
 def test_a_log_line_stands_above_the_bar(tmp_path):
