@@ -5,7 +5,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +105,7 @@ def load_tasks(tasks: Sequence[str], *, limit: int | None, source: str) -> Any:
     manager = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
     overrides = [_override(task, limit, source) for task in dict.fromkeys(tasks)]
     try:
-        with hub_or_cache():
+        with hub_or_cache() if source == "hub" else nullcontext():
             return manager.load([{"group": "zeroshot", "task": overrides}])
     except (ConnectionError, FileNotFoundError) as error:  # not there, and not in the local cache
         raise InputError(

