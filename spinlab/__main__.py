@@ -58,9 +58,19 @@ def _run(composed: DictConfig) -> None:
     except Exception as error:
         if sweep:
             _tell(f"{job}: {sentence(error)}", error)
+            _let_go(error)
         if os.getpid() != _jobs.process:  # a launcher runs it elsewhere, and waits for word
             raise
         _jobs.failures.append((job, error))
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of a failure hold, networks among them: the next job needs the room."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        if error.__cause__ is not error.__context__:
+            _let_go(error.__cause__)
+        error = error.__context__
 
 
 def _experiment(composed: DictConfig) -> None:

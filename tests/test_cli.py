@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -245,6 +246,31 @@ def test_every_failure_of_a_sweep_is_told_and_summed_up(sweep):
         "spinlab: seed=3: too short",
         "spinlab: 2 of 4 failed: seed=1: no such text; seed=3: too short",
     ]
+
+
+def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch):
+    """Its frames hold networks, and the next job needs their room."""
+
+    class Network:
+        pass
+
+    networks, alive = weakref.WeakSet(), []
+
+    def experiment(composed):
+        alive.append(len(networks))
+        network = Network()
+        networks.add(network)
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise InputError("a smaller batch") from error
+
+    monkeypatch.setattr("spinlab.__main__._experiment", experiment)
+    monkeypatch.setattr(sys, "argv", ["spinlab", "-m", *TOY, "seed=0,1,2"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit):
+        main()
+    assert alive == [0, 0, 0]
 
 
 def test_a_fault_in_a_sweep_is_status_1_with_its_trace(sweep):
