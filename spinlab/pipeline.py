@@ -6,7 +6,6 @@ its inputs (`spinlab.stage`). A second run of the same experiment loads no model
 from here.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,6 @@ from spinlab.start import SETTINGS
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
 from spinlab.weights.quantized import QuantizedWeight, save_weights
-
-log = logging.getLogger(__name__)
 
 
 class Pipeline(Learning):

@@ -1,7 +1,6 @@
 """The first stages of an experiment: the original model, its tokenizer, and the text as tokens."""
 
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -29,8 +28,6 @@ from spinlab.model.load import (
 )
 from spinlab.stage import Stages
 
-log = logging.getLogger(__name__)
-
 
 class Sources:
     """Hold what every later stage starts from: settings, cache, device, model and text."""
@@ -47,10 +44,6 @@ class Sources:
         """What identifies the original model, for keys. Its numbers are looked at once."""
         model = self.config.model
         random = model.weights == "random"
-        if model.unread:
-            log.info(
-                "%-12s %s weights: %s not read", "model", model.weights, ", ".join(model.unread)
-            )
         digest = source_digest(model)
         if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
             self.stages.run("check", digest, lambda out: check_numbers(model), ("model",))

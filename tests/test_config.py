@@ -119,6 +119,7 @@ def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, capl
         ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
         ["learn=none", "eval.tasks=[]"],
         ["rotation.load=R.bin", "rotation.r4_block=64"],
+        ["rotation.online=false", "rotation.r3=none", "rotation.r4=none"],
         ["quant.activations.bits=16", "quant.activations.clip_ratio=0.9",
          'quant.overrides=[{pattern:"*.down_proj",activations:{bits:8}}]'],
     ],
@@ -128,9 +129,52 @@ def test_a_command_that_sets_what_is_read_is_taken(overrides):
     check_read(composed("+experiment=toy", *overrides), overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["+model.architecture.hidden_size=64"], "model.architecture"),
+        (["model.outlier_channels=4"], "model.outlier_channels"),
+        (["model.path=/a", "model.file=b"], "model.file"),
+        (["model.path=/a", "model.revision=dev"], "model.revision"),
+        (["model.revision=dev"], "model.revision"),
+        (["model.package=null", "model.hub=a/b", "model.file=c"], "model.file"),
+        (["model=random", "model.revision=dev"], "model.revision"),
+        (["model=random", "model.outlier_channels=0", "model.outlier_scale=9"], "outlier_scale"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_the_models_source_does_not_read_is_refused(overrides, name):
+    with pytest.raises(InputError, match=rf"{name} is not read with .*: leave it out"):
+        check_read(composed("+experiment=toy", *overrides), overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "logged"),
+    [
+        (["+experiment=llama2_7b_w4a4kv4"], {"model.architecture"}),
+        (
+            ["+experiment=llama2_7b_w4a4kv4", "model.path=/a"],
+            {"model.architecture", "model.hub"},
+        ),
+        (["+experiment=llama2_7b_w4a4kv4", "model.weights=random"], {"model.hub"}),
+        (["+experiment=toy", "model.path=/a"], {"model.package", "model.file"}),
+        (["+experiment=toy", "model.package=null", "model.hub=a/b"], {"model.file"}),
+        (["+experiment=toy", "model=random", "model.architecture.hidden_size=64"], set()),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_models_preset_carries_for_other_sources_is_only_told(arguments, logged, caplog):
+    config = composed(*arguments)
+    caplog.set_level(logging.INFO)
+    check_read(config, arguments)
+    assert {name for name in unread(config) if name.startswith("model.")} == logged
+    assert all(name in caplog.text for name in logged)
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("toy")])
 def test_experiments_set_nothing_that_they_do_not_read(name):
-    assert unread(composed(f"+experiment={name}")) == {}
+    # a model's preset carries its shape as well, for random weights
+    assert set(unread(composed(f"+experiment={name}"))) <= {"model.architecture"}
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.startswith("llama")])

@@ -1,6 +1,5 @@
 """Which model a run starts from, what is looked at first, and what the text's tokens depend on."""
 
-import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -95,19 +94,9 @@ def test_a_folder_given_to_the_toy_is_what_runs():
     assert (named.weights, named.path) == ("pretrained", "/a/folder")
     assert composed("+experiment=toy", "model=random").model.weights == "random"
     preset = composed("+experiment=llama2_7b_w4a4kv4", "model.path=/a/folder").model
-    assert preset.unread == ["model.hub=meta-llama/Llama-2-7b-hf"]
+    assert (preset.weights, preset.path) == ("pretrained", "/a/folder")
     shapes = composed("+experiment=llama2_7b_w4a4kv4", "model.weights=random").model
     assert shapes.weights == "random"
-
-
-def test_the_log_names_the_sources_that_are_not_read(make_sources, make_checkpoint, caplog):
-    with caplog.at_level(logging.INFO):
-        assert make_sources(path=str(make_checkpoint("one")), hub="a/b", outlier_channels=2).source
-    assert "pretrained weights: model.hub=a/b, model.outlier_channels=2 not read" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        assert make_sources(hub="a/b", weights="random", architecture=SHAPE).source
-    assert "random weights: model.hub=a/b not read" in caplog.text
 
 
 # what is looked at -------------------------------------------------------------------------------

@@ -56,11 +56,3 @@ class ModelConfig:
         """Tell whether the weights are the GGUF of a package, converted before they are loaded."""
         from_package = self.weights == "pretrained" and self.package and not self.path
         return bool(from_package) and str(self.file).endswith(".gguf")
-
-    @property
-    def unread(self) -> list[str]:
-        """The settings of other sources, which presets may carry and this choice does not read."""
-        names = {"hub", "package"} if self.path or self.weights == "random" else set()
-        names |= set() if self.weights == "random" else {"outlier_channels"}
-        given = {name: getattr(self, name) for name in sorted(names)}
-        return [f"model.{name}={value}" for name, value in given.items() if value]

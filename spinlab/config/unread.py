@@ -23,7 +23,7 @@ def check_read(config: Config, overrides: Sequence[str]) -> None:
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     for name, reason in found.items():
         # a group's name is no setting: learn=toy chooses a preset
-        if any("." in key and f"{name}.".startswith(f"{key}.") for key in given):
+        if any("." in key and (_within(name, key) or _within(key, name)) for key in given):
             raise InputError(f"{name} is not read with {reason}: leave it out, or change that")
     by_reason: dict[str, list[str]] = {}
     for name, reason in found.items():
@@ -32,13 +32,17 @@ def check_read(config: Config, overrides: Sequence[str]) -> None:
         log.info("%-12s with %s nothing reads %s", "settings", reason, ", ".join(names))
 
 
+def _within(name: str, stem: str) -> bool:
+    return f"{name}.".startswith(f"{stem}.")
+
+
 def unread(config: Config) -> dict[str, str]:
     """Return what differs from its default and is not read, by dotted name, with the reason."""
     found: dict[str, str] = {}
     changed = dict(_changed(plain(config), plain(Config())))
     for reason, names in _rules(config):
         for name in changed:
-            if any(f"{name}.".startswith(f"{stem}.") for stem in names):
+            if any(_within(name, stem) for stem in names):
                 found.setdefault(name, reason)
     return found
 
@@ -53,11 +57,31 @@ def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
 
 def _rules(config: Config) -> Iterator[tuple[str, list[str]]]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
+    yield from _of_model(config)
     yield from _of_learning(config)
     yield from _of_weights(config)
     yield from _of_formats(config)
     yield from _of_rotations(config)
     yield from _of_measures(config)
+
+
+def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
+    model = config.model
+    if model.weights == "random":
+        names = ("hub", "package", "file", "revision")
+        yield "random weights", [f"model.{name}" for name in names]
+        if not model.outlier_channels:
+            yield "model.outlier_channels=0", ["model.outlier_scale"]
+        return
+    drawn = ("architecture", "outlier_channels", "outlier_scale")
+    yield "pretrained weights", [f"model.{name}" for name in drawn]
+    if model.path:
+        names = ("hub", "package", "file", "revision")
+        yield "model.path, which comes first,", [f"model.{name}" for name in names]
+    elif model.package:
+        yield "model.package, which has one revision,", ["model.revision"]
+    else:
+        yield "model.hub, which has one checkpoint,", ["model.file"]
 
 
 def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
@@ -127,8 +151,8 @@ def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
     if rotation.smooth is None:
         yield "rotation.smooth=null", ["rotation.smooth_groups"]
     if not rotation.online:
-        parts = ("r3", "r4", "cross_head", "r4_block")
-        yield "rotation.online=false", [f"rotation.{part}" for part in parts]
+        made = [part for part in ("r3", "r4", "cross_head") if getattr(rotation, part) != "none"]
+        yield "rotation.online=false", [f"rotation.{part}" for part in (*made, "r4_block")]
     if rotation.r4 == "none":
         yield "rotation.r4=none", ["rotation.r4_block"]
 
