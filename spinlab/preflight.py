@@ -1,9 +1,9 @@
 """What can be known about an experiment before its first stage, whatever is cached.
 
 Settings that contradict each other were refused when they were composed (`spinlab.config`). Here
-they meet the model's shape, without its weights, then files and the hub; last the texts are cut
-into tokens, for only these tell whether a text is long enough. Every check lives in the package
-of its subject.
+they meet files and the hub, then the model's shape, without its weights. What takes long comes
+last: every weight is read, and the texts are cut into tokens, for only these tell whether a text
+is long enough. Every check lives in the package of its subject.
 """
 
 import logging
@@ -44,11 +44,12 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_places(pipeline.config)
     sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     check_read(pipeline.config, () if sweep else overrides)
+    _read_texts(pipeline)
+    check_questions(pipeline.config.eval)
     _check_shape(pipeline)
     _check_given(pipeline)
     check_memory(pipeline)
-    check_questions(pipeline.config.eval)
-    _read_texts(pipeline)
+    _ = pipeline.source
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.tokenizer)
     _check_windows(pipeline)

@@ -18,6 +18,7 @@ from spinlab.device import choose_device
 from spinlab.errors import InputError
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
+    check_model,
     check_numbers,
     load_model,
     load_tokenizer,
@@ -63,8 +64,11 @@ class Sources:
 
     @cached_property
     def shape(self) -> PreTrainedModel:
-        """The original model on the meta device: its names and widths, without its weights."""
-        _ = self.source  # a model that cannot be had fails here, with a sentence
+        """The original model on the meta device: its names and widths, without its weights.
+
+        A model that cannot be had, or is not whole, fails here with a sentence.
+        """
+        check_model(self.config.model)
         return meta_model(self.config.model)
 
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:

@@ -26,7 +26,7 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
 
 
 def begun(run: Pipeline) -> set[str]:
-    """Return the names of the stages that were asked for; `check` reads the model's numbers."""
+    """Return the names of the stages that were asked for; `check` reads every weight."""
     return {report.name for report in run.stages.reports}
 
 
@@ -34,7 +34,7 @@ def refused(folder: Path, *overrides: str) -> str:
     """Return the sentence that a run is refused with, once it is sure that no stage was begun."""
     with pytest.raises(InputError) as error:
         preflight(pipeline(folder, *overrides))
-    assert {path.name.partition("-")[0] for path in folder.glob("cache/*")} <= {"check"}
+    assert not list(folder.glob("cache/*"))
     return str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_a_runtime_that_cannot_compute_the_model_is_refused_before_any_stage(tmp
     run.backend = "triton"  # as on a machine that has it
     with pytest.raises(InputError, match=r"gates by SiLU only.*runtime.backend=reference"):
         preflight(run)
-    assert begun(run) <= {"check"}
+    assert not begun(run)
 
 
 def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkeypatch):
@@ -167,4 +167,4 @@ def test_a_sentence_does_not_depend_on_what_is_cached(tmp_path):
     again = pipeline(tmp_path, *groups)
     with pytest.raises(InputError, match="do not nest"):
         preflight(again)
-    assert begun(again) <= {"check"}
+    assert not begun(again)

@@ -120,6 +120,19 @@ def test_a_model_that_is_not_finite_is_refused_every_time(make_sources, make_che
             assert make_sources(path=str(folder)).calibration
 
 
+def test_a_model_that_is_not_whole_is_told_with_its_shape(make_sources, make_checkpoint):
+    """Its widths are asked for before any weight is read."""
+    folder = make_checkpoint("one")
+    assert make_sources(path=str(folder)).shape.config.hidden_size == 24
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sources = make_sources(path=str(folder))
+    with pytest.raises(InputError, match="lacks model.norm.weight"):
+        assert sources.shape
+    assert not sources.stages.reports
+
+
 def test_a_missing_tokenizer_is_told_before_any_stage(make_sources, make_checkpoint):
     folder = make_checkpoint("one")
     (folder / "tokenizer.json").unlink()

@@ -24,11 +24,22 @@ from spinlab.model.split import split_fused
 from spinlab.model.whole import check_finite, check_report
 
 
+def check_model(config: ModelConfig) -> None:
+    """Raise InputError for a model that cannot be reached or rotated, or is not whole.
+
+    No weight is read: what a packaged GGUF holds is told when it is converted.
+    """
+    if config.weights == "pretrained" and not config.is_gguf:
+        checkpoint_of(config, None).check()
+    else:
+        _described(config, None)
+
+
 def source_digest(config: ModelConfig) -> dict[str, Any]:
     """Identify the weights for cache keys by content: digests of files, or the configured shape.
 
-    A hub repository's commit stands beside them. Raises InputError for a model that cannot be
-    reached or rotated, or is not whole, before anything is loaded.
+    Where they came from is no part of it: `describe_model` cites that. Raises InputError for a
+    model that cannot be reached or rotated, or is not whole, before anything is loaded.
     """
     if config.weights == "random":
         architecture_of(config)
@@ -37,8 +48,7 @@ def source_digest(config: ModelConfig) -> dict[str, Any]:
         return {"gguf": content_digest(gguf_of(config))}
     checkpoint = checkpoint_of(config, None)
     checkpoint.check()
-    commit = {"commit": checkpoint.origin["commit"]} if "commit" in checkpoint.origin else {}
-    return {**commit, **checkpoint.weight_digests()}
+    return checkpoint.weight_digests()
 
 
 def tokenizer_digest(config: ModelConfig) -> dict[str, Any]:
