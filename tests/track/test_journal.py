@@ -104,6 +104,13 @@ def test_a_long_stage_says_that_it_is_at_work(tmp_path, caplog, monkeypatch):
     assert len(caplog.messages) == before  # it ends with the stage
 
 
+def test_a_stage_of_a_variant_says_what_its_kind_does(caplog, monkeypatch):
+    monkeypatch.setattr(journal, "_INTERVAL", 0.01)
+    with caplog.at_level(logging.INFO), heartbeat("handoff-int4"):
+        time.sleep(0.1)
+    assert caplog.messages[0].startswith("handoff-int4 comparing the integer network with floats")
+
+
 def test_a_bar_is_sign_enough(caplog, monkeypatch):
     monkeypatch.setattr(journal, "_INTERVAL", 0.01)
     with caplog.at_level(logging.INFO), heartbeat("learn"):
