@@ -190,12 +190,13 @@ def _rounding(job: Job) -> Iterator[Need]:
 def _measuring(job: Job, variant: str) -> Need:
     """A window's logits are there in the model's dtype, in float32 and as probabilities."""
     measured, d = job.config.eval, job.dimensions
-    tokens = measured.batch * measured.window
-    copy = job.size != _FLOAT32 or measured.batch > 1
+    batch = min(measured.batch, measured.max_windows or measured.batch)
+    tokens = batch * measured.window
+    copy = job.size != _FLOAT32 or batch > 1
     logits = tokens * (job.end // d.hidden) * (job.size + (1 + copy) * _FLOAT32)
     cures = [f"a smaller eval.window than {measured.window}"]
-    if measured.batch > 1:
-        cures.insert(0, f"a smaller eval.batch than {measured.batch}")
+    if batch > 1:
+        cures.insert(0, f"a smaller eval.batch than {batch}")
     name, cure = f"measuring {variant}", job.cure(*cures)
     if variant == "fp":
         return Need(name, 0, job.numbers * job.size + logits, cure)

@@ -76,6 +76,14 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
 
 
+def test_a_batch_holds_no_more_windows_than_there_are():
+    one, many = (
+        need_of("measuring fp", *LLAMA, "eval.max_windows=1", f"eval.batch={batch}")
+        for batch in (1, 64)
+    )
+    assert one == many
+
+
 def test_what_fits_is_not_refused():
     """Machines that these have been run on."""
     default = ["+experiment=toy", "model=random", "learn=two_cores", "eval=quick", SMOLLM2]
