@@ -248,7 +248,7 @@ def test_every_failure_of_a_sweep_is_told_and_summed_up(sweep):
     ]
 
 
-def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch):
+def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch, tmp_path):
     """Its frames hold networks, and the next job needs their room."""
 
     class Network:
@@ -266,7 +266,9 @@ def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch):
             raise InputError("a smaller batch") from error
 
     monkeypatch.setattr("spinlab.__main__._experiment", experiment)
-    monkeypatch.setattr(sys, "argv", ["spinlab", "-m", *TOY, "seed=0,1,2"])
+    monkeypatch.setattr(
+        sys, "argv", ["spinlab", "-m", *TOY, f"paths.runs={tmp_path}", "seed=0,1,2"]
+    )
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit):
         main()
