@@ -25,14 +25,13 @@ from spinlab.model.whole import check_finite, check_report
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise InputError for a model that cannot be reached or rotated, or is not whole.
+    """Raise InputError for a checkpoint that cannot be reached or rotated, or is not whole.
 
-    No weight is read: what a packaged GGUF holds is told when it is converted.
+    No weight is read. Of random weights there is no more to know than `meta_model` tells, and what
+    a packaged GGUF holds is told when it is converted.
     """
     if config.weights == "pretrained" and not config.is_gguf:
         checkpoint_of(config, None).check()
-    else:
-        _described(config, None)
 
 
 def source_digest(config: ModelConfig) -> dict[str, Any]:
