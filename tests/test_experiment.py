@@ -87,7 +87,7 @@ def test_what_a_run_leaves_behind(finished):
     folder, record, _ = finished
     home = folder / "runs" / "toy" / record["key"]
     lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(24))
+    assert [line["step"] for line in lines] == list(range(48))
     assert record["mirrors"] == {}
     assert (home / "figures" / "outliers.png").read_bytes().startswith(b"\x89PNG")
     (mirror,) = home.glob("wandb/offline-run-*")

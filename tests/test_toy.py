@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from spinlab.compose import composed
 from spinlab.measure import evaluate
 from spinlab.model.bytes import byte_tokenizer
-from spinlab.model.train_toy import FOLDER, plant_outliers, untrained_toy
 from spinlab.pipeline import Pipeline
+from spinlab.train_toy import FOLDER, plant_outliers, untrained_toy
 
 Perplexities = Callable[..., tuple[float, float]]
 
@@ -29,14 +30,16 @@ def perplexities(tmp_path_factory) -> Perplexities:
     return measure
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_learned_beats_hadamard_beats_no_rotation(perplexities, seed):
-    fp, learned, hadamard, none = (
-        perplexities(variant, f"seed={seed}") for variant in ("fp", "fake", "init", "rtn")
-    )
-    for text in (0, 1):
-        assert fp[text] < learned[text] < hadamard[text] < none[text]
-    assert none[0] > 1.5 * hadamard[0]
+def test_learned_beats_hadamard_beats_no_rotation(perplexities):
+    """Over two seeds and both texts: one of them alone may fall within the noise of rounding."""
+
+    def mean(variant: str) -> float:
+        found = [perplexities(variant, f"seed={seed}") for seed in (0, 1)]
+        return geometric_mean(number for pair in found for number in pair)
+
+    fp, learned, hadamard, none = map(mean, ("fp", "fake", "init", "rtn"))
+    assert fp < learned < 0.99 * hadamard
+    assert hadamard < none / 1.3
 
 
 def test_more_bits_are_better(perplexities):

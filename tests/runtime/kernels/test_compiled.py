@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,8 @@ assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in 
 def test_kernels_compile_and_hopper_multiplies_integers_by_wgmma(tmp_path) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).parents[3]  # a GPU node may run from a checkout that is not installed
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     script = tmp_path / "compiled.py"  # the compiler reads sources of kernels from files
     script.write_text(COMPILED)
     run = subprocess.run(

@@ -1,6 +1,6 @@
 """Train the toy model: a tiny Llama over bytes, on the packaged texts, with outliers planted.
 
-    python -m spinlab.model.train_toy [FOLDER]
+    python -m spinlab.train_toy [FOLDER]
 
 What it wrote lies in `spinlab/model/toy`, so that every machine starts from the same weights. They
 are float16, in files of less than 200 kB. It takes some minutes on two CPU cores.
@@ -27,7 +27,7 @@ from spinlab.model.bytes import byte_tokenizer
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent / "toy"
+FOLDER = Path(__file__).parent / "model" / "toy"
 _TEXTS = ("wiki", "c4")  # their calibration parts
 
 _STEPS, _BATCH, _LENGTH = 4000, 24, 256
