@@ -47,7 +47,8 @@ ARCHITECTURE = {
 COUNTS = (1, 2, 5)  # of windows: too few for both, as many as processes, not to be halved
 GPTQ = WeightsConfig(method="gptq", block_size=10)
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
-TOY = ["+experiment=toy", "tracker=none", "eval.tasks=[]"]
+# random weights: one level that flips takes a trained network's learning elsewhere, in float32
+TOY = ["+experiment=toy", "model=random", "learn.steps=6", "tracker=none", "eval.tasks=[]"]
 FEW = ["eval.variants=[fp,fake]", "eval.max_windows=3", "weights=gptq", "weights.samples=5"]
 
 FAILS = """
