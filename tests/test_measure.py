@@ -175,7 +175,7 @@ def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
-    monkeypatch.setattr(check, "left_on_host", lambda swap: 2**20)
+    monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
     monkeypatch.setattr(Pipeline, "original", None)
     with pytest.raises(InputError, match=r"needs at least .* GiB of memory"):
         experiment.run(settings(folder), [])

@@ -9,11 +9,14 @@ from spinlab.pipeline import Pipeline
 
 
 def check_memory(pipeline: Pipeline) -> None:
-    """Raise InputError naming the first stage that this machine cannot hold."""
+    """Raise InputError naming the first stage that this machine cannot hold.
+
+    Of several processes most stages are the first one's alone: it may take the whole host.
+    """
     device = pipeline.device
     of_device = left_on_device(device) if device.type == "cuda" else None
     job = Job(pipeline.config, pipeline.shape, device)
-    check_needs(needs(job), left_on_host(swap=True), of_device, device)
+    check_needs(needs(job), left_on_host(swap=True, alone=True), of_device, device)
 
 
 def check_needs(

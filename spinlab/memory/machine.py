@@ -35,15 +35,16 @@ def left_on_device(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def left_on_host(swap: bool = False) -> int:
+def left_on_host(swap: bool = False, alone: bool = False) -> int:
     """Return the bytes of the host's memory that this process may still take.
 
     That is the least of what the machine has left, for each of its processes here, of what their
     control groups leave, and of the address space (`ulimit -v`). swap: count it as memory.
+    alone: what this process may take while the others here wait.
     """
     left = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
     shared = [left, *_of_groups(_GROUPS, Path("/proc/self/cgroup"))]
-    found = min(shared) // parallel.launched_here()
+    found = min(shared) // (1 if alone else parallel.launched_here())
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         found = min(found, most - psutil.Process().memory_info().vms)

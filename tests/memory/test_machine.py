@@ -53,6 +53,9 @@ def test_the_address_space_binds_beside_what_is_free(monkeypatch):
     free = left_on_host()
     assert GIB // 4 < free <= psutil.virtual_memory().total
     assert left_on_host(swap=True) >= free * 0.9
+    monkeypatch.setattr(machine.parallel, "launched_here", lambda: 4)
+    assert left_on_host() == pytest.approx(free / 4, rel=0.1)
+    assert left_on_host(alone=True) == pytest.approx(free, rel=0.1)
     assert memory_for(torch.device("cpu")) > GIB // 4
 
 
