@@ -17,13 +17,13 @@ from spinlab.export.transformed import save_transformed
 from spinlab.files import writing
 from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
-from spinlab.measure import evaluate, handoff_error, outliers
 from spinlab.memory.machine import out_of_memory
 from spinlab.model.load import describe_model
-from spinlab.pipeline import Pipeline
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
+from spinlab.stages.measure import evaluate, handoff_error, outliers
+from spinlab.stages.weights import Pipeline
 from spinlab.track.environment import environment
 from spinlab.track.journal import Journal
 from spinlab.track.record import Record

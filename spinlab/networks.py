@@ -16,15 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
+from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant
 from spinlab.kv.cache import attach_kv, kv_path
 from spinlab.model.load import cast_model, exact_norms
 from spinlab.model.seams import family_of, linear_at, linears_of
-from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.handoff import integer_runtime, why_not_runtime
-from spinlab.runtime.network import insert_integer_linears, write_ends
-from spinlab.runtime.operations import triton_operations
+from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
+from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls, empty_weight
 
 log = logging.getLogger(__name__)

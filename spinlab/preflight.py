@@ -19,17 +19,17 @@ from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
 from spinlab.export.targets import check_export
+from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
-from spinlab.learn.inputs import check_duals
+from spinlab.learn.learned.inputs import check_duals
 from spinlab.memory.check import check_memory
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
-from spinlab.pipeline import Pipeline
-from spinlab.quant.network import input_paths
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.handoff import check_runtime
+from spinlab.runtime.fused.convert import check_runtime
+from spinlab.stages.weights import Pipeline
 from spinlab.weights.layerwise import check_samples, check_weight_groups
 
 log = logging.getLogger(__name__)

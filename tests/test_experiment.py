@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from spinlab import experiment, learning
+from spinlab import experiment
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import _gain
 from spinlab.learn.progress import save_progress
+from spinlab.stages import learn as learning
 
 ROOT = Path(__file__).parent.parent
 FAST = ["tracker=none", "eval.tasks=[]"]

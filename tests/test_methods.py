@@ -13,9 +13,9 @@ from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
 from spinlab.learn.recipe import warn_of_mismatch
-from spinlab.measure import evaluate, handoff_error, network, outliers
-from spinlab.pipeline import Pipeline
 from spinlab.rotation.rotations import RotationSet
+from spinlab.stages.measure import evaluate, handoff_error, network, outliers
+from spinlab.stages.weights import Pipeline
 from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.__main__ import main
+from spinlab.cache import Stages
 from spinlab.config import ModelConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.device import choose_device
 from spinlab.errors import InputError
 from spinlab.evaluate.perplexity import perplexity
+from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.load import load_model
 from spinlab.model.seams import linear_at
-from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stage import Stages
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import gather, quantize_gptq
 
@@ -55,7 +55,7 @@ FAILS = """
 import sys
 from pathlib import Path
 from spinlab import parallel
-from spinlab.stage import Stages
+from spinlab.cache import Stages
 
 def work(folder):
     if not parallel.is_main():

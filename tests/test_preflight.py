@@ -11,12 +11,12 @@ from spinlab.config import RotationConfig
 from spinlab.data import hub
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
-from spinlab.pipeline import Pipeline
 from spinlab.preflight import preflight
 from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
+from spinlab.stages.weights import Pipeline
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:

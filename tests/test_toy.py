@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spinlab.compose import composed
-from spinlab.measure import evaluate
 from spinlab.model.bytes import byte_tokenizer
-from spinlab.pipeline import Pipeline
+from spinlab.stages.measure import evaluate
+from spinlab.stages.weights import Pipeline
 from spinlab.train_toy import FOLDER, plant_outliers, untrained_toy
 
 Perplexities = Callable[..., tuple[float, float]]

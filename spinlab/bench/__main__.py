@@ -154,7 +154,7 @@ def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.kernels import bench_kernels
-    from spinlab.runtime.operations import triton_operations
+    from spinlab.runtime.fused.operations import triton_operations
 
     peers = arguments.peers if "peers" in arguments.only else []
     parts = [part for part in arguments.only if part != "peers"]
@@ -163,7 +163,7 @@ def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.end_to_end import Setting, bench_decode, bench_prefill
-    from spinlab.runtime.operations import REFERENCE, triton_operations
+    from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 
     operations = triton_operations() if device.type == "cuda" else REFERENCE
     setting = Setting(arguments.model, arguments.layers, arguments.prompt, arguments.tokens)

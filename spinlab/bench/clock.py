@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from spinlab.stage import peak_memory
+from spinlab.cache import peak_memory
 
 
 def now(device: torch.device) -> float:

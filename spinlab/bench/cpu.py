@@ -19,13 +19,14 @@ from spinlab.config import (
     WeightsConfig,
     plain,
 )
+from spinlab.fakequant.activations import InputPath
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath, TokenQuantizer
 from spinlab.rotation.initial import initial_rotations
-from spinlab.runtime.kernels import kernel_for
-from spinlab.runtime.linear import IntegerLinear
+from spinlab.runtime.kernels.matmul import kernel_for
+from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.track.environment import environment
 from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.rtn import rtn

@@ -24,8 +24,8 @@ from spinlab.config import KVConfig, QuantConfig
 from spinlab.errors import InputError
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.handoff import new_cache, runtime_from_packed
-from spinlab.runtime.operations import Operations
+from spinlab.runtime.fused.convert import new_cache, runtime_from_packed
+from spinlab.runtime.fused.operations import Operations
 
 _REPEATS = 3
 

@@ -8,8 +8,8 @@ import torch
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.learn.plain import PlainSpace
-from spinlab.pipeline import Pipeline
+from spinlab.learn.spaces.definition import PlainSpace
+from spinlab.stages.weights import Pipeline
 from spinlab.track.environment import environment
 
 

@@ -20,7 +20,7 @@ from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
 from spinlab.bench.timing import measure
 from spinlab.errors import InputError
-from spinlab.runtime.operations import Operations
+from spinlab.runtime.fused.operations import Operations
 
 PARTS: dict[str, Callable[..., None]] = {
     "prefill": prefill,

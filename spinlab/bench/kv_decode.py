@@ -11,9 +11,9 @@ from spinlab.bench.operands import random_floats, random_rows
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for, measure
 from spinlab.errors import ResultError
-from spinlab.runtime.kernels.reference import attention
-from spinlab.runtime.kernels.rows import PackedRows
-from spinlab.runtime.operations import Operations
+from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.kernels.attention import reference as attention
+from spinlab.runtime.kernels.kv.rows import PackedRows
 
 HEAD_DIM = 128
 # batch, filled slots, query heads, key and value heads

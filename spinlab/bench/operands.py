@@ -2,12 +2,12 @@
 
 import torch
 
+from spinlab.formats.integer import Grid
+from spinlab.formats.pack import unpack_nibbles
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codec import AffineCodec
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
-from spinlab.quant.pack import unpack_nibbles
 from spinlab.runtime.kernels.formats import PackedWeight
-from spinlab.runtime.kernels.rows import PackedRows, empty_rows
+from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 # as the experiments quantize inputs, keys and values
 QUANTIZER = TokenQuantizer(Grid(bits=4, symmetric=False))

@@ -10,7 +10,7 @@ from spinlab.bench.operands import QUANTIZER, random_floats
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
 from spinlab.rotation.online import hadamard_rotation
-from spinlab.runtime.operations import Operations
+from spinlab.runtime.fused.operations import Operations
 
 _CLOSE = 0.02  # of the largest output: 4-bit rows are exact, weights and outputs have 16 bits
 _HEADER = 4  # bytes of a row that hold a float16 scale and a float16 shift

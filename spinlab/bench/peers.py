@@ -15,9 +15,9 @@ from spinlab.bench.operands import random_floats
 from spinlab.bench.products import DECODE, PREFILL, SHAPES, Shape, ours
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for, measure
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
-from spinlab.runtime.operations import Operations
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.runtime.fused.operations import Operations
 
 _GROUP = 128  # of weight scales, where a package has no scale per output
 _CASES = {"decode": (DECODE, SHAPES), "prefill": (PREFILL, SHAPES)}

@@ -10,8 +10,8 @@ from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
 from spinlab.errors import ResultError
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
-from spinlab.runtime.kernels.reference import producers as reference
-from spinlab.runtime.operations import Operations
+from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.kernels.producers import reference
 
 WIDTHS, TOKENS = (11008, 14336), 8192
 _SAME = 0.98  # share of levels

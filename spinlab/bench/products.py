@@ -9,9 +9,9 @@ from spinlab.bench.operands import QUANTIZER, random_floats, random_weight
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
 from spinlab.errors import ResultError
-from spinlab.quant.inputs import TokenQuantizer
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.kernels.formats import PackedWeight
-from spinlab.runtime.operations import Operations
 
 Shape = tuple[int, int]  # out, in
 

@@ -8,23 +8,17 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from spinlab.config.data import DataConfig
+from spinlab.config.eval import VARIANTS, EvalConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
 from spinlab.config.model import ModelConfig
+from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.config.rotation import (
     DuQuantConfig,
     RotationConfig,
     StatisticsConfig,
 )
-from spinlab.config.run import (
-    VARIANTS,
-    EvalConfig,
-    ExportConfig,
-    PathsConfig,
-    RuntimeConfig,
-    TrackerConfig,
-    WandbConfig,
-)
+from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
 from spinlab.errors import InputError
 

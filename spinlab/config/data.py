@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from spinlab.limits import filled
+from spinlab.config.checks import filled
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from spinlab.config.checks import at_least, choice, count, positive
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, count, positive
 
 OPTIMIZERS = (
     "cayley_sgd",

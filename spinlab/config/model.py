@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from spinlab.config.checks import at_least, choice, positive
 from spinlab.errors import InputError
-from spinlab.limits import at_least, choice, positive
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from spinlab.config.checks import at_least, bits, choice, count, positive, ratio
 from spinlab.errors import InputError
-from spinlab.limits import at_least, bits, choice, count, positive, ratio
 
 METHODS = ("rtn", "gptq")
 

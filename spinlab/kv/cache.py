@@ -17,10 +17,10 @@ from transformers.masking_utils import sdpa_mask
 
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import StraightThrough, check_group
 from spinlab.kv.codec import AffineCodec
 from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import StraightThrough, check_group
 from spinlab.rotation.online import OnlineRotation
 
 ATTENTION = "spinlab_sdpa"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spinlab.quant.affine import (
+from spinlab.formats.integer import (
     SMALLEST_HALF,
     Grid,
     at_least_float32,
@@ -20,9 +20,9 @@ from spinlab.quant.affine import (
     settled,
     zero_point,
 )
-from spinlab.quant.few import FewLevels, are_few, few_levels
-from spinlab.quant.fused import has_kernel, round_rows
-from spinlab.quant.pack import pack_nibbles, unpack_nibbles
+from spinlab.formats.integer_numpy import FewLevels, are_few, few_levels
+from spinlab.formats.integer_triton import has_kernel, round_rows
+from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 
 
 @dataclass(frozen=True)

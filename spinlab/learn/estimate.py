@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
 from spinlab.errors import InputError
-from spinlab.learn.form import CHUNK
 from spinlab.learn.loop import rounds_weights
+from spinlab.learn.spaces.base import CHUNK
 from spinlab.memory.machine import gib, memory_for
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
 

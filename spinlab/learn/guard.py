@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from spinlab.errors import InputError
-from spinlab.learn.log_numbers import part_of
+from spinlab.learn.learned.log_numbers import part_of
 
 
 class Divergence(InputError):

@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
-from spinlab.learn.activations import ActivationSpace
-from spinlab.learn.form import NetworkForm, Parts
 from spinlab.learn.guard import Guard
-from spinlab.learn.local import LocalTerms
-from spinlab.learn.optimizers import make_optimizer
-from spinlab.learn.parameters import LearnedRotations
-from spinlab.learn.schedule import rate_at
+from spinlab.learn.learned.rotations import LearnedRotations
+from spinlab.learn.optim.make import make_optimizer
+from spinlab.learn.optim.schedule import rate_at
+from spinlab.learn.spaces.activations import ActivationSpace
+from spinlab.learn.spaces.base import NetworkForm, Parts
+from spinlab.learn.spaces.local import LocalTerms
+from spinlab.learn.spaces.weights import WeightSpace
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
-from spinlab.learn.weights import WeightSpace
 from spinlab.model.load import cast_model, exact_norms
 from spinlab.model.seams import decoder_of, family_of, linear_at
 from spinlab.rotation.orthogonal import orthogonality_error

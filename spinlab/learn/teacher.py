@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spinlab.fakequant.activations import InputPath
+from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.cache import kv_path_of, set_kv_path
-from spinlab.learn.form import NetworkForm
 from spinlab.learn.objectives import relative_error
+from spinlab.learn.spaces.base import NetworkForm
 from spinlab.model.seams import decoder_of, layers_of, linears_of
-from spinlab.quant.inputs import InputPath, TokenQuantizer
-from spinlab.quant.network import FakeQuantLinear
 
 
 @contextmanager

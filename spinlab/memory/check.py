@@ -5,7 +5,7 @@ import torch
 from spinlab.errors import InputError
 from spinlab.memory.machine import gib, left_on_device, left_on_host
 from spinlab.memory.needs import Job, Need, needs
-from spinlab.pipeline import Pipeline
+from spinlab.stages.weights import Pipeline
 
 
 def check_memory(pipeline: Pipeline) -> None:

@@ -13,9 +13,9 @@ from spinlab import parallel
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
-from spinlab.quant.affine import decode, encode, nearest
+from spinlab.formats.integer import decode, encode, nearest, weight_grid
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import search_range, weight_grid
+from spinlab.weights.rtn import search_range
 
 
 class Hessian:

@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.files import kept_tensors, save_tensors
-from spinlab.model.seams import family_of, linear_at, linears_of
-from spinlab.quant.inputs import check_group
-from spinlab.quant.network import (
+from spinlab.fakequant.insert import (
     FakeQuantLinear,
     check_patterns,
     insert_fake_quant,
     token_quantizer,
 )
+from spinlab.files import kept_tensors, save_tensors
+from spinlab.formats.quantizer import check_group
+from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq

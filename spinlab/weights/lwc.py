@@ -18,14 +18,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant
+from spinlab.formats.integer import (
+    Grid,
+    decode,
+    encode,
+    extremes,
+    nearest,
+    scale_and_zero,
+    weight_grid,
+)
 from spinlab.model.seams import family_of, linear_at
-from spinlab.quant.affine import Grid, decode, encode, extremes, nearest, scale_and_zero
-from spinlab.quant.network import FakeQuantLinear, insert_fake_quant
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, hidden_states
 from spinlab.weights.layerwise import kept_layer, quantize_ends
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import round_to_range, search_ratios, weight_grid
+from spinlab.weights.rtn import round_to_range, search_ratios
 
 _LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
 

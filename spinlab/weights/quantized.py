@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spinlab.quant.affine import Grid, decode
-from spinlab.quant.pack import pack_nibbles, unpack_nibbles
+from spinlab.formats.integer import Grid, decode
+from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,9 @@
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
-from spinlab.quant.affine import Grid, encode, extremes, nearest, scale_and_zero
-from spinlab.quant.clip import ClipSearch, search_clip
+from spinlab.formats.clip import ClipSearch, search_clip
+from spinlab.formats.integer import Grid, encode, extremes, nearest, scale_and_zero, weight_grid
 from spinlab.weights.quantized import QuantizedWeight
-
-
-def weight_grid(format: TensorQuant) -> Grid:
-    return Grid(format.bits, format.symmetric)
 
 
 def round_to_nearest(

@@ -22,8 +22,8 @@ from spinlab.bench.results import Results
 from spinlab.bench.timing import copies_for, measure
 from spinlab.errors import InputError, ResultError
 from spinlab.kv.codec import AffineCodec
-from spinlab.runtime.kernels.rows import dequantize
-from spinlab.runtime.operations import REFERENCE
+from spinlab.runtime.fused.operations import REFERENCE
+from spinlab.runtime.kernels.kv.rows import dequantize
 
 CPU = torch.device("cpu")
 RATES = {"copy": 1e10, "bf16": 1e11}

@@ -4,9 +4,9 @@ from transformers import DynamicCache
 
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
+from spinlab.formats.integer import Grid
 from spinlab.kv.cache import CodedCache, CodedLayer, KVPath, attach_kv, kv_bits, kv_path
 from spinlab.kv.codec import AffineCodec
-from spinlab.quant.affine import Grid
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from spinlab.formats.integer import Grid
 from spinlab.kv.codec import AffineCodec
-from spinlab.quant.affine import Grid
 
 CODECS = [
     AffineCodec(Grid(4, False), 64),

@@ -4,7 +4,7 @@ import geoopt
 import pytest
 import torch
 
-from spinlab.learn.cayley import CayleySGD, cayley_exact, cayley_fixed_point, skew_generator
+from spinlab.learn.optim.cayley import CayleySGD, cayley_exact, cayley_fixed_point, skew_generator
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 
 

@@ -13,9 +13,9 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.config.learn import GRAD_NORMS
-from spinlab.learn import linear as learned
 from spinlab.learn.loop import RotationLearner
-from spinlab.learn.plain import PlainSpace
+from spinlab.learn.spaces import linear as learned
+from spinlab.learn.spaces.definition import PlainSpace
 from spinlab.model.seams import dimensions_of, linears_of
 from spinlab.networks import Networks
 from spinlab.rotation.initial import initial_rotations

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from spinlab.config import KVConfig, QuantConfig, TensorQuant
-from spinlab.learn.input_ranges import InputRanges
+from spinlab.fakequant.activations import InputPath
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.learn.learned.input_ranges import InputRanges
 from spinlab.learn.teacher import unquantized
 from spinlab.model.seams import linears_of
 from spinlab.networks import Networks
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath, TokenQuantizer
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import input_key

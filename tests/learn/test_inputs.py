@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from spinlab.config import KVConfig, LearnConfig, QuantConfig, TensorQuant, WeightsConfig
-from spinlab.learn import linear as learned
+from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
+from spinlab.learn.spaces import linear as learned
 from spinlab.model.seams import linear_at, linears_of
 from spinlab.networks import Networks
-from spinlab.quant.inputs import StraightThrough
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal

@@ -14,8 +14,8 @@ from spinlab.config import (
 from spinlab.config.learn import OPTIMIZERS
 from spinlab.errors import InputError
 from spinlab.learn.loop import RotationLearner, learn_rotations
+from spinlab.learn.optim.schedule import rate_at
 from spinlab.learn.progress import resume, save_progress
-from spinlab.learn.schedule import rate_at
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks import Networks
 from spinlab.rotation.initial import initial_rotations

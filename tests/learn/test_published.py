@@ -11,12 +11,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
 from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
-from spinlab.learn.cayley import skew_generator
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.loop import RotationLearner
+from spinlab.learn.optim.cayley import skew_generator
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
 from spinlab.rotation.initial import initial_rotations
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))

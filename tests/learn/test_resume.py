@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinlab import learning
 from spinlab.compose import composed
 from spinlab.files import read_tensors
 from spinlab.learn.loop import RotationLearner
-from spinlab.pipeline import Pipeline
+from spinlab.stages import learn as learning
+from spinlab.stages.weights import Pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8

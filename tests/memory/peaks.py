@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from spinlab.cache import _give_back_memory
 from spinlab.compose import composed
-from spinlab.measure import evaluate, handoff_error
 from spinlab.memory.needs import Job, needs
-from spinlab.pipeline import Pipeline
-from spinlab.stage import _give_back_memory
+from spinlab.stages.measure import evaluate, handoff_error
+from spinlab.stages.weights import Pipeline
 
 
 def status(name: str) -> int:

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from spinlab.config import RotationConfig
+from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.kv.cache import attach_kv, kv_path
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
-from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.check import BrokenSeam, check_invariance
 from spinlab.rotation.fuse import (
     fold_norms,

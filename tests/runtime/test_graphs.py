@@ -8,10 +8,10 @@ from spinlab.errors import InputError
 from spinlab.model.seams import decoder_of
 from spinlab.networks import Networks
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime import graphs
-from spinlab.runtime.cache import IntegerCache
-from spinlab.runtime.handoff import graph_runner, integer_runtime, new_cache
-from spinlab.runtime.operations import REFERENCE, triton_operations
+from spinlab.runtime.fused import graphs
+from spinlab.runtime.fused.cache import IntegerCache
+from spinlab.runtime.fused.convert import graph_runner, integer_runtime, new_cache
+from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 from spinlab.weights.layerwise import quantize_rtn
 
 CUDA = torch.cuda.is_available()

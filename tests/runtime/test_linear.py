@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from spinlab.config import TensorQuant, WeightsConfig
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath, Once, TokenQuantizer
+from spinlab.fakequant.activations import InputPath, Once
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import hadamard_rotation
-from spinlab.runtime.kernels import KERNELS
-from spinlab.runtime.linear import IntegerLinear, LinearPart
+from spinlab.runtime.kernels.matmul import KERNELS
+from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import rtn
 
@@ -109,7 +110,7 @@ def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch)
     linear = IntegerLinear(weight, bias, path, KERNELS["cpu"], dtype)
     x = draw(2, 5, 64, seed=torch.seed() % 2**31).to(dtype)
     few = linear(x)
-    monkeypatch.setattr("spinlab.runtime.linear.are_few", lambda x: False)
+    monkeypatch.setattr("spinlab.runtime.stock.linear.are_few", lambda x: False)
     assert few.dtype == dtype
     assert torch.equal(few, linear(x))
 

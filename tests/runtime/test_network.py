@@ -3,15 +3,15 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
+from spinlab.formats.integer import Grid, scale_and_zero
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
-from spinlab.quant.affine import Grid, scale_and_zero
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.linear import IntegerLinear, LinearPart
+from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))

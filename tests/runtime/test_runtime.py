@@ -15,11 +15,11 @@ from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.cache import IntegerCache
-from spinlab.runtime.handoff import integer_runtime, new_cache, runtime_from_packed
-from spinlab.runtime.kernels import cublas
+from spinlab.runtime.fused.cache import IntegerCache
+from spinlab.runtime.fused.convert import integer_runtime, new_cache, runtime_from_packed
+from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.formats import pack_weight
-from spinlab.runtime.operations import REFERENCE
+from spinlab.runtime.kernels.matmul import cublas
 from spinlab.weights.layerwise import quantize_rtn
 
 SYMMETRIC = TensorQuant(symmetric=True)

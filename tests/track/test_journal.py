@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from spinlab.cache import Stages
 from spinlab.errors import InputError
-from spinlab.stage import Stages
 from spinlab.track import journal
 from spinlab.track.journal import Journal, heartbeat
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.seams import linear_at, linears_of
-from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of

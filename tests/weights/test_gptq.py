@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError, ResultError
-from spinlab.quant.affine import Grid, decode
+from spinlab.formats.integer import Grid, decode
 from spinlab.weights.gptq import Hessian, error_spread, gptq
 from spinlab.weights.rtn import rtn
 

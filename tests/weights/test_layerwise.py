@@ -5,8 +5,8 @@ import torch
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
+from spinlab.formats.integer import Grid
 from spinlab.model.seams import linear_at, linears_of
-from spinlab.quant.affine import Grid
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn

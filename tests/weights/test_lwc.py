@@ -5,10 +5,10 @@ import torch
 
 import spinlab.weights.lwc as lwc_module
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.fakequant.insert import insert_fake_quant
+from spinlab.formats.integer import Grid, scale_and_zero
+from spinlab.formats.quantizer import StraightThrough
 from spinlab.model.seams import linear_at
-from spinlab.quant.affine import Grid, scale_and_zero
-from spinlab.quant.inputs import StraightThrough
-from spinlab.quant.network import insert_fake_quant
 from spinlab.rotation.fuse import fuse_inputs
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet

@@ -1,24 +1,3 @@
-"""Integer matrix products. A back end is a function with the signature of `reference/matmul.py`'s.
-
-matmul(levels, weight) -> accumulators
-levels  (tokens, in)  unsigned 0..255 or signed -128..127, uint8 or int8
-weight  (out, in)     int8
-result  (tokens, out) int32, exact
+"""Kernels by operation. In each folder `reference` is the definition in torch: any device and
+float dtype, nothing fast; `launch` calls its twin in Triton, for Ampere, Ada and Hopper.
 """
-
-from collections.abc import Callable, Mapping
-
-import torch
-
-from spinlab.quant.affine import Grid
-from spinlab.runtime.kernels import cpu
-from spinlab.runtime.kernels.reference import matmul as reference
-
-Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}
-
-
-def kernel_for(backend: str, grid: Grid) -> Matmul:
-    """Return a back end's product for weights of a grid, whose levels are moved into int8."""
-    return cpu.matmul_narrow if backend == "cpu" and grid.bits <= 6 else KERNELS[backend]

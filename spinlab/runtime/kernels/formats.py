@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from spinlab.quant.affine import Grid
-from spinlab.quant.pack import pack_nibbles, unpack_nibbles
+from spinlab.formats.integer import Grid
+from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 from spinlab.weights.quantized import QuantizedWeight
 
 

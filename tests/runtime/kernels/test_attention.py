@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
+from spinlab.formats.integer import Grid
 from spinlab.kv.codec import AffineCodec
-from spinlab.quant.affine import Grid
-from spinlab.runtime.kernels.gpu import attention as gpu
-from spinlab.runtime.kernels.gpu.attention import Plan
-from spinlab.runtime.kernels.reference import attention as reference
-from spinlab.runtime.kernels.rows import PackedRows, empty_rows
+from spinlab.runtime.kernels.attention import launch as gpu
+from spinlab.runtime.kernels.attention import reference
+from spinlab.runtime.kernels.attention.launch import Plan
+from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 # Triton's interpreter cuts bfloat16 off where a GPU rounds
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
@@ -156,7 +156,7 @@ import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from spinlab.runtime.kernels.gpu.attention_kernels import attend_kernel
+from spinlab.runtime.kernels.attention.triton import attend_kernel
 
 types = dict.fromkeys(attend_kernel.arg_names, "i32")
 types |= dict.fromkeys(("sums_ptr", "most_ptr", "total_ptr"), "*fp32")

@@ -16,14 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from spinlab.runtime.kernels.formats import PackedWeight
-from spinlab.runtime.kernels.gpu import (
-    decode_kernels,
-    hadamard_kernels,
-    kv_kernels,
-    linear,
-    linear_kernels,
-    producer_kernels,
-)
+from spinlab.runtime.kernels.kv import triton as kv_kernels
+from spinlab.runtime.kernels.linear import launch as linear
+from spinlab.runtime.kernels.linear import triton as linear_kernels
+from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
+from spinlab.runtime.kernels.producers import triton as producer_kernels
+from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
 
 def weight(width):
     empty = torch.zeros(64, 1)

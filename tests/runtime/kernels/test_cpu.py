@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import InputPath, TokenQuantizer
-from spinlab.runtime.kernels import KERNELS, cpu, kernel_for
-from spinlab.runtime.kernels.reference import matmul as reference
-from spinlab.runtime.linear import IntegerLinear
+from spinlab.fakequant.activations import InputPath
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.runtime.kernels.matmul import KERNELS, cpu, kernel_for, reference
+from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.weights.rtn import rtn
 
 STOCK = torch._int_mm
@@ -123,7 +123,7 @@ def test_linears_take_one_column_at_a_time(tokens, width, group):
 
 WITHOUT_VNNI = """
 import torch
-from spinlab.runtime.kernels import cpu
+from spinlab.runtime.kernels.matmul import cpu
 for tokens in (1, 5, 40):
     g = torch.Generator().manual_seed(tokens)
     levels = torch.randint(256, (tokens, 576), generator=g, dtype=torch.uint8)

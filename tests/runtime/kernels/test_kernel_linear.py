@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from spinlab.errors import InputError
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
-from spinlab.runtime.kernels.gpu import linear as gpu
-from spinlab.runtime.kernels.reference import linear as reference
+from spinlab.runtime.kernels.linear import launch as gpu
+from spinlab.runtime.kernels.linear import reference
 from spinlab.weights.quantized import QuantizedWeight
 
 

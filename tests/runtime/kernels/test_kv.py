@@ -3,14 +3,14 @@ import torch
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from spinlab.errors import InputError
+from spinlab.formats.integer import Grid
+from spinlab.formats.pack import unpack_nibbles
 from spinlab.kv.codec import AffineCodec
-from spinlab.quant.affine import Grid
-from spinlab.quant.pack import unpack_nibbles
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
-from spinlab.runtime.kernels.gpu import kv as gpu
-from spinlab.runtime.kernels.reference import kv as reference
-from spinlab.runtime.kernels.rows import PackedRows, dequantize, empty_rows
+from spinlab.runtime.kernels.kv import launch as gpu
+from spinlab.runtime.kernels.kv import reference
+from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize, empty_rows
 
 ASYMMETRIC, SYMMETRIC, THREE = Grid(4, False), Grid(4, True), Grid(3, True)
 # Triton's interpreter cuts bfloat16 off where a GPU rounds

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from spinlab.quant.affine import Grid
-from spinlab.quant.inputs import TokenQuantizer
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.runtime.kernels.formats import into_int8
-from spinlab.runtime.kernels.gpu import producers as gpu
-from spinlab.runtime.kernels.reference import producers
+from spinlab.runtime.kernels.producers import launch as gpu
+from spinlab.runtime.kernels.producers import reference as producers
 
 GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(8, True)]
 

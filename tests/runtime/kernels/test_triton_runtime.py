@@ -8,9 +8,9 @@ from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.handoff import graph_runner, integer_runtime, new_cache
-from spinlab.runtime.kernels.gpu import linear as gpu
-from spinlab.runtime.operations import REFERENCE, triton_operations
+from spinlab.runtime.fused.convert import graph_runner, integer_runtime, new_cache
+from spinlab.runtime.fused.operations import REFERENCE, triton_operations
+from spinlab.runtime.kernels.linear import launch as gpu
 from spinlab.weights.layerwise import quantize_rtn
 
 SHAPE = {

@@ -1,0 +1,21 @@
+"""Settings of the machine: where a run computes."""
+
+from dataclasses import dataclass
+
+from spinlab.config.checks import choice, count
+
+BACKENDS = ("auto", "cpu", "reference", "triton")
+_MOST_THREADS = 4096
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Choose where it runs: device, integer back end, CPU threads (0 = all)."""
+
+    device: str = "auto"
+    backend: str = "auto"  # cpu on a CPU, triton on a GPU that has it, else the exact reference
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        choice("runtime.backend", self.backend, BACKENDS)
+        count("runtime.threads", self.threads, 0, _MOST_THREADS)

@@ -1,0 +1,1 @@
+"""Fake quantization: what the input of a linear goes through, and how it gets there."""

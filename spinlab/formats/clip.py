@@ -1,0 +1,95 @@
+"""Clip search for weights: shrink each channel's range until its rounding error is smallest."""
+
+from dataclasses import dataclass
+
+import torch
+
+from spinlab.formats.integer import Grid, decode, encode, extremes, nearest, scale_and_zero
+
+# elements worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_TINY = 1e-6  # of a level; keeps logarithms of 0 out, which are several times slower
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """Say which shrink ratios are tried: 1, 1-1/grid, … down to 1-max_shrink (exclusive).
+
+    The error of a candidate is the sum of |rounding error|^norm over a channel or group. The
+    published recipe is norm 2.4, grid 100, max_shrink 0.8, that is 80 candidates (GPTQ, SpinQuant).
+    """
+
+    norm: float = 2.4
+    grid: int = 100
+    max_shrink: float = 0.8
+
+    def ratios(self) -> list[float]:
+        return [1 - i / self.grid for i in range(int(self.max_shrink * self.grid))]
+
+
+def search_clip(
+    weight: torch.Tensor, grid: Grid, group_size: int, search: ClipSearch | None
+) -> torch.Tensor:
+    """Return the ratio by which each channel's (or group's) range is best shrunk.
+
+    weight: (out, in), in units of its own; result: (out, in/g, 1) in (0, 1]. Without a search all
+    ratios are 1. Ties go to the larger ratio.
+    """
+    grouped, lowest, highest = extremes(weight, group_size)
+    best = torch.ones_like(lowest)
+    if search is None:
+        return best
+    rows = grouped.flatten(0, 1)
+    step = max(1, _CHUNK_ELEMENTS[weight.device.type] // rows.shape[-1])
+    parts = zip(
+        rows.split(step),
+        lowest.view(-1, 1).split(step),
+        highest.view(-1, 1).split(step),
+        strict=True,
+    )
+    return torch.cat([_search_rows(*part, grid, search) for part in parts]).view_as(best)
+
+
+def _search_rows(
+    rows: torch.Tensor,
+    lowest: torch.Tensor,
+    highest: torch.Tensor,
+    grid: Grid,
+    search: ClipSearch,
+) -> torch.Tensor:
+    best = torch.ones_like(lowest)
+    smallest = torch.full_like(lowest, torch.inf)
+    for i, ratio in enumerate(search.ratios()):
+        scale, zero = scale_and_zero(lowest * ratio, highest * ratio, grid)
+        rounded = decode(encode(rows, scale, zero, grid, nearest), scale, zero, grid)
+        error = _power_sum(rounded.sub_(rows), search.norm)
+        better = error < smallest
+        best = torch.where(better, ratio, best)
+        smallest = torch.where(better, error, smallest)
+        if i % 4 == 3 and (_clipped_error(rows, scale, zero, grid, search) >= smallest).all():
+            break
+    return best
+
+
+def _clipped_error(
+    rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, search: ClipSearch
+) -> torch.Tensor:
+    """Return the part of the error that lies outside the range: it only grows as ratios shrink.
+
+    Once it alone exceeds the smallest error found, no smaller ratio can win. One level is allowed
+    for the rounding of the zero point.
+    """
+    slack = 0 if grid.symmetric else scale
+    top = (grid.highest - zero) * scale + slack
+    bottom = (grid.lowest - zero) * scale - slack
+    outside = torch.maximum(rows - top, bottom - rows)
+    return _power_sum(torch.maximum(outside, _TINY * scale, out=outside), search.norm)
+
+
+def _power_sum(difference: torch.Tensor, norm: float) -> torch.Tensor:
+    """Sum |difference|^norm over the last dimension.
+
+    exp(norm·log|d|) is ten times faster on a CPU than pow with a fractional exponent, and maps 0
+    to 0.
+    """
+    return difference.abs_().log_().mul_(norm).exp_().sum(-1, keepdim=True)

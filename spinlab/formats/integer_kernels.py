@@ -1,0 +1,115 @@
+"""The Triton kernels behind `spinlab.formats.integer_triton`."""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from spinlab.formats.integer import PARTS
+
+_PART = tl.constexpr(1 / PARTS)  # of a level
+
+
+@triton.jit
+def _even(x):
+    # round to even: adding 1.5 * 2**23 leaves no room for a fraction
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def scale_of(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
+    span = tl.maximum(high, -low) if SYMMETRIC else high - low
+    return tl.maximum(tl.math.div_rn(span, HIGH * 1.0), FLOOR)
+
+
+@triton.jit
+def part_of(scale):
+    return scale * _PART
+
+
+@triton.jit
+def on_ties(parts):
+    """Return what, rounded half to even, is `spinlab.formats.integer.settled`, in levels."""
+    return _even(parts) * _PART
+
+
+@triton.jit
+def zero_of(low, scale, SYMMETRIC: tl.constexpr):
+    if SYMMETRIC:
+        return tl.zeros_like(scale)
+    return _even(on_ties(tl.math.div_rn(-low, part_of(scale))))
+
+
+@triton.jit
+def round_kernel(
+    x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
+    HALF: tl.constexpr, ERROR: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Round STEP rows of WIDTH numbers; the arguments are those of `round_rows`.
+
+    clip is a number where it is KNOWN, else a pointer to one.
+    """
+    ratio = clip if KNOWN else tl.load(clip)
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    place = row * WIDTH + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
+    if HALF:
+        scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
+    if HALF and not SYMMETRIC:
+        zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
+    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
+    scale, zero = scale[:, None], zero[:, None]
+    levels = _even(on_ties(parts)) + zero
+    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+    found = (levels - zero) * scale
+    if ERROR:
+        found = found - x
+    found = tl.where(tl.abs(x) < float("inf"), found, x)  # what is no number stays none
+    tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pull_back_kernel(
+    x_ptr, gradient_ptr, ratio_ptr, out_ptr, sums_ptr, rows, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Pull the gradient of STEP rows back; the arguments are those of `pull_back_rows`.
+
+    Each program writes one part of the sum that is the log ratio's gradient.
+    """
+    ratio = tl.load(ratio_ptr)
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    place = row * WIDTH + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
+    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
+    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
+    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
+    exact, levels = parts * _PART, _even(on_ties(parts))
+    over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
+    above = tl.sum(tl.where(over, gradient, 0.0), 1)
+    below = tl.sum(tl.where(under, gradient, 0.0), 1)
+    passed = tl.where(over | under, 0.0, gradient)
+    of_scale = tl.sum(passed * (levels - exact), 1)
+    if SYMMETRIC:
+        of_peak = (of_scale + HIGH * above + LOW * below) * ratio / HIGH
+        of_highest = tl.where(highest >= -lowest, of_peak, 0.0)
+        of_lowest = tl.where(highest >= -lowest, 0.0, -of_peak)
+    else:
+        of_highest = tl.where(highest > 0, (above + of_scale / HIGH) * ratio, 0.0)
+        of_lowest = tl.where(lowest < 0, (below - of_scale / HIGH) * ratio, 0.0)
+    at_highest, at_lowest = x == highest[:, None], x == lowest[:, None]
+    many = tl.maximum(tl.sum(at_highest.to(tl.float32), 1), 1.0)
+    found = passed + tl.where(at_highest, (of_highest / many)[:, None], 0.0)
+    many = tl.maximum(tl.sum(at_lowest.to(tl.float32), 1), 1.0)
+    found += tl.where(at_lowest, (of_lowest / many)[:, None], 0.0)
+    tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(of_highest * highest + of_lowest * lowest, 0))

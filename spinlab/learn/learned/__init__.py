@@ -1,0 +1,1 @@
+"""What is learned: rotations, transforms of inputs, and ranges."""

@@ -1,0 +1,145 @@
+"""Rotations while they are learned: where they stand, and what the network says about them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spinlab import parallel
+from spinlab.config import LearnConfig
+from spinlab.learn.learned.inputs import LearnedInputs
+from spinlab.learn.optim.make import on_manifold, tangent
+from spinlab.learn.spaces.rotate import Sink
+from spinlab.rotation.orthogonal import polar
+from spinlab.rotation.rotations import RotationSet
+
+
+class LearnedRotations:
+    """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim) and the transforms of inputs.
+
+    Numbers are float32 or wider. A rotation that is off is None; one that is on but not learned is
+    a plain tensor. `cast` holds R1 and R2 in the network's dtype for the length of a step.
+    """
+
+    def __init__(
+        self, start: RotationSet, learn: LearnConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.euclidean = learn.grad_norm == "euclidean"
+        self.all: dict[str, torch.Tensor | None] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name in ("r1", "r2"):
+            matrix = getattr(start, name)
+            held = None if matrix is None else matrix.to(device, self.wide, copy=True)
+            if held is not None and name in learn.rotations:
+                held = self.parameters[name] = on_manifold(held)
+            self.all[name] = held
+        self.inputs: LearnedInputs | None = None
+        if "inputs" in learn.rotations and start.inputs:
+            self.inputs = LearnedInputs(start.inputs, learn.lr_scale, device, self.wide)
+            for name, stack in self.inputs.stacks.items():
+                self.parameters[name] = on_manifold(stack)
+        self.cast: dict[str, torch.Tensor] = {}
+        self._generators: dict[str, torch.Tensor] = {}
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._halves: dict[str, torch.Tensor] = {}
+
+    @property
+    def r1(self) -> torch.Tensor | None:
+        return self.all["r1"]
+
+    @property
+    def r2(self) -> torch.Tensor | None:
+        return self.all["r2"]
+
+    def begin(self) -> None:
+        """Start a step: cast the rotations as they stand, forget the last gradients."""
+        on = {name: held for name, held in self.all.items() if held is not None}
+        self.cast = {name: held.detach().to(self.dtype) for name, held in on.items()}
+        self._generators, self._gradients = self._zeros(), self._zeros()
+        self._halves = self._zeros() if self.euclidean else {}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.inputs is not None:
+            self.inputs.begin(self._stacks())
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(p.data) for name, p in self.parameters.items()}
+
+    def _stacks(self) -> dict[str, torch.Tensor]:
+        """Return the rotations of inputs, by `group.part`."""
+        return {name: p for name, p in self.parameters.items() if name not in ("r1", "r2")}
+
+    def at(self, name: str, layer: int) -> torch.Tensor:
+        """Return R1, or the R2 of a layer, in the network's dtype."""
+        held = self.cast[name]
+        return held if name == "r1" else held[layer]
+
+    def anchor(self, name: str) -> torch.Tensor:
+        """Return what makes autograd visit a turn by this rotation, if it is learned."""
+        held = self.all[name]
+        assert held is not None
+        return held
+
+    def sink(self, name: str, layer: int) -> Sink:
+        """Return where the generators of a rotation's gradient go, and on demand what they lack."""
+
+        def add(generator: torch.Tensor) -> None:
+            self._at(self._generators, name, layer, generator)
+
+        def add_half(half: torch.Tensor) -> None:
+            self._at(self._halves, name, layer, half)
+
+        return Sink(add, add_half if self.euclidean and name in self.parameters else None)
+
+    def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
+        """Add a Euclidean gradient: that of R1, or of the R2 of a layer."""
+        self._at(self._gradients, name, layer, gradient)
+
+    def _at(self, sums: dict[str, torch.Tensor], name: str, layer: int, part: torch.Tensor) -> None:
+        if name in self.parameters:
+            (sums[name] if name == "r1" else sums[name][layer]).add_(part)
+
+    @torch.no_grad()
+    def finish(self, most: float | None) -> torch.Tensor:
+        """Give every learned rotation its Riemannian gradient and return the gradients' norm.
+
+        It is that of the Euclidean metric, ½ (M - Mᵀ) R, whatever Euclidean gradient was handed
+        in; summed over processes. The norm is that of all rotations together, of their Euclidean
+        gradients (M + H + Hᵀ) R where `learn.grad_norm` says so; if it exceeds `most`, gradients
+        are scaled by most / norm.
+        """
+        if self.inputs is not None:
+            stacks = self._stacks()
+            self._gradients |= {name: self.inputs.gradients(name, stacks) for name in stacks}
+        measured: list[torch.Tensor] = []
+        for name, parameter in self.parameters.items():
+            whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
+            generator = parallel.sum_(whole.contiguous())
+            parameter.grad = tangent(parameter.detach(), generator)
+            if self.euclidean:  # R does not change the norm
+                half = parallel.sum_(self._halves[name])
+                measured.append(generator + half + half.mT)
+            else:
+                measured.append(parameter.grad)
+        norm = nn.utils.get_total_norm(measured)
+        limit = float("inf") if most is None else most
+        nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
+        return norm
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put the learned rotations back on the manifold they drift from."""
+        for parameter in self.parameters.values():
+            parameter.copy_(polar(parameter))
+
+    def agree(self) -> None:
+        """Give all processes the first one's bits."""
+        parallel.share_tensors([p.data for p in self.parameters.values()])
+
+    def result(self) -> dict[str, Any]:
+        """Return what changed in the RotationSet, projected in float64, on the host."""
+        found = {n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()}
+        if self.inputs is not None:
+            return {**found, "inputs": self.inputs.result(self._stacks())}
+        return found

@@ -1,0 +1,1 @@
+"""Optimizers on the manifold of rotations, and their schedule."""

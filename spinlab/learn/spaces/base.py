@@ -1,0 +1,81 @@
+"""What the loop asks of a network under learning, whichever basis its numbers are in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import LearnConfig, ObjectiveConfig, QuantConfig, WeightsConfig
+from spinlab.learn.learned.rotations import LearnedRotations
+from spinlab.learn.objectives import head_loss
+from spinlab.learn.spaces.local import LocalTerms
+
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a form is made of: the network, what is learned, and the settings."""
+
+    model: PreTrainedModel
+    rotations: LearnedRotations
+    local: LocalTerms
+    learn: LearnConfig
+    quant: QuantConfig
+    weights: WeightsConfig
+    clips: Mapping[str, torch.Tensor]  # ratios that learned weight ranges start from, by linear
+
+
+class NetworkForm:
+    """Say what happens around the passes of a step; by default nothing does."""
+
+    def begin(self, index: int) -> None:
+        """Prepare the network for step `index`, with the rotations as they stand."""
+
+    def after_backward(self) -> None:
+        """Take in the gradients of one micro-batch."""
+
+    def collect(self) -> None:
+        """Hand the rotations what gradients they have not got yet."""
+
+    def step(self, rate: float) -> None:
+        """Move what is learned beside the rotations, at `rate` times its base rate."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the original's residual stream (..., hidden) to this network's."""
+        return x
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """Take this network's residual stream (..., hidden) to the original's."""
+        return x
+
+    def head_loss(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        ids: torch.Tensor,
+        objective: ObjectiveConfig,
+        teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss on next-token logits and its terms, from normed hidden states."""
+        return head_loss(hidden, head, ids, objective, teacher, CHUNK[ids.device.type])
+
+    def clips(self) -> dict[str, torch.Tensor]:
+        """Return learned clip ratios by linear."""
+        return {}
+
+    def input_clips(self) -> dict[str, float]:
+        """Return learned clip ratios of inputs, by `input_key`."""
+        return {}
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return what is learned beside the rotations and belongs to their file, as it stands."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what a resumed run needs beside the rotations."""
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""

@@ -1,0 +1,155 @@
+"""The plain definition: every weight is rotated, and rounded, at each forward pass, by autograd.
+
+`ActivationSpace` and `WeightSpace` must equal it and be faster; tests and `spinlab.bench` compare.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from spinlab.config import (
+    ObjectiveConfig,
+    TensorQuant,
+)
+from spinlab.formats.integer import at_least_float32, weight_grid
+from spinlab.formats.quantizer import StraightThrough
+from spinlab.learn.learned.log_numbers import LogNumbers
+from spinlab.learn.spaces.base import NetworkForm, Parts
+from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
+from spinlab.rotation.fuse import rotated_weight, rotations_at
+from spinlab.weights.rtn import round_to_nearest, search_ratios
+
+
+class PlainSpace(NetworkForm):
+    """Make the weights W' = Lᵀ W R of a network functions of R1 and R2.
+
+    dtype is that of the rotating: float64, as in SpinQuant's published code, unless given.
+    """
+
+    def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
+        model = parts.model
+        self.rotations, self.dtype = parts.rotations, dtype
+        self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
+        self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
+        self.clip: dict[str, torch.Tensor] = {}
+        self.linears = list(linears_of(model))
+        self.frozen = {name: linear.weight.detach() for name, *_, linear in self.linears}
+        self.biases = {name: linear.bias for name, *_, linear in self.linears}
+        decoder_of(model).register_forward_pre_hook(lambda module, args: self._write())
+        family = family_of(model.config.model_type)
+        self.ends = [linear_at(model, name) for name in (family.embedding, family.head)]
+        self.end_weights = [end.weight.detach() for end in self.ends]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        r1 = self.rotations.r1
+        return x if r1 is None else (x.to(self.dtype) @ r1.to(self.dtype)).to(x.dtype)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        r1 = self.rotations.r1
+        return x if r1 is None else (x.to(self.dtype) @ r1.mT.to(self.dtype)).to(x.dtype)
+
+    def head_loss(
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        ids: torch.Tensor,
+        objective: ObjectiveConfig,
+        teacher: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss on whole logits and its terms: torch's own losses, by autograd."""
+        logits = at_least_float32(hidden[:, :-1] @ self.ends[1].weight.mT).flatten(0, 1)
+        terms = {}
+        if objective.cross_entropy:
+            terms["cross_entropy"] = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        if objective.kl:
+            assert teacher is not None
+            known = at_least_float32(teacher[0][:, :-1] @ teacher[1].mT).flatten(0, 1)
+            if objective.kl_top_k:
+                known, places = known.topk(min(objective.kl_top_k, known.shape[-1]))
+                logits = logits.gather(-1, places)
+            both = logits.log_softmax(-1), known.log_softmax(-1)
+            terms["kl"] = nn.functional.kl_div(*both, reduction="batchmean", log_target=True)
+        loss = sum(
+            (getattr(objective, name) * term for name, term in terms.items()), hidden.sum() * 0
+        )
+        return loss, terms
+
+    def begin(self, index: int) -> None:
+        """Search clip ratios where it is time to; learned ones start from the first search."""
+        fresh = self.learn.quantize_weights and index % self.learn.clip_refresh == 0
+        if not fresh or (self.ratios is not None and self.ratios.logs):
+            return
+        with torch.no_grad():
+            weights = {name: weight for name, _, _, weight in self._rotated()}
+        formats = {name: self.quant.weights_at(name) for name in weights}
+        self.clip = {
+            name: search_ratios(weight, formats[name], self.weights)
+            for name, weight in weights.items()
+            if formats[name].bits < 16
+        }
+        if self.ratios is not None:
+            self.ratios.start(self.clip)
+
+    def _rotated(self) -> Iterator[tuple[str, nn.Linear, torch.Tensor | None, torch.Tensor]]:
+        """Yield name, module, what turns its output, and rotated weight of every linear."""
+        r1, r2 = (None if r is None else r.to(self.dtype) for r in self.rotations.all.values())
+        for name, layer, seam, linear in self.linears:
+            reads, writes = rotations_at(seam, layer, r1, r2)
+            weight = rotated_weight(self.frozen[name].to(self.dtype), reads, writes)
+            yield name, linear, writes, weight.to(self.frozen[name].dtype)
+
+    def _write(self) -> None:
+        r1 = self.rotations.r1
+        if r1 is not None:
+            for end, weight in zip(self.ends, self.end_weights, strict=True):
+                turned = weight.to(self.dtype) @ r1.to(self.dtype)
+                _replace(end, "weight", turned.to(weight.dtype))
+        for name, linear, writes, weight in self._rotated():
+            _replace(linear, "weight", self._rounded(name, weight))
+            bias = self.biases[name]
+            if bias is not None and writes is not None:
+                turned = rotated_weight(bias.to(self.dtype)[:, None], None, writes)[:, 0]
+                _replace(linear, "bias", turned.to(bias.dtype))
+
+    def _rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        format = self.quant.weights_at(name)
+        if not self.learn.quantize_weights or format.bits == 16:
+            return weight
+        if self.ratios is not None:
+            return _learned_step(weight, format, self.ratios.logs[name].exp())
+        clip = self.clip[name]
+        rounding = lambda w: round_to_nearest(w, format, clip).dequantize(w.dtype)  # noqa: E731
+        return StraightThrough.apply(weight, rounding)  # type: ignore[no-any-return]
+
+    def collect(self) -> None:
+        """Take over what autograd left."""
+        for name, parameter in self.rotations.parameters.items():
+            assert parameter.grad is not None
+            for layer, part in enumerate(parameter.grad[None] if name == "r1" else parameter.grad):
+                self.rotations.add_gradient(name, layer, part)
+
+    def step(self, rate: float) -> None:
+        if self.ratios is None:
+            return
+        logs = self.ratios.logs
+        self.ratios.step(
+            {name: log.grad for name, log in logs.items() if log.grad is not None}, rate
+        )
+
+
+def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor) -> torch.Tensor:
+    """Round symmetrically with a range clip·max|w| that takes part in the gradient (LSQ)."""
+    assert format.symmetric, "asymmetric ranges are not plain: their ends move one by one"
+    grid = weight_grid(format)
+    grouped = weight.unflatten(-1, (-1, format.group_size or weight.shape[-1]))
+    scale = grouped.abs().max(-1, keepdim=True).values * clip / grid.highest
+    exact = grouped / scale
+    levels = exact + (exact.round() - exact).detach()
+    return (levels.clamp(grid.lowest, grid.highest) * scale).flatten(-2)
+
+
+def _replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor with a graph behind it where a parameter was."""
+    module._parameters.pop(name, None)
+    object.__setattr__(module, name, tensor)

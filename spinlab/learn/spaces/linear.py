@@ -1,0 +1,167 @@
+"""Linears while rotations are learned: their frozen numbers, and the gradients they pass on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from spinlab.config import TensorQuant
+from spinlab.learn.learned.weight_ranges import rounding_gradient
+from spinlab.model.seams import Seam
+from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
+from spinlab.weights.rtn import round_to_nearest
+
+# numbers of linears that are worked on together: on a GPU few calls count, on a CPU its caches
+_TOGETHER = {"cpu": 1, "cuda": 1 << 26}
+
+
+@dataclass
+class LearnedLinear:
+    """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations."""
+
+    name: str
+    module: nn.Linear
+    seam: Seam
+    layer: int
+    frozen: torch.Tensor
+    bias: torch.Tensor | None
+    format: TensorQuant | None  # None where the weight is not rounded
+    wide: torch.dtype  # of what is computed here: that of the rotations
+    summed: dict[str, torch.Tensor] = field(default_factory=dict)  # of past micro-batches
+
+    @staticmethod
+    def take(
+        name: str,
+        layer: int,
+        seam: Seam,
+        module: nn.Linear,
+        format: TensorQuant | None,
+        wide: torch.dtype,
+    ) -> "LearnedLinear":
+        """Keep a linear's weight, and its bias where rotations turn it; leave room in its place."""
+        bias = None
+        if module.bias is not None and seam.writes is not None:
+            bias = module.bias.detach()
+            module.bias = nn.Parameter(torch.empty_like(module.bias.data))
+        frozen = module.weight.detach()
+        module.weight = nn.Parameter(torch.empty_like(frozen))
+        return LearnedLinear(name, module, seam, layer, frozen, bias, format, wide)
+
+    def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
+        """Return the rotated weight, in the rotations' dtype."""
+        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        return rotated_weight(self.frozen.to(self.wide), reads, writes)
+
+    def turn_bias(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> None:
+        """Turn a bias in its place, where rotations do."""
+        if self.bias is not None:
+            _, writes = rotations_at(self.seam, self.layer, r1, r2)
+            turned = rotated_weight(self.bias.to(self.wide)[:, None], None, writes)[:, 0]
+            self.module.bias.data.copy_(turned)
+            self.module.bias.grad = None
+
+    def widen(self) -> None:
+        """Move the gradients of 16-bit numbers to sums in float32."""
+        for name in ("weight", "bias"):
+            parameter: nn.Parameter | None = getattr(self.module, name)
+            if parameter is None or parameter.grad is None or parameter.dtype.itemsize > 2:
+                continue
+            known, gradient = self.summed.get(name), parameter.grad
+            self.summed[name] = gradient.float() if known is None else known.add_(gradient)
+            parameter.grad = None
+
+    def gradient(self, name: str = "weight") -> torch.Tensor:
+        """Return the gradient of the written weight, or bias, and forget it."""
+        parameter: nn.Parameter = getattr(self.module, name)
+        found = self.summed.pop(name, None)
+        found = parameter.grad if found is None else found
+        assert found is not None
+        parameter.grad = None
+        return found.to(self.wide)
+
+    def pulled(
+        self, gradient: torch.Tensor, r1: torch.Tensor | None, r2: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (space, gradient) of the rotations on both sides, given that of the weight."""
+        yield from self._sides(self.frozen.to(self.wide), gradient, r1, r2, both=True)
+        if self.bias is not None:
+            column, of_column = self.bias.to(self.wide)[:, None], self.gradient("bias")[:, None]
+            yield from self._sides(column, of_column, r1, r2, both=False)
+
+    def _sides(
+        self,
+        frozen: torch.Tensor,
+        gradient: torch.Tensor,
+        r1: torch.Tensor | None,
+        r2: torch.Tensor | None,
+        both: bool,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        parts = rotation_gradients(frozen, gradient, reads if both else None, writes)
+        for space, part in zip((self.seam.reads, self.seam.writes), parts, strict=True):
+            if space is not None and part is not None:
+                yield space, part
+
+
+@dataclass
+class LearnedBatch:
+    """Linears of one seam in several layers, which are rounded and differentiated together.
+
+    clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
+    (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.
+    """
+
+    linears: list[LearnedLinear]
+    clip: torch.Tensor | None = None
+    rotated: torch.Tensor | None = None
+
+    @property
+    def format(self) -> TensorQuant | None:
+        return self.linears[0].format
+
+    @property
+    def layers(self) -> list[int]:
+        return [linear.layer for linear in self.linears]
+
+    def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
+        """Return the rotated weights: (n, out, in)."""
+        return _stacked([linear.rotate(r1, r2) for linear in self.linears])
+
+    def write(self, weights: torch.Tensor, keep: bool) -> None:
+        """Write rotated weights, rounded where they have a format; `keep` them for the backward."""
+        self.rotated = weights if keep and self.format is not None else None
+        if self.format is not None:
+            assert self.clip is not None
+            whole = round_to_nearest(weights.flatten(0, 1), self.format, self.clip.flatten(0, 1))
+            weights = whole.dequantize(weights.dtype).view(weights.shape)
+        for linear, weight in zip(self.linears, weights, strict=True):
+            linear.module.weight.data.copy_(weight)
+            linear.module.weight.grad = None
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of the rotated weights, and those of the log clip ratios."""
+        gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
+        if self.rotated is not None and self.format is not None and self.clip is not None:
+            rows, of_rows, clip = (t.flatten(0, 1) for t in (self.rotated, gradient, self.clip))
+            whole, of_clip = rounding_gradient(rows, of_rows, self.format, clip)
+            gradient, of_clip = whole.view(gradient.shape), of_clip.view(self.clip.shape)
+            self.rotated = None
+        return gradient, of_clip
+
+
+def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
+    """Put linears together that stand in the same seam and have the same format."""
+    groups: dict[tuple, list[LearnedLinear]] = {}
+    for linear in linears:
+        key = (linear.seam.name, linear.format, linear.frozen.shape)
+        groups.setdefault(key, []).append(linear)
+    found: list[LearnedBatch] = []
+    for (*_, shape), group in groups.items():
+        some = max(1, _TOGETHER[group[0].frozen.device.type] // shape.numel())
+        found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
+    return found
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)

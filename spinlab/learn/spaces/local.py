@@ -1,0 +1,59 @@
+"""Terms of the loss that look at single rotated activations: no backpropagation through layers."""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from spinlab.config import ObjectiveConfig
+from spinlab.formats.integer import at_least_float32
+from spinlab.learn.learned.rotations import LearnedRotations
+from spinlab.learn.objectives import kurtosis_loss, whip_loss
+
+_TERMS = {"kurtosis": kurtosis_loss, "whip": whip_loss}
+
+
+class LocalTerms:
+    """Take kurtosis and whip where activations are rotated, and their gradients with them."""
+
+    def __init__(self, objective: ObjectiveConfig, rotations: LearnedRotations) -> None:
+        self.rotations = rotations
+        weights = {name: getattr(objective, name) for name in _TERMS}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.places = 0
+        self.share = 0.0  # of the batch that is looked at; 0: recomputation, nothing is taken
+        self.totals: dict[str, torch.Tensor] = {}
+
+    def watch(self, name: str, layer: int) -> Callable[[torch.Tensor], None] | None:
+        """Return what to show activations y = x R that a learned rotation has turned, if any."""
+        if not self.weights or name not in self.rotations.parameters:
+            return None
+        self.places += 1
+
+        def see(y: torch.Tensor) -> None:
+            if self.share:
+                self._take(y.detach(), name, layer)
+
+        return see
+
+    def _take(self, y: torch.Tensor, name: str, layer: int) -> None:
+        held = self.rotations.all[name]
+        assert held is not None
+        point = held.detach() if name == "r1" else held.detach()[layer]
+        rows = at_least_float32(y).reshape(-1, point.shape[0])
+        total = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        # hooks of its own: recomputation, which does not come here, counts the tensors of others
+        with torch.enable_grad(), saved_tensors_hooks(_keep, _keep):
+            leaf = rows.requires_grad_()
+            for kind, weight in self.weights.items():
+                term = _TERMS[kind](leaf) * (self.share / self.places)
+                self.totals[kind] = self.totals.get(kind, 0) + term.detach()
+                total = total + weight * term
+            (gradient,) = torch.autograd.grad(total, leaf)
+        with torch.no_grad():
+            # for rows x = y Rᵀ the generator is xᵀ (dy Rᵀ)
+            self.rotations.sink(name, layer).add(point @ (rows.mT @ gradient) @ point.mT)
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,130 @@
+"""Attention on the runtime's cache.
+
+Keys and values meet the queries after the round trip that the cache gives them, in the pass that
+stores them as in later ones. One new token per sequence attends to the packed rows themselves;
+more of them attend to floats.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from spinlab.kv.cache import KVPath
+from spinlab.model.seams import Dimensions
+from spinlab.runtime.fused.cache import IntegerCache
+from spinlab.runtime.fused.modules import NormReader, Reader
+from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.fused.slots import PlainRows
+from spinlab.runtime.kernels.kv.reference import rotary
+from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos, sin: (batch or 1, tokens, rotary_dim)
+
+
+class IntegerAttention(nn.Module):
+    """Stand for a stock attention module and the norm before it."""
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        layer: int,
+        readers: tuple[NormReader, Reader],
+        path: KVPath,
+        dimensions: Dimensions,
+        operations: Operations,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.out = readers
+        self.layer, self.path, self.operations = layer, path, operations
+        self.behind_store = replace(path, r3=None)  # which turns queries itself
+        self.heads, self.kv_heads = dimensions.heads, dimensions.kv_heads
+        self.head_dim = dimensions.head_dim
+        self.scaling: float = stock.scaling  # type: ignore[assignment]
+        self.turns: bool = getattr(stock, "use_rope", True)  # SmolLM3 has layers without RoPE
+        # Qwen3 norms every head of queries and keys
+        self.q_norm = getattr(stock, "q_norm", None)
+        self.k_norm = getattr(stock, "k_norm", None)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Angles,
+        past_key_values: IntegerCache,
+        **unused: object,
+    ) -> tuple[torch.Tensor, None]:
+        """Map the stream (batch, tokens, hidden) to what is added to it."""
+        q, k, v = self._heads(self.qkv(hidden_states))
+        rows = past_key_values.slots.rows[self.layer]
+        attend = self._packed if isinstance(rows[0], PackedRows) else self._plain
+        cos, sin = position_embeddings
+        angles = (cos, sin) if self.turns else (cos[..., :0], sin[..., :0])
+        found = attend(q, k, v, angles, past_key_values)
+        return self.out(found.transpose(1, 2).flatten(2)), None
+
+    def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:
+        """Cut one product into queries, keys, values: (batch, tokens, heads, head_dim) each."""
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.unflatten(2, (-1, self.head_dim)) for part in qkv.split(sizes, dim=2))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]
+
+    def _packed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: Angles,
+        cache: IntegerCache,
+    ) -> torch.Tensor:
+        """Attend on packed rows: (batch, heads, tokens, head_dim)."""
+        slots, tokens = cache.slots, q.shape[1]
+        keys, values = slots.rows[self.layer]
+        assert isinstance(keys, PackedRows) and isinstance(values, PackedRows)
+        round_trip = cache.filled == 0 and tokens > 1
+        query, k_round, v_round = self.operations.store(
+            q, k, v, *angles, self.path.r3, keys, values, slots.position, round_trip
+        )
+        query = self.behind_store.turn_queries(query)
+        if tokens == 1:
+            return self.operations.attend(
+                query, keys, values, slots.start, slots.length, self.scaling
+            )
+        if k_round is None or v_round is None:  # a pass that meets earlier tokens
+            length = cache.filled + tokens
+            k_round, v_round = (dequantize(rows, length, q.dtype) for rows in (keys, values))
+        return self._floats(query, k_round, v_round, cache)
+
+    def _plain(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: Angles,
+        cache: IntegerCache,
+    ) -> torch.Tensor:
+        """Attend on rows that torch codes: (batch, heads, tokens, head_dim)."""
+        keys, values = cache.slots.rows[self.layer]
+        assert isinstance(keys, PlainRows) and isinstance(values, PlainRows)
+        query, key = (rotary(x.transpose(1, 2), *angles) for x in (q, k))
+        key = key if self.path.r3 is None else self.path.r3(key)
+        keys.write(key, cache.slots.position)
+        values.write(v.transpose(1, 2), cache.slots.position)
+        length, query = cache.visible, self.path.turn_queries(query)
+        return self._floats(query, keys.read(length), values.read(length), cache)
+
+    def _floats(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: IntegerCache
+    ) -> torch.Tensor:
+        mask = cache.mask()
+        return scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scaling,
+            enable_gqa=self.heads > self.kv_heads,
+        )

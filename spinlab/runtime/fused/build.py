@@ -1,0 +1,182 @@
+"""Build a layer's modules from its seams: what each group of linears multiplies, and how it reads.
+
+A Maker says what a linear multiplies; the LayerBuilder puts the modules where the stock ones were.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.config import QuantConfig
+from spinlab.fakequant.activations import InputPath
+from spinlab.fakequant.insert import FakeQuantLinear, input_paths
+from spinlab.kv.cache import KVPath
+from spinlab.model.seams import dimensions_of, family_of, layers_of, linear_at, linears_of
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.fused.attention import IntegerAttention
+from spinlab.runtime.fused.modules import GateReader, IntegerMLP, NormReader, Product, Reader
+from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.fused.products import PackedProduct, SeparateProducts, stack, stack_biases
+from spinlab.runtime.kernels.formats import PackedWeight, pack_weight
+from spinlab.runtime.kernels.matmul import KERNELS, Matmul, cublas
+from spinlab.runtime.stock.linear import IntegerLinear
+from spinlab.weights.quantized import QuantizedWeight, set_dequantized
+
+log = logging.getLogger(__name__)
+
+
+class Maker(ABC):
+    """Say what linears multiply, and remember those that no operation takes."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
+        self.apart: dict[str, list[str]] = {}  # reason -> names
+
+    @abstractmethod
+    def packed(
+        self, name: str, linear: nn.Linear, path: InputPath
+    ) -> tuple[PackedWeight | None, str]:
+        """Return a linear's packed weight, or None and the reason why there is none."""
+
+    def twin(self, name: str, linear: nn.Linear, path: InputPath) -> nn.Module:
+        """Return what stands for a linear whose group is not packed."""
+        raise AssertionError(f"{name} has no weight but a packed one")
+
+    def product(self, linears: Mapping[str, nn.Linear], path: InputPath) -> Product:
+        """Return what the linears of one group multiply."""
+        found = {name: self.packed(name, linear, path) for name, linear in linears.items()}
+        packed = [weight for weight, _ in found.values() if weight is not None]
+        whole = stack(packed) if len(packed) == len(found) else None
+        if whole is not None:
+            biases = [linear.bias for linear in linears.values()]
+            bias = stack_biases(biases, [w.out_features for w in packed])
+            return PackedProduct(whole, bias, self.operations)
+        default = "beside others of another format"
+        for name, (_, reason) in found.items():
+            self.apart.setdefault(reason or default, []).append(name)
+        return SeparateProducts([self.twin(n, linear, path) for n, linear in linears.items()])
+
+    def report(self) -> None:
+        """Warn, once for all, of linears that run outside the 4-bit products."""
+        if self.apart:
+            kinds = (f"{_some(names)} ({reason})" for reason, names in self.apart.items())
+            log.warning("outside the 4-bit kernels, in torch: %s", "; ".join(kinds))
+
+    @staticmethod
+    def input_groups(linear: nn.Linear, path: InputPath) -> int:
+        """Return how many groups a linear's input has; floats count as one."""
+        if path.quantizer is None:
+            return 1
+        return linear.weight.shape[1] // (path.quantizer.group_size or linear.weight.shape[1])
+
+
+class QuantizedMaker(Maker):
+    """Take quantized weights, by name; a linear without one keeps its own."""
+
+    def __init__(self, weights: Mapping[str, QuantizedWeight], operations: Operations) -> None:
+        super().__init__(operations)
+        self.weights = weights
+
+    def packed(
+        self, name: str, linear: nn.Linear, path: InputPath
+    ) -> tuple[PackedWeight | None, str]:
+        """Pack a weight for its inputs."""
+        weight, groups = self.weights.get(name), self.input_groups(linear, path)
+        if weight is None:
+            return None, "16-bit weights"
+        if weight.grid.bits > 4:
+            return None, f"{weight.grid.bits}-bit weights"
+        if path.quantizer is not None and path.quantizer.grid.bits > 8:
+            return None, f"{path.quantizer.grid.bits}-bit inputs"
+        if not _nest(weight.groups, groups):
+            return None, "the groups of weights and inputs do not nest"
+        if linear.weight.shape[1] % (2 * max(weight.groups, groups)):
+            return None, "a group has an odd width"
+        out, width = linear.weight.shape
+        reason = self.operations.why_not(width, out, max(weight.groups, groups))
+        if groups == 1 and path.quantizer is not None:  # a whole row is quantized at once
+            reason = reason or self.operations.why_not(width, out, 1)
+        if reason:
+            return None, reason
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        return pack_weight(weight, groups, dtype).to(linear.weight.device), ""
+
+    def twin(self, name: str, linear: nn.Linear, path: InputPath) -> nn.Module:
+        """Return a linear that multiplies wider integers in torch, or the floats they stand for."""
+        weight, groups = self.weights.get(name), self.input_groups(linear, path)
+        if weight is None:
+            return FakeQuantLinear(linear, path)
+        integer = (
+            path.quantizer is not None and max(path.quantizer.grid.bits, weight.grid.bits) <= 8
+        )
+        if not integer or not _nest(weight.groups, groups):
+            set_dequantized(linear, weight)
+            return FakeQuantLinear(linear, path)
+        dtype, device = linear.weight.dtype, linear.weight.device
+        return IntegerLinear(weight, linear.bias, path, self._matmul(device), dtype).to(device)
+
+    def _matmul(self, device: torch.device) -> Matmul:
+        on_device = self.operations.on_device and device.type == "cuda"
+        return cublas.matmul if on_device else KERNELS["reference"]
+
+
+class LayerBuilder:
+    """Swap the attention, the MLP and the norms of every layer of a stock model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        maker: Maker,
+        rotations: RotationSet,
+        quant: QuantConfig,
+        kv: KVPath,
+        operations: Operations,
+    ) -> None:
+        self.model, self.maker, self.kv, self.operations = model, maker, kv, operations
+        self.family = family_of(model.config.model_type)
+        self.dimensions = dimensions_of(model.config)
+        self.paths = input_paths(model, rotations, quant)
+        self.linears: list[dict[str, dict[str, nn.Linear]]] = [{} for _ in self.paths]
+        for name, index, seam, linear in linears_of(model):
+            self.linears[index].setdefault(seam.group, {})[name] = linear
+
+    def build(self) -> None:
+        """Swap all layers."""
+        for index, layer in enumerate(layers_of(self.model)):
+            self._build(index, layer)
+
+    def _build(self, index: int, layer: nn.Module) -> None:
+        norms = {group: name for name, group in self.family.norms.items()}
+        qkv, gate_up = (self._behind_norm(index, layer, norms[g]) for g in ("qkv", "gate_up"))
+        o = Reader(*self._parts(index, "o"))
+        down = GateReader(*self._parts(index, "down"))
+        stock = layer.get_submodule(self.family.attention)
+        attention = IntegerAttention(
+            stock, index, (qkv, o), self.kv, self.dimensions, self.operations
+        )
+        layer.set_submodule(self.family.attention, attention)
+        (seam,) = (s for s in self.family.seams if s.group == "down")
+        layer.set_submodule(seam.name.rpartition(".")[0], IntegerMLP(gate_up, down))
+        for name in norms.values():
+            layer.set_submodule(name, nn.Identity())
+
+    def _behind_norm(self, index: int, layer: nn.Module, norm: str) -> NormReader:
+        parts = self._parts(index, self.family.norms[norm])
+        return NormReader(linear_at(layer, norm), *parts)
+
+    def _parts(self, index: int, group: str) -> tuple[Product, InputPath, Operations]:
+        path = self.paths[index][group]
+        return self.maker.product(self.linears[index][group], path), path, self.operations
+
+
+def _nest(a: int, b: int) -> bool:
+    """Tell whether one of two numbers of groups divides the other."""
+    return max(a, b) % min(a, b) == 0
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"

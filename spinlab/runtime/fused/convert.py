@@ -1,0 +1,235 @@
+"""The hand-off to the runtime: a stock model's layers become modules that run on its operations.
+
+integer_runtime(model, weights, rotations, quant, kv, operations) swaps a rotated model's layers in
+place. runtime_from_packed(config, make_weight, rotations, quant, kv, operations, device, dtype)
+builds a model around packed weights, without float ones. new_cache(model, capacity) makes a cache.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from spinlab.config import KVConfig, QuantConfig
+from spinlab.errors import InputError
+from spinlab.fakequant.activations import InputPath
+from spinlab.kv.cache import KVPath, kv_path
+from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
+from spinlab.model.split import split_fused
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
+from spinlab.runtime.fused.cache import IntegerCache
+from spinlab.runtime.fused.graphs import GraphRunner, run_on_graphs
+from spinlab.runtime.fused.operations import REFERENCE, Operations
+from spinlab.runtime.fused.slots import Layout, SlotPool, fits_packed_rows
+from spinlab.runtime.kernels.formats import PackedWeight
+from spinlab.runtime.stock.insert import write_ends
+from spinlab.weights.quantized import QuantizedWeight
+
+ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
+_POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
+_SILU = ("silu", "swish")
+_NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+MakeWeight = Callable[[str, int, int, int], PackedWeight]
+
+
+def integer_runtime(
+    model: PreTrainedModel,
+    weights: Mapping[str, QuantizedWeight],
+    rotations: RotationSet,
+    quant: QuantConfig,
+    kv: KVConfig,
+    operations: Operations,
+) -> None:
+    """Make a rotated stock model run on these operations, in place.
+
+    forward() and generate() stay as they are and keep their cache in 4 bits where `kv` asks for it.
+    float64 models take the reference operations. Linears that no operation multiplies run in torch,
+    with a warning that names them. Raises InputError for models that are not gated by SiLU.
+    """
+    operations = REFERENCE if model.dtype == torch.float64 else operations
+    _swap(model, QuantizedMaker(weights, operations), rotations, quant, kv, operations)
+    write_ends(model, weights)
+
+
+def runtime_from_packed(
+    config: PreTrainedConfig,
+    make_weight: MakeWeight,
+    rotations: RotationSet,
+    quant: QuantConfig,
+    kv: KVConfig,
+    operations: Operations,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Build a model around packed weights; embedding and head are drawn at random.
+
+    The gains of norms are 1, as in every rotated model, and must stay so.
+    make_weight: (full name of a linear, out, in, groups of its input) to its packed weight
+    """
+    with torch.device("meta"):
+        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
+    split_fused(model)
+
+    class Given(Maker):
+        def packed(
+            self, name: str, linear: nn.Linear, path: InputPath
+        ) -> tuple[PackedWeight | None, str]:
+            out, width = linear.weight.shape
+            return make_weight(name, out, width, self.input_groups(linear, path)), ""
+
+    model.eval().requires_grad_(False)
+    _materialize(model, device)
+    _swap(model, Given(operations), rotations, quant, kv, operations)
+    return model
+
+
+def why_not_runtime(model: PreTrainedModel) -> str | None:
+    """Say why a stock model cannot run on the integer runtime as long as it is; None if it can."""
+    activation, window = model.config.hidden_act, _window(model)
+    if activation not in _SILU:
+        return f"the model's activation is {activation}, and the integer runtime gates by SiLU only"
+    if window is not None and window < model.config.max_position_embeddings:
+        return f"the model has a sliding window of {window}, which the integer runtime lacks"
+    return None
+
+
+def check_runtime(model: PreTrainedModel) -> None:
+    """Raise InputError for a model that the integer runtime cannot compute."""
+    if model.config.hidden_act not in _SILU:
+        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
+
+
+def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
+    """Return an empty cache of a runtime's model with room for so many tokens per sequence."""
+    return IntegerCache(getattr(model, _POOL), capacity)
+
+
+def graph_runner(model: PreTrainedModel) -> GraphRunner:
+    """Return what runs a model's decode steps: its `enabled` turns CUDA graphs off and on."""
+    return getattr(model, _RUNNER)
+
+
+def _swap(
+    model: PreTrainedModel,
+    maker: Maker,
+    rotations: RotationSet,
+    quant: QuantConfig,
+    kv: KVConfig,
+    operations: Operations,
+) -> None:
+    check_runtime(model)
+    path = kv_path(model, rotations.r3, kv)
+    layout = _layout(model, path)
+    LayerBuilder(model, maker, rotations, quant, path, operations).build()
+    maker.report()
+    pool = SlotPool(layout)
+    # everything that hangs on the model is a method or a partial: a deep copy of it has its own
+    setattr(model, _POOL, pool)
+    model.config._attn_implementation = ATTENTION
+    _insert_cache(model, pool)
+    prepare = partial(_prepare_cache, model)
+    setattr(model, "_prepare_cache_for_generation", prepare)  # noqa: B010 - a method of the class
+    capturable = operations.on_device and model.device.type == "cuda" and not _moving_rope(model)
+    setattr(model, _RUNNER, run_on_graphs(model, pool, capturable))
+
+
+def _moving_rope(model: PreTrainedModel) -> bool:
+    """Tell whether RoPE reads positions back to the host, to choose its frequencies."""
+    kind = getattr(decoder_of(model).get_submodule("rotary_emb"), "rope_type", "default")
+    return "dynamic" in kind or kind == "longrope"
+
+
+def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
+    """Say how a model's keys and values lie; kernels read 4 bits with one group per head."""
+    dimensions = dimensions_of(model.config)
+    codecs = (path.keys, path.values)
+    packed = all(c is not None and fits_packed_rows(c) for c in codecs)
+    return Layout(
+        layers=dimensions.layers,
+        kv_heads=dimensions.kv_heads,
+        head_dim=dimensions.head_dim,
+        keys=path.keys,
+        values=path.values,
+        packed=packed,
+        window=_window(model),
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Return the narrowest sliding window of a stock model's layers."""
+    family, found = family_of(model.config.model_type), []
+    for layer in layers_of(model):
+        attention = layer.get_submodule(family.attention)
+        general = getattr(model.config, "sliding_window", None)
+        found.append(getattr(attention, "sliding_window", general))
+    return min((w for w in found if w is not None), default=None)
+
+
+def _insert_cache(model: PreTrainedModel, pool: SlotPool) -> None:
+    """Open the runtime's cache before the decoder's passes and close it behind them."""
+    decoder = decoder_of(model)
+    decoder.register_forward_pre_hook(partial(_begin, pool), with_kwargs=True)
+    decoder.register_forward_hook(_end, with_kwargs=True)
+
+
+def _begin(pool: SlotPool, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    kwargs = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, IntegerCache):
+        if cache is not None and cache.get_seq_length():
+            raise InputError(
+                f"a filled {type(cache).__name__} cannot be coded: begin with new_cache(model)"
+            )
+        cache = IntegerCache(pool)
+    if cache.pool is not pool:
+        raise InputError("the cache belongs to another model: begin with new_cache(model)")
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    if mask is not None and mask.dim() != 2:
+        raise InputError("the integer runtime takes attention masks (batch, tokens) only")
+    cache.begin(batch, tokens, mask)
+    return (), {**kwargs, "past_key_values": cache, "attention_mask": None}
+
+
+def _end(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    kwargs["past_key_values"].end()
+    if kwargs.get("use_cache") is False:
+        output.past_key_values = None
+    return output
+
+
+def _prepare_cache(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Let `generate` begin with a cache of the capacity it will need."""
+    stock = cast(Any, type(model))._prepare_cache_for_generation
+    given = inspect.signature(stock).bind(model, *args, **kwargs).arguments
+    of_model, config = given["model_kwargs"], given["generation_config"]
+    if of_model.get("past_key_values") is None and config.use_cache is not False:
+        of_model["past_key_values"] = new_cache(model, given["max_cache_length"])
+        return None
+    return stock(model, *args, **kwargs)
+
+
+def _materialize(model: PreTrainedModel, device: torch.device) -> None:
+    """Draw what a skeleton on no device keeps of its own: embedding, norms, head, frequencies."""
+    linears = {id(m.weight) for layer in layers_of(model) for m in layer.modules() if _linear(m)}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in linears or not parameter.is_meta:
+                continue
+            drawn = torch.empty_like(parameter, device=device)
+            drawn = drawn.normal_(std=0.02) if parameter.dim() > 1 else drawn.fill_(name != "bias")
+            setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+    decoder = decoder_of(model)
+    rope = cast(Any, decoder.get_submodule("rotary_emb"))
+    decoder.set_submodule("rotary_emb", type(rope)(config=model.config).to(device))
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,118 @@
+"""The modules between the seams: each prepares the input of some linears and multiplies it.
+
+Where a linear reads quantized inputs, what comes before it (norm, gate, rotation) and the quantizer
+are one operation. Transforms that no operation knows run in torch, and the quantizer behind them.
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from spinlab.fakequant.activations import InputPath
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.fused.products import PackedProduct, SeparateProducts
+from spinlab.runtime.kernels.formats import TokenLevels
+
+Product = PackedProduct | SeparateProducts
+
+
+class Reader(nn.Module):
+    """Rotate, quantize and multiply an input that some linears share."""
+
+    def __init__(self, product: Product, path: InputPath, operations: Operations) -> None:
+        super().__init__()
+        self.product, self.path, self.operations = product, path, operations
+
+    @property
+    def quantizer(self) -> TokenQuantizer | None:
+        """What quantizes the input of a packed product; None where that stays in floats."""
+        return self.path.quantizer if isinstance(self.product, PackedProduct) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs side by side, (..., out), for x: (..., in)."""
+        if isinstance(self.product, SeparateProducts):
+            return self.product(x)
+        if self.quantizer is None:
+            turned = self._turned(x).flatten(0, -2)
+            return self.product.of_floats(turned).unflatten(0, x.shape[:-1])
+        return self._multiply(self._levels(x, self.quantizer), x)
+
+    def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
+        rotation = self.path.rotation
+        if isinstance(rotation, OnlineRotation) and self.operations.rotates(x, rotation, quantizer):
+            return self.operations.rotate_quantize(x, rotation, quantizer)
+        return self.operations.quantize(self._turned(x), quantizer)
+
+    def _multiply(self, levels: TokenLevels, like: torch.Tensor) -> torch.Tensor:
+        """Return the outputs for levels, in the shape and dtype of the floats they came from."""
+        assert isinstance(self.product, PackedProduct)
+        out = self.product.of_levels(levels, like.dtype)
+        return out.unflatten(0, like.shape[:-1])
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.path.rotation is None else self.path.rotation(x)
+
+
+class NormReader(Reader):
+    """Norm the residual stream before its readers; the stock norm's place passes it on.
+
+    A gain of 1, which rotated models have, is not read again: it must stay 1.
+    """
+
+    def __init__(
+        self, norm: nn.Module, product: Product, path: InputPath, operations: Operations
+    ) -> None:
+        super().__init__(product, path, operations)
+        self.norm, self.epsilon = norm, norm_epsilon(norm)
+        self.has_gain = not bool((gain_of(norm) == 1).all())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs side by side, (..., out), for the stream x: (..., hidden)."""
+        if self.quantizer is None or self.path.rotation is not None:
+            return super().forward(self.norm(x))
+        gain = gain_of(self.norm) if self.has_gain else None
+        levels = self.operations.norm_quantize(x, gain, self.epsilon, self.quantizer)
+        return self._multiply(levels, x)
+
+
+class GateReader(Reader):
+    """Gate, rotate, quantize and multiply: what reads silu(gate)·up."""
+
+    def of_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Return the output (..., out) for gate and up: (..., in)."""
+        rotation, quantizer = self.path.rotation, self.quantizer
+        if quantizer is None or not isinstance(rotation, OnlineRotation | None):
+            return self(silu(gate) * up)
+        if not self.operations.rotates(gate, rotation, quantizer):
+            return self(silu(gate) * up)
+        levels = self.operations.gate_quantize(gate, up, rotation, quantizer)
+        return self._multiply(levels, gate)
+
+
+class IntegerMLP(nn.Module):
+    """Stand for a stock gated MLP and the norm before it."""
+
+    def __init__(self, gate_up: NormReader, down: GateReader) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the stream (..., hidden) to what is added to it."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down.of_gate(gate, up)
+
+
+def gain_of(norm: nn.Module) -> torch.Tensor:
+    """Return the gain of an RMSNorm: (width,)."""
+    gain = norm.weight
+    assert isinstance(gain, torch.Tensor), "a norm has a gain"
+    return gain.detach()
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """Return what an RMSNorm, of transformers or torch, adds to the variance."""
+    epsilon = norm.eps if isinstance(norm, nn.RMSNorm) else norm.variance_epsilon
+    assert isinstance(epsilon, float), "a norm has an epsilon"
+    return epsilon

@@ -1,0 +1,124 @@
+"""The memory of the runtime's cache: slots of fixed places, so that a CUDA graph can write them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from spinlab.kv.codec import AffineCodec
+from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Hold keys or values (batch, kv_heads, capacity, width): floats, or bytes of any codec."""
+
+    data: torch.Tensor
+    codec: AffineCodec | None
+    dtype: torch.dtype
+
+    def write(self, x: torch.Tensor, position: torch.Tensor) -> None:
+        """Store x: (batch, kv_heads, tokens, head_dim) from slot `position` (1,) on."""
+        index = position + torch.arange(x.shape[2], device=position.device)
+        self.data.index_copy_(2, index, x if self.codec is None else self.codec.encode(x))
+
+    def read(self, length: int) -> torch.Tensor:
+        """Return the first rows as floats: (batch, kv_heads, length, head_dim)."""
+        rows = self.data[:, :, :length]
+        return rows if self.codec is None else self.codec.decode(rows, self.dtype)
+
+
+Rows = PackedRows | PlainRows
+
+
+def fits_packed_rows(codec: AffineCodec) -> bool:
+    """Tell whether kernels read what a codec makes: one group of nibbles per head."""
+    return codec.grid.bits <= 4 and codec.groups == 1 and codec.width % 4 == 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say what a model keeps of a token: heads and their width, and a codec each (None = floats).
+
+    packed: rows lie as kernels read them; otherwise torch codes and decodes them
+    window: how far back a token may look, or None
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    keys: AffineCodec | None
+    values: AffineCodec | None
+    packed: bool
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def rows(self, codec: AffineCodec | None, batch: int, capacity: int) -> Rows:
+        """Return empty rows of one layer."""
+        if self.packed:
+            assert codec is not None
+            return empty_rows(batch, self.kv_heads, capacity, codec, self.device)
+        width, dtype = self.head_dim, self.dtype
+        if codec is not None:
+            width, dtype = codec.row_bytes, torch.uint8
+        shape = (batch, self.kv_heads, capacity, width)
+        return PlainRows(torch.zeros(shape, dtype=dtype, device=self.device), codec, self.dtype)
+
+
+class Slots:
+    """Hold the memory of one cache, and the CUDA graph that was captured on it.
+
+    start     (batch,) int32: first valid slot of a sequence, behind its padding
+    position  (1,) int64: slot of the first token of this pass
+    length    (1,) int64: slots in use, those of this pass counted
+    """
+
+    def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
+        self.batch, self.capacity = batch, capacity
+        self.graph: object | None = None
+        # tensors made in inference mode could not be written outside of it
+        with torch.inference_mode(False):
+            both = [(layout.keys, layout.values)] * layout.layers
+            self.rows = [tuple(layout.rows(c, batch, capacity) for c in pair) for pair in both]
+            self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
+            self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
+            self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what is stored per slot; slots are dimension 2."""
+        found: list[torch.Tensor | None] = []
+        for rows in (r for pair in self.rows for r in pair):
+            parts = (rows.packed, rows.scale, rows.zero) if isinstance(rows, PackedRows) else None
+            found += [rows.data] if isinstance(rows, PlainRows) else parts or ()
+        return [t for t in found if t is not None]
+
+
+@dataclass
+class SlotPool:
+    """Make slots, and keep those of the last cache that died: with them lives their graph.
+
+    A deep copy, of a model that was copied, has no slots: graphs run on the original's weights.
+    """
+
+    layout: Layout
+    spare: Slots | None = field(default=None)
+
+    def take(self, batch: int, capacity: int) -> Slots:
+        """Return slots for a batch, with exactly this capacity; their rows hold anything.
+
+        Kernels split a sequence by capacity, so that a larger one would give other bits.
+        """
+        spare, self.spare = self.spare, None
+        if spare is not None and (spare.batch, spare.capacity) == (batch, capacity):
+            return spare
+        del spare  # before more memory is asked for
+        return Slots(self.layout, batch, capacity)
+
+    def give_back(self, holder: "list[Slots]") -> None:
+        """Keep the slots of a dead cache for the next one."""
+        if holder:
+            self.spare = holder[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spare": None}

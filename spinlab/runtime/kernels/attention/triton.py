@@ -1,0 +1,261 @@
+"""The Triton kernels behind `launch`.
+
+A pair of bytes of a packed row holds four levels; pair c has the numbers 2c (nibble 0), 2c + D/2
+(1), 2c + 1 (2) and 2c + 1 + D/2 (3) of a head of D. Queries are split in the same way, and a
+product with a row is the sum of four products with nibbles. Read as pairs, rows go through the
+transposing loads of 16-bit matrices. A nibble n that is left where it is, in an otherwise empty
+float16, is the number n·2^-24 or n·2^-20: tensor cores take such numbers exactly, so one mask
+makes two operands.
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from spinlab.runtime.kernels.overlap import wait_for_inputs
+
+_ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
+_LEAST = tl.constexpr(-1e30)  # below every score, and finite
+_SMALLEST_SCALE = tl.constexpr(2.0**-14)  # that a codec stores
+_NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
+
+
+@triton.jit
+def _nibbles(pairs, INDEX: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """Return nibble INDEX of every pair: its level in float32, else times 2^-24 or 2^-20.
+
+    FAST: mask two pairs by one instruction, which the compiler does not find.
+    """
+    if WIDE:
+        found = ((pairs >> (4 * INDEX)) & 15).to(tl.float32)
+    elif FAST:
+        if INDEX >= 2:
+            pairs = tl.inline_asm_elementwise(
+                "shr.b32 $0, $1, 8;", "=r,r", [pairs], dtype=tl.uint16, is_pure=True, pack=2
+            )
+        found = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x00F000F0;" if INDEX % 2 else "and.b32 $0, $1, 0x000F000F;",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        pairs = pairs >> 8 if INDEX >= 2 else pairs
+        found = (pairs & (0xF0 if INDEX % 2 else 0x0F)).to(tl.float16, bitcast=True)
+    return found
+
+
+@triton.jit
+def _places(pair, index, D: tl.constexpr):
+    """Return which numbers of a head the nibbles of an index hold."""
+    return 2 * pair + index // 2 + (index % 2) * (D // 2)
+
+
+@triton.jit
+def _parameters(scale_ptr, zero_ptr, place, inside, MIDDLE: tl.constexpr):
+    """Load scales and zero points; MIDDLE stands for the latter, or -1 where they are stored."""
+    scale = tl.load(scale_ptr + place, mask=inside, other=1).to(tl.float32)
+    if MIDDLE >= 0:
+        zero = tl.full(place.shape, MIDDLE, tl.float32)
+    else:
+        zero = tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def _inverse_power(x):
+    """Return the inverse of the largest power of two up to x, x > 0."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _queries(ptr, pair, taken, factor, D: tl.constexpr, WIDE: tl.constexpr):
+    """Return queries of each nibble, their sum, and the factor of their products with nibbles.
+
+    Both last: (HEADS,). Float16 holds queries relative to their largest power of two.
+    """
+    q0 = tl.load(ptr + _places(pair, 0, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q1 = tl.load(ptr + _places(pair, 1, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q2 = tl.load(ptr + _places(pair, 2, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q3 = tl.load(ptr + _places(pair, 3, D)[:, None], mask=taken, other=0).to(tl.float32)
+    peak = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
+    unit = _inverse_power(tl.maximum(tl.max(peak, 0), _NOTHING))
+    if not WIDE:
+        q0 = (q0 * (unit * 16)[None, :]).to(tl.float16)  # nibble 0 counts 16 times less than 1
+        q1 = (q1 * unit[None, :]).to(tl.float16)
+        q2 = (q2 * (unit * 16)[None, :]).to(tl.float16)
+        q3 = (q3 * unit[None, :]).to(tl.float16)
+    low = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
+    high = tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
+    if WIDE:
+        total, factors = low + high, unit * 0.0 + factor
+    else:
+        total, factors = (low * 0.0625 + high) * 2.0**-20, factor * 2.0**20 / unit
+    return (q0, q1, q2, q3), total, factors
+
+
+@triton.jit
+def _product(k, q, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """Return the products of levels (BLOCK, PAIRS) with queries: (BLOCK, HEADS)."""
+    found = tl.dot(_nibbles(k, 0, WIDE, FAST), q[0], input_precision="tf32x3")
+    found = tl.dot(_nibbles(k, 1, WIDE, FAST), q[1], found, input_precision="tf32x3")
+    found = tl.dot(_nibbles(k, 2, WIDE, FAST), q[2], found, input_precision="tf32x3")
+    return tl.dot(_nibbles(k, 3, WIDE, FAST), q[3], found, input_precision="tf32x3")
+
+
+@triton.jit
+def _add(out, v, weights, shrink, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """Shrink what each nibble has summed up, and add levels (PAIRS, BLOCK) times weights."""
+    out0 = tl.dot(_nibbles(v, 0, WIDE, FAST), weights, out[0] * shrink, input_precision="tf32x3")
+    out1 = tl.dot(_nibbles(v, 1, WIDE, FAST), weights, out[1] * shrink, input_precision="tf32x3")
+    out2 = tl.dot(_nibbles(v, 2, WIDE, FAST), weights, out[2] * shrink, input_precision="tf32x3")
+    out3 = tl.dot(_nibbles(v, 3, WIDE, FAST), weights, out[3] * shrink, input_precision="tf32x3")
+    return out0, out1, out2, out3
+
+
+@triton.jit
+def _levels_of_floats(out, zero, WIDE: tl.constexpr):
+    """Return sums of levels less those of zero points, from sums of floats."""
+    small = 1.0 if WIDE else 2.0**24
+    large = 1.0 if WIDE else 2.0**20
+    zero = zero[None, :]
+    return (
+        out[0] * small - zero,
+        out[1] * large - zero,
+        out[2] * small - zero,
+        out[3] * large - zero,
+    )
+
+
+@triton.jit
+def _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK: tl.constexpr):
+    """Return the first valid slot of a sequence, and which slots this program takes."""
+    length = tl.minimum(tl.load(length_ptr).to(tl.int32), capacity)
+    first = tl.load(start_ptr + batch)
+    origin = first // BLOCK * BLOCK
+    chunk = tl.cdiv(tl.cdiv(length - origin, splits), BLOCK) * BLOCK
+    begin = origin + tl.program_id(1) * chunk
+    return first, begin, tl.minimum(begin + chunk, length)
+
+
+@triton.jit
+def _over_slots(
+    k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, first, begin, end, capacity,
+    q, query_sum, factors, D: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Sum over begin..end-1; the largest weight times its scale is 2^_ROOM.
+
+    Returns weighted values of each nibble, (PAIRS, HEADS), the exponent of the largest weight and
+    the sum of weights, both (HEADS,).
+    """
+    pair, inner = tl.arange(0, PAIRS), tl.arange(0, BLOCK)
+    real = pair < D // 4
+    empty = tl.zeros((PAIRS, HEADS), tl.float32)
+    out = (empty, empty, empty, empty)
+    most = tl.full((HEADS,), _LEAST, tl.float32)
+    total = tl.zeros((BLOCK, HEADS), tl.float32)  # of weights
+    zeros = tl.zeros((BLOCK, HEADS), tl.float32)  # of weights times scales and zero points
+    # scales and zero points are read one turn ahead
+    slot = tl.multiple_of(begin, BLOCK) + inner
+    inside = (begin < end) & (EVEN | (slot < capacity))
+    sk, zk = _parameters(k_scale_ptr, k_zero_ptr, slot, inside, K_MIDDLE)
+    sv, zv = _parameters(v_scale_ptr, v_zero_ptr, slot, inside, V_MIDDLE)
+    for at in range(begin, end, BLOCK):
+        at = tl.multiple_of(at, BLOCK)
+        slot = at + inner
+        there = EVEN | (slot < capacity)
+        place = slot[:, None] * (D // 4) + pair[None, :]
+        k = tl.load(k_ptr + place, mask=there[:, None] & real[None, :], other=0)
+        place = pair[:, None] + slot[None, :] * (D // 4)
+        v = tl.load(v_ptr + place, mask=real[:, None] & there[None, :], other=0)
+        coming = tl.multiple_of(at + BLOCK, BLOCK) + inner
+        inside = (at + BLOCK < end) & (EVEN | (coming < capacity))
+        next_sk, next_zk = _parameters(k_scale_ptr, k_zero_ptr, coming, inside, K_MIDDLE)
+        next_sv, next_zv = _parameters(v_scale_ptr, v_zero_ptr, coming, inside, V_MIDDLE)
+
+        found = _product(k, q, WIDE, FAST) - zk[:, None] * query_sum[None, :]
+        valid = (slot >= first) & (slot < end)
+        found = found * (sk[:, None] * factors[None, :])
+        scores = tl.where(valid[:, None], found, -float("inf"))
+        size = tl.log2(tl.maximum(sv, _SMALLEST_SCALE))
+        new = tl.maximum(most, tl.max(scores + size[:, None], 0) - _ROOM)
+        shrink = tl.exp2(most - new)[None, :]
+        weights = tl.exp2(scores - new[None, :])
+        scaled = (weights * tl.where(valid, sv, 0.0)[:, None]).to(q[0].dtype)
+        total = total * shrink + weights
+        # as rounded: then rounding errors of levels and zero points cancel
+        zeros = zeros * shrink + scaled.to(tl.float32) * zv[:, None]
+        out = _add(out, v, scaled, shrink, WIDE, FAST)
+        most, sk, sv, zk, zv = new, next_sk, next_sv, next_zk, next_zv
+    return _levels_of_floats(out, tl.sum(zeros, 0), WIDE), most, tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def attend_kernel(
+    query_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, start_ptr,
+    length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, factor, capacity, splits, kv_heads,
+    query_batch, query_head, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr,
+    V_MIDDLE: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Attend from up to HEADS of the GROUP query heads of a KV head to one part of its slots.
+
+    WHOLE: the part is all there is, and the result is written. Otherwise each of the splits writes
+    its weighted sum (in the order of nibbles), its maximum and its sum of weights.
+    factor: scaling·log2(e). Slots are rows of matrices and query heads their columns: a product
+    with 8 columns wastes least.
+    """
+    wait_for_inputs(PDL)
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    owner = tl.program_id(0) // PARTS
+    batch, head = owner // kv_heads, owner % kv_heads
+    member = tl.program_id(0) % PARTS * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, PAIRS)
+    taken = (pair < D // 4)[:, None] & (member < GROUP)[None, :]
+    slots = _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK)
+    base = owner.to(tl.int64) * capacity
+    query_ptr += batch.to(tl.int64) * query_batch + (head * GROUP + member)[None, :] * query_head
+    q, query_sum, factors = _queries(query_ptr, pair, taken, factor, D, WIDE)
+    out, most, total = _over_slots(
+        k_ptr + base * (D // 4), k_scale_ptr + base, k_zero_ptr + base, v_ptr + base * (D // 4),
+        v_scale_ptr + base, v_zero_ptr + base, *slots, capacity, q, query_sum, factors,
+        D, HEADS, PAIRS, BLOCK, K_MIDDLE, V_MIDDLE, WIDE, EVEN, FAST,
+    )  # fmt: skip
+    row = owner * GROUP + member
+    if WHOLE:
+        norm = (1 / tl.maximum(total, _NOTHING))[None, :]
+        kind = out_ptr.dtype.element_ty
+        out_ptr += row.to(tl.int64)[None, :] * D
+        for index in tl.static_range(4):
+            place = out_ptr + _places(pair, index, D)[:, None]
+            tl.store(place, (out[index] * norm).to(kind), mask=taken)
+    else:
+        place = row * splits + tl.program_id(1)
+        tl.store(most_ptr + place, most, mask=member < GROUP)
+        tl.store(total_ptr + place, total, mask=member < GROUP)
+        sums_ptr += place.to(tl.int64)[None, :] * D + pair[:, None]
+        for index in tl.static_range(4):
+            tl.store(sums_ptr + index * (D // 4), out[index], mask=taken)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def combine_kernel(
+    sums_ptr, most_ptr, total_ptr, out_ptr, splits, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add what the splits found for one query head, and put the numbers in their order."""
+    wait_for_inputs(PDL)
+    row = tl.program_id(0)
+    split = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    there = split < splits
+    most = tl.load(most_ptr + row * splits + split, mask=there, other=_LEAST)
+    total = tl.load(total_ptr + row * splits + split, mask=there, other=0.0)
+    place = (row.to(tl.int64) * splits + split)[:, None] * D + d[None, :]
+    sums = tl.load(sums_ptr + place, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    share = tl.exp2(most - tl.max(most, 0))
+    found = tl.sum(share[:, None] * sums, 0) / tl.maximum(tl.sum(share * total, 0), _NOTHING)
+    place = _places(d % (D // 4), d // (D // 4), D)
+    out_ptr += row.to(tl.int64) * D
+    tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,81 @@
+"""RoPE, R3 and coding of keys and values in one pass over memory, in Triton."""
+
+from functools import lru_cache
+
+import torch
+
+from spinlab.formats.integer import SMALLEST_HALF, SMALLEST_SCALE
+from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels.kv.rows import PackedRows
+from spinlab.runtime.kernels.launch import launch, power_of_two
+
+
+def store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    r3: OnlineRotation | None,
+    keys: PackedRows,
+    values: PackedRows,
+    position: torch.Tensor,
+    round_trip: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Do what `reference.kv.store` does. float64 is not supported; every R3 is.
+
+    Nothing is read on the host, so that CUDA graphs can hold it once one call has brought R3 to
+    the device. Tokens beyond the rows' capacity are not written: whoever counts them must check.
+    """
+    from spinlab.runtime.kernels.kv.triton import store_kernel  # Triton loads where it is used
+
+    assert q.stride(3) == k.stride(3) == v.stride(3) == 1, "heads must be contiguous"
+    assert q.dtype == k.dtype == v.dtype and q.dtype.itemsize <= 4, "one dtype, float32 at most"
+    (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
+    # as attention's result should lie, which follows its queries: heads of a token side by side
+    queries = q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    shape = (batch, kv_heads, tokens, width) if round_trip else (0,)
+    k_round, v_round = k.new_empty(shape), v.new_empty(shape)
+    matrix, scale = (q, 1.0) if r3 is None else _matrix(r3, q.dtype, q.device)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    step, warps = _cut(batch * tokens)
+    programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
+    k_grid, v_grid = keys.codec.grid, values.codec.grid
+    arguments = (
+        q, k, v, cos, sin, matrix, position, queries, *_tensors(keys), k_round, *_tensors(values),
+        v_round, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, keys.codec.clip_ratio,
+        values.codec.clip_ratio,
+    )  # fmt: skip
+    constants = {
+        "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
+        "R3": r3 is not None, "K_LOWEST": k_grid.lowest, "K_HIGHEST": k_grid.highest,
+        "V_LOWEST": v_grid.lowest, "V_HIGHEST": v_grid.highest, "ROUND": round_trip,
+        "FLOOR": SMALLEST_SCALE, "HALF_FLOOR": SMALLEST_HALF, "FUSED": q.is_cuda,
+    }  # fmt: skip
+    launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
+    return (queries, k_round, v_round) if round_trip else (queries, None, None)
+
+
+def _cut(tokens: int) -> tuple[int, int]:
+    """Return heads per program and warps: few for short waits, many to read R3 less often."""
+    return (16, 4) if tokens <= 128 else (64, 4)
+
+
+@lru_cache(maxsize=256)
+def _matrix(
+    r3: OnlineRotation, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """Return R3 as a product takes it, and what the product is multiplied with.
+
+    In 16 bits the signs of a Hadamard matrix, as OnlineRotation takes them, else float32.
+    """
+    dense = r3.dense()
+    if r3.flat and dtype.itemsize == 2:
+        return dense.sign().to(device, dtype), dense.abs().max().item()
+    return dense.to(device, torch.float32), 1.0
+
+
+def _tensors(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return packed levels, scales and zero points; where there are none, anything."""
+    return rows.packed, rows.scale, rows.scale if rows.zero is None else rows.zero

@@ -1,0 +1,71 @@
+"""The definition of what happens to queries, keys and values between projection and attention."""
+
+import torch
+
+from spinlab.formats.pack import pack_nibbles, unpack_nibbles
+from spinlab.kv.codec import AffineCodec
+from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
+
+
+def store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    r3: OnlineRotation | None,
+    keys: PackedRows,
+    values: PackedRows,
+    position: torch.Tensor,
+    round_trip: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Turn queries and keys by RoPE and R3, and write coded keys and values, in place.
+
+    q: (batch, tokens, heads, head_dim); k, v: (batch, tokens, kv_heads, head_dim), all in one
+    dtype, the last dimension contiguous. cos, sin: (batch or 1, tokens, rotary_dim), in the same
+    dtype; what lies beyond rotary_dim does not turn. position: (1,) int64, the slot of the first
+    token; all tokens must fit into the rows.
+    Returns the queries (batch, heads, tokens, head_dim) and, with round_trip, keys and values as
+    the rows hold them: (batch, kv_heads, tokens, head_dim).
+    """
+    queries, turned = (rotary(x.transpose(1, 2), cos, sin) for x in (q, k))
+    if r3 is not None:
+        queries, turned = r3(queries), r3(turned)
+    k_round = _write(keys, turned, position)
+    v_round = _write(values, v.transpose(1, 2), position)
+    queries = queries.contiguous()
+    return (queries, k_round, v_round) if round_trip else (queries, None, None)
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (d, d + rotary_dim/2) of x: (batch, heads, tokens, head_dim).
+
+    Every product and the sum are rounded to x's dtype, as stock transformers models do.
+    """
+    turning, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turning.chunk(2, dim=-1)
+    across = torch.cat((-second, first), dim=-1)
+    return torch.cat((turning * cos[:, None] + across * sin[:, None], rest), dim=-1)
+
+
+def _write(rows: PackedRows, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Code x: (batch, kv_heads, tokens, head_dim) into its slots and return what they hold."""
+    new = _coded(x, rows.codec)
+    slots = position + torch.arange(x.shape[2], device=x.device)
+    rows.packed.index_copy_(2, slots, new.packed)
+    rows.scale.index_copy_(2, slots, new.scale)
+    if rows.zero is not None and new.zero is not None:
+        rows.zero.index_copy_(2, slots, new.zero)
+    return dequantize(new, x.shape[2], x.dtype)
+
+
+def _coded(x: torch.Tensor, codec: AffineCodec) -> PackedRows:
+    grid = codec.grid
+    sizes = [x.shape[-1] // 2, 2, 0 if grid.symmetric else 1]
+    packed, scale, zero = (part.clone() for part in codec.encode(x).split(sizes, dim=-1))
+    levels = unpack_nibbles(packed, signed=grid.symmetric) - grid.lowest
+    scale = scale.flatten().view(torch.float16).view(x.shape[:-1])
+    return PackedRows(
+        pack_nibbles(levels), scale, None if grid.symmetric else zero.squeeze(-1), codec
+    )

@@ -1,0 +1,165 @@
+"""The Triton kernel behind `launch`.
+
+A head of D numbers is held as its two halves: RoPE pairs one with the other where it turns the
+whole head, and byte j of a packed row takes number j of each.
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from spinlab.formats.integer_kernels import scale_of, zero_of
+from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.producers.triton import levels_of
+
+
+@triton.jit
+def _product(x, y, kind: tl.constexpr):
+    """Multiply as 16-bit tensors do: round, and go on in float32."""
+    return (x * y).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _rotary(
+    x_ptr, cos_ptr, sin_ptr, own, other, at, d, inside, D: tl.constexpr, ROTARY: tl.constexpr
+):
+    """Return numbers d of heads after RoPE, in float32; own and other: as loaded, d and d ± D/2.
+
+    x_ptr, at: where heads and their angles begin. `other` serves where all numbers turn.
+    """
+    kind = x_ptr.dtype.element_ty
+    turns = inside & (d < ROTARY)
+    cos = tl.load(cos_ptr + at + d, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at + d, mask=turns, other=0.0).to(tl.float32)
+    if ROTARY < D:
+        partner = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
+        other = tl.load(x_ptr + partner, mask=turns, other=0.0).to(tl.float32)
+    across = tl.where(d < ROTARY // 2, -other, other)
+    return (_product(own, cos, kind) + _product(across, sin, kind)).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _quarter(r3_ptr, ROW: tl.constexpr, COLUMN: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr):
+    """Load one quarter of R3: (HALF, HALF), zero outside."""
+    row, column = tl.arange(0, HALF)[:, None], tl.arange(0, HALF)[None, :]
+    place = (row + ROW * (D // 2)) * D + column + COLUMN * (D // 2)
+    return tl.load(r3_ptr + place, mask=(row < D // 2) & (column < D // 2), other=0.0)
+
+
+@triton.jit
+def _turn(
+    x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D: tl.constexpr, HALF: tl.constexpr,
+    ROTARY: tl.constexpr, R3: tl.constexpr,
+):  # fmt: skip
+    """Return both halves of queries or keys after RoPE and R3, rounded after each, in float32."""
+    kind = x_ptr.dtype.element_ty
+    d = tl.arange(0, HALF)[None, :]
+    x = tl.load(x_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + d + D // 2, mask=inside, other=0.0).to(tl.float32)
+    low = _rotary(x_ptr, cos_ptr, sin_ptr, x, y, at, d, inside, D, ROTARY)
+    high = _rotary(x_ptr, cos_ptr, sin_ptr, y, x, at, d + D // 2, inside, D, ROTARY)
+    if R3:
+        factor = r3_ptr.dtype.element_ty
+        x, y = low.to(factor), high.to(factor)
+        low = tl.dot(x, _quarter(r3_ptr, 0, 0, D, HALF), input_precision="tf32x3")
+        low = tl.dot(y, _quarter(r3_ptr, 1, 0, D, HALF), low, input_precision="tf32x3")
+        high = tl.dot(x, _quarter(r3_ptr, 0, 1, D, HALF), input_precision="tf32x3")
+        high = tl.dot(y, _quarter(r3_ptr, 1, 1, D, HALF), high, input_precision="tf32x3")
+        low = (low * r3_scale).to(kind).to(tl.float32)
+        high = (high * r3_scale).to(kind).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _write(
+    low, high, packed_ptr, scale_ptr, zero_ptr, round_ptr, place, new, inside, clip,
+    D: tl.constexpr, HALF: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    ROUND: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Code rows and write them at `place`, and what they hold at row `new`, where `inside`."""
+    SYMMETRIC: tl.constexpr = LOWEST < 0
+    # beyond the head there are zeros, which every range contains
+    lowest = tl.minimum(tl.min(tl.minimum(low, high), 1), 0.0)
+    highest = tl.maximum(tl.max(tl.maximum(low, high), 1), 0.0)
+    scale = scale_of(lowest * clip, highest * clip, HIGHEST, SYMMETRIC, FLOOR)
+    stored = tl.maximum(scale, HALF_FLOOR).to(tl.float16)
+    scale = stored.to(tl.float32)
+    zero = zero_of(lowest * clip, scale, SYMMETRIC)
+    if not SYMMETRIC:
+        zero = tl.minimum(tl.maximum(zero, 0.0), HIGHEST * 1.0)
+        tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)
+    tl.store(scale_ptr + place, stored, mask=inside)
+    scale, zero = scale[:, None], zero[:, None]
+    low = levels_of(low, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
+    high = levels_of(high, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
+    d = tl.arange(0, HALF)[None, :]
+    inside = inside[:, None] & (d < D // 2)
+    packed_ptr += place[:, None] * (D // 2) + d
+    tl.store(packed_ptr, (low | (high << 4)).to(tl.uint8), mask=inside)
+    if ROUND:
+        kind = round_ptr.dtype.element_ty
+        round_ptr += new[:, None] * D + d
+        zero -= LOWEST
+        tl.store(round_ptr, ((low.to(tl.float32) - zero) * scale).to(kind), mask=inside)
+        tl.store(round_ptr + D // 2, ((high.to(tl.float32) - zero) * scale).to(kind), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batches", "tokens", "heads", "kv_heads"])
+def store_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, r3_ptr, position_ptr, queries_ptr, k_packed_ptr,
+    k_scale_ptr, k_zero_ptr, k_round_ptr, v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr,
+    batches, tokens, heads, kv_heads, capacity, q_batch, q_token, q_head, k_batch, k_token, k_head,
+    v_batch, v_token, v_head, angle_batch, r3_scale, k_clip, v_clip, D: tl.constexpr,
+    HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
+    K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, V_LOWEST: tl.constexpr,
+    V_HIGHEST: tl.constexpr, ROUND: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr,
+    FUSED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Do STEP heads of `store`: those of queries come first, then keys, then values.
+
+    Heads are counted within tokens and tokens within sequences, as they lie in memory.
+    """
+    wait_for_inputs(PDL)
+    program = tl.program_id(0)
+    of_queries = tl.cdiv(batches * tokens * heads, STEP)
+    of_keys = tl.cdiv(batches * tokens * kv_heads, STEP)
+    is_query = program < of_queries
+    is_value = program >= of_queries + of_keys
+    count = tl.where(is_query, heads, kv_heads)
+    program -= tl.where(is_query, 0, tl.where(is_value, of_queries + of_keys, of_queries))
+    row = program * STEP + tl.arange(0, STEP)
+    head, token = row % count, (row // count % tokens).to(tl.int64)
+    batch = (row // count // tokens).to(tl.int64)
+    there = batch < batches
+    inside = there[:, None] & (tl.arange(0, HALF) < D // 2)[None, :]
+    at = (batch * angle_batch + token * ROTARY)[:, None]
+    new = (batch * count + head) * tokens + token
+    slot = tl.load(position_ptr) + token
+    place = (batch * kv_heads + head) * capacity + slot
+    fits = there & (slot < capacity)
+    d = tl.arange(0, HALF)[None, :]
+    if is_query:
+        x_ptr = q_ptr + (batch * q_batch + token * q_token + head * q_head)[:, None]
+        low, high = _turn(
+            x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D, HALF, ROTARY, R3
+        )
+        kind = queries_ptr.dtype.element_ty
+        to = queries_ptr + row.to(tl.int64)[:, None] * D + d
+        tl.store(to, low.to(kind), mask=inside)
+        tl.store(to + D // 2, high.to(kind), mask=inside)
+    elif is_value:
+        x_ptr = v_ptr + (batch * v_batch + token * v_token + head * v_head)[:, None]
+        low = tl.load(x_ptr + d, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(x_ptr + d + D // 2, mask=inside, other=0.0).to(tl.float32)
+        _write(
+            low, high, v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr, place, new, fits,
+            v_clip, D, HALF, V_LOWEST, V_HIGHEST, ROUND, FLOOR, HALF_FLOOR, FUSED,
+        )  # fmt: skip
+    else:
+        x_ptr = k_ptr + (batch * k_batch + token * k_token + head * k_head)[:, None]
+        low, high = _turn(
+            x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D, HALF, ROTARY, R3
+        )
+        _write(
+            low, high, k_packed_ptr, k_scale_ptr, k_zero_ptr, k_round_ptr, place, new, fits,
+            k_clip, D, HALF, K_LOWEST, K_HIGHEST, ROUND, FLOOR, HALF_FLOOR, FUSED,
+        )  # fmt: skip

@@ -1,0 +1,61 @@
+"""The definition of products with packed weights."""
+
+import torch
+
+from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
+from spinlab.runtime.kernels.matmul.reference import matmul
+
+
+def linear(
+    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`.
+
+    Integers are exact up to the product with both scales, which is taken in the scales' dtype and
+    summed over blocks. bias: (out,), in any float dtype.
+    """
+    blocks = weight.blocks
+    levels = inputs.levels.unflatten(1, (blocks, -1))
+    weights = weight.levels().unflatten(1, (blocks, -1))
+    s, z, a = (_repeat(t, blocks) for t in inputs[1:])
+    a = a if inputs.sums.shape[1] == blocks else levels.sum(2, dtype=torch.int32)
+    t = _repeat(weight.scale, blocks)
+    u = None if weight.zero is None else _repeat(weight.zero, blocks)
+    out = torch.zeros(len(levels), weight.out_features, dtype=s.dtype, device=s.device)
+    for index in range(blocks):
+        found = matmul(levels[:, index], weights[:, index])
+        found -= z[:, index, None] * weight.sums[:, index]
+        if u is not None:
+            rest = a[:, index] - levels.shape[2] * z[:, index]
+            found -= rest[:, None] * u[:, index]
+        found = found.to(s.dtype) * s[:, index, None]
+        out += found if weight.groups == 1 else found * t[:, index]
+    if weight.groups == 1:
+        out *= t[:, 0]
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return out.to(dtype)
+
+
+def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x · weightᵀ + bias for inputs that are not quantized: (tokens, out) in x's dtype.
+
+    x: (tokens, in). Products are taken in float32 or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(wide) @ dequantize(weight, wide).mT
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the floats (out, in) that a packed weight stands for."""
+    wide = torch.promote_types(dtype, torch.float32)
+    levels = weight.levels().to(wide).unflatten(1, (weight.groups, -1))
+    if weight.zero is not None:
+        levels = levels - weight.zero.to(wide)[..., None]
+    return (levels * weight.scale.to(wide)[..., None]).flatten(1).to(dtype)
+
+
+def _repeat(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Give every block the value of its group: (n, groups) to (n, blocks)."""
+    return x.repeat_interleave(blocks // x.shape[1], dim=1)

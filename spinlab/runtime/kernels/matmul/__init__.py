@@ -1,0 +1,23 @@
+"""Integer matrix products. A back end is a function with the signature of `reference.matmul`'s.
+
+matmul(levels, weight) -> accumulators
+levels  (tokens, in)  unsigned 0..255 or signed -128..127, uint8 or int8
+weight  (out, in)     int8
+result  (tokens, out) int32, exact
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from spinlab.formats.integer import Grid
+from spinlab.runtime.kernels.matmul import cpu, reference
+
+Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}
+
+
+def kernel_for(backend: str, grid: Grid) -> Matmul:
+    """Return a back end's product for weights of a grid, whose levels are moved into int8."""
+    return cpu.matmul_narrow if backend == "cpu" and grid.bits <= 6 else KERNELS[backend]

@@ -1,0 +1,1 @@
+"""Definition (`reference`), launcher and Triton kernels; Triton loads where one is launched."""

@@ -1,0 +1,244 @@
+"""What makes quantized inputs, each operation in one pass over memory, on CUDA.
+
+`spinlab.runtime.kernels.producers.reference` is the definition. On the same finite floats levels
+are equal bit for bit; what a norm, a gate or a rotation computes may differ by its own rounding.
+What is no number is lost: its token gets the range of the others.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from spinlab.formats.integer import SMALLEST_SCALE, Grid
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels.formats import TokenLevels, into_int8
+from spinlab.runtime.kernels.launch import launch, power_of_two
+
+_TILE = 4096  # numbers that one program quantizes, at least
+_WIDEST = 32768  # of a token that one program holds
+_FACTOR = 256  # the largest order of a Hadamard factor that a program holds
+
+
+def has_rotation_kernel(
+    x: torch.Tensor, rotation: OnlineRotation | None, quantizer: TokenQuantizer
+) -> bool:
+    """Tell whether `gate_quantize` and `rotate_quantize` take inputs such as x: (..., width).
+
+    Rotations are those by signs, of 16-bit numbers, with factors up to 256 that the shared memory
+    of x's device holds; groups are powers of two within a row. For what is left there is the
+    rotation itself, followed by `quantize`.
+    """
+    if rotation is None:
+        return x.dtype != torch.float64 and x.shape[-1] <= _WIDEST
+    rows, columns, _ = _factors(rotation)
+    block = _pieces(rows, columns)[2]
+    group = quantizer.group_size % rotation.width
+    return (
+        rotation.flat
+        and x.dtype.itemsize == 2
+        and max(rows, columns) <= _FACTOR
+        and _held(rotation, rows, columns) <= _shared(x.device)[0]
+        and (not group or (block == columns and group & (group - 1) == 0))
+        and group <= block  # within a row: four rows to a group came out wrong
+    )
+
+
+def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
+    """Quantize x: (..., width), per token and group; the leading dimensions become tokens."""
+    found = _empty(x, quantizer)
+    rows = x.reshape(-1, quantizer.group_size or x.shape[-1])  # every group is a row of its own
+    _launch_rows(rows, None, found, TokenQuantizer(quantizer.grid, 0, quantizer.clip_ratio))
+    return found
+
+
+def norm_quantize(
+    x: torch.Tensor, gain: torch.Tensor | None, epsilon: float, quantizer: TokenQuantizer
+) -> TokenLevels:
+    """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it. x: (..., width), gain: (width,).
+
+    The normed token is rounded to x's dtype before the gain, which is taken in that dtype.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    found = _empty(x, quantizer)
+    _launch_rows(x, gain, found, quantizer, epsilon=epsilon, normed=True)
+    return found
+
+
+def gate_quantize(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    rotation: OnlineRotation | None,
+    quantizer: TokenQuantizer,
+) -> TokenLevels:
+    """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
+    gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    found = _empty(gate, quantizer)
+    if rotation is None:
+        _launch_rows(gate, up, found, quantizer, gated=True)
+    else:
+        _launch_rotation(gate, up, rotation, found, quantizer)
+    return found
+
+
+def rotate_quantize(
+    x: torch.Tensor, rotation: OnlineRotation, quantizer: TokenQuantizer
+) -> TokenLevels:
+    """Quantize x: (..., width), after the rotation."""
+    x = x.reshape(-1, x.shape[-1])
+    found = _empty(x, quantizer)
+    _launch_rotation(x, None, rotation, found, quantizer)
+    return found
+
+
+def _empty(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
+    """Return room for the levels of x: (..., width)."""
+    width = x.shape[-1]
+    tokens, groups = x.numel() // width, width // (quantizer.group_size or width)
+    levels = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    # one piece of memory: to ask for it costs the host more than the kernel that fills it
+    scale, zero, sums = torch.empty(3, tokens, groups, dtype=torch.int32, device=x.device)
+    return TokenLevels(levels, scale.view(torch.float32), zero, sums)
+
+
+def _launch_rows(
+    x: torch.Tensor,
+    other: torch.Tensor | None,
+    found: TokenLevels,
+    quantizer: TokenQuantizer,
+    epsilon: float = 0.0,
+    normed: bool = False,
+    gated: bool = False,
+) -> None:
+    """Quantize rows x: (rows, width); other is a gain for `normed` and what is up for `gated`."""
+    from spinlab.runtime.kernels.producers.triton import rows_kernel
+
+    rows, width = x.shape
+    assert width <= _WIDEST, f"a program holds at most {_WIDEST} numbers of a token"
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if other is not None:
+        other = other if other.stride(-1) == 1 else other.contiguous()
+    group = quantizer.group_size or width
+    block, many = power_of_two(group), power_of_two(width // group)
+    step = max(1, _TILE // (block * many))
+    if not rows:
+        return
+    arguments = (
+        x, x if other is None else other, *found, rows, x.stride(0),
+        other.stride(0) if gated and other is not None else 0, epsilon,
+        float(quantizer.clip_ratio),
+    )  # fmt: skip
+    constants = {
+        "GATED": gated, "NORMED": normed, "GAIN": normed and other is not None, "STEP": step,
+        "GROUPS": width // group, "GROUP": group, "MANY": many, "BLOCK": block,
+        **_constants(quantizer, x),
+    }  # fmt: skip
+    # few warps a program, many programs: while one waits for its token, others compute
+    warps = 4 if step * many * block <= 16384 else 8
+    grid = (-(-rows // step),)
+    launch(rows_kernel, grid, arguments, constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def _launch_rotation(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    rotation: OnlineRotation,
+    found: TokenLevels,
+    quantizer: TokenQuantizer,
+) -> None:
+    from spinlab.runtime.kernels.producers.triton_hadamard import rotate_kernel
+
+    assert has_rotation_kernel(gate, rotation, quantizer), "ask has_rotation_kernel first"
+    rows, columns, factor = _factors(rotation)
+    first, second, block = _pieces(rows, columns)
+    left, right = rotation.factors(gate.dtype, gate.device)
+    tokens, gated = len(gate), up is not None
+    gate = gate if gate.stride(1) == 1 else gate.contiguous()
+    up = gate if up is None else up if up.stride(1) == 1 else up.contiguous()
+    if not tokens:
+        return
+    programs = _programs(gate.device, _held(rotation, rows, columns))
+    arguments = (
+        gate, up, left, right, *found, tokens, gate.stride(0), up.stride(0), factor,
+        float(quantizer.clip_ratio),
+    )  # fmt: skip
+    constants = {
+        "GATED": gated, "ROWS": rows, "LEFT": len(left), "B": columns, "RIGHT": len(right),
+        "FIRST": first, "SECOND": second, "BLOCK": block,
+        "GROUP": quantizer.group_size % rotation.width, "GROUPS": found.scale.shape[1],
+        **_constants(quantizer, gate),
+    }  # fmt: skip
+    options = _options((first + second) * block, block)
+    grid = (min(tokens, programs),)
+    launch(rotate_kernel, grid, arguments, constants, **options, enable_fp_fusion=False)
+
+
+def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
+    """Return what kernels know of a quantizer; asm and fused products are left to a GPU."""
+    grid: Grid = quantizer.grid
+    assert grid.bits <= 8, "levels are bytes"
+    assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
+    return {
+        "LOW": grid.lowest, "HIGH": grid.highest, "SYMMETRIC": grid.symmetric,
+        "SHIFT": into_int8(grid), "FLOOR": SMALLEST_SCALE, "FUSED": x.is_cuda,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _factors(rotation: OnlineRotation) -> tuple[int, int, float]:
+    """Return rows and columns that tokens are read as, and the scale of a product of signs.
+
+    Without a left factor blocks are rows; narrow ones share a row, up to what a product likes.
+    """
+    rows, columns = rotation.blocks * len(rotation.left), len(rotation.right)
+    scale = (rotation.left[0, 0] * rotation.right[0, 0]).abs().item()
+    while len(rotation.left) == 1 and columns < 64 and rows % 2 == 0:
+        rows, columns = rows // 2, 2 * columns
+    return rows, columns, scale
+
+
+def _pieces(rows: int, columns: int) -> tuple[int, int, int]:
+    """Return in which two powers of two rows are held (or in one), and columns in one."""
+    whole = max(16, power_of_two(rows))
+    rest = max(16, power_of_two(rows - whole // 2))
+    two = whole > 16 and whole // 2 + rest < whole
+    block = max(16, power_of_two(columns))
+    return (whole // 2, rest, block) if two else (whole, 0, block)
+
+
+@lru_cache(maxsize=256)
+def _held(rotation: OnlineRotation, rows: int, columns: int) -> int:
+    """Return the bytes of shared memory of a program: both factors' signs and a token."""
+    first, second, block = _pieces(rows, columns)
+    left = 0 if len(rotation.left) == 1 else (first + second) ** 2
+    return 2 * (left + block**2 + (first + second) * block)
+
+
+@lru_cache(maxsize=16)
+def _shared(device: torch.device) -> tuple[int, int]:
+    """Return the bytes of shared memory that a program may have, and all that share them."""
+    if device.type != "cuda":
+        return 227 * 1024, 228 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+
+
+def _programs(device: torch.device, held: int) -> int:
+    """Return how many programs a device runs at once."""
+    if device.type != "cuda":
+        return 3
+    most = _shared(device)[1] // (held + 1024)
+    return min(most, 4) * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _options(size: int, block: int) -> dict[str, Any]:
+    """Return how to compile for tokens of `size` numbers, read in columns of `block`.
+
+    A warp takes 16 columns of a product. Where 128 registers are enough for 8 warps, two programs
+    share a multiprocessor: while one waits for memory, the other multiplies.
+    """
+    if block < 64:
+        return {"num_warps": 1 if size <= 1024 else 2, "num_stages": 1}
+    warps = 4 if block == 64 or size <= 4096 else 8
+    return {"num_warps": warps, "num_stages": 1, "maxnreg": 128 if size <= 2048 * warps else None}

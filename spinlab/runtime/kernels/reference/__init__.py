@@ -1,1 +1,0 @@
-"""The definition of every kernel in torch: any device, any float dtype, nothing fast."""

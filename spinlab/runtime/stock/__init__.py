@@ -1,0 +1,1 @@
+"""Integer linears in the stock modules of transformers."""

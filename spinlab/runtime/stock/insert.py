@@ -1,0 +1,111 @@
+"""The hand-off: the linears of a rotated stock model become linears that hold integers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.config import QuantConfig
+from spinlab.fakequant.activations import InputPath, Once
+from spinlab.fakequant.insert import FakeQuantLinear, input_paths
+from spinlab.formats.integer import Grid
+from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.kernels.matmul import kernel_for
+from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
+from spinlab.weights.quantized import QuantizedWeight, set_dequantized
+
+
+def insert_integer_linears(
+    model: PreTrainedModel,
+    weights: Mapping[str, QuantizedWeight],
+    rotations: RotationSet,
+    quant: QuantConfig,
+    backend: str,
+) -> None:
+    """Swap every rotated linear for its integer twin, in place.
+
+    Linears of one layer that read the same input, by weights of one format, are multiplied as one.
+    Where activations or weights have more than 8 bits there are no integers to multiply: such
+    linears hold the dequantized weight, or their own where none is given.
+    """
+    paths = input_paths(model, rotations, quant)
+    groups: dict[tuple[int, str], dict[str, nn.Linear]] = {}
+    for name, index, seam, linear in linears_of(model):
+        groups.setdefault((index, seam.group), {})[name] = linear
+    for (index, group), linears in groups.items():
+        path = paths[index][group]
+        readers = 0
+        for names in _stacks(linears, weights, path):
+            stack = [(linears[name], weights[name]) for name in names]
+            for name, twin in zip(names, _integer(stack, path, backend), strict=True):
+                model.set_submodule(name, twin)
+            readers += 1
+        for name in linears:
+            if isinstance(linear := linear_at(model, name), nn.Linear):
+                model.set_submodule(name, _float(linear, weights.get(name), path))
+                readers += 1
+        path.once.readers = readers
+    write_ends(model, weights)
+
+
+def write_ends(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Write head and embedding, where they are quantized, as the floats they stand for.
+
+    Their inputs are 16-bit or indices, so there are no integers to multiply.
+    """
+    family = family_of(model.config.model_type)
+    for name in (family.embedding, family.head):
+        if name in weights:
+            set_dequantized(linear_at(model, name), weights[name])
+
+
+def _stacks(
+    names: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight], path: InputPath
+) -> Iterator[list[str]]:
+    """Yield the names of linears with integers to multiply, by the format of their weights."""
+    if path.quantizer is None or path.quantizer.grid.bits > 8:
+        return
+    formats: dict[tuple[Grid, int], list[str]] = {}
+    for name in names:
+        if name in weights and weights[name].grid.bits <= 8:
+            formats.setdefault((weights[name].grid, weights[name].groups), []).append(name)
+    yield from formats.values()
+
+
+def _integer(
+    stack: Sequence[tuple[nn.Linear, QuantizedWeight]], path: InputPath, backend: str
+) -> list[nn.Module]:
+    """Return the twins of linears that read one input by weights of one format."""
+    linears, weights = zip(*stack, strict=True)
+    dtype, device = linears[0].weight.dtype, linears[0].weight.device
+    matmul = kernel_for(backend, weights[0].grid)
+    whole = IntegerLinear(_stacked(weights), _biases(linears), path, matmul, dtype)
+    whole.to(device)
+    if len(stack) == 1:
+        return [whole]
+    once, rows = Once(len(stack)), [weight.levels.shape[0] for weight in weights]
+    return [LinearPart(whole, once, rows, index) for index in range(len(stack))]
+
+
+def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    parts = zip(*((w.levels, w.scale, w.zero) for w in weights), strict=True)
+    return QuantizedWeight(*(torch.cat(part) for part in parts), grid=weights[0].grid)
+
+
+def _biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Stack biases, zeros where a linear has none; None where no linear has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    rows = (linear.weight.new_zeros(linear.weight.shape[0]) for linear in linears)
+    return torch.cat(
+        [r if x.bias is None else x.bias.detach() for r, x in zip(rows, linears, strict=True)]
+    )
+
+
+def _float(linear: nn.Linear, weight: QuantizedWeight | None, path: InputPath) -> FakeQuantLinear:
+    """Return the twin of a linear that multiplies floats."""
+    if weight is not None:
+        set_dequantized(linear, weight)
+    return FakeQuantLinear(linear, path)

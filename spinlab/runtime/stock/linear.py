@@ -1,0 +1,208 @@
+"""A linear that quantizes its input per token, multiplies integers exactly, and rescales.
+
+The arithmetic is that of `spinlab.runtime.kernels.formats`: a block of inputs adds s·t·I to an
+output, with an integer I = Σ a·w - z·Σ w - u·(Σ a - n·z) that int32 holds exactly.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from spinlab.fakequant.activations import InputPath, Once
+from spinlab.formats.integer_numpy import are_few
+from spinlab.runtime.kernels.formats import into_int8
+from spinlab.runtime.kernels.matmul import Matmul
+from spinlab.weights.quantized import QuantizedWeight
+
+_MOST_ROWS = 16  # of one product for all blocks, each row 0 outside its own
+
+
+class _Views(NamedTuple):
+    """Hold the tables of a linear for a few tokens: t, Σ w, u, bias, and who is in which block."""
+
+    path: InputPath
+    weights: torch.Tensor
+    member: np.ndarray  # (blocks, in) of 0 and 1
+    t: np.ndarray
+    sums: np.ndarray
+    u: np.ndarray | None
+    bias: np.ndarray | None
+
+
+class IntegerLinear(nn.Module):
+    """Run y = x Wᵀ + bias on integers. Weights rest as int8 levels, one byte each.
+
+    Weights and activations may be grouped along the input; the product is cut into blocks of the
+    finer grouping, which must refine the coarser one. Input levels are bytes from 0 on, with which
+    processors multiply one row faster than with signed ones; of several rows the reverse is true.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        path: InputPath,
+        matmul: Matmul,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        dtype = torch.promote_types(dtype, torch.float32)  # of the epilogue; outputs follow inputs
+        assert weight.grid.bits <= 8, "integer kernels take weights of at most 8 bits"
+        assert path.quantizer is not None, "integer kernels take quantized inputs"
+        assert path.quantizer.grid.bits <= 8, "integer kernels take inputs of at most 8 bits"
+        shift = into_int8(weight.grid)
+        self.path, self.matmul = path, matmul
+        self.out_features, width = weight.levels.shape
+        input_group = path.quantizer.group_size or width
+        fine, coarse = sorted((input_group, width // weight.groups))
+        assert coarse % fine == 0, "the groups of weights and inputs do not nest"
+        self.block, self.blocks = fine, width // fine
+        self.may_sign = path.quantizer.grid.bits < 8  # bytes up to 127 are the same signed
+        levels = (weight.levels - shift).to(torch.int8)
+        self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
+        # all (blocks, out): t, Σ w, u
+        self.scale = nn.Buffer(_per_block(weight.scale.to(dtype), self.blocks))
+        sums = levels.unflatten(1, (-1, fine)).sum(2, dtype=torch.int32)
+        self.sums = nn.Buffer(sums.T.contiguous())
+        zero = None if weight.grid.symmetric else (weight.zero - shift).to(torch.int32)
+        self.zero = None if zero is None else nn.Buffer(_per_block(zero, self.blocks))
+        self.bias = None if bias is None else nn.Buffer(bias.detach().to("cpu", dtype))
+        self._views: _Views | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output for x: (..., in), in x's dtype."""
+        rows = x.numel() // x.shape[-1] * self.blocks
+        if are_few(x) and (self.blocks == 1 or rows <= _MOST_ROWS):
+            out = torch.from_numpy(self._few(x).reshape(*x.shape[:-1], -1))
+            return out if out.dtype == x.dtype else out.to(x.dtype)
+        terms = self._terms(*self._encode(x))
+        out = next(terms)
+        for term in terms:
+            out += term
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _few(self, x: torch.Tensor) -> np.ndarray:
+        """Return the output (tokens, out) for a few numbers in the host's memory.
+
+        The steps are those of many, in numpy, whose calls cost a fraction of torch's.
+        """
+        if self._views is None:
+            self._views = self._view_tables()
+        path, weights, member, t, sums, u, bias = self._views
+        levels, s, z = path.encode_few(x)
+        blocks = len(t)
+        levels = levels.reshape(-1, blocks, self.block)
+        if s.ndim:  # else there is but one token and group
+            s, z = (self._each_block(part) for part in (s, z))
+        # rows that are 0 outside one block each: one product gives those of all blocks
+        rows = levels[:, 0] if blocks == 1 else (levels.reshape(-1, 1, member.shape[1]) * member)
+        rows = rows.reshape(-1, member.shape[1])
+        if self.may_sign and len(rows) > 1:
+            rows = rows.view(np.int8)
+        found = self.matmul(torch.from_numpy(rows), weights).numpy()
+        found = found.reshape(len(levels), blocks, -1)
+        found -= z * sums
+        if u is not None:
+            rest = levels.sum(2, keepdims=True, dtype=np.int32) - np.int32(self.block) * z
+            found -= rest * u
+        terms = found.astype(t.dtype, order="C")
+        terms *= s.astype(t.dtype, copy=False) * t
+        out = terms[:, 0] if blocks == 1 else np.add.reduce(terms, axis=1)  # in turn
+        if bias is not None:
+            out += bias
+        return out
+
+    def _each_block(self, table: np.ndarray) -> np.ndarray:
+        """Give every block the numbers of its group: (..., groups, 1) to (tokens, blocks, 1)."""
+        groups = table.shape[-2]
+        table = table.reshape(-1, groups, 1)
+        return table if groups == self.blocks else table.repeat(self.blocks // groups, axis=1)
+
+    def _view_tables(self) -> _Views:
+        """Return what `_few` reads as it reads it; looking it up would cost as much as the work."""
+        zero, bias = (None if t is None else t.numpy() for t in (self.zero, self.bias))
+        member = np.eye(self.blocks, dtype=np.uint8).repeat(self.block, axis=1)
+        scale, sums = self.scale.numpy(), self.sums.numpy()
+        return _Views(self.path, self.levels.detach(), member, scale, sums, zero, bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._views = None  # tables move, and leave the views behind
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._views = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": None}  # a copy views tables of its own
+
+    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return levels (tokens, blocks, block) with s and z: (tokens, blocks, 1)."""
+        levels, scale, zero = self.path.encode(x)
+        groups, blocks = scale.shape[-2], self.blocks
+        levels = levels.reshape(-1, blocks, self.block)
+        if self.may_sign and len(levels) > 1:
+            levels = levels.view(torch.int8)
+        scale, zero = (t.reshape(-1, groups, 1) for t in (scale.to(self.scale.dtype), zero))
+        if groups < blocks:
+            repeats = blocks // groups
+            scale, zero = (t.repeat_interleave(repeats, dim=1) for t in (scale, zero))
+        return levels, scale, zero
+
+    def _terms(self, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Return what each block adds to the output: (tokens, out)."""
+        weights = self.levels.split(self.block, dim=1)
+        tables = (
+            [self.sums, self.scale] if self.zero is None else [self.sums, self.scale, self.zero]
+        )
+        cut = zip(*(t.unbind(1) for t in inputs), weights, *tables, strict=True)
+        return (_scaled(self.matmul, *part) for part in cut)
+
+
+def _scaled(
+    matmul: Matmul,
+    levels: torch.Tensor,
+    s: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    sums: torch.Tensor,
+    t: torch.Tensor,
+    u: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return s·t·I of a block: (tokens, out)."""
+    found = matmul(levels.contiguous(), weight.contiguous())
+    found.addcmul_(z, sums, value=-1)
+    if u is not None:
+        rest = levels.sum(1, keepdim=True, dtype=torch.int32) - levels.shape[1] * z
+        found.addcmul_(rest, u, value=-1)
+    return found.to(s.dtype, memory_format=torch.contiguous_format).mul_(s * t)
+
+
+class LinearPart(nn.Module):
+    """Be one of several linears that read the very same input and are multiplied as one.
+
+    The first of them that is called multiplies; all take their columns of the result.
+    rows: outputs of each; index: which this one is.
+    """
+
+    def __init__(self, whole: IntegerLinear, once: Once, rows: Sequence[int], index: int) -> None:
+        super().__init__()
+        self.whole, self.once, self.rows, self.index = whole, once, list(rows), index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output for x: (..., in), in x's dtype."""
+        return self.once(x, self._multiply)[self.index]
+
+    def _multiply(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the outputs of all."""
+        return self.whole(x).split(self.rows, dim=-1)
+
+
+def _per_block(x: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Give every block the values of its group: (out, groups) to (blocks, 1, out)."""
+    return x.repeat_interleave(blocks // x.shape[1], dim=1).T.contiguous()

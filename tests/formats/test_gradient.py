@@ -1,0 +1,181 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spinlab.formats.gradient import pull_back, round_in_range
+from spinlab.formats.integer import Grid, extremes, scale_and_zero, settled
+from spinlab.formats.integer_triton import pull_back_rows, round_rows
+from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
+
+GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(3, True)]
+GROUPS = [0, 8]
+
+
+def nearest(x):
+    """Round with a straight-through gradient: the only piece autograd does not know."""
+    return StraightThrough.apply(x, lambda t: settled(t, torch.ones((), dtype=t.dtype)))
+
+
+def rounded(x, log_ratio, grid, group_size):
+    """The round trip written for autograd; clipped entries sit on the exact ends of the range."""
+    grouped, lowest, highest = extremes(x, group_size)
+    lowest, highest = lowest * log_ratio.exp(), highest * log_ratio.exp()
+    if grid.symmetric:
+        scale, zero = torch.maximum(highest, -lowest) / grid.highest, 0
+        bottom, top = scale * grid.lowest, scale * grid.highest
+    else:
+        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
+        scale = (top - bottom) / grid.highest
+        _, zero = scale_and_zero(bottom.detach(), top.detach(), grid)
+    levels = nearest(grouped / scale)
+    found = torch.where(levels > grid.highest - zero, top, levels * scale)
+    return torch.where(levels < grid.lowest - zero, bottom, found).flatten(-2)
+
+
+def random(shape, seed=0, dtype=torch.float64):
+    """Rows of different spread and mean: some have one sign, some both."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g, dtype=dtype)
+    shift = 4 * torch.randn(*shape[:-1], 1, generator=g, dtype=dtype)
+    return (x + shift) * torch.rand(*shape[:-1], 1, generator=g, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_values_are_the_token_quantizers(grid, group_size, dtype):
+    x, log = random((3, 5, 32)).to(dtype), torch.tensor(0.83).log()
+    plain = TokenQuantizer(grid, group_size, log.exp().item()).round(x)
+    assert torch.equal(round_in_range(x, log, grid, group_size), plain)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.7])
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_closed_form_is_autograds_gradient(grid, group_size, ratio):
+    found, expected = [], []
+    for function, results in ((round_in_range, found), (rounded, expected)):
+        x = random((4, 6, 32)).requires_grad_()
+        log = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
+        function(x, log, grid, group_size).backward(random((4, 6, 32), seed=1))
+        results += [x.grad, log.grad]
+    for ours, autograds in zip(found, expected, strict=True):
+        assert torch.allclose(ours, autograds, rtol=1e-12, atol=1e-13)
+
+
+def test_where_values_are_clipped_the_gradient_is_the_slope():
+    """Clipped entries move with the range alone: there is nothing to pass straight through."""
+    grid, h = Grid(4, True), 1e-6
+    x, log = random((8, 32)), torch.tensor(0.6, dtype=torch.float64).log()
+    clipped = x.abs() > 1.25 * 0.6 * x.abs().amax(-1, keepdim=True)  # the lowest level is -8/7
+    upstream = random((8, 32), seed=1) * clipped
+    wanted = x.clone().requires_grad_(), log.clone().requires_grad_()
+    round_in_range(*wanted, grid).backward(upstream)
+
+    def slope(dx, dlog):
+        values = [round_in_range(x + s * dx, log + s * dlog, grid) for s in (h, -h)]
+        return ((values[0] - values[1]) * upstream).sum() / (2 * h)
+
+    assert torch.allclose(wanted[1].grad, slope(torch.zeros_like(x), 1.0), rtol=1e-6)
+    direction = random((8, 32), seed=2) * clipped
+    assert torch.allclose((wanted[0].grad * direction).sum(), slope(direction, 0.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, False), Grid(4, True)], ids=str)
+def test_over_many_tokens_the_gradient_is_the_slope_of_the_error(grid):
+    """Steps of the staircase average out: then LSQ knows what a smaller range does."""
+    x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def error(log):
+        return (round_in_range(x, log, grid) - x).square().mean()
+
+    for ratio in (0.7, 0.5):
+        log = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
+        error(log).backward()
+        with torch.no_grad():
+            slope = (error(log + 0.02) - error(log - 0.02)) / 0.04
+        assert torch.allclose(log.grad, slope, rtol=0.05)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, False), Grid(4, True)], ids=str)
+def test_tied_extremes_share_evenly_and_empty_rows_keep_their_gradient(grid):
+    x = torch.tensor([[2.0, 2.0, -0.3, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    upstream = torch.tensor([[0.5, 0.5, 1.0, -1.0], [1.0, 2.0, 3.0, 4.0]])
+    of_x, of_log = pull_back(x, upstream, torch.tensor(0.8), grid, 0)
+    assert of_x[0, 0] == of_x[0, 1]
+    assert torch.equal(of_x[1], upstream[1])
+    assert of_x.isfinite().all() and of_log.isfinite()
+
+
+def test_a_microbatch_of_any_shape_reaches_the_one_ratio():
+    """Gradients of parts add up to that of the whole, in whichever way memory is laid out."""
+    x, upstream = random((6, 4, 32)), random((6, 4, 32), seed=1)
+    whole, parts = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    round_in_range(x, whole, GRIDS[0], 8).backward(upstream)
+    for i in (0, 3):
+        turned = x[i : i + 3].transpose(0, 1)
+        round_in_range(turned, parts, GRIDS[0], 8).backward(upstream[i : i + 3].transpose(0, 1))
+    assert torch.allclose(whole.grad, parts.grad)
+
+
+INTERPRETED = """
+import torch
+from spinlab.kv.codec import AffineCodec
+from spinlab.formats import integer_triton as fused
+from spinlab.formats import gradient as ranged
+from spinlab.formats.integer import Grid
+from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
+
+g = torch.Generator().manual_seed(0)
+for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
+    for grid in (Grid(4, False), Grid(4, True), Grid(8, False)):
+        for ratio in (torch.tensor(1.0), torch.tensor(0.8)):
+            x = torch.randn(shape, generator=g) + torch.randn(*shape[:-1], 1, generator=g)
+            x[0], x[1] = 0, x[1].sign()
+            near = 1 + 1e-6 * torch.randn(shape[1:], generator=g)
+            x[2] = torch.randint(-13, 14, shape[1:], generator=g) / 2 * near
+            x[2, ..., :2] = torch.tensor([-7, 7])  # a scale of 1, or of 14/15
+            upstream = torch.randn(shape, generator=g)
+            value = TokenQuantizer(grid, group, ratio.item()).round(x)
+            assert torch.equal(fused.round_rows(x, grid, group, ratio), value)
+            assert torch.equal(fused.round_rows(x, grid, group, ratio.item()), value)
+            value = AffineCodec(grid, shape[-1], group, ratio.item()).round(x)
+            assert torch.equal(fused.round_rows(x, grid, group, ratio.item(), True), value)
+            found = fused.pull_back_rows(x, upstream, ratio, grid, group)
+            wanted = ranged.pull_back(x, upstream, ratio, grid, group)
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6), (shape, grid, ratio)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_interpreted_kernels_do_what_torch_does():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(300, 576), (100, 11008), (7, 5, 40)], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_cuda_kernels_do_what_torch_does(grid, shape, dtype):
+    x, upstream = (random(shape, seed).to("cuda", dtype) for seed in (0, 1))
+    for group, ratio in ((0, 1.0), (0, 0.8), (8, 0.8)):
+        clip = torch.tensor(ratio, device="cuda")
+        quantizer = TokenQuantizer(grid, group, ratio)
+        value = quantizer.decode(quantizer.encode(x)).to(dtype)
+        assert torch.equal(round_rows(x, grid, group, clip), value)
+        of_x, of_log = pull_back_rows(x, upstream, clip, grid, group)
+        of_x_there, of_log_there = pull_back(x, upstream, clip, grid, group)
+        unit = torch.finfo(dtype).eps
+        assert torch.allclose(of_x, of_x_there, rtol=2 * unit, atol=max(unit / 8, 1e-4))
+        assert torch.allclose(of_log, of_log_there, rtol=1e-3, atol=0.1)

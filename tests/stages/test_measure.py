@@ -1,0 +1,197 @@
+"""What must not enter a record: integers that are not their numbers, and numbers that are none."""
+
+import json
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import spinlab.experiment as experiment
+import spinlab.memory.check as check
+import spinlab.runtime.stock.insert as network
+from spinlab.compose import composed
+from spinlab.errors import InputError, ResultError
+from spinlab.evaluate.perplexity import perplexity
+from spinlab.stages.measure import BrokenHandoff, evaluate, handoff_error
+from spinlab.stages.rotate import GATE_TOKENS
+from spinlab.stages.weights import Pipeline
+from spinlab.track.record import Record
+
+QUANTIZED = ("rtn", "init", "fake", "int4")
+FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
+FAST += ["model=random", "weights.clip_search=false", "model.architecture.num_hidden_layers=1"]
+# a row of the embedding is not one of the head, which is read at every token
+FAST += ["model.architecture.tie_word_embeddings=false"]
+
+
+def settings(folder, *overrides):
+    paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
+    return composed("+experiment=toy", *FAST, *paths, *overrides)
+
+
+def pipeline(folder, *overrides) -> Pipeline:
+    return Pipeline(settings(folder, *overrides), lambda step, values: None)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A cache with the texts, which take the longest."""
+    folder = tmp_path_factory.mktemp("texts")
+    run = pipeline(folder)
+    assert run.calibration and run.evaluation
+    return folder / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path, texts):
+    shutil.copytree(texts, tmp_path / "cache")
+    return tmp_path
+
+
+def saturating(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply as processors do whose pairs of products meet in too few bits."""
+    products = levels.int()[:, None] * weight.int()
+    return products.unflatten(-1, (-1, 2)).sum(-1).clamp(-90, 90).sum(-1).int()
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, variant):
+    assert handoff_error(pipeline(folder), variant) < 1e-12
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
+    monkeypatch.setattr(network, "kernel_for", lambda backend, grid: saturating)
+    with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=reference"):
+        handoff_error(pipeline(folder), variant)
+    assert not list((folder / "cache").glob("handoff-*/manifest.json"))
+
+
+def test_no_network_of_the_handoff_stands_beside_another(folder):
+    run, made = pipeline(folder), []
+    run.initial, run.weights_of("int4")
+    original = run.original
+
+    def recorded(*args):
+        assert not [ref for ref in made if ref() is not None]
+        model = original(*args)
+        made.append(weakref.ref(model))
+        return model
+
+    run.original = recorded
+    assert handoff_error(run, "int4") < 1e-12
+    assert len(made) == 2
+
+
+WITHOUT_ASSERTIONS = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_measure as tests
+from spinlab.errors import InputError, ResultError
+from spinlab.rotation.rotations import RotationSet
+
+assert False, "assertions are on"
+try:
+    RotationSet(r1=torch.ones(4, 4))
+    print("taken")
+except ResultError as error:
+    print(error)
+tests.network.kernel_for = lambda backend, grid: tests.saturating
+try:
+    tests.handoff_error(tests.pipeline(Path({folder!r})), "int4")
+    print("passed")
+except ResultError as error:
+    print(error)
+"""
+
+
+def test_gates_hold_without_assertions(folder, request):
+    script = WITHOUT_ASSERTIONS.format(tests=str(request.path.parent), folder=str(folder))
+    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("R1 is not orthogonal")
+    assert second.startswith("int4's integers are not the numbers they stand for")
+    assert not list((folder / "cache").glob("handoff-*/manifest.json"))
+
+
+@pytest.fixture
+def unseen_nan(monkeypatch):
+    """Put a nan where the gates' tokens do not look: the embedding of a byte that is not there."""
+    original = Pipeline.original
+
+    def poisoned(self, *args):
+        model = original(self, *args)
+        seen = set(self.windows("gate", 1, GATE_TOKENS).flatten().tolist())
+        read = load_file(self.evaluation[0])["wiki"].flatten().tolist()
+        token = next(t for t in read if t not in seen)
+        model.get_input_embeddings().weight.data[token, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr(Pipeline, "original", poisoned)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # nan to a byte, in numpy
+@pytest.mark.parametrize("variant", ["fp", "fake"])
+def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen_nan, variant):
+    run = pipeline(folder)
+    assert run.calibration and run.evaluation
+    if variant == "fake":
+        assert handoff_error(run, "fake") < 1e-12  # it does not see it
+    with pytest.raises(ResultError, match=f"network {variant} is broken: ppl/wiki is nan"):
+        evaluate(run, variant)
+    assert not list((folder / "cache").glob("eval-*/manifest.json"))
+
+
+def test_a_run_with_a_metric_that_is_no_number_fails(folder, unseen_nan):
+    with pytest.raises(ResultError, match="ppl/wiki is nan"):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["status"].startswith("failed: ResultError: the network fp is broken: ppl/wiki")
+    assert "ppl/wiki/fp" not in record["metrics"]
+
+
+def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "outliers", lambda run: {"before": torch.zeros(2, 96)})
+    monkeypatch.setattr(experiment, "draw_outliers", lambda *args: None)
+    with pytest.raises(ResultError, match="outliers/before is nan"):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
+    assert json.loads(path.read_text())["status"].startswith("failed: ResultError")
+
+
+def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate", lambda run, variant: torch.empty(2**50))
+    with pytest.raises(InputError, match="the host's memory ran out: what is finished is kept"):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    (path,) = (folder / "runs").glob("toy/*/record.json")
+    assert "allocate" in json.loads(path.read_text())["status"]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
+    monkeypatch.setattr(Pipeline, "original", None)
+    with pytest.raises(InputError, match=r"needs at least .* GiB of memory"):
+        experiment.run(settings(folder), [])
+
+
+def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate", lambda run, variant: {})
+    monkeypatch.setattr(experiment, "handoff_error", lambda run, variant: float(len(variant)))
+    run, config = pipeline(folder), settings(folder)
+    record = Record(config, [], {}, {})
+    experiment._evaluations(run, record)
+    names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/int4")
+    assert record.metrics == {name: float(len(name.rpartition("/")[2])) for name in names}
+
+
+def test_a_loss_beyond_what_exp_can_hold_is_infinite(make_model, ids):
+    model = make_model(torch.float32)
+    model.lm_head.weight.data *= 1e5
+    assert perplexity(model, ids, 1, "") == float("inf")
