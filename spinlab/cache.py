@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +37,13 @@ PROGRESS = "progress"  # the subfolder of what a killed stage goes on with: no p
 _MANIFEST = "manifest.json"
 
 
+class Artifact(NamedTuple):
+    """Tell where a stage keeps what it made, and the key that it is known by."""
+
+    path: Path
+    key: str
+
+
 @dataclass(frozen=True)
 class StageReport:
     """Tell how a stage went: seconds and peak memory are those of the run that made it."""
@@ -49,7 +56,7 @@ class StageReport:
 
 
 @dataclass
-class Stages:
+class Cache:
     """Run stages in order and remember how each went."""
 
     root: Path
@@ -62,8 +69,8 @@ class Stages:
         depends: Any,
         work: Callable[[Path], None],
         together: bool = False,
-    ) -> tuple[Path, str]:
-        """Return the folder and key of a stage, doing `work(folder)` only if it is not there.
+    ) -> Artifact:
+        """Return what a stage has made, doing `work(folder)` only if it is not there.
 
         `depends` is JSON-ready and names everything the result depends on: the keys of earlier
         stages, the stage's own settings, digests of its inputs. The code of the module that `work`
@@ -87,7 +94,7 @@ class Stages:
                 manifest = self._make(name, final, work, together)
         report = StageReport(name, key, cached, manifest["seconds"], manifest["peak_memory_bytes"])
         self.reports.append(report)
-        return final, key
+        return Artifact(final, key)
 
     @contextmanager
     def _lock(self, name: str, folder: str) -> Iterator[None]:

@@ -52,7 +52,7 @@ def choose_backend(name: str, device: torch.device) -> str:
     """Return the integer back end.
 
     `auto` is int8 on a CPU and exact floats on a GPU without Triton's kernels. With them it stays
-    `auto`: the model decides (`Networks.integer`).
+    `auto`: the model decides (`QuantizedNetworks.integer`).
     """
     lacking = lacks_kernels(device)
     if name == "auto":

@@ -22,8 +22,8 @@ from spinlab.model.load import describe_model
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.table import result_table
-from spinlab.stages.measure import evaluate, handoff_error, outliers
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.rotations import networks_of
 from spinlab.track.environment import environment
 from spinlab.track.journal import Journal
 from spinlab.track.record import Record
@@ -50,8 +50,8 @@ def run(config: Config, overrides: list[str]) -> Record:
     trackers = Trackers()
     pipeline = Pipeline(config, trackers.log)
     preflight(pipeline, overrides)
-    facts = environment() | {"backend": pipeline.backend}
-    model = describe_model(config.model, pipeline.shape)
+    facts = environment() | {"backend": pipeline.run.backend}
+    model = describe_model(config.model, pipeline.original.shape)
     record = Record(config, overrides, facts, pipeline.identity, model, mirrors=trackers.stopped)
     record.save()
     journal = Journal(record.folder / "run.log", overrides)
@@ -88,9 +88,8 @@ def run(config: Config, overrides: list[str]) -> Record:
 
 def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
     """Make and learn the rotations; return their file."""
-    initial, _ = pipeline.initial
-    learned, key = pipeline.learned
-    if any(report.key == key and report.cached for report in pipeline.stages.reports):
+    initial, (learned, key) = pipeline.initial.path, pipeline.learned
+    if any(report.key == key and report.cached for report in pipeline.run.cache.reports):
         for step, values in enumerate(_read(learned / "curve.json", [])):
             on_step(step, values)
     gate = _read(initial / "gate.json", {})
@@ -104,7 +103,7 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
             "learn/first_loss": curve[0]["loss"],
             "learn/last_loss": curve[-1]["loss"],
         }
-    warn_of_mismatch(pipeline.rotation_of("fake")[0], record.config.weights)
+    warn_of_mismatch(pipeline.rotations("fake"), record.config.weights)
     _save(pipeline, record)
     return learned / "rotations.safetensors"
 
@@ -112,20 +111,20 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 def export(pipeline: Pipeline) -> None:
     """Write the files that the settings ask for: rotations, a transformed checkpoint."""
     config = pipeline.config.export
-    rotations, _ = pipeline.rotation_of("fake")
+    rotations = pipeline.rotations("fake")
     if config.rotations:
         save_rotations(rotations, config.rotations)
     if config.transformed:
-        model = pipeline.networks.stream_rotated(rotations)
-        save_transformed(model, pipeline.tokenizer, rotations, config.transformed)
+        model = networks_of(pipeline.run, pipeline.original).stream_rotated(rotations)
+        save_transformed(model, pipeline.original.tokenizer, rotations, config.transformed)
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:
     """Measure every variant, those on integers once they have passed the gate of the hand-off."""
     for variant in record.config.eval.variants:
         if variant != "fp":
-            record.metrics[_HANDOFF[variant]] = handoff_error(pipeline, variant)
-        record.metrics |= evaluate(pipeline, variant)
+            record.metrics[_HANDOFF[variant]] = pipeline.handoff_error(variant)
+        record.metrics |= pipeline.measure(variant)
         _save(pipeline, record)
     for text in (text.label for text in pipeline.texts[1]):
         both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
@@ -161,7 +160,7 @@ def _gain(record: Record, text: str) -> None:
 
 def _outliers(pipeline: Pipeline, record: Record) -> Path:
     """Draw the layer whose input has the worst outliers, before and after rotating."""
-    peaks = outliers(pipeline)
+    peaks = pipeline.outliers()
     ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
     record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
     layer = int(torch.argmax(next(iter(ratios.values()))))
@@ -184,7 +183,7 @@ def _read(path: Path, default):
 
 
 def _save(pipeline: Pipeline, record: Record) -> Path:
-    record.stages = pipeline.stages.as_json()
+    record.stages = pipeline.run.cache.as_json()
     return record.save()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from safetensors.torch import load_file
 
 from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
@@ -29,7 +28,9 @@ from spinlab.model.seams import dimensions_of
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import check_runtime
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.rotations import gate_tokens
+from spinlab.stages.text import windows_in
 from spinlab.weights.layerwise import check_samples, check_weight_groups
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,9 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_shape(pipeline)
     _check_given(pipeline)
     check_memory(pipeline)
-    _ = pipeline.source
+    _ = pipeline.original.identity
     if pipeline.config.eval.scored:
-        check_tokenizer(pipeline.tokenizer)
+        check_tokenizer(pipeline.original.tokenizer)
     _check_windows(pipeline)
 
 
@@ -64,22 +65,22 @@ def _check_places(config: Config) -> None:
 
 def _check_shape(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
-    config, model = pipeline.config, pipeline.shape
+    config, model = pipeline.config, pipeline.original.shape
     check_context(config, model.config)
     check_weight_groups(model, config.quant)
     input_paths(model, RotationSet(), config.quant)
     kv_path(model, None, config.kv)
     if config.weights.method == "gptq":
         check_samples(config.weights.samples)
-    if pipeline.backend == "triton":
+    if pipeline.run.backend == "triton":
         check_runtime(model)
 
 
 def _check_given(pipeline: Pipeline) -> None:
     """Read the rotations that are given, or see that those of the settings can be made."""
-    given, brought = pipeline.given, pipeline.given_rotations
+    given, brought = pipeline.given.file, pipeline.given.rotations
     if given is None or brought is None or given.suffix == ".bin":
-        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.shape.config))
+        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.original.shape.config))
     learn = pipeline.config.learn
     if brought is not None and learn.steps and "inputs" in learn.rotations:
         check_duals(brought.inputs)
@@ -100,9 +101,12 @@ def _read_texts(pipeline: Pipeline) -> None:
 
 def _check_windows(pipeline: Pipeline) -> None:
     """Cut the texts, as stages of their own, and see that every stage finds a window in them."""
-    shapes = {name: tuple(ids.shape) for name, ids in load_file(pipeline.evaluation[0]).items()}
+    shapes = {name: tuple(ids.shape) for name, ids in windows_in(pipeline.evaluation).items()}
     log.info("%-12s %s", "windows", ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
-    tokens, name = pipeline.calibration_tokens, pipeline.texts[0].label
-    lengths = {**pipeline.config.calibration_windows, "the gates' window": pipeline.gate_tokens}
+    tokens, name = pipeline.calibration.tokens, pipeline.texts[0].label
+    lengths = {
+        **pipeline.config.calibration_windows,
+        "the gates' window": gate_tokens(pipeline.original),
+    }
     for setting, length in lengths.items():
         check_length(tokens, length, name, setting)

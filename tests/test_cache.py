@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 from spinlab import cache
-from spinlab.cache import PROGRESS, Stages
+from spinlab.cache import PROGRESS, Cache
 from spinlab.errors import InputError
 from spinlab.files import kept_tensors, save_tensors, write_json
 
@@ -37,14 +37,14 @@ def work_once(calls: list):
 def test_the_same_inputs_are_computed_once(tmp_path):
     calls: list = []
     for _ in range(2):
-        folder, key = Stages(tmp_path).run("s", {"a": 1}, work_once(calls))
+        folder, key = Cache(tmp_path).run("s", {"a": 1}, work_once(calls))
         assert (folder / "result.txt").read_text() == "42"
         assert folder.name == f"s-{key}"
     assert len(calls) == 1
 
 
 def test_other_inputs_names_and_code_have_other_keys(tmp_path):
-    stages = Stages(tmp_path)
+    stages = Cache(tmp_path)
     keys = {
         stages.run("s", {"a": 1}, work_once([]))[1],
         stages.run("s", {"a": 2}, work_once([]))[1],
@@ -60,13 +60,13 @@ def test_a_failed_stage_keeps_its_progress_and_is_not_finished(tmp_path):
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError):
-        Stages(tmp_path).run("s", 1, fail)
+        Cache(tmp_path).run("s", 1, fail)
 
     def finish(folder):
         assert (folder / PROGRESS / "half.txt").read_text() == "half"
         (folder / "result.txt").write_text("whole")
 
-    folder, _ = Stages(tmp_path).run("s", 1, finish)
+    folder, _ = Cache(tmp_path).run("s", 1, finish)
     assert (folder / "result.txt").read_text() == "whole"
 
 
@@ -84,18 +84,18 @@ def test_a_failed_stage_keeps_its_progress_and_is_not_finished(tmp_path):
 )
 def test_a_damaged_entry_is_computed_again_with_a_warning(tmp_path, caplog, damage):
     calls: list = []
-    folder, _ = Stages(tmp_path).run("s", 1, work_once(calls))
+    folder, _ = Cache(tmp_path).run("s", 1, work_once(calls))
     damage(folder)
     with caplog.at_level(logging.WARNING):
-        Stages(tmp_path).run("s", 1, work_once(calls))
+        Cache(tmp_path).run("s", 1, work_once(calls))
     assert len(calls) == 2
     assert (folder / "result.txt").read_text() == "42"
     assert "is damaged" in caplog.text
 
 
 def test_reports_tell_what_was_cached(tmp_path):
-    Stages(tmp_path).run("s", 1, work_once([]))
-    stages = Stages(tmp_path)
+    Cache(tmp_path).run("s", 1, work_once([]))
+    stages = Cache(tmp_path)
     stages.run("s", 1, work_once([]))
     stages.run("t", 1, work_once([]))
     assert [(r["name"], r["cached"]) for r in stages.as_json()] == [("s", True), ("t", False)]
@@ -152,11 +152,11 @@ def test_killed_anywhere_a_stage_goes_on_without_doing_a_finished_step_again(tmp
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, count)
             try:
-                Stages(root).run("s", 1, layered(steps))
+                Cache(root).run("s", 1, layered(steps))
                 killed = False
             except Killed:
                 killed = True
-        folder, _ = Stages(root).run("s", 1, layered(steps))
+        folder, _ = Cache(root).run("s", 1, layered(steps))
         assert json.loads((folder / "result.json").read_text()) == [123]
         # a step whose file had its last name but was not reported is not done again either
         assert len(steps) <= 4
@@ -181,11 +181,11 @@ def test_a_manifest_that_a_kill_left_is_not_part_of_the_result(tmp_path, caplog)
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        Stages(tmp_path).run("s", 1, fail)
-    folder, _ = Stages(tmp_path).run("s", 1, work_once([]))
+        Cache(tmp_path).run("s", 1, fail)
+    folder, _ = Cache(tmp_path).run("s", 1, work_once([]))
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "result.txt"]
     assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {"result.txt"}
-    assert Stages(tmp_path).run("s", 1, work_once([]))[0] == folder
+    assert Cache(tmp_path).run("s", 1, work_once([]))[0] == folder
     assert "is damaged" not in caplog.text
 
 
@@ -199,22 +199,22 @@ def test_damaged_progress_is_made_again_and_gives_the_same_result(tmp_path, capl
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            Stages(tmp_path).run("s", 1, fail)
+            Cache(tmp_path).run("s", 1, fail)
         (path,) = tmp_path.glob(f"*.partial/{PROGRESS}/2.safetensors")
         path.write_bytes(damage(path.read_bytes()))
-        folder, _ = Stages(tmp_path).run("s", 1, layered(steps))
+        folder, _ = Cache(tmp_path).run("s", 1, layered(steps))
         assert json.loads((folder / "result.json").read_text()) == [123]
         assert steps == [0, 1, 2, 2]
         assert "the progress in 2.safetensors is damaged and is dropped" in caplog.text
 
 
 def test_who_waits_for_another_run_says_so(tmp_path, caplog):
-    folder, _ = Stages(tmp_path).run("s", 1, work_once([]))
+    folder, _ = Cache(tmp_path).run("s", 1, work_once([]))
     lock = FileLock(tmp_path / f"{folder.name}.lock")
     with caplog.at_level(logging.INFO):
         with lock:
             waiting = threading.Thread(
-                target=lambda: Stages(tmp_path).run("s", 1, work_once([])), daemon=True
+                target=lambda: Cache(tmp_path).run("s", 1, work_once([])), daemon=True
             )
             waiting.start()
             while "waits for another run" not in caplog.text:
@@ -225,7 +225,7 @@ def test_who_waits_for_another_run_says_so(tmp_path, caplog):
     assert f"s            waits for another run of {folder.name}" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        Stages(tmp_path).run("s", 1, work_once([]))
+        Cache(tmp_path).run("s", 1, work_once([]))
     assert "waits" not in caplog.text
 
 
@@ -235,7 +235,7 @@ def test_a_stage_that_ends_early_leaves_no_lock_behind(tmp_path, error):
         raise error
 
     with pytest.raises(error):
-        Stages(tmp_path).run("s", 1, fail)
+        Cache(tmp_path).run("s", 1, fail)
     (path,) = tmp_path.glob("*.lock")
     with FileLock(path, timeout=0):
         pass
@@ -247,9 +247,9 @@ def test_a_full_disk_ends_a_stage_in_a_sentence_and_keeps_its_progress(tmp_path)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(InputError, match=r"No space left on device: .* or set paths\.cache to"):
-        Stages(tmp_path).run("s", 1, fail)
+        Cache(tmp_path).run("s", 1, fail)
     steps: list[int] = []
-    Stages(tmp_path).run("s", 1, layered(steps))
+    Cache(tmp_path).run("s", 1, layered(steps))
     assert steps == [1, 2]
 
 
@@ -257,4 +257,4 @@ def test_a_cache_below_a_file_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(InputError, match=r"cannot write .*: set paths\.cache to a folder"):
-            Stages(Path(root)).run("s", 1, work_once([]))
+            Cache(Path(root)).run("s", 1, work_once([]))

@@ -74,3 +74,18 @@ def test_the_closure_goes_through_functions_and_the_faces_of_packages():
     assert "spinlab.config.quant" in found  # through the face of spinlab.config
     assert not found & {"spinlab.config", "spinlab.config.outputs"}
     assert all(name.startswith("spinlab.") for name in found)
+
+
+def test_a_stage_does_not_depend_on_what_comes_after_it_or_beside_it():
+    def rooms(stage: str) -> set[str]:
+        return {name.split(".")[1] for name in closure(f"spinlab.stages.{stage}") if "." in name}
+
+    assert not rooms("learn") & {
+        "runtime",
+        "evaluate",
+        "export",
+        "track",
+    }  # kernels cost no GPU day
+    assert not rooms("weights") & {"learn", "runtime", "evaluate"}
+    assert not rooms("rotate") & {"learn", "weights", "runtime"}
+    assert not rooms("text") & {"rotation", "formats", "learn"}

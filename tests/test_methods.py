@@ -14,8 +14,8 @@ from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
 from spinlab.learn.recipe import warn_of_mismatch
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stages.measure import evaluate, handoff_error, network, outliers
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.rotations import networks_of
 from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -57,7 +57,7 @@ PARTS = {
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
     paths = [f"paths.cache={folder / 'cache'}", "eval.max_windows=1", "eval.tasks=[]"]
-    return Pipeline(composed("+experiment=toy", *overrides, *paths), lambda step, values: None)
+    return Pipeline(composed("+experiment=toy", *overrides, *paths))
 
 
 @pytest.fixture
@@ -86,17 +86,17 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
     )
-    assert handoff_error(run, "int4") < 1e-9
-    metrics = evaluate(run, "fp") | evaluate(run, "fake")
+    assert run.handoff_error("int4") < 1e-9
+    metrics = run.measure("fp") | run.measure("fake")
     # 4 bits cost something, and random weights would leave it at 256
     assert metrics["ppl/wiki/fp"] < metrics["ppl/wiki/fake"] < 4 * metrics["ppl/wiki/fp"]
-    rotations, _ = run.rotation_of("fake")
+    rotations = run.rotations("fake")
     fused, online, inputs = PARTS[method]
     assert (rotations.r1 is not None, rotations.r2 is not None) == (fused, fused)
     assert "".join(n for n in ("r3", "r4") if getattr(rotations, n) is not None) == online
     kinds = {(t.scale is not None, t.dual is not None) for t in rotations.inputs.values()}
     assert kinds == inputs
-    learned = run.learned[0] != run.initial[0]
+    learned = run.learned.path != run.initial.path
     assert learned == (method in steps)
 
 
@@ -115,24 +115,28 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     loaded = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]
     second = pipeline(tmp_path, *loaded, "weights=gptq_llmc", *SMALL)
 
-    rotations, _ = second.rotation_of("fake")
+    rotations = second.rotations("fake")
     assert rotations.r1 is None
     assert rotations.r2 is None
     for name in ("r3", "r4", "cross_head"):
-        expected = getattr(first.rotation_of("fake")[0], name).dense()
+        expected = getattr(first.rotations("fake"), name).dense()
         assert torch.equal(getattr(rotations, name).dense(), expected)
     assert rotations.about["fused"] == ["r1", "r2"]
     # the checkpoint alone is the original; with the rotations of its manifest it still is
-    ids = first.windows("gate", 1, 32)
-    original = network(first, "fp")[0](ids).logits
-    assert torch.allclose(network(second, "fp")[0](ids).logits, original, atol=1e-4)
-    rotated = second.networks.rotated(rotations)
+    ids = first.calibration.windows("gate", 1, 32)
+    original = first.network("fp")[0](ids).logits
+    assert torch.allclose(
+        second.network("fp")[0](ids).logits,
+        original,
+        atol=1e-4,
+    )
+    rotated = networks_of(second.run, second.original).rotated(rotations)
     assert torch.allclose(rotated(ids).logits, original, atol=1e-4)
     # and it is rounded as the first run's own network would be
     rtn = pipeline(tmp_path, *loaded, "weights=rtn")
-    found, expected = (network(run, "fake")[0](ids).logits for run in (rtn, first))
+    found, expected = (run.network("fake")[0](ids).logits for run in (rtn, first))
     assert (found - expected).norm() < 0.1 * (expected - original).norm()
-    assert handoff_error(second, "int4") < 1e-9
+    assert second.handoff_error("int4") < 1e-9
 
 
 def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
@@ -146,7 +150,7 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
         with pytest.raises(InputError, match="holds a transformed model"):
             _ = pipeline(tmp_path, *path, *more).initial
     loaded = pipeline(tmp_path, *path, "learn=none")
-    assert set(outliers(loaded)) == {"init", "learned"}  # it has no "before"
+    assert set(loaded.outliers()) == {"init", "learned"}  # it has no "before"
     manifest = tmp_path / "t" / "transform.safetensors"
     with pytest.raises(InputError, match=r"has r1, r2 in its weights: give the model's folder"):
         _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
@@ -176,27 +180,27 @@ def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, 
 def test_wide_and_narrow_weights_may_share_an_input(tmp_path, overrides):
     variants = "eval.variants=[fp,fake]"
     run = pipeline(tmp_path, "learn=none", f"quant.overrides={overrides}", variants)
-    assert handoff_error(run, "int4") < 1e-9
-    assert "bits/weights/fake" in evaluate(run, "fake")
+    assert run.handoff_error("int4") < 1e-9
+    assert "bits/weights/fake" in run.measure("fake")
 
 
 def test_settings_without_a_part_in_the_learning_do_not_learn_again(tmp_path):
     base = ["learn.steps=2", "learn.quantize_weights=false"]
-    key = pipeline(tmp_path, *base).learned[1]
+    key = pipeline(tmp_path, *base).learned.key
     for same in (
         "quant.weights.bits=3",
         "rotation.duquant.steps=3",
         "rotation.statistics.samples=5",
         'quant.overrides=[{pattern:"*.up_proj",weights:{bits:8}}]',
     ):
-        assert pipeline(tmp_path, *base, same).learned[1] == key
+        assert pipeline(tmp_path, *base, same).learned.key == key
     for other in (
         "rotation.r4_block=64",
         "kv.v_clip_ratio=0.9",
         "kv.q_bits=4",
         'quant.overrides=[{pattern:"*.down_proj",activations:{bits:8}}]',
     ):
-        assert pipeline(tmp_path, *base, other).learned[1] != key
+        assert pipeline(tmp_path, *base, other).learned.key != key
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
@@ -205,11 +209,11 @@ def test_a_rotation_learned_elsewhere_is_used_as_it_is(tmp_path, suffix):
     first = pipeline(tmp_path, f"export.rotations={file}", "learn.steps=3")
     export(first)
     second = pipeline(tmp_path, f"rotation.load={file}", "learn=none")
-    learned, loaded = (run.rotation_of("fake")[0] for run in (first, second))
+    learned, loaded = (run.rotations("fake") for run in (first, second))
     assert torch.allclose(loaded.r1, learned.r1, atol=1e-6)
     assert torch.allclose(loaded.r2, learned.r2, atol=1e-6)
     assert torch.equal(loaded.r4.dense(), learned.r4.dense())
-    drawn = pipeline(tmp_path, "learn=none").rotation_of("fake")[0]
+    drawn = pipeline(tmp_path, "learn=none").rotations("fake")
     assert not torch.allclose(loaded.r1, drawn.r1, atol=1e-3)
 
 
@@ -234,17 +238,17 @@ def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_pa
     exports = [f"export.rotations={file}", f"export.transformed={folder}"]
     first = pipeline(tmp_path, *text, *settings, *exports)
     export(first)
-    expected = evaluate(first, "fake")
+    expected = first.measure("fake")
     weights = [s for s in settings if s.startswith("weights")]
     loaded = pipeline(tmp_path, *text, *PLAIN, *weights, f"rotation.load={file}")
-    assert evaluate(loaded, "fake") == expected
+    assert loaded.measure("fake") == expected
     model = ["eval.variants=[fp,fake]", "model.weights=pretrained", f"model.path={folder}"]
-    assert evaluate(pipeline(tmp_path, *text, *PLAIN, *weights, *model), "fake") == expected
+    assert pipeline(tmp_path, *text, *PLAIN, *weights, *model).measure("fake") == expected
     if "learn.lr_clip=0.3" in settings:  # and it is not the number without them
-        forgetful = replace(loaded.rotation_of("fake")[0], weight_clips={}, clips={})
+        forgetful = replace(loaded.rotations("fake"), weight_clips={}, clips={})
         forgetful.save(file)
         assert (
-            evaluate(pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}"), "fake") != expected
+            pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}").measure("fake") != expected
         )
 
 
@@ -256,15 +260,13 @@ def test_a_loaded_rotation_is_learned_on_in_one_line(tmp_path, text, caplog):
     )
     assert "further" not in caplog.text
     further = pipeline(tmp_path, *text, f"rotation.load={file}", "learn.steps=2", "learn.lr_clip=0")
-    start, end = (further.rotation_of(variant)[0] for variant in ("init", "fake"))
+    start, end = (further.rotations(variant) for variant in ("init", "fake"))
     assert not torch.allclose(end.r1, start.r1, atol=1e-6)
     assert (bool(start.weight_clips), bool(end.weight_clips)) == (True, False)
     (line,) = (r.getMessage() for r in caplog.records if "further" in r.getMessage())
     assert "R.safetensors, which was learned for 3 steps" in line
     assert "learn.lr_clip=0 leaves weight ranges to the clip search" in line
-    assert (
-        pipeline(tmp_path, *text, f"rotation.load={file}").rotation_of("rtn")[0].weight_clips == {}
-    )
+    assert pipeline(tmp_path, *text, f"rotation.load={file}").rotations("rtn").weight_clips == {}
 
 
 def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text, caplog):
@@ -273,32 +275,32 @@ def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text
         pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=2", "learn.lr_clip=0.3")
     )
     same = pipeline(tmp_path, *text, "learn=none", f"rotation.load={file}")
-    assert same.rotation_of("fake")[0].weight_clips
+    assert same.rotations("fake").weight_clips
     assert "carries" not in caplog.text
     for other in ("quant.weights.bits=3", "weights=gptq"):
         caplog.clear()
         run = pipeline(tmp_path, *text, "learn=none", f"rotation.load={file}", other)
-        assert run.rotation_of("fake")[0].weight_clips == {}
+        assert run.rotations("fake").weight_clips == {}
         assert caplog.text.count("R.safetensors carries weight ranges learned for") == 1
 
 
 def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
     run = pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true", "weights=gptq", *SMALL)
-    rotations, _ = run.rotation_of("fake")
+    rotations = run.rotations("fake")
     warn_of_mismatch(rotations, run.config.weights)
     assert "learned with 4-bit weights in the loop and are used with weights=gptq" in caplog.text
     assert rotations.about["trained"]["weights_bits"] == 4
     assert rotations.about["family"] == "llama"
     caplog.clear()
     warn_of_mismatch(rotations, composed("weights=rtn").weights)
-    warn_of_mismatch(run.rotation_of("init")[0], run.config.weights)
+    warn_of_mismatch(run.rotations("init"), run.config.weights)
     assert not caplog.text
 
 
 def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     ends = ["quant.head.bits=8", "quant.embedding.bits=8"]
     run = pipeline(tmp_path, "quant=w4a4_down8", *ends, "learn=none")
-    model, weights = network(run, "int4")
+    model, weights = run.network("int4")
     bits = {name.rpartition(".")[2]: weight.grid.bits for name, weight in weights.items()}
     assert bits == {"lm_head": 8, "embed_tokens": 8, "down_proj": 8} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 4
@@ -307,8 +309,8 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.grid.bits == 4
     for name in ("lm_head", "model.embed_tokens"):
         assert torch.equal(model.get_submodule(name).weight, weights[name].dequantize())
-    assert handoff_error(run, "int4") < 1e-9
-    assert network(run, "fp")[1] is None
+    assert run.handoff_error("int4") < 1e-9
+    assert run.network("fp")[1] is None
 
 
 def test_what_was_exported_is_in_no_record(tmp_path):

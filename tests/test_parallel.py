@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.__main__ import main
-from spinlab.cache import Stages
+from spinlab.cache import Cache
 from spinlab.config import ModelConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.device import choose_device
 from spinlab.errors import InputError
@@ -55,7 +55,7 @@ FAILS = """
 import sys
 from pathlib import Path
 from spinlab import parallel
-from spinlab.cache import Stages
+from spinlab.cache import Cache
 
 def work(folder):
     if not parallel.is_main():
@@ -63,7 +63,7 @@ def work(folder):
     parallel.barrier()
 
 parallel.start("cpu")
-Stages(Path(sys.argv[1]) / "cache").run("s", 1, work, together=True)
+Cache(Path(sys.argv[1]) / "cache").run("s", 1, work, together=True)
 """
 
 
@@ -127,7 +127,7 @@ def exchanged() -> dict:
 
 def stages(out: Path) -> dict:
     """Tell who worked on a stage of each kind, and what all hold of them afterwards."""
-    told, worked = Stages(out / "cache"), []
+    told, worked = Cache(out / "cache"), []
 
     def work(folder: Path) -> None:
         worked.append([folder.name, parallel.world()])
@@ -281,7 +281,7 @@ def test_a_failure_in_another_process_ends_the_job(tmp_path):
 
 
 def test_a_stage_within_a_stage_is_refused(tmp_path):
-    told = Stages(tmp_path)
+    told = Cache(tmp_path)
 
     def work(folder: Path) -> None:
         told.run("inner", 1, lambda folder: None)

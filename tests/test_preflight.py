@@ -16,18 +16,19 @@ from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.rotations import gate_ids
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
     settings = ["+experiment=toy", "eval.tasks=[]", "eval.max_windows=1", "learn=none", *overrides]
     config = composed(*settings, f"paths.cache={folder / 'cache'}")
-    return Pipeline(config, lambda step, values: None)
+    return Pipeline(config)
 
 
 def begun(run: Pipeline) -> set[str]:
     """Return the names of the stages that were asked for; `check` reads every weight."""
-    return {report.name for report in run.stages.reports}
+    return {report.name for report in run.run.cache.reports}
 
 
 def refused(folder: Path, *overrides: str) -> str:
@@ -102,7 +103,7 @@ def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
 
 def test_a_runtime_that_cannot_compute_the_model_is_refused_before_any_stage(tmp_path):
     run = pipeline(tmp_path, "model=random", "+model.architecture.hidden_act=gelu")
-    run.backend = "triton"  # as on a machine that has it
+    run.run.backend = "triton"  # as on a machine that has it
     with pytest.raises(InputError, match=r"gates by SiLU only.*runtime.backend=reference"):
         preflight(run)
     assert not begun(run)
@@ -116,7 +117,7 @@ def test_questions_and_tokenizer_are_looked_at_before_any_stage(tmp_path, monkey
     )
     monkeypatch.undo()
     run = pipeline(tmp_path, "eval.tasks=[piqa]")
-    run.tokenizer.eos_token = None
+    run.original.tokenizer.eos_token = None
     with pytest.raises(InputError, match="it has neither"):
         preflight(run)
     assert begun(run) <= {"check"}
@@ -155,15 +156,16 @@ def test_a_window_longer_than_the_calibration_text_is_refused_before_it_is_used(
 
 def test_gates_look_at_no_more_than_the_models_context(tmp_path):
     short = ["model=random", "model.architecture.max_position_embeddings=64", "eval.window=64"]
-    assert pipeline(tmp_path, *short).gate_ids.shape == (1, 64)
-    assert pipeline(tmp_path).gate_ids.shape == (1, 256)
+    for settings, length in ((short, 64), ([], 256)):
+        run = pipeline(tmp_path, *settings)
+        assert gate_ids(run.original, run.calibration).shape == (1, length)
 
 
 def test_a_sentence_does_not_depend_on_what_is_cached(tmp_path):
     groups = ["quant.weights.group_size=12"]
     run = pipeline(tmp_path, *groups, "quant.o_proj_per_head=false")
     preflight(run)
-    run.weights_of("fake")  # a key that knows nothing of the inputs' groups
+    run.weights("fake")  # a key that knows nothing of the inputs' groups
     again = pipeline(tmp_path, *groups)
     with pytest.raises(InputError, match="do not nest"):
         preflight(again)

@@ -17,7 +17,7 @@ from spinlab.data.text import TEXTS, fixed_windows, tokenize
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.weights.layerwise import quantize_rtn
@@ -43,10 +43,10 @@ def smollm2(tmp_path_factory):
     return folder, rotations, ids
 
 
-def networks(folder, dtype: str = "float32") -> Networks:
+def networks(folder, dtype: str = "float32") -> QuantizedNetworks:
     config = ModelConfig(**{**vars(MODEL), "dtype": dtype})
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
-    return Networks(lambda: load_model(config, folder, 0), quant, KVConfig())
+    return QuantizedNetworks(lambda: load_model(config, folder, 0), quant, KVConfig())
 
 
 @pytest.mark.slow

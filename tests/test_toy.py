@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from spinlab.compose import composed
 from spinlab.model.bytes import byte_tokenizer
-from spinlab.stages.measure import evaluate
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 from spinlab.train_toy import FOLDER, plant_outliers, untrained_toy
 
 Perplexities = Callable[..., tuple[float, float]]
@@ -23,8 +22,8 @@ def perplexities(tmp_path_factory) -> Perplexities:
     paths = [f"paths.cache={tmp_path_factory.mktemp('toy') / 'cache'}", "eval.tasks=[]"]
 
     def measure(variant: str, *settings: str) -> tuple[float, float]:
-        run = Pipeline(composed("+experiment=toy", *paths, *settings), lambda step, values: None)
-        found = evaluate(run, variant)
+        run = Pipeline(composed("+experiment=toy", *paths, *settings))
+        found = run.measure(variant)
         return found[f"ppl/wiki/{variant}"], found[f"ppl/c4/{variant}"]
 
     return measure

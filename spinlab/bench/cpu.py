@@ -23,7 +23,7 @@ from spinlab.fakequant.activations import InputPath
 from spinlab.formats.integer import Grid
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.runtime.kernels.matmul import kernel_for
 from spinlab.runtime.stock.linear import IntegerLinear
@@ -107,7 +107,9 @@ def _models(name: str, layers: int | None) -> dict[str, PreTrainedModel]:
     quant, wide = QuantConfig(), original()
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), dimensions_of(wide.config), generator)
-    networks = {kind: Networks(original, quant, config) for kind, config in _CACHES.items()}
+    networks = {
+        kind: QuantizedNetworks(original, quant, config) for kind, config in _CACHES.items()
+    }
     weights = quantize_rtn(networks["kv16"].fused(rotations), quant, _ROUNDING, {})
     integer = {f"int4_{k}": n.integer(rotations, weights, "cpu") for k, n in networks.items()}
     return {"fp32": wide, **integer}

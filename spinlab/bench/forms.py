@@ -9,7 +9,7 @@ from spinlab.bench.clock import now
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
 from spinlab.learn.spaces.definition import PlainSpace
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 from spinlab.track.environment import environment
 
 
@@ -19,19 +19,21 @@ def bench_forms(config: Config) -> dict[str, Any]:
     Both start from the same rotations and read the same windows; the plain one rotates every weight
     in float64 at each forward pass, as SpinQuant's published code does.
     """
-    pipeline = Pipeline(config, lambda step, values: None)
+    pipeline = Pipeline(config)
     learn = config.learn
     if "inputs" in learn.rotations or learn.lr_input_clip:
         raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
-    windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
+    windows = pipeline.calibration.windows(
+        "learn", learn.steps * learn.batch, learn.sequence_length
+    )
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
     for name, form in (("fast", None), ("plain", PlainSpace)):
-        learner = pipeline.learner(form)
+        learner = pipeline.learning.learner(form)
         for index, batch in enumerate(windows.split(learn.batch)):
-            begin = now(pipeline.device)
+            begin = now(pipeline.run.device)
             losses[name].append(learner.step(index, batch)["loss"])
-            seconds[name].append(now(pipeline.device) - begin)
+            seconds[name].append(now(pipeline.run.device) - begin)
     return {
         "schema": 1,
         "experiment": f"bench/forms/{config.name}",

@@ -25,7 +25,7 @@ from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.loop import RotationLearner, rounds_weights
 from spinlab.learn.placement import recompute_layers, shard_layers
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.track.environment import environment
 
@@ -93,7 +93,7 @@ def _learner(
     model = original()
     dimensions = dimensions_of(model.config)
     start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
-    network = Networks(lambda: model, quant, KVConfig()).learnable(start)
+    network = RotatedNetworks(lambda: model, quant, KVConfig()).learnable(start)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None
     return RotationLearner(network, start, learn, quant, WeightsConfig(), teacher)

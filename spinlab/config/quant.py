@@ -118,6 +118,11 @@ class WeightsConfig:
     lwc_epochs: int = 0  # RTN: learnable weight clipping, layer by layer, this many epochs
     lwc_lr: float = 5e-3
 
+    @property
+    def clip_settings(self) -> dict[str, Any]:
+        """The settings that RTN depends on: those of its clip search."""
+        return {k: v for k, v in vars(self).items() if k.startswith("clip_")}
+
     def __post_init__(self) -> None:
         choice("weights.method", self.method, METHODS)
         for name in ("clip_norm", "percdamp", "lwc_lr"):

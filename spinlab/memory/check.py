@@ -5,7 +5,7 @@ import torch
 from spinlab.errors import InputError
 from spinlab.memory.machine import gib, left_on_device, left_on_host
 from spinlab.memory.needs import Job, Need, needs
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 
 
 def check_memory(pipeline: Pipeline) -> None:
@@ -13,9 +13,9 @@ def check_memory(pipeline: Pipeline) -> None:
 
     Of several processes most stages are the first one's alone: it may take the whole host.
     """
-    device = pipeline.device
+    device = pipeline.run.device
     of_device = left_on_device(device) if device.type == "cuda" else None
-    job = Job(pipeline.config, pipeline.shape, device)
+    job = Job(pipeline.config, pipeline.original.shape, device)
     check_needs(needs(job), left_on_host(swap=True, alone=True), of_device, device)
 
 

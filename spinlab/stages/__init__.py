@@ -1,1 +1,1 @@
-"""The stages of a run, in the order of the pipeline: run, rotate, learn, weights, measure."""
+"""The stages of an experiment, one module each; `pipeline` is their order."""

@@ -1,19 +1,17 @@
-"""The third part of an experiment's stages: rotations learned against the quantized network."""
+"""Stage `learn`: rotations learned against the quantized network, with the ranges learned along."""
 
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spinlab import parallel
-from spinlab.cache import PROGRESS
-from spinlab.config import Config, WeightsConfig, plain
+from spinlab.cache import PROGRESS, Artifact
+from spinlab.config import Config, plain
 from spinlab.errors import InputError
 from spinlab.files import replacing, write_json
 from spinlab.learn.announce import announce
@@ -25,81 +23,90 @@ from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.recipe import announce_further, training_of
 from spinlab.learn.spaces.base import NetworkForm, Parts
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stages.rotate import Start
+from spinlab.stages.original import Original
+from spinlab.stages.rotations import FILE, gate, networks_of, rotations_in
+from spinlab.stages.run import Run
+from spinlab.stages.text import Calibration
 
 log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, dict[str, float]], None]
 
 # settings of the learning that its result does not depend on
 _APART = ("save_every", "checkpoint", "max_loss_ratio")
 
 
-def clip_settings(config: WeightsConfig) -> dict[str, Any]:
-    """Return the settings that RTN depends on: those of its clip search."""
-    return {name: value for name, value in plain(config).items() if name.startswith("clip_")}
+def check_batch(config: Config) -> None:
+    """Raise InputError where processes cannot share out a batch evenly."""
+    learn, processes = config.learn, parallel.world()
+    if learn.steps and learn.batch % (processes * learn.micro_batch):
+        raise InputError(
+            f"learn.batch={learn.batch} must be a multiple of {processes} processes x "
+            f"learn.micro_batch={learn.micro_batch}"
+        )
 
 
-class Learning(Start):
-    """Add the learned rotations, with the ranges learned together with them."""
+def learns(run: Run, initial: Artifact) -> bool:
+    """Tell whether there is anything to learn: steps, and a rotation that is on."""
+    learn = run.config.learn
+    if learn.steps == 0:
+        return False
+    start = rotations_in(run, initial)
+    held = [getattr(start, name) for name in learn.rotations]
+    if any(isinstance(x, torch.Tensor) or x for x in held):
+        return True
+    log.info("%-12s nothing: %s are off", "learn", " and ".join(learn.rotations))
+    return False
 
-    def __init__(self, config: Config, on_step: Callable[[int, dict], None]) -> None:
-        super().__init__(config)
-        self.on_step = on_step
-        learn, processes = config.learn, parallel.world()
-        if learn.steps and learn.batch % (processes * learn.micro_batch):
-            raise InputError(
-                f"learn.batch={learn.batch} must be a multiple of {processes} processes x "
-                f"learn.micro_batch={learn.micro_batch}"
-            )
 
-    @cached_property
-    def learned(self) -> tuple[Path, str]:
-        """The learned rotations with their curve; the initial ones if nothing is learned."""
-        config = self.config
-        if not self.learns:
-            return self.initial
-        if self.given is not None:
-            announce_further(self.rotations_in(self.initial[0]), config.learn, self.given.name)
+@dataclass(frozen=True)
+class Learning:
+    """Learn on from initial rotations. further: the file that they come from, if any."""
+
+    run: Run
+    original: Original
+    calibration: Calibration
+    initial: Artifact
+    on_step: OnStep
+    further: Path | None = None
+
+    def artifact(self) -> Artifact:
+        """Return the learned rotations with their curve, as a stage."""
+        config = self.run.config
+        if self.further is not None:
+            start = rotations_in(self.run, self.initial)
+            announce_further(start, config.learn, self.further.name)
         settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
         quant = config.quant
         inputs = [o for o in quant.overrides if "activations" in o]
         formats = [quant.activations, quant.o_proj_per_head, inputs, config.kv]
         if config.learn.quantize_weights:
-            formats += [quant.weights, quant.overrides, clip_settings(config.weights)]
-        depends = [self.initial[1], self.calibration[1], settings, plain(formats), config.seed]
+            formats += [quant.weights, quant.overrides, config.weights.clip_settings]
+        depends = [self.initial.key, self.calibration.key, settings, plain(formats), config.seed]
         depends.append(version("geoopt"))
-        return self.stages.run("learn", depends, self._learn, together=True)
+        return self.run.cache.run("learn", depends, self._work, together=True)
 
-    @cached_property
-    def learns(self) -> bool:
-        """Tell whether there is anything to learn: steps, and a rotation that is on."""
-        learn = self.config.learn
-        if learn.steps == 0:
-            return False
-        start = self.rotations_in(self.initial[0])
-        held = [getattr(start, name) for name in learn.rotations]
-        if any(isinstance(x, torch.Tensor) or x for x in held):
-            return True
-        log.info("%-12s nothing: %s are off", "learn", " and ".join(learn.rotations))
-        return False
-
-    def _learn(self, out: Path) -> None:
+    def _work(self, out: Path) -> None:
         """Learn on all processes, and write what came of it on the first."""
         rotations, curve = self._optimize(out)
         if not parallel.is_main():
             return
         gc.collect()  # hooks keep the learner's network, which would stand beside the gate's
-        self._described(rotations).save(out / "rotations.safetensors")
-        write_json(out / "gate.json", self.gate(rotations))
+        self._described(rotations).save(out / FILE)
+        error = gate(self.run, self.original, self.calibration, rotations)
+        write_json(out / "gate.json", error)
         write_json(out / "curve.json", curve)
 
     def _described(self, rotations: RotationSet) -> RotationSet:
-        return replace(rotations, about={**(rotations.about or {}), **training_of(self.config)})
+        about = {**(rotations.about or {}), **training_of(self.run.config)}
+        return replace(rotations, about=about)
 
     def _optimize(self, out: Path) -> tuple[RotationSet, list[dict[str, float]]]:
         """Run the learning loop; return all that was learned, and the curve."""
-        learn = self.config.learn
+        learn = self.run.config.learn
         learner = self.learner()
-        windows = self.windows("learn", learn.steps * learn.batch, learn.sequence_length)
+        count = learn.steps * learn.batch
+        windows = self.calibration.windows("learn", count, learn.sequence_length)
         progress = out / PROGRESS / "learn.safetensors"
         curve = resume(learner, progress)
         parallel.barrier()  # all have read it before the first one writes the next
@@ -121,16 +128,17 @@ class Learning(Start):
 
     def learner(self, form: Callable[[Parts], NetworkForm] | None = None) -> RotationLearner:
         """Assemble what is learned on, where it fits; form: another way to compute the same."""
-        config = self.config
+        config = self.run.config
         learn, processes = config.learn, parallel.world()
-        start = self.rotations_in(self.initial[0])
-        network = self.networks.learnable(start, inputs="inputs" in learn.rotations)
+        start = rotations_in(self.run, self.initial)
+        networks = networks_of(self.run, self.original)
+        network = networks.learnable(start, inputs="inputs" in learn.rotations)
         expected = estimate(network, learn, config.quant, processes)
-        checkpoint = choose_checkpoint(expected, learn, self.device)
-        announce(expected, checkpoint, self.device)
+        checkpoint = choose_checkpoint(expected, learn, self.run.device)
+        announce(expected, checkpoint, self.run.device)
         rounded = rounds_weights(learn, config.quant)
         apart = rounded or form is not None  # the network without quantizers is not the original
-        teacher = self.original() if learn.objective.needs_teacher and apart else None
+        teacher = self.original.load() if learn.objective.needs_teacher and apart else None
         formats = learn, config.quant, config.weights
         learner = RotationLearner(network, start, *formats, teacher=teacher, form=form)
         if checkpoint:

@@ -35,7 +35,7 @@ _PATH = re.compile(r"(?<![\w.:/~])(?:~\w*|\.\.?)?/[^\s'\",;:()\[\]{}]+")
 def record_key(config: Config, identity: dict[str, Any]) -> str:
     """Identify an experiment by all that can change its numbers: its settings and its contents.
 
-    identity: what `spinlab.stages.rotate.Start.identity` tells of them.
+    identity: what `spinlab.stages.pipeline.Pipeline.identity` tells of them.
     """
     settings = {k: v for k, v in _settings(config).items() if k not in _NOT_IN_KEY}
     for group, places in _PLACES.items():

@@ -11,8 +11,7 @@ import torch
 from spinlab.cache import _give_back_memory
 from spinlab.compose import composed
 from spinlab.memory.needs import Job, needs
-from spinlab.stages.measure import evaluate, handoff_error
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 
 
 def status(name: str) -> int:
@@ -34,21 +33,21 @@ def peak(work) -> int:
 
 def main(folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    run = Pipeline(composed(*overrides, f"paths.cache={folder}"), lambda step, values: None)
+    run = Pipeline(composed(*overrides, f"paths.cache={folder}"))
     assert run.calibration and run.evaluation
-    run.shape  # noqa: B018
+    run.original.shape  # noqa: B018
     work = {"the gate of the rotated model, in float32,": lambda: run.initial}
     if run.config.learn.steps:
         work["learning"] = lambda: run.learned
     gptq = run.config.weights.method == "gptq"
-    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights_of("int4")
+    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights("int4")
     for variant in run.config.eval.variants:
         work[f"measuring {variant}"] = lambda v=variant: (
-            v == "fp" or handoff_error(run, v),
-            evaluate(run, v),
+            v == "fp" or run.handoff_error(v),
+            run.measure(v),
         )
     expected: dict[str, int] = {}
-    for need in needs(Job(run.config, run.shape, run.device)):
+    for need in needs(Job(run.config, run.original.shape, run.run.device)):
         expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
     print(json.dumps({name: [expected[name], peak(call)] for name, call in work.items()}))
 

@@ -6,7 +6,7 @@ import torch
 from spinlab.config import KVConfig, QuantConfig, RotationConfig
 from spinlab.kv.cache import CodedCache, attach_kv, kv_path
 from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSeam, check_invariance, logits, relative_error
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import hadamard_rotation
@@ -48,7 +48,9 @@ def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind
     config = RotationConfig(r1=kind, r2=kind, r3=kind, r4=kind)
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(config, dimensions_of(original.config), generator)
-    networks = Networks(lambda: make_family_model(family, **changes), QuantConfig(), KVConfig())
+    networks = QuantizedNetworks(
+        lambda: make_family_model(family, **changes), QuantConfig(), KVConfig()
+    )
     rotated = networks.rotated(rotations)
     assert relative_error(logits(rotated, ids), logits(original, ids)) < 1e-9
 
@@ -56,7 +58,7 @@ def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind
 @pytest.mark.parametrize("seam", ["self_attn.qkv_proj.v_proj", "mlp.gate_up_proj.up_proj"])
 def test_a_broken_part_of_a_fused_linear_is_named(make_family_model, ids, seam):
     original = make_family_model("phi3")
-    networks = Networks(lambda: make_family_model("phi3"), QuantConfig(), KVConfig())
+    networks = QuantizedNetworks(lambda: make_family_model("phi3"), QuantConfig(), KVConfig())
     rotations = initial_rotations(
         RotationConfig(), dimensions_of(original.config), torch.Generator().manual_seed(0)
     )

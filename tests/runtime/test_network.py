@@ -5,13 +5,16 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, W
 from spinlab.errors import InputError
 from spinlab.formats.integer import Grid, scale_and_zero
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
-from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
+from spinlab.networks.exact import ExactNetworks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
+from spinlab.stages.measure import stored_bytes
+from spinlab.stages.outliers import channel_peaks
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -19,7 +22,7 @@ KV = KVConfig()
 
 
 def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
-    networks = Networks(lambda: make_model(dtype), quant, kv)
+    networks = QuantizedNetworks(lambda: make_model(dtype), quant, kv)
     dimensions = dimensions_of(make_model().config)
     rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
@@ -55,7 +58,7 @@ def test_emulated_and_integer_networks_agree_to_the_last_bit(make_model, ids):
 
 def test_without_quantized_weights_the_network_keeps_its_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
-    networks = Networks(lambda: make_model(), quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(lambda: make_model(), quant, KVConfig(16, 16))
     _, rotations, _ = prepared(make_model)
     found = networks.integer(rotations, {}, "cpu")(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
@@ -185,7 +188,7 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
     found = gptq(tmp_path / "whole")
     assert found.keys() == weights.keys()
     original = make_model(torch.float32)(windows).logits
-    quiet = Networks(
+    quiet = QuantizedNetworks(
         networks.original, QuantConfig(activations=TensorQuant(bits=16)), KVConfig(16, 16)
     )
     errors = [

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import decoder_of, dimensions_of, linear_at
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
@@ -28,7 +28,7 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 def prepared(make, quant=QUANT, kv=None, rotation=None):
-    networks = Networks(make, quant, kv or KVConfig())
+    networks = QuantizedNetworks(make, quant, kv or KVConfig())
     generator = torch.Generator().manual_seed(0)
     dimensions = dimensions_of(make().config)
     rotations = initial_rotations(rotation or RotationConfig(), dimensions, generator)
@@ -218,7 +218,7 @@ def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_mode
         order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
         inputs[key] = ScaledDual(dual=DualTransform(block, order, block))
     rotations = RotationSet(r3=hadamard_rotation(8), inputs=inputs)
-    networks = Networks(make_model, QUANT, KVConfig())
+    networks = QuantizedNetworks(make_model, QUANT, KVConfig())
     weights = quantize_rtn(networks.fused(rotations), QUANT, WeightsConfig(), {})
     model = runtime(networks, rotations, weights)
     assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
@@ -264,7 +264,7 @@ def test_what_kernels_lack_runs_in_torch_with_one_warning(make_model, ids, quant
 def test_linears_without_quantized_weights_keep_their_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
     networks, rotations, _ = prepared(make_model)
-    networks = Networks(make_model, quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(make_model, quant, KVConfig(16, 16))
     found = runtime(networks, rotations, {})(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
 

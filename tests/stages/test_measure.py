@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import spinlab.experiment as experiment
 import spinlab.memory.check as check
@@ -16,9 +15,11 @@ import spinlab.runtime.stock.insert as network
 from spinlab.compose import composed
 from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
-from spinlab.stages.measure import BrokenHandoff, evaluate, handoff_error
-from spinlab.stages.rotate import GATE_TOKENS
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.handoff import BrokenHandoff
+from spinlab.stages.original import Original
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.rotations import GATE_TOKENS
+from spinlab.stages.text import windows_in
 from spinlab.track.record import Record
 
 QUANTIZED = ("rtn", "init", "fake", "int4")
@@ -34,7 +35,7 @@ def settings(folder, *overrides):
 
 
 def pipeline(folder, *overrides) -> Pipeline:
-    return Pipeline(settings(folder, *overrides), lambda step, values: None)
+    return Pipeline(settings(folder, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +61,30 @@ def saturating(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, variant):
-    assert handoff_error(pipeline(folder), variant) < 1e-12
+    assert pipeline(folder).handoff_error(variant) < 1e-12
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
     monkeypatch.setattr(network, "kernel_for", lambda backend, grid: saturating)
     with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=reference"):
-        handoff_error(pipeline(folder), variant)
+        pipeline(folder).handoff_error(variant)
     assert not list((folder / "cache").glob("handoff-*/manifest.json"))
 
 
 def test_no_network_of_the_handoff_stands_beside_another(folder):
     run, made = pipeline(folder), []
-    run.initial, run.weights_of("int4")
-    original = run.original
+    run.initial, run.weights("int4")
+    load = run.original.load
 
     def recorded(*args):
         assert not [ref for ref in made if ref() is not None]
-        model = original(*args)
+        model = load(*args)
         made.append(weakref.ref(model))
         return model
 
-    run.original = recorded
-    assert handoff_error(run, "int4") < 1e-12
+    run.original.load = recorded
+    assert run.handoff_error("int4") < 1e-12
     assert len(made) == 2
 
 
@@ -103,7 +104,7 @@ except ResultError as error:
     print(error)
 tests.network.kernel_for = lambda backend, grid: tests.saturating
 try:
-    tests.handoff_error(tests.pipeline(Path({folder!r})), "int4")
+    tests.pipeline(Path({folder!r})).handoff_error("int4")
     print("passed")
 except ResultError as error:
     print(error)
@@ -123,17 +124,22 @@ def test_gates_hold_without_assertions(folder, request):
 @pytest.fixture
 def unseen_nan(monkeypatch):
     """Put a nan where the gates' tokens do not look: the embedding of a byte that is not there."""
-    original = Pipeline.original
+    load, made = Original.load, Pipeline.__init__
+
+    def known(self, *args):
+        made(self, *args)
+        self.original.pipeline = self
 
     def poisoned(self, *args):
-        model = original(self, *args)
-        seen = set(self.windows("gate", 1, GATE_TOKENS).flatten().tolist())
-        read = load_file(self.evaluation[0])["wiki"].flatten().tolist()
+        model, run = load(self, *args), self.pipeline
+        seen = set(run.calibration.windows("gate", 1, GATE_TOKENS).flatten().tolist())
+        read = windows_in(run.evaluation)["wiki"].flatten().tolist()
         token = next(t for t in read if t not in seen)
         model.get_input_embeddings().weight.data[token, 0] = torch.nan
         return model
 
-    monkeypatch.setattr(Pipeline, "original", poisoned)
+    monkeypatch.setattr(Pipeline, "__init__", known)
+    monkeypatch.setattr(Original, "load", poisoned)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # nan to a byte, in numpy
@@ -142,9 +148,9 @@ def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen
     run = pipeline(folder)
     assert run.calibration and run.evaluation
     if variant == "fake":
-        assert handoff_error(run, "fake") < 1e-12  # it does not see it
+        assert run.handoff_error("fake") < 1e-12  # it does not see it
     with pytest.raises(ResultError, match=f"network {variant} is broken: ppl/wiki is nan"):
-        evaluate(run, variant)
+        run.measure(variant)
     assert not list((folder / "cache").glob("eval-*/manifest.json"))
 
 
@@ -158,7 +164,7 @@ def test_a_run_with_a_metric_that_is_no_number_fails(folder, unseen_nan):
 
 
 def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
-    monkeypatch.setattr(experiment, "outliers", lambda run: {"before": torch.zeros(2, 96)})
+    monkeypatch.setattr(Pipeline, "outliers", lambda run: {"before": torch.zeros(2, 96)})
     monkeypatch.setattr(experiment, "draw_outliers", lambda *args: None)
     with pytest.raises(ResultError, match="outliers/before is nan"):
         experiment.run(settings(folder, "eval.variants=[fp]"), [])
@@ -167,7 +173,7 @@ def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
 
 
 def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
-    monkeypatch.setattr(experiment, "evaluate", lambda run, variant: torch.empty(2**50))
+    monkeypatch.setattr(Pipeline, "measure", lambda run, variant: torch.empty(2**50))
     with pytest.raises(InputError, match="the host's memory ran out: what is finished is kept"):
         experiment.run(settings(folder, "eval.variants=[fp]"), [])
     (path,) = (folder / "runs").glob("toy/*/record.json")
@@ -176,14 +182,14 @@ def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
-    monkeypatch.setattr(Pipeline, "original", None)
+    monkeypatch.setattr(Original, "load", None)
     with pytest.raises(InputError, match=r"needs at least .* GiB of memory"):
         experiment.run(settings(folder), [])
 
 
 def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
-    monkeypatch.setattr(experiment, "evaluate", lambda run, variant: {})
-    monkeypatch.setattr(experiment, "handoff_error", lambda run, variant: float(len(variant)))
+    monkeypatch.setattr(Pipeline, "measure", lambda run, variant: {})
+    monkeypatch.setattr(Pipeline, "handoff_error", lambda run, variant: float(len(variant)))
     run, config = pipeline(folder), settings(folder)
     record = Record(config, [], {}, {})
     experiment._evaluations(run, record)

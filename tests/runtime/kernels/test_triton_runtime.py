@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import graph_runner, integer_runtime, new_cache
@@ -44,7 +44,7 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
     def make():
         return make_model(dtype, **SHAPE).to(device)
 
-    networks = Networks(make, quant, KVConfig())
+    networks = QuantizedNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
@@ -81,7 +81,7 @@ def test_an_input_too_wide_to_quantize_falls_back_with_a_warning(
         return make_model(torch.float32, **{**SHAPE, "intermediate_size": 128}).to(device)
 
     quant = QuantConfig(weights=TensorQuant(symmetric=True, group_size=group))
-    networks = Networks(make, quant, KVConfig())
+    networks = QuantizedNetworks(make, quant, KVConfig())
     rotations, ids = RotationSet(), ids[:, :3].to(device)
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
     monkeypatch.setattr(gpu, "_WIDEST_GROUP", 64)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import spinlab.data.questions as questions
 from spinlab.compose import composed
 from spinlab.config import ModelConfig
+from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.random import random_model
 from spinlab.rotation.rotations import RotationSet
-from spinlab.stages import rotate as start
-from spinlab.stages.rotate import Start
+from spinlab.stages.pipeline import Pipeline
 from spinlab.track.record import record_key
 
 SHAPE = {
@@ -49,7 +50,7 @@ def key(folder: Path, *overrides: str) -> str:
         *(f"rotation.load={folder}/R.safetensors", f"paths.cache={folder}/cache"),
     ]
     config = composed(*settings, *overrides)
-    identity = Start(config).identity
+    identity = Pipeline(config).identity
     assert str(folder) not in json.dumps(identity)
     return record_key(config, identity)
 
@@ -86,7 +87,7 @@ def test_files_that_changed_in_their_place_are_another_experiment(tmp_path, monk
         keys.append(key(tmp_path))
     RotationSet(r1=-torch.eye(16, dtype=torch.float64)).save(tmp_path / "R.safetensors")
     keys.append(key(tmp_path))
-    monkeypatch.setattr(start, "question_digest", lambda task: f"another {task}")
+    monkeypatch.setattr(questions, "digest", lambda task: f"another {task}")
     keys.append(key(tmp_path))
     assert len(set(keys)) == len(keys)
 
@@ -95,6 +96,6 @@ def test_files_that_changed_in_their_place_are_another_experiment(tmp_path, monk
 def test_what_lacks_is_told_before_any_stage(tmp_path, setting):
     fill(tmp_path)
     lost = tmp_path / f"lost.{'txt' if setting == 'data.calibration' else 'safetensors'}"
-    with pytest.raises(start.InputError, match=r"lost\.\w+ does not exist"):
+    with pytest.raises(InputError, match=r"lost\.\w+ does not exist"):
         key(tmp_path, f"{setting}={lost}")
     assert not list(tmp_path.glob("cache/*"))

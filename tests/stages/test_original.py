@@ -13,7 +13,7 @@ from spinlab.config import Config, DataConfig, EvalConfig, ModelConfig, PathsCon
 from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.random import random_model
-from spinlab.stages.run import Sources
+from spinlab.stages.pipeline import Pipeline
 
 SHAPE = {
     "vocab_size": 256,
@@ -41,8 +41,8 @@ def make_sources(tmp_path):
     (tmp_path / "text.txt").write_text("A sentence of some length. " * 200)
     text = str(tmp_path / "text.txt")
 
-    def make(**model) -> Sources:
-        return Sources(
+    def make(**model) -> Pipeline:
+        return Pipeline(
             Config(
                 model=ModelConfig(**model),
                 data=DataConfig(text, [text]),
@@ -105,9 +105,9 @@ def test_a_folder_given_to_the_toy_is_what_runs():
 def test_numbers_are_looked_at_once_for_the_same_bytes(make_sources, make_checkpoint, tmp_path):
     first = make_sources(path=str(make_checkpoint("one")))
     moved = make_sources(path=shutil.copytree(tmp_path / "one", tmp_path / "two"))
-    assert first.source == moved.source
-    assert [(r.name, r.cached) for r in first.stages.reports] == [("check", False)]
-    assert [(r.name, r.cached) for r in moved.stages.reports] == [("check", True)]
+    assert first.original.identity == moved.original.identity
+    assert [(r.name, r.cached) for r in first.run.cache.reports] == [("check", False)]
+    assert [(r.name, r.cached) for r in moved.run.cache.reports] == [("check", True)]
 
 
 def test_a_model_that_is_not_finite_is_refused_every_time(make_sources, make_checkpoint):
@@ -123,14 +123,14 @@ def test_a_model_that_is_not_finite_is_refused_every_time(make_sources, make_che
 def test_a_model_that_is_not_whole_is_told_with_its_shape(make_sources, make_checkpoint):
     """Its widths are asked for before any weight is read."""
     folder = make_checkpoint("one")
-    assert make_sources(path=str(folder)).shape.config.hidden_size == 24
+    assert make_sources(path=str(folder)).original.shape.config.hidden_size == 24
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     sources = make_sources(path=str(folder))
     with pytest.raises(InputError, match=r"lacks model\.norm\.weight"):
-        assert sources.shape
-    assert not sources.stages.reports
+        assert sources.original.shape
+    assert not sources.run.cache.reports
 
 
 def test_a_missing_tokenizer_is_told_before_any_stage(make_sources, make_checkpoint):
@@ -139,21 +139,21 @@ def test_a_missing_tokenizer_is_told_before_any_stage(make_sources, make_checkpo
     sources = make_sources(path=str(folder))
     with pytest.raises(InputError, match="holds no tokenizer"):
         assert sources.calibration
-    assert not sources.stages.reports
+    assert not sources.run.cache.reports
 
 
 def test_tokens_depend_on_the_tokenizer_and_not_on_the_weights(make_sources, make_checkpoint):
     one, other = (make_sources(path=str(make_checkpoint(n, s))) for s, n in enumerate("ab"))
-    assert one.source != other.source
-    assert one.calibration[1] == other.calibration[1]
-    assert one.evaluation[1] == other.evaluation[1]
+    assert one.original.identity != other.original.identity
+    assert one.calibration.key == other.calibration.key
+    assert one.evaluation.key == other.evaluation.key
     changed = make_checkpoint("c")
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "A"})
     tokenizer.save_pretrained(changed)
     third = make_sources(path=str(changed))
-    assert third.source == one.source
-    assert third.calibration[1] != one.calibration[1]
+    assert third.original.identity == one.original.identity
+    assert third.calibration.key != one.calibration.key
 
 
 def test_a_token_beyond_the_model_is_refused_where_a_text_holds_it(make_sources, make_checkpoint):
@@ -171,8 +171,8 @@ def test_a_token_beyond_the_model_is_refused_where_a_text_holds_it(make_sources,
 
 def test_random_models_are_known_by_their_shape_and_seed(make_sources):
     sources = make_sources(architecture=SHAPE)
-    other = Sources(replace(sources.config, seed=1))
-    assert sources.source["digest"] == {"random": SHAPE}
-    assert sources.source != other.source
-    assert sources.calibration[1] == other.calibration[1]
-    assert not [r for r in sources.stages.reports if r.name == "check"]
+    other = Pipeline(replace(sources.config, seed=1))
+    assert sources.original.identity["digest"] == {"random": SHAPE}
+    assert sources.original.identity != other.original.identity
+    assert sources.calibration.key == other.calibration.key
+    assert not [r for r in sources.run.cache.reports if r.name == "check"]

@@ -1,0 +1,1 @@
+"""Networks assembled from a stock model: rotated, quantized, and quantized in float64."""

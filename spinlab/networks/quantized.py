@@ -1,0 +1,79 @@
+"""Networks with rotations and rounded weights: on integer kernels, emulated, and dequantized."""
+
+import logging
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.model.seams import linears_of
+from spinlab.networks.rotated import RotatedNetworks
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
+from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
+from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
+
+log = logging.getLogger(__name__)
+
+
+class QuantizedNetworks(RotatedNetworks):
+    """Assemble networks that compute with rounded weights, one by linear."""
+
+    def emulated(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the quantized network in floating point, with the integer kernels' rounding.
+
+        Products of levels are exact in floats too, so this is bit for bit what integers give. A
+        product of dequantized floats is the same function only up to float noise, which flips
+        levels here and there; every flip makes more of them, and after thirty layers two such
+        networks are independent samples of the rounding noise.
+        """
+        model = self._bare(rotations, weights)
+        insert_integer_linears(model, weights, rotations, self.quant, "reference")
+        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+        return model
+
+    def integer(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
+    ) -> PreTrainedModel:
+        """Return the quantized network on integer kernels, with a packed KV cache.
+
+        The `triton` back end is a runtime of its own, made of fused GPU kernels; `auto` takes it
+        for the models that it runs, and the exact product for others, with a warning.
+        """
+        model = self._bare(rotations, weights)
+        if backend == "auto":
+            reason = why_not_runtime(model)
+            if reason is not None:
+                log.warning("%s: linears multiply by the exact reference product", reason)
+            backend = "triton" if reason is None else "reference"
+        if backend == "triton":
+            operations = triton_operations()
+            integer_runtime(model, weights, rotations, self.quant, self.kv, operations)
+            return model
+        insert_integer_linears(model, weights, rotations, self.quant, backend)
+        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=True)
+        return model
+
+    def dequantized(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the quantized network as learning sees it: products of dequantized floats.
+
+        A linear holds its floats only while it computes.
+        """
+        model = self._bare(rotations, weights)
+        write_ends(model, weights)
+        self._fake_quant(model, rotations)
+        for name, _, _, linear in linears_of(model):
+            if name in weights:
+                dequantize_in_calls(linear, weights[name])
+        return model
+
+    def _bare(
+        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
+    ) -> PreTrainedModel:
+        """Return the rotated model whose linears are about to take these weights."""
+        return self.fused(rotations)

@@ -1,0 +1,55 @@
+"""Stages `handoff-*`: do integers compute what the numbers they stand for do?"""
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+from spinlab.errors import ResultError
+from spinlab.files import write_json
+from spinlab.networks.exact import ExactNetworks
+from spinlab.rotation.check import logits_of, relative_error
+from spinlab.stages.original import Original
+from spinlab.stages.rotations import gate_ids
+from spinlab.stages.run import Run
+from spinlab.stages.text import Calibration
+from spinlab.stages.variant import Variant
+
+log = logging.getLogger(__name__)
+
+_LIMIT = 1e-6
+
+
+class BrokenHandoff(ResultError):
+    """Say that integers do not compute what the numbers they stand for do."""
+
+
+def handoff_error(
+    run: Run, original: Original, calibration: Calibration, variant: Variant
+) -> float:
+    """Return how far a variant's network is from dequantized floats in float64, as a stage.
+
+    The gate of the hand-off: where float noise is too small to flip a level, products of
+    dequantized floats and of integers, by kernels or emulated, must give the same logits. The
+    result is max|Δlogits| relative to their standard deviation. Raises BrokenHandoff above 1e-6.
+    """
+
+    def work(out: Path) -> None:
+        networks = ExactNetworks(original.load, run.config.quant, run.config.kv)
+        parts = variant.parts(run)
+        ids = gate_ids(original, calibration).to(run.device)
+        expected = logits_of(partial(networks.dequantized, *parts), ids)
+        integers = partial(variant.on_integers, networks, run.backend, *parts)
+        error = relative_error(logits_of(integers, ids), expected)
+        log.info("%-12s %s differs by %.1e of the logits' spread", "handoff", variant.name, error)
+        if not error <= _LIMIT:
+            raise BrokenHandoff(
+                f"{variant.name}'s integers are not the numbers they stand for: logits differ by "
+                f"{error:.1e} of their spread (limit {_LIMIT:.0e}); runtime.backend=reference "
+                "multiplies them exactly"
+            )
+        write_json(out / "gate.json", {"logits_error": error})
+
+    depends = [*variant.depends(run, original), calibration.key, run.config.seed]
+    made = run.cache.run(f"handoff-{variant.name}", depends, work)
+    return json.loads((made.path / "gate.json").read_text())["logits_error"]

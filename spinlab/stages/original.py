@@ -1,0 +1,69 @@
+"""The original model: what identifies it, its names and widths, its tokenizer, fresh copies of it.
+
+Stages `check`, which looks at every weight once, and `model`, which dequantizes a packaged one.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spinlab.config import ModelConfig
+from spinlab.model.gguf import convert_gguf
+from spinlab.model.load import (
+    check_model,
+    check_numbers,
+    load_model,
+    load_tokenizer,
+    meta_model,
+    source_digest,
+)
+from spinlab.stages.run import Run
+
+
+class Original:
+    """Give the model that an experiment starts from, each part made when it is first asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.settings = run, run.config.model
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the model, for keys. Its numbers are looked at once."""
+        model = self.settings
+        random = model.weights == "random"
+        digest = source_digest(model)
+        if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
+            self.run.cache.run("check", digest, lambda out: check_numbers(model))
+        seed = self.run.config.seed
+        shape = [model.outlier_channels, model.outlier_scale, seed] if random else None
+        return {"digest": digest, "dtype": model.dtype, "random": shape}
+
+    @cached_property
+    def converted(self) -> Path | None:
+        """The folder of a packaged model's dequantized checkpoint."""
+        model = self.settings
+        if not model.is_gguf:
+            return None
+        depends = self.identity["digest"]
+        return self.run.cache.run("model", depends, lambda out: convert_gguf(model, out)).path
+
+    @cached_property
+    def shape(self) -> PreTrainedModel:
+        """The model on the meta device: its names and widths, without its weights.
+
+        A model that cannot be had, or is not whole, fails here with a sentence.
+        """
+        check_model(self.settings)
+        return meta_model(self.settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.settings, self.converted)
+
+    def load(self, settings: ModelConfig | None = None) -> PreTrainedModel:
+        """Return a fresh copy of the model on the device; settings: with another dtype."""
+        model = load_model(settings or self.settings, self.converted, self.run.config.seed)
+        return cast(PreTrainedModel, nn.Module.to(model, self.run.device))

@@ -1,0 +1,141 @@
+"""The order of the stages, on one page: what each is made of, made when it is first asked for.
+
+Every stage is cached under a key of the keys before it, its own settings, digests of its inputs and
+the code that it runs (`spinlab.cache`). A second run of the same experiment loads no model at all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.cache import Artifact
+from spinlab.config import Config
+from spinlab.data.questions import digests as question_digests
+from spinlab.data.text import Text, read_texts
+from spinlab.files import file_digest
+from spinlab.model.load import tokenizer_digest
+from spinlab.rotation.rotations import RotationSet
+from spinlab.stages.given import Given
+from spinlab.stages.handoff import handoff_error
+from spinlab.stages.learn import Learning, OnStep, check_batch, learns
+from spinlab.stages.measure import measure
+from spinlab.stages.original import Original
+from spinlab.stages.outliers import outliers
+from spinlab.stages.rotate import rotate
+from spinlab.stages.rotations import rotations_in
+from spinlab.stages.run import Run
+from spinlab.stages.statistics import statistics
+from spinlab.stages.text import Calibration, calibration, evaluation
+from spinlab.stages.variant import Variant
+from spinlab.stages.weights import round_weights
+from spinlab.weights.quantized import QuantizedWeight
+
+
+class Pipeline:
+    """Hold the artefacts of one experiment. on_step: told the curve of every learning step."""
+
+    def __init__(self, config: Config, on_step: OnStep = lambda step, values: None) -> None:
+        check_batch(config)
+        self.config, self.on_step = config, on_step
+        self.run = Run(config)
+        self.original = Original(self.run)
+        self.given = Given(self.run, self.original)
+        self._weights: dict[str, Artifact] = {}
+
+    @cached_property
+    def texts(self) -> tuple[Text, list[Text]]:
+        """The calibration text and the evaluation texts."""
+        return read_texts(self.config.data)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        return calibration(self.run, self.original, self.texts[0])
+
+    @cached_property
+    def evaluation(self) -> Artifact:
+        return evaluation(self.run, self.original, self.texts[1])
+
+    @cached_property
+    def statistics(self) -> Artifact | None:
+        """What activations are like, where the rotations of the settings need to know."""
+        if self.given.file is not None or not self.config.rotation.needs_statistics:
+            return None
+        return statistics(self.run, self.original, self.calibration)
+
+    @cached_property
+    def initial(self) -> Artifact:
+        """The rotations that the experiment starts from."""
+        parts = self.original, self.calibration, self.given, self.statistics
+        return rotate(self.run, *parts)
+
+    @cached_property
+    def learning(self) -> Learning:
+        """What learns on from the initial rotations."""
+        parts = self.original, self.calibration, self.initial, self.on_step, self.given.file
+        return Learning(self.run, *parts)
+
+    @cached_property
+    def learned(self) -> Artifact:
+        """The learned rotations; the initial ones if nothing is learned."""
+        return self.learning.artifact() if learns(self.run, self.initial) else self.initial
+
+    def rotated(self, name: str) -> Artifact | None:
+        """Return the rotations of a variant; None for what has none."""
+        if name in ("fp", "rtn"):
+            return None
+        return self.initial if name == "init" else self.learned
+
+    def rotations(self, name: str) -> RotationSet:
+        """Load the rotations of a variant."""
+        made = self.rotated(name)
+        return RotationSet() if made is None else rotations_in(self.run, made)
+
+    def weights(self, name: str) -> Artifact:
+        """Return the rounded weights of a variant; `rtn` ignores the experiment's method."""
+        config = self.config.weights
+        if name == "rtn":
+            config = replace(config, method="rtn", lwc_epochs=0)
+        if name not in self._weights:
+            parts = self.original, self.calibration, self.rotated(name), config
+            self._weights[name] = round_weights(self.run, *parts)
+        return self._weights[name]
+
+    def variant(self, name: str) -> Variant:
+        """Return what a variant's network is made of."""
+        rounded = name != "fp" and self.config.quant.quantizes_weights
+        return Variant(name, self.rotated(name), self.weights(name) if rounded else None)
+
+    def network(self, name: str) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:
+        """Assemble a variant's network; return its quantized weights too, None for the original."""
+        return self.variant(name).assemble(self.run, self.original)
+
+    def handoff_error(self, name: str) -> float:
+        """Return how far a variant's integers are from the numbers they stand for."""
+        return handoff_error(self.run, self.original, self.calibration, self.variant(name))
+
+    def measure(self, name: str) -> dict[str, float]:
+        """Return a variant's metrics."""
+        return measure(self.run, self.original, self.evaluation, self.variant(name))
+
+    def outliers(self) -> dict[str, torch.Tensor]:
+        """Return the largest attention inputs before, at the start and after learning."""
+        rotated = {"init": self.initial, "learned": self.learned}
+        parts = self.original, self.calibration, rotated, self.given.transformed
+        return outliers(self.run, *parts)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the numbers are about, by content and not by place: for the record and its key."""
+        texts, measured, file = self.texts, self.config.eval, self.given.file
+        return {
+            "model": self.original.identity,
+            "tokenizer": tokenizer_digest(self.config.model),
+            "calibration": texts[0].digest,
+            "evaluation": {t.label: {"part": t.part, "digest": t.digest} for t in texts[1]},
+            "questions": question_digests(measured.tasks, measured.task_source),
+            "rotations": file and file_digest(file),
+        }

@@ -1,0 +1,58 @@
+"""Rotations between stages: how they are read, and the gate that they pass."""
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from spinlab.cache import Artifact
+from spinlab.model.context import context_of
+from spinlab.networks.rotated import RotatedNetworks
+from spinlab.rotation.check import check_invariance
+from spinlab.rotation.ranges import with_fitting_ranges
+from spinlab.rotation.rotations import RotationSet
+from spinlab.stages.original import Original
+from spinlab.stages.run import Run
+from spinlab.stages.text import Calibration
+
+log = logging.getLogger(__name__)
+
+FILE = "rotations.safetensors"
+GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
+
+
+def rotations_in(run: Run, made: Artifact) -> RotationSet:
+    """Load a stage's rotations, with those of their learned ranges that fit the formats."""
+    return with_fitting_ranges(
+        RotationSet.load(made.path / FILE), run.config.quant, run.config.weights
+    )
+
+
+def networks_of(run: Run, original: Original) -> RotatedNetworks:
+    """Return what assembles rotated networks from copies of the original."""
+    return RotatedNetworks(original.load, run.config.quant, run.config.kv)
+
+
+def gate(
+    run: Run, original: Original, calibration: Calibration, rotations: RotationSet
+) -> dict[str, float]:
+    """Compare the rotated model with the original and measure orthogonality."""
+    dtype = "float64" if original.settings.dtype == "float64" else "float32"
+    settings = replace(original.settings, dtype=dtype)
+    networks = replace(networks_of(run, original), original=partial(original.load, settings))
+    rotated = partial(networks.rotated, rotations)
+    ids = gate_ids(original, calibration).to(run.device)
+    error = check_invariance(networks.original, rotated, rotations, ids)
+    log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
+    return {"logits_error": error, **rotations.orthogonality()}
+
+
+def gate_ids(original: Original, calibration: Calibration) -> torch.Tensor:
+    """Return one calibration window: (1, gate_tokens)."""
+    return calibration.windows("gate", 1, gate_tokens(original))
+
+
+def gate_tokens(original: Original) -> int:
+    """Return how many tokens the gates look at: no more than the model's context."""
+    return min(GATE_TOKENS, context_of(original.shape.config) or GATE_TOKENS)
