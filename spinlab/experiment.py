@@ -21,7 +21,7 @@ from spinlab.memory.machine import out_of_memory
 from spinlab.model.load import describe_model
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
-from spinlab.report.table import result_table
+from spinlab.report.tables.record import result_table
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of
 from spinlab.track.environment import environment

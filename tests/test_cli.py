@@ -352,7 +352,7 @@ def test_the_console_script_completes_names(tmp_path):
 
 
 def test_a_report_says_what_it_does_before_it_writes(capsys, monkeypatch):
-    monkeypatch.setattr(report, "tables", lambda folder: pytest.fail("it writes"))
+    monkeypatch.setattr(report, "pages", lambda root: pytest.fail("it writes"))
     with pytest.raises(SystemExit) as stop:
         report.main(["--help"])
     assert stop.value.code == 0

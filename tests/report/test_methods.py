@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from spinlab.errors import InputError
-from spinlab.report.__main__ import rebuilt
-from spinlab.report.methods import METHODS, methods_table, read_records
+from spinlab.report.records import read_seeds
+from spinlab.report.tables.methods import METHODS, methods_table
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
@@ -26,7 +26,7 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
         path = tmp_path / f"spinquant_had_seed{seed}.json"
         path.write_text(json.dumps(record(value, steps=100)))
     (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
-    lines = methods_table(read_records(tmp_path)).splitlines()
+    lines = methods_table(tmp_path).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == [
         "original",
         METHODS["gptq"],
@@ -41,22 +41,14 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
 def test_records_that_are_not_complete_or_not_known_are_refused(tmp_path):
     (tmp_path / "gptq_seed0.json").write_text(json.dumps({**record(1.0), "status": "running"}))
     with pytest.raises(InputError, match="is not complete"):
-        read_records(tmp_path)
+        methods_table(tmp_path)
     (tmp_path / "gptq_seed0.json").rename(tmp_path / "other_seed0.json")
     (tmp_path / "other_seed0.json").write_text(json.dumps(record(1.0)))
     with pytest.raises(InputError, match="without a title"):
-        read_records(tmp_path)
-
-
-def test_only_the_table_of_a_page_is_rebuilt():
-    for old in ("", "old\n", "two\nlines\n"):
-        page = f"words\n<!-- table -->\n{old}<!-- end -->\nmore"
-        assert rebuilt(page, "new") == "words\n<!-- table -->\nnew\n<!-- end -->\nmore"
-    with pytest.raises(ValueError, match="substring not found"):
-        rebuilt("a page without marks", "new")
+        methods_table(tmp_path)
 
 
 def test_every_committed_method_has_three_seeds():
-    records = read_records(EXPERIMENTS / "methods_smollm2")
+    records = read_seeds(EXPERIMENTS / "methods_smollm2")
     assert all(len(runs) == 3 for runs in records.values())
     assert {run["config"]["seed"] for runs in records.values() for run in runs} == {0, 1, 2}

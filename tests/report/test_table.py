@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from spinlab.report.figures import draw_outliers
-from spinlab.report.table import result_table
+from spinlab.report.tables.record import result_table
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,15 +26,6 @@ def test_rows_are_the_measured_variants_in_order():
     assert "70.0 ± 6.5" in lines[2]
     assert "16.38" in lines[3]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_the_readmes_table_is_the_records():
-    """A number enters the README only through a record."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    name = readme.split("<!-- table: ")[1].split(" -->")[0]
-    record = json.loads((ROOT / name).read_text(encoding="utf-8"))
-    shown = readme.split(f"<!-- table: {name} -->\n")[1].split("\n<!-- end -->")[0]
-    assert shown == result_table(record["metrics"])
 
 
 def test_the_committed_records_keep_their_promises():

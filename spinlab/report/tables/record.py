@@ -1,8 +1,11 @@
 """The table of one record: what each variant of the network costs and scores."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from spinlab.config import VARIANTS
+from spinlab.report.markdown import markdown
+from spinlab.report.records import read_record, texts_of
 
 _TITLES = {
     "fp": "original",
@@ -11,6 +14,11 @@ _TITLES = {
     "fake": "the method, emulated in floats",
     "int4": "the method, on integer kernels",
 }
+
+
+def record_table(path: Path) -> str:
+    """Return the table of a record's file."""
+    return result_table(read_record(path)["metrics"])
 
 
 def result_table(metrics: Mapping[str, float]) -> str:
@@ -24,21 +32,10 @@ def result_table(metrics: Mapping[str, float]) -> str:
     return markdown(rows)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Return a Markdown table of equally wide columns; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
 def _columns(metrics: Mapping[str, float]) -> dict[str, str]:
     """Map column titles to metric prefixes, in the order: perplexity, zero-shot, bytes."""
-    texts = sorted({k.split("/")[1] for k in metrics if k.startswith("ppl/")}, reverse=True)
     tasks = sorted({k.split("/")[1] for k in metrics if k.startswith("zeroshot/")})
-    columns = {f"{text} ppl": f"ppl/{text}" for text in texts}
+    columns = {f"{text} ppl": f"ppl/{text}" for text in texts_of(metrics)}
     columns |= {task: f"zeroshot/{task}" for task in tasks}
     return {**columns, "MiB": "bytes", "bits": "bits/weights"}
 

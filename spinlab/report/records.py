@@ -1,0 +1,37 @@
+"""Records of runs, read for tables: the only source of their numbers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spinlab.errors import InputError
+
+Record = Mapping[str, Any]
+
+
+def read_record(path: Path) -> Record:
+    """Return a record; raise InputError for one of a run that did not end well."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["status"] != "complete":
+        raise InputError(f"{path} is not complete: run it again, or take it away")
+    return record
+
+
+def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
+    """Return the records `<prefix><name>_seed<N>.json` of a folder by name, in the order of seeds.
+
+    Raises InputError where there are none.
+    """
+    found: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob(f"{prefix}*_seed*.json")):
+        name = path.stem.removeprefix(prefix).rpartition("_seed")[0]
+        found.setdefault(name, []).append(read_record(path))
+    if not found:
+        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json")
+    return found
+
+
+def texts_of(metrics: Mapping[str, float]) -> list[str]:
+    """Return the texts whose perplexity was measured, that of the calibration's kind first."""
+    return sorted({k.split("/")[1] for k in metrics if k.startswith("ppl/")}, reverse=True)

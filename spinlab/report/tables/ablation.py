@@ -1,0 +1,36 @@
+"""Tables of one setting at a time: optimizers and objectives of rotation learning."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from spinlab.report.markdown import markdown
+from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.tables.methods import perplexities
+
+
+def ablation_table(folder: Path, kind: str) -> str:
+    """Return a table of the records `<kind>_<value>_seed<N>.json`, one row per value.
+
+    The best on the last text, which learning has not seen, comes first.
+    """
+    records = read_seeds(folder, f"{kind}_")
+    texts = texts_of(next(iter(records.values()))[0]["metrics"])
+    held_out = f"ppl/{texts[-1]}/fake"
+    head = [kind, "lr", "lr of R2", "seeds", *(f"{text} ppl" for text in texts), "seconds"]
+    order = sorted(records, key=lambda v: mean(run["metrics"][held_out] for run in records[v]))
+    return markdown([head, *(_row(value, records[value], texts) for value in order)])
+
+
+def _row(value: str, runs: Sequence[Record], texts: Sequence[str]) -> list[str]:
+    learn = runs[0]["config"]["learn"]
+    stages = [s for run in runs for s in run["stages"] if s["name"] == "learn"]
+    learned = learn["steps"] > 0
+    return [
+        value,
+        f"{learn['lr']:g}" if learned else "",
+        f"{learn['lr_r2']:g}" if learned and learn["lr_r2"] else "",
+        str(len(runs)),
+        *perplexities(runs, texts, "fake"),
+        f"{mean(s['seconds'] for s in stages):.0f}" if stages else "",
+    ]

@@ -1,0 +1,62 @@
+"""How much of what quantization costs a method wins back: fractions of a log-perplexity gap."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from spinlab.report.markdown import markdown
+from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.tables.methods import METHODS, perplexities
+
+
+def gap_table(folder: Path, baseline: str, *methods: str) -> str:
+    """Return a table of some methods, with the share of the baseline's gap that each closes."""
+    records = read_seeds(folder)
+    runs = records[baseline]
+    texts = texts_of(runs[0]["metrics"])
+    head = ["method", "transform", *(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
+    rows = [head, ["", "original", *perplexities(runs, texts, "fp"), *("" for _ in texts)]]
+    rows.append(
+        [baseline, METHODS[baseline], *perplexities(runs, texts, "fake"), *("" for _ in texts)]
+    )
+    for method in methods:
+        shares = [mean(gap_closed(records[method], runs, text)) for text in texts]
+        closed = [f"{100 * share:.0f} %" for share in shares]
+        rows.append(
+            [method, METHODS[method], *perplexities(records[method], texts, "fake"), *closed]
+        )
+    return markdown(rows)
+
+
+def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) -> list[float]:
+    """Return, seed by seed, the share of the way from the baseline to the original.
+
+    (log b - log m) / (log b - log o), for perplexities of the baseline, the method and the
+    original on a text. Records are paired by seed.
+    """
+    found = []
+    of_seed = {record["config"]["seed"]: record for record in baseline}
+    for record in method:
+        other = of_seed[record["config"]["seed"]]
+        ours, theirs = (math.log(r["metrics"][f"ppl/{text}/fake"]) for r in (record, other))
+        original = math.log(record["metrics"][f"ppl/{text}/fp"])
+        found.append((theirs - ours) / (theirs - original))
+    return found
+
+
+def summary(folder: Path, baseline: str, method: str) -> dict[str, Any]:
+    """Return what a method closes of a baseline's gap, with the records behind it."""
+    records = read_seeds(folder)
+    metrics: dict[str, float] = {}
+    for text in texts_of(records[method][0]["metrics"]):
+        shares = gap_closed(records[method], records[baseline], text)
+        metrics[f"quality/gap_closed/{text}"] = mean(shares)
+        metrics[f"quality/gap_closed/{text}/deviation"] = stdev(shares)
+    names = [
+        f"{folder.name}/{name}_seed{record['config']['seed']}.json"
+        for name in (method, baseline)
+        for record in records[name]
+    ]
+    return {"schema": 1, "method": method, "metrics": metrics, "records": names}
