@@ -5,13 +5,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spinlab.config import RotationConfig, TensorQuant, WeightsConfig
-from spinlab.config.rotation import ONLINE_KINDS, ROTATION_KINDS, DuQuantConfig
+from spinlab.config.rotation import SEARCHED, DuQuantConfig
 from spinlab.model.seams import FAMILIES, dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.hadamard import hadamard_block
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.kinds import KINDS
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.statistics import gather_statistics
@@ -46,11 +47,11 @@ def shapes(draw) -> dict:
 def transforms(draw) -> RotationConfig:
     """Every kind on every side, or DuQuant's transforms, or scales."""
     search = DuQuantConfig(block_size=draw(st.integers(2, 16)), steps=3)
-    online = st.sampled_from(ONLINE_KINDS)
+    online = st.sampled_from(["none", *KINDS])
     if draw(st.booleans()):
         return RotationConfig(
-            r1=draw(st.sampled_from(ROTATION_KINDS)),
-            r2=draw(st.sampled_from(ROTATION_KINDS)),
+            r1=draw(st.sampled_from(["none", *KINDS, *SEARCHED])),
+            r2=draw(st.sampled_from(["none", *KINDS, *SEARCHED])),
             r3=draw(online),
             r4=draw(online),
             cross_head=draw(st.sampled_from(["none", "hadamard"])),
@@ -86,7 +87,7 @@ def test_any_transform_of_any_model_keeps_its_logits(make_family_model, ids, fam
         statistics = gather_statistics(model, ids)
     dimensions = dimensions_of(make().config)
     rotations = initial_rotations(config, dimensions, torch.Generator().manual_seed(0), statistics)
-    model = Networks(make, None, None).rotated(rotations)
+    model = QuantizedNetworks(make, None, None).rotated(rotations)
     assert check_invariance(make, lambda: model, rotations, ids[:1]) < 1e-9
 
 

@@ -5,17 +5,7 @@ from dataclasses import dataclass, field
 from spinlab.config.checks import at_least, choice, count
 from spinlab.errors import InputError
 
-ROTATION_KINDS = (
-    "none",
-    "identity",
-    "random",
-    "gaussian",
-    "bernoulli",
-    "hadamard",
-    "exact_hadamard",
-    "duquant",
-)
-ONLINE_KINDS = tuple(kind for kind in ROTATION_KINDS if kind != "duquant")
+SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 INPUT_GROUPS = ("qkv", "o", "gate_up", "down")
 
 
@@ -63,10 +53,6 @@ class RotationConfig:
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
     def __post_init__(self) -> None:
-        for name in ("r1", "r2"):
-            choice(f"rotation.{name}", getattr(self, name), ROTATION_KINDS)
-        for name in ("r3", "r4"):
-            choice(f"rotation.{name}", getattr(self, name), ONLINE_KINDS)
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
         choice("rotation.inputs", self.inputs, ("none", "duquant"))
         if self.r4_block and (self.r4_block < 2 or self.r4_block & (self.r4_block - 1)):
@@ -117,4 +103,4 @@ class RotationConfig:
     @property
     def searches(self) -> bool:
         """Tell whether DuQuant's search is used, which looks at whole activations."""
-        return "duquant" in (self.r1, self.r2, self.inputs)
+        return not {self.r1, self.r2, self.inputs}.isdisjoint(SEARCHED)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 
 from spinlab.config import RotationConfig
+from spinlab.config.checks import choice
+from spinlab.config.rotation import SEARCHED
 from spinlab.errors import InputError
 from spinlab.model.seams import Dimensions
 from spinlab.rotation.duquant import (
@@ -16,15 +18,8 @@ from spinlab.rotation.duquant import (
 )
 from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
+from spinlab.rotation.kinds import KINDS
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
-from spinlab.rotation.orthogonal import (
-    exact_hadamard,
-    gaussian_projection,
-    orthogonalize_rows,
-    random_orthogonal,
-    randomized_hadamard,
-    well_posed_bernoulli,
-)
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, input_key
 
@@ -60,7 +55,9 @@ def initial_rotations(
 
 
 def check_rotations(config: RotationConfig, dimensions: Dimensions) -> None:
-    """Raise InputError where settings do not fit a model of these dimensions."""
+    """Raise InputError for an unknown kind, or where settings do not fit these dimensions."""
+    for name, searched in (("r1", SEARCHED), ("r2", SEARCHED), ("r3", ()), ("r4", ())):
+        choice(f"rotation.{name}", getattr(config, name), ("none", *KINDS, *searched))
     block, width = config.r4_block, dimensions.intermediate
     if config.online and config.r4 != "none" and block and width % block:
         raise InputError(f"rotation.r4_block={block} does not divide {width}, the R4 width")
@@ -112,17 +109,11 @@ class _Maker:
 
     def matrix(self, where: str, kind: str, n: int, layer: int) -> torch.Tensor | None:
         """Make an (n, n) rotation, or None."""
-        makers = {
-            "none": lambda: None,
-            "identity": lambda: torch.eye(n, dtype=torch.float64),
-            "random": lambda: random_orthogonal(n, self.generator),
-            "gaussian": lambda: orthogonalize_rows(gaussian_projection(n, self.generator)),
-            "bernoulli": lambda: orthogonalize_rows(well_posed_bernoulli(n, self.generator)),
-            "hadamard": lambda: randomized_hadamard(n, self.generator, where),
-            "exact_hadamard": lambda: exact_hadamard(n, where),
-            "duquant": lambda: self._dual(self._rows(where, layer)).dense(),
-        }
-        return makers[kind]()
+        if kind == "none":
+            return None
+        if kind == "duquant":
+            return self._dual(self._rows(where, layer)).dense()
+        return KINDS[kind](n, self.generator, where)
 
     def online(self, where: str, kind: str, n: int) -> OnlineRotation | None:
         """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""

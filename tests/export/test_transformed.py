@@ -26,7 +26,7 @@ from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.files import MANIFEST
 from spinlab.model.load import cast_model, load_model
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -46,7 +46,7 @@ def export(make_family_model, tmp_path) -> Callable[..., RotationSet]:
         generator = torch.Generator().manual_seed(seed)
         rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
         rotations = replace(rotations, about={"family": model_type})
-        model = Networks(make, None, None).stream_rotated(rotations)
+        model = QuantizedNetworks(make, None, None).stream_rotated(rotations)
         save_transformed(model, byte_tokenizer(), rotations, str(tmp_path / path))
         return rotations
 
@@ -93,12 +93,12 @@ def test_weights_come_back_with_every_bit_and_are_turned_on_as_before(
     config = RotationConfig(cross_head="hadamard")
     dimensions, generator = dimensions_of(make().config), torch.Generator().manual_seed(0)
     rotations = initial_rotations(config, dimensions, generator)
-    networks = Networks(make, None, None)
+    networks = QuantizedNetworks(make, None, None)
     model = networks.stream_rotated(rotations)
     save_transformed(model, byte_tokenizer(), rotations, str(tmp_path / "t"))
     settings = ModelConfig(weights="pretrained", path=str(tmp_path / "t"), dtype=dtype)
     manifest = tmp_path / "t" / MANIFEST
-    again = Networks(lambda: load_model(settings, None, 0), None, None)
+    again = QuantizedNetworks(lambda: load_model(settings, None, 0), None, None)
     found = again.fused(read_rotations(manifest, dimensions, model_type, manifest=True))
     expected = dict(networks.fused(rotations).named_parameters())
     assert dict(found.named_parameters()).keys() == expected.keys()

@@ -8,7 +8,7 @@ from spinlab.fakequant.insert import input_paths
 from spinlab.formats.integer import Grid
 from spinlab.kv.cache import kv_path_of
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.statistics import input_key
 from spinlab.weights.layerwise import quantize_rtn
@@ -29,11 +29,14 @@ def test_learned_clips_do_what_the_setting_does(make_model, ids, kind):
     rotations = drawn(make_model)
     learned = replace(rotations, clips=EVERYWHERE)
     weights = quantize_rtn(
-        Networks(make_model, QUANT, KVConfig()).fused(rotations), QUANT, WeightsConfig(), {}
+        QuantizedNetworks(make_model, QUANT, KVConfig()).fused(rotations),
+        QUANT,
+        WeightsConfig(),
+        {},
     )
 
     def logits(rotations, quant):
-        networks = Networks(lambda: make_model(torch.float32), quant, KVConfig())
+        networks = QuantizedNetworks(lambda: make_model(torch.float32), quant, KVConfig())
         arguments = (rotations, weights, "cpu") if kind == "integer" else (rotations, weights)
         return getattr(networks, kind)(*arguments)(ids).logits
 
@@ -58,5 +61,5 @@ def test_clips_are_nothing_to_inputs_of_16_bits_and_to_the_cache(make_model):
     for config in (None, wide):
         paths = input_paths(make_model(), rotations, config)
         assert all(path.quantizer is None for found in paths for path in found.values())
-    network = Networks(make_model, QUANT, KVConfig()).learnable(rotations)
+    network = QuantizedNetworks(make_model, QUANT, KVConfig()).learnable(rotations)
     assert kv_path_of(network).keys.clip_ratio == kv_path_of(network).values.clip_ratio == 1

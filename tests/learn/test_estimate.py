@@ -25,7 +25,7 @@ from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.loop import RotationLearner
 from spinlab.model.seams import decoder_of, dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
 GIB = 2**30
@@ -50,7 +50,7 @@ QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 
 
 def learner_of(make_model, learn: LearnConfig) -> RotationLearner:
-    networks = Networks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
+    networks = QuantizedNetworks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
     dimensions = dimensions_of(networks.original().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     return RotationLearner(networks.learnable(start), start, learn, QUANT, WeightsConfig())

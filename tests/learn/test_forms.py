@@ -17,7 +17,7 @@ from spinlab.learn.loop import RotationLearner
 from spinlab.learn.spaces import linear as learned
 from spinlab.learn.spaces.definition import PlainSpace
 from spinlab.model.seams import dimensions_of, linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -43,7 +43,7 @@ def biased(make_model):
 
 
 def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
-    networks = Networks(lambda: make(dtype), quant, KVConfig())
+    networks = QuantizedNetworks(lambda: make(dtype), quant, KVConfig())
     dimensions = dimensions_of(make(dtype).config)
     start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
     parts = networks.learnable(start), start, learn, quant, WeightsConfig(), make(dtype)

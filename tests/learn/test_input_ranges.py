@@ -8,7 +8,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.learned.input_ranges import InputRanges
 from spinlab.learn.teacher import unquantized
 from spinlab.model.seams import linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import input_key
@@ -104,7 +104,7 @@ def test_a_networks_inputs_learn_and_can_be_switched_off(make_model, ids, recomp
         return make_model(torch.float32)
 
     quant = QuantConfig(weights=TensorQuant(bits=16))
-    network = Networks(make, quant, KVConfig()).learnable(RotationSet())
+    network = QuantizedNetworks(make, quant, KVConfig()).learnable(RotationSet())
     made = {input_key(i, seam.group): linear.path for _, i, seam, linear in linears_of(network)}
     before = network(ids).logits
     ranges = InputRanges(made, 0.1, CPU)
@@ -119,7 +119,9 @@ def test_a_networks_inputs_learn_and_can_be_switched_off(make_model, ids, recomp
     with unquantized(network):
         quiet = network(ids).logits
     assert torch.allclose(quiet, make()(ids).logits, atol=1e-4)
-    learned = Networks(make, quant, KVConfig()).learnable(RotationSet(clips=ranges.ratios()))
+    learned = QuantizedNetworks(make, quant, KVConfig()).learnable(
+        RotationSet(clips=ranges.ratios())
+    )
     assert torch.equal(learned(ids).logits, network(ids).logits)
 
 

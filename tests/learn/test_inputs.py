@@ -11,7 +11,7 @@ from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.spaces import linear as learned
 from spinlab.model.seams import linear_at, linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
@@ -59,7 +59,7 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
 
 
 def learner_of(make_model, inputs, dtype=torch.float64, **changes):
-    networks = Networks(lambda: make_model(dtype), QUANT, KVConfig())
+    networks = QuantizedNetworks(lambda: make_model(dtype), QUANT, KVConfig())
     start = RotationSet(inputs=inputs)
     learn = LearnConfig(**{**SETTINGS, **changes})
     model = networks.learnable(start, inputs=True)

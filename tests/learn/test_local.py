@@ -15,7 +15,7 @@ from spinlab.config import (
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.placement import recompute_layers
 from spinlab.model.seams import dimensions_of, linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import initial_rotations
 
@@ -27,7 +27,7 @@ def learner_of(make_model, objective, quant=None, **changes):
     settings = dict(steps=4, batch=4, micro_batch=2, sequence_length=16, max_grad_norm=None)
     learn = LearnConfig(**settings | changes, objective=objective)
     quant = quant or QuantConfig(weights=TensorQuant(symmetric=True))
-    networks = Networks(lambda: make_model(torch.float64), quant, KVConfig())
+    networks = QuantizedNetworks(lambda: make_model(torch.float64), quant, KVConfig())
     dimensions = dimensions_of(make_model().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     return RotationLearner(networks.learnable(start), start, learn, quant, WeightsConfig()), start

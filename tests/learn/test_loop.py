@@ -17,7 +17,7 @@ from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.optim.schedule import rate_at
 from spinlab.learn.progress import resume, save_progress
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import orthogonality_error
 
@@ -28,7 +28,7 @@ FLOAT_KV = KVConfig(k_bits=16, v_bits=16)
 
 
 def make_learner(make_model, learn, quant=FLOAT, kv=FLOAT_KV, rotation=None):
-    networks = Networks(lambda: make_model(torch.float32), quant, kv)
+    networks = QuantizedNetworks(lambda: make_model(torch.float32), quant, kv)
     dimensions = dimensions_of(make_model().config)
     rotation = rotation or RotationConfig()
     start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.optim.cayley import skew_generator
 from spinlab.model.seams import dimensions_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -99,7 +99,13 @@ def learner_of(make, start, **changes):
     settings = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
     learn = LearnConfig(**{**settings, "grad_norm": "euclidean", **changes})
     quant, off = QuantConfig(), KVConfig(k_bits=16, v_bits=16)
-    parts = Networks(make, quant, off).learnable(start), start, learn, quant, WeightsConfig()
+    parts = (
+        QuantizedNetworks(make, quant, off).learnable(start),
+        start,
+        learn,
+        quant,
+        WeightsConfig(),
+    )
     return RotationLearner(*parts)
 
 

@@ -17,7 +17,7 @@ from spinlab.compose import composed
 from spinlab.files import read_tensors
 from spinlab.learn.loop import RotationLearner
 from spinlab.stages import learn as learning
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
@@ -124,21 +124,21 @@ def short(folder: Path) -> Pipeline:
     """Return a pipeline of three steps that are saved after the second one and the last."""
     choice = ["learn=two_cores", f"paths.cache={folder / 'cache'}", "learn.warmup=0"]
     steps = ["learn.steps=3", "learn.save_every=2"]
-    return Pipeline(composed(*with_text(folder, *choice, *steps)), lambda step, values: None)
+    return Pipeline(composed(*with_text(folder, *choice, *steps)))
 
 
 def break_off(monkeypatch, pipeline: Pipeline) -> Path:
     """Kill the learning behind its last step, at the gate; return what it leaves."""
 
-    def kill(self, rotations):
+    def kill(*parts):
         raise Killed
 
     with monkeypatch.context() as patch:
         pipeline.initial  # noqa: B018 - it has a gate of its own
-        patch.setattr(learning.Learning, "gate", kill)
+        patch.setattr(learning, "gate", kill)
         with pytest.raises(Killed):
             pipeline.learned  # noqa: B018
-    (path,) = pipeline.stages.root.glob("learn-*.partial/progress/learn.safetensors")
+    (path,) = pipeline.run.cache.root.glob("learn-*.partial/progress/learn.safetensors")
     return path
 
 
@@ -155,7 +155,7 @@ def counted(monkeypatch) -> list[int]:
 
 
 def bits(pipeline: Pipeline) -> tuple[dict[str, torch.Tensor], list]:
-    return learned(pipeline.stages.root, pipeline.learned[0].name)
+    return learned(pipeline.run.cache.root, pipeline.learned.path.name)
 
 
 def same(found: tuple[dict, list], expected: tuple[dict, list]) -> bool:

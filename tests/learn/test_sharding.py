@@ -22,7 +22,7 @@ from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.placement import recompute_layers, shard_layers
 from spinlab.model.load import load_model
 from spinlab.model.seams import dimensions_of, layers_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
 ARCHITECTURE = {
@@ -56,7 +56,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
         lr_clip=0.03 if rounded else 0.0,
         lr_input_clip=0.01 if rounded else 0.0,
     )
-    networks = Networks(original, QuantConfig(), KVConfig())
+    networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
     dimensions = dimensions_of(original().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     model, teacher = networks.learnable(start), original() if rounded else None

@@ -8,7 +8,7 @@ import torch
 from spinlab.config import RotationConfig
 from spinlab.errors import ResultError
 from spinlab.model.seams import dimensions_of, linear_at
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSeam, check_invariance, logits_of
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import check_orthogonal
@@ -30,7 +30,7 @@ class OneAtATime:
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
 def test_no_network_of_the_gate_stands_beside_another(make_model, ids, broken):
     make = OneAtATime(make_model)
-    networks = Networks(make, None, None)
+    networks = QuantizedNetworks(make, None, None)
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), dimensions_of(make_model().config), generator)
 

@@ -6,12 +6,12 @@ import torch
 from spinlab.config import RotationConfig
 from spinlab.config.rotation import DuQuantConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import dimensions_of, linear_at
-from spinlab.networks import Networks
+from spinlab.model.seams import Dimensions, dimensions_of, linear_at
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSeam, check_invariance
 from spinlab.rotation.duquant import DualTransform, dual_transforms, random_mixers
 from spinlab.rotation.fuse import fold_norms
-from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.initial import check_rotations, initial_rotations
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
@@ -58,7 +58,7 @@ def made(config: RotationConfig, make, **changes) -> RotationSet:
 def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv_heads):
     changes = {"num_key_value_heads": kv_heads, "attention_bias": True, "mlp_bias": True}
     rotations = made(config, make_model, **changes)
-    networks = Networks(lambda: make_model(**changes), None, None)
+    networks = QuantizedNetworks(lambda: make_model(**changes), None, None)
     model, original = networks.rotated(rotations), make_model(**changes)
     assert check_invariance(lambda: original, lambda: model, rotations, ids[:1]) < 1e-9
 
@@ -70,7 +70,7 @@ def test_every_family_takes_every_transform(make_family_model, ids, config, mode
         return make_family_model(model_type, **changes)
 
     rotations = made(config, make)
-    model = Networks(make, None, None).rotated(rotations)
+    model = QuantizedNetworks(make, None, None).rotated(rotations)
     assert check_invariance(make, lambda: model, rotations, ids[:1]) < 1e-9
 
 
@@ -80,7 +80,7 @@ def test_every_transform_survives_a_file(make_model, ids, config, tmp_path):
     saved.save(tmp_path / "r.safetensors")
     dimensions = dimensions_of(make_model().config)
     loaded = read_stored(tmp_path / "r.safetensors", dimensions, "llama")
-    networks = Networks(make_model, None, None)
+    networks = QuantizedNetworks(make_model, None, None)
     expected, found = (networks.rotated(r)(ids).logits for r in (saved, loaded))
     assert torch.equal(found, expected)
 
@@ -88,7 +88,7 @@ def test_every_transform_survives_a_file(make_model, ids, config, tmp_path):
 def test_a_broken_seam_behind_a_scale_is_named(make_model, ids):
     config = CONFIGS["smooth everywhere, with R3 and R4"]
     rotations = made(config, make_model)
-    model = Networks(make_model, None, None).rotated(rotations)
+    model = QuantizedNetworks(make_model, None, None).rotated(rotations)
     linear_at(model, "model.layers.1.mlp.up_proj").weight.data[3] *= 2
     with pytest.raises(BrokenSeam, match=r"layers\.1\.mlp\.up_proj"):
         check_invariance(make_model, lambda: model, rotations, ids[:1])
@@ -130,7 +130,7 @@ def test_smoothing_evens_out_activation_peaks(make_model):
         return model
 
     rotations = made(CONFIGS["smoothquant"], loud)
-    model = Networks(loud, None, None).rotated(rotations)
+    model = QuantizedNetworks(loud, None, None).rotated(rotations)
     before, after = (statistics_of(m, fold=f).peaks["0.qkv"] for m, f in ((loud(), 1), (model, 0)))
     assert after.max() / after.median() < 0.75 * before.max() / before.median()
 
@@ -166,12 +166,19 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
         ({"smooth": 0.5, "r1": "none", "smooth_groups": ["o"]}, "rotation.r2 mixes"),
         ({"smooth": 0.5, "r1": "none", "smooth_groups": ["mlp"]}, "rotation.smooth_groups=mlp"),
         ({"r4_block": 24}, "rotation.r4_block=24 must be a power of two"),
-        ({"r3": "duquant"}, "rotation.r3=duquant is unknown"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_one_sentence(settings, message):
     with pytest.raises(InputError, match=message):
         RotationConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"r1": "hadamart"}, {"r3": "duquant"}], ids=str)
+def test_a_kind_that_a_rotation_has_not_is_refused_before_anything_is_drawn(settings):
+    shape = Dimensions(hidden=16, heads=2, kv_heads=1, head_dim=8, intermediate=32, layers=1)
+    ((name, kind),) = settings.items()
+    with pytest.raises(InputError, match=f"rotation.{name}={kind} is unknown: choose one of none"):
+        check_rotations(RotationConfig(**settings), shape)
 
 
 def search(rows: torch.Tensor, config: DuQuantConfig = SEARCH) -> DualTransform:

@@ -6,7 +6,7 @@ import torch
 from spinlab.config import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.model.seams import decoder_of
-from spinlab.networks import Networks
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused import graphs
 from spinlab.runtime.fused.cache import IntegerCache
@@ -35,7 +35,7 @@ def make_runtime(make_model):
 
     def make(seed=0):
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
-        networks = Networks(lambda: original(seed), quant, KVConfig())
+        networks = QuantizedNetworks(lambda: original(seed), quant, KVConfig())
         fused = networks.fused(RotationSet())
         weights = quantize_rtn(fused, quant, WeightsConfig(), {})
         operations = triton_operations() if CUDA else REFERENCE
@@ -258,7 +258,7 @@ def test_other_calls_go_to_the_stock_pass(model, ids, changes):
 
 def test_the_reference_operations_are_not_captured(make_model):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
-    networks = Networks(make_model, quant, KVConfig())
+    networks = QuantizedNetworks(make_model, quant, KVConfig())
     found = networks.fused(RotationSet())
     integer_runtime(found, {}, RotationSet(), quant, KVConfig(), REFERENCE)
     assert not graph_runner(found).capturable

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from spinlab.cache import Stages
+from spinlab.cache import Cache
 from spinlab.errors import InputError
 from spinlab.track import journal
 from spinlab.track.journal import Journal, heartbeat
@@ -95,7 +95,7 @@ def test_a_log_without_a_folder_is_given_up_with_one_warning(tmp_path, caplog):
 def test_a_long_stage_says_that_it_is_at_work(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(journal, "_INTERVAL", 0.02)
     with caplog.at_level(logging.INFO):
-        Stages(tmp_path).run("rotate", 1, lambda folder: time.sleep(0.2))
+        Cache(tmp_path).run("rotate", 1, lambda folder: time.sleep(0.2))
     beats = [line for line in caplog.messages if "making the rotations" in line]
     assert len(beats) >= 2
     assert beats[0].startswith("rotate       making the rotations, comparing")
