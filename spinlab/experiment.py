@@ -17,8 +17,8 @@ from spinlab.export.transformed import save_transformed
 from spinlab.files import writing
 from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.machine import out_of_memory
 from spinlab.measure import evaluate, handoff_error, outliers
-from spinlab.memory.machine import out_of_memory
 from spinlab.model.load import describe_model
 from spinlab.pipeline import Pipeline
 from spinlab.preflight import preflight

@@ -23,10 +23,12 @@ from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
 from spinlab.learn.inputs import check_duals
 from spinlab.memory.check import check_memory
+from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
 from spinlab.pipeline import Pipeline
 from spinlab.quant.network import input_paths
+from spinlab.remaining import remaining
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.handoff import check_runtime
@@ -48,7 +50,7 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     check_questions(pipeline.config.eval)
     _check_shape(pipeline)
     _check_given(pipeline)
-    check_memory(pipeline)
+    check_memory(Job(pipeline.config, pipeline.shape, pipeline.device, remaining(pipeline)))
     _ = pipeline.source
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.tokenizer)
@@ -69,7 +71,7 @@ def _check_shape(pipeline: Pipeline) -> None:
     check_weight_groups(model, config.quant)
     input_paths(model, RotationSet(), config.quant)
     kv_path(model, None, config.kv)
-    if config.weights.method == "gptq":
+    if config.rounded_on_text and config.weights.method == "gptq":
         check_samples(config.weights.samples)
     if pipeline.backend == "triton":
         check_runtime(model)

@@ -181,6 +181,18 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monk
         experiment.run(settings(folder), [])
 
 
+def test_a_run_that_is_cached_needs_no_memory(folder, monkeypatch):
+    wanted = settings(folder, "eval.variants=[fp,int4]")
+    experiment.run(wanted, [])
+    monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
+    record = experiment.run(wanted, [])
+    assert record.status == "complete"
+    assert all(stage["cached"] for stage in record.stages)
+    longer = settings(folder, "eval.variants=[fp,int4]", "eval.window=100")
+    with pytest.raises(InputError, match=r"measuring .* needs at least"):
+        experiment.run(longer, [])
+
+
 def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     monkeypatch.setattr(experiment, "evaluate", lambda run, variant: {})
     monkeypatch.setattr(experiment, "handoff_error", lambda run, variant: float(len(variant)))

@@ -12,6 +12,7 @@ from spinlab.compose import composed
 from spinlab.measure import evaluate, handoff_error
 from spinlab.memory.needs import Job, needs
 from spinlab.pipeline import Pipeline
+from spinlab.remaining import stages_of
 from spinlab.stage import _give_back_memory
 
 
@@ -48,7 +49,8 @@ def main(folder: str, *overrides: str) -> None:
             evaluate(run, v),
         )
     expected: dict[str, int] = {}
-    for need in needs(Job(run.config, run.shape, run.device)):
+    names = {name for name, _ in stages_of(run)}
+    for need in needs(Job(run.config, run.shape, run.device, names)):
         expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
     print(json.dumps({name: [expected[name], peak(call)] for name, call in work.items()}))
 
