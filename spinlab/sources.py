@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from spinlab.errors import InputError
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_model,
-    check_numbers,
+    check_weights,
     load_model,
     load_tokenizer,
     meta_model,
@@ -27,7 +28,7 @@ from spinlab.model.load import (
     tokenizer_digest,
     vocabulary,
 )
-from spinlab.stage import Stages
+from spinlab.stage import NotCached, Stages
 
 
 class Sources:
@@ -45,9 +46,10 @@ class Sources:
         """What identifies the original model, for keys. Its numbers are looked at once."""
         model = self.config.model
         random = model.weights == "random"
+        _ = self.shape  # a model that is not whole fails before anything of it is read
         digest = source_digest(model)
         if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
-            self.stages.run("check", digest, lambda out: check_numbers(model), ("model",))
+            self.stages.run("check", digest, lambda out: check_weights(model), ("model",))
         shape = [model.outlier_channels, model.outlier_scale, self.config.seed] if random else None
         return {"digest": digest, "dtype": model.dtype, "random": shape}
 
@@ -57,7 +59,7 @@ class Sources:
         model = self.config.model
         if not model.is_gguf:
             return None
-        depends = self.source["digest"]
+        depends = source_digest(model)
         return self.stages.run("model", depends, lambda out: convert_gguf(model, out), ("model",))[
             0
         ]
@@ -69,7 +71,10 @@ class Sources:
         A model that cannot be had, or is not whole, fails here with a sentence.
         """
         check_model(self.config.model)
-        return meta_model(self.config.model)
+        converted = None
+        with suppress(NotCached), self.stages.only_cached():
+            converted = self.converted  # a packaged model's own metadata take seconds to read
+        return meta_model(self.config.model, converted)
 
     def original(self, model_config: ModelConfig | None = None) -> PreTrainedModel:
         """Return a fresh copy of the original model on the device."""
