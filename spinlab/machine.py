@@ -4,12 +4,14 @@ import errno
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
 from spinlab import parallel
+from spinlab.errors import InputError
 
 _GROUPS = Path("/sys/fs/cgroup")
 # limit, use, and what of the use is only a cache of files, by version of control groups
@@ -79,6 +81,17 @@ def _of_group(place: Path, limit: str, used: str, caches: tuple[str, ...]) -> It
     if most != "max":
         kept = {name: int(count) for name, count in (line.split() for line in lines)}
         yield int(most) - int(use) + sum(kept.get(name, 0) for name in caches)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn an error that says that memory ran out into an InputError that names the cure."""
+    try:
+        yield
+    except Exception as error:
+        if sentence := out_of_memory(error):
+            raise InputError(sentence) from error
+        raise
 
 
 def out_of_memory(error: BaseException) -> str | None:

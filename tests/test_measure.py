@@ -1,6 +1,7 @@
 """What must not enter a record: integers that are not their numbers, and numbers that are none."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from spinlab.measure import BrokenHandoff, evaluate, handoff_error
 from spinlab.pipeline import Pipeline
 from spinlab.start import GATE_TOKENS
 from spinlab.track.record import Record
+from spinlab.track.trackers import Trackers
 
 QUANTIZED = ("rtn", "init", "fake", "int4")
 FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
@@ -172,6 +174,23 @@ def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
         experiment.run(settings(folder, "eval.variants=[fp]"), [])
     (path,) = (folder / "runs").glob("toy/*/record.json")
     assert "allocate" in json.loads(path.read_text())["status"]
+
+
+def test_memory_that_runs_out_before_the_first_stage_is_told_too(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "preflight", lambda *arguments: torch.empty(2**50))
+    with pytest.raises(InputError, match="the host's memory ran out"):
+        experiment.run(settings(folder), [])
+
+
+def test_trackers_and_log_are_closed_where_the_record_cannot_be_saved(folder, monkeypatch):
+    ended = []
+    monkeypatch.setattr(experiment, "_save", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Trackers, "finish", lambda self, outcome: ended.append(outcome.complete))
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(ZeroDivisionError):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    assert ended == [False]
+    assert logging.getLogger().handlers == before
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
