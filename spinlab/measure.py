@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spinlab import parallel
@@ -18,7 +18,7 @@ from spinlab.data.questions import digest as question_digest
 from spinlab.errors import ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
-from spinlab.files import write_json
+from spinlab.files import write_json, write_tensors
 from spinlab.finite import check_finite
 from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import linears_of
@@ -119,7 +119,7 @@ def outliers(pipeline: Pipeline) -> dict[str, torch.Tensor]:
         networks |= {name: pipeline.rotation_of(v)[0] for name, v in _ROTATED.items()}
         peaks = {n: channel_peaks(pipeline.networks.rotated(r), ids) for n, r in networks.items()}
         check_finite(peaks, "attention inputs on the way to the outlier figure")
-        save_file(peaks, out / "peaks.safetensors")
+        write_tensors(out / "peaks.safetensors", peaks)
 
     depends = [pipeline.source, pipeline.calibration[1], pipeline.initial[1], pipeline.learned[1]]
     return load_file(pipeline.stages.run("outliers", depends, work, _CODE)[0] / "peaks.safetensors")

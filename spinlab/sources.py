@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +17,7 @@ from spinlab.config import Config, ModelConfig
 from spinlab.data.text import Text, fixed_windows, random_windows, read_texts, tokenize
 from spinlab.device import choose_device
 from spinlab.errors import InputError
+from spinlab.files import write_tensors
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_model,
@@ -132,7 +133,7 @@ class Sources:
             for label, row in ids.items():
                 self._check_ids(label, row, known)
             rows = {label: cut(label, row) for label, row in ids.items()}
-            save_file(rows, out / "tokens.safetensors")
+            write_tensors(out / "tokens.safetensors", rows)
 
         depends = [tokens, known, digests, settings]
         folder, key = self.stages.run(stage, depends, work, ("data", "sources"))

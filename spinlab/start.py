@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spinlab.config import Config, plain
 from spinlab.data.questions import digest as question_digest
 from spinlab.errors import InputError
 from spinlab.export.identity import manifest_of, warn_of_dtype
-from spinlab.files import file_digest, write_json
+from spinlab.files import file_digest, write_json, write_tensors
 from spinlab.finite import check_finite
 from spinlab.model.context import context_of
 from spinlab.model.load import tokenizer_digest
@@ -113,7 +113,7 @@ class Start(Sources):
             windows = self.windows("statistics", settings.samples, settings.sequence_length)
             found = gather_statistics(model, windows, searches).tensors()
             check_finite(found, "the model is broken, or its activations overflow")
-            save_file(found, out / "statistics.safetensors")
+            write_tensors(out / "statistics.safetensors", found)
 
         code = ("rotation", "model", "networks", "start", *SETTINGS)
         folder, key = self.stages.run("statistics", depends, work, code)
