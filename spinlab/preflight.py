@@ -10,8 +10,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from safetensors.torch import load_file
 
 from spinlab.config import Config, plain
@@ -40,15 +38,13 @@ log = logging.getLogger(__name__)
 def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     """Raise InputError, with the cure, for what would fail in a stage.
 
-    overrides: what the command itself sets; the runs of a sweep share theirs, and not each reads
-    all of them.
+    overrides: what the command sets for this run alone.
     """
     _check_places(pipeline.config)
-    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    check_read(pipeline.config, () if sweep else overrides)
+    check_read(pipeline.config, overrides, pipeline.transformed)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)
-    _check_shape(pipeline)
+    _check_fits(pipeline)
     _check_given(pipeline)
     check_memory(Job(pipeline.config, pipeline.shape, pipeline.device, remaining(pipeline)))
     _ = pipeline.source
@@ -64,7 +60,7 @@ def _check_places(config: Config) -> None:
     check_export(config)
 
 
-def _check_shape(pipeline: Pipeline) -> None:
+def _check_fits(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
     config, model = pipeline.config, pipeline.shape
     check_context(config, model.config)

@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from spinlab import parallel
 from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
-from spinlab.track.journal import heartbeat
+from spinlab.heartbeat import heartbeat
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from spinlab.config import Config, plain
-from spinlab.data.questions import digest as question_digest
+from spinlab.data.questions import identities
 from spinlab.errors import InputError
 from spinlab.export.identity import manifest_of, warn_of_dtype
 from spinlab.files import file_digest, write_json, write_tensors
@@ -24,7 +24,7 @@ from spinlab.model.context import context_of
 from spinlab.model.load import tokenizer_digest
 from spinlab.model.seams import dimensions_of
 from spinlab.networks import Networks
-from spinlab.rotation.check import check_invariance
+from spinlab.rotation.check import GATE_TOKENS, check_invariance
 from spinlab.rotation.exchange import read_rotations, with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.ranges import warn_of_lost_ranges, with_fitting_ranges
@@ -35,7 +35,6 @@ from spinlab.sources import Sources
 log = logging.getLogger(__name__)
 
 SETTINGS = ("config", "sources")  # modules that every stage depends on
-GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
 
 
 class Start(Sources):
@@ -71,13 +70,13 @@ class Start(Sources):
     def identity(self) -> dict[str, Any]:
         """What the numbers are about, by content and not by place: for the record and its key."""
         calibration, evaluation = self.texts
-        measured, packaged = self.config.eval, self.config.eval.task_source == "packaged"
+        measured = self.config.eval
         return {
             "model": self.source,
             "tokenizer": tokenizer_digest(self.config.model),
             "calibration": calibration.digest,
             "evaluation": {t.label: {"part": t.part, "digest": t.digest} for t in evaluation},
-            "questions": {t: question_digest(t) if packaged else "hub" for t in measured.tasks},
+            "questions": identities(measured.tasks, measured.task_source),
             "rotations": self.given and file_digest(self.given),
         }
 

@@ -19,7 +19,7 @@ from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.measure import BrokenHandoff, evaluate, handoff_error
 from spinlab.pipeline import Pipeline
-from spinlab.start import GATE_TOKENS
+from spinlab.rotation.check import GATE_TOKENS
 from spinlab.track.record import Record
 from spinlab.track.trackers import Trackers
 

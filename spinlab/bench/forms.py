@@ -11,6 +11,7 @@ from spinlab.errors import InputError
 from spinlab.learn.plain import PlainSpace
 from spinlab.pipeline import Pipeline
 from spinlab.track.environment import environment
+from spinlab.weights.layerwise import check_weight_groups
 
 
 def bench_forms(config: Config) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def bench_forms(config: Config) -> dict[str, Any]:
     learn = config.learn
     if "inputs" in learn.rotations or learn.lr_input_clip:
         raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
+    check_weight_groups(pipeline.shape, config.quant)
     windows = pipeline.windows("learn", learn.steps * learn.batch, learn.sequence_length)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}

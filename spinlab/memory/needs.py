@@ -16,10 +16,10 @@ from spinlab import parallel
 from spinlab.config import Config
 from spinlab.learn.estimate import estimate
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, linear_at, linears_of
+from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
 
 _FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
-_GATE_TOKENS = 256
 _MORE = "a machine with more memory"
 
 
@@ -155,7 +155,7 @@ def _statistics(job: Job) -> Need:
 
 def _rotating(job: Job) -> Need:
     """The gate runs original and rotated model in turn."""
-    kept = _GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
+    kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
     need = job.untied * job.gate_size + job.fusing + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
     return Need(name, 0, need, f"a smaller model or {_MORE}")
