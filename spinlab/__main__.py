@@ -48,7 +48,7 @@ def _run(composed: DictConfig) -> None:
     """Run one job; keep its failure for the end, so that a sweep goes on with the others."""
     _jobs.started += 1
     _speak()
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    sweep = _sweeps()
     words = HydraConfig.get().overrides.task
     job = " ".join([word for word in words if word not in sys.argv] or words)  # what is its own
     if sweep and launched() > 1:
@@ -73,11 +73,15 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__context__
 
 
+def _sweeps() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _experiment(composed: DictConfig) -> None:
     config = settings(composed)
     from spinlab.experiment import run  # torch and transformers load here, not for --help
 
-    run(config, list(HydraConfig.get().overrides.task))
+    run(config, list(HydraConfig.get().overrides.task), _sweeps())
 
 
 def _speak() -> None:

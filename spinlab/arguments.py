@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from spinlab.compose import CONF, nearest, options_of, setting_names
+from spinlab.compose import CONF, did_you_mean, options_of, setting_names
 from spinlab.errors import InputError
 
 # what a value may begin with or hold to have parts, for which only the user knows what is meant
@@ -88,7 +88,7 @@ def _without_value(word: str) -> str:
         return f"{word!r} has no value: write +{name}=NAME"
     if name in setting_names():
         return f"{word!r} has no value: write {word}=VALUE"
-    return f"{word!r} is not of the form name=value: {nearest(name, setting_names())}"
+    return f"{word!r} is not of the form name=value: {did_you_mean(name, setting_names())}"
 
 
 def _read(setting: str) -> Override | None:
@@ -118,5 +118,5 @@ def _check_group(override: Override, word: str) -> None:
     values = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
         if value in (None, "") or isinstance(value, bool | int | float):
-            names = nearest(str(value), options_of(group), "--help")
+            names = did_you_mean(str(value), options_of(group), "--help")
             raise InputError(f"{word}: {group} takes the name of a file in conf/{group}: {names}")

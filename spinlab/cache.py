@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from spinlab import parallel
 from spinlab.code import code_digest
 from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
-from spinlab.track.journal import heartbeat
+from spinlab.heartbeat import heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,18 @@ class StageReport:
     peak_memory_bytes: int
 
 
+class NotCached(Exception):
+    """Say that a stage is not in the cache, to who only wants to know."""
+
+
 @dataclass
 class Cache:
-    """Run stages in order and remember how each went."""
+    """Run stages in order and remember how each went, and where its result lies."""
 
     root: Path
     reports: list[StageReport] = field(default_factory=list)
     _at_work: str | None = field(default=None, init=False)
+    _works: bool = field(default=True, init=False)
 
     def run(
         self,
@@ -78,23 +83,39 @@ class Cache:
         served from an old cache (`spinlab.code`). What `work` leaves in the folder's subfolder
         `PROGRESS` is there when it is called again after a kill. With `together` every process
         calls `work` on the same folder, where only the first one writes; else the first one calls
-        it by itself. Raises InputError where the system refuses to write.
+        it by itself. A stage that is asked for again is where it was. Raises InputError where the
+        system refuses to write.
         """
         # what the first process asks for while it works alone, the others would wait for forever
         assert self._at_work is None, f"{name} must be asked for before {self._at_work} starts"
         key = content_key({"stage": name, "code": code_digest(work.__module__), "depends": depends})
         key = parallel.share(key)
         final = self.root / f"{name}-{key}"
+        if any(report.name == name and report.key == key for report in self.reports):
+            return Artifact(final, key)
+        if not self._works and not parallel.share(final.is_dir()):
+            raise NotCached(name)
         with writing(self.root, "paths.cache"), self._lock(name, final.name):
             manifest = parallel.share(_intact(final) if parallel.is_main() else None)
             cached = manifest is not None
             if cached:
                 log.info("%-12s cached %s (%.1f s saved)", name, key, manifest["seconds"])
+            elif not self._works:
+                raise NotCached(name)
             else:
                 manifest = self._make(name, final, work, together)
         report = StageReport(name, key, cached, manifest["seconds"], manifest["peak_memory_bytes"])
         self.reports.append(report)
         return Artifact(final, key)
+
+    @contextmanager
+    def only_cached(self) -> Iterator[None]:
+        """Work on no stage: one that is not in the cache raises NotCached."""
+        before, self._works = self._works, False
+        try:
+            yield
+        finally:
+            self._works = before
 
     @contextmanager
     def _lock(self, name: str, folder: str) -> Iterator[None]:

@@ -31,7 +31,7 @@ def composed(*overrides: str) -> Config:
 def settings(composed: DictConfig) -> Config:
     """Return composed settings as dataclasses. Raises InputError for one that nothing reads."""
     for name in _unread(composed):
-        raise InputError(f"unknown setting {name!r}: {nearest(name, setting_names())}")
+        raise InputError(f"unknown setting {name!r}: {did_you_mean(name, setting_names())}")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     return config
@@ -48,7 +48,7 @@ def options_of(group: str) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
-def nearest(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
+def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
     """Say which of the known names may have been meant, or what lists them."""
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     if near:

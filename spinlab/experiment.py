@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,13 +12,12 @@ from transformers.utils.logging import disable_progress_bar
 from spinlab import parallel
 from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
-from spinlab.errors import InputError
 from spinlab.export.rotations import save_rotations
 from spinlab.export.transformed import save_transformed
 from spinlab.files import writing
 from spinlab.finite import check_finite
 from spinlab.learn.recipe import warn_of_mismatch
-from spinlab.memory.machine import out_of_memory
+from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
 from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
@@ -36,9 +36,10 @@ _SMALL_GAIN = 0.05  # of perplexity, either way
 _HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "int4")} | {"init": "handoff/init"}
 
 
-def run(config: Config, overrides: list[str]) -> Record:
+def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
     """Run every stage that is not cached and return the record, which is also saved.
 
+    sweep: the overrides are shared by several runs, not each of which reads all of them.
     The record is written after every stage: what is finished stays when a later stage fails.
     Several processes go through the same stages, and the first one writes and shows what comes of
     them. One that fails ends at once, so that the others do not wait for it.
@@ -48,42 +49,50 @@ def run(config: Config, overrides: list[str]) -> Record:
     set_arithmetic(config.runtime)
     disable_progress_bar()  # of loading a checkpoint, which happens once per network
     trackers = Trackers()
-    pipeline = Pipeline(config, trackers.log)
-    preflight(pipeline, overrides)
-    facts = environment() | {"backend": pipeline.run.backend}
-    model = describe_model(config.model, pipeline.original.shape)
-    record = Record(config, overrides, facts, pipeline.identity, model, mirrors=trackers.stopped)
-    record.save()
-    journal = Journal(record.folder / "run.log", overrides)
-    figures: list[Path] = []
-    artifacts: list[Path] = []
-    try:
-        if parallel.is_main():
-            trackers.start(record)
-        artifacts.append(_rotations(pipeline, record, trackers.log))
-        if parallel.is_main():
-            export(pipeline)
-        _evaluations(pipeline, record)
-        figures.append(_outliers(pipeline, record))
-        check_finite(record.metrics, "the record cannot be complete")
-        record.status = "complete"
-    except BaseException as error:
-        record.end(error)
-        journal.tell(error)
-        if sentence := out_of_memory(error):
-            raise InputError(sentence) from error
-        raise
-    finally:
-        path = _save(pipeline, record)
-        complete = record.status == "complete"
-        trackers.finish(Outcome(complete, record.metrics, figures, artifacts))
-        if trackers.stopped:
-            record.save()
-        journal.close()
+    with memory_told():
+        pipeline = Pipeline(config, trackers.log)
+        preflight(pipeline, () if sweep else overrides)
+        facts = environment() | {"backend": pipeline.run.backend}
+        model = describe_model(config.model, pipeline.original.shape)
+        record = Record(config, overrides, facts, pipeline.identity, model)
+        record.mirrors = trackers.stopped
+        record.save()
+        _recorded(pipeline, record, trackers)
     if parallel.is_main():
-        _show(record, path, time.perf_counter() - start)
+        _show(record, time.perf_counter() - start)
     parallel.stop()
     return record
+
+
+def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
+    """Go through the stages; save the record and close trackers and log however they end."""
+    files: dict[str, list[Path]] = {"figures": [], "artifacts": []}
+    journal = Journal(record.folder / "run.log", record.overrides)
+    with ExitStack() as end:  # the last is done first, and each of them whatever another raises
+        end.callback(journal.close)
+        end.callback(_finish, record, trackers, files)
+        end.callback(_save, pipeline, record)
+        try:
+            if parallel.is_main():
+                trackers.start(record)
+            files["artifacts"].append(_rotations(pipeline, record, trackers.log))
+            if parallel.is_main():
+                export(pipeline)
+            _evaluations(pipeline, record)
+            files["figures"].append(_outliers(pipeline, record))
+            check_finite(record.metrics, "the record cannot be complete")
+            record.status = "complete"
+        except BaseException as error:
+            record.end(error)
+            journal.tell(error)
+            raise
+
+
+def _finish(record: Record, trackers: Trackers, files: dict[str, list[Path]]) -> None:
+    """Close the trackers, and keep in the record which of them could not."""
+    trackers.finish(Outcome(record.status == "complete", record.metrics, **files))
+    if trackers.stopped:
+        record.save()
 
 
 def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
@@ -182,15 +191,15 @@ def _read(path: Path, default):
     return json.loads(path.read_text()) if path.exists() else default
 
 
-def _save(pipeline: Pipeline, record: Record) -> Path:
+def _save(pipeline: Pipeline, record: Record) -> None:
     record.stages = pipeline.run.cache.as_json()
-    return record.save()
+    record.save()
 
 
-def _show(record: Record, path: Path, seconds: float) -> None:
+def _show(record: Record, seconds: float) -> None:
     metrics = record.metrics
     print(f"\n{result_table(metrics)}\n")
     if "bits/weights/int4" in metrics:
         weights, kv = metrics["bits/weights/int4"], metrics["bits/kv/int4"]
         print(f"effective bits: weights {weights:.2f}, KV cache {kv:.2f}")
-    print(f"record: {path}   ({seconds:.0f} s)")
+    print(f"record: {record.folder / 'record.json'}   ({seconds:.0f} s)")

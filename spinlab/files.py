@@ -27,7 +27,7 @@ from spinlab.errors import InputError
 log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"  # in every temporary name, ours and those of safetensors
-_ABOUT = "spinlab"  # the one entry of the metadata: several would be written in any order
+_ABOUT = "spinlab"  # the entry of the metadata
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems that bring no folder to the disk
@@ -66,7 +66,8 @@ def _tensors_digest(tensors: Mapping[str, torch.Tensor], about: Any) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name; what was written there is brought to the disk and to `path`.
 
-    Temporary files of `path` whose process is gone are removed.
+    Temporary files of `path` whose process is gone are removed. An error of the system names the
+    file, which a failed write by itself does not.
     """
     for left in path.parent.glob(f"*{_TEMPORARY}-*"):
         name, _, process = left.name.rpartition(f"{_TEMPORARY}-")
@@ -77,6 +78,14 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        number, place = _refusal(error)
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(place or path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -106,15 +115,26 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = None) -> None:
-    """Write tensors and JSON-ready `about` with a digest of both, whole or not at all.
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors and one entry of JSON-ready words, whole or not at all.
 
-    The tensors are contiguous and in the host's memory. Equal content gives equal bytes.
+    The tensors are contiguous and in the host's memory. Equal content gives equal bytes, which more
+    than one entry would not: safetensors writes them in any order.
     """
-    digest = _tensors_digest(tensors, about)
-    told = json.dumps({"about": about, "sha256": digest}, sort_keys=True)
+    metadata = {name: json.dumps(words, sort_keys=True) for name, words in (told or {}).items()}
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, {_ABOUT: told})
+        temporary.touch()  # for those who may read a new file: safetensors makes it for its owner
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata or None)
+        temporary.chmod(mode)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Any = None) -> None:
+    """Write tensors and JSON-ready `about`, with a digest of both, as `write_tensors` does."""
+    digest = _tensors_digest(tensors, about)
+    write_tensors(path, tensors, {_ABOUT: {"about": about, "sha256": digest}})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
@@ -158,13 +178,16 @@ def kept_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
 def writing(folder: Path, setting: str) -> Iterator[None]:
     """Turn the system's refusal to write below `folder` into an InputError that names the cure.
 
-    setting: the one that chose the folder. A refusal elsewhere is left as it is.
+    setting: the one that chose the folder. A refusal elsewhere is left as it is. Where the error
+    names no file, what others write meanwhile may be it: a download, a compiler.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number, place = _refusal(error)
-        if number not in _FULL | _REFUSED or not _is_below(place or folder, folder):
+        if number not in (_FULL if place is None else _FULL | _REFUSED):
+            raise
+        if place is not None and not _is_below(place, folder):
             raise
         cure = f"set {setting} to a folder that can be written"
         if number in _FULL:
@@ -173,7 +196,8 @@ def writing(folder: Path, setting: str) -> Iterator[None]:
                 f"{setting} to a folder on another disk"
             )
         reason = os.strerror(number)
-        raise InputError(f"cannot write {place or folder}: {reason}: {cure}") from error
+        what = place or f"a file below {folder} or elsewhere, which the system does not name"
+        raise InputError(f"cannot write {what}: {reason}: {cure}") from error
 
 
 def check_writable(folder: Path, setting: str) -> None:

@@ -10,9 +10,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
@@ -23,12 +20,14 @@ from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
 from spinlab.learn.learned.inputs import check_duals
 from spinlab.memory.check import check_memory
+from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
 from spinlab.model.seams import dimensions_of
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import check_runtime
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.remaining import remaining
 from spinlab.stages.rotations import gate_tokens
 from spinlab.stages.text import windows_in
 from spinlab.weights.layerwise import check_samples, check_weight_groups
@@ -39,17 +38,16 @@ log = logging.getLogger(__name__)
 def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     """Raise InputError, with the cure, for what would fail in a stage.
 
-    overrides: what the command itself sets; the runs of a sweep share theirs, and not each reads
-    all of them.
+    overrides: what the command sets for this run alone.
     """
     _check_places(pipeline.config)
-    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    check_read(pipeline.config, () if sweep else overrides)
+    check_read(pipeline.config, overrides, pipeline.given.transformed)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)
-    _check_shape(pipeline)
+    _check_fits(pipeline)
     _check_given(pipeline)
-    check_memory(pipeline)
+    left = remaining(pipeline)
+    check_memory(Job(pipeline.config, pipeline.original.shape, pipeline.run.device, left))
     _ = pipeline.original.identity
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.original.tokenizer)
@@ -63,14 +61,14 @@ def _check_places(config: Config) -> None:
     check_export(config)
 
 
-def _check_shape(pipeline: Pipeline) -> None:
+def _check_fits(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
     config, model = pipeline.config, pipeline.original.shape
     check_context(config, model.config)
     check_weight_groups(model, config.quant)
     input_paths(model, RotationSet(), config.quant)
     kv_path(model, None, config.kv)
-    if config.weights.method == "gptq":
+    if config.rounded_on_text and config.weights.method == "gptq":
         check_samples(config.weights.samples)
     if pipeline.run.backend == "triton":
         check_runtime(model)

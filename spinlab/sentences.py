@@ -7,7 +7,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from spinlab.arguments import quoted
-from spinlab.compose import nearest, options_of, setting_names
+from spinlab.compose import did_you_mean, options_of, setting_names
 from spinlab.errors import InputError
 
 _PLUGINS = {
@@ -50,14 +50,14 @@ def _missing(file: str, options: list[str]) -> str:
         kind, _, wanted = wanted.partition("/")
         if package:
             return f"{group}/{kind}={wanted} needs a package: pip install {package}"
-        return f"unknown {group}/{kind} {wanted!r}: {nearest(wanted, options)}"
+        return f"unknown {group}/{kind} {wanted!r}: {did_you_mean(wanted, options)}"
     if not wanted:
         return f"there is no file {file!r} of settings"
-    return f"unknown {group} {wanted!r}: {nearest(wanted, options_of(group), '--help')}"
+    return f"unknown {group} {wanted!r}: {did_you_mean(wanted, options_of(group), '--help')}"
 
 
 def _unknown(name: str, *_: str) -> str:
-    return f"unknown setting {name!r}: {nearest(name, setting_names())}"
+    return f"unknown setting {name!r}: {did_you_mean(name, setting_names())}"
 
 
 def _free_key(name: str, *_: str) -> str:

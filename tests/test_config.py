@@ -148,6 +148,17 @@ def test_what_the_models_source_does_not_read_is_refused(overrides, name):
         check_read(composed("+experiment=toy", *overrides), overrides)
 
 
+@pytest.mark.parametrize("override", ["rotation.r1=random", "rotation.r4_block=64"])
+def test_rotations_of_an_exported_model_are_its_own(override, caplog):
+    overrides = ["model.path=/a", "learn=none", override]
+    config = composed("+experiment=toy", *overrides)
+    check_read(config, overrides)
+    words = r"rotation\..* is not read with model.path=…, an exported model"
+    with pytest.raises(InputError, match=words):
+        check_read(config, overrides, exported=True)
+    check_read(config, overrides[:2], exported=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "logged"),
     [

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from spinlab.files import (
     content_key,
     kept_tensors,
     read_tensors,
+    replacing,
     save_tensors,
     write_json,
     writing,
@@ -128,6 +130,24 @@ def test_a_refusal_of_the_system_names_the_file_and_the_cure(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_that_names_no_file_is_blamed_on_nobody(tmp_path):
+    full = partial(OSError, errno.ENOSPC, os.strerror(errno.ENOSPC))
+    words = r"or elsewhere, .*: No space left .*: free some space"
+    with pytest.raises(InputError, match=words), writing(tmp_path, "paths.cache"):
+        raise full()
+    for place in (tmp_path / "runs", tmp_path / "cache"):
+        place.mkdir()
+        words = rf"cannot write {place}/a\.json: No space left .* set paths\.{place.name} to"
+        with (
+            pytest.raises(InputError, match=words),
+            writing(tmp_path / "cache", "paths.cache"),
+            writing(tmp_path / "runs", "paths.runs"),
+            replacing(place / "a.json") as file,
+        ):
+            file.write_text("half")
+            raise full()
+
+
 def test_a_refusal_elsewhere_and_other_errors_are_left_as_they_are(tmp_path):
     elsewhere = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "model"))
     for error in (elsewhere, FileNotFoundError(errno.ENOENT, "No such file"), OSError("of a hub")):
@@ -144,7 +164,7 @@ def test_tensors_that_do_not_fit_on_the_disk_end_in_a_sentence_and_keep_the_old_
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with (
-            pytest.raises(InputError, match=r"File too large: free some space .* set paths\.cache"),
+            pytest.raises(InputError, match=r"/t: File too large: free some .* set paths\.cache"),
             writing(tmp_path, "paths.cache"),
         ):
             save_tensors(path, {"large": torch.zeros(10_000)})

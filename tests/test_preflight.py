@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import spinlab.preflight as preflight_
 from spinlab import parallel
 from spinlab.compose import composed
 from spinlab.config import RotationConfig
@@ -99,6 +100,13 @@ def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
     assert "weights.samples=2 leaves some" in refused(
         tmp_path, "model=random", "weights=gptq", "weights.samples=2"
     )
+
+
+def test_windows_that_nothing_reads_are_refused_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight_, "check_samples", None)
+    gptq = ["model=random", "weights=gptq", "weights.sequence_length=513"]
+    for variants in ("fp", "fp,rtn"):
+        preflight(pipeline(tmp_path, *gptq, f"eval.variants=[{variants}]"))
 
 
 def test_a_runtime_that_cannot_compute_the_model_is_refused_before_any_stage(tmp_path):

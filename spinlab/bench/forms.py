@@ -11,6 +11,7 @@ from spinlab.errors import InputError
 from spinlab.learn.spaces.definition import PlainSpace
 from spinlab.stages.pipeline import Pipeline
 from spinlab.track.environment import environment
+from spinlab.weights.layerwise import check_weight_groups
 
 
 def bench_forms(config: Config) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def bench_forms(config: Config) -> dict[str, Any]:
     windows = pipeline.calibration.windows(
         "learn", learn.steps * learn.batch, learn.sequence_length
     )
+    check_weight_groups(pipeline.original.shape, config.quant)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
     for name, form in (("fast", None), ("plain", PlainSpace)):

@@ -103,16 +103,21 @@ class Config:
                 )
 
     @property
+    def rounded_on_text(self) -> bool:
+        """Tell whether a variant is measured whose weights are rounded on calibration text."""
+        calibrated = self.weights.method == "gptq" or self.weights.lwc_epochs > 0
+        variants = set(self.eval.variants) - {"fp", "rtn"}
+        return calibrated and self.quant.quantizes_weights and bool(variants)
+
+    @property
     def calibration_windows(self) -> dict[str, int]:
         """Name the settings of the calibration windows that are in use, with their lengths."""
-        rotation, weights = self.rotation, self.weights
+        rotation = self.rotation
         gathers = rotation.needs_statistics and not rotation.load
-        calibrated = weights.method == "gptq" or weights.lwc_epochs > 0
-        rounds = self.quant.quantizes_weights and set(self.eval.variants) - {"fp", "rtn"}
         uses = (
             ("rotation.statistics", rotation.statistics, gathers),
             ("learn", self.learn, self.learn.steps > 0),
-            ("weights", weights, calibrated and rounds),
+            ("weights", self.weights, self.rounded_on_text),
         )
         return {
             f"{name}.sequence_length": part.sequence_length for name, part, used in uses if used

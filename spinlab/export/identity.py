@@ -11,8 +11,10 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+from spinlab import parallel
 from spinlab.errors import InputError
 from spinlab.files import content_key, file_digest, write_json
+from spinlab.model.checkpoint import content_digest
 from spinlab.model.files import CONFIG, EXPORTED, MANIFEST
 from spinlab.rotation.stored import read_about
 
@@ -72,21 +74,28 @@ def manifest_of(path: str | None) -> Path | None:
         return manifest
     entry = marked if isinstance(marked, dict) else {}
     expected = {MANIFEST: entry.get(MANIFEST), **listed}
-    for name, digest in expected.items():
-        file = folder / name
-        if not file.is_file() or _digest(file) != digest:
-            what = "changed since" if file.is_file() else "is missing of what"
-            raise InputError(
-                f"model.path={path} is an exported model, and {name} {what} was exported: export "
-                "it again"
-            )
+    fault = parallel.share(_fault(folder, expected) if parallel.is_main() else None)
+    if fault:
+        raise InputError(
+            f"model.path={path} is an exported model, and {fault} was exported: export it again"
+        )
     return manifest
+
+
+def _fault(folder: Path, expected: dict[str, str | None]) -> str | None:
+    """Name the first file that is not what its manifest lists."""
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing of what"
+        if _digest(folder / name) != digest:
+            return f"{name} changed since"
+    return None
 
 
 def _digest(path: Path) -> str:
     """Return a file's digest; that of a config leaves out the entry that names the manifest."""
     if path.name != CONFIG:
-        return file_digest(path)
+        return content_digest(path)
     settings = _settings(path.parent)
     settings.pop(EXPORTED, None)
     return content_key(settings)

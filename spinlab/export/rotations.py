@@ -1,10 +1,9 @@
 """A file of rotations, ours or SpinQuant's, that appears at once and whole."""
 
 import logging
-import os
-from pathlib import Path
 
-from spinlab.export.targets import flush, place_of, sole_writer
+from spinlab.export.targets import place_of
+from spinlab.files import replacing, writing
 from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.rotations import RotationSet
 
@@ -17,12 +16,9 @@ def save_rotations(rotations: RotationSet, path: str) -> None:
     Raises InputError where an R.bin would lose a part.
     """
     target = place_of(path)
-    with sole_writer(target) as partial:
-        file = partial / target.name
-        if Path(path).suffix == ".bin":
-            write_bin(rotations, file)
-        else:
-            rotations.save(file)
-        flush(file)
-        os.replace(file, target)
+    with writing(target.parent, "export.rotations"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as file:
+            write = write_bin if path.endswith(".bin") else RotationSet.save
+            write(rotations, file)
     log.info("%-12s rotations in %s", "export", path)

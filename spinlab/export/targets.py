@@ -1,5 +1,6 @@
 """Where exports go: checked before any work, written by one process at a time, never half."""
 
+import fcntl
 import glob
 import logging
 import os
@@ -10,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import psutil
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from spinlab.config import Config
@@ -52,7 +52,7 @@ def _check_file(setting: str, target: Path, config: Config) -> None:
 
 def _check_checkpoint(setting: str, target: Path, config: Config) -> None:
     _check_not_read(setting, target, "model.path", config.model.path)
-    check_folder(setting, target)
+    check_replaceable(setting, target)
     _try(target)
     _try(target.parent)  # where it is made before it gets its name
 
@@ -62,7 +62,7 @@ def place_of(path: str) -> Path:
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
-def check_folder(setting: str, folder: Path) -> None:
+def check_replaceable(setting: str, folder: Path) -> None:
     """Raise InputError for a folder that holds something, and no earlier export."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise InputError(f"{setting} is there and no earlier export: name another folder")
@@ -119,36 +119,41 @@ def _carries_more(path: str | None) -> bool:
 def sole_writer(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside a target to write in, and keep other processes from it.
 
-    What an earlier process left there is removed, and so is what this one leaves. A target that
-    cannot be written is an InputError.
+    What an earlier process left there is removed, and so is what this one leaves.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        with _locked(target):
-            for left in (partial, *_left_by_the_dead(target)):
-                _remove(left)
-            partial.mkdir()
-            try:
-                yield partial
-            finally:
-                _remove(partial)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target} cannot be written: {error}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with _locked(target):
+        for left in (partial, *_left_by_the_dead(target)):
+            _remove(left)
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            _remove(partial)
 
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("%-12s waiting for another process that writes %s", "export", target)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    """Hold a lock beside a target that dies with its process, and goes when it is let go.
+
+    Who waited for it may hold a file that is no longer there: it takes the next one.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%-12s waiting for another process that writes %s", "export", target)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
 
 
 def _left_by_the_dead(target: Path) -> Iterator[Path]:
@@ -164,13 +169,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Put a file's bytes on the disk, before a rename does, for those who may read its folder.
-
-    safetensors makes files for their owner alone.
-    """
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.errors import InputError
 from spinlab.export.identity import digests_of, files_of, mark
-from spinlab.export.targets import check_folder, flush, place_of, sole_writer
+from spinlab.export.targets import check_replaceable, place_of, sole_writer
+from spinlab.files import sync, writing
 from spinlab.model.files import MANIFEST
 from spinlab.model.split import join_fused
 from spinlab.rotation.rotations import RotationSet
@@ -39,7 +40,7 @@ def save_transformed(
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
     join_fused(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    with sole_writer(folder) as partial:
+    with writing(folder.parent, "export.transformed"), sole_writer(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         about = {**about, "fused": [*about.get("fused", []), *fused], "files": digests_of(partial)}
@@ -52,10 +53,11 @@ def save_transformed(
 def _install(partial: Path, folder: Path, path: str) -> None:
     """Give a finished export its place, and leave alone what is not its own there."""
     setting = f"export.transformed={path}"
-    check_folder(setting, folder)
+    check_replaceable(setting, folder)
     new = [file.relative_to(partial) for file in partial.rglob("*") if file.is_file()]
     for name in new:
-        flush(partial / name)
+        (partial / name).chmod(partial.stat().st_mode & 0o666)  # safetensors: for its owner alone
+        sync(partial / name)
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(partial, folder)
         return

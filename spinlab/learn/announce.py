@@ -6,7 +6,7 @@ import time
 import torch
 
 from spinlab.learn.estimate import Estimate
-from spinlab.memory.machine import gib, memory_for
+from spinlab.machine import gib, memory_for
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from spinlab.config import LearnConfig, QuantConfig
 from spinlab.errors import InputError
 from spinlab.learn.loop import rounds_weights
 from spinlab.learn.spaces.base import CHUNK
-from spinlab.memory.machine import gib, memory_for
+from spinlab.machine import gib, memory_for
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
 
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
@@ -210,13 +210,13 @@ def _operations(job: _Job) -> tuple[float, float, float]:
 def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
     """Decide whether layers are run again in the backward pass, which saves memory for time.
 
-    `auto` does so only where the device cannot hold the activations. Raises InputError where the
-    run does not fit.
+    `auto` does so only where the device cannot hold the activations without swapping. Raises
+    InputError where the run does not fit.
     """
     has = memory_for(device)
     checkpoint = learn.checkpoint == "on"
     if learn.checkpoint == "auto":
-        checkpoint = estimate.bytes(False) > has
+        checkpoint = estimate.bytes(False) > memory_for(device, swap=False)
     if estimate.bytes(checkpoint) <= has:
         return checkpoint
     fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}"]

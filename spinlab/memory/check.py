@@ -3,20 +3,17 @@
 import torch
 
 from spinlab.errors import InputError
-from spinlab.memory.machine import gib, left_on_device, left_on_host
+from spinlab.machine import gib, left_on_device, left_on_host
 from spinlab.memory.needs import Job, Need, needs
-from spinlab.stages.pipeline import Pipeline
 
 
-def check_memory(pipeline: Pipeline) -> None:
-    """Raise InputError naming the first stage that this machine cannot hold.
+def check_memory(job: Job) -> None:
+    """Raise InputError naming the first stage to run that this machine cannot hold.
 
     Of several processes most stages are the first one's alone: it may take the whole host.
     """
-    device = pipeline.run.device
-    of_device = left_on_device(device) if device.type == "cuda" else None
-    job = Job(pipeline.config, pipeline.original.shape, device)
-    check_needs(needs(job), left_on_host(swap=True, alone=True), of_device, device)
+    of_device = left_on_device(job.device) if job.device.type == "cuda" else None
+    check_needs(needs(job), left_on_host(alone=True), of_device, job.device)
 
 
 def check_needs(

@@ -5,7 +5,7 @@ matrix of the vocabulary is left out, so that these are lower bounds: a run is r
 cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,10 +16,10 @@ from spinlab import parallel
 from spinlab.config import Config
 from spinlab.learn.estimate import estimate
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, linear_at, linears_of
+from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
 
 _FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
-_GATE_TOKENS = 256
 _MORE = "a machine with more memory"
 
 
@@ -35,11 +35,20 @@ class Need:
 
 @dataclass(frozen=True)
 class Job:
-    """Gather what the needs depend on. shape: the original on the meta device."""
+    """Gather what the needs depend on.
+
+    shape: the original on the meta device. remaining: the stages that are not in the cache, by
+    their names there; those that are take no memory.
+    """
 
     config: Config
     shape: PreTrainedModel
     device: torch.device
+    remaining: Collection[str]
+
+    def has(self, *stages: str) -> bool:
+        """Tell whether one of these stages has still to run."""
+        return any(stage in self.remaining for stage in stages)
 
     @property
     def size(self) -> int:
@@ -99,16 +108,24 @@ class Job:
 
 
 def needs(job: Job) -> list[Need]:
-    """Return the needs of all stages, in the order in which they run."""
-    config = job.config
-    quantized = [v for v in config.eval.variants if v != "fp"]
-    stages = [*_loading(job), *_statistics(job), _rotating(job), *_learning(job)]
-    if config.export.transformed:
-        stages.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
-    if quantized and job.linears:
-        stages += _rounding(job)
-    stages += [_measuring(job, variant) for variant in config.eval.variants]
-    return stages
+    """Return the needs of the stages that have still to run, in their order."""
+    found: list[Need] = []
+    if job.has("statistics"):
+        found.append(_statistics(job))
+    if job.has("rotate", "learn"):
+        found.append(_rotating(job))
+    if job.has("learn"):
+        found.append(_learning(job))
+    if job.config.export.transformed:  # which is written each time
+        found.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
+    if job.has("weights-rtn") or (job.has("weights") and not job.config.rounded_on_text):
+        found += _rounding(job)
+    if job.has("weights") and job.config.rounded_on_text:
+        found += _calibrating(job)
+    for variant in job.config.eval.variants:
+        if job.has(f"handoff-{variant}", f"eval-{variant}"):
+            found.append(_measuring(job, variant))
+    return [*_loading(job), *found] if found or job.has("outliers") else []
 
 
 def _loading(job: Job) -> Iterator[Need]:
@@ -117,39 +134,35 @@ def _loading(job: Job) -> Iterator[Need]:
     if model.weights == "random":
         drawn = job.numbers * max(_FLOAT32, job.size)
         yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {_MORE}")
-    elif model.is_gguf:
+    elif job.has("model"):
         read = job.numbers * _FLOAT32
         yield Need("converting the GGUF file", read, 0, f"a smaller model or {_MORE}")
     if job.device.type != "cpu":  # read by the host, then moved
         yield Need("loading the model", job.numbers * job.gate_size, 0, job.cure())
 
 
-def _statistics(job: Job) -> Iterator[Need]:
+def _statistics(job: Job) -> Need:
     """A search keeps the mean of every input of a window."""
     rotation, d = job.config.rotation, job.dimensions
-    if not rotation.needs_statistics or rotation.load:
-        return
     length = rotation.statistics.sequence_length
     run = length * job.end // d.hidden * job.size
     widths = 2 * d.hidden + (d.heads + d.kv_heads) * d.head_dim + d.intermediate
     means = length * widths * d.layers * _FLOAT32 if rotation.searches else 0
     windows = rotation.statistics.samples * length * _INDEX
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
-    yield Need("statistics", windows, job.untied * job.size + means + run, cure)
+    return Need("statistics", windows, job.untied * job.size + means + run, cure)
 
 
 def _rotating(job: Job) -> Need:
     """The gate runs original and rotated model in turn."""
-    kept = _GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
+    kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
     need = job.untied * job.gate_size + job.fusing + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
     return Need(name, 0, need, f"a smaller model or {_MORE}")
 
 
-def _learning(job: Job) -> Iterator[Need]:
+def _learning(job: Job) -> Need:
     learn = job.config.learn
-    if not learn.steps:
-        return
     length, count = learn.sequence_length, learn.steps * learn.batch
     found = estimate(job.shape, learn, job.config.quant, parallel.launched())
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
@@ -159,7 +172,7 @@ def _learning(job: Job) -> Iterator[Need]:
         cures.insert(0, f"fewer learn.steps than {learn.steps}")
     if learn.quantize_weights:
         cures.append("learn.quantize_weights=false")
-    yield Need("learning", windows, least, job.cure(*cures))
+    return Need("learning", windows, least, job.cure(*cures))
 
 
 def _checkpoints(setting: str) -> tuple[bool, ...]:
@@ -167,15 +180,18 @@ def _checkpoints(setting: str) -> tuple[bool, ...]:
 
 
 def _rounding(job: Job) -> Iterator[Need]:
+    weights, name = job.untied * job.size, "rounding weights"
+    yield Need(name, 0, weights + job.fusing, job.cure())
+    yield Need(name, job.levels, weights, job.cure())
+
+
+def _calibrating(job: Job) -> Iterator[Need]:
     """GPTQ holds all windows at one layer, and a Hessian twice in float64 while it is factored."""
     config, d = job.config.weights, job.dimensions
     weights = job.untied * job.size
     gptq = config.method == "gptq"
-    name = "GPTQ" if gptq else "LWC" if config.lwc_epochs else "rounding weights"
+    name = "GPTQ" if gptq else "LWC"
     yield Need(name, 0, weights + job.fusing, job.cure())
-    if name == "rounding weights":
-        yield Need(name, job.levels, weights, job.cure())
-        return
     length = config.sequence_length
     samples = -(-config.samples // parallel.launched()) if gptq else config.samples
     states = samples * length * d.hidden * job.size * (1 if gptq else 2)

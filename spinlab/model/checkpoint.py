@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from spinlab import parallel
 from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_folder
 from spinlab.errors import InputError
@@ -76,8 +77,11 @@ class Checkpoint:
             )
 
     def weight_digests(self) -> dict[str, str]:
-        """Return the digest of every file that the model is made of, by name."""
-        others = files_like(self.folder, [*SETTINGS, MANIFEST])
+        """Return the digest of every file that the model is made of, by name.
+
+        How text is generated from it is no part of it.
+        """
+        others = files_like(self.folder, [CONFIG, MANIFEST])
         return self._digests([*others, *self.weights])
 
     def tokenizer_digests(self) -> dict[str, str]:
@@ -113,10 +117,13 @@ class Checkpoint:
             raise InputError(f"{self.place}: its tokenizer cannot be read: {reason}") from error
 
     def _digests(self, files: list[Path]) -> dict[str, str]:
+        """Digest files; of several processes the first one reads them."""
+        if not parallel.is_main():
+            return parallel.share({})
         with ThreadPoolExecutor() as threads:
             found = threads.map(content_digest, files)
             names = (str(file.relative_to(self.folder)) for file in files)
-            return dict(zip(names, found, strict=True))
+            return parallel.share(dict(zip(names, found, strict=True)))
 
 
 def checkpoint_of(config: ModelConfig, converted: Path | None) -> Checkpoint:

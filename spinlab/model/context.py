@@ -30,6 +30,6 @@ def check_context(config: Config, settings: PreTrainedConfig) -> None:
     for setting, length in windows.items():
         if context is not None and length > context:
             raise InputError(
-                f"{setting}={length} is longer than the {context} tokens that {config.model.name} "
+                f"{setting}={length} is longer than the {context} tokens that the model "
                 f"reads at once: set {setting}={context} or less"
             )

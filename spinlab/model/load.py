@@ -21,7 +21,7 @@ from spinlab.model.random import architecture_of, random_model
 from spinlab.model.seams import dimensions_of
 from spinlab.model.settings import OURS, on_meta
 from spinlab.model.split import split_fused
-from spinlab.model.whole import check_finite, check_report
+from spinlab.model.whole import check_numbers, check_report, check_tied
 
 
 def check_model(config: ModelConfig) -> None:
@@ -37,17 +37,15 @@ def check_model(config: ModelConfig) -> None:
 def source_digest(config: ModelConfig) -> dict[str, Any]:
     """Identify the weights for cache keys by content: digests of files, or the configured shape.
 
-    Where they came from is no part of it: `describe_model` cites that. Raises InputError for a
-    model that cannot be reached or rotated, or is not whole, before anything is loaded.
+    Where they came from is no part of it: `describe_model` cites that. `check_model` tells whether
+    the model can be had and is whole.
     """
     if config.weights == "random":
         architecture_of(config)
         return {"random": config.architecture}
     if config.is_gguf:
         return {"gguf": content_digest(gguf_of(config))}
-    checkpoint = checkpoint_of(config, None)
-    checkpoint.check()
-    return checkpoint.weight_digests()
+    return checkpoint_of(config, None).weight_digests()
 
 
 def tokenizer_digest(config: ModelConfig) -> dict[str, Any]:
@@ -59,18 +57,21 @@ def tokenizer_digest(config: ModelConfig) -> dict[str, Any]:
     return checkpoint_of(config, None).tokenizer_digests()
 
 
-def check_numbers(config: ModelConfig) -> None:
-    """Read every weight of a folder or repository; raise InputError for one that is not finite."""
+def check_weights(config: ModelConfig) -> None:
+    """Read every weight of a folder or repository.
+
+    Raises InputError for one that is not finite, and for a head of its own that should be tied.
+    """
     checkpoint = checkpoint_of(config, None)
-    check_finite(checkpoint.place, checkpoint.weights)
+    check_tied(checkpoint.place, checkpoint.config, checkpoint.weights)
+    check_numbers(checkpoint.place, checkpoint.weights)
 
 
-def describe_model(config: ModelConfig, shape: PreTrainedModel | None = None) -> dict[str, Any]:
+def describe_model(config: ModelConfig, model: PreTrainedModel) -> dict[str, Any]:
     """Tell which model runs, ready for JSON: its origin (no path), its family and its sizes.
 
-    shape: what `meta_model` gives, where it is there already.
+    model: as `meta_model` or `load_model` gives it.
     """
-    model = meta_model(config) if shape is None else shape
     dimensions = dimensions_of(model.config)
     return {
         "source": _origin(config),
@@ -116,7 +117,7 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
     return _prepared(model, dtype)
 
 
-def meta_model(config: ModelConfig, converted: Path | None = None) -> PreTrainedModel:
+def meta_model(config: ModelConfig, converted: Path | None) -> PreTrainedModel:
     """Return the model that `load_model` gives, on the meta device: names, shapes and no numbers.
 
     A packaged model that is not converted yet is described by its own metadata.

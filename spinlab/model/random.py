@@ -29,11 +29,11 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
     # no padding: a family's default padding token can lie outside a small vocabulary
     shape = {"pad_token_id": None, **config.architecture}
     shape.setdefault("model_type", "llama")
-    _check_names(shape)
+    _check_fields(shape)
     return config_from("model.architecture.", shape)
 
 
-def _check_names(shape: dict[str, Any]) -> None:
+def _check_fields(shape: dict[str, Any]) -> None:
     """Raise InputError for a field that transformers would take in silence and never read."""
     model_type = shape["model_type"]
     family_of(model_type)

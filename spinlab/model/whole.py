@@ -64,7 +64,38 @@ def check_report(place: str, config: PreTrainedConfig, report: Report) -> None:
         )
 
 
-def check_finite(place: str, files: Iterable[Path]) -> None:
+def check_tied(place: str, config: PreTrainedConfig, files: Iterable[Path]) -> None:
+    """Raise InputError where files hold two tensors that their config says are one.
+
+    transformers keeps such tensors apart, with a warning, and the config goes on to call them tied.
+    """
+    held = {name: file for file in files for name in _names_in(file)}
+    for name, other in on_meta(config).all_tied_weights_keys.items():
+        if name in held and other in held and not _same(name, held[name], other, held[other]):
+            raise InputError(
+                f"{place}: config.json says tie_word_embeddings=true, and {name} is not "
+                f"{other}: set it to false there, or delete {name} to run with the embedding as "
+                "the head"
+            )
+
+
+def _names_in(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
+def _same(name: str, file: Path, other: str, of_other: Path) -> bool:
+    """Tell whether two tensors of one shape hold the same numbers, in steps of some rows."""
+    with safe_open(file, framework="pt") as one, safe_open(of_other, framework="pt") as two:
+        first, second = one.get_slice(name), two.get_slice(other)
+        rows, width = first.get_shape()
+        step = max(1, _CHUNK // width)
+        return all(
+            bool((first[i : i + step] == second[i : i + step]).all()) for i in range(0, rows, step)
+        )
+
+
+def check_numbers(place: str, files: Iterable[Path]) -> None:
     """Read every number once; raise InputError naming the first tensor with NaN or infinity."""
     for file in files:
         with safe_open(file, framework="pt") as stored:

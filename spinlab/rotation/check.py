@@ -16,6 +16,7 @@ from spinlab.model.seams import linears_of
 from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
 
+GATE_TOKENS = 256  # that gates look at, and the outlier profile
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 Make = Callable[[], PreTrainedModel]
 
@@ -40,7 +41,7 @@ def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def logits_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return max|Δ| relative to the standard deviation of what is expected."""
     found, expected = found.double(), expected.double()
     return ((found - expected).abs().max() / expected.std()).item()
@@ -56,7 +57,7 @@ def check_invariance(
     """
     expected = logits_of(original, ids)
     limit = TOLERANCE[expected.dtype]
-    error = relative_error(logits_of(rotated, ids), expected)
+    error = logits_error(logits_of(rotated, ids), expected)
     if not error <= limit:
         seam = broken_seam(original, rotated, rotations, ids, limit)
         raise BrokenSeam(

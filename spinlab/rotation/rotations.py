@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from spinlab.files import write_tensors
 from spinlab.model.seams import Seam
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
@@ -104,9 +104,7 @@ class RotationSet:
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file; equal sets give equal bytes."""
         blocks = {n: getattr(self, n).blocks for n in ONLINE if getattr(self, n) is not None}
-        words = json.dumps({"about": self.about or {}, "blocks": blocks}, sort_keys=True)
-        # of several entries safetensors makes a different order each time
-        save_file(self.tensors(), path, {WORDS: words})
+        write_tensors(path, self.tensors(), {WORDS: {"about": self.about or {}, "blocks": blocks}})
 
     @staticmethod
     def load(path: Path) -> "RotationSet":

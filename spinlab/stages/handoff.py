@@ -8,7 +8,7 @@ from pathlib import Path
 from spinlab.errors import ResultError
 from spinlab.files import write_json
 from spinlab.networks.exact import ExactNetworks
-from spinlab.rotation.check import logits_of, relative_error
+from spinlab.rotation.check import logits_error, logits_of
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import gate_ids
 from spinlab.stages.run import Run
@@ -40,7 +40,7 @@ def handoff_error(
         ids = gate_ids(original, calibration).to(run.device)
         expected = logits_of(partial(networks.dequantized, *parts), ids)
         integers = partial(variant.on_integers, networks, run.backend, *parts)
-        error = relative_error(logits_of(integers, ids), expected)
+        error = logits_error(logits_of(integers, ids), expected)
         log.info("%-12s %s differs by %.1e of the logits' spread", "handoff", variant.name, error)
         if not error <= _LIMIT:
             raise BrokenHandoff(

@@ -13,7 +13,7 @@ from spinlab import parallel
 from spinlab.cache import PROGRESS, Artifact
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.files import replacing, write_json
+from spinlab.files import write_json
 from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.guard import Divergence
@@ -157,6 +157,5 @@ class Learning:
         path = work.with_name(f"{work.stem}.diverged.safetensors")
         if parallel.is_main():
             learner.restore(error.last_good)
-            with replacing(path) as temporary:
-                self._described(learner.result()).save(temporary)
+            self._described(learner.result()).save(path)
         return InputError(f"{error}; the last good rotations are kept: rotation.load={path}")

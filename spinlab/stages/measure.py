@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.cache import Artifact
-from spinlab.data.questions import digests as question_digests
+from spinlab.data.questions import identities
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
@@ -59,7 +59,7 @@ def _depends(run: Run, original: Original, evaluation: Artifact, variant: Varian
     measured = run.config.eval
     depends = [*variant.depends(run, original), evaluation.key, measured.batch]
     if tasks := _tasks(run, variant):
-        questions = question_digests(tasks, measured.task_source)
+        questions = identities(tasks, measured.task_source)
         depends += [questions, measured.limit, measured.task_batch, version("lm_eval")]
     return depends
 

@@ -3,6 +3,7 @@
 Stages `check`, which looks at every weight once, and `model`, which dequantizes a packaged one.
 """
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +11,12 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spinlab.cache import NotCached
 from spinlab.config import ModelConfig
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_model,
-    check_numbers,
+    check_weights,
     load_model,
     load_tokenizer,
     meta_model,
@@ -34,9 +36,11 @@ class Original:
         """What identifies the model, for keys. Its numbers are looked at once."""
         model = self.settings
         random = model.weights == "random"
+        _ = self.shape  # a model that is not whole fails before anything of it is read
+        _ = self.shape  # a model that is not whole fails before anything of it is read
         digest = source_digest(model)
         if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
-            self.run.cache.run("check", digest, lambda out: check_numbers(model))
+            self.run.cache.run("check", digest, lambda out: check_weights(model))
         seed = self.run.config.seed
         shape = [model.outlier_channels, model.outlier_scale, seed] if random else None
         return {"digest": digest, "dtype": model.dtype, "random": shape}
@@ -47,7 +51,7 @@ class Original:
         model = self.settings
         if not model.is_gguf:
             return None
-        depends = self.identity["digest"]
+        depends = source_digest(model)
         return self.run.cache.run("model", depends, lambda out: convert_gguf(model, out)).path
 
     @cached_property
@@ -57,7 +61,10 @@ class Original:
         A model that cannot be had, or is not whole, fails here with a sentence.
         """
         check_model(self.settings)
-        return meta_model(self.settings)
+        converted = None
+        with suppress(NotCached), self.run.cache.only_cached():
+            converted = self.converted  # a packaged model's own metadata take seconds to read
+        return meta_model(self.settings, converted)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

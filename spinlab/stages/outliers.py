@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.cache import Artifact
 from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.files import write_tensors
 from spinlab.finite import check_finite
 from spinlab.model.seams import linears_of
 from spinlab.rotation.rotations import RotationSet
@@ -39,7 +40,7 @@ def outliers(
         sets |= {name: rotations_in(run, made) for name, made in rotated.items()}
         peaks = {name: channel_peaks(networks.rotated(found), ids) for name, found in sets.items()}
         check_finite(peaks, "attention inputs on the way to the outlier figure")
-        save_file(peaks, out / _FILE)
+        write_tensors(out / _FILE, peaks)
 
     keys = {name: made.key for name, made in rotated.items()}
     depends = [original.identity, calibration.key, keys]

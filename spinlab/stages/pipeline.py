@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab.cache import Artifact
 from spinlab.config import Config
-from spinlab.data.questions import digests as question_digests
+from spinlab.data.questions import identities
 from spinlab.data.text import Text, read_texts
 from spinlab.files import file_digest
 from spinlab.model.load import tokenizer_digest
@@ -44,7 +44,6 @@ class Pipeline:
         self.run = Run(config)
         self.original = Original(self.run)
         self.given = Given(self.run, self.original)
-        self._weights: dict[str, Artifact] = {}
 
     @cached_property
     def texts(self) -> tuple[Text, list[Text]]:
@@ -99,10 +98,8 @@ class Pipeline:
         config = self.config.weights
         if name == "rtn":
             config = replace(config, method="rtn", lwc_epochs=0)
-        if name not in self._weights:
-            parts = self.original, self.calibration, self.rotated(name), config
-            self._weights[name] = round_weights(self.run, *parts)
-        return self._weights[name]
+        parts = self.original, self.calibration, self.rotated(name), config
+        return round_weights(self.run, *parts)
 
     def variant(self, name: str) -> Variant:
         """Return what a variant's network is made of."""
@@ -136,6 +133,6 @@ class Pipeline:
             "tokenizer": tokenizer_digest(self.config.model),
             "calibration": texts[0].digest,
             "evaluation": {t.label: {"part": t.part, "digest": t.digest} for t in texts[1]},
-            "questions": question_digests(measured.tasks, measured.task_source),
+            "questions": identities(measured.tasks, measured.task_source),
             "rotations": file and file_digest(file),
         }

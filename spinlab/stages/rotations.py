@@ -9,7 +9,7 @@ import torch
 from spinlab.cache import Artifact
 from spinlab.model.context import context_of
 from spinlab.networks.rotated import RotatedNetworks
-from spinlab.rotation.check import check_invariance
+from spinlab.rotation.check import GATE_TOKENS, check_invariance
 from spinlab.rotation.ranges import with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
@@ -19,7 +19,6 @@ from spinlab.stages.text import Calibration
 log = logging.getLogger(__name__)
 
 FILE = "rotations.safetensors"
-GATE_TOKENS = 256  # of the invariance gate and of the outlier profile
 
 
 def rotations_in(run: Run, made: Artifact) -> RotationSet:

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spinlab.cache import Artifact
 from spinlab.config import plain
+from spinlab.files import write_tensors
 from spinlab.finite import check_finite
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
@@ -27,7 +28,7 @@ def statistics(run: Run, original: Original, calibration: Calibration) -> Artifa
         windows = calibration.windows("statistics", settings.samples, settings.sequence_length)
         found = gather_statistics(model, windows, searches).tensors()
         check_finite(found, "the model is broken, or its activations overflow")
-        save_file(found, out / _FILE)
+        write_tensors(out / _FILE, found)
 
     return run.cache.run("statistics", depends, work)
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from spinlab.cache import Artifact
 from spinlab.data.text import Text, fixed_windows, random_windows, tokenize
 from spinlab.errors import InputError
+from spinlab.files import write_tensors
 from spinlab.model.load import tokenizer_digest, vocabulary
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
@@ -78,7 +79,7 @@ def _tokenized(
         ids = {text.label: tokenize(text.text, tokenizer) for text in texts}
         for label, row in ids.items():
             _check_ids(label, row, known)
-        save_file({label: cut(label, row) for label, row in ids.items()}, out / _FILE)
+        write_tensors(out / _FILE, {label: cut(label, row) for label, row in ids.items()})
 
     return run.cache.run(stage, [tokens, known, digests, settings], work)
 

@@ -29,7 +29,15 @@ _PLACES = {  # settings that say where something lies: the identity says what it
     "rotation": ("load",),
 }
 _OF_RANDOM_WEIGHTS = ("architecture", "outlier_channels", "outlier_scale")
-_PATH = re.compile(r"(?<![\w.:/~])(?:~\w*|\.\.?)?/[^\s'\",;:()\[\]{}]+")
+# a path ends before one of these; a blank is part of it where another folder follows
+_WORD = r"[^\s/'\",;:()\[\]{}]+"
+_START = r"(?:~\w*|\.\.?)?/+"
+_PART = rf"{_WORD}(?:[ \t]+(?!{_START}){_WORD})*"
+_PATH = re.compile(
+    rf"(?P<url>(?!file:)\b[a-z][a-z0-9+.-]*://\S*)"
+    rf"|(?:file:/+|(?<![\w./~]){_START})(?:{_PART}/+)*{_WORD}/*"
+)
+_GOES_ON = re.compile(rf"[,;:.!?]\s|\s{_START}")  # a string with that is a sentence
 
 
 def record_key(config: Config, identity: dict[str, Any]) -> str:
@@ -46,15 +54,19 @@ def record_key(config: Config, identity: dict[str, Any]) -> str:
 def without_folders(tree: Any) -> Any:
     """Return JSON-ready content in which paths from a root, a home or a dot are cut to their ends.
 
-    A string that is such a path as a whole may hold any character, one in a sentence no blanks.
+    A string that is such a path as a whole may hold any character. In a sentence it ends before a
+    quote, a bracket or a mark, and its last part before a blank.
     """
     if isinstance(tree, dict):
-        return {key: without_folders(value) for key, value in tree.items()}
+        return {without_folders(key): without_folders(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [without_folders(value) for value in tree]
     if not isinstance(tree, str):
         return tree
-    return _last_part(tree) if _PATH.match(tree) else _PATH.sub(lambda p: _last_part(p[0]), tree)
+    start = _PATH.match(tree)
+    if start and not start["url"] and not _GOES_ON.search(tree):
+        return _last_part(tree)
+    return _PATH.sub(lambda found: found["url"] or _last_part(found[0]), tree)
 
 
 def _last_part(path: str) -> str:

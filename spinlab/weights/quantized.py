@@ -8,9 +8,9 @@ from typing import cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from spinlab.files import write_tensors
 from spinlab.formats.integer import Grid, decode
 from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 
@@ -109,7 +109,7 @@ def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str,
 def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
     """Write named weights, each with a grid of its own, into a safetensors file."""
     tensors, grids = stored_form(weights)
-    save_file(tensors, path, {"grids": json.dumps(grids, sort_keys=True)})
+    write_tensors(path, tensors, {"grids": grids})
 
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:

@@ -45,9 +45,13 @@ def test_a_default_of_one_command_is_not_anothers():
         (["forms", "+experiment=toi"], "unknown experiment 'toi': did you mean toy?"),
         (["forms", "+experiment=toy", "learn.stpes=3"], "unknown setting 'learn.stpes'"),
         (["forms", "experiment"], "write +experiment=NAME"),
+        (
+            ["forms", "+experiment=toy", "quant.weights.group_size=7"],
+            "quant.weights.group_size=7 does not divide 96",
+        ),
         (["cpu", "--device", "tpu"], "runtime.device=tpu"),
     ],
-    ids=["file", "setting", "no value", "device"],
+    ids=["file", "setting", "no value", "groups", "device"],
 )
 def test_a_mistake_is_one_sentence_and_status_2(capsys, words, said):
     with pytest.raises(SystemExit) as stop:

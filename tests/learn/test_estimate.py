@@ -159,7 +159,7 @@ def device_with(monkeypatch):
 
     def give(count: int) -> None:
         for place in (module, telling):
-            monkeypatch.setattr(place, "memory_for", lambda device: count)
+            monkeypatch.setattr(place, "memory_for", lambda device, swap=True: count)
 
     return give
 
@@ -172,6 +172,14 @@ def test_layers_are_run_again_only_where_memory_asks_for_it(device_with):
     assert found.bytes(True) < found.bytes(False) - 8 * GIB
     device_with(found.bytes(False))
     assert choose_checkpoint(found, LearnConfig(checkpoint="on"), CPU) is True
+
+
+def test_swap_lets_a_run_start_but_layers_are_run_again_before_it_is_used(monkeypatch):
+    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    swapped = {True: found.bytes(False), False: found.bytes(True) - GIB}
+    monkeypatch.setattr(module, "memory_for", lambda device, swap=True: swapped[swap])
+    assert choose_checkpoint(found, LearnConfig(checkpoint="off"), CPU) is False
+    assert choose_checkpoint(found, LearnConfig(), CPU) is True
 
 
 @pytest.mark.parametrize(

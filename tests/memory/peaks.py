@@ -12,6 +12,7 @@ from spinlab.cache import _give_back_memory
 from spinlab.compose import composed
 from spinlab.memory.needs import Job, needs
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.remaining import stages_of
 
 
 def status(name: str) -> int:
@@ -47,7 +48,8 @@ def main(folder: str, *overrides: str) -> None:
             run.measure(v),
         )
     expected: dict[str, int] = {}
-    for need in needs(Job(run.config, run.original.shape, run.run.device)):
+    names = {name for name, _ in stages_of(run)}
+    for need in needs(Job(run.config, run.original.shape, run.run.device, names)):
         expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
     print(json.dumps({name: [expected[name], peak(call)] for name, call in work.items()}))
 

@@ -13,6 +13,8 @@ from spinlab.errors import InputError
 from spinlab.memory.check import check_needs
 from spinlab.memory.needs import Job, Need, needs
 from spinlab.model.load import meta_model
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.remaining import stages_of
 
 GIB, CPU, GPU = 2**30, torch.device("cpu"), torch.device("cuda", 0)
 LLAMA = ["+experiment=llama2_7b_w4a4kv4", "model.weights=random", "data=packaged"]
@@ -30,7 +32,8 @@ _SLACK = 64 * 2**20  # of allocators, and of libraries as they are first called
 
 def needs_of(*overrides: str, device: torch.device = CPU) -> list[Need]:
     config = composed(*overrides)
-    return needs(Job(config, meta_model(config.model), device))
+    names = {name for name, _ in stages_of(Pipeline(config))}
+    return needs(Job(config, meta_model(config.model, None), device, names))
 
 
 def need_of(stage: str, *overrides: str, device: torch.device = CPU) -> Need:
@@ -74,6 +77,23 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert need_of("measuring int4", *LLAMA).host == 2 * layers
     drawn = need_of("drawing random weights", *LLAMA, device=GPU)
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
+
+
+def test_a_stage_that_is_cached_needs_no_memory():
+    config = composed(*LLAMA, "eval.variants=[fp,int4]")
+    shape = meta_model(config.model, None)
+
+    def stages(*remaining: str) -> set[str]:
+        return {need.stage for need in needs(Job(config, shape, CPU, remaining))}
+
+    assert stages() == set()
+    drawn, gate = "drawing random weights", "the gate of the rotated model, in float32,"
+    assert stages("outliers") == {drawn}
+    assert stages("eval-fp") == {drawn, "measuring fp"}
+    assert stages("handoff-int4") == {drawn, "measuring int4"}
+    assert stages("learn") == {drawn, gate, "learning"}
+    assert stages("weights") == {drawn, "GPTQ"}
+    assert stages("weights-rtn") == {drawn, "rounding weights"}
 
 
 def test_a_batch_holds_no_more_windows_than_there_are():

@@ -7,7 +7,7 @@ from spinlab.config import KVConfig, QuantConfig, RotationConfig
 from spinlab.kv.cache import CodedCache, attach_kv, kv_path
 from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.check import BrokenSeam, check_invariance, logits, relative_error
+from spinlab.rotation.check import BrokenSeam, check_invariance, logits, logits_error
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import hadamard_rotation
 
@@ -52,7 +52,7 @@ def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind
         lambda: make_family_model(family, **changes), QuantConfig(), KVConfig()
     )
     rotated = networks.rotated(rotations)
-    assert relative_error(logits(rotated, ids), logits(original, ids)) < 1e-9
+    assert logits_error(logits(rotated, ids), logits(original, ids)) < 1e-9
 
 
 @pytest.mark.parametrize("seam", ["self_attn.qkv_proj.v_proj", "mlp.gate_up_proj.up_proj"])
@@ -106,7 +106,7 @@ def test_scales_move_between_a_group_and_its_carrier(make_family_model, ids, fam
             for seam in table.seams:
                 if seam.group == group:
                     linear_at(layer, seam.name).weight.data /= scale
-    assert relative_error(logits(model, ids), logits(original, ids)) < 1e-9
+    assert logits_error(logits(model, ids), logits(original, ids)) < 1e-9
 
 
 @every_shape
@@ -125,7 +125,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
     assert isinstance(found.past_key_values, CodedCache)
     assert torch.equal(found.sequences, expected.sequences)
     steps = zip(found.logits, expected.logits, strict=True)
-    assert all(relative_error(a, b) < 1e-9 for a, b in steps)
+    assert all(logits_error(a, b) < 1e-9 for a, b in steps)
 
 
 @pytest.mark.parametrize("family", ["mistral", "phi3"])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model.files import shards_of, weights_of
-from spinlab.model.load import source_digest, tokenizer_digest
+from spinlab.model.load import check_model, tokenizer_digest
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 
@@ -22,7 +22,7 @@ def refusal(folder) -> str:
     """Return the one sentence that a folder is refused with."""
     with pytest.raises(InputError) as mistake:
         tokenizer_digest(local(folder))
-        source_digest(local(folder))
+        check_model(local(folder))
     assert "\n" not in str(mistake.value)
     return str(mistake.value)
 

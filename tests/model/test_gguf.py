@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import spinlab.model.gguf
-from spinlab.config import ModelConfig
+import spinlab.model.load
+from spinlab.config import Config, ModelConfig, PathsConfig
 from spinlab.errors import InputError
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import describe_model, load_model, load_tokenizer, meta_model, source_digest
+from spinlab.stages.pipeline import Pipeline
 
 HIDDEN, INNER, WORDS = 16, 24, 40
 CONFIG = ModelConfig(weights="pretrained", package="carrier", file="tiny.gguf")
@@ -73,9 +75,12 @@ def test_a_whole_file_becomes_an_ordinary_checkpoint(file, tmp_path):
     embedding = torch.from_numpy(tensors()["token_embd.weight"])
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert load_tokenizer(CONFIG, tmp_path / "out").get_vocab()["w0"] == 2
-    described = {n: t.shape for n, t in meta_model(CONFIG).state_dict().items()}
+    described = {n: t.shape for n, t in meta_model(CONFIG, None).state_dict().items()}
     assert described == {n: t.shape for n, t in model.state_dict().items()}
-    assert describe_model(CONFIG)["source"] == {"package": "carrier", "file": "tiny.gguf"}
+    assert describe_model(CONFIG, meta_model(CONFIG, None))["source"] == {
+        "package": "carrier",
+        "file": "tiny.gguf",
+    }
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 20, 200, 900, 0.5, -8])
@@ -108,6 +113,17 @@ def test_another_family_is_refused_before_it_is_read(file, tmp_path):
     write(file, tensors(), "starcoder2")
     with pytest.raises(InputError, match="'starcoder2' cannot be rotated"):
         convert_gguf(CONFIG, tmp_path / "out")
+
+
+def test_metadata_are_read_from_the_file_only_until_it_is_converted(file, tmp_path, monkeypatch):
+    config = Config(model=CONFIG, paths=PathsConfig(cache=str(tmp_path / "cache")))
+    before = Pipeline(config)
+    sizes = {name: tuple(p.shape) for name, p in before.original.shape.named_parameters()}
+    assert before.original.converted
+    monkeypatch.setattr(spinlab.model.load, "gguf_config", None)
+    after = Pipeline(config)
+    assert {name: tuple(p.shape) for name, p in after.original.shape.named_parameters()} == sizes
+    assert after.original.identity == before.original.identity
 
 
 def test_changed_bytes_are_another_model(file):

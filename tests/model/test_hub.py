@@ -16,9 +16,11 @@ from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model.hub import snapshot
 from spinlab.model.load import (
+    check_model,
     describe_model,
     load_model,
     load_tokenizer,
+    meta_model,
     source_digest,
     tokenizer_digest,
 )
@@ -54,9 +56,13 @@ def lay_out(cache: Path, folder: Path, commit: str = COMMIT, refs: tuple[str, ..
     return snapshot
 
 
+def described(config: ModelConfig) -> dict:
+    return describe_model(config, meta_model(config, None))
+
+
 def commit_of(config: ModelConfig) -> str:
     """Return the commit that a record cites."""
-    return describe_model(config)["source"]["commit"]
+    return described(config)["source"]["commit"]
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT])
@@ -66,7 +72,7 @@ def test_a_repository_loads_from_the_cache_by_name_branch_and_commit(cache, fold
     local = ModelConfig(weights="pretrained", path=str(folder))
     assert source_digest(config) == source_digest(local)  # and share every stage
     assert tokenizer_digest(config) == tokenizer_digest(local)
-    assert describe_model(config)["source"] == {"hub": NAME, "commit": COMMIT}
+    assert described(config)["source"] == {"hub": NAME, "commit": COMMIT}
     ids = torch.tensor([load_tokenizer(config, None)("a text")["input_ids"]])
     found, expected = (load_model(c, None, 0)(ids).logits for c in (config, local))
     assert torch.equal(found, expected)
@@ -78,7 +84,7 @@ def test_each_revision_has_its_own_commit(cache, folder, save_checkpoint, tmp_pa
     lay_out(cache, tmp_path / "other", OTHER, refs=("dev",))
     assert commit_of(repository("main")) == COMMIT
     assert commit_of(repository("dev")) == OTHER
-    assert describe_model(repository("dev"))["tied"]
+    assert described(repository("dev"))["tied"]
 
 
 @pytest.mark.parametrize("revision", ["dev", OTHER])
@@ -88,7 +94,7 @@ def test_what_is_not_in_the_cache_fails_at_once_when_offline(cache, folder, revi
     with pytest.raises(
         InputError, match=r"switched off \(HF_HUB_OFFLINE\).*model.path="
     ) as mistake:
-        source_digest(repository(revision))
+        check_model(repository(revision))
     assert f"{NAME} at {revision}" in str(mistake.value)
     assert time.perf_counter() - start < 2
 
@@ -99,7 +105,7 @@ def test_a_hub_out_of_reach_is_asked_once(cache, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.perf_counter()
     with pytest.raises(InputError, match="cannot be reached"):
-        source_digest(repository())
+        check_model(repository())
     lay_out(cache, folder, refs=("main",))
     assert commit_of(repository()) == COMMIT
     assert time.perf_counter() - start < 5
@@ -109,19 +115,19 @@ def test_a_cached_repository_without_weights_is_not_whole(cache, folder):
     (folder / "model.safetensors").unlink()
     lay_out(cache, folder, refs=("main",))
     with pytest.raises(InputError, match="not whole, in the local cache"):
-        source_digest(repository())
+        check_model(repository())
 
 
 @pytest.mark.parametrize("hub", ["a/b/c", "/a/folder", "~/folder", "owner/na me"])
 def test_what_is_no_repository_name_is_told_so(cache, hub):
     with pytest.raises(InputError, match="is no repository's name, which is owner/name"):
-        source_digest(repository(hub=hub))
+        check_model(repository(hub=hub))
 
 
 @pytest.mark.parametrize("revision", ["", "..", "../main", "/main"])
 def test_what_is_no_revision_is_told_so(cache, revision):
     with pytest.raises(InputError, match=r"model.revision=.* is no name"):
-        source_digest(repository(revision))
+        check_model(repository(revision))
 
 
 # a hub in this process ---------------------------------------------------------------------------
@@ -222,14 +228,14 @@ def test_shards_are_downloaded_as_their_index_names_them(hub, folder, save_check
 def test_a_refusal_of_the_hub_is_one_sentence(hub, status, code, words):
     hub.refusal = (status, code)
     with pytest.raises(InputError, match=words) as mistake:
-        source_digest(repository())
+        check_model(repository())
     assert "\n" not in str(mistake.value)
 
 
 def test_a_gated_repository_may_be_seen_and_not_read(hub):
     hub.refusal, hub.refused = (403, "GatedRepo"), f"/{NAME}/"
     with pytest.raises(InputError, match=r"is gated: ask for access there and log in .*model.path"):
-        source_digest(repository())
+        check_model(repository())
 
 
 def test_a_repository_that_the_hub_no_longer_shows_is_taken_from_the_cache(hub, cache, folder):

@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.load import load_model, meta_model, source_digest
+from spinlab.model.load import check_model, load_model, meta_model, source_digest
 from spinlab.model.random import random_model
 from spinlab.model.seams import FAMILIES, dimensions_of, family_of, linears_of
 
@@ -73,7 +73,7 @@ def test_float64_models_are_float64_throughout():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_a_model_on_the_meta_device_has_the_tensors_of_the_loaded_one(family, dtype):
     config = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
-    shapes, loaded = meta_model(config), load_model(config, None, seed=0)
+    shapes, loaded = meta_model(config, None), load_model(config, None, seed=0)
     assert all(tensor.is_meta for tensor in shapes.state_dict().values())
 
     def described(model):
@@ -105,4 +105,4 @@ def test_a_quantized_checkpoint_is_refused_before_it_is_read(tmp_path):
     settings = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"stored quantized \(awq\)"):
-        source_digest(ModelConfig(weights="pretrained", path=str(tmp_path)))
+        check_model(ModelConfig(weights="pretrained", path=str(tmp_path)))

@@ -5,7 +5,8 @@ import torch
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.load import check_numbers, load_model, source_digest
+from spinlab.model import whole
+from spinlab.model.load import check_model, check_weights, load_model
 from spinlab.model.random import random_model
 from spinlab.model.seams import FAMILIES
 from spinlab.model.whole import is_finite
@@ -29,7 +30,7 @@ def local(folder) -> ModelConfig:
 
 def refusal(folder) -> str:
     with pytest.raises(InputError) as mistake:
-        source_digest(local(folder))
+        check_model(local(folder))
     assert "\n" not in str(mistake.value)
     return str(mistake.value)
 
@@ -94,7 +95,7 @@ def test_a_bare_decoder_is_refused_for_the_head_that_it_lacks(tmp_path, save_che
         random_model(ModelConfig(architecture=SHAPE), 0).model.save_pretrained(tmp_path / "bare")
         (tmp_path / "bare" / "model.safetensors").rename(folder / "model.safetensors")
     assert "lacks lm_head.weight" in refusal(tmp_path / "False")
-    assert source_digest(local(tmp_path / "True"))
+    check_model(local(tmp_path / "True"))
 
 
 def test_integers_are_no_weights(folder, change_tensors):
@@ -112,8 +113,8 @@ def test_what_transformers_saves_is_whole(tmp_path, family, tied, size, save_che
     dtype = torch.bfloat16 if tied else torch.float16
     save_checkpoint(tmp_path, dtype, size, model_type=family, tie_word_embeddings=tied)
     config = local(tmp_path)
-    assert source_digest(config)
-    check_numbers(config)
+    check_model(config)
+    check_weights(config)
     expected = random_model(
         ModelConfig(architecture={**SHAPE, "model_type": family, "tie_word_embeddings": tied}), 0
     )
@@ -134,8 +135,24 @@ def test_old_frequencies_of_rope_and_a_stored_tied_head_are_harmless(
 
     before = load_model(local(tmp_path), None, 0)(torch.arange(9)[None]).logits
     change_tensors(tmp_path, add)
-    assert source_digest(local(tmp_path))
+    check_model(local(tmp_path))
+    check_weights(local(tmp_path))
     assert torch.equal(load_model(local(tmp_path), None, 0)(torch.arange(9)[None]).logits, before)
+
+
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_a_head_of_its_own_beside_a_config_that_ties_it_is_refused(
+    tmp_path, size, save_checkpoint, change_json, monkeypatch
+):
+    """transformers runs it untied, and its config goes on to say tied."""
+    monkeypatch.setattr(whole, "_CHUNK", 24 * 7)  # compared in pieces
+    save_checkpoint(tmp_path, size=size, tie_word_embeddings=False)
+    check_weights(local(tmp_path))
+    change_json(tmp_path / "config.json", lambda s: s.update(tie_word_embeddings=True))
+    check_model(local(tmp_path))
+    words = r"tie_word_embeddings=true, and lm_head.weight is not model.embed_tokens.weight"
+    with pytest.raises(InputError, match=words):
+        check_weights(local(tmp_path))
 
 
 def test_loading_reads_the_report_too(folder, change_tensors):
@@ -159,7 +176,7 @@ def test_one_number_that_is_none_is_found(folder, dtype, bad, change_tensors):
 
     change_tensors(folder, spoil)
     with pytest.raises(InputError, match=r"model.embed_tokens.weight in model.safetensors holds"):
-        check_numbers(local(folder))
+        check_weights(local(folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -1,6 +1,7 @@
 """What must not enter a record: integers that are not their numbers, and numbers that are none."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import spinlab.runtime.stock.insert as network
 from spinlab.compose import composed
 from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
+from spinlab.rotation.check import GATE_TOKENS
 from spinlab.stages.handoff import BrokenHandoff
 from spinlab.stages.original import Original
 from spinlab.stages.pipeline import Pipeline
-from spinlab.stages.rotations import GATE_TOKENS
 from spinlab.stages.text import windows_in
 from spinlab.track.record import Record
+from spinlab.track.trackers import Trackers
 
 QUANTIZED = ("rtn", "init", "fake", "int4")
 FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
@@ -180,11 +182,40 @@ def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
     assert "allocate" in json.loads(path.read_text())["status"]
 
 
+def test_memory_that_runs_out_before_the_first_stage_is_told_too(folder, monkeypatch):
+    monkeypatch.setattr(experiment, "preflight", lambda *arguments: torch.empty(2**50))
+    with pytest.raises(InputError, match="the host's memory ran out"):
+        experiment.run(settings(folder), [])
+
+
+def test_trackers_and_log_are_closed_where_the_record_cannot_be_saved(folder, monkeypatch):
+    ended = []
+    monkeypatch.setattr(experiment, "_save", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Trackers, "finish", lambda self, outcome: ended.append(outcome.complete))
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(ZeroDivisionError):
+        experiment.run(settings(folder, "eval.variants=[fp]"), [])
+    assert ended == [False]
+    assert logging.getLogger().handlers == before
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
     monkeypatch.setattr(Original, "load", None)
     with pytest.raises(InputError, match=r"needs at least .* GiB of memory"):
         experiment.run(settings(folder), [])
+
+
+def test_a_run_that_is_cached_needs_no_memory(folder, monkeypatch):
+    wanted = settings(folder, "eval.variants=[fp,int4]")
+    experiment.run(wanted, [])
+    monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
+    record = experiment.run(wanted, [])
+    assert record.status == "complete"
+    assert all(stage["cached"] for stage in record.stages)
+    longer = settings(folder, "eval.variants=[fp,int4]", "eval.window=100")
+    with pytest.raises(InputError, match=r"measuring .* needs at least"):
+        experiment.run(longer, [])
 
 
 def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):

@@ -12,6 +12,7 @@ from spinlab.compose import composed
 from spinlab.config import Config, DataConfig, EvalConfig, ModelConfig, PathsConfig
 from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.random import random_model
 from spinlab.stages.pipeline import Pipeline
 
@@ -52,6 +53,15 @@ def make_sources(tmp_path):
         )
 
     return make
+
+
+def test_a_checkpoint_is_held_against_its_config_once(make_checkpoint, make_sources, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Checkpoint, "check", lambda self: calls.append(self.place))
+    sources = make_sources(weights="pretrained", path=str(make_checkpoint("a")))
+    assert sources.source
+    assert sources.shape
+    assert len(calls) == 1
 
 
 # the choice --------------------------------------------------------------------------------------

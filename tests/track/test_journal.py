@@ -1,17 +1,15 @@
-"""run.log: what a run says, also about its end, and signs of life from long stages."""
+"""run.log: what a run says, also about its end."""
 
 import errno
 import io
 import logging
 import os
-import time
 
 import pytest
 
-from spinlab.cache import Cache
 from spinlab.errors import InputError
 from spinlab.track import journal
-from spinlab.track.journal import Journal, heartbeat
+from spinlab.track.journal import Journal
 
 log = logging.getLogger("spinlab.test")
 
@@ -90,34 +88,3 @@ def test_a_log_without_a_folder_is_given_up_with_one_warning(tmp_path, caplog):
     log.info("one")
     kept.close()
     assert caplog.text.count("is no longer written") == 1
-
-
-def test_a_long_stage_says_that_it_is_at_work(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(journal, "_INTERVAL", 0.02)
-    with caplog.at_level(logging.INFO):
-        Cache(tmp_path).run("rotate", 1, lambda folder: time.sleep(0.2))
-    beats = [line for line in caplog.messages if "making the rotations" in line]
-    assert len(beats) >= 2
-    assert beats[0].startswith("rotate       making the rotations, comparing")
-    before = len(caplog.messages)
-    time.sleep(0.1)
-    assert len(caplog.messages) == before  # it ends with the stage
-
-
-def test_a_stage_of_a_variant_says_what_its_kind_does(caplog, monkeypatch):
-    monkeypatch.setattr(journal, "_INTERVAL", 0.01)
-    with caplog.at_level(logging.INFO), heartbeat("handoff-int4"):
-        time.sleep(0.1)
-    assert caplog.messages[0].startswith("handoff-int4 comparing the integer network with floats")
-
-
-def test_a_bar_is_sign_enough(caplog, monkeypatch):
-    monkeypatch.setattr(journal, "_INTERVAL", 0.01)
-    with caplog.at_level(logging.INFO), heartbeat("learn"):
-        bar = journal.tqdm(total=3, file=open("/dev/null", "w"))  # noqa: SIM115
-        time.sleep(0.1)
-        assert not caplog.messages
-        bar.close()
-        bar.fp.close()
-        time.sleep(0.1)
-        assert "learn" in caplog.messages[0]

@@ -117,6 +117,30 @@ def test_no_path_of_the_machine_is_in_a_record(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("cannot write /home/me/my runs/toy/x: it is full", "cannot write x: it is full"),
+        ("see '/home/my home/a b/log of it' and copy", "see 'log of it' and copy"),
+        ("open file:///home/me/x.log, or file:/home/me/y", "open x.log, or y"),
+        ("nothing like /data/*/part-?.txt here", "nothing like part-?.txt here"),
+        ("/data/*/x", "x"),
+        ("/home/me/x is not /home/me/y", "x is not y"),
+        ("/home/me/x is full: free some, as in a/b", "x is full: free some, as in a/b"),
+        ("PATH=/usr/bin:/home/me/bin", "PATH=bin:bin"),
+        ("copy /a/b to ~/c/d or ../e/f", "copy b to d or f"),
+        ("//server/share/x is gone", "x is gone"),
+        ("from https://hf.co/a/b to /home/me/b", "from https://hf.co/a/b to b"),
+        ("/home/me/Mr. X/a.txt", "a.txt"),
+        ("/home/a,b (c)/x y.txt", "x y.txt"),
+        ("line one\n/home/me/x\nline two", "line one\nx\nline two"),
+    ],
+)
+def test_a_path_in_a_sentence_is_cut_to_its_end(text, short):
+    assert without_folders([text]) == [short]
+    assert without_folders({text: text}) == {short: short}
+
+
+@pytest.mark.parametrize(
     "text",
     ["ppl/wiki/fp", "meta-llama/Llama-2-7b", "(out, in/g)", "1 / 2", "https://hf.co/a/b", "a: 3/4"],
 )

@@ -4,12 +4,14 @@ import errno
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
 from spinlab import parallel
+from spinlab.errors import InputError
 
 _GROUPS = Path("/sys/fs/cgroup")
 # limit, use, and what of the use is only a cache of files, by version of control groups
@@ -23,11 +25,11 @@ _TOLD = re.compile(
 )
 
 
-def memory_for(device: torch.device) -> int:
+def memory_for(device: torch.device, swap: bool = True) -> int:
     """Return the bytes that this process may take on a device, with what it has taken already."""
     if device.type == "cuda":
         return left_on_device(device)
-    return left_on_host() + psutil.Process().memory_info().rss
+    return left_on_host(swap) + psutil.Process().memory_info().rss
 
 
 def left_on_device(device: torch.device) -> int:
@@ -35,12 +37,12 @@ def left_on_device(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def left_on_host(swap: bool = False, alone: bool = False) -> int:
+def left_on_host(swap: bool = True, alone: bool = False) -> int:
     """Return the bytes of the host's memory that this process may still take.
 
     That is the least of what the machine has left, for each of its processes here, of what their
-    control groups leave, and of the address space (`ulimit -v`). swap: count it as memory.
-    alone: what this process may take while the others here wait.
+    control groups leave, and of the address space (`ulimit -v`). swap: count it as memory, for
+    what fits there runs, if slowly. alone: what this process may take while the others here wait.
     """
     left = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
     shared = [left, *_of_groups(_GROUPS, Path("/proc/self/cgroup"))]
@@ -79,6 +81,17 @@ def _of_group(place: Path, limit: str, used: str, caches: tuple[str, ...]) -> It
     if most != "max":
         kept = {name: int(count) for name, count in (line.split() for line in lines)}
         yield int(most) - int(use) + sum(kept.get(name, 0) for name in caches)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn an error that says that memory ran out into an InputError that names the cure."""
+    try:
+        yield
+    except Exception as error:
+        if sentence := out_of_memory(error):
+            raise InputError(sentence) from error
+        raise
 
 
 def out_of_memory(error: BaseException) -> str | None:
