@@ -175,7 +175,7 @@ def test_any_other_metric_that_is_no_number_fails_a_run(folder, monkeypatch):
 
 
 def test_memory_that_runs_out_ends_a_run_with_a_sentence(folder, monkeypatch):
-    monkeypatch.setattr(Pipeline, "measure", lambda run, variant: torch.empty(2**50))
+    monkeypatch.setattr(experiment, "_evaluations", lambda *parts: torch.empty(2**50))
     with pytest.raises(InputError, match="the host's memory ran out: what is finished is kept"):
         experiment.run(settings(folder, "eval.variants=[fp]"), [])
     (path,) = (folder / "runs").glob("toy/*/record.json")

@@ -59,8 +59,8 @@ def test_a_checkpoint_is_held_against_its_config_once(make_checkpoint, make_sour
     calls = []
     monkeypatch.setattr(Checkpoint, "check", lambda self: calls.append(self.place))
     sources = make_sources(weights="pretrained", path=str(make_checkpoint("a")))
-    assert sources.source
-    assert sources.shape
+    assert sources.original.identity
+    assert sources.original.shape
     assert len(calls) == 1
 
 
