@@ -14,7 +14,7 @@ from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
-from spinlab.export.targets import check_export
+from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
@@ -58,7 +58,7 @@ def _check_places(config: Config) -> None:
     """See that cache, records and exports can be written where the settings say."""
     for name, folder in plain(config.paths).items():
         check_writable(Path(folder), f"paths.{name}")
-    check_export(config)
+    check_exports(config)
 
 
 def _check_fits(pipeline: Pipeline) -> None:
