@@ -301,12 +301,12 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     ends = ["quant.head.bits=8", "quant.embedding.bits=8"]
     run = pipeline(tmp_path, "quant=w4a4_down8", *ends, "learn=none")
     model, weights = run.network("int4")
-    bits = {name.rpartition(".")[2]: weight.grid.bits for name, weight in weights.items()}
+    bits = {name.rpartition(".")[2]: weight.format.bits for name, weight in weights.items()}
     assert bits == {"lm_head": 8, "embed_tokens": 8, "down_proj": 8} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 4
     )
-    assert model.get_submodule("model.layers.0.mlp.down_proj").path.quantizer.grid.bits == 8
-    assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.grid.bits == 4
+    assert model.get_submodule("model.layers.0.mlp.down_proj").path.quantizer.format.bits == 8
+    assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.format.bits == 4
     for name in ("lm_head", "model.embed_tokens"):
         assert torch.equal(model.get_submodule(name).weight, weights[name].dequantize())
     assert run.handoff_error("int4") < 1e-9

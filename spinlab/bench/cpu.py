@@ -20,7 +20,7 @@ from spinlab.config import (
     plain,
 )
 from spinlab.fakequant.activations import InputPath
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.seams import dimensions_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -87,8 +87,8 @@ def _linear(tokens: int, rows: int, columns: int, repeats: int) -> dict[str, flo
     """Time one linear of the two kinds, quantization of its input included."""
     weight, x = torch.randn(rows, columns), torch.randn(1, tokens, columns)
     levels = rtn(weight, TensorQuant(symmetric=True), _ROUNDING)
-    path = InputPath(None, TokenQuantizer(Grid(4, symmetric=False)))
-    integer = IntegerLinear(levels, None, path, kernel_for("cpu", levels.grid), torch.float32)
+    path = InputPath(None, TokenQuantizer(IntegerFormat(4, symmetric=False)))
+    integer = IntegerLinear(levels, None, path, kernel_for("cpu", levels.format), torch.float32)
     wide = nn.Linear(columns, rows, bias=False)
     wide.weight.copy_(weight)
     seconds = _taking_turns({"fp32": lambda: wide(x), "w4a4": lambda: integer(x)}, repeats, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codec import AffineCodec
@@ -10,8 +10,8 @@ from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 # as the experiments quantize inputs, keys and values
-QUANTIZER = TokenQuantizer(Grid(bits=4, symmetric=False))
-KV_GRID = Grid(bits=4, symmetric=False)
+QUANTIZER = TokenQuantizer(IntegerFormat(bits=4, symmetric=False))
+KV_GRID = IntegerFormat(bits=4, symmetric=False)
 
 
 def random_weight(

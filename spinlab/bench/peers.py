@@ -15,7 +15,7 @@ from spinlab.bench.operands import random_floats
 from spinlab.bench.products import DECODE, PREFILL, SHAPES, Shape, ours
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for, measure
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.fused.operations import Operations
 
@@ -191,7 +191,7 @@ class _SideBySide:
         """Check the peer, time both and keep the ratios; raises what the peer raises."""
         works = self._peer(peer)
         shape = (self.out, self.x.shape[1])
-        quantizer = TokenQuantizer(Grid(min(peer.bits, 8), symmetric=peer.bits == 8))
+        quantizer = TokenQuantizer(IntegerFormat(min(peer.bits, 8), symmetric=peer.bits == 8))
         mine = ours(self.operations, self.x, shape, self.generator, quantizer)
         pairs = {"peer": "w4a16" if peer.bits == 16 else "ours", "peer_linear": "linear"}
         pairs = {theirs: label for theirs, label in pairs.items() if theirs in works}

@@ -68,7 +68,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_name()
         check_values(plain(self))
-        quantized = self.learn.quantize_weights and self.quant.weights.bits < 16
+        quantized = self.learn.quantize_weights and self.quant.weights.quantizes
         if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(
                 f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
@@ -126,8 +126,8 @@ class Config:
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
-        rounded = learn.quantize_weights and any(t.bits < 16 for t in quant.weight_formats)
-        inputs = any(t.bits < 16 for t in quant.activation_formats)
+        rounded = learn.quantize_weights and any(t.quantizes for t in quant.weight_formats)
+        inputs = any(t.quantizes for t in quant.activation_formats)
         if "inputs" in learn.rotations and not rounded:
             raise InputError(
                 "learn.rotations=[inputs] shapes weights for their rounding: it needs "
@@ -165,7 +165,7 @@ class Config:
             ("activations", quant.activation_formats, True),
         ):
             for tensor in tensors:
-                if tensor.bits > 8 and not (off and tensor.bits == 16):
+                if tensor.bits > 8 and (tensor.quantizes or not off):
                     raise InputError(
                         f"quant.{name}.bits={tensor.bits} cannot run on integer kernels: "
                         "use at most 8 bits or leave int4 out of eval.variants"

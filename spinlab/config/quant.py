@@ -12,8 +12,12 @@ METHODS = ("rtn", "gptq")
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """Describe one quantizer: bits (16 = off), symmetry, group size (0 = channel or token)."""
+    """Describe one quantizer: bits (16 = off), symmetry, group size (0 = channel or token).
 
+    format: a name of `spinlab.formats.FORMATS`.
+    """
+
+    format: str = "integer"
     bits: int = 4
     symmetric: bool = False
     group_size: int = 0
@@ -24,6 +28,11 @@ class TensorQuant:
         bits(f"{name}.bits", self.bits)
         ratio(f"{name}.clip_ratio", self.clip_ratio)
         at_least(f"{name}.group_size", self.group_size, 0)
+
+    @property
+    def quantizes(self) -> bool:
+        """Tell whether there is anything to quantize: 16 bits stand for floats."""
+        return self.bits < 16
 
 
 def _off() -> TensorQuant:
@@ -97,7 +106,7 @@ class QuantConfig:
     @property
     def quantizes_weights(self) -> bool:
         """Tell whether any weight has fewer than 16 bits."""
-        return any(t.bits < 16 for t in (*self.weight_formats, self.head, self.embedding))
+        return any(t.quantizes for t in (*self.weight_formats, self.head, self.embedding))
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,10 @@ def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
     for name in ("weights", "activations", "head", "embedding"):
         tensor: TensorQuant = getattr(quant, name)
         inherited = any(name in override for override in quant.overrides)
-        if tensor.bits == 16 and not inherited:
-            parts = ("symmetric", "group_size", "clip_ratio")
+        if not tensor.quantizes and not inherited:
+            parts = ("format", "symmetric", "group_size", "clip_ratio")
             yield f"quant.{name}.bits=16", [f"quant.{name}.{part}" for part in parts]
-    if all(tensor.bits == 16 for tensor in quant.activation_formats):
+    if not any(tensor.quantizes for tensor in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
     if kv.k_bits == kv.v_bits == kv.q_bits == 16:
         yield "a KV cache of 16 bits", ["kv.symmetric", "kv.group_size", "kv.clip_ratio"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from spinlab.config import QuantConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
-from spinlab.formats.integer import Grid
+from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer, check_group
 from spinlab.model.seams import (
     Seam,
@@ -84,14 +84,14 @@ def token_quantizer(
     o_proj reads the heads' outputs and may have one scale per head. Raises InputError where the
     group size does not divide the width.
     """
-    if config is None or (tensor := config.activations_at(name)).bits == 16:
+    if config is None or not (tensor := config.activations_at(name)).quantizes:
         return None
     dimensions, group = dimensions_of(model.config), tensor.group_size
     width = input_width(model, seam)
     if seam.reads == "R2" and config.o_proj_per_head:
         group = min(group or dimensions.head_dim, dimensions.head_dim)
     check_group("quant.activations.group_size", group, width, seam.name)
-    return TokenQuantizer(Grid(tensor.bits, tensor.symmetric), group, tensor.clip_ratio)
+    return TokenQuantizer(format_of(tensor), group, tensor.clip_ratio)
 
 
 def input_width(model: PreTrainedModel, seam: Seam) -> int:

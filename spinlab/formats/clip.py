@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.formats.integer import Grid, decode, encode, extremes, nearest, scale_and_zero
+from spinlab.formats.base import Format, Parameters
+from spinlab.formats.integer import extremes, nearest
 
 # elements worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -28,7 +29,7 @@ class ClipSearch:
 
 
 def search_clip(
-    weight: torch.Tensor, grid: Grid, group_size: int, search: ClipSearch | None
+    weight: torch.Tensor, format: Format, group_size: int, search: ClipSearch | None
 ) -> torch.Tensor:
     """Return the ratio by which each channel's (or group's) range is best shrunk.
 
@@ -47,43 +48,41 @@ def search_clip(
         highest.view(-1, 1).split(step),
         strict=True,
     )
-    return torch.cat([_search_rows(*part, grid, search) for part in parts]).view_as(best)
+    return torch.cat([_search_rows(*part, format, search) for part in parts]).view_as(best)
 
 
 def _search_rows(
     rows: torch.Tensor,
     lowest: torch.Tensor,
     highest: torch.Tensor,
-    grid: Grid,
+    format: Format,
     search: ClipSearch,
 ) -> torch.Tensor:
     best = torch.ones_like(lowest)
     smallest = torch.full_like(lowest, torch.inf)
     for i, ratio in enumerate(search.ratios()):
-        scale, zero = scale_and_zero(lowest * ratio, highest * ratio, grid)
-        rounded = decode(encode(rows, scale, zero, grid, nearest), scale, zero, grid)
+        parameters = format.parameters(lowest * ratio, highest * ratio)
+        rounded = format.decode(format.encode(rows, parameters, nearest), parameters)
         error = _power_sum(rounded.sub_(rows), search.norm)
         better = error < smallest
         best = torch.where(better, ratio, best)
         smallest = torch.where(better, error, smallest)
-        if i % 4 == 3 and (_clipped_error(rows, scale, zero, grid, search) >= smallest).all():
+        if i % 4 == 3 and (_clipped_error(rows, parameters, format, search) >= smallest).all():
             break
     return best
 
 
 def _clipped_error(
-    rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, search: ClipSearch
+    rows: torch.Tensor, parameters: Parameters, format: Format, search: ClipSearch
 ) -> torch.Tensor:
     """Return the part of the error that lies outside the range: it only grows as ratios shrink.
 
-    Once it alone exceeds the smallest error found, no smaller ratio can win. One level is allowed
-    for the rounding of the zero point.
+    Once it alone exceeds the smallest error found, no smaller ratio can win.
     """
-    slack = 0 if grid.symmetric else scale
-    top = (grid.highest - zero) * scale + slack
-    bottom = (grid.lowest - zero) * scale - slack
+    bottom, top = format.bounds(parameters)
     outside = torch.maximum(rows - top, bottom - rows)
-    return _power_sum(torch.maximum(outside, _TINY * scale, out=outside), search.norm)
+    least = _TINY * parameters.scale
+    return _power_sum(torch.maximum(outside, least, out=outside), search.norm)
 
 
 def _power_sum(difference: torch.Tensor, norm: float) -> torch.Tensor:

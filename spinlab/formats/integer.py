@@ -1,17 +1,13 @@
-"""Affine integer arithmetic, said once: every quantizer, codec and kernel of spinlab uses these.
+"""The integer format, said once: its NumPy and Triton twins do the same, bit for bit.
 
-Asymmetric grids hold 0..2^b-1 with a rounded zero point, symmetric ones -2^(b-1)..2^(b-1)-1 with
-zero point 0. The range always contains 0, so the zero point always lies on the grid.
+The range always contains 0, so the zero point always lies on the grid.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from spinlab.config import TensorQuant
-
-Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from spinlab.formats.base import Format, Parameters, Pulled, Rounding
 
 # Weights lie between levels by chance. Activations and zero points also lie exactly half-way by
 # structure, where float noise would choose the side and every flip would spread:
@@ -27,54 +23,93 @@ Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # least 1/510 away from it, and half a part, half as far, is not near any of them.
 PARTS = 2.0**9
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**20  # of float32; its inverse is finite
-SMALLEST_HALF = 2.0**-14  # the smallest normal float16, where scales are stored as such
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Return the smallest scale in a dtype of at least 32 bits: its inverse is finite."""
+    return torch.finfo(dtype).tiny * 2**20
+
+
+SMALLEST_HALF = 2.0**-14  # the smallest normal float16
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Name the integer levels of a quantizer: `bits` in 2..16 and symmetric or not."""
+class IntegerFormat(Format):
+    """Code numbers as scale·(level - zero): `bits` in 2..16 and symmetric or not.
+
+    Asymmetric levels are 0..2^b-1 with a rounded zero point, symmetric ones -2^(b-1)..2^(b-1)-1
+    with zero point 0. half_scale: scales are those that float16 stores, as in a KV cache.
+    """
 
     bits: int
     symmetric: bool
+    half_scale: bool = False
 
     @property
     def lowest(self) -> int:
         return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
-    def highest(self) -> int:
-        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+    def is_int8(self) -> bool:
+        return self.bits <= 8
 
+    @property
+    def is_int4(self) -> bool:
+        return self.bits <= 4
 
-def weight_grid(format: TensorQuant) -> Grid:
-    """Return the levels of a weight's format."""
-    return Grid(format.bits, format.symmetric)
+    def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
+        lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+        span = torch.maximum(highest, -lowest) if self.symmetric else highest - lowest
+        # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse
+        scale = span / torch.full_like(span, self.highest)
+        scale = scale.clamp_(min=smallest_scale(scale.dtype))
+        if self.half_scale:
+            scale = scale.clamp_(min=SMALLEST_HALF).to(torch.float16).to(span.dtype)
+        if self.symmetric:
+            return Parameters(scale, torch.zeros_like(scale))
+        zero = settled(-lowest, scale)
+        return Parameters(scale, zero.clamp_(0, self.highest) if self.half_scale else zero)
 
+    def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
+        levels = rounding(x, parameters.scale)
+        if not self.symmetric:
+            levels.add_(parameters.zero)
+        return levels.clamp_(self.lowest, self.highest)
 
-def scale_and_zero(
-    lowest: torch.Tensor, highest: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map a float range to the scale and zero point of a grid.
+    def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        scale, zero = parameters
+        return levels * scale if self.symmetric else (levels - zero).mul_(scale)
 
-    lowest, highest: any one shape, the extremes of what is quantized (0 is added to the range).
-    Returns scale > 0 and an integer-valued zero point, both of that shape and dtype.
-    """
-    # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse
-    steps = torch.full_like(highest, grid.highest)
-    if grid.symmetric:
-        scale = torch.maximum(highest, -lowest) / steps
-        scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
-        return scale, torch.zeros_like(scale)
-    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
-    scale = (highest - lowest) / steps
-    scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny * 2**20)
-    return scale, zero_point(lowest, scale)
+    def pull_back(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        rounding: Rounding,
+    ) -> Pulled:
+        """Pull back as `Format` says; the zero point counts as exact."""
+        scale, zero = self.parameters(lowest, highest)
+        exact, levels = x / scale, rounding(x, scale)
+        # +1 above the range, -1 below it, 0 inside; comparisons cost many times as much on a CPU
+        side = (levels - levels.clamp(self.lowest - zero, self.highest - zero)).clamp_(-1, 1)
+        signed = gradient * side
+        outside = signed * side
+        passed, total, balance = gradient - outside, _sum(outside), _sum(signed)
+        above, below = (total + balance) / 2, (total - balance) / 2
+        of_scale = _sum(levels.sub_(exact).mul_(passed))
+        if self.symmetric:
+            of_peak = (of_scale + self.highest * above + self.lowest * below) / self.highest
+            up = (highest >= -lowest).to(of_peak.dtype)
+            return Pulled(passed, of_peak * (up - 1), of_peak * up)
+        of_span = of_scale / self.highest
+        return Pulled(passed, (below - of_span) * (lowest < 0), (above + of_span) * (highest > 0))
 
-
-def zero_point(lowest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the rounded zero point of a range that starts at `lowest` <= 0."""
-    return settled(-lowest, scale)
+    def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Allow one level for the rounding of the zero points of smaller ranges."""
+        scale, zero = parameters
+        slack = 0 if self.symmetric else scale
+        top, bottom = (self.highest - zero) * scale + slack, (self.lowest - zero) * scale - slack
+        return bottom, top
 
 
 def nearest(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -88,26 +123,6 @@ def settled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     PARTS is a power of two: no step but the division and the roundings changes a bit.
     """
     return (x / (scale / PARTS)).round_().mul_(1 / PARTS).round_()
-
-
-def encode(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, rounding: Rounding
-) -> torch.Tensor:
-    """Turn x into grid levels by a rule, `nearest` or `settled`; integer-valued, in x's dtype.
-
-    scale and zero broadcast against x.
-    """
-    levels = rounding(x, scale)
-    if grid.symmetric:
-        return levels.clamp_(grid.lowest, grid.highest)
-    return levels.add_(zero).clamp_(grid.lowest, grid.highest)
-
-
-def decode(
-    levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid
-) -> torch.Tensor:
-    """Return the floats that levels stand for: scale·(level - zero)."""
-    return levels * scale if grid.symmetric else (levels - zero).mul_(scale)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -124,3 +139,7 @@ def extremes(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tens
     grouped = x.unflatten(-1, (-1, group_size or x.shape[-1]))
     # two passes: on CPUs torch.aminmax is eight times slower over the last dimension
     return grouped, grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+
+
+def _sum(rows: torch.Tensor) -> torch.Tensor:
+    return rows.sum(-1, keepdim=True)

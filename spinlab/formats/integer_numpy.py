@@ -1,7 +1,7 @@
-"""Levels of a few rows on a CPU, by numpy, whose calls cost a fraction of torch's.
+"""The integer format of a few rows on a CPU, by numpy, whose calls cost a fraction of torch's.
 
-The torch functions of `spinlab.formats.integer` are the definition: both give the same values bit
-for bit, because each step is one correctly rounded operation.
+`spinlab.formats.integer` is the definition: both give the same values bit for bit, because each
+step is one correctly rounded operation.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spinlab.formats.integer import PARTS, SMALLEST_HALF, Grid, at_least_float32
+from spinlab.formats.integer import (
+    PARTS,
+    SMALLEST_HALF,
+    IntegerFormat,
+    at_least_float32,
+    smallest_scale,
+)
 
 _FEW = 1 << 14  # numbers up to which calls cost more than the work
-_SMALLEST_SCALE = {t: torch.finfo(t).tiny * 2**20 for t in (torch.float32, torch.float64)}
-_SMALLEST = _SMALLEST_SCALE[torch.float32]
+_SMALLEST_SCALE = {t: smallest_scale(t) for t in (torch.float32, torch.float64)}
 
 
 class FewLevels(NamedTuple):
@@ -38,15 +43,29 @@ def are_few(x: torch.Tensor) -> bool:
     return x.is_cpu and 0 < x.numel() <= _FEW
 
 
+def round_rows(
+    x: torch.Tensor,
+    format: IntegerFormat,
+    group_size: int,
+    clip_ratio: float | torch.Tensor,
+    error: bool = False,
+) -> torch.Tensor:
+    """Return Q(x), or Q(x) - x with `error`, per group of the last dimension, in x's dtype."""
+    found = few_levels(x, format, group_size, float(clip_ratio)).decode()
+    rounded = torch.from_numpy(found).view(x.shape)
+    return (rounded.sub_(x) if error else rounded).to(x.dtype)
+
+
 def few_levels(
-    x: torch.Tensor, grid: Grid, group_size: int, clip_ratio: float, half_scale: bool = False
+    x: torch.Tensor, format: IntegerFormat, group_size: int, clip_ratio: float
 ) -> FewLevels:
     """Return the levels of x: (..., C), in its dtype or float32 if that is wider.
 
-    group_size divides C, 0 means C. half_scale: the scale is rounded to float16 as the KV codec
-    stores it.
+    group_size divides C, 0 means C.
     """
-    wide = (x if x.dtype in _SMALLEST_SCALE else at_least_float32(x)).numpy(force=True)
+    wide = x if x.dtype in _SMALLEST_SCALE else at_least_float32(x)
+    smallest = _SMALLEST_SCALE[wide.dtype]
+    wide = wide.numpy(force=True)
     grouped = wide.reshape(*wide.shape[:-1], -1, group_size or wide.shape[-1])
     axis = -1 if (several := grouped.size > grouped.shape[-1]) else None
     # the range contains 0
@@ -54,25 +73,29 @@ def few_levels(
     highest = np.maximum.reduce(grouped, axis=axis, keepdims=several, initial=0)
     if clip_ratio != 1:
         lowest, highest = lowest * clip_ratio, highest * clip_ratio
-    span = np.maximum(highest, -lowest) if grid.symmetric else highest - lowest
-    scale = np.maximum(span / grid.highest, _SMALLEST_SCALE.get(x.dtype, _SMALLEST))
-    if half_scale:
-        with np.errstate(over="ignore"):  # infinite, as torch has it
-            half = np.maximum(scale, SMALLEST_HALF).astype(np.float16)
-        scale = half.astype(wide.dtype)
-    levels = _settled(grouped, scale)
-    if grid.symmetric:
-        zero = np.zeros_like(scale)[()]
-    else:
-        zero = _settled(-lowest, scale)
-        if half_scale:
-            zero = np.minimum(zero, grid.highest)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite or no number, as torch has it
+        scale, zero = _parameters(lowest, highest, format, smallest)
+        levels = _settled(grouped, scale)
+    if not format.symmetric:
         levels += zero
-    np.minimum(levels, grid.highest, out=levels)
-    if grid.symmetric or half_scale or clip_ratio != 1:
+    np.minimum(levels, format.highest, out=levels)
+    if format.symmetric or format.half_scale or clip_ratio != 1:
         # else the range's lowest number is at 0, because the zero point is settled as it is
-        np.maximum(levels, grid.lowest, out=levels)
+        np.maximum(levels, format.lowest, out=levels)
     return FewLevels(levels, scale, zero)
+
+
+def _parameters(
+    lowest: np.ndarray, highest: np.ndarray, format: IntegerFormat, smallest: float
+) -> tuple[np.ndarray, np.ndarray]:
+    span = np.maximum(highest, -lowest) if format.symmetric else highest - lowest
+    scale = np.maximum(span / format.highest, smallest)
+    if format.half_scale:
+        scale = np.maximum(scale, SMALLEST_HALF).astype(np.float16).astype(span.dtype)
+    if format.symmetric:
+        return scale, np.zeros_like(scale)[()]
+    zero = _settled(-lowest, scale)
+    return scale, np.minimum(zero, format.highest) if format.half_scale else zero
 
 
 def _settled(x: np.ndarray, scale: np.ndarray) -> np.ndarray:

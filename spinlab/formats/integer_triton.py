@@ -1,19 +1,20 @@
-"""A round trip through an integer grid in one pass over memory, and its gradient, for CUDA.
+"""A round trip through the integer format in one pass over memory, and its gradient, for CUDA.
 
-The torch functions of `spinlab.formats.integer` and `spinlab.formats.gradient` are the definition:
-kernel and definition give the same values bit for bit (exact division, rounding to even, no fused
-multiply-add), and gradients that differ only in the order of their sums. Above 12 bits float32 has
-no room for parts of levels, and what is next to a tie may differ by a level.
+`spinlab.formats.integer` and `spinlab.formats.gradient` are the definition: kernels give the same
+values bit for bit (exact division, rounding to even, no fused multiply-add), and gradients that
+differ only in the order of their sums. Above 12 bits float32 has no room for parts of levels, and
+what is next to a tie may differ by a level.
 """
 
 from typing import Any
 
 import torch
 
-from spinlab.formats.integer import SMALLEST_HALF, SMALLEST_SCALE, Grid
+from spinlab.formats.integer import SMALLEST_HALF, IntegerFormat, smallest_scale
 
 _TILE = 4096  # numbers that one program rounds
 _BACKWARD_TILE = 2048  # and pulls back: it holds more of each, 8 to a thread fit into registers
+_FLOOR = smallest_scale(torch.float32)
 
 
 def has_kernel(x: torch.Tensor) -> bool:
@@ -23,17 +24,15 @@ def has_kernel(x: torch.Tensor) -> bool:
 
 def round_rows(
     x: torch.Tensor,
-    grid: Grid,
+    format: IntegerFormat,
     group_size: int,
     clip_ratio: float | torch.Tensor,
-    half_scale: bool = False,
     error: bool = False,
 ) -> torch.Tensor:
     """Return Q(x), or Q(x) - x with `error`, per group of the last dimension, in x's dtype.
 
     x: (..., C); group_size divides C, 0 means C. clip_ratio: a number, or a tensor of no dimensions
-    on x's device, which is not waited for. half_scale: the scale is rounded to float16 as the KV
-    codec stores it.
+    on x's device, which is not waited for.
     """
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -45,17 +44,25 @@ def round_rows(
         launch: Any = round_kernel[(_ceil(rows, step),)]
         launch(
             x, out, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width, BLOCK=block,
-            STEP=step, LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric, KNOWN=known,
-            HALF=half_scale, ERROR=error, FLOOR=SMALLEST_SCALE, HALF_FLOOR=SMALLEST_HALF,
-            num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
+            STEP=step, LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
+            KNOWN=known, HALF=format.half_scale, ERROR=error, FLOOR=_FLOOR,
+            HALF_FLOOR=SMALLEST_HALF, num_warps=4 if step * block <= 4096 else 8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
 def pull_back_rows(
-    x: torch.Tensor, gradient: torch.Tensor, ratio: torch.Tensor, grid: Grid, group_size: int
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    ratio: torch.Tensor,
+    format: IntegerFormat,
+    group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `spinlab.formats.gradient.pull_back` does; the second result is float32."""
+    """Do what `spinlab.formats.gradient.pull_back` does, with one ratio and rounded as `settled`.
+
+    The second result, float32, adds up to the gradient of the log ratio.
+    """
     x, gradient = x.contiguous(), gradient.contiguous()
     out = torch.empty_like(x)
     width, rows, block, step = _tiles(x, group_size, _BACKWARD_TILE)
@@ -66,11 +73,11 @@ def pull_back_rows(
         launch: Any = pull_back_kernel[(len(sums),)]
         launch(
             x, gradient, ratio.float(), out, sums, rows, WIDTH=width, BLOCK=block, STEP=step,
-            LOW=grid.lowest, HIGH=grid.highest, SYMMETRIC=grid.symmetric,
-            FLOOR=SMALLEST_SCALE, num_warps=min(step * block // 256, 32),
+            LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
+            FLOOR=_FLOOR, num_warps=min(step * block // 256, 32),
             enable_fp_fusion=False,
         )  # fmt: skip
-    return out, sums.sum()
+    return out, sums
 
 
 def _tiles(x: torch.Tensor, group_size: int, tile: int) -> tuple[int, int, int, int]:

@@ -8,17 +8,10 @@ import numpy as np
 import torch
 
 from spinlab.errors import InputError
-from spinlab.formats.integer import (
-    Grid,
-    at_least_float32,
-    decode,
-    encode,
-    extremes,
-    scale_and_zero,
-    settled,
-)
-from spinlab.formats.integer_numpy import FewLevels, few_levels
-from spinlab.formats.integer_triton import has_kernel, round_rows
+from spinlab.formats.base import Format, Parameters
+from spinlab.formats.integer import at_least_float32, extremes, settled
+from spinlab.formats.integer_numpy import FewLevels
+from spinlab.formats.twins import twin_of
 
 
 class Encoded(NamedTuple):
@@ -37,39 +30,49 @@ class TokenQuantizer:
     is being learned is a tensor of no dimensions, on the device of what is quantized.
     """
 
-    grid: Grid
+    format: Format
     group_size: int = 0
     clip_ratio: float | torch.Tensor = 1.0
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
-        grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
-        ends = lowest, highest
+        grouped, *ends = extremes(at_least_float32(x), self.group_size)
         if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
-            ends = lowest * self.clip_ratio, highest * self.clip_ratio
-        scale, zero = scale_and_zero(*ends, self.grid)
-        return Encoded(encode(grouped, scale, zero, self.grid, settled), scale, zero)
+            ends = [end * self.clip_ratio for end in ends]
+        parameters = self.format.parameters(*ends)
+        return Encoded(self.format.encode(grouped, parameters, settled), *parameters)
 
     def to_bytes(self, x: torch.Tensor) -> Encoded:
-        """Return the levels of x: (..., C) on a grid of at most 8 bits, moved to start at 0.
+        """Return the levels of x: (..., C) in a format that is_int8, moved to start at 0.
 
         Levels are uint8, zero points, moved as well, int32.
         """
         levels, scale, zero = self.encode(x)
-        if self.grid.lowest:
-            levels, zero = levels - self.grid.lowest, zero - self.grid.lowest
+        if lowest := self.format.lowest:
+            levels, zero = levels - lowest, zero - lowest
         return Encoded(levels.to(torch.uint8), scale, zero.to(torch.int32))
 
+    def takes_few(self, x: torch.Tensor) -> bool:
+        """Tell whether `few` and `to_few_bytes` take x: a few numbers in the host's memory."""
+        return twin_of(self.format, x).few_levels is not None
+
+    def few(self, x: torch.Tensor) -> FewLevels:
+        """Return what `encode` does, in numpy."""
+        few_levels = twin_of(self.format, x).few_levels
+        assert few_levels is not None, "ask takes_few first"
+        return few_levels(x, self.format, self.group_size, float(self.clip_ratio))
+
     def to_few_bytes(self, x: torch.Tensor) -> FewLevels:
-        """Return what `to_bytes` does for a few numbers in the host's memory, in numpy."""
-        levels, scale, zero = few_levels(x, self.grid, self.group_size, float(self.clip_ratio))
-        if self.grid.lowest:
-            levels, zero = levels - self.grid.lowest, zero - self.grid.lowest
+        """Return what `to_bytes` does, in numpy."""
+        levels, scale, zero = self.few(x)
+        if lowest := self.format.lowest:
+            levels, zero = levels - lowest, zero - lowest
         return FewLevels(levels.astype(np.uint8), scale, zero.astype(np.int32))
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """Return the floats (..., C) that encoded levels stand for, in the scale's dtype."""
-        return decode(*encoded, self.grid).flatten(-2)
+        levels, *parameters = encoded
+        return self.format.decode(levels, Parameters(*parameters)).flatten(-2)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), with a straight-through gradient."""
@@ -77,14 +80,14 @@ class TokenQuantizer:
 
     def error(self, x: torch.Tensor) -> torch.Tensor:
         """Return Q(x) - x: (..., C), without a gradient."""
-        if has_kernel(x):
-            return round_rows(x, self.grid, self.group_size, self.clip_ratio, error=True)
+        if round_rows := twin_of(self.format, x).round_rows:
+            return round_rows(x, self.format, self.group_size, self.clip_ratio, error=True)
         return self.decode(self.encode(x)).sub_(x).to(x.dtype)
 
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), without a gradient."""
-        if has_kernel(x):
-            return round_rows(x, self.grid, self.group_size, self.clip_ratio)
+        if round_rows := twin_of(self.format, x).round_rows:
+            return round_rows(x, self.format, self.group_size, self.clip_ratio)
         return self.decode(self.encode(x)).to(x.dtype)
 
 

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import StraightThrough, check_group
 from spinlab.kv.codec import AffineCodec
 from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
@@ -147,7 +147,9 @@ def kv_path(model: PreTrainedModel, r3: OnlineRotation | None, config: KVConfig 
     def codec(bits: int, clip_ratio: float) -> AffineCodec | None:
         if bits == 16:
             return None
-        return AffineCodec(Grid(bits, config.symmetric), width, config.group_size, clip_ratio)
+        return AffineCodec(
+            IntegerFormat(bits, config.symmetric), width, config.group_size, clip_ratio
+        )
 
     clip = config.clip_ratio
     v_clip = clip if config.v_clip_ratio is None else config.v_clip_ratio

@@ -4,25 +4,16 @@ One row of bytes holds one head of one token, so that every cache operation of t
 (append, crop, reorder, repeat) works on coded rows as it does on floats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from spinlab.formats.integer import (
-    SMALLEST_HALF,
-    Grid,
-    at_least_float32,
-    decode,
-    encode,
-    extremes,
-    scale_and_zero,
-    settled,
-    zero_point,
-)
-from spinlab.formats.integer_numpy import FewLevels, are_few, few_levels
-from spinlab.formats.integer_triton import has_kernel, round_rows
+from spinlab.formats import IntegerFormat
+from spinlab.formats.integer_numpy import FewLevels
 from spinlab.formats.pack import pack_nibbles, unpack_nibbles
+from spinlab.formats.quantizer import Encoded, TokenQuantizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class AffineCodec:
     asymmetric grid, one byte of zero point.
     """
 
-    grid: Grid
+    grid: IntegerFormat
     width: int
     group_size: int = 0
     clip_ratio: float = 1.0
@@ -52,28 +43,31 @@ class AffineCodec:
         """Return the stored bits per number, scales and zero points counted."""
         return 8 * self.row_bytes / self.width
 
+    @cached_property
+    def _quantizer(self) -> TokenQuantizer:
+        return TokenQuantizer(replace(self.grid, half_scale=True), self.group_size, self.clip_ratio)
+
     @property
     def _nibbles(self) -> bool:
         return self.grid.bits <= 4 and self.width % 2 == 0
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
-        if has_kernel(x):
-            return round_rows(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
-        levels, scale, zero = self._levels(x)
-        return self._decode(levels, scale, zero, x.dtype)
+        return self._quantizer.round_trip(x)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
-        return self._pack_few(self._few_levels(x)) if are_few(x) else self._pack(*self._levels(x))
+        if self._quantizer.takes_few(x):
+            return self._pack_few(self._few_levels(x))
+        return self._pack(*self._quantizer.encode(x))
 
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return encode(x) and what it decodes to, in x's dtype."""
-        if are_few(x):
+        if self._quantizer.takes_few(x):
             few = self._few_levels(x)
             return self._pack_few(few), torch.from_numpy(few.decode()).view(x.shape).to(x.dtype)
-        levels, scale, zero = self._levels(x)
-        return self._pack(levels, scale, zero), self._decode(levels, scale, zero, x.dtype)
+        encoded = self._quantizer.encode(x)
+        return self._pack(*encoded), self._quantizer.decode(encoded).to(x.dtype)
 
     def _pack(self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         levels = levels.flatten(-2)
@@ -84,8 +78,8 @@ class AffineCodec:
         return torch.cat(parts, dim=-1)
 
     def _few_levels(self, x: torch.Tensor) -> FewLevels:
-        """Return what `_levels` does, in numpy."""
-        few = few_levels(x, self.grid, self.group_size, self.clip_ratio, half_scale=True)
+        """Return levels (..., groups, g) with scale and zero (..., groups, 1)."""
+        few = self._quantizer.few(x)
         shape = (*few.levels.shape[:-1], 1)
         return FewLevels(few.levels, few.scale.reshape(shape), few.zero.reshape(shape))
 
@@ -115,23 +109,4 @@ class AffineCodec:
         scale_bytes = scale_bytes.clone(memory_format=torch.contiguous_format)
         scale = scale_bytes.view(torch.float16).to(wide)[..., None]
         zero = zero.to(wide)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
-        return self._decode(grouped, scale, zero, dtype)
-
-    def _levels(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return levels (..., groups, g) with the scale that float16 stores, and its zero."""
-        if are_few(x):
-            levels, scale, zero = (torch.from_numpy(t) for t in self._few_levels(x))
-            return levels, scale, zero
-        grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
-        ends = lowest * self.clip_ratio, highest * self.clip_ratio
-        scale, _ = scale_and_zero(*ends, self.grid)
-        scale = scale.clamp_(min=SMALLEST_HALF).to(torch.float16).to(grouped.dtype)
-        zero = torch.zeros_like(scale)
-        if not self.grid.symmetric:
-            zero = zero_point(ends[0].clamp(max=0), scale).clamp_(0, self.grid.highest)
-        return encode(grouped, scale, zero, self.grid, settled), scale, zero
-
-    def _decode(
-        self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return decode(levels, scale, zero, self.grid).flatten(-2).to(dtype)
+        return self._quantizer.decode(Encoded(grouped, scale, zero)).to(dtype)

@@ -156,7 +156,7 @@ def _kept_by_layer(job: _Job) -> int:
     if job.rounded:  # the inputs of q, of gate, of o and of down
         inputs = 2 * d.hidden + queries + d.intermediate
     else:  # rounding errors of both inputs from the stream, and both ends of R2
-        errors = 2 * d.hidden if job.quant.activations.bits < 16 else 0
+        errors = 2 * d.hidden if job.quant.activations.quantizes else 0
         errors += 2 * d.hidden if job.learn.grad_norm == "euclidean" else 0  # with the inputs
         inputs = errors + queries + values
     if any(name.endswith("q_norm") for name, _ in layers_of(job.model)[0].named_modules()):

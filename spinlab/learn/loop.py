@@ -215,7 +215,7 @@ class RotationLearner:
 
 def rounds_weights(learn: LearnConfig, quant: QuantConfig) -> bool:
     """Tell whether any weight is rounded in the loop."""
-    return learn.quantize_weights and any(format.bits < 16 for format in quant.weight_formats)
+    return learn.quantize_weights and any(format.quantizes for format in quant.weight_formats)
 
 
 def learn_rotations(

@@ -87,7 +87,7 @@ class Job:
         return {
             name: linear.weight.numel()
             for name, _, _, linear in linears_of(self.shape)
-            if quant.weights_at(name).bits < 16
+            if quant.weights_at(name).quantizes
         }
 
     @cached_property

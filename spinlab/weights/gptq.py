@@ -13,7 +13,8 @@ from spinlab import parallel
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
-from spinlab.formats.integer import decode, encode, nearest, weight_grid
+from spinlab.formats import Parameters, format_of
+from spinlab.formats.integer import nearest
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range
 
@@ -94,7 +95,7 @@ def _spread(
 
 @torch.no_grad()
 def gptq(
-    weight: torch.Tensor, spread: ErrorSpread, format: TensorQuant, config: WeightsConfig
+    weight: torch.Tensor, spread: ErrorSpread, settings: TensorQuant, config: WeightsConfig
 ) -> QuantizedWeight:
     """Quantize a weight (out, in) so that its outputs on the calibration inputs change least.
 
@@ -103,11 +104,11 @@ def gptq(
     rounding only; else a group's range is taken from its columns as updated when it is reached.
     """
     weight = weight.detach().float().masked_fill(spread.dead, 0)
-    scale, zero = search_range(weight, format, config)
-    sweep = _Sweep(weight, spread, (scale, zero), format, config)
+    ranges = search_range(weight, settings, config)
+    sweep = _Sweep(weight, spread, ranges, settings, config)
     levels = sweep.run()[torch.argsort(spread.order)].T.contiguous()
     return QuantizedWeight(
-        levels, sweep.scale.T.contiguous(), sweep.zero.T.contiguous(), sweep.grid
+        levels, sweep.scale.T.contiguous(), sweep.zero.T.contiguous(), sweep.format
     )
 
 
@@ -118,14 +119,14 @@ class _Sweep:
         self,
         weight: torch.Tensor,
         spread: ErrorSpread,
-        ranges: tuple[torch.Tensor, torch.Tensor],
-        format: TensorQuant,
+        ranges: Parameters,
+        settings: TensorQuant,
         config: WeightsConfig,
     ) -> None:
         self.columns = weight[:, spread.order].T.contiguous()
         self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges)
-        self.rows, self.grid, self.config = spread.rows, weight_grid(format), config
-        self.format = replace(format, group_size=0)
+        self.rows, self.format, self.config = spread.rows, format_of(settings), config
+        self.settings = replace(settings, group_size=0)
         self.size = weight.shape[1] // self.scale.shape[0]
         self.group_of = (spread.order // self.size).tolist()
         self.live = self.scale.shape[0] > 1 and not config.static_groups
@@ -150,10 +151,10 @@ class _Sweep:
         for column, error in zip(range(begin, end), errors.unbind(), strict=True):
             if self.live and column % self.size == 0:
                 self._take_range(column, end, errors[: column - begin])
-            scale, zero = scales[self.group_of[column]], zeros[self.group_of[column]]
-            exact = self.columns[column]
-            levels.append(encode(exact, scale, zero, self.grid, nearest))
-            torch.sub(exact, decode(levels[-1], scale, zero, self.grid), out=error)
+            group, exact = self.group_of[column], self.columns[column]
+            parameters = Parameters(scales[group], zeros[group])
+            levels.append(self.format.encode(exact, parameters, nearest))
+            torch.sub(exact, self.format.decode(levels[-1], parameters), out=error)
             later = self.rows[column, column + 1 : end]
             self.columns[column + 1 : end].addr_(later, error, alpha=-1)
         return torch.stack(levels)
@@ -168,6 +169,6 @@ class _Sweep:
         if stop > end:
             begin = column - errors.shape[0]
             ahead[end - column :] -= self.rows[begin:column, end:stop].mT @ errors
-        scale, zero = search_range(ahead.T.contiguous(), self.format, self.config)
+        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.config)
         group = self.group_of[column]
         self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

@@ -42,7 +42,7 @@ def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
     check_patterns(model, quant)
     for name, _, seam, linear in linears_of(model):
         format = quant.weights_at(name)
-        if format.bits == 16:
+        if not format.quantizes:
             continue
         setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
         width, size = linear.weight.shape[1], format.group_size
@@ -64,7 +64,7 @@ def _ends(model: PreTrainedModel, quant: QuantConfig) -> dict[str, tuple[str, Te
     """Return setting, name and format of what is quantized at the model's two ends."""
     family = family_of(model.config.model_type)
     ends = {"embedding": (family.embedding, quant.embedding), "head": (family.head, quant.head)}
-    return {setting: end for setting, end in ends.items() if end[1].bits < 16}
+    return {setting: end for setting, end in ends.items() if end[1].quantizes}
 
 
 def quantize_ends(
@@ -97,7 +97,7 @@ def quantize_rtn(
     found: dict[str, QuantizedWeight] = {}
     for name, _, _, linear in tqdm(list(linears_of(model)), desc="rtn"):
         format = quant.weights_at(name)
-        if format.bits == 16:
+        if not format.quantizes:
             continue
         weight = linear.weight.detach().float()
         if name in clips:
@@ -179,7 +179,7 @@ def _quantize_layer(
     for names in groups.values():
         formats: dict[TensorQuant, list[str]] = {}
         for name in names:
-            if (format := quant.weights_at(name)).bits < 16:
+            if (format := quant.weights_at(name)).quantizes:
                 formats.setdefault(format, []).append(name)
         if not formats:
             continue

@@ -19,15 +19,8 @@ from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant
-from spinlab.formats.integer import (
-    Grid,
-    decode,
-    encode,
-    extremes,
-    nearest,
-    scale_and_zero,
-    weight_grid,
-)
+from spinlab.formats import Format, format_of
+from spinlab.formats.integer import extremes, nearest
 from spinlab.model.seams import family_of, linear_at
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, hidden_states
@@ -92,10 +85,10 @@ def _learn_layer(
     family = family_of(model.config.model_type)
     weights: dict[str, ClippedWeight] = {}
     for seam in family.seams:
-        format = quant.weights_at(f"{family.layers}.{inputs.index}.{seam.name}")
-        if format.bits < 16:
+        settings = quant.weights_at(f"{family.layers}.{inputs.index}.{seam.name}")
+        if settings.quantizes:
             weight = linear_at(inputs.layer, seam.name).weight
-            weights[seam.name] = ClippedWeight(weight, format, config)
+            weights[seam.name] = ClippedWeight(weight, settings, config)
     gammas = [gamma for weight in weights.values() for gamma in weight.gammas]
     if gammas:
         optimizer = torch.optim.AdamW(gammas, lr=config.lwc_lr, weight_decay=0.0)
@@ -124,12 +117,12 @@ class ClippedWeight:
     that RTN takes.
     """
 
-    def __init__(self, weight: torch.Tensor, format: TensorQuant, config: WeightsConfig) -> None:
+    def __init__(self, weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig) -> None:
         wide = weight.detach().float()
-        self.dtype, self.grid = weight.dtype, weight_grid(format)
-        self.grouped, self.lowest, self.highest = extremes(wide, format.group_size)
-        start = search_ratios(wide, format, config).logit().clamp(max=_LARGEST_GAMMA)
-        self.gammas = [nn.Parameter(start.clone()) for _ in range(1 if format.symmetric else 2)]
+        self.dtype, self.format = weight.dtype, format_of(settings)
+        self.grouped, self.lowest, self.highest = extremes(wide, settings.group_size)
+        start = search_ratios(wide, settings, config).logit().clamp(max=_LARGEST_GAMMA)
+        self.gammas = [nn.Parameter(start.clone()) for _ in range(2 - self.format.symmetric)]
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -139,57 +132,28 @@ class ClippedWeight:
 
     def rounded(self) -> torch.Tensor:
         """Return the rounded weight (out, in) in its own dtype; its gradient reaches the gammas."""
-        rounded: torch.Tensor = _Round.apply(self.grouped, *self._range(), self.grid)  # type: ignore[assignment]
+        rounded: torch.Tensor = _Round.apply(self.grouped, *self._range(), self.format)  # type: ignore[assignment]
         return rounded.flatten(1).to(self.dtype)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        return round_to_range(self.grouped, *self._range(), self.grid)
+        return round_to_range(self.grouped, *self._range(), self.format)
 
 
 class _Round(torch.autograd.Function):
-    """Round a grouped weight in given ranges, with the gradient of the ranges' ends.
-
-    Rounding counts as the identity (straight through), of levels and of zero points: what lies
-    inside a range feels its scale by the rounding error (LSQ, Esser et al. 2020), what lies
-    outside moves with the end it is clipped to.
-    """
+    """Round a grouped weight in given ranges, with the gradient of the ranges' ends."""
 
     @staticmethod
     def forward(
-        ctx, grouped: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, grid: Grid
+        ctx, grouped: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, format: Format
     ) -> torch.Tensor:
         ctx.save_for_backward(grouped, lowest, highest)
-        ctx.grid = grid
-        scale, zero = scale_and_zero(lowest, highest, grid)
-        return decode(encode(grouped, scale, zero, grid, nearest), scale, zero, grid)
+        ctx.format = format
+        parameters = format.parameters(lowest, highest)
+        return format.decode(format.encode(grouped, parameters, nearest), parameters)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         grouped, lowest, highest = ctx.saved_tensors
-        of_lowest, of_highest = range_gradient(grouped, gradient, lowest, highest, ctx.grid)
-        return None, of_lowest, of_highest, None
-
-
-def range_gradient(
-    grouped: torch.Tensor,
-    gradient: torch.Tensor,
-    lowest: torch.Tensor,
-    highest: torch.Tensor,
-    grid: Grid,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pull the gradient of a rounded weight (out, in/g, g) back to the ends of its ranges."""
-    scale, zero = scale_and_zero(lowest, highest, grid)
-    exact = grouped / scale
-    levels = exact.round()
-    above, below = levels > grid.highest - zero, levels < grid.lowest - zero
-    inside = levels.sub_(exact).masked_fill_(above | below, 0)
-    of_scale = (gradient * inside).sum(-1, keepdim=True)
-    at_top = (gradient * above).sum(-1, keepdim=True)
-    at_bottom = (gradient * below).sum(-1, keepdim=True)
-    if grid.symmetric:
-        of_scale += at_top * grid.highest + at_bottom * grid.lowest
-        of_peak, upper = of_scale / grid.highest, highest >= -lowest
-        return -of_peak * ~upper, of_peak * upper
-    of_range = of_scale / grid.highest
-    return (at_bottom - of_range) * (lowest < 0), (at_top + of_range) * (highest > 0)
+        found = ctx.format.pull_back(grouped, gradient, lowest, highest, nearest)
+        return None, found.lowest, found.highest, None

@@ -11,22 +11,21 @@ from safetensors import safe_open
 from torch import nn
 
 from spinlab.files import write_tensors
-from spinlab.formats.integer import Grid, decode
-from spinlab.formats.pack import pack_nibbles, unpack_nibbles
+from spinlab.formats import FORMATS, Format, Parameters, name_of
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Hold integer-valued levels (out, in) with float32 scale and zero (out, in/g).
 
-    Levels are kept as int16, wide enough for every grid up to 15 bits; `packed` is the stored
-    form, two levels per byte up to 4 bits.
+    Levels are kept as int16, wide enough for every format up to 15 bits; in their stored form they
+    take the format's bits.
     """
 
     levels: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    grid: Grid
+    format: Format
 
     @property
     def groups(self) -> int:
@@ -36,39 +35,32 @@ class QuantizedWeight:
         """Return the floats (out, in) that the levels stand for."""
         wide = torch.promote_types(dtype, torch.float32)
         grouped = self.levels.to(wide).unflatten(1, (self.groups, -1))
-        scale, zero = self.scale.to(wide)[..., None], self.zero.to(wide)[..., None]
-        return decode(grouped, scale, zero, self.grid).flatten(1).to(dtype)
+        parameters = Parameters(*(t.to(wide)[..., None] for t in (self.scale, self.zero)))
+        return self.format.decode(grouped, parameters).flatten(1).to(dtype)
 
     def cpu(self) -> "QuantizedWeight":
         """Return the same weight in the host's memory."""
-        return QuantizedWeight(self.levels.cpu(), self.scale.cpu(), self.zero.cpu(), self.grid)
+        return QuantizedWeight(self.levels.cpu(), self.scale.cpu(), self.zero.cpu(), self.format)
 
     def split(self, rows: Sequence[int]) -> list["QuantizedWeight"]:
         """Cut a stack of weights with common inputs into weights of so many rows each."""
         levels, scale, zero = (t.split(list(rows)) for t in (self.levels, self.scale, self.zero))
         parts = zip(levels, scale, zero, strict=True)
-        return [QuantizedWeight(*part, grid=self.grid) for part in parts]
+        return [QuantizedWeight(*part, format=self.format) for part in parts]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stored form: packed levels, scale, and zero where the grid has one."""
-        stored = {"levels": self._packed(), "scale": self.scale}
-        return stored if self.grid.symmetric else {**stored, "zero": self.zero.to(torch.int16)}
-
-    def _packed(self) -> torch.Tensor:
-        if self.grid.bits <= 4:
-            return pack_nibbles(self.levels)
-        if self.grid.bits <= 8:
-            return self.levels.to(torch.int8 if self.grid.symmetric else torch.uint8)
-        return self.levels
+        """Return the stored form: packed levels, scale, and zero where the format has one."""
+        stored = {"levels": self.format.pack(self.levels), "scale": self.scale}
+        return stored if self.format.symmetric else {**stored, "zero": self.zero.to(torch.int16)}
 
     @staticmethod
-    def from_tensors(stored: Mapping[str, torch.Tensor], grid: Grid) -> "QuantizedWeight":
-        """Rebuild a weight from its stored form."""
-        levels, scale = stored["levels"], stored["scale"]
-        if grid.bits <= 4:
-            levels = unpack_nibbles(levels, grid.symmetric)
-        zero = torch.zeros_like(scale) if grid.symmetric else stored["zero"].to(scale.dtype)
-        return QuantizedWeight(levels.to(torch.int16), scale, zero, grid)
+    def from_tensors(
+        stored: Mapping[str, torch.Tensor], format: Format, width: int
+    ) -> "QuantizedWeight":
+        """Rebuild a weight of `width` inputs from its stored form."""
+        levels, scale = format.unpack(stored["levels"], width), stored["scale"]
+        zero = torch.zeros_like(scale) if format.symmetric else stored["zero"].to(scale.dtype)
+        return QuantizedWeight(levels.to(torch.int16), scale, zero, format)
 
 
 def set_dequantized(linear: nn.Linear, weight: QuantizedWeight) -> None:
@@ -107,36 +99,43 @@ def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str,
 
 
 def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
-    """Write named weights, each with a grid of its own, into a safetensors file."""
-    tensors, grids = stored_form(weights)
-    write_tensors(path, tensors, {"grids": grids})
+    """Write named weights, each with a format of its own, into a safetensors file."""
+    tensors, formats = stored_form(weights)
+    write_tensors(path, tensors, {"formats": formats})
 
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Read what `save_weights` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return from_stored_form(tensors, json.loads(file.metadata()["grids"]))
+        return from_stored_form(tensors, json.loads(file.metadata()["formats"]))
 
 
 def stored_form(
     weights: Mapping[str, QuantizedWeight],
 ) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
-    """Return the tensors of named weights for a file, and the grid of each, JSON-ready."""
+    """Return the tensors of named weights for a file, and each one's format and width for JSON."""
     tensors = {
         f"{name}.{part}": tensor.cpu().contiguous()
         for name, weight in weights.items()
         for part, tensor in weight.tensors().items()
     }
-    return tensors, {name: [w.grid.bits, w.grid.symmetric] for name, w in weights.items()}
+    formats = {
+        name: [name_of(w.format), w.format.bits, w.format.symmetric, w.levels.shape[1]]
+        for name, w in weights.items()
+    }
+    return tensors, formats
 
 
 def from_stored_form(
-    tensors: Mapping[str, torch.Tensor], grids: Mapping[str, list]
+    tensors: Mapping[str, torch.Tensor], formats: Mapping[str, list]
 ) -> dict[str, QuantizedWeight]:
     """Rebuild what `stored_form` took apart."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         parts.setdefault(name, {})[part] = tensor
-    return {n: QuantizedWeight.from_tensors(parts[n], Grid(*of)) for n, of in grids.items()}
+    return {
+        name: QuantizedWeight.from_tensors(parts[name], FORMATS[kind](bits, symmetric), width)
+        for name, (kind, bits, symmetric, width) in formats.items()
+    }

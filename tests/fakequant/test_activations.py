@@ -3,7 +3,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer, check_group
 from spinlab.rotation.online import hadamard_rotation
 
@@ -11,9 +11,9 @@ from spinlab.rotation.online import hadamard_rotation
 def test_decoded_levels_are_the_fake_quantized_values():
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     for quantizer in (
-        TokenQuantizer(Grid(4, False)),
-        TokenQuantizer(Grid(4, True), clip_ratio=0.9),
-        TokenQuantizer(Grid(8, False), group_size=8),
+        TokenQuantizer(IntegerFormat(4, False)),
+        TokenQuantizer(IntegerFormat(4, True), clip_ratio=0.9),
+        TokenQuantizer(IntegerFormat(8, False), group_size=8),
     ):
         assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer.round(x))
 
@@ -21,12 +21,12 @@ def test_decoded_levels_are_the_fake_quantized_values():
 def test_the_gradient_goes_straight_through():
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     upstream = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
-    TokenQuantizer(Grid(4, False)).round(x).backward(upstream)
+    TokenQuantizer(IntegerFormat(4, False)).round(x).backward(upstream)
     assert torch.equal(x.grad, upstream)
 
 
 def test_tokens_do_not_share_a_range():
-    quantizer = TokenQuantizer(Grid(4, False))
+    quantizer = TokenQuantizer(IntegerFormat(4, False))
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     loud = x * torch.tensor([[1.0], [1000.0]])
     assert torch.allclose(quantizer.round(loud)[0], quantizer.round(x)[0])
@@ -34,7 +34,7 @@ def test_tokens_do_not_share_a_range():
 
 def test_readers_of_one_tensor_share_the_work():
     calls = []
-    path = InputPath(hadamard_rotation(8), TokenQuantizer(Grid(4, False)), readers=3)
+    path = InputPath(hadamard_rotation(8), TokenQuantizer(IntegerFormat(4, False)), readers=3)
     path.rotation.register_forward_pre_hook(lambda m, a: calls.append(1))
     x = torch.randn(2, 8)
     first, second, third = path(x), path(x), path(x)
@@ -45,7 +45,7 @@ def test_readers_of_one_tensor_share_the_work():
 
 
 def test_a_tensor_changed_in_place_is_not_taken_for_the_old_one():
-    path = InputPath(None, TokenQuantizer(Grid(4, False)), readers=2)
+    path = InputPath(None, TokenQuantizer(IntegerFormat(4, False)), readers=2)
     x = torch.ones(1, 4)
     before = path(x)
     x.mul_(2)

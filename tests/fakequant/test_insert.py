@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import input_paths
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.kv.cache import kv_path_of
 from spinlab.model.seams import dimensions_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -52,7 +52,7 @@ def test_every_input_takes_its_own_clip_and_the_others_the_setting(make_model):
         for group, path in found.items():
             expected = clips.get(input_key(layer, group), 0.8)
             assert path.quantizer.clip_ratio == expected
-            assert path.quantizer.grid == Grid(4, False)
+            assert path.quantizer.format == IntegerFormat(4, False)
 
 
 def test_clips_are_nothing_to_inputs_of_16_bits_and_to_the_cache(make_model):

@@ -1,11 +1,14 @@
 import pytest
 import torch
 
+from spinlab.formats import IntegerFormat
 from spinlab.formats.clip import ClipSearch, search_clip
-from spinlab.formats.integer import Grid, decode, encode, nearest, scale_and_zero
+from spinlab.formats.integer import nearest
 
 
-def brute_force(weight: torch.Tensor, grid: Grid, group: int, search: ClipSearch) -> torch.Tensor:
+def brute_force(
+    weight: torch.Tensor, grid: IntegerFormat, group: int, search: ClipSearch
+) -> torch.Tensor:
     """Try every ratio with pow and no pruning; written from the definition."""
     rows = weight.double().reshape(-1, group or weight.shape[1])
     best = []
@@ -31,7 +34,7 @@ def test_search_finds_the_brute_force_optimum(symmetric, group):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 64, generator=g) * torch.rand(12, 1, generator=g)
     weight[0, 5] = 9.0  # an outlier that wants clipping
-    grid, search = Grid(4, symmetric), ClipSearch()
+    grid, search = IntegerFormat(4, symmetric), ClipSearch()
     ratios = search_clip(weight, grid, group, search).reshape(-1)
     expected = brute_force(weight, grid, group, search)
     found = [
@@ -41,15 +44,17 @@ def test_search_finds_the_brute_force_optimum(symmetric, group):
     assert torch.allclose(torch.stack(found), expected.float(), rtol=2e-2)
 
 
-def error_of(row: torch.Tensor, ratio: float, grid: Grid, norm: float) -> torch.Tensor:
+def error_of(row: torch.Tensor, ratio: float, grid: IntegerFormat, norm: float) -> torch.Tensor:
     """Score one chosen ratio with the package's own quantizer."""
-    scale, zero = scale_and_zero(row.min()[None] * ratio, row.max()[None] * ratio, grid)
-    rounded = decode(encode(row, scale, zero, grid, nearest), scale, zero, grid)
+    parameters = grid.parameters(row.min()[None] * ratio, row.max()[None] * ratio)
+    rounded = grid.decode(grid.encode(row, parameters, nearest), parameters)
     return (rounded - row).abs().pow(norm).sum()
 
 
 def test_without_a_search_nothing_is_clipped():
-    assert torch.equal(search_clip(torch.randn(3, 8), Grid(4, True), 0, None), torch.ones(3, 1, 1))
+    assert torch.equal(
+        search_clip(torch.randn(3, 8), IntegerFormat(4, True), 0, None), torch.ones(3, 1, 1)
+    )
 
 
 def test_candidates_are_the_published_eighty():

@@ -2,42 +2,34 @@ import numpy as np
 import pytest
 import torch
 
-from spinlab.formats.integer import (
-    PARTS,
-    Grid,
-    decode,
-    encode,
-    extremes,
-    nearest,
-    scale_and_zero,
-    settled,
-)
+from spinlab.formats import IntegerFormat, Parameters
+from spinlab.formats.integer import PARTS, extremes, nearest, settled
 from spinlab.formats.integer_numpy import few_levels
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codec import AffineCodec
 from spinlab.rotation.online import hadamard_rotation
 
 
-def round_trip(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+def round_trip(x: torch.Tensor, grid: IntegerFormat) -> torch.Tensor:
     grouped, lowest, highest = extremes(x, 0)
-    scale, zero = scale_and_zero(lowest, highest, grid)
-    return decode(encode(grouped, scale, zero, grid, nearest), scale, zero, grid).flatten(-2)
+    parameters = grid.parameters(lowest, highest)
+    return grid.decode(grid.encode(grouped, parameters, nearest), parameters).flatten(-2)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_value_goes_to_the_nearest_level(bits, symmetric):
     """Brute force: compare with the distance to every level of the grid."""
-    grid = Grid(bits, symmetric)
+    grid = IntegerFormat(bits, symmetric)
     x = torch.randn(16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grouped, lowest, highest = extremes(x, 0)
-    scale, zero = scale_and_zero(lowest, highest, grid)
+    parameters = scale, zero = grid.parameters(lowest, highest)
     levels = torch.arange(grid.lowest, grid.highest + 1, dtype=torch.float64)
     values = scale * (levels - zero)  # (16, 1, levels)
     least = (grouped[..., None] - values[:, :, None]).abs().amin(-1)
     for rounding, farther in ((nearest, 1e-12), (settled, 1.01 / PARTS)):
-        levels = encode(grouped, scale, zero, grid, rounding)
-        found = (decode(levels, scale, zero, grid) - grouped).abs()
+        levels = grid.encode(grouped, parameters, rounding)
+        found = (grid.decode(levels, parameters) - grouped).abs()
         assert (found - least <= farther * scale).all()
 
 
@@ -46,10 +38,11 @@ def test_every_value_goes_to_the_nearest_level(bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_levels_are_rounded_half_to_even(bits, symmetric, rounding):
     """On ties as elsewhere; NumPy in float64 is the oracle, on quotients that are exact."""
-    grid = Grid(bits, symmetric)
+    grid = IntegerFormat(bits, symmetric)
     x = torch.arange(4 * grid.lowest - 9, 4 * grid.highest + 10) / 4  # with all ties
     for zero in {grid.lowest, 0, grid.highest} if not symmetric else {0}:
-        found = encode(x * 0.5, torch.tensor(0.5), torch.tensor(float(zero)), grid, rounding)
+        parameters = Parameters(torch.tensor(0.5), torch.tensor(float(zero)))
+        found = grid.encode(x * 0.5, parameters, rounding)
         wanted = np.clip(np.rint(x.double().numpy()) + zero, grid.lowest, grid.highest)
         assert np.array_equal(found.double().numpy(), wanted)
 
@@ -95,12 +88,14 @@ ROUNDERS = {
 
 
 @pytest.mark.parametrize("rounder", ROUNDERS)
-@pytest.mark.parametrize("grid", [Grid(4, True), Grid(4, False), Grid(8, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntegerFormat(4, True), IntegerFormat(4, False), IntegerFormat(8, False)], ids=str
+)
 def test_rounding_has_no_bias(rounder, grid):
     """The mean error of n entries, each spread evenly over a level, has a deviation of
     1/sqrt(12 n) levels: here 0.0006. A shift of all levels by 1/128 would be 13 of these."""
     x = evenly(1024, 256)
-    scale = scale_and_zero(x.amin(1, keepdim=True), x.amax(1, keepdim=True), grid)[0]
+    scale = grid.parameters(x.amin(1, keepdim=True), x.amax(1, keepdim=True)).scale
     error = ((ROUNDERS[rounder](x, grid) - x) / scale)[:, 2:].double()  # without the ends
     inside = error[error.abs() <= 0.51]  # what lies beyond the highest level is cut off
     assert inside.numel() > 0.95 * error.numel()
@@ -108,23 +103,23 @@ def test_rounding_has_no_bias(rounder, grid):
 
 
 def test_integer_ranges_are_the_fields():
-    assert (Grid(4, True).lowest, Grid(4, True).highest) == (-8, 7)
-    assert (Grid(4, False).lowest, Grid(4, False).highest) == (0, 15)
+    assert (IntegerFormat(4, True).lowest, IntegerFormat(4, True).highest) == (-8, 7)
+    assert (IntegerFormat(4, False).lowest, IntegerFormat(4, False).highest) == (0, 15)
 
 
 def test_zero_is_exact_and_its_level_lies_on_the_grid():
     """A range that does not hold 0 is extended to it, so the zero point is storable."""
-    grid = Grid(4, False)
+    grid = IntegerFormat(4, False)
     for low, high in ((1.0, 3.0), (-3.0, -1.0), (-2.0, 5.0)):
-        scale, zero = scale_and_zero(torch.tensor([low]), torch.tensor([high]), grid)
-        assert 0 <= zero.item() <= 15
+        parameters = grid.parameters(torch.tensor([low]), torch.tensor([high]))
+        assert 0 <= parameters.zero.item() <= 15
         for rounding in (nearest, settled):
-            at_zero = encode(torch.zeros(1), scale, zero, grid, rounding)
-            assert decode(at_zero, scale, zero, grid).item() == 0
+            at_zero = grid.encode(torch.zeros(1), parameters, rounding)
+            assert grid.decode(at_zero, parameters).item() == 0
 
 
 def test_constant_zero_input_stays_zero():
-    for grid in (Grid(4, True), Grid(4, False)):
+    for grid in (IntegerFormat(4, True), IntegerFormat(4, False)):
         assert torch.equal(round_trip(torch.zeros(2, 8), grid), torch.zeros(2, 8))
 
 
@@ -132,7 +127,9 @@ ACTIVATIONS = sorted(ROUNDERS.keys() - {"weights"})
 
 
 @pytest.mark.parametrize("path", ACTIVATIONS)
-@pytest.mark.parametrize("grid", [Grid(b, s) for b in (3, 4, 8) for s in (True, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntegerFormat(b, s) for b in (3, 4, 8) for s in (True, False)], ids=str
+)
 def test_around_every_half_both_sides_take_the_same_level(grid, path):
     """Every half between the ends of a range whose scale is 1."""
     start = -grid.highest if grid.symmetric else -(grid.highest // 2)
@@ -152,7 +149,7 @@ def test_numbers_that_are_quantized_again_are_not_decided_by_float_noise(bits, p
 
     Whichever share of the steps they use: with 14 of 15, level 7 is at 7.5 of the new ones.
     """
-    g, grid = torch.Generator().manual_seed(0), Grid(bits, False)
+    g, grid = torch.Generator().manual_seed(0), IntegerFormat(bits, False)
     for steps in range(grid.highest // 2, grid.highest + 1):
         start = -(steps // 2)
         levels = torch.arange(start, start + steps + 1).repeat(2)  # an even number of them
@@ -171,7 +168,7 @@ def test_a_massive_token_is_not_decided_by_float_noise(bits, path):
 
     With round-half-even alone the noise of another summation order flips half of a token.
     """
-    grid = Grid(bits, False)
+    grid = IntegerFormat(bits, False)
     token = torch.zeros(1, 576)
     token[0, 3] = 1000.0
     rotated = hadamard_rotation(576)(token)

@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 
+from spinlab.formats import IntegerFormat
 from spinlab.formats import integer_numpy as few
-from spinlab.formats.integer import Grid
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codec import AffineCodec
 
 QUANTIZERS = [
-    TokenQuantizer(Grid(4, False)),
-    TokenQuantizer(Grid(4, True), clip_ratio=0.9),
-    TokenQuantizer(Grid(8, False), group_size=16),
-    TokenQuantizer(Grid(8, True), group_size=8, clip_ratio=0.77),
-    TokenQuantizer(Grid(3, False), clip_ratio=torch.tensor(0.83)),
+    TokenQuantizer(IntegerFormat(4, False)),
+    TokenQuantizer(IntegerFormat(4, True), clip_ratio=0.9),
+    TokenQuantizer(IntegerFormat(8, False), group_size=16),
+    TokenQuantizer(IntegerFormat(8, True), group_size=8, clip_ratio=0.77),
+    TokenQuantizer(IntegerFormat(3, False), clip_ratio=torch.tensor(0.83)),
 ]
 
 
@@ -39,7 +39,9 @@ def test_levels_of_few_rows_are_the_definitions(quantizer, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("grid", [Grid(4, False), Grid(4, True), Grid(8, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntegerFormat(4, False), IntegerFormat(4, True), IntegerFormat(8, False)], ids=str
+)
 def test_of_one_row_scale_and_zero_are_scalars_and_the_definitions(grid, dtype):
     quantizer = TokenQuantizer(grid, clip_ratio=0.9)
     for x in rows(dtype):
@@ -51,12 +53,14 @@ def test_of_one_row_scale_and_zero_are_scalars_and_the_definitions(grid, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("grid", [Grid(4, False), Grid(4, True), Grid(8, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntegerFormat(4, False), IntegerFormat(4, True), IntegerFormat(8, False)], ids=str
+)
 def test_few_rows_are_coded_as_many_are(grid, dtype, monkeypatch):
     codec = AffineCodec(grid, 48, group_size=24, clip_ratio=0.95)
     x = rows(dtype)
     found = codec.encode(x)
-    monkeypatch.setattr("spinlab.kv.codec.are_few", lambda x: False)
+    monkeypatch.setattr("spinlab.formats.twins.TWINS", {})
     assert torch.equal(found, codec.encode(x))
 
 

@@ -4,7 +4,7 @@ from transformers import DynamicCache
 
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.kv.cache import CodedCache, CodedLayer, KVPath, attach_kv, kv_bits, kv_path
 from spinlab.kv.codec import AffineCodec
 from spinlab.rotation.online import hadamard_rotation
@@ -142,7 +142,9 @@ def test_finer_queries_come_closer_to_the_original(make_model, ids):
     assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]
 
 
-@pytest.mark.parametrize("codec", [AffineCodec(Grid(4, False), 8), None], ids=["coded", "floats"])
+@pytest.mark.parametrize(
+    "codec", [AffineCodec(IntegerFormat(4, False), 8), None], ids=["coded", "floats"]
+)
 def test_a_layer_that_was_reset_is_empty(codec):
     """It holds what comes after, and no zeros or decoded rows of before."""
     layer = CodedLayer(KVPath(None, codec, codec), store=True)
@@ -169,7 +171,7 @@ def test_a_cache_that_was_reset_serves_another_prompt(make_model, ids):
 def test_decoded_rows_are_those_of_the_coded_ones(kept, monkeypatch):
     """Through appending, cropping and reordering, whether or not decoded rows are kept."""
     monkeypatch.setattr("spinlab.kv.cache._KEPT", kept)
-    codec = AffineCodec(Grid(4, False), 8)
+    codec = AffineCodec(IntegerFormat(4, False), 8)
     layer = CodedLayer(KVPath(None, codec, codec), store=True)
     g = torch.Generator().manual_seed(torch.seed() % 2**31)
     change = [

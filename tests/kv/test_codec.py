@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.kv.codec import AffineCodec
 
 CODECS = [
-    AffineCodec(Grid(4, False), 64),
-    AffineCodec(Grid(4, True), 64),
-    AffineCodec(Grid(4, False), 64, group_size=16, clip_ratio=0.95),
-    AffineCodec(Grid(2, False), 64, group_size=32),
-    AffineCodec(Grid(8, False), 64),
-    AffineCodec(Grid(8, True), 64),
+    AffineCodec(IntegerFormat(4, False), 64),
+    AffineCodec(IntegerFormat(4, True), 64),
+    AffineCodec(IntegerFormat(4, False), 64, group_size=16, clip_ratio=0.95),
+    AffineCodec(IntegerFormat(2, False), 64, group_size=32),
+    AffineCodec(IntegerFormat(8, False), 64),
+    AffineCodec(IntegerFormat(8, True), 64),
 ]
 
 
@@ -49,14 +49,14 @@ def test_no_number_moves_further_than_a_level(codec):
 
 
 def test_stored_bits_count_scales_and_zero_points():
-    assert AffineCodec(Grid(4, False), 64).bits == 4 + 24 / 64
-    assert AffineCodec(Grid(4, True), 128).bits == 4 + 16 / 128
-    assert AffineCodec(Grid(4, False), 64, group_size=16).bits == 4 + 24 / 16
+    assert AffineCodec(IntegerFormat(4, False), 64).bits == 4 + 24 / 64
+    assert AffineCodec(IntegerFormat(4, True), 128).bits == 4 + 16 / 128
+    assert AffineCodec(IntegerFormat(4, False), 64, group_size=16).bits == 4 + 24 / 16
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-4, 1e4])
 def test_extreme_magnitudes_stay_finite_and_close(size):
-    codec = AffineCodec(Grid(4, False), 64)
+    codec = AffineCodec(IntegerFormat(4, False), 64)
     x = size * keys(1.0)
     found = codec.decode(codec.encode(x), torch.float32)
     assert found.isfinite().all()

@@ -3,7 +3,7 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, TensorQuant
 from spinlab.fakequant.activations import InputPath
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.learned.input_ranges import InputRanges
 from spinlab.learn.teacher import unquantized
@@ -18,7 +18,10 @@ X = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
 
 
 def paths(**changes) -> dict[str, InputPath]:
-    four, three = TokenQuantizer(Grid(4, False), **changes), TokenQuantizer(Grid(3, True), 64)
+    four, three = (
+        TokenQuantizer(IntegerFormat(4, False), **changes),
+        TokenQuantizer(IntegerFormat(3, True), 64),
+    )
     rotation = hadamard_rotation(128)
     return {
         "0.qkv": InputPath(None, four, readers=3),

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
 from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.optim.cayley import skew_generator
@@ -61,7 +61,7 @@ def quantize_inputs(model):
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             width = HEAD if name.endswith("o_proj") else 0
-            rounding = TokenQuantizer(Grid(4, symmetric=False), width).round_trip
+            rounding = TokenQuantizer(IntegerFormat(4, symmetric=False), width).round_trip
             module.register_forward_pre_hook(
                 lambda m, args, q=rounding: args[0] + q(args[0].detach()) - args[0].detach()
             )

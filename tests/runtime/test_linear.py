@@ -6,7 +6,7 @@ from torch import nn
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.fakequant.activations import InputPath, Once
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.runtime.kernels.matmul import KERNELS
@@ -22,11 +22,11 @@ FORMATS = [
     TensorQuant(bits=3, group_size=32),
 ]
 QUANTIZERS = [
-    TokenQuantizer(Grid(4, False)),
-    TokenQuantizer(Grid(4, True), clip_ratio=0.9),
-    TokenQuantizer(Grid(8, False), group_size=16),
-    TokenQuantizer(Grid(8, True), group_size=32),
-    TokenQuantizer(Grid(8, False)),
+    TokenQuantizer(IntegerFormat(4, False)),
+    TokenQuantizer(IntegerFormat(4, True), clip_ratio=0.9),
+    TokenQuantizer(IntegerFormat(8, False), group_size=16),
+    TokenQuantizer(IntegerFormat(8, True), group_size=32),
+    TokenQuantizer(IntegerFormat(8, False)),
 ]
 
 
@@ -50,7 +50,7 @@ def test_integer_linear_is_the_fake_quantized_one(format, quantizer, backend):
 
 def test_float64_shows_that_the_arithmetic_is_exact():
     weight = rtn(draw(24, 64), TensorQuant(), WeightsConfig())
-    quantizer = TokenQuantizer(Grid(4, False))
+    quantizer = TokenQuantizer(IntegerFormat(4, False))
     x = draw(5, 64, seed=2).double()
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS["cpu"], torch.float64)
     expected = quantizer.round(x) @ weight.dequantize(torch.float64).T
@@ -83,7 +83,7 @@ def test_several_signed_rows_are_multiplied_from_the_other_side(tokens):
 
 def test_a_token_does_not_depend_on_its_batch():
     weight = rtn(draw(24, 64), FORMATS[0], WeightsConfig())
-    path = InputPath(None, TokenQuantizer(Grid(4, False)))
+    path = InputPath(None, TokenQuantizer(IntegerFormat(4, False)))
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     x = draw(9, 64, seed=2)
     assert torch.equal(linear(x)[4:5], linear(x[4:5]))
@@ -91,7 +91,7 @@ def test_a_token_does_not_depend_on_its_batch():
 
 def test_the_online_rotation_comes_before_the_quantizer():
     weight = rtn(draw(8, 20), FORMATS[0], WeightsConfig())
-    quantizer, rotation = TokenQuantizer(Grid(4, False)), hadamard_rotation(20)
+    quantizer, rotation = TokenQuantizer(IntegerFormat(4, False)), hadamard_rotation(20)
     path = InputPath(rotation, quantizer)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     x = draw(3, 20, seed=2)
@@ -110,7 +110,7 @@ def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch)
     linear = IntegerLinear(weight, bias, path, KERNELS["cpu"], dtype)
     x = draw(2, 5, 64, seed=torch.seed() % 2**31).to(dtype)
     few = linear(x)
-    monkeypatch.setattr("spinlab.runtime.stock.linear.are_few", lambda x: False)
+    monkeypatch.setattr("spinlab.formats.twins.TWINS", {})
     assert few.dtype == dtype
     assert torch.equal(few, linear(x))
 
@@ -118,7 +118,7 @@ def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch)
 def test_outputs_are_exact_integers_times_both_scales():
     """Bit for bit the formula of `spinlab.runtime.kernels.formats`, written out in int64."""
     weight = rtn(draw(24, 64), TensorQuant(bits=4), WeightsConfig())
-    quantizer = TokenQuantizer(Grid(4, False))
+    quantizer = TokenQuantizer(IntegerFormat(4, False))
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS["cpu"], torch.float32)
     x = draw(5, 64, seed=2)
     encoded = quantizer.encode(x)
@@ -130,7 +130,7 @@ def test_outputs_are_exact_integers_times_both_scales():
 
 def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
     weights = [rtn(draw(rows, 64, seed=rows), FORMATS[1], WeightsConfig()) for rows in (24, 8, 8)]
-    path = InputPath(None, TokenQuantizer(Grid(4, False)))
+    path = InputPath(None, TokenQuantizer(IntegerFormat(4, False)))
     calls = []
 
     def matmul(levels, weight):
@@ -142,7 +142,7 @@ def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
 
     stacked = QuantizedWeight(
         *(torch.cat([getattr(w, part) for w in weights]) for part in ("levels", "scale", "zero")),
-        grid=weights[0].grid,
+        format=weights[0].format,
     )
     once, whole = Once(3), linear(stacked)
     parts = [LinearPart(whole, once, (24, 8, 8), index) for index in range(3)]
@@ -162,7 +162,7 @@ def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
 
 def test_a_linear_moves_and_copies_with_its_tables():
     weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
-    path, x = InputPath(None, TokenQuantizer(Grid(4, False))), draw(3, 64, seed=2)
+    path, x = InputPath(None, TokenQuantizer(IntegerFormat(4, False))), draw(3, 64, seed=2)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     linear(x)
     copied = copy.deepcopy(linear)
@@ -175,7 +175,7 @@ def test_a_linear_moves_and_copies_with_its_tables():
 
 def test_a_linear_takes_the_tables_that_are_loaded():
     weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
-    path, x = InputPath(None, TokenQuantizer(Grid(4, False))), draw(3, 64, seed=2)
+    path, x = InputPath(None, TokenQuantizer(IntegerFormat(4, False))), draw(3, 64, seed=2)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     before = linear(x).clone()
     state = {name: t.clone() for name, t in linear.state_dict().items()}

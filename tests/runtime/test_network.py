@@ -3,7 +3,7 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid, scale_and_zero
+from spinlab.formats import IntegerFormat
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.networks.exact import ExactNetworks
 from spinlab.networks.quantized import QuantizedNetworks
@@ -122,7 +122,7 @@ def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_mode
         found = noisy(alone).logits
     assert torch.allclose(found, expected, atol=1e-10 * expected.std().item())
     heads = torch.cat(read).unflatten(-1, (-1, 8))
-    scale, _ = scale_and_zero(heads.amin(-1), heads.amax(-1), Grid(4, False))
+    scale, _ = IntegerFormat(4, False).parameters(heads.amin(-1), heads.amax(-1))
     fraction = (heads / scale[..., None]) % 1
     assert ((fraction - 0.5).abs() < 1e-12).sum() > 50  # there were ties to be decided
 

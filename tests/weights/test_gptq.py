@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.errors import InputError, ResultError
-from spinlab.formats.integer import Grid, decode
+from spinlab.formats import IntegerFormat, Parameters
 from spinlab.weights.gptq import Hessian, error_spread, gptq
 from spinlab.weights.rtn import rtn
 
@@ -68,7 +68,8 @@ def test_gptq_equals_the_brute_force_optimum_on_a_tiny_case():
         scale, zero = found.scale[row], found.zero[row]
         errors = {}
         for triple in itertools.product(range(-4, 4), repeat=3):
-            dense = decode(torch.tensor(triple, dtype=torch.float32), scale, zero, Grid(3, True))
+            levels = torch.tensor(triple, dtype=torch.float32)
+            dense = IntegerFormat(3, True).decode(levels, Parameters(scale, zero))
             errors[triple] = (x @ (dense - weight[row])).square().sum().item()
         best = min(errors.values())
         assert errors[tuple(found.levels[row].tolist())] == pytest.approx(best, rel=1e-5)

@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.model.seams import linear_at, linears_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
@@ -54,7 +54,7 @@ def test_overrides_give_other_formats_to_the_linears_that_match(make_model, quan
     for name, weight in found.items():
         expected = {"v_proj": (6, False, 3), "down_proj": (8, True, 1)}
         bits, symmetric, groups = expected.get(name.rpartition(".")[2], (4, True, 1))
-        assert (weight.grid, weight.groups) == (Grid(bits, symmetric), groups)
+        assert (weight.format, weight.groups) == (IntegerFormat(bits, symmetric), groups)
 
 
 def test_weights_of_16_bits_are_left_as_they_are(make_model, quantize):

@@ -6,14 +6,12 @@ import torch
 import spinlab.weights.lwc as lwc_module
 from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.formats.integer import Grid, scale_and_zero
-from spinlab.formats.quantizer import StraightThrough
 from spinlab.model.seams import linear_at
 from spinlab.rotation.fuse import fuse_inputs
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.layerwise import quantize_rtn
-from spinlab.weights.lwc import ClippedWeight, quantize_lwc, range_gradient
+from spinlab.weights.lwc import ClippedWeight, quantize_lwc
 from spinlab.weights.quantized import set_dequantized
 from spinlab.weights.rtn import rtn
 
@@ -54,36 +52,6 @@ def lwc(make_fused, windows, tmp_path):
         return quantize_lwc(make_fused(), ROTATIONS, windows, quant, config, tmp_path)
 
     return learn
-
-
-def nearest(x):
-    """Round with a straight-through gradient: the only piece autograd does not know."""
-    return StraightThrough.apply(x, torch.round)
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_gradient_of_a_range_is_autograds(format):
-    """Inside a range an entry is scale times its rounded quotient, outside it is the end."""
-    g = torch.Generator().manual_seed(0)
-    grid, groups = Grid(format.bits, format.symmetric), 32 // (format.group_size or 32)
-    grouped = torch.randn(6, groups, 32 // groups, generator=g, dtype=torch.float64)
-    lowest = (0.7 * grouped.amin(-1, keepdim=True)).requires_grad_()
-    highest = (0.6 * grouped.amax(-1, keepdim=True)).requires_grad_()
-    upstream = torch.randn(grouped.shape, generator=g, dtype=torch.float64)
-    if format.symmetric:
-        scale = torch.maximum(highest, -lowest) / grid.highest
-        ends = scale * grid.lowest, scale * grid.highest
-    else:
-        scale = (highest - lowest) / grid.highest
-        ends = lowest, highest
-    levels = nearest(grouped / scale)
-    _, zero = scale_and_zero(lowest.detach(), highest.detach(), grid)
-    rounded = torch.where(levels + zero < grid.lowest, ends[0], levels * scale)
-    rounded = torch.where(levels + zero > grid.highest, ends[1], rounded)
-    rounded.backward(upstream)
-    found = range_gradient(grouped, upstream, lowest.detach(), highest.detach(), grid)
-    for gradient, end in zip(found, (lowest, highest), strict=True):
-        assert torch.allclose(gradient, end.grad, atol=1e-12)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

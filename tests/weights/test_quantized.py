@@ -31,7 +31,9 @@ def test_weights_of_different_grids_share_a_file(tmp_path):
     weights = {f"w{i}": rtn(random_weight(), f, WeightsConfig()) for i, f in enumerate(FORMATS)}
     save_weights(weights, tmp_path / "w.safetensors")
     loaded = load_weights(tmp_path / "w.safetensors")
-    assert {name: w.grid for name, w in loaded.items()} == {n: w.grid for n, w in weights.items()}
+    assert {name: w.format for name, w in loaded.items()} == {
+        n: w.format for n, w in weights.items()
+    }
     for name, weight in weights.items():
         assert torch.equal(loaded[name].dequantize(), weight.dequantize())
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from spinlab.fakequant.activations import InputPath
+from spinlab.formats import Format
 from spinlab.formats.gradient import round_in_range
-from spinlab.formats.integer import Grid
 from spinlab.learn.learned.log_numbers import LogNumbers
 
 
@@ -27,10 +27,10 @@ class InputRanges:
         starts: dict[str, torch.Tensor] = {}
         for key, path in paths.items():
             if path.quantizer is not None:
-                grid, group_size = path.quantizer.grid, path.quantizer.group_size
+                format, group_size = path.quantizer.format, path.quantizer.group_size
                 ratio = torch.as_tensor(path.quantizer.clip_ratio, dtype=torch.float32)
                 starts[key] = ratio.to(device)
-                path.quantizer = LearnedRange(self.numbers, key, grid, group_size)  # type: ignore[assignment]
+                path.quantizer = LearnedRange(self.numbers, key, format, group_size)  # type: ignore[assignment]
         if starts:
             self.numbers.start(starts)
 
@@ -64,9 +64,9 @@ class LearnedRange:
 
     numbers: LogNumbers
     key: str
-    grid: Grid
+    format: Format
     group_size: int
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), with a gradient for x and for the ratio."""
-        return round_in_range(x, self.numbers.logs[self.key], self.grid, self.group_size)
+        return round_in_range(x, self.numbers.logs[self.key], self.format, self.group_size)

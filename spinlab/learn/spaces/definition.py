@@ -12,7 +12,8 @@ from spinlab.config import (
     ObjectiveConfig,
     TensorQuant,
 )
-from spinlab.formats.integer import at_least_float32, weight_grid
+from spinlab.formats import IntegerFormat, format_of
+from spinlab.formats.integer import at_least_float32
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn.learned.log_numbers import LogNumbers
 from spinlab.learn.spaces.base import NetworkForm, Parts
@@ -86,7 +87,7 @@ class PlainSpace(NetworkForm):
         self.clip = {
             name: search_ratios(weight, formats[name], self.weights)
             for name, weight in weights.items()
-            if formats[name].bits < 16
+            if formats[name].quantizes
         }
         if self.ratios is not None:
             self.ratios.start(self.clip)
@@ -114,7 +115,7 @@ class PlainSpace(NetworkForm):
 
     def _rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         format = self.quant.weights_at(name)
-        if not self.learn.quantize_weights or format.bits == 16:
+        if not self.learn.quantize_weights or not format.quantizes:
             return weight
         if self.ratios is not None:
             return _learned_step(weight, format, self.ratios.logs[name].exp())
@@ -141,7 +142,8 @@ class PlainSpace(NetworkForm):
 def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor) -> torch.Tensor:
     """Round symmetrically with a range clip·max|w| that takes part in the gradient (LSQ)."""
     assert format.symmetric, "asymmetric ranges are not plain: their ends move one by one"
-    grid = weight_grid(format)
+    grid = format_of(format)
+    assert isinstance(grid, IntegerFormat), "other formats have levels of their own"
     grouped = weight.unflatten(-1, (-1, format.group_size or weight.shape[-1]))
     scale = grouped.abs().max(-1, keepdim=True).values * clip / grid.highest
     exact = grouped / scale

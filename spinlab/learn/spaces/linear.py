@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from spinlab.config import TensorQuant
-from spinlab.learn.learned.weight_ranges import rounding_gradient
+from spinlab.formats import format_of
+from spinlab.formats.gradient import pull_back
+from spinlab.formats.integer import nearest
 from spinlab.model.seams import Seam
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
@@ -143,9 +145,10 @@ class LearnedBatch:
         """Return the gradients of the rotated weights, and those of the log clip ratios."""
         gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
         if self.rotated is not None and self.format is not None and self.clip is not None:
-            rows, of_rows, clip = (t.flatten(0, 1) for t in (self.rotated, gradient, self.clip))
-            whole, of_clip = rounding_gradient(rows, of_rows, self.format, clip)
-            gradient, of_clip = whole.view(gradient.shape), of_clip.view(self.clip.shape)
+            format, group_size = format_of(self.format), self.format.group_size
+            gradient, of_clip = pull_back(
+                self.rotated, gradient, self.clip, format, group_size, nearest
+            )
             self.rotated = None
         return gradient, of_clip
 

@@ -57,7 +57,7 @@ class WeightSpace(NetworkForm):
     def _format(self, name: str) -> TensorQuant | None:
         """Return the format of a weight that is rounded in the loop."""
         format = self.quant.weights_at(name)
-        return format if self.learn.quantize_weights and format.bits < 16 else None
+        return format if self.learn.quantize_weights and format.quantizes else None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Take the original's residual stream to this network's: x R1."""

@@ -88,10 +88,10 @@ class QuantizedMaker(Maker):
         weight, groups = self.weights.get(name), self.input_groups(linear, path)
         if weight is None:
             return None, "16-bit weights"
-        if weight.grid.bits > 4:
-            return None, f"{weight.grid.bits}-bit weights"
-        if path.quantizer is not None and path.quantizer.grid.bits > 8:
-            return None, f"{path.quantizer.grid.bits}-bit inputs"
+        if not weight.format.is_int4:
+            return None, f"{weight.format.bits}-bit weights"
+        if path.quantizer is not None and not path.quantizer.format.is_int8:
+            return None, f"{path.quantizer.format.bits}-bit inputs"
         if not _nest(weight.groups, groups):
             return None, "the groups of weights and inputs do not nest"
         if linear.weight.shape[1] % (2 * max(weight.groups, groups)):
@@ -110,9 +110,8 @@ class QuantizedMaker(Maker):
         weight, groups = self.weights.get(name), self.input_groups(linear, path)
         if weight is None:
             return FakeQuantLinear(linear, path)
-        integer = (
-            path.quantizer is not None and max(path.quantizer.grid.bits, weight.grid.bits) <= 8
-        )
+        of_input = None if path.quantizer is None else path.quantizer.format
+        integer = of_input is not None and of_input.is_int8 and weight.format.is_int8
         if not integer or not _nest(weight.groups, groups):
             set_dequantized(linear, weight)
             return FakeQuantLinear(linear, path)

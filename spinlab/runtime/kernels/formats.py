@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import Format
 from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -85,14 +85,14 @@ def pack_weight(
 
     The groups of weight and input must nest. dtype: of the scales.
     """
-    assert weight.grid.bits <= 4, "only 4-bit weights are packed"
+    assert weight.format.is_int4, "only weights of at most 4 bits are packed"
     width = weight.levels.shape[1]
     blocks = max(weight.groups, input_groups)
     assert blocks % weight.groups == blocks % input_groups == 0, "groups do not nest"
     assert width % (2 * blocks) == 0, "a byte holds two columns of one block"
-    shift = _into_nibble(weight.grid)
+    shift = _into_nibble(weight.format)
     levels = (weight.levels - shift).to(torch.int8).unflatten(1, (blocks, -1))
-    zero = None if weight.grid.symmetric else (weight.zero - shift).to(torch.int32)
+    zero = None if weight.format.symmetric else (weight.zero - shift).to(torch.int32)
     return PackedWeight(
         packed=pack_nibbles(levels).flatten(1),
         scale=weight.scale.to(dtype),
@@ -102,11 +102,11 @@ def pack_weight(
     )
 
 
-def _into_nibble(grid: Grid) -> int:
+def _into_nibble(format: Format) -> int:
     """Return what levels and zero points are shifted down by: an asymmetric nibble reaches 15."""
-    return 0 if grid.highest <= 7 else 8
+    return 0 if format.highest <= 7 else 8
 
 
-def into_int8(grid: Grid) -> int:
+def into_int8(format: Format) -> int:
     """Return what levels and zero points are shifted down by: an asymmetric byte reaches 255."""
-    return 0 if grid.highest <= 127 else 128
+    return 0 if format.highest <= 127 else 128

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from spinlab.config import QuantConfig
 from spinlab.fakequant.activations import InputPath, Once
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
-from spinlab.formats.integer import Grid
+from spinlab.formats import Format
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.kernels.matmul import kernel_for
@@ -65,12 +65,12 @@ def _stacks(
     names: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight], path: InputPath
 ) -> Iterator[list[str]]:
     """Yield the names of linears with integers to multiply, by the format of their weights."""
-    if path.quantizer is None or path.quantizer.grid.bits > 8:
+    if path.quantizer is None or not path.quantizer.format.is_int8:
         return
-    formats: dict[tuple[Grid, int], list[str]] = {}
+    formats: dict[tuple[Format, int], list[str]] = {}
     for name in names:
-        if name in weights and weights[name].grid.bits <= 8:
-            formats.setdefault((weights[name].grid, weights[name].groups), []).append(name)
+        if name in weights and weights[name].format.is_int8:
+            formats.setdefault((weights[name].format, weights[name].groups), []).append(name)
     yield from formats.values()
 
 
@@ -80,7 +80,7 @@ def _integer(
     """Return the twins of linears that read one input by weights of one format."""
     linears, weights = zip(*stack, strict=True)
     dtype, device = linears[0].weight.dtype, linears[0].weight.device
-    matmul = kernel_for(backend, weights[0].grid)
+    matmul = kernel_for(backend, weights[0].format)
     whole = IntegerLinear(_stacked(weights), _biases(linears), path, matmul, dtype)
     whole.to(device)
     if len(stack) == 1:
@@ -91,7 +91,7 @@ def _integer(
 
 def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     parts = zip(*((w.levels, w.scale, w.zero) for w in weights), strict=True)
-    return QuantizedWeight(*(torch.cat(part) for part in parts), grid=weights[0].grid)
+    return QuantizedWeight(*(torch.cat(part) for part in parts), format=weights[0].format)
 
 
 def _biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

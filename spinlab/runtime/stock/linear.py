@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from spinlab.fakequant.activations import InputPath, Once
-from spinlab.formats.integer_numpy import are_few
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.runtime.kernels.matmul import Matmul
 from spinlab.weights.quantized import QuantizedWeight
@@ -50,24 +49,24 @@ class IntegerLinear(nn.Module):
     ) -> None:
         super().__init__()
         dtype = torch.promote_types(dtype, torch.float32)  # of the epilogue; outputs follow inputs
-        assert weight.grid.bits <= 8, "integer kernels take weights of at most 8 bits"
+        assert weight.format.is_int8, "integer kernels take weights of at most 8 bits"
         assert path.quantizer is not None, "integer kernels take quantized inputs"
-        assert path.quantizer.grid.bits <= 8, "integer kernels take inputs of at most 8 bits"
-        shift = into_int8(weight.grid)
+        assert path.quantizer.format.is_int8, "integer kernels take inputs of at most 8 bits"
+        shift = into_int8(weight.format)
         self.path, self.matmul = path, matmul
         self.out_features, width = weight.levels.shape
         input_group = path.quantizer.group_size or width
         fine, coarse = sorted((input_group, width // weight.groups))
         assert coarse % fine == 0, "the groups of weights and inputs do not nest"
         self.block, self.blocks = fine, width // fine
-        self.may_sign = path.quantizer.grid.bits < 8  # bytes up to 127 are the same signed
+        self.may_sign = path.quantizer.format.bits < 8  # bytes up to 127 are the same signed
         levels = (weight.levels - shift).to(torch.int8)
         self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
         # all (blocks, out): t, Σ w, u
         self.scale = nn.Buffer(_per_block(weight.scale.to(dtype), self.blocks))
         sums = levels.unflatten(1, (-1, fine)).sum(2, dtype=torch.int32)
         self.sums = nn.Buffer(sums.T.contiguous())
-        zero = None if weight.grid.symmetric else (weight.zero - shift).to(torch.int32)
+        zero = None if weight.format.symmetric else (weight.zero - shift).to(torch.int32)
         self.zero = None if zero is None else nn.Buffer(_per_block(zero, self.blocks))
         self.bias = None if bias is None else nn.Buffer(bias.detach().to("cpu", dtype))
         self._views: _Views | None = None
@@ -75,7 +74,9 @@ class IntegerLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the output for x: (..., in), in x's dtype."""
         rows = x.numel() // x.shape[-1] * self.blocks
-        if are_few(x) and (self.blocks == 1 or rows <= _MOST_ROWS):
+        quantizer = self.path.quantizer
+        assert quantizer is not None
+        if quantizer.takes_few(x) and (self.blocks == 1 or rows <= _MOST_ROWS):
             out = torch.from_numpy(self._few(x).reshape(*x.shape[:-1], -1))
             return out if out.dtype == x.dtype else out.to(x.dtype)
         terms = self._terms(*self._encode(x))

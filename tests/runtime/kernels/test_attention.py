@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.kv.codec import AffineCodec
 from spinlab.runtime.kernels.attention import launch as gpu
 from spinlab.runtime.kernels.attention import reference
@@ -76,7 +76,7 @@ CASES = {
 def test_the_kernel_attends_as_exact_arithmetic_does(name, dtype, device):
     (batch, heads, kv_heads, width), capacity, length, start, plan = CASES[name]
     seed = list(CASES).index(name)
-    grids = [Grid(4, bool(seed & bit)) for bit in (1, 2)]
+    grids = [IntegerFormat(4, bool(seed & bit)) for bit in (1, 2)]
     rows = [
         random_rows(batch, kv_heads, capacity, grid, width, device, seed + i)
         for i, grid in enumerate(grids)
@@ -103,7 +103,7 @@ def test_the_kernel_attends_as_exact_arithmetic_does(name, dtype, device):
 
 
 def test_the_definition_is_exact_in_float64(device):
-    rows = [random_rows(2, 2, 12, Grid(4, False), 32, "cpu", i) for i in range(2)]
+    rows = [random_rows(2, 2, 12, IntegerFormat(4, False), 32, "cpu", i) for i in range(2)]
     start = torch.tensor([3, 0], dtype=torch.int32)
     for part in rows:
         poison(part, start, 9)
@@ -115,7 +115,7 @@ def test_the_definition_is_exact_in_float64(device):
 @pytest.mark.parametrize("factor", [1e-4, 60.0])
 def test_values_of_any_size_keep_their_precision(factor, device):
     """Float16 holds weights times scales: neither may leave its range."""
-    rows = [random_rows(1, 1, 48, Grid(4, False), 32, device, i) for i in range(2)]
+    rows = [random_rows(1, 1, 48, IntegerFormat(4, False), 32, device, i) for i in range(2)]
     rows[1].scale.mul_(factor).clamp_(min=2.0**-14)
     query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(3)).to(device).half()
     start = torch.zeros(1, dtype=torch.int32, device=device)
@@ -126,7 +126,7 @@ def test_values_of_any_size_keep_their_precision(factor, device):
 
 
 def test_a_sequence_without_slots_gives_zeros(device):
-    rows = [random_rows(2, 1, 32, Grid(4, True), 32, device, i) for i in range(2)]
+    rows = [random_rows(2, 1, 32, IntegerFormat(4, True), 32, device, i) for i in range(2)]
     query = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start = torch.tensor([0, 8], dtype=torch.int32, device=device)
     length = torch.tensor([8], device=device)
@@ -143,7 +143,9 @@ def test_plans_fill_the_device_and_split_no_short_context():
 
 
 def test_slots_that_were_never_written_count_as_zeros(device):
-    rows = [empty_rows(1, 1, 32, AffineCodec(Grid(4, False), 32), device) for _ in range(2)]
+    rows = [
+        empty_rows(1, 1, 32, AffineCodec(IntegerFormat(4, False), 32), device) for _ in range(2)
+    ]
     query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start, length = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([20])
     found = gpu.attend(query, *rows, start, length.to(device), 1.0, Plan(16, 1, 1, 1))

@@ -7,7 +7,7 @@ import torch
 
 from spinlab.config import TensorQuant, WeightsConfig
 from spinlab.fakequant.activations import InputPath
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.matmul import KERNELS, cpu, kernel_for, reference
 from spinlab.runtime.stock.linear import IntegerLinear
@@ -102,10 +102,13 @@ def test_the_fastest_way_that_is_right_is_taken(int_mm, caplog):
 def test_weights_of_few_bits_are_multiplied_as_narrow_ones():
     """Their levels, moved into int8, stay within what the product was tried with."""
     for bits in (2, 4, 6):
-        assert kernel_for("cpu", Grid(bits, False)) is cpu.matmul_narrow
-        assert max(Grid(bits, False).highest, -Grid(bits, True).lowest) <= cpu._NARROW
-    assert kernel_for("cpu", Grid(8, True)) is cpu.matmul
-    assert kernel_for("reference", Grid(4, True)) is KERNELS["reference"]
+        assert kernel_for("cpu", IntegerFormat(bits, False)) is cpu.matmul_narrow
+        assert (
+            max(IntegerFormat(bits, False).highest, -IntegerFormat(bits, True).lowest)
+            <= cpu._NARROW
+        )
+    assert kernel_for("cpu", IntegerFormat(8, True)) is cpu.matmul
+    assert kernel_for("reference", IntegerFormat(4, True)) is KERNELS["reference"]
 
 
 @pytest.mark.parametrize(("width", "group"), [(1, 0), (12, 1)])
@@ -114,7 +117,7 @@ def test_linears_take_one_column_at_a_time(tokens, width, group):
     """Groups of one input, or a width of one; oracle: the floats behind both, in float64."""
     g = torch.Generator().manual_seed(0)
     weight = rtn(torch.randn(6, width, generator=g), TensorQuant(bits=8), WeightsConfig())
-    quantizer = TokenQuantizer(Grid(8, False), group)
+    quantizer = TokenQuantizer(IntegerFormat(8, False), group)
     x = torch.randn(tokens, width, generator=g)
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), cpu.matmul, torch.float32)
     wanted = quantizer.round(x).double() @ weight.dequantize(torch.float64).T

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
 from spinlab.runtime.kernels.linear import launch as gpu
@@ -18,7 +18,7 @@ def seed() -> None:
 
 
 def random_weight(out: int, width: int, groups: int, symmetric: bool) -> QuantizedWeight:
-    grid = Grid(4, symmetric)
+    grid = IntegerFormat(4, symmetric)
     levels = torch.randint(grid.lowest, grid.highest + 1, (out, width)).short()
     zero = torch.zeros(out, groups) if symmetric else torch.randint(0, 16, (out, groups)).float()
     return QuantizedWeight(levels, torch.rand(out, groups) + 0.1, zero, grid)
@@ -26,7 +26,7 @@ def random_weight(out: int, width: int, groups: int, symmetric: bool) -> Quantiz
 
 def quantized(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
     levels, scale, zero = quantizer.encode(x)
-    shift = into_int8(quantizer.grid)
+    shift = into_int8(quantizer.format)
     levels = (levels - shift).to(torch.int8)
     sums = levels.sum(-1, dtype=torch.int32)
     zero = (zero - shift).squeeze(-1).int()
@@ -55,7 +55,7 @@ CASES = [
 def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None:
     tokens, out, width, weight_groups, input_groups, symmetric, bits, with_bias = case
     weight = random_weight(out, width, weight_groups, symmetric)
-    quantizer = TokenQuantizer(Grid(bits, False), width // input_groups)
+    quantizer = TokenQuantizer(IntegerFormat(bits, False), width // input_groups)
     inputs = quantized(torch.randn(tokens, width), quantizer)
     bias = torch.randn(out) if with_bias else None
     packed = pack_weight(weight, input_groups)
@@ -79,7 +79,7 @@ def test_every_output_is_written_and_none_else(device: torch.device) -> None:
     """Shapes that fill no tile leave what lies behind the result alone."""
     weight = pack_weight(random_weight(40, 96, 1, True), 1)
     for tokens in (1, 3, 130):
-        inputs = quantized(torch.randn(tokens, 96), TokenQuantizer(Grid(4, False)))
+        inputs = quantized(torch.randn(tokens, 96), TokenQuantizer(IntegerFormat(4, False)))
         room = torch.full((tokens + 2, 40), float("nan"), device=device)
         real = torch.empty
 
@@ -96,7 +96,7 @@ def test_every_output_is_written_and_none_else(device: torch.device) -> None:
 
 def test_repeated_products_leave_their_counters_at_zero(device: torch.device) -> None:
     weight = pack_weight(random_weight(64, 1024, 1, True), 1)
-    inputs = quantized(torch.randn(2, 1024), TokenQuantizer(Grid(4, False)))
+    inputs = quantized(torch.randn(2, 1024), TokenQuantizer(IntegerFormat(4, False)))
     placed = on(device, inputs, weight)
     assert gpu._decode_tile(2, placed[1])["SPLIT"] > 1
     results = [gpu.linear(*placed, None, torch.float32) for _ in range(3)]
@@ -137,26 +137,26 @@ def test_shapes_without_a_kernel_are_named(
     if word is not None:
         assert word in str(reason)
         weight = pack_weight(random_weight(out, width, 1, True), groups)
-        inputs = quantized(torch.randn(2, width), TokenQuantizer(Grid(4, False)))
+        inputs = quantized(torch.randn(2, width), TokenQuantizer(IntegerFormat(4, False)))
         with pytest.raises(InputError, match=word):
             gpu.linear(inputs, weight, None, torch.float32)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     weight = pack_weight(random_weight(24, 256, 1, True), 2)
-    inputs = quantized(torch.randn(4, 256), TokenQuantizer(Grid(4, False), 64))
+    inputs = quantized(torch.randn(4, 256), TokenQuantizer(IntegerFormat(4, False), 64))
     with pytest.raises(AssertionError, match="4 groups"):
         gpu.linear(inputs, weight, None, torch.float32)
     with pytest.raises(AssertionError, match="in groups"):
         gpu.linear16(torch.randn(4, 256), weight, None)
-    whole = quantized(torch.randn(4, 256), TokenQuantizer(Grid(4, False), 128))
+    whole = quantized(torch.randn(4, 256), TokenQuantizer(IntegerFormat(4, False), 128))
     with pytest.raises(AssertionError, match="one piece"):
         gpu.linear(TokenLevels(*(t[::2] for t in whole)), weight, None, torch.float32)
 
 
 def test_no_tokens_give_no_rows(device: torch.device) -> None:
     weight = pack_weight(random_weight(24, 64, 1, True), 1).to(device)
-    inputs = quantized(torch.randn(2, 64), TokenQuantizer(Grid(4, False)))
+    inputs = quantized(torch.randn(2, 64), TokenQuantizer(IntegerFormat(4, False)))
     none = TokenLevels(*(t[:0].to(device) for t in inputs))
     assert gpu.linear(none, weight, None, torch.bfloat16).shape == (0, 24)
     x = torch.randn(0, 64, dtype=torch.bfloat16, device=device)

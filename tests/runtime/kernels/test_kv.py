@@ -3,7 +3,7 @@ import torch
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from spinlab.errors import InputError
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
 from spinlab.kv.codec import AffineCodec
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -12,7 +12,11 @@ from spinlab.runtime.kernels.kv import launch as gpu
 from spinlab.runtime.kernels.kv import reference
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize, empty_rows
 
-ASYMMETRIC, SYMMETRIC, THREE = Grid(4, False), Grid(4, True), Grid(3, True)
+ASYMMETRIC, SYMMETRIC, THREE = (
+    IntegerFormat(4, False),
+    IntegerFormat(4, True),
+    IntegerFormat(3, True),
+)
 # Triton's interpreter cuts bfloat16 off where a GPU rounds
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -74,7 +78,7 @@ def test_bytes_count_levels_scales_and_zero_points():
 
 
 @pytest.mark.parametrize(
-    "codec", [AffineCodec(Grid(8, False), 64), AffineCodec(ASYMMETRIC, 64, 32)], ids=str
+    "codec", [AffineCodec(IntegerFormat(8, False), 64), AffineCodec(ASYMMETRIC, 64, 32)], ids=str
 )
 def test_codecs_that_do_not_fit_are_refused(codec):
     with pytest.raises(InputError, match="do not fit packed rows"):

@@ -1,14 +1,19 @@
 import pytest
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.runtime.kernels.producers import launch as gpu
 from spinlab.runtime.kernels.producers import reference as producers
 
-GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(8, True)]
+GRIDS = [
+    IntegerFormat(4, False),
+    IntegerFormat(4, True),
+    IntegerFormat(8, False),
+    IntegerFormat(8, True),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +58,7 @@ def test_a_norm_is_that_of_transformers(dtype):
 
     norm = LlamaRMSNorm(40, eps=1e-5).to(dtype)
     norm.weight.data = rows(40, dtype=dtype)
-    x, quantizer = rows(7, 40, dtype=dtype), TokenQuantizer(Grid(8, False))
+    x, quantizer = rows(7, 40, dtype=dtype), TokenQuantizer(IntegerFormat(8, False))
     with torch.no_grad():
         wanted = producers.quantize(norm(x), quantizer)
     assert_equal(producers.norm_quantize(x, norm.weight.data, 1e-5, quantizer), wanted)
@@ -65,7 +70,7 @@ def test_a_norm_is_that_of_transformers(dtype):
 def test_gates_and_rotations_are_dense_products():
     rotation = hadamard_rotation(576)
     gate, up = (rows(5, 576, dtype=torch.float64) for _ in range(2))
-    quantizer = TokenQuantizer(Grid(8, True), 36)
+    quantizer = TokenQuantizer(IntegerFormat(8, True), 36)
     gated = gate / (1 + (-gate).exp()) * up
     wanted = producers.quantize(gated @ rotation.dense(), quantizer)
     found = producers.gate_quantize(gate, up, rotation, quantizer)

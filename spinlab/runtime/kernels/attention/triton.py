@@ -11,11 +11,12 @@ makes two operands.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.formats.integer import SMALLEST_HALF
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
 _ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
 _LEAST = tl.constexpr(-1e30)  # below every score, and finite
-_SMALLEST_SCALE = tl.constexpr(2.0**-14)  # that a codec stores
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_HALF)  # that a codec stores
 _NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from spinlab.formats.integer import Grid
+from spinlab.formats import Format
 from spinlab.runtime.kernels.matmul import cpu, reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -18,6 +18,6 @@ Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}
 
 
-def kernel_for(backend: str, grid: Grid) -> Matmul:
-    """Return a back end's product for weights of a grid, whose levels are moved into int8."""
-    return cpu.matmul_narrow if backend == "cpu" and grid.bits <= 6 else KERNELS[backend]
+def kernel_for(backend: str, format: Format) -> Matmul:
+    """Return a back end's product for weights of a format, whose levels are moved into int8."""
+    return cpu.matmul_narrow if backend == "cpu" and format.bits <= 6 else KERNELS[backend]

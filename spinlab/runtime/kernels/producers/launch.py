@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spinlab.formats.integer import SMALLEST_SCALE, Grid
+from spinlab.formats.integer import IntegerFormat, smallest_scale
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
@@ -49,7 +49,7 @@ def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
     """Quantize x: (..., width), per token and group; the leading dimensions become tokens."""
     found = _empty(x, quantizer)
     rows = x.reshape(-1, quantizer.group_size or x.shape[-1])  # every group is a row of its own
-    _launch_rows(rows, None, found, TokenQuantizer(quantizer.grid, 0, quantizer.clip_ratio))
+    _launch_rows(rows, None, found, TokenQuantizer(quantizer.format, 0, quantizer.clip_ratio))
     return found
 
 
@@ -176,12 +176,12 @@ def _launch_rotation(
 
 def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     """Return what kernels know of a quantizer; asm and fused products are left to a GPU."""
-    grid: Grid = quantizer.grid
-    assert grid.bits <= 8, "levels are bytes"
+    format = quantizer.format
+    assert isinstance(format, IntegerFormat) and format.is_int8, "levels are bytes"
     assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
     return {
-        "LOW": grid.lowest, "HIGH": grid.highest, "SYMMETRIC": grid.symmetric,
-        "SHIFT": into_int8(grid), "FLOOR": SMALLEST_SCALE, "FUSED": x.is_cuda,
+        "LOW": format.lowest, "HIGH": format.highest, "SYMMETRIC": format.symmetric,
+        "SHIFT": into_int8(format), "FLOOR": smallest_scale(torch.float32), "FUSED": x.is_cuda,
     }  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from spinlab.runtime.kernels.formats import TokenLevels, into_int8
 
 def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
     """Quantize x: (..., width), per token and group; the leading dimensions become tokens."""
-    assert quantizer.grid.bits <= 8, "levels are bytes"
+    assert quantizer.format.is_int8, "levels are bytes"
     encoded = quantizer.encode(x.reshape(-1, x.shape[-1]))
-    shift = into_int8(quantizer.grid)
+    shift = into_int8(quantizer.format)
     levels = (encoded.levels - shift).to(torch.int8)
     return TokenLevels(
         levels=levels.flatten(1),

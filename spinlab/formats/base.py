@@ -1,0 +1,108 @@
+"""What a number format is: how the numbers of a range become levels and back.
+
+A format is a frozen dataclass made of `bits` and `symmetric`; one that cannot be had with some of
+them raises InputError when it is made. `spinlab.formats.FORMATS` gives formats their names in
+settings and files. Ranges come from elsewhere: from the numbers themselves, shrunk by a ratio that
+is given, searched (`clip`) or learned (`gradient`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from spinlab.formats.pack import pack_levels, unpack_levels
+
+Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Parameters(NamedTuple):
+    """Hold what turns levels into numbers: a scale > 0, and an integer-valued zero point.
+
+    Both broadcast against the numbers. A format without zero points has zeros there.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+class Pulled(NamedTuple):
+    """Hold the gradients of numbers that were rounded, and of the ends of their ranges."""
+
+    x: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+
+
+class Format(Protocol):
+    """Turn numbers into levels of `bits` bits, integers from `lowest` on, and back."""
+
+    bits: int
+    symmetric: bool  # no zero points are stored
+
+    @property
+    def lowest(self) -> int: ...
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+    @property
+    def is_int8(self) -> bool:
+        """Tell whether numbers are scale·(level - zero) with levels that fit into a byte.
+
+        Such levels are what integer kernels multiply; others are multiplied as floats.
+        """
+        return False
+
+    @property
+    def is_int4(self) -> bool:
+        """Tell the same of half a byte."""
+        return False
+
+    def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
+        """Return what codes numbers from lowest to highest, both of any one shape.
+
+        0 is added to the range, and is coded exactly.
+        """
+        ...
+
+    def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
+        """Return the levels of x, integer-valued and in its dtype; what lies outside is clipped.
+
+        rounding: `nearest` or `settled` of `spinlab.formats.integer`; (x, scale) to x/scale,
+        rounded.
+        """
+        ...
+
+    def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        """Return the numbers that levels stand for."""
+        ...
+
+    def pull_back(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        rounding: Rounding,
+    ) -> Pulled:
+        """Turn the gradient of rounded numbers into that of x and of the ends of its ranges.
+
+        x, gradient: (..., g); lowest, highest: (..., 1), with 0 added as in `parameters`. As in LSQ
+        (Esser et al. 2020) rounding is the identity inside a range, where numbers feel the scale by
+        their rounding error; outside they move with the end that they are clipped to.
+        """
+        ...
+
+    def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return numbers outside of which every range within this one clips."""
+        ...
+
+    def pack(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return (..., n) levels as they are stored: (..., bytes) uint8."""
+        return pack_levels(levels, self.bits, self.lowest)
+
+    def unpack(self, packed: torch.Tensor, n: int) -> torch.Tensor:
+        """Return the (..., n) levels behind stored bytes, as integers."""
+        return unpack_levels(packed, self.bits, n, self.lowest)

@@ -1,0 +1,47 @@
+"""Which operations of a format have a fast twin on a device: one table, and nothing else to ask.
+
+A twin gives the values of the definition, which `TokenQuantizer` and `spinlab.formats.gradient`
+make of a format's own functions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spinlab.formats import integer_numpy, integer_triton
+from spinlab.formats.base import Format
+from spinlab.formats.integer import IntegerFormat
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Hold fast operations, None where there is only the definition. Arguments: see the twins."""
+
+    takes: Callable[[torch.Tensor], bool]
+    round_rows: Callable[..., torch.Tensor] | None = None
+    pull_back_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    few_levels: Callable[..., Any] | None = None
+
+
+_DEFINITION = Twin(lambda x: True)
+
+TWINS: Mapping[tuple[type, str], Twin] = {
+    (IntegerFormat, "cpu"): Twin(
+        integer_numpy.are_few,
+        round_rows=integer_numpy.round_rows,
+        few_levels=integer_numpy.few_levels,
+    ),
+    (IntegerFormat, "cuda"): Twin(
+        integer_triton.has_kernel,
+        round_rows=integer_triton.round_rows,
+        pull_back_rows=integer_triton.pull_back_rows,
+    ),
+}
+
+
+def twin_of(format: Format, x: torch.Tensor) -> Twin:
+    """Return what is fast for a format and numbers such as x."""
+    twin = TWINS.get((type(format), x.device.type), _DEFINITION)
+    return twin if twin.takes(x) else _DEFINITION
