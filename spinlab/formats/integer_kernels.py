@@ -1,23 +1,20 @@
 """The Triton kernels behind `spinlab.formats.integer_triton`."""
 
+import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.formats.integer import PARTS
+from spinlab.formats.integer import PARTS, SMALLEST_HALF, smallest_scale
 
 _PART = tl.constexpr(1 / PARTS)  # of a level
+_SMALLEST = tl.constexpr(smallest_scale(torch.float32))
+_SMALLEST_HALF = tl.constexpr(SMALLEST_HALF)
 
 
 @triton.jit
 def _even(x):
     # round to even: adding 1.5 * 2**23 leaves no room for a fraction
     return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def scale_of(low, high, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
-    span = tl.maximum(high, -low) if SYMMETRIC else high - low
-    return tl.maximum(tl.math.div_rn(span, HIGH * 1.0), FLOOR)
 
 
 @triton.jit
@@ -32,17 +29,29 @@ def on_ties(parts):
 
 
 @triton.jit
-def zero_of(low, scale, SYMMETRIC: tl.constexpr):
+def parameters_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, HALF: tl.constexpr):
+    """Return scale and zero point of a range that is shrunk by clip and contains 0.
+
+    HALF: the scale is one that float16 stores.
+    """
+    low, high = tl.minimum(low, 0.0) * clip, tl.maximum(high, 0.0) * clip
+    span = tl.maximum(high, -low) if SYMMETRIC else high - low
+    scale = tl.maximum(tl.math.div_rn(span, HIGH * 1.0), _SMALLEST)
+    if HALF:
+        scale = tl.maximum(scale, _SMALLEST_HALF).to(tl.float16).to(tl.float32)
     if SYMMETRIC:
-        return tl.zeros_like(scale)
-    return _even(on_ties(tl.math.div_rn(-low, part_of(scale))))
+        return scale, tl.zeros_like(scale)
+    zero = _even(on_ties(tl.math.div_rn(-low, part_of(scale))))
+    if HALF:
+        zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
+    return scale, zero
 
 
 @triton.jit
 def round_kernel(
     x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
-    HALF: tl.constexpr, ERROR: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr,
+    HALF: tl.constexpr, ERROR: tl.constexpr,
 ):  # fmt: skip
     """Round STEP rows of WIDTH numbers; the arguments are those of `round_rows`.
 
@@ -54,13 +63,8 @@ def round_kernel(
     inside = (row < rows) & (column < WIDTH)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
-    if HALF:
-        scale = tl.maximum(scale, HALF_FLOOR).to(tl.float16).to(tl.float32)
-    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
-    if HALF and not SYMMETRIC:
-        zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
+    lowest, highest = tl.min(x, 1), tl.max(x, 1)
+    scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, HALF)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
     scale, zero = scale[:, None], zero[:, None]
     levels = _even(on_ties(parts)) + zero
@@ -76,7 +80,7 @@ def round_kernel(
 def pull_back_kernel(
     x_ptr, gradient_ptr, ratio_ptr, out_ptr, sums_ptr, rows, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     """Pull the gradient of STEP rows back; the arguments are those of `pull_back_rows`.
 
@@ -90,8 +94,7 @@ def pull_back_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-    scale = scale_of(lowest * ratio, highest * ratio, HIGH, SYMMETRIC, FLOOR)
-    zero = zero_of(lowest * ratio, scale, SYMMETRIC)
+    scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, False)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
     exact, levels = parts * _PART, _even(on_ties(parts))
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from spinlab.formats.integer import SMALLEST_HALF, IntegerFormat, smallest_scale
+from spinlab.formats.integer import IntegerFormat
 
 _TILE = 4096  # numbers that one program rounds
 _BACKWARD_TILE = 2048  # and pulls back: it holds more of each, 8 to a thread fit into registers
-_FLOOR = smallest_scale(torch.float32)
 
 
 def has_kernel(x: torch.Tensor) -> bool:
@@ -45,9 +44,8 @@ def round_rows(
         launch(
             x, out, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width, BLOCK=block,
             STEP=step, LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
-            KNOWN=known, HALF=format.half_scale, ERROR=error, FLOOR=_FLOOR,
-            HALF_FLOOR=SMALLEST_HALF, num_warps=4 if step * block <= 4096 else 8,
-            enable_fp_fusion=False,
+            KNOWN=known, HALF=format.half_scale, ERROR=error,
+            num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -74,8 +72,7 @@ def pull_back_rows(
         launch(
             x, gradient, ratio.float(), out, sums, rows, WIDTH=width, BLOCK=block, STEP=step,
             LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
-            FLOOR=_FLOOR, num_warps=min(step * block // 256, 32),
-            enable_fp_fusion=False,
+            num_warps=min(step * block // 256, 32), enable_fp_fusion=False,
         )  # fmt: skip
     return out, sums
 

@@ -199,7 +199,8 @@ import torch
 from spinlab.formats import integer_triton as fused
 from spinlab.formats import gradient as ranged
 from spinlab.formats import IntegerFormat
-from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
+from spinlab.formats.integer import settled
+from spinlab.formats.quantizer import TokenQuantizer
 
 g = torch.Generator().manual_seed(0)
 for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):

@@ -61,7 +61,7 @@ assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
 found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 # what the interpreter takes and the compiler may not
-GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FLOOR": 1e-30, "FUSED": True}
+GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FUSED": True}
 SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "gate_stride", "up_stride"), "i32")
 SIZES |= dict.fromkeys(("epsilon", "clip", "factor"), "fp32")
 SIZES |= dict.fromkeys(("x_ptr", "other_ptr", "gate_ptr", "up_ptr"), "*bf16")
@@ -81,8 +81,8 @@ for kind in "kv":
     POINTERS |= {f"{kind}_packed_ptr": "*u8", f"{kind}_scale_ptr": "*fp16",
                  f"{kind}_zero_ptr": "*u8", f"{kind}_clip": "fp32"}
 HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST": 0,
-         "K_HIGHEST": 15, "V_LOWEST": 0, "V_HIGHEST": 15, "ROUND": True, "FLOOR": 1e-30,
-         "HALF_FLOOR": 2.0**-14, "FUSED": True}
+         "K_HIGHEST": 15, "V_LOWEST": 0, "V_HIGHEST": 15, "ROUND": True,
+         "FUSED": True}
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
 for heads in (HEADS, {**HEADS, "ROTARY": 0}):
     instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, heads, 90)

@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import torch
 
-from spinlab.formats.integer import SMALLEST_HALF, smallest_scale
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import launch, power_of_two
@@ -51,7 +50,7 @@ def store(
         "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
         "R3": r3 is not None, "K_LOWEST": k_grid.lowest, "K_HIGHEST": k_grid.highest,
         "V_LOWEST": v_grid.lowest, "V_HIGHEST": v_grid.highest, "ROUND": round_trip,
-        "FLOOR": smallest_scale(torch.float32), "HALF_FLOOR": SMALLEST_HALF, "FUSED": q.is_cuda,
+        "FUSED": q.is_cuda,
     }  # fmt: skip
     launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
     return (queries, k_round, v_round) if round_trip else (queries, None, None)

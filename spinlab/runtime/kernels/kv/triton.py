@@ -7,7 +7,7 @@ whole head, and byte j of a packed row takes number j of each.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.formats.integer_kernels import scale_of, zero_of
+from spinlab.formats.integer_kernels import parameters_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 from spinlab.runtime.kernels.producers.triton import levels_of
 
@@ -73,21 +73,16 @@ def _turn(
 def _write(
     low, high, packed_ptr, scale_ptr, zero_ptr, round_ptr, place, new, inside, clip,
     D: tl.constexpr, HALF: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
-    ROUND: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    ROUND: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Code rows and write them at `place`, and what they hold at row `new`, where `inside`."""
     SYMMETRIC: tl.constexpr = LOWEST < 0
     # beyond the head there are zeros, which every range contains
-    lowest = tl.minimum(tl.min(tl.minimum(low, high), 1), 0.0)
-    highest = tl.maximum(tl.max(tl.maximum(low, high), 1), 0.0)
-    scale = scale_of(lowest * clip, highest * clip, HIGHEST, SYMMETRIC, FLOOR)
-    stored = tl.maximum(scale, HALF_FLOOR).to(tl.float16)
-    scale = stored.to(tl.float32)
-    zero = zero_of(lowest * clip, scale, SYMMETRIC)
+    lowest, highest = tl.min(tl.minimum(low, high), 1), tl.max(tl.maximum(low, high), 1)
+    scale, zero = parameters_of(lowest, highest, clip, HIGHEST, SYMMETRIC, True)
     if not SYMMETRIC:
-        zero = tl.minimum(tl.maximum(zero, 0.0), HIGHEST * 1.0)
         tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)
-    tl.store(scale_ptr + place, stored, mask=inside)
+    tl.store(scale_ptr + place, scale.to(tl.float16), mask=inside)
     scale, zero = scale[:, None], zero[:, None]
     low = levels_of(low, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
     high = levels_of(high, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
@@ -111,8 +106,7 @@ def store_kernel(
     v_batch, v_token, v_head, angle_batch, r3_scale, k_clip, v_clip, D: tl.constexpr,
     HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
     K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, V_LOWEST: tl.constexpr,
-    V_HIGHEST: tl.constexpr, ROUND: tl.constexpr, FLOOR: tl.constexpr, HALF_FLOOR: tl.constexpr,
-    FUSED: tl.constexpr, PDL: tl.constexpr,
+    V_HIGHEST: tl.constexpr, ROUND: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do STEP heads of `store`: those of queries come first, then keys, then values.
 
@@ -152,7 +146,7 @@ def store_kernel(
         high = tl.load(x_ptr + d + D // 2, mask=inside, other=0.0).to(tl.float32)
         _write(
             low, high, v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr, place, new, fits,
-            v_clip, D, HALF, V_LOWEST, V_HIGHEST, ROUND, FLOOR, HALF_FLOOR, FUSED,
+            v_clip, D, HALF, V_LOWEST, V_HIGHEST, ROUND, FUSED,
         )  # fmt: skip
     else:
         x_ptr = k_ptr + (batch * k_batch + token * k_token + head * k_head)[:, None]
@@ -161,5 +155,5 @@ def store_kernel(
         )
         _write(
             low, high, k_packed_ptr, k_scale_ptr, k_zero_ptr, k_round_ptr, place, new, fits,
-            k_clip, D, HALF, K_LOWEST, K_HIGHEST, ROUND, FLOOR, HALF_FLOOR, FUSED,
+            k_clip, D, HALF, K_LOWEST, K_HIGHEST, ROUND, FUSED,
         )  # fmt: skip

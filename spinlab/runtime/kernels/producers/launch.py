@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spinlab.formats.integer import IntegerFormat, smallest_scale
+from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
@@ -181,7 +181,7 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
     return {
         "LOW": format.lowest, "HIGH": format.highest, "SYMMETRIC": format.symmetric,
-        "SHIFT": into_int8(format), "FLOOR": smallest_scale(torch.float32), "FUSED": x.is_cuda,
+        "SHIFT": into_int8(format), "FUSED": x.is_cuda,
     }  # fmt: skip
 
 

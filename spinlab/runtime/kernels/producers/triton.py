@@ -3,7 +3,7 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.formats.integer_kernels import on_ties, part_of, scale_of, zero_of
+from spinlab.formats.integer_kernels import on_ties, parameters_of, part_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
@@ -43,14 +43,6 @@ def _quotient(x, scale, FUSED: tl.constexpr):
 
 
 @triton.jit
-def grid_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, FLOOR: tl.constexpr):
-    """Return scale and zero point of a range that is shrunk by clip and contains 0."""
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-    scale = scale_of(low * clip, high * clip, HIGH, SYMMETRIC, FLOOR)
-    return scale, zero_of(low * clip, scale, SYMMETRIC)
-
-
-@triton.jit
 def levels_of(
     x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr
 ):
@@ -66,11 +58,11 @@ def _write(
     x, token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    FLOOR: tl.constexpr, FUSED: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
     """Quantize x (STEP, MANY, BLOCK), float32 and zero outside, and write what belongs to it."""
     low, high = tl.min(x, axis=2), tl.max(x, axis=2)
-    scale, zero = grid_of(low, high, clip, HIGH, SYMMETRIC, FLOOR)
+    scale, zero = parameters_of(low, high, clip, HIGH, SYMMETRIC, False)
     levels = levels_of(x, scale[:, :, None], zero[:, :, None], LOW, HIGH, SHIFT, FUSED)
     group = tl.arange(0, MANY)[None, :, None]
     column = tl.arange(0, BLOCK)[None, None, :]
@@ -91,7 +83,7 @@ def rows_kernel(
     epsilon, clip, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr,
     STEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
-    SHIFT: tl.constexpr, FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    SHIFT: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize STEP tokens of GROUPS groups of GROUP numbers.
 
@@ -118,5 +110,5 @@ def rows_kernel(
             x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
     _write(
         x.to(tl.float32), token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
-        GROUPS, GROUP, MANY, BLOCK, LOW, HIGH, SYMMETRIC, SHIFT, FLOOR, FUSED,
+        GROUPS, GROUP, MANY, BLOCK, LOW, HIGH, SYMMETRIC, SHIFT, FUSED,
     )  # fmt: skip

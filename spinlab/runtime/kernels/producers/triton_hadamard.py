@@ -3,8 +3,9 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from spinlab.formats.integer_kernels import parameters_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
-from spinlab.runtime.kernels.producers.triton import gated, grid_of, levels_of
+from spinlab.runtime.kernels.producers.triton import gated, levels_of
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def rotate_kernel(
     LEFT: tl.constexpr, B: tl.constexpr, RIGHT: tl.constexpr, FIRST: tl.constexpr,
     SECOND: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    FLOOR: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize rotated tokens X (ROWS, B), of which FIRST rows and SECOND more are held apart.
 
@@ -144,14 +145,14 @@ def rotate_kernel(
             if not GROUP:
                 low, high = tl.minimum(low, low2), tl.maximum(high, high2)
         levels, groups = levels_ptr + token * (ROWS * B), token * GROUPS
-        scale, zero = grid_of(low, high, clip, HIGH, SYMMETRIC, FLOOR)
+        scale, zero = parameters_of(low, high, clip, HIGH, SYMMETRIC, False)
         sums = _write(
             y, scale, zero, levels, 0, ROWS, B, FIRST, BLOCK, GROUP, LOW, HIGH, SHIFT, FUSED
         )
         if SECOND:
             scale2, zero2 = scale, zero
             if GROUP:
-                scale2, zero2 = grid_of(low2, high2, clip, HIGH, SYMMETRIC, FLOOR)
+                scale2, zero2 = parameters_of(low2, high2, clip, HIGH, SYMMETRIC, False)
             sums2 = _write(
                 y2, scale2, zero2, levels, FIRST, ROWS, B, SECOND, BLOCK, GROUP, LOW, HIGH, SHIFT,
                 FUSED,
