@@ -93,6 +93,12 @@ def test_inputs_with_scales_only_cannot_be_learned_and_are_refused_before_any_st
     assert "input 0.qkv has a scale only" in refused(tmp_path, *learned)
 
 
+@pytest.mark.parametrize("name", ["weights", "activations", "head"])
+def test_a_format_of_an_unknown_name_is_refused_before_any_stage(tmp_path, name):
+    settings = [f"quant.{name}.format=fp3", f"quant.{name}.bits=4"]
+    assert "'fp3' is unknown: choose one of integer" in refused(tmp_path, *settings)
+
+
 def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
     tmp_path, monkeypatch
 ):

@@ -19,6 +19,7 @@ from spinlab.fakequant.insert import (
     token_quantizer,
 )
 from spinlab.files import kept_tensors, save_tensors
+from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
 from spinlab.model.seams import family_of, linear_at, linears_of
 from spinlab.rotation.rotations import RotationSet
@@ -36,14 +37,15 @@ from spinlab.weights.rtn import round_to_nearest, rtn
 def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
     """Raise InputError where formats do not fit the model.
 
-    That is where weight groups do not tile an input, or not nest with the input's groups, and
-    where a pattern of `quant.overrides` names nothing.
+    That is where there is no such format, weight groups do not tile an input, or not nest with the
+    input's groups, and where a pattern of `quant.overrides` names nothing.
     """
     check_patterns(model, quant)
     for name, _, seam, linear in linears_of(model):
         format = quant.weights_at(name)
         if not format.quantizes:
             continue
+        format_of(format)
         setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
         width, size = linear.weight.shape[1], format.group_size
         check_group(f"{setting}.group_size", size, width, name)
@@ -56,6 +58,7 @@ def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
                 "not nest: one must divide the other"
             )
     for setting, (name, format) in _ends(model, quant).items():
+        format_of(format)
         width = linear_at(model, name).weight.shape[1]
         check_group(f"quant.{setting}.group_size", format.group_size, width, name)
 

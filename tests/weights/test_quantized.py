@@ -9,6 +9,7 @@ FORMATS = [
     TensorQuant(bits=4, symmetric=True),
     TensorQuant(bits=4),
     TensorQuant(bits=3, group_size=8),
+    TensorQuant(bits=2, symmetric=True),
     TensorQuant(bits=8),
     TensorQuant(bits=12, symmetric=True),
 ]
@@ -62,17 +63,27 @@ def test_no_weight_moves_further_than_half_a_level(format):
     assert ((found.dequantize() - weight).abs() <= 0.52 * step).all()
 
 
-def test_two_levels_share_a_byte():
-    found = rtn(random_weight(), TensorQuant(bits=4, symmetric=True), WeightsConfig())
-    assert found.tensors()["levels"].shape == (6, 16)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 12])
+def test_levels_are_stored_in_their_own_bits(bits):
+    found = rtn(random_weight(), TensorQuant(bits=bits, symmetric=True), WeightsConfig())
+    assert found.tensors()["levels"].shape == (6, 32 * bits / 8)
     assert found.tensors()["levels"].dtype == torch.uint8
 
 
+def test_a_width_that_fills_no_bytes_comes_back(tmp_path):
+    weights = {"w": rtn(random_weight(3, 27), TensorQuant(bits=3), WeightsConfig())}
+    save_weights(weights, tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors")["w"]
+    assert torch.equal(loaded.levels, weights["w"].levels)
+
+
 def test_effective_bits_count_scales_and_zeros():
-    """128 weights a group: 4 bits + 32 of scale + 16 of zero."""
-    weights = {"w": rtn(random_weight(2, 256), TensorQuant(group_size=128), WeightsConfig())}
-    numbers = {name: w.levels.numel() for name, w in weights.items()}
-    assert effective_bits(weights, numbers) == 4 + 48 / 128
+    """128 weights a group: their bits + 32 of scale + 16 of zero."""
+    numbers = {"w": 512}
+    for bits in (2, 3, 4):
+        format = TensorQuant(bits=bits, group_size=128)
+        weights = {"w": rtn(random_weight(2, 256), format, WeightsConfig())}
+        assert effective_bits(weights, numbers) == bits + 48 / 128
     some = {**numbers, "one more": 3 * sum(numbers.values())}  # in 16 bits
     assert effective_bits(weights, some) == (4 + 48 / 128 + 3 * 16) / 4
     assert effective_bits({}, numbers) == 16

@@ -35,7 +35,10 @@ class TokenLevels(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Hold a 4-bit weight (out, in), packed for kernels.
+    """Hold a weight (out, in) of at most 4 bits, packed for kernels.
+
+    A level takes 4 bits here, also where its format has 2 or 3: they are stored, and counted in
+    `bits/weights`, as what they are, but there are no kernels that read them so.
 
     packed  (out, in/2) uint8: within every `chunk` columns, byte j holds the signed nibbles of
             columns j (low) and j + chunk/2 (high)
