@@ -52,11 +52,26 @@ class PackedLayout:
         return 8 * self.row_bytes / self.width
 
 
+class OwnTensor:
+    """Hold a tensor that a codec owns, moved once to every device and dtype that asks for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copies = {(tensor.device, tensor.dtype): tensor}
+        self._first = tensor
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return it on x's device, in x's dtype or float32 if that is wider."""
+        place = x.device, torch.promote_types(x.dtype, torch.float32)
+        if place not in self._copies:
+            self._copies[place] = self._first.to(*place)
+        return self._copies[place]
+
+
 class RowCodec(Protocol):
     """Code heads of `width` numbers as rows of `row_bytes` bytes, each by itself.
 
     Codecs are compared by ==: equal ones code alike, so that keys and values go together. A codec
-    that owns tensors is equal to itself alone (`@dataclass(frozen=True, eq=False)`).
+    that owns tensors, as OwnTensors, is equal to itself alone (`dataclass(eq=False)`).
     """
 
     layer: ClassVar[None] = None  # rows are kept by `spinlab.kv.layers.RowLayer`
