@@ -18,6 +18,7 @@ from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
+from spinlab.kv.codecs import unread_settings
 from spinlab.learn.learned.inputs import check_duals
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
@@ -41,7 +42,8 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     overrides: what the command sets for this run alone.
     """
     _check_places(pipeline.config)
-    check_read(pipeline.config, overrides, pipeline.given.transformed)
+    of_codecs = unread_settings(pipeline.config.kv)
+    check_read(pipeline.config, overrides, pipeline.given.transformed, of_codecs)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)
     _check_fits(pipeline)
@@ -67,11 +69,11 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_context(config, model.config)
     check_weight_groups(model, config.quant)
     input_paths(model, RotationSet(), config.quant)
-    kv_path(model, None, config.kv)
+    kv = kv_path(config.kv, dimensions_of(model.config).head_dim)
     if config.rounded_on_text and config.weights.method == "gptq":
         check_samples(config.weights.samples)
     if pipeline.run.backend == "triton":
-        check_runtime(model)
+        check_runtime(model, kv)
 
 
 def _check_given(pipeline: Pipeline) -> None:

@@ -21,7 +21,7 @@ EXPERIMENTS = sorted(
 FLOATS = [
     *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
     *("learn.objective.kl", "weights.percdamp", "weights.clip_norm", "weights.lwc_lr"),
-    *("model.outlier_scale", "rotation.smooth", "kv.clip_ratio", "quant.weights.clip_ratio"),
+    *("model.outlier_scale", "rotation.smooth", "kv.keys.clip_ratio", "quant.weights.clip_ratio"),
 ]
 
 
@@ -90,7 +90,9 @@ def test_every_seed_of_64_bits_is_taken():
         (["weights=gptq", "weights.lwc_lr=0.1"], "weights.lwc_lr"),
         (["weights=rtn_fixed", "weights.clip_norm=2"], "weights.clip_norm"),
         (["quant.activations.bits=16", "quant.activations.group_size=8"], "group_size"),
-        (["kv=kv16", "kv.group_size=8"], "kv.group_size"),
+        (["kv=kv16", "kv.keys.group_size=8"], "kv.keys.group_size"),
+        (["kv.queries.clip_ratio=0.9"], "kv.queries.clip_ratio"),
+        (["kv.values.bits=16", "kv.values.codec=other"], "kv.values.codec"),
         (["rotation.duquant.steps=9"], "rotation.duquant.steps"),
         (["rotation.statistics.samples=9"], "rotation.statistics.samples"),
         (["rotation=no_had", "rotation.r4_block=64"], "rotation.r4_block"),

@@ -43,7 +43,7 @@ def refused(folder: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["kv.group_size=5"], "kv.group_size=5 does not divide 16"),
+        (["kv.values.group_size=5"], "kv.values.group_size=5 does not divide 16"),
         (["quant.weights.group_size=7"], "quant.weights.group_size=7 does not divide 96"),
         (["quant.head.bits=8", "quant.head.group_size=7"], "quant.head.group_size=7 does not"),
         (["quant.activations.group_size=7"], "quant.activations.group_size=7 does not divide"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spinlab.bench.models import random_llama
 from spinlab.config import (
+    CodecConfig,
     KVConfig,
     QuantConfig,
     RotationConfig,
@@ -43,7 +44,8 @@ LINEARS = (
     (1, 3072, 576),
     (1, 576, 1536),
 )
-_CACHES = {"kv16": KVConfig(16, 16), "kv4": KVConfig()}
+_OFF = CodecConfig(bits=16)
+_CACHES = {"kv16": KVConfig(_OFF, _OFF), "kv4": KVConfig()}
 _ROUNDING = WeightsConfig(clip_search=False)  # levels take the same time, whichever they are
 _WARM_UP = 3
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from spinlab.config.data import DataConfig
 from spinlab.config.eval import VARIANTS, EvalConfig
+from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
-from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config.quant import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.config.rotation import (
     DuQuantConfig,
     RotationConfig,
@@ -24,6 +25,7 @@ from spinlab.errors import InputError
 
 __all__ = [
     "VARIANTS",
+    "CodecConfig",
     "Config",
     "DataConfig",
     "DuQuantConfig",
@@ -151,7 +153,7 @@ class Config:
                 "with 16-bit activations, and 16-bit weights in the loop, nothing depends on R1: "
                 "set learn.quantize_weights=true or quant.activations.bits"
             )
-        if "r2" in on & set(learn.rotations) and not inputs and self.kv.v_bits == 16:
+        if "r2" in on & set(learn.rotations) and not inputs and self.kv.values.bits == 16:
             raise InputError(
                 "with 16-bit activations and values, nothing depends on R2: leave r2 out of "
                 "learn.rotations"

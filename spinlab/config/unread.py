@@ -6,7 +6,7 @@ they are declared.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,13 +16,18 @@ from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Rule = tuple[str, list[str]]  # a reason, and the settings that are not read for it
 
-def check_read(config: Config, overrides: Sequence[str], exported: bool = False) -> None:
+
+def check_read(
+    config: Config, overrides: Sequence[str], exported: bool = False, rules: Iterable[Rule] = ()
+) -> None:
     """Raise InputError for an override (`key=value`) that nothing reads; log what else is not.
 
-    exported: the model is one that was rotated and exported before.
+    exported: the model is one that was rotated and exported before. rules: those of parts that
+    the settings only name, beside the ones here.
     """
-    found = unread(config, exported)
+    found = unread(config, exported, rules)
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     for name, reason in found.items():
         # a group's name is no setting: learn=toy chooses a preset
@@ -39,11 +44,11 @@ def _within(name: str, stem: str) -> bool:
     return f"{name}.".startswith(f"{stem}.")
 
 
-def unread(config: Config, exported: bool = False) -> dict[str, str]:
+def unread(config: Config, exported: bool = False, rules: Iterable[Rule] = ()) -> dict[str, str]:
     """Return what differs from its default and is not read, by dotted name, with the reason."""
     found: dict[str, str] = {}
     changed = dict(_changed(plain(config), plain(Config())))
-    for reason, names in _rules(config, exported):
+    for reason, names in (*_rules(config, exported), *rules):
         for name in changed:
             if any(_within(name, stem) for stem in names):
                 found.setdefault(name, reason)
@@ -58,7 +63,7 @@ def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}", value
 
 
-def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
+def _rules(config: Config, exported: bool) -> Iterator[Rule]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
     yield from _of_model(config)
     yield from _of_learning(config)
@@ -71,7 +76,7 @@ def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
     yield from _of_measures(config)
 
 
-def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_model(config: Config) -> Iterator[Rule]:
     model = config.model
     if model.weights == "random":
         names = ("hub", "package", "file", "revision")
@@ -90,7 +95,7 @@ def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "model.hub, which has one checkpoint,", ["model.file"]
 
 
-def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_learning(config: Config) -> Iterator[Rule]:
     learn = config.learn
     if not learn.steps:
         yield "learn.steps=0", [f"learn.{f.name}" for f in fields(learn) if f.name != "steps"]
@@ -107,7 +112,7 @@ def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "learn.quantize_weights=false", ["learn.clip_refresh"]
 
 
-def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_weights(config: Config) -> Iterator[Rule]:
     weights = config.weights
     gptq = ["block_size", "percdamp", "act_order", "static_groups"]
     names = [] if weights.method == "gptq" else gptq
@@ -124,8 +129,8 @@ def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "weights of 16 bits", ["weights"]
 
 
-def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
-    quant, kv = config.quant, config.kv
+def _of_formats(config: Config) -> Iterator[Rule]:
+    quant = config.quant
     for name in ("weights", "activations", "head", "embedding"):
         tensor: TensorQuant = getattr(quant, name)
         inherited = any(name in override for override in quant.overrides)
@@ -134,13 +139,13 @@ def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
             yield f"quant.{name}.bits=16", [f"quant.{name}.{part}" for part in parts]
     if not any(tensor.quantizes for tensor in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
-    if kv.k_bits == kv.v_bits == kv.q_bits == 16:
-        yield "a KV cache of 16 bits", ["kv.symmetric", "kv.group_size", "kv.clip_ratio"]
-    if kv.v_bits == 16:
-        yield "kv.v_bits=16", ["kv.v_clip_ratio"]
+    for side, settings in config.kv.sides.items():
+        if settings.bits == 16:
+            parts = ("codec", "symmetric", "group_size", "clip_ratio")
+            yield f"kv.{side}.bits=16", [f"kv.{side}.{part}" for part in parts]
 
 
-def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_rotations(config: Config) -> Iterator[Rule]:
     rotation = config.rotation
     if rotation.load and rotation.load.endswith(".safetensors"):
         yield (
@@ -163,7 +168,7 @@ def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "rotation.r4=none", ["rotation.r4_block"]
 
 
-def _of_measures(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_measures(config: Config) -> Iterator[Rule]:
     measured, tracker = config.eval, config.tracker
     if not measured.tasks:
         parts = ("task_source", "task_variants", "limit", "task_batch")

@@ -15,8 +15,8 @@ from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
 from spinlab.finite import check_finite
-from spinlab.kv.cache import kv_bits
 from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.networks.quantized import cache_bits
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
 from spinlab.stages.text import windows_in
@@ -74,7 +74,7 @@ def _sizes(
     if weights is not None:
         numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(original.shape)}
         sizes["bits/weights"] = effective_bits(weights, numbers)
-        sizes["bits/kv"] = kv_bits(model, run.config.kv)
+        sizes["bits/kv"] = cache_bits(model)
     return sizes
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spinlab.config import (
+    CodecConfig,
     KVConfig,
     LearnConfig,
     QuantConfig,
@@ -24,7 +25,7 @@ from spinlab.rotation.orthogonal import orthogonality_error
 OFF = TensorQuant(bits=16)
 FLOAT = QuantConfig(weights=OFF, activations=OFF)
 FINE = QuantConfig(weights=TensorQuant(bits=15, symmetric=True), activations=OFF)
-FLOAT_KV = KVConfig(k_bits=16, v_bits=16)
+FLOAT_KV = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
 
 
 def make_learner(make_model, learn, quant=FLOAT, kv=FLOAT_KV, rotation=None):

@@ -10,7 +10,14 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
-from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
+from spinlab.config import (
+    CodecConfig,
+    KVConfig,
+    LearnConfig,
+    QuantConfig,
+    RotationConfig,
+    WeightsConfig,
+)
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.loop import RotationLearner
@@ -98,7 +105,7 @@ def published_step(point, gradient, rate, size=None):
 def learner_of(make, start, **changes):
     settings = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
     learn = LearnConfig(**{**settings, "grad_norm": "euclidean", **changes})
-    quant, off = QuantConfig(), KVConfig(k_bits=16, v_bits=16)
+    quant, off = QuantConfig(), KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
     parts = (
         QuantizedNetworks(make, quant, off).learnable(start),
         start,

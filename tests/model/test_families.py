@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig
-from spinlab.kv.cache import CodedCache, attach_kv, kv_path
+from spinlab.kv.cache import CodedCache, KVPath, attach_kv
 from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSeam, check_invariance, logits, logits_error
@@ -116,7 +116,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
     """A left-padded batch, longer than every sliding window, step by step."""
     original, coded = (make_family_model(family, **changes) for _ in range(2))
     r3 = hadamard_rotation(dimensions_of(coded.config).head_dim)
-    attach_kv(coded, kv_path(coded, r3, None), store=True)
+    attach_kv(coded, KVPath(r3), store=True)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     settings = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12, "pad_token_id": 0}
@@ -132,7 +132,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
 def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
     sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
     for model in (sliding, whole):
-        attach_kv(model, kv_path(model, None, None), store=True)
+        attach_kv(model, KVPath(), store=True)
     near, far = logits(sliding, ids), logits(whole, ids)
     assert torch.allclose(near[:, :5], far[:, :5], atol=1e-12)
     assert not torch.allclose(near[:, 5:], far[:, 5:], atol=1e-3)

@@ -3,7 +3,7 @@ import torch
 
 from spinlab.config import RotationConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.kv.cache import KVPath, attach_kv
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
 from spinlab.rotation.check import BrokenSeam, check_invariance
 from spinlab.rotation.fuse import (
@@ -25,7 +25,7 @@ def rotated(model, config=None, seed=0):
     fold_norms(model)
     fuse(model, rotations)
     insert_fake_quant(model, rotations, None)
-    attach_kv(model, kv_path(model, rotations.r3, None), store=False)
+    attach_kv(model, KVPath(rotations.r3), store=False)
     return rotations
 
 

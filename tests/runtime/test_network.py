@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    CodecConfig,
+    KVConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
@@ -19,6 +26,8 @@ from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 KV = KVConfig()
+SYMMETRIC = CodecConfig(symmetric=True)
+OFF = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
 
 
 def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
@@ -58,7 +67,7 @@ def test_emulated_and_integer_networks_agree_to_the_last_bit(make_model, ids):
 
 def test_without_quantized_weights_the_network_keeps_its_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
-    networks = QuantizedNetworks(lambda: make_model(), quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(lambda: make_model(), quant, OFF)
     _, rotations, _ = prepared(make_model)
     found = networks.integer(rotations, {}, "cpu")(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
@@ -102,7 +111,7 @@ def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_mode
 
     Sequences of one token attend to it alone; float noise is added where other kernels bring it.
     """
-    kv = KVConfig(symmetric=True)  # asymmetric heads fill 15 steps: all but one in 600
+    kv = KVConfig(SYMMETRIC, SYMMETRIC)  # asymmetric heads fill 15 steps: all but one in 600
     networks, rotations, weights = prepared(make_model, dtype=torch.float64, kv=kv)
     alone = torch.arange(64)[:, None]
     expected = networks.dequantized(rotations, weights)(alone).logits
@@ -188,9 +197,7 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
     found = gptq(tmp_path / "whole")
     assert found.keys() == weights.keys()
     original = make_model(torch.float32)(windows).logits
-    quiet = QuantizedNetworks(
-        networks.original, QuantConfig(activations=TensorQuant(bits=16)), KVConfig(16, 16)
-    )
+    quiet = QuantizedNetworks(networks.original, QuantConfig(activations=TensorQuant(bits=16)), OFF)
     errors = [
         (quiet.dequantized(rotations, w)(windows).logits - original).norm()
         for w in (found, weights)

@@ -5,7 +5,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    CodecConfig,
+    KVConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.errors import InputError
 from spinlab.model.seams import decoder_of, dimensions_of, linear_at
 from spinlab.networks.quantized import QuantizedNetworks
@@ -23,6 +30,8 @@ from spinlab.runtime.kernels.matmul import cublas
 from spinlab.weights.layerwise import quantize_rtn
 
 SYMMETRIC = TensorQuant(symmetric=True)
+OFF = CodecConfig(bits=16)
+KV8 = KVConfig(CodecConfig(bits=8), CodecConfig(bits=8))
 QUANT = QuantConfig(weights=SYMMETRIC)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -38,7 +47,8 @@ def prepared(make, quant=QUANT, kv=None, rotation=None):
 
 def runtime(networks, rotations, weights):
     model = networks.fused(rotations)
-    integer_runtime(model, weights, rotations, networks.quant, networks.kv, REFERENCE)
+    kv = networks.kv_path(model, rotations)
+    integer_runtime(model, weights, rotations, networks.quant, kv, REFERENCE)
     return model
 
 
@@ -72,11 +82,11 @@ def test_the_runtime_is_the_fake_quantized_network(make_model, ids, quant, caplo
 @pytest.mark.parametrize(
     "kv",
     [
-        KVConfig(16, 16),
-        KVConfig(8, 8),
-        KVConfig(4, 16, q_bits=4),
-        KVConfig(3, 4, symmetric=True, v_clip_ratio=0.9),
-        KVConfig(group_size=4),
+        KVConfig(OFF, OFF),
+        KV8,
+        KVConfig(values=OFF, queries=CodecConfig()),
+        KVConfig(CodecConfig(bits=3, symmetric=True), CodecConfig(symmetric=True, clip_ratio=0.9)),
+        KVConfig(CodecConfig(group_size=4), CodecConfig(group_size=4)),
     ],
     ids=str,
 )
@@ -97,7 +107,7 @@ def test_every_cache_format_gives_teacher_forced_logits(make_model, ids, kv):
     assert_same(torch.cat(one_by_one, 1), expected[:, :4])
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @torch.no_grad()
 def test_sequences_of_a_cache_are_repeated_chosen_and_cut(make_model, ids, kv):
     """As transformers' caches do; oracle: passes over the whole of each sequence."""
@@ -169,7 +179,7 @@ def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, id
     assert_same(torch.cat(parts, 1), expected)
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @pytest.mark.parametrize("rope", [[1, 0], [0, 0], [1, 1]], ids=str)
 @torch.no_grad()
 def test_layers_without_rope_get_none(make_family_model, ids, rope, kv):
@@ -264,7 +274,7 @@ def test_what_kernels_lack_runs_in_torch_with_one_warning(make_model, ids, quant
 def test_linears_without_quantized_weights_keep_their_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
     networks, rotations, _ = prepared(make_model)
-    networks = QuantizedNetworks(make_model, quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(make_model, quant, KVConfig(OFF, OFF))
     found = runtime(networks, rotations, {})(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
 
@@ -286,7 +296,7 @@ def test_padding_on_the_left_changes_nothing(make_model, ids):
     assert torch.equal(found, torch.stack(alone))
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @pytest.mark.parametrize("size", [1, 3])
 @torch.no_grad()
 def test_padding_longer_than_the_chunks_of_a_prefill_changes_nothing(make_model, ids, size, kv):
@@ -471,7 +481,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
         make_weight,
         rotations,
         networks.quant,
-        networks.kv,
+        networks.kv_path(make_model(), rotations),
         REFERENCE,
         torch.device("cpu"),
         torch.float64,

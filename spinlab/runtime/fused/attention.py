@@ -56,8 +56,7 @@ class IntegerAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Map the stream (batch, tokens, hidden) to what is added to it."""
         q, k, v = self._heads(self.qkv(hidden_states))
-        rows = past_key_values.slots.rows[self.layer]
-        attend = self._packed if isinstance(rows[0], PackedRows) else self._plain
+        attend = self._plain if past_key_values.pool.layout.packed is None else self._packed
         cos, sin = position_embeddings
         angles = (cos, sin) if self.turns else (cos[..., :0], sin[..., :0])
         found = attend(q, k, v, angles, past_key_values)

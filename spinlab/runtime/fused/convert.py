@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from spinlab.config import KVConfig, QuantConfig
+from spinlab.config import QuantConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
-from spinlab.kv.cache import KVPath, kv_path
+from spinlab.kv.cache import KVPath
 from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
 from spinlab.model.split import split_fused
 from spinlab.rotation.rotations import RotationSet
@@ -25,7 +25,7 @@ from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.graphs import GraphRunner, run_on_graphs
 from spinlab.runtime.fused.operations import REFERENCE, Operations
-from spinlab.runtime.fused.slots import Layout, SlotPool, fits_packed_rows
+from spinlab.runtime.fused.slots import Layout, SlotPool
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.stock.insert import write_ends
 from spinlab.weights.quantized import QuantizedWeight
@@ -33,6 +33,7 @@ from spinlab.weights.quantized import QuantizedWeight
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
 _SILU = ("silu", "swish")
+_LAYERS = "the codec of kv.keys keeps whole layers, where the integer runtime keeps rows"
 _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
 
@@ -42,7 +43,7 @@ def integer_runtime(
     weights: Mapping[str, QuantizedWeight],
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
 ) -> None:
     """Make a rotated stock model run on these operations, in place.
@@ -61,7 +62,7 @@ def runtime_from_packed(
     make_weight: MakeWeight,
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
     device: torch.device,
     dtype: torch.dtype,
@@ -88,8 +89,10 @@ def runtime_from_packed(
     return model
 
 
-def why_not_runtime(model: PreTrainedModel) -> str | None:
+def why_not_runtime(model: PreTrainedModel, kv: KVPath) -> str | None:
     """Say why a stock model cannot run on the integer runtime as long as it is; None if it can."""
+    if kv.rows is None:
+        return _LAYERS
     activation, window = model.config.hidden_act, _window(model)
     if activation not in _SILU:
         return f"the model's activation is {activation}, and the integer runtime gates by SiLU only"
@@ -98,15 +101,21 @@ def why_not_runtime(model: PreTrainedModel) -> str | None:
     return None
 
 
-def check_runtime(model: PreTrainedModel) -> None:
-    """Raise InputError for a model that the integer runtime cannot compute."""
-    if model.config.hidden_act not in _SILU:
-        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
+def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
+    """Raise InputError for a model or a cache that the integer runtime cannot compute."""
+    if kv.rows is None or model.config.hidden_act not in _SILU:
+        raise InputError(f"{why_not_runtime(model, kv)}: use runtime.backend=reference")
 
 
 def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
     """Return an empty cache of a runtime's model with room for so many tokens per sequence."""
     return IntegerCache(getattr(model, _POOL), capacity)
+
+
+def slot_layout(model: PreTrainedModel) -> Layout | None:
+    """Say how a runtime's model keeps keys and values; None for a model without a runtime."""
+    pool: SlotPool | None = getattr(model, _POOL, None)
+    return None if pool is None else pool.layout
 
 
 def graph_runner(model: PreTrainedModel) -> GraphRunner:
@@ -119,13 +128,12 @@ def _swap(
     maker: Maker,
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
 ) -> None:
-    check_runtime(model)
-    path = kv_path(model, rotations.r3, kv)
-    layout = _layout(model, path)
-    LayerBuilder(model, maker, rotations, quant, path, operations).build()
+    check_runtime(model, kv)
+    layout = _layout(model, kv)
+    LayerBuilder(model, maker, rotations, quant, kv, operations).build()
     maker.report()
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
@@ -145,17 +153,15 @@ def _moving_rope(model: PreTrainedModel) -> bool:
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
-    """Say how a model's keys and values lie; kernels read 4 bits with one group per head."""
-    dimensions = dimensions_of(model.config)
-    codecs = (path.keys, path.values)
-    packed = all(c is not None and fits_packed_rows(c) for c in codecs)
+    """Say what a model keeps of keys and values, which are rows."""
+    assert path.rows is not None
+    (keys, values), dimensions = path.rows, dimensions_of(model.config)
     return Layout(
         layers=dimensions.layers,
         kv_heads=dimensions.kv_heads,
         head_dim=dimensions.head_dim,
-        keys=path.keys,
-        values=path.values,
-        packed=packed,
+        keys=keys,
+        values=values,
         window=_window(model),
         dtype=model.dtype,
         device=model.device,
