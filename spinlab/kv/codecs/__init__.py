@@ -13,7 +13,9 @@ from spinlab.kv.base import Codec
 from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.seeds import stream
 
-CODECS: dict[str, type[Codec]] = {"affine": AffineCodec}
+CODECS: dict[str, type[Codec]] = {
+    "affine": AffineCodec,
+}
 
 
 def make_codec(name: str, settings: CodecConfig, width: int, seed: int) -> Codec | None:
