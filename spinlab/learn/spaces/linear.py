@@ -146,8 +146,9 @@ class LearnedBatch:
         gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
         if self.rotated is not None and self.format is not None and self.clip is not None:
             format, group_size = format_of(self.format), self.format.group_size
+            of_rounded = gradient.contiguous()
             gradient, of_clip = pull_back(
-                self.rotated, gradient, self.clip, format, group_size, nearest
+                self.rotated, of_rounded, self.clip, format, group_size, nearest, of_rounded
             )
             self.rotated = None
         return gradient, of_clip
