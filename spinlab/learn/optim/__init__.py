@@ -8,6 +8,7 @@ from spinlab.learn.optim.make import (
     make_optimizer,
     rate_at,
 )
+from spinlab.learn.optim.qr import orthogonal_factor
 
 __all__ = [
     "OPTIMIZERS",
@@ -16,6 +17,7 @@ __all__ = [
     "check_optimizer",
     "make_optimizer",
     "on_manifold",
+    "orthogonal_factor",
     "rate_at",
     "tangent",
 ]
