@@ -15,7 +15,7 @@ from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.base import Subject, write_exports
 from spinlab.files import writing
 from spinlab.finite import check_finite
-from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
 from spinlab.preflight import preflight

@@ -19,7 +19,7 @@ from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
 from spinlab.kv.codecs import unread_settings
-from spinlab.learn.learned.inputs import check_duals
+from spinlab.learn import check_learning
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
@@ -81,9 +81,7 @@ def _check_given(pipeline: Pipeline) -> None:
     given, brought = pipeline.given.file, pipeline.given.rotations
     if given is None or brought is None or given.suffix == ".bin":
         check_rotations(pipeline.config.rotation, dimensions_of(pipeline.original.shape.config))
-    learn = pipeline.config.learn
-    if brought is not None and learn.steps and "inputs" in learn.rotations:
-        check_duals(brought.inputs)
+    check_learning(pipeline.config, brought)
 
 
 def _read_texts(pipeline: Pipeline) -> None:

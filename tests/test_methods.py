@@ -12,7 +12,7 @@ from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
-from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.learn import warn_of_mismatch
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of

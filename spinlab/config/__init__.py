@@ -130,11 +130,6 @@ class Config:
         learn, quant = self.learn, self.quant
         rounded = learn.quantize_weights and any(t.quantizes for t in quant.weight_formats)
         inputs = any(t.quantizes for t in quant.activation_formats)
-        if "inputs" in learn.rotations and not rounded:
-            raise InputError(
-                "learn.rotations=[inputs] shapes weights for their rounding: it needs "
-                "learn.quantize_weights=true and weights of fewer than 16 bits"
-            )
         given = self.rotation.inputs != "none" or self.rotation.load
         if "inputs" in learn.rotations and not given:
             raise InputError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import Config
-from spinlab.learn.estimate import estimate
+from spinlab.learn import estimate_of
 from spinlab.model.seams import Dimensions, dimensions_of, family_of, linear_at, linears_of
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
@@ -164,7 +164,7 @@ def _rotating(job: Job) -> Need:
 def _learning(job: Job) -> Need:
     learn = job.config.learn
     length, count = learn.sequence_length, learn.steps * learn.batch
-    found = estimate(job.shape, learn, job.config.quant, parallel.launched())
+    found = estimate_of(job.shape, learn, job.config.quant, parallel.launched())
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
     windows = count * length * _INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.errors import ResultError
+from spinlab.model.hooks import temporary_hooks
 from spinlab.model.seams import linears_of
 from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
@@ -96,14 +97,12 @@ def broken_seam(
 def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Run a model and return every rotated linear's output by name."""
     kept: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, _, _, linear in linears_of(model):
+    with temporary_hooks() as hooks:
+        for name, _, _, linear in linears_of(model):
 
-        def keep(module: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
-            kept[name] = out
+            def keep(module: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+                kept[name] = out
 
-        hooks.append(linear.register_forward_hook(keep))
-    model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+            hooks.append(linear.register_forward_hook(keep))
+        model(input_ids=ids, use_cache=False)
     return kept

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from spinlab.model.hooks import temporary_hooks
 from spinlab.model.seams import linears_of
 
 
@@ -58,20 +59,18 @@ def gather_statistics(
     `searches` gathers whole activations too, not only their peaks.
     """
     found = Statistics()
-    hooks = []
-    for _, layer, seam, linear in linears_of(model):
-        key = input_key(layer, seam.group)
-        peak = linear.weight.abs().amax(0).float().cpu()
-        first = key not in found.weights
-        found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
-        if first:
-            hooks.append(linear.register_forward_pre_hook(_Gather(found, key, searches)))
-        if searches and seam.writes == "R2":
-            hooks.append(linear.register_forward_hook(_GatherValues(found, str(layer))))
-    for window in tqdm(windows, desc="statistics"):
-        model(input_ids=window[None].to(model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    with temporary_hooks() as hooks:
+        for _, layer, seam, linear in linears_of(model):
+            key = input_key(layer, seam.group)
+            peak = linear.weight.abs().amax(0).float().cpu()
+            first = key not in found.weights
+            found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
+            if first:
+                hooks.append(linear.register_forward_pre_hook(_Gather(found, key, searches)))
+            if searches and seam.writes == "R2":
+                hooks.append(linear.register_forward_hook(_GatherValues(found, str(layer))))
+        for window in tqdm(windows, desc="statistics"):
+            model(input_ids=window[None].to(model.device), use_cache=False)
     for kept, count in (
         (found.means, len(windows)),
         (found.values, len(windows)),

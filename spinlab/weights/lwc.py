@@ -21,9 +21,10 @@ from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant
 from spinlab.formats import Format, format_of
 from spinlab.formats.integer import extremes, nearest
+from spinlab.model.hooks import hidden_states
 from spinlab.model.seams import family_of, linear_at
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.calibration import LayerInputs, hidden_states
+from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import kept_layer, quantize_ends
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import round_to_range, search_ratios

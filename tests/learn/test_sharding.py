@@ -18,8 +18,7 @@ from spinlab.config import (
     RotationConfig,
     WeightsConfig,
 )
-from spinlab.learn.loop import RotationLearner, learn_rotations
-from spinlab.learn.placement import recompute_layers, shard_layers
+from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
 from spinlab.model.load import load_model
 from spinlab.model.seams import dimensions_of, layers_of
 from spinlab.networks.quantized import QuantizedNetworks

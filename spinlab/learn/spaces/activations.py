@@ -11,35 +11,55 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from spinlab.config import LearnConfig
+from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.learn.learned.rotations import LearnedRotations
-from spinlab.learn.spaces.base import NetworkForm, Parts
+from spinlab.learn.learned import LearnedRotations
+from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.local import LocalTerms
-from spinlab.learn.spaces.rotate import read_normed, read_stream, round_turned, turn, turn_back
+from spinlab.learn.spaces.rotate import (
+    read_normed,
+    read_stream,
+    rotate,
+    rotate_back,
+    round_rotated,
+)
 from spinlab.model.seams import family_of, linear_at, linears_of
 
 
-class ActivationSpace(NetworkForm):
+class ActivationSpace(LearningSpace):
     """Put the rotations into the input paths of a fake-quantized network, in place.
 
     Gradients reach the rotations as they arise, and the residual stream stays the original's.
     """
 
+    @classmethod
+    def check(cls, learn: LearnConfig) -> None:
+        """Refuse what is learned from the rounding of weights."""
+        needs = "it needs learn.quantize_weights=true and weights of fewer than 16 bits"
+        if "inputs" in learn.rotations:
+            raise InputError(f"learn.rotations=[inputs] shapes weights for their rounding: {needs}")
+        if learn.lr_input_clip:
+            raise InputError(
+                f"learn.lr_input_clip={learn.lr_input_clip} learns ranges beside those of weights: "
+                f"{needs}"
+            )
+
     def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         rotations, local = parts.rotations, parts.local
-        self.rotations = rotations
-        turned: dict[InputPath, InputPath] = {}
+        rotated: dict[InputPath, InputPath] = {}
         for _, layer, seam, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
             name = {"R1": "r1", "R2": "r2"}.get(seam.reads or "")
             if name is not None and rotations.all[name] is not None:
-                if linear.path not in turned:
+                if linear.path not in rotated:
                     kind = StreamPath if name == "r1" else HeadPath
-                    turned[linear.path] = kind(linear.path, rotations, layer, local)
-                linear.path = turned[linear.path]
+                    rotated[linear.path] = kind(linear.path, rotations, layer, local)
+                linear.path = rotated[linear.path]
             if seam.writes == "R2" and rotations.r2 is not None:
-                linear.register_forward_hook(_turn_heads(rotations, layer, local))
+                linear.register_forward_hook(_rotate_heads(rotations, layer, local))
         norm = linear_at(parts.model, family_of(parts.model.config.model_type).final_norm)
         norm.register_forward_hook(self._after_norms)
 
@@ -47,7 +67,7 @@ class ActivationSpace(NetworkForm):
         return self._read(read_normed, out)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream as it is: it stayed the original's."""
+        """Return the residual stream (..., hidden) as it is: it stayed the original's."""
         return self._read(read_stream, x)
 
     def _read(self, way: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -64,16 +84,16 @@ class StreamPath(InputPath):
     ) -> None:
         assert path.rotation is None, "R1 leaves no room for an online transform"
         super().__init__(None, path.quantizer, path.readers)
-        self.turns, self.layer, self.see = rotations, layer, local.watch("r1", layer)
+        self.rotations, self.layer, self.see = rotations, layer, local.watch("r1", layer)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
-        r1 = self.turns.at("r1", self.layer)
-        anchor, sink = self.turns.anchor("r1"), self.turns.sink("r1", self.layer)
+        r1 = self.rotations.at("r1", self.layer)
+        anchor, sink = self.rotations.anchor("r1"), self.rotations.sink("r1", self.layer)
         if self.quantizer is None:
             if self.see is not None:
                 self.see(x.detach() @ r1)
             return x if sink.add_half is None else read_normed(x, anchor, sink)
-        return round_turned(x, r1, anchor, sink, self.quantizer, self.see)
+        return round_rotated(x, r1, anchor, sink, self.quantizer, self.see)
 
 
 class HeadPath(InputPath):
@@ -83,21 +103,24 @@ class HeadPath(InputPath):
         self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
     ) -> None:
         super().__init__(path.rotation, path.quantizer, path.readers)
-        self.turns, self.layer = rotations, layer
+        self.rotations, self.layer = rotations, layer
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
-        turns, layer = self.turns, self.layer
-        return turn_back(
-            super()._round(x), turns.at("r2", layer), turns.anchor("r2"), turns.sink("r2", layer)
+        rotations, layer = self.rotations, self.layer
+        return rotate_back(
+            super()._round(x),
+            rotations.at("r2", layer),
+            rotations.anchor("r2"),
+            rotations.sink("r2", layer),
         )
 
 
-def _turn_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):
-    """Return a hook that turns the values of every head by R2."""
+def _rotate_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):
+    """Return a hook that rotates the values of every head by R2."""
     sink, see = rotations.sink("r2", layer), local.watch("r2", layer)
 
     def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        out = turn(out, rotations.at("r2", layer), rotations.anchor("r2"), sink)
+        out = rotate(out, rotations.at("r2", layer), rotations.anchor("r2"), sink)
         if see is not None:
             see(out)
         return out
