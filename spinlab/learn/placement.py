@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.model.seams import decoder_of, layers_of
+from spinlab.model.modules import decoder_of, layers_of
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

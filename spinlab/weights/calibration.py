@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.model.seams import layers_of
+from spinlab.model.modules import layers_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}

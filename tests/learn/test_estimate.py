@@ -24,7 +24,7 @@ from spinlab.errors import InputError
 from spinlab.learn.announce import announce
 from spinlab.learn.estimate import choose_checkpoint, estimate
 from spinlab.learn.loop import RotationLearner
-from spinlab.model.seams import decoder_of, dimensions_of
+from spinlab.model.modules import decoder_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
@@ -51,8 +51,8 @@ QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 
 def learner_of(make_model, learn: LearnConfig) -> RotationLearner:
     networks = QuantizedNetworks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
-    dimensions = dimensions_of(networks.original().config)
-    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(networks.original())
+    start = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
     return RotationLearner(networks.learnable(start), start, learn, QUANT, WeightsConfig())
 
 

@@ -16,7 +16,7 @@ from spinlab.config.learn import GRAD_NORMS
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.spaces import linear as learned
 from spinlab.learn.spaces.definition import PlainSpace
-from spinlab.model.seams import dimensions_of, linears_of
+from spinlab.model.modules import linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
@@ -34,7 +34,7 @@ def biased(make_model):
     def make(dtype):
         model = make_model(dtype, attention_bias=True)
         generator = torch.Generator().manual_seed(5)
-        for *_, linear in linears_of(model):
+        for _, linear in linears_of(model):
             if linear.bias is not None:
                 linear.bias.data.copy_(torch.randn(linear.bias.shape, generator=generator))
         return model
@@ -44,8 +44,8 @@ def biased(make_model):
 
 def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
     networks = QuantizedNetworks(lambda: make(dtype), quant, KVConfig())
-    dimensions = dimensions_of(make(dtype).config)
-    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(make(dtype))
+    start = initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
     parts = networks.learnable(start), start, learn, quant, WeightsConfig(), make(dtype)
     return RotationLearner(*parts, form=form)
 

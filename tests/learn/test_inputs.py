@@ -10,13 +10,12 @@ from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
 from spinlab.learn.spaces import linear as learned
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import head_of, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -45,7 +44,7 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
     """Draw a scale and a dual transform, in blocks of 8, for every input."""
     g = torch.Generator().manual_seed(3)
     found: dict[str, ScaledDual] = {}
-    for _, layer, seam, linear in linears_of(model):
+    for site, linear in linears_of(model):
         width = linear.weight.shape[1]
         blocks = 1 if shared else width // 8
         first, second = (
@@ -54,7 +53,7 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
         order = torch.randperm(width, generator=g)
         scale = torch.rand(width, generator=g, dtype=torch.float64) + 0.5
         dual = DualTransform(first, order, second)
-        found.setdefault(input_key(layer, seam.group), ScaledDual(scale, False, dual))
+        found.setdefault(site.key, ScaledDual(scale, False, dual))
     return found
 
 
@@ -95,8 +94,8 @@ def by_autograd(networks, inputs):
     """Return the loss, and the dense transforms whose leaves hold its gradients."""
     model = networks.learnable(RotationSet(inputs=inputs), inputs=True)
     dense = {key: Dense(transform) for key, transform in inputs.items()}
-    for _, layer, seam, linear in linears_of(model):
-        here = dense[input_key(layer, seam.group)]
+    for site, linear in linears_of(model):
+        here = dense[site.key]
         weight = here.of_weight(linear.weight.detach())
         ratios = search_ratios(weight.detach(), QUANT.weights, WeightsConfig())
         rounded = StraightThrough.apply(
@@ -155,9 +154,9 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model):
     seen = learner._backward(BATCH)["loss"]
     model = networks.fused(found)
     weights = {}
-    for name, *_, linear in linears_of(model):
+    for site, linear in linears_of(model):
         ratios = search_ratios(linear.weight, QUANT.weights, WeightsConfig())
-        weights[name] = round_to_nearest(linear.weight, QUANT.weights, ratios)
+        weights[site.path] = round_to_nearest(linear.weight, QUANT.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)
 
@@ -181,4 +180,4 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path):
         assert torch.equal(transform.dual.second, same.dual.second)
     assert second.result().clips == whole.result().clips
     assert min(whole.result().clips.values()) < 1
-    assert linear_at(whole.model, "lm_head").weight.grad is None
+    assert head_of(whole.model).weight.grad is None

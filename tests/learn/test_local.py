@@ -14,7 +14,7 @@ from spinlab.config import (
 )
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.placement import recompute_layers
-from spinlab.model.seams import dimensions_of, linears_of
+from spinlab.model.modules import linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import initial_rotations
@@ -28,8 +28,8 @@ def learner_of(make_model, objective, quant=None, **changes):
     learn = LearnConfig(**settings | changes, objective=objective)
     quant = quant or QuantConfig(weights=TensorQuant(symmetric=True))
     networks = QuantizedNetworks(lambda: make_model(torch.float64), quant, KVConfig())
-    dimensions = dimensions_of(make_model().config)
-    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(make_model())
+    start = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
     return RotationLearner(networks.learnable(start), start, learn, quant, WeightsConfig()), start
 
 
@@ -59,14 +59,14 @@ def by_autograd(make_model, start, term):
     model = make_model(torch.float64)
     fold_norms(model)
     found: list[tuple[str, int, torch.Tensor]] = []
-    for _, layer, seam, module in linears_of(model):
-        if seam.name.endswith(("q_proj", "gate_proj")):
+    for site, module in linears_of(model):
+        if site.name.endswith(("q_proj", "gate_proj")):
             module.register_forward_pre_hook(
-                lambda m, args, at=layer: found.append(("r1", at, args[0]))
+                lambda m, args, at=site.layer: found.append(("r1", at, args[0]))
             )
-        if seam.name.endswith("v_proj"):
+        if site.name.endswith("v_proj"):
             module.register_forward_hook(
-                lambda m, args, out, at=layer: found.append(("r2", at, out))
+                lambda m, args, out, at=site.layer: found.append(("r2", at, out))
             )
     with torch.no_grad():
         model(input_ids=BATCH, use_cache=False)

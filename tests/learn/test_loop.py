@@ -17,7 +17,7 @@ from spinlab.errors import InputError
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.optim.schedule import rate_at
 from spinlab.learn.progress import resume, save_progress
-from spinlab.model.seams import dimensions_of, linear_at, linears_of
+from spinlab.model.modules import embedding_of, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import orthogonality_error
@@ -30,9 +30,9 @@ FLOAT_KV = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
 
 def make_learner(make_model, learn, quant=FLOAT, kv=FLOAT_KV, rotation=None):
     networks = QuantizedNetworks(lambda: make_model(torch.float32), quant, kv)
-    dimensions = dimensions_of(make_model().config)
+    model_map = map_of(make_model())
     rotation = rotation or RotationConfig()
-    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    start = initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
     model = networks.learnable(start)
     return RotationLearner(model, start, learn, quant, WeightsConfig()), networks
 
@@ -50,7 +50,7 @@ def biased(make_model):
     def make(dtype=torch.float32):
         model = make_model(dtype, attention_bias=True, mlp_bias=True)
         g = torch.Generator().manual_seed(5)
-        for _, _, _, linear in linears_of(model):
+        for _, linear in linears_of(model):
             linear.bias.data.normal_(generator=g)
         return model
 
@@ -122,7 +122,7 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model):
 
     def loud(dtype=torch.float32):
         model = make_model(dtype)
-        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 10
+        embedding_of(model).weight.data[:, 5] *= 10
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.data[5] /= 10

@@ -12,10 +12,10 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.learn.learned.log_numbers import LogNumbers, part_of
+from spinlab.model.map import input_key
 from spinlab.rotation.duquant import DualTransform, turn_blocks
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import polar
-from spinlab.rotation.statistics import input_key
 
 PARTS = ("first", "second")
 

@@ -14,14 +14,14 @@ from torch import nn
 
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
-from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.fakequant.insert import FakeQuantLinear, weight_format
 from spinlab.learn.learned.input_ranges import InputRanges
 from spinlab.learn.learned.log_numbers import LogNumbers, part_of
 from spinlab.learn.spaces.base import NetworkForm, Parts
 from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of
 from spinlab.learn.spaces.rotate import turn, turn_back
-from spinlab.model.seams import family_of, linear_at, linears_of
-from spinlab.rotation.statistics import input_key
+from spinlab.model.map import Site
+from spinlab.model.modules import linears_of, map_of
 from spinlab.weights.rtn import search_ratios
 
 
@@ -35,29 +35,28 @@ class WeightSpace(NetworkForm):
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
         self.given = parts.clips if self.learn.lr_clip else {}
         self.of_clips: dict[str, torch.Tensor] = {}
-        paths: dict[str, InputPath] = {}
+        paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.linears: list[LearnedLinear] = []
-        for name, layer, seam, module in linears_of(model):
-            form = self._format(name)
-            self.linears.append(LearnedLinear.take(name, layer, seam, module, form, rotations.wide))
-            key = input_key(layer, seam.group)
-            if seam.reads == "R1" and key not in paths:
-                _show(local.watch("r1", layer), module, output=False)
-            paths[key] = cast(FakeQuantLinear, module).path
-            if seam.writes == "R2":
-                _show(local.watch("r2", layer), module, output=True)
-        self.paths, self.batches = paths, batches_of(self.linears)
+        for site, module in linears_of(model):
+            format = self._format(site)
+            self.linears.append(LearnedLinear.take(site, module, format, rotations.wide))
+            if site.quantized and site.key not in paths:
+                if site.reads == "R1":
+                    _show(local.watch("r1", site.layer), module, output=False)
+                paths[site.key] = cast(FakeQuantLinear, module).path
+            if site.writes == "R2":
+                _show(local.watch("r2", site.layer), module, output=True)
+        self.batches = batches_of(self.linears)
         lr, device = self.learn.lr_input_clip, model.device
         self.input_ranges = InputRanges(paths, lr, device) if lr else None
         if rotations.r1 is not None:
-            family = family_of(model.config.model_type)
-            for name, into in ((family.embedding, self.enter), (family.final_norm, self.leave)):
-                linear_at(model, name).register_forward_hook(partial(_through, into))
+            ends = map_of(model)
+            for path, into in ((ends.embedding, self.enter), (ends.final_norm, self.leave)):
+                model.get_submodule(path).register_forward_hook(partial(_through, into))
 
-    def _format(self, name: str) -> TensorQuant | None:
+    def _format(self, site: Site) -> TensorQuant | None:
         """Return the format of a weight that is rounded in the loop."""
-        format = self.quant.weights_at(name)
-        return format if self.learn.quantize_weights and format.quantizes else None
+        return weight_format(site, self.quant) if self.learn.quantize_weights else None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Take the original's residual stream to this network's: x R1."""
@@ -79,18 +78,17 @@ class WeightSpace(NetworkForm):
         refresh = index % self.learn.clip_refresh == 0
         fresh: dict[str, torch.Tensor] = {}
         rotations, inputs = self.rotations, self.rotations.inputs
-        for key, path in self.paths.items():
-            if inputs is not None and key in inputs.live:
-                path.rotation = inputs.live[key]
         for linear in self.linears:
+            if inputs is not None and linear.site.key in inputs.live:
+                cast(FakeQuantLinear, linear.module).path.rotation = inputs.live[linear.site.key]
             linear.turn_bias(rotations.r1, rotations.r2)
         for batch in self.batches:
             weights = batch.weights(rotations.r1, rotations.r2)
             if inputs is not None:
-                weights = inputs.of_weights(batch.linears[0].seam.group, batch.layers, weights)
+                weights = inputs.of_weights(batch.linears[0].site.input, batch.layers, weights)
             if batch.format is not None:
                 batch.clip = self._clip(batch, batch.format, weights, refresh)
-                names = [linear.name for linear in batch.linears]
+                names = [linear.site.path for linear in batch.linears]
                 fresh |= zip(names, batch.clip.unbind(), strict=True)
             batch.write(weights, keep=self.ratios is not None)
         if self.ratios is not None and not self.ratios.logs:
@@ -101,11 +99,12 @@ class WeightSpace(NetworkForm):
     ) -> torch.Tensor:
         """Return clip ratios: learned, or searched anew, or those of the last search."""
         if self.ratios is not None and self.ratios.logs:
-            return torch.stack([self.ratios.number(linear.name) for linear in batch.linears])
+            return torch.stack([self.ratios.number(linear.site.path) for linear in batch.linears])
         if refresh or batch.clip is None:
             found = search_ratios(weights.flatten(0, 1), format, self.weights)
             searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
-            return torch.stack([self.given.get(x.name, ratio).to(ratio) for x, ratio in searched])
+            pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
+            return torch.stack([given.to(ratio) for given, ratio in pairs])
         return batch.clip
 
     def after_backward(self) -> None:
@@ -121,15 +120,15 @@ class WeightSpace(NetworkForm):
         for batch in self.batches:
             gradients, of_clips = batch.gradients()
             if of_clips is not None:
-                names = [linear.name for linear in batch.linears]
+                names = [linear.site.path for linear in batch.linears]
                 self.of_clips |= zip(names, of_clips.unbind(), strict=True)
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)
-                group = batch.linears[0].seam.group
+                group = batch.linears[0].site.input
                 gradients = inputs.pull(group, batch.layers, weights, gradients)
             for linear, gradient in zip(batch.linears, gradients, strict=True):
                 for space, part in linear.pulled(gradient, rotations.r1, rotations.r2):
-                    rotations.add_gradient(space.lower(), linear.layer, part)
+                    rotations.add_gradient(space.lower(), linear.site.layer, part)
 
     def step(self, rate: float) -> None:
         """Move the clip ratios, if they are learned, at `rate` times their base rate."""
@@ -145,7 +144,7 @@ class WeightSpace(NetworkForm):
         return {name: self.ratios.number(name).cpu() for name in self.ratios.logs}
 
     def input_clips(self) -> dict[str, float]:
-        """Return the learned clip ratios of inputs, by `input_key`."""
+        """Return the learned clip ratios of inputs, by their keys."""
         return {} if self.input_ranges is None else self.input_ranges.ratios()
 
     def numbers(self) -> dict[str, torch.Tensor]:
@@ -160,7 +159,7 @@ class WeightSpace(NetworkForm):
         tensors: dict[str, torch.Tensor] = {}
         for batch in self.batches:
             if batch.clip is not None:
-                names = [f"clip.{linear.name}" for linear in batch.linears]
+                names = [f"clip.{linear.site.path}" for linear in batch.linears]
                 tensors |= zip(names, batch.clip.unbind(), strict=True)
         if self.ratios is not None:
             tensors |= {f"ratios.{name}": value for name, value in self.ratios.state().items()}
@@ -172,7 +171,7 @@ class WeightSpace(NetworkForm):
     def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
         """Continue from what `state` returned."""
         for batch in self.batches:
-            names = [f"clip.{linear.name}" for linear in batch.linears]
+            names = [f"clip.{linear.site.path}" for linear in batch.linears]
             if names[0] in tensors:
                 batch.clip = torch.stack([tensors[name] for name in names]).to(device)
         if self.ratios is not None:
