@@ -88,7 +88,7 @@ def test_without_quantizers_the_loss_is_the_original_models(make_any, form):
 
 
 def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(make_any):
-    """The loss does not depend on R, so its Riemannian gradient is zero: this needs every seam's
+    """The loss does not depend on R, so its Riemannian gradient is zero: this needs every site's
     gradient and both ends', for any one that were missing would leave its part."""
     quant, rounded = FORMS["weights"]
     learner, _ = make_learner(make_any, LearnConfig(**SETTINGS, quantize_weights=rounded), quant)

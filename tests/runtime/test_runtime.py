@@ -14,7 +14,7 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.errors import InputError
-from spinlab.model.modules import decoder_of, head_of, linear_at, map_of
+from spinlab.model.modules import decoder_of, head_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
@@ -489,7 +489,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
     assert asked["model.layers.1.self_attn.o_proj"] == (24, 32, 4)  # a group per head
     assert not any(t.is_meta for t in (*built.parameters(), *built.buffers()))
     for name in ("model.embed_tokens", "lm_head"):
-        linear_at(built, name).weight.data.copy_(linear_at(model, name).weight)
+        built.get_submodule(name).weight.data.copy_(model.get_submodule(name).weight)
     # stock norms are float32 inside, those of the other model are not
     assert torch.allclose(built(ids).logits, model(ids).logits, atol=1e-4)
 
