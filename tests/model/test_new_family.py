@@ -269,7 +269,8 @@ def test_its_rotations_learn(ids, rounded):
 
 
 def test_what_does_not_fit_is_refused_by_the_family(monkeypatch):
-    assert "no gated MLP alone" in why_not_runtime(make())
+    model = make()
+    assert "no gated MLP alone" in why_not_runtime(model, NETWORKS.kv_path(model, RotationSet()))
     sentence = "its norms stand behind the blocks"
     read = lambda model: replace(read_tiny(model), cannot={"r1": sentence})  # noqa: E731
     monkeypatch.setitem(FAMILIES, "tiny", Family(read))
