@@ -23,7 +23,7 @@ from spinlab.learn import check_learning
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import check_runtime
@@ -67,9 +67,9 @@ def _check_fits(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
     config, model = pipeline.config, pipeline.original.shape
     check_context(config, model.config)
-    check_weight_groups(model, config.quant)
-    input_paths(model, RotationSet(), config.quant)
-    kv = kv_path(config.kv, dimensions_of(model.config).head_dim)
+    check_weight_groups(map_of(model), config.quant)
+    input_paths(map_of(model), RotationSet(), config.quant)
+    kv = kv_path(config.kv, map_of(model).width("r3"))
     if config.rounded_on_text and config.weights.method == "gptq":
         check_samples(config.weights.samples)
     if pipeline.run.backend == "triton":
@@ -80,7 +80,7 @@ def _check_given(pipeline: Pipeline) -> None:
     """Read the rotations that are given, or see that those of the settings can be made."""
     given, brought = pipeline.given.file, pipeline.given.rotations
     if given is None or brought is None or given.suffix == ".bin":
-        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.original.shape.config))
+        check_rotations(pipeline.config.rotation, map_of(pipeline.original.shape))
     check_learning(pipeline.config, brought)
 
 

@@ -8,6 +8,7 @@ import torch
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
 from spinlab.learn.spaces import PlainSpace
+from spinlab.model.modules import map_of
 from spinlab.stages.pipeline import Pipeline
 from spinlab.track.environment import environment
 from spinlab.weights.layerwise import check_weight_groups
@@ -25,7 +26,7 @@ def bench_forms(config: Config) -> dict[str, Any]:
     windows = pipeline.calibration.windows(
         "learn", learn.steps * learn.batch, learn.sequence_length
     )
-    check_weight_groups(pipeline.original.shape, config.quant)
+    check_weight_groups(map_of(pipeline.original.shape), config.quant)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
     for name, space in (("fast", None), ("plain", PlainSpace)):

@@ -29,7 +29,7 @@ from spinlab.learn import (
     rounds_weights,
     shard_layers,
 )
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.track.environment import environment
@@ -96,8 +96,7 @@ def _learner(
 
     quant, rotation = QuantConfig(), RotationConfig()
     model = original()
-    dimensions = dimensions_of(model.config)
-    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    start = initial_rotations(rotation, map_of(model), torch.Generator().manual_seed(0))
     network = RotatedNetworks(lambda: model, quant, KVConfig()).learnable(start)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None

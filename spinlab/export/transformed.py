@@ -27,7 +27,7 @@ from spinlab.export.targets import (
 )
 from spinlab.files import sync, writing
 from spinlab.model.files import MANIFEST
-from spinlab.model.split import join_fused
+from spinlab.model.modules import restore
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def save_transformed(
     """
     folder, about = place_of(path), rotations.about or {}
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
-    join_fused(model)
+    restore(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     with writing(folder.parent, "export.transformed"), sole_writer(folder) as partial:
         model.save_pretrained(partial)

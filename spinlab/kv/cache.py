@@ -20,7 +20,7 @@ from spinlab.errors import InputError
 from spinlab.kv.base import CacheLayer, Codec, RowCodec
 from spinlab.kv.codecs import make_codec
 from spinlab.kv.layers import RowLayer, rounded
-from spinlab.model.seams import decoder_of, family_of, layers_of
+from spinlab.model.modules import decoder_of, map_of
 from spinlab.rotation.online import OnlineRotation
 
 ATTENTION = "spinlab_sdpa"
@@ -157,11 +157,9 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
-    layers = layers_of(model)
     set_kv_path(model, path)
-    attention = family_of(model.config.model_type).attention
     # what the hook holds, instead of the model: that would keep itself alive
-    count, first = len(layers), layers[0].get_submodule(attention)
+    count, first = len(map_of(model).layers), _attention_modules(model)[0]
 
     def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = kwargs.get("past_key_values")
@@ -178,15 +176,17 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
 
 def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
     """Change what keys, values and queries of a model go through, in place."""
-    for layer in layers_of(model):
-        attention = layer.get_submodule(family_of(model.config.model_type).attention)
+    for attention in _attention_modules(model):
         setattr(attention, _KV_PATH, path)
 
 
 def kv_path_of(model: PreTrainedModel) -> KVPath:
     """Return what `set_kv_path` set."""
-    family = family_of(model.config.model_type)
-    return getattr(layers_of(model)[0].get_submodule(family.attention), _KV_PATH)
+    return getattr(_attention_modules(model)[0], _KV_PATH)
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [model.get_submodule(layer.attention.path) for layer in map_of(model).layers]
 
 
 def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):

@@ -25,7 +25,7 @@ from spinlab.learn.spaces import (
 )
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.model.load import cast_model, exact_norms
-from spinlab.model.seams import decoder_of, family_of, linear_at
+from spinlab.model.modules import decoder_of, head_of
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
 
@@ -71,7 +71,7 @@ class RotationLearner:
         ]
         self.optimizer = make_optimizer(groups, learn)
         self.divergence = DivergenceCheck(learn.max_loss_ratio)
-        self.head = linear_at(model, family_of(model.config.model_type).head).weight
+        self.head = head_of(model).weight
 
     def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
         """Do one optimizer step on a batch of windows (batch, length) and return its curve."""
@@ -137,8 +137,8 @@ class RotationLearner:
         objective, known = self.learn.objective, None
         if objective.kl:
             with self._as_teacher() as teacher, torch.no_grad():
-                head = linear_at(teacher, family_of(teacher.config.model_type).head).weight
-                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0], head
+                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0]
+                known = known, head_of(teacher).weight
         self.local.share = share
         hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
         self.local.share = 0

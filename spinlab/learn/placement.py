@@ -13,7 +13,7 @@ from spinlab.config import LearnConfig
 from spinlab.errors import InputError
 from spinlab.learn.estimate import Estimate
 from spinlab.machine import gib, memory_for
-from spinlab.model.seams import decoder_of, layers_of
+from spinlab.model.modules import decoder_of, layers_of
 
 
 def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:

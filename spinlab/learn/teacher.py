@@ -16,14 +16,14 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.cache import kv_path_of, set_kv_path
 from spinlab.learn.spaces import LearningSpace
 from spinlab.model.hooks import hidden_states, temporary_hooks
-from spinlab.model.seams import decoder_of, layers_of, linears_of
+from spinlab.model.modules import decoder_of, layers_of, linears_of
 
 
 @contextmanager
 def unquantized(model: PreTrainedModel) -> Iterator[None]:
     """Switch off every quantizer of a fake-quantized network for a while."""
     kv = kv_path_of(model)
-    modules = [linear for *_, linear in linears_of(model)]
+    modules = [linear for _, linear in linears_of(model)]
     paths = {m.path: m.path.quantizer for m in modules if isinstance(m, FakeQuantLinear)}
     set_kv_path(model, replace(kv, keys=None, values=None, queries=None))
     _set_quantizers(dict.fromkeys(paths))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from spinlab.kv.cache import attach_kv, kv_path_of
-from spinlab.model.seams import linears_of
+from spinlab.model.modules import linears_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import integer_runtime, slot_layout, why_not_runtime
@@ -68,9 +68,9 @@ class QuantizedNetworks(RotatedNetworks):
         model = self._bare(rotations, weights)
         write_ends(model, weights)
         self._fake_quant(model, rotations)
-        for name, _, _, linear in linears_of(model):
-            if name in weights:
-                dequantize_in_calls(linear, weights[name])
+        for site, linear in linears_of(model):
+            if site.path in weights:
+                dequantize_in_calls(linear, weights[site.path])
         return model
 
     def _bare(

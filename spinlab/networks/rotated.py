@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.kv.cache import KVPath, attach_kv, kv_path
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
 
@@ -61,7 +61,7 @@ class RotatedNetworks:
 
     def kv_path(self, model: PreTrainedModel, rotations: RotationSet) -> KVPath:
         """Return what a quantized model's keys, values and queries go through."""
-        return kv_path(self.kv, dimensions_of(model.config).head_dim, rotations.r3, self.seed)
+        return kv_path(self.kv, map_of(model).width("r3"), rotations.r3, self.seed)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)

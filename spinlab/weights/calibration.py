@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.model.hooks import hidden_states, temporary_hooks
-from spinlab.model.seams import layers_of
+from spinlab.model.modules import layers_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}

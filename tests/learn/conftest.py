@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
 from spinlab.learn import LearningSpace, RotationLearner
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -31,8 +31,8 @@ def learner_of() -> Callable[..., RotationLearner]:
         space: type[LearningSpace] | None = None,
     ) -> RotationLearner:
         if not isinstance(start, RotationSet):
-            dimensions, generator = dimensions_of(make().config), torch.Generator().manual_seed(0)
-            start = initial_rotations(start or RotationConfig(), dimensions, generator)
+            generator = torch.Generator().manual_seed(0)
+            start = initial_rotations(start or RotationConfig(), map_of(make()), generator)
         networks = RotatedNetworks(make, quant, kv or KVConfig())
         network = networks.learnable(start, inputs="inputs" in learn.rotations)
         teacher = make() if apart else None

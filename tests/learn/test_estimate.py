@@ -19,7 +19,7 @@ from spinlab.config import (
 from spinlab.errors import InputError
 from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
 from spinlab.learn import estimate as module
-from spinlab.model.seams import decoder_of
+from spinlab.model.modules import decoder_of
 
 GIB = 2**30
 CPU = torch.device("cpu")

@@ -10,11 +10,10 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn import recompute_layers
 from spinlab.learn.learned import LogParameters, learn_input_ranges
 from spinlab.learn.teacher import unquantized
-from spinlab.model.seams import linears_of
+from spinlab.model.modules import linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 
 CPU = torch.device("cpu")
 X = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
@@ -113,7 +112,7 @@ def test_a_networks_inputs_learn_and_can_be_switched_off(make_model, ids, recomp
 
     quant = QuantConfig(weights=TensorQuant(bits=16))
     network = QuantizedNetworks(make, quant, KVConfig()).learnable(RotationSet())
-    made = {input_key(i, seam.group): linear.path for _, i, seam, linear in linears_of(network)}
+    made = {site.key: linear.path for site, linear in linears_of(network)}
     before = network(ids).logits
     ranges = learn_input_ranges(made, 0.1, CPU)
     assert torch.equal(network(ids).logits, before)

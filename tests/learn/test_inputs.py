@@ -10,13 +10,12 @@ from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.learned.transforms import scaled, scaled_gradients
 from spinlab.learn.spaces.linear import TOGETHER
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import head_of, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -45,7 +44,7 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
     """Draw a scale and a dual transform, in blocks of 8, for every input."""
     g = torch.Generator().manual_seed(3)
     found: dict[str, ScaledDual] = {}
-    for _, layer, seam, module in linears_of(model):
+    for site, module in linears_of(model):
         width = module.weight.shape[1]
         blocks = 1 if shared else width // 8
         first, second = (
@@ -54,7 +53,7 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
         order = torch.randperm(width, generator=g)
         scale = torch.rand(width, generator=g, dtype=torch.float64) + 0.5
         dual = DualTransform(first, order, second)
-        found.setdefault(input_key(layer, seam.group), ScaledDual(scale, False, dual))
+        found.setdefault(site.key, ScaledDual(scale, False, dual))
     return found
 
 
@@ -101,8 +100,8 @@ def by_autograd(make_model, inputs):
     """Return the loss, and the dense transforms whose leaves hold its gradients."""
     model = networks_of(make_model).learnable(RotationSet(inputs=inputs), inputs=True)
     dense = {key: Dense(transform) for key, transform in inputs.items()}
-    for _, layer, seam, module in linears_of(model):
-        here = dense[input_key(layer, seam.group)]
+    for site, module in linears_of(model):
+        here = dense[site.key]
         weight = here.of_weight(module.weight.detach())
         ratios = search_ratios(weight.detach(), QUANT.weights, WeightsConfig())
         rounded = StraightThrough.apply(
@@ -156,9 +155,9 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model, learne
     seen = learner.gradients(0, BATCH)[0]["loss"]
     model = networks.fused(found)
     weights = {}
-    for name, *_, module in linears_of(model):
+    for site, module in linears_of(model):
         ratios = search_ratios(module.weight, QUANT.weights, WeightsConfig())
-        weights[name] = round_to_nearest(module.weight, QUANT.weights, ratios)
+        weights[site.path] = round_to_nearest(module.weight, QUANT.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)
 
@@ -182,7 +181,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_pat
         assert torch.equal(transform.dual.second, same.dual.second)
     assert second.result().clips == whole.result().clips
     assert min(whole.result().clips.values()) < 1
-    assert linear_at(whole.model, "lm_head").weight.grad is None
+    assert head_of(whole.model).weight.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

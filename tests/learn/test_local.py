@@ -10,7 +10,7 @@ from spinlab.config import (
     TensorQuant,
 )
 from spinlab.learn import recompute_layers
-from spinlab.model.seams import linears_of
+from spinlab.model.modules import linears_of
 from spinlab.rotation.fuse import fold_norms
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -51,14 +51,14 @@ def by_autograd(make_model, start, term):
     model = make_model(torch.float64)
     fold_norms(model)
     found: list[tuple[str, int, torch.Tensor]] = []
-    for _, layer, seam, module in linears_of(model):
-        if seam.name.endswith(("q_proj", "gate_proj")):
+    for site, module in linears_of(model):
+        if site.name.endswith(("q_proj", "gate_proj")):
             module.register_forward_pre_hook(
-                lambda m, args, at=layer: found.append(("r1", at, args[0]))
+                lambda m, args, at=site.layer: found.append(("r1", at, args[0]))
             )
-        if seam.name.endswith("v_proj"):
+        if site.name.endswith("v_proj"):
             module.register_forward_hook(
-                lambda m, args, out, at=layer: found.append(("r2", at, out))
+                lambda m, args, out, at=site.layer: found.append(("r2", at, out))
             )
     with torch.no_grad():
         model(input_ids=BATCH, use_cache=False)

@@ -17,7 +17,7 @@ from spinlab.config import (
 from spinlab.errors import InputError
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.optim import OPTIMIZERS, rate_at
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import embedding_of, linears_of
 from spinlab.rotation.orthogonal import orthogonality_error
 
 OFF = TensorQuant(bits=16)
@@ -49,7 +49,7 @@ def biased(make_model):
     def make(dtype=torch.float32):
         model = make_model(dtype, attention_bias=True, mlp_bias=True)
         g = torch.Generator().manual_seed(5)
-        for _, _, _, linear in linears_of(model):
+        for _, linear in linears_of(model):
             linear.bias.data.normal_(generator=g)
         return model
 
@@ -81,7 +81,7 @@ def test_without_quantizers_the_loss_is_the_original_models(make_any, make_learn
 def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(
     make_any, make_learner, name
 ):
-    """The loss does not depend on R, so its Riemannian gradient is zero: this needs every seam's
+    """The loss does not depend on R, so its Riemannian gradient is zero: this needs every site's
     gradient and both ends', for any one that were missing would leave its part. The norm is that of
     the whole gradient, which is not zero."""
     quant, rounded = SPACES["weights"]
@@ -117,7 +117,7 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model, make_lear
 
     def loud(dtype=torch.float32):
         model = make_model(dtype)
-        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 10
+        embedding_of(model).weight.data[:, 5] *= 10
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.data[5] /= 10

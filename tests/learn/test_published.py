@@ -14,7 +14,7 @@ from spinlab.config import CodecConfig, KVConfig, LearnConfig, QuantConfig, Rota
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.optim.cayley import skew_generator
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.initial import initial_rotations
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -131,8 +131,8 @@ def network(make):
 @pytest.fixture
 def start(make):
     rotation = RotationConfig(r3="none", r4="none")
-    dimensions = dimensions_of(make().config)
-    return initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(make())
+    return initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
 
 
 def test_the_preset_takes_the_published_steps(learner_with, network, start):

@@ -16,7 +16,7 @@ from spinlab.config import (
 from spinlab.config.learn import GRAD_NORMS
 from spinlab.learn.spaces import PlainSpace
 from spinlab.learn.spaces.linear import TOGETHER
-from spinlab.model.seams import linears_of
+from spinlab.model.modules import linears_of
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
 SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2, max_grad_norm=None)
@@ -32,7 +32,7 @@ def biased(make_model):
     def make(dtype):
         model = make_model(dtype, attention_bias=True)
         generator = torch.Generator().manual_seed(5)
-        for *_, linear in linears_of(model):
+        for _, linear in linears_of(model):
             if linear.bias is not None:
                 linear.bias.data.copy_(torch.randn(linear.bias.shape, generator=generator))
         return model

@@ -10,9 +10,9 @@ from spinlab.config import KVConfig, QuantConfig
 from spinlab.learn.spaces import LearningSpace
 from spinlab.learn.teacher import layer_errors, layer_states
 from spinlab.model.hooks import temporary_hooks
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import head_of, linears_of
 from spinlab.networks.rotated import RotatedNetworks
-from spinlab.rotation.check import broken_seam
+from spinlab.rotation.check import first_broken
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.stages.outliers import channel_peaks
@@ -25,7 +25,7 @@ RUNS: dict[str, Callable[[PreTrainedModel], object]] = {
         model, LearningSpace.__new__(LearningSpace), IDS, [torch.zeros(1, 4, 24)] * 3
     ),
     "statistics": lambda model: gather_statistics(model, IDS),
-    "the gate": lambda model: broken_seam(lambda: model, lambda: model, RotationSet(), IDS, 1e-9),
+    "the gate": lambda model: first_broken(lambda: model, lambda: model, RotationSet(), IDS, 1e-9),
     "outliers": lambda model: channel_peaks(model, IDS),
     "layer inputs": lambda model: LayerInputs(model, IDS, 1),
 }
@@ -71,7 +71,7 @@ def test_a_failing_look_at_a_linear_leaves_no_hook(make_model):
 
 def test_hooks_see_passes_until_the_end_of_the_block(make_model):
     model, seen = make_model(torch.float32), []
-    head = linear_at(model, "lm_head")
+    head = head_of(model)
     with temporary_hooks() as hooks:
         hooks.append(head.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape)))
         model(IDS)

@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import KVConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import decoder_of
+from spinlab.model.modules import decoder_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused import graphs

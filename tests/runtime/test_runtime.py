@@ -14,7 +14,7 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.errors import InputError
-from spinlab.model.seams import decoder_of, dimensions_of, linear_at
+from spinlab.model.modules import decoder_of, head_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
@@ -39,8 +39,8 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 def prepared(make, quant=QUANT, kv=None, rotation=None):
     networks = QuantizedNetworks(make, quant, kv or KVConfig())
     generator = torch.Generator().manual_seed(0)
-    dimensions = dimensions_of(make().config)
-    rotations = initial_rotations(rotation or RotationConfig(), dimensions, generator)
+    model_map = map_of(make())
+    rotations = initial_rotations(rotation or RotationConfig(), model_map, generator)
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
     return networks, rotations, weights
 
@@ -396,7 +396,7 @@ def test_a_deep_copy_runs_on_weights_and_caches_of_its_own(make_model, ids):
     assert torch.equal(twin.generate(ids[:, :6], **settings), tokens)
     with pytest.raises(InputError, match="another model"):
         twin(ids, past_key_values=new_cache(model, 24))
-    linear_at(twin, "lm_head").weight.zero_()
+    head_of(twin).weight.zero_()
     assert not twin(ids).logits.any()
     assert not twin(ids, past_key_values=new_cache(twin, 24)).logits.any()
     assert torch.equal(model(ids).logits, expected)
@@ -489,7 +489,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
     assert asked["model.layers.1.self_attn.o_proj"] == (24, 32, 4)  # a group per head
     assert not any(t.is_meta for t in (*built.parameters(), *built.buffers()))
     for name in ("model.embed_tokens", "lm_head"):
-        linear_at(built, name).weight.data.copy_(linear_at(model, name).weight)
+        built.get_submodule(name).weight.data.copy_(model.get_submodule(name).weight)
     # stock norms are float32 inside, those of the other model are not
     assert torch.allclose(built(ids).logits, model(ids).logits, atol=1e-4)
 

@@ -14,10 +14,10 @@ from spinlab.errors import InputError
 from spinlab.learn.learned.log_parameters import LogParameters
 from spinlab.learn.learned.transforms import BlockTransform, scaled, scaled_gradients
 from spinlab.learn.optim import on_manifold
+from spinlab.model.map import input_key
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import polar
-from spinlab.rotation.statistics import input_key
 
 
 def check_duals(inputs: Mapping[str, ScaledDual]) -> None:

@@ -1,7 +1,8 @@
 """Learning with 16-bit weights: rotations act on what is quantized, weights stay as they are.
 
 A rotated network differs from the original only where it rounds, so R1 is needed only around the
-quantizers that read the residual stream, R2 around those of values and of o_proj's input. No weight
+quantizers that read the residual stream, R2 around those of values and of what
+reads them. No weight
 is rotated and none gets a gradient. Where the norm of Euclidean gradients is asked for, R1's other
 uses, which cancel, are accounted for where the stream is read.
 """
@@ -25,7 +26,10 @@ from spinlab.learn.spaces.rotate import (
     rotate_back,
     round_rotated,
 )
-from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.model.map import Site
+from spinlab.model.modules import linears_of, map_of, norm_at
+
+See = Callable[[torch.Tensor], None]  # looks at rotated activations
 
 
 class ActivationSpace(LearningSpace):
@@ -49,19 +53,25 @@ class ActivationSpace(LearningSpace):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         rotations, local = parts.rotations, parts.local
+        self.rotations = rotations
         rotated: dict[InputPath, InputPath] = {}
-        for _, layer, seam, linear in linears_of(parts.model):
+        for site, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
-            name = {"R1": "r1", "R2": "r2"}.get(seam.reads or "")
+            name = {"R1": "r1", "R2": "r2"}.get(site.reads or "")
             if name is not None and rotations.all[name] is not None:
                 if linear.path not in rotated:
-                    kind = StreamPath if name == "r1" else HeadPath
-                    rotated[linear.path] = kind(linear.path, rotations, layer, local)
+                    rotated[linear.path] = self._rotated(name, site, linear.path, local)
                 linear.path = rotated[linear.path]
-            if seam.writes == "R2" and rotations.r2 is not None:
-                linear.register_forward_hook(_rotate_heads(rotations, layer, local))
-        norm = linear_at(parts.model, family_of(parts.model.config.model_type).final_norm)
+            if site.writes == "R2" and rotations.r2 is not None:
+                linear.register_forward_hook(_rotate_heads(rotations, site.layer, local))
+        norm = norm_at(parts.model, map_of(parts.model).final_norm)
         norm.register_forward_hook(self._after_norms)
+
+    def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
+        if name == "r2":
+            return HeadPath(path, self.rotations, site.layer)
+        see = local.watch("r1", site.layer) if site.quantized else None
+        return StreamPath(path, self.rotations, site.layer, see)
 
     def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return self._read(read_normed, out)
@@ -80,11 +90,11 @@ class StreamPath(InputPath):
     """Quantize what reads the residual stream in the basis of R1: x ↦ Q(x R1) R1ᵀ."""
 
     def __init__(
-        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
+        self, path: InputPath, rotations: LearnedRotations, layer: int, see: See | None
     ) -> None:
         assert path.rotation is None, "R1 leaves no room for an online transform"
         super().__init__(None, path.quantizer, path.readers)
-        self.rotations, self.layer, self.see = rotations, layer, local.watch("r1", layer)
+        self.rotations, self.layer, self.see = rotations, layer, see
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         r1 = self.rotations.at("r1", self.layer)
@@ -97,11 +107,9 @@ class StreamPath(InputPath):
 
 
 class HeadPath(InputPath):
-    """Quantize o_proj's input as it comes, in the basis of R2, and leave that: x ↦ Q(x) R2ᵀ."""
+    """Quantize what attention gives as it comes, in the basis of R2, and leave that: Q(x) R2ᵀ."""
 
-    def __init__(
-        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
-    ) -> None:
+    def __init__(self, path: InputPath, rotations: LearnedRotations, layer: int) -> None:
         super().__init__(path.rotation, path.quantizer, path.readers)
         self.rotations, self.layer = rotations, layer
 

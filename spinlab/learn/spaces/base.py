@@ -77,7 +77,7 @@ class LearningSpace:
         return {}
 
     def input_clips(self) -> dict[str, float]:
-        """Return learned clip ratios of inputs, by `input_key`."""
+        """Return learned clip ratios of inputs, by their keys."""
         return {}
 
     def numbers(self) -> dict[str, torch.Tensor]:

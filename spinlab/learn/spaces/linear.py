@@ -10,7 +10,7 @@ from spinlab.config import TensorQuant
 from spinlab.formats import format_of
 from spinlab.formats.gradient import pull_back
 from spinlab.formats.integer import nearest
-from spinlab.model.seams import Seam
+from spinlab.model.map import Site
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
 
@@ -22,10 +22,8 @@ TOGETHER = {"cpu": 1, "cuda": 1 << 26}
 class LearnedLinear:
     """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations."""
 
-    name: str
+    site: Site
     module: nn.Linear
-    seam: Seam
-    layer: int
     frozen: torch.Tensor
     bias: torch.Tensor | None
     format: TensorQuant | None  # None where the weight is not rounded
@@ -34,31 +32,26 @@ class LearnedLinear:
 
     @staticmethod
     def take(
-        name: str,
-        layer: int,
-        seam: Seam,
-        module: nn.Linear,
-        format: TensorQuant | None,
-        wide: torch.dtype,
+        site: Site, module: nn.Linear, format: TensorQuant | None, wide: torch.dtype
     ) -> "LearnedLinear":
         """Keep a linear's weight (out, in), and its bias where that is rotated, and empty them."""
         bias = None
-        if module.bias is not None and seam.writes is not None:
+        if module.bias is not None and site.writes is not None:
             bias = module.bias.detach()
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
         frozen = module.weight.detach()
         module.weight = nn.Parameter(torch.empty_like(frozen))
-        return LearnedLinear(name, module, seam, layer, frozen, bias, format, wide)
+        return LearnedLinear(site, module, frozen, bias, format, wide)
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weight (out, in), in the rotations' dtype; r1, r2 as they stand."""
-        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        reads, writes = rotations_at(self.site, r1, r2)
         return rotated_weight(self.frozen.to(self.wide), reads, writes)
 
     def rotate_bias(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> None:
         """Rotate a bias (out,) in its place, where the linear writes a rotated space."""
         if self.bias is not None:
-            _, writes = rotations_at(self.seam, self.layer, r1, r2)
+            _, writes = rotations_at(self.site, r1, r2)
             rotated = rotated_weight(self.bias.to(self.wide)[:, None], None, writes)[:, 0]
             self.module.bias.data.copy_(rotated)
             self.module.bias.grad = None
@@ -99,16 +92,16 @@ class LearnedLinear:
         r2: torch.Tensor | None,
         both: bool,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        reads, writes = rotations_at(self.site, r1, r2)
         parts = rotation_gradients(frozen, gradient, reads if both else None, writes)
-        for name, part in zip((self.seam.reads, self.seam.writes), parts, strict=True):
+        for name, part in zip((self.site.reads, self.site.writes), parts, strict=True):
             if name is not None and part is not None:
                 yield name, part
 
 
 @dataclass
 class LearnedBatch:
-    """Linears of one seam in several layers, which are rounded and differentiated together.
+    """Linears of one name in several layers, which are rounded and differentiated together.
 
     clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
     (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.
@@ -124,7 +117,7 @@ class LearnedBatch:
 
     @property
     def layers(self) -> list[int]:
-        return [linear.layer for linear in self.linears]
+        return [linear.site.layer for linear in self.linears]
 
     def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weights: (n, out, in)."""
@@ -158,10 +151,10 @@ class LearnedBatch:
 
 
 def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
-    """Put linears together that stand in the same seam and have the same format."""
+    """Put linears together that stand at one place of their layers and have the same format."""
     groups: dict[tuple, list[LearnedLinear]] = {}
     for linear in linears:
-        key = (linear.seam.name, linear.format, linear.frozen.shape)
+        key = (linear.site.name, linear.format, linear.frozen.shape)
         groups.setdefault(key, []).append(linear)
     found: list[LearnedBatch] = []
     for (*_, shape), group in groups.items():

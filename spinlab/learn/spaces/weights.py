@@ -14,13 +14,13 @@ from torch import nn
 
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
-from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.fakequant.insert import FakeQuantLinear, weight_format
 from spinlab.learn.learned import LogParameters, learn_input_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of
 from spinlab.learn.spaces.rotate import rotate, rotate_back
-from spinlab.model.seams import family_of, linear_at, linears_of
-from spinlab.rotation.statistics import input_key
+from spinlab.model.map import Site
+from spinlab.model.modules import linears_of, map_of
 from spinlab.weights.rtn import search_ratios
 
 
@@ -33,30 +33,28 @@ class WeightSpace(LearningSpace):
         self.quant, self.weights = parts.quant, parts.weights
         self.ranges = LogParameters(self.learn.lr_clip, most=1.0)  # of weights, by linear
         self.given = parts.clips if self.learn.lr_clip else {}
-        paths: dict[str, InputPath] = {}
+        paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.linears: list[LearnedLinear] = []
-        for name, layer, seam, module in linears_of(model):
-            format = self._format(name)
-            taken = LearnedLinear.take(name, layer, seam, module, format, rotations.wide)
-            self.linears.append(taken)
-            key = input_key(layer, seam.group)
-            if seam.reads == "R1" and key not in paths:
-                _show(local.watch("r1", layer), module, output=False)
-            paths[key] = cast(FakeQuantLinear, module).path
-            if seam.writes == "R2":
-                _show(local.watch("r2", layer), module, output=True)
+        for site, module in linears_of(model):
+            format = self._format(site)
+            self.linears.append(LearnedLinear.take(site, module, format, rotations.wide))
+            if site.quantized and site.key not in paths:
+                if site.reads == "R1":
+                    _show(local.watch("r1", site.layer), module, output=False)
+                paths[site.key] = cast(FakeQuantLinear, module).path
+            if site.writes == "R2":
+                _show(local.watch("r2", site.layer), module, output=True)
         self.paths, self.batches = paths, batches_of(self.linears)
         lr = self.learn.lr_input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
         if rotations.r1 is not None:
-            family = family_of(model.config.model_type)
-            for name, into in ((family.embedding, self.enter), (family.final_norm, self.leave)):
-                linear_at(model, name).register_forward_hook(partial(_through, into))
+            ends = map_of(model)
+            for path, into in ((ends.embedding, self.enter), (ends.final_norm, self.leave)):
+                model.get_submodule(path).register_forward_hook(partial(_through, into))
 
-    def _format(self, name: str) -> TensorQuant | None:
+    def _format(self, site: Site) -> TensorQuant | None:
         """Return the format of a weight that is rounded in the loop."""
-        format = self.quant.weights_at(name)
-        return format if self.learn.quantize_weights and format.quantizes else None
+        return weight_format(site, self.quant) if self.learn.quantize_weights else None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Take the original's residual stream x (..., hidden) to this network's: x R1."""
@@ -86,10 +84,10 @@ class WeightSpace(LearningSpace):
         for batch in self.batches:
             weights = batch.weights(rotations.r1, rotations.r2)
             if inputs is not None:
-                weights = inputs.of_weights(batch.linears[0].seam.group, batch.layers, weights)
+                weights = inputs.of_weights(batch.linears[0].site.input, batch.layers, weights)
             if batch.format is not None:
                 batch.clip = self._clip(batch, batch.format, weights, refresh)
-                names = [linear.name for linear in batch.linears]
+                names = [linear.site.path for linear in batch.linears]
                 fresh |= zip(names, batch.clip.unbind(), strict=True)
             batch.write(weights, keep=self.learn.lr_clip > 0)
         if self.learn.lr_clip and not self.ranges.logs:
@@ -100,11 +98,12 @@ class WeightSpace(LearningSpace):
     ) -> torch.Tensor:
         """Return clip ratios (n, out, in/g, 1): learned, or searched anew, or searched before."""
         if self.ranges.logs:
-            return torch.stack([self.ranges.value(linear.name) for linear in batch.linears])
+            return torch.stack([self.ranges.value(linear.site.path) for linear in batch.linears])
         if refresh or batch.clip is None:
             found = search_ratios(weights.flatten(0, 1), format, self.weights)
             searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
-            return torch.stack([self.given.get(x.name, ratio).to(ratio) for x, ratio in searched])
+            pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
+            return torch.stack([given.to(ratio) for given, ratio in pairs])
         return batch.clip
 
     def after_backward(self) -> None:
@@ -120,14 +119,14 @@ class WeightSpace(LearningSpace):
             gradients, of_ranges = batch.gradients()
             if of_ranges is not None:
                 for linear, of_range in zip(batch.linears, of_ranges, strict=True):
-                    self.ranges.logs[linear.name].grad = of_range
+                    self.ranges.logs[linear.site.path].grad = of_range
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)
-                group = batch.linears[0].seam.group
+                group = batch.linears[0].site.input
                 gradients = inputs.pull_back(group, batch.layers, weights, gradients)
             for linear, gradient in zip(batch.linears, gradients, strict=True):
                 for name, part in linear.pulled_back(gradient, rotations.r1, rotations.r2):
-                    rotations.add_gradient(name.lower(), linear.layer, part)
+                    rotations.add_gradient(name.lower(), linear.site.layer, part)
 
     def step(self, rate: float) -> None:
         """Move the clip ratios, if they are learned, at `rate` times their base rate."""
@@ -139,7 +138,7 @@ class WeightSpace(LearningSpace):
         return {name: self.ranges.value(name).cpu() for name in self.ranges.logs}
 
     def input_clips(self) -> dict[str, float]:
-        """Return the learned clip ratios of inputs, by `input_key`."""
+        """Return the learned clip ratios of inputs, by their keys."""
         return {key: self.input_ranges.value(key).item() for key in self.input_ranges.logs}
 
     def numbers(self) -> dict[str, torch.Tensor]:
@@ -158,7 +157,7 @@ class WeightSpace(LearningSpace):
         tensors: dict[str, torch.Tensor] = {}
         for batch in self.batches:
             if batch.clip is not None:
-                names = [f"clip.{linear.name}" for linear in batch.linears]
+                names = [f"clip.{linear.site.path}" for linear in batch.linears]
                 tensors |= zip(names, batch.clip.unbind(), strict=True)
         for kind, ranges in self._ranges().items():
             tensors |= {f"{kind}.{name}": value for name, value in ranges.state().items()}
@@ -167,7 +166,7 @@ class WeightSpace(LearningSpace):
     def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
         """Continue from what `state` returned."""
         for batch in self.batches:
-            names = [f"clip.{linear.name}" for linear in batch.linears]
+            names = [f"clip.{linear.site.path}" for linear in batch.linears]
             if names[0] in tensors:
                 batch.clip = torch.stack([tensors[name] for name in names]).to(device)
         for kind, ranges in self._ranges().items():

@@ -18,8 +18,7 @@ from spinlab.config import QuantConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.kv.cache import KVPath
-from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
-from spinlab.model.split import split_fused
+from spinlab.model.modules import decoder_of, linears_of, map_of, prepare
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
@@ -74,7 +73,7 @@ def runtime_from_packed(
     """
     with torch.device("meta"):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
-    split_fused(model)
+    prepare(model)
 
     class Given(Maker):
         def packed(
@@ -91,11 +90,9 @@ def runtime_from_packed(
 
 def why_not_runtime(model: PreTrainedModel, kv: KVPath) -> str | None:
     """Say why a stock model cannot run on the integer runtime as long as it is; None if it can."""
-    if kv.rows is None:
-        return _LAYERS
-    activation, window = model.config.hidden_act, _window(model)
-    if activation not in _SILU:
-        return f"the model's activation is {activation}, and the integer runtime gates by SiLU only"
+    if (reason := _unlike(model, kv)) is not None:
+        return reason
+    window = _window(model)
     if window is not None and window < model.config.max_position_embeddings:
         return f"the model has a sliding window of {window}, which the integer runtime lacks"
     return None
@@ -103,8 +100,23 @@ def why_not_runtime(model: PreTrainedModel, kv: KVPath) -> str | None:
 
 def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
     """Raise InputError for a model or a cache that the integer runtime cannot compute."""
-    if kv.rows is None or model.config.hidden_act not in _SILU:
-        raise InputError(f"{why_not_runtime(model, kv)}: use runtime.backend=reference")
+    if (reason := _unlike(model, kv)) is not None:
+        raise InputError(f"{reason}: use runtime.backend=reference")
+
+
+def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
+    """Say which module or cache of a model the integer runtime has no twin for; None if none."""
+    if kv.rows is None:
+        return _LAYERS
+    for layer in map_of(model).layers:
+        if layer.mlp is None:
+            return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
+        if layer.mlp.activation not in _SILU:
+            return (
+                f"the model's activation is {layer.mlp.activation}, and the integer runtime gates "
+                "by SiLU only"
+            )
+    return None
 
 
 def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
@@ -148,14 +160,14 @@ def _swap(
 
 def _moving_rope(model: PreTrainedModel) -> bool:
     """Tell whether RoPE reads positions back to the host, to choose its frequencies."""
-    kind = getattr(decoder_of(model).get_submodule("rotary_emb"), "rope_type", "default")
+    kind = map_of(model).rope_kind
     return "dynamic" in kind or kind == "longrope"
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
     """Say what a model keeps of keys and values, which are rows."""
     assert path.rows is not None
-    (keys, values), dimensions = path.rows, dimensions_of(model.config)
+    (keys, values), dimensions = path.rows, map_of(model).dimensions
     return Layout(
         layers=dimensions.layers,
         kv_heads=dimensions.kv_heads,
@@ -170,12 +182,8 @@ def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
 
 def _window(model: PreTrainedModel) -> int | None:
     """Return the narrowest sliding window of a stock model's layers."""
-    family, found = family_of(model.config.model_type), []
-    for layer in layers_of(model):
-        attention = layer.get_submodule(family.attention)
-        general = getattr(model.config, "sliding_window", None)
-        found.append(getattr(attention, "sliding_window", general))
-    return min((w for w in found if w is not None), default=None)
+    found = (layer.attention.window for layer in map_of(model).layers)
+    return min((window for window in found if window is not None), default=None)
 
 
 def _insert_cache(model: PreTrainedModel, pool: SlotPool) -> None:
@@ -224,7 +232,7 @@ def _prepare_cache(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _materialize(model: PreTrainedModel, device: torch.device) -> None:
     """Draw what a skeleton on no device keeps of its own: embedding, norms, head, frequencies."""
-    linears = {id(m.weight) for layer in layers_of(model) for m in layer.modules() if _linear(m)}
+    linears = {id(linear.weight) for _, linear in linears_of(model)}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in linears or not parameter.is_meta:
@@ -232,10 +240,6 @@ def _materialize(model: PreTrainedModel, device: torch.device) -> None:
             drawn = torch.empty_like(parameter, device=device)
             drawn = drawn.normal_(std=0.02) if parameter.dim() > 1 else drawn.fill_(name != "bias")
             setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    decoder = decoder_of(model)
-    rope = cast(Any, decoder.get_submodule("rotary_emb"))
-    decoder.set_submodule("rotary_emb", type(rope)(config=model.config).to(device))
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    path = map_of(model).rope
+    rope = cast(Any, model.get_submodule(path))
+    model.set_submodule(path, type(rope)(config=model.config).to(device))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -46,7 +46,7 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
 
     networks = QuantizedNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
+    rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
     weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
     ids, found = ids[:, :9].to(device), []
     mask = torch.ones_like(ids)
