@@ -69,7 +69,7 @@ def _check_fits(pipeline: Pipeline) -> None:
     input_paths(model, RotationSet(), config.quant)
     kv_path(model, None, config.kv)
     if config.rounded_on_text and config.weights.method == "gptq":
-        check_samples(config.weights.samples)
+        check_samples(config.weights.gptq.samples)
     if pipeline.run.backend == "triton":
         check_runtime(model)
 

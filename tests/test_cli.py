@@ -125,7 +125,7 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "rotation.load=R.bin", "rotation.online=false"], ["brings its rotations"]),
         ([*TOY, "rotation=duquant", "rotation.online=false"], ["runs online"]),
         ([*TOY, "rotation.r4=random", "rotation.r4_block=64"], ["rotation.r4=random"]),
-        ([*TOY, "weights=lwc", "learn.lr_clip=0.1"], ["lwc_epochs", "set one to 0"]),
+        ([*TOY, "weights=lwc", "learn.lr_clip=0.1"], ["learn.lr_clip=0.1", "weights=rtn"]),
         (
             [*TOY, "rotation=smoothquant", "rotation.smooth_groups=[o]", "rotation.online=false"],
             ["grouped queries", "rotation.smooth_groups"],

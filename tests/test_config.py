@@ -20,7 +20,7 @@ EXPERIMENTS = sorted(
 )
 FLOATS = [
     *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
-    *("learn.objective.kl", "weights.percdamp", "weights.clip_norm", "weights.lwc_lr"),
+    *("learn.objective.kl", "weights.gptq.percdamp", "weights.clip.norm", "weights.lwc.lr"),
     *("model.outlier_scale", "rotation.smooth", "kv.clip_ratio", "quant.weights.clip_ratio"),
 ]
 
@@ -40,7 +40,7 @@ def test_numbers_are_finite(name, value):
         ("learn.save_every=99999999999999999999", "does not fit into 64 bits"),
         ("learn.steps=1000000000", "goes from 0 to 1000000"),
         ("learn.batch=1000000000", "goes from 1 to 1000000"),
-        ("weights.samples=1000000000", "goes from 1 to 1000000"),
+        ("weights.gptq.samples=1000000000", "goes from 1 to 1000000"),
         ("rotation.duquant.steps=1000000000", "goes from 1 to 1000000"),
         ("eval.batch=1000000000", "goes from 1 to 1000000"),
         ("runtime.threads=1000000000", "goes from 0 to 4096"),
@@ -85,10 +85,10 @@ def test_every_seed_of_64_bits_is_taken():
         (["learn.rotations=[r1]", "learn.lr_r2=3"], "learn.lr_r2"),
         (["learn.optimizer=qr_sgd", "learn.cap_step=false"], "learn.cap_step"),
         (["learn.quantize_weights=false", "learn.clip_refresh=7"], "learn.clip_refresh"),
-        (["weights=rtn", "weights.percdamp=0.1"], "weights.percdamp"),
-        (["weights=rtn", "weights.samples=9"], "weights.samples"),
-        (["weights=gptq", "weights.lwc_lr=0.1"], "weights.lwc_lr"),
-        (["weights=rtn_fixed", "weights.clip_norm=2"], "weights.clip_norm"),
+        (["weights=rtn", "weights.gptq.percdamp=0.1"], "weights.gptq.percdamp"),
+        (["weights=rtn", "weights.gptq.samples=9"], "weights.gptq.samples"),
+        (["weights=gptq", "weights.lwc.lr=0.1"], "weights.lwc.lr"),
+        (["weights=rtn_fixed", "weights.clip.norm=2"], "weights.clip.norm"),
         (["quant.activations.bits=16", "quant.activations.group_size=8"], "group_size"),
         (["kv=kv16", "kv.group_size=8"], "kv.group_size"),
         (["rotation.duquant.steps=9"], "rotation.duquant.steps"),
@@ -114,7 +114,7 @@ def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, capl
     "overrides",
     [
         ["learn.lr=0.5", "learn.lr_r2=3", "learn.clip_refresh=2"],
-        ["weights=gptq", "weights.percdamp=0.1", "weights.samples=9"],
+        ["weights=gptq", "weights.gptq.percdamp=0.1", "weights.gptq.samples=9"],
         ["rotation=duquant", "learn=none", "rotation.duquant.steps=9"],
         ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
         ["learn=none", "eval.tasks=[]"],

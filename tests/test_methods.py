@@ -25,8 +25,8 @@ EXPERIMENTS = sorted(
     for path in (CONF / "experiment").rglob("*.yaml")
 )
 SMALL = [
-    "weights.samples=3",
-    "weights.sequence_length=64",
+    *(f"weights.{method}.samples=3" for method in ("gptq", "lwc")),
+    *(f"weights.{method}.sequence_length=64" for method in ("gptq", "lwc")),
     "rotation.statistics.samples=3",
     "rotation.statistics.sequence_length=64",
     "rotation.duquant.steps=8",
@@ -82,7 +82,7 @@ def test_every_model_composes(model):
 def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     learned = ("learned_ranges", "learned_inputs", "duquant_learned")
     steps = dict.fromkeys((*learned, "spinquant_had", "spinquant_no_had"), 2)
-    lwc = ["weights.lwc_epochs=1"] if method == "duquant_lwc" else []
+    lwc = ["weights.lwc.epochs=1"] if method == "duquant_lwc" else []
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
     )
@@ -287,13 +287,13 @@ def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text
 def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
     run = pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true", "weights=gptq", *SMALL)
     rotations = run.rotations("fake")
-    warn_of_mismatch(rotations, run.config.weights)
+    warn_of_mismatch(rotations, "gptq")
     assert "learned with 4-bit weights in the loop and are used with weights=gptq" in caplog.text
     assert rotations.about["trained"]["weights_bits"] == 4
     assert rotations.about["family"] == "llama"
     caplog.clear()
-    warn_of_mismatch(rotations, composed("weights=rtn").weights)
-    warn_of_mismatch(run.rotations("init"), run.config.weights)
+    warn_of_mismatch(rotations, "rtn")
+    warn_of_mismatch(run.rotations("init"), "gptq")
     assert not caplog.text
 
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from spinlab.bench.models import random_llama
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
     plain,
 )
 from spinlab.fakequant.activations import InputPath
@@ -44,7 +44,7 @@ LINEARS = (
     (1, 576, 1536),
 )
 _CACHES = {"kv16": KVConfig(16, 16), "kv4": KVConfig()}
-_ROUNDING = WeightsConfig(clip_search=False)  # levels take the same time, whichever they are
+_ROUNDING = ClipSearch(search=False)  # levels take the same time, whichever they are
 _WARM_UP = 3
 
 

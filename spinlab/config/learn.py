@@ -1,6 +1,7 @@
 """Settings of how rotations are learned."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from spinlab.config.checks import at_least, choice, count, positive
 from spinlab.errors import InputError
@@ -76,6 +77,7 @@ class LearnConfig:
     `inputs` among the rotations are the transforms that rotation.inputs puts before linears.
     """
 
+    place: ClassVar[str] = "learn"
     steps: int = 100
     batch: int = 8  # sequences per step, whatever the hardware
     micro_batch: int = 1  # sequences per forward pass and process; gradients add up to the batch

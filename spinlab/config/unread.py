@@ -12,6 +12,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.quant import TensorQuant
+from spinlab.config.weights import METHODS
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}", value
 
 
+def _others(part: Any, place: str, *read: str) -> list[str]:
+    """Name the settings of a part but for those that are read."""
+    return [f"{place}.{f.name}" for f in fields(part) if f.name not in read]
+
+
 def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
     yield from _of_model(config)
@@ -93,7 +99,7 @@ def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
 def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
     learn = config.learn
     if not learn.steps:
-        yield "learn.steps=0", [f"learn.{f.name}" for f in fields(learn) if f.name != "steps"]
+        yield "learn.steps=0", _others(learn, "learn", "steps")
         return
     of_names = f"learn.rotations=[{','.join(learn.rotations)}]"
     own = {"r1": None, "r2": learn.lr_r2, "inputs": learn.lr_inputs}
@@ -109,17 +115,10 @@ def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
 
 def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:
     weights = config.weights
-    gptq = ["block_size", "percdamp", "act_order", "static_groups"]
-    names = [] if weights.method == "gptq" else gptq
-    names += [] if weights.lwc_epochs else ["lwc_lr"]
-    names += (
-        [] if weights.lwc_epochs or weights.method == "gptq" else ["samples", "sequence_length"]
-    )
-    with_lwc = f" and weights.lwc_epochs={weights.lwc_epochs}"
-    yield f"weights.method={weights.method}{with_lwc}", [f"weights.{name}" for name in names]
-    if not weights.clip_search:
-        parts = ("clip_norm", "clip_grid", "clip_max_shrink")
-        yield "weights.clip_search=false", [f"weights.{part}" for part in parts]
+    others = [name for name in METHODS if name != weights.method]
+    yield f"weights.method={weights.method}", [f"weights.{name}" for name in others]
+    if not weights.clip.search:
+        yield "weights.clip.search=false", _others(weights.clip, "weights.clip", "search")
     if not config.quant.quantizes_weights:
         yield "weights of 16 bits", ["weights"]
 
@@ -130,8 +129,7 @@ def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
         tensor: TensorQuant = getattr(quant, name)
         inherited = any(name in override for override in quant.overrides)
         if not tensor.quantizes and not inherited:
-            parts = ("format", "symmetric", "group_size", "clip_ratio")
-            yield f"quant.{name}.bits=16", [f"quant.{name}.{part}" for part in parts]
+            yield f"quant.{name}.bits=16", _others(tensor, f"quant.{name}", "bits")
     if not any(tensor.quantizes for tensor in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
     if kv.k_bits == kv.v_bits == kv.q_bits == 16:
@@ -145,7 +143,7 @@ def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
     if rotation.load and rotation.load.endswith(".safetensors"):
         yield (
             "rotation.load=….safetensors, which holds all rotations",
-            [f"rotation.{f.name}" for f in fields(rotation) if f.name != "load"],
+            _others(rotation, "rotation", "load"),
         )
         return
     if rotation.load:
@@ -174,4 +172,4 @@ def _of_measures(config: Config) -> Iterator[tuple[str, list[str]]]:
         reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
         yield reason, [f"eval.{part}" for part in parts]
     if tracker.wandb.mode == "disabled":
-        yield "tracker.wandb.mode=disabled", ["tracker.wandb.project", "tracker.wandb.entity"]
+        yield "tracker.wandb.mode=disabled", _others(tracker.wandb, "tracker.wandb", "mode")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.config import ClipSearch, LearnConfig, QuantConfig
 from spinlab.learn.guard import Guard
 from spinlab.learn.learned.rotations import LearnedRotations
 from spinlab.learn.optim.make import make_optimizer
@@ -40,7 +40,7 @@ class RotationLearner:
         start: RotationSet,
         learn: LearnConfig,
         quant: QuantConfig,
-        weights: WeightsConfig,
+        clip: ClipSearch,
         teacher: PreTrainedModel | None = None,
         form: Callable[[Parts], NetworkForm] | None = None,
     ) -> None:
@@ -53,7 +53,7 @@ class RotationLearner:
         if form is None:
             form = WeightSpace if rounds_weights(learn, quant) else ActivationSpace
         ranges = start.weight_clips
-        self.form = form(Parts(model, self.rotations, self.local, learn, quant, weights, ranges))
+        self.form = form(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
         for network in (model, teacher):  # what a form has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import (
     FakeQuantLinear,
@@ -71,14 +71,14 @@ def _ends(model: PreTrainedModel, quant: QuantConfig) -> dict[str, tuple[str, Te
 
 
 def quantize_ends(
-    model: PreTrainedModel, quant: QuantConfig, config: WeightsConfig
+    model: PreTrainedModel, quant: QuantConfig, clip: ClipSearch
 ) -> dict[str, QuantizedWeight]:
     """Return embedding and head, if they have a format, rounded to nearest; set the embedding.
 
     What reads the embedding then sees the quantized one, as layers see those before them.
     """
     found = {
-        name: rtn(linear_at(model, name).weight, format, config).cpu()
+        name: rtn(linear_at(model, name).weight, format, clip).cpu()
         for name, format in _ends(model, quant).values()
     }
     embedding = family_of(model.config.model_type).embedding
@@ -90,12 +90,12 @@ def quantize_ends(
 def quantize_rtn(
     model: PreTrainedModel,
     quant: QuantConfig,
-    config: WeightsConfig,
-    clips: Mapping[str, torch.Tensor],
+    clip: ClipSearch,
+    learned: Mapping[str, torch.Tensor],
 ) -> dict[str, QuantizedWeight]:
     """Return every weight that has a format of fewer than 16 bits, rounded to nearest.
 
-    clips: learned clip ratios by name; a weight without one gets its clip search.
+    learned: clip ratios by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
     for name, _, _, linear in tqdm(list(linears_of(model)), desc="rtn"):
@@ -103,11 +103,11 @@ def quantize_rtn(
         if not format.quantizes:
             continue
         weight = linear.weight.detach().float()
-        if name in clips:
-            found[name] = round_to_nearest(weight, format, clips[name].to(weight.device)).cpu()
+        if name in learned:
+            found[name] = round_to_nearest(weight, format, learned[name].to(weight.device)).cpu()
         else:
-            found[name] = rtn(weight, format, config).cpu()
-    return found | quantize_ends(model, quant, config)
+            found[name] = rtn(weight, format, clip).cpu()
+    return found | quantize_ends(model, quant, clip)
 
 
 def quantize_gptq(
@@ -130,7 +130,7 @@ def quantize_gptq(
     """
     check_samples(len(windows))
     insert_fake_quant(model, rotations, None)
-    found = quantize_ends(model, quant, config)
+    found = quantize_ends(model, quant, config.clip)
     mine = parallel.part(windows)
     inputs = LayerInputs(model, mine, batch_of(model.device, windows.shape[1]))
     for index in tqdm(range(len(inputs.layers)), desc="gptq"):
@@ -144,7 +144,7 @@ def check_samples(samples: int) -> None:
     """Raise InputError where there are fewer calibration windows than processes."""
     if samples < parallel.world():
         raise InputError(
-            f"weights.samples={samples} leaves some of {parallel.world()} processes without a "
+            f"weights.gptq.samples={samples} leaves some of {parallel.world()} processes without a "
             "window: raise it, or start fewer"
         )
 
@@ -186,7 +186,7 @@ def _quantize_layer(
                 formats.setdefault(format, []).append(name)
         if not formats:
             continue
-        spread = error_spread(gather(inputs, linear_at(model, names[0])), config)
+        spread = error_spread(gather(inputs, linear_at(model, names[0])), config.gptq)
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
             whole = gptq(torch.cat(weights), spread, format, config)

@@ -12,13 +12,13 @@ import spinlab.learn.announce as telling
 import spinlab.learn.estimate as module
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.errors import InputError
 from spinlab.learn.announce import announce
@@ -53,7 +53,7 @@ def learner_of(make_model, learn: LearnConfig) -> RotationLearner:
     networks = QuantizedNetworks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
     dimensions = dimensions_of(networks.original().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    return RotationLearner(networks.learnable(start), start, learn, QUANT, WeightsConfig())
+    return RotationLearner(networks.learnable(start), start, learn, QUANT, ClipSearch())
 
 
 def batch_of(learn: LearnConfig) -> torch.Tensor:

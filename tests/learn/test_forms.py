@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.config.learn import GRAD_NORMS
 from spinlab.learn.loop import RotationLearner
@@ -46,7 +46,7 @@ def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
     networks = QuantizedNetworks(lambda: make(dtype), quant, KVConfig())
     dimensions = dimensions_of(make(dtype).config)
     start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
-    parts = networks.learnable(start), start, learn, quant, WeightsConfig(), make(dtype)
+    parts = networks.learnable(start), start, learn, quant, ClipSearch(), make(dtype)
     return RotationLearner(*parts, form=form)
 
 

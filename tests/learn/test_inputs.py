@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from spinlab.config import KVConfig, LearnConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, TensorQuant
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.progress import resume, save_progress
@@ -64,7 +64,7 @@ def learner_of(make_model, inputs, dtype=torch.float64, **changes):
     learn = LearnConfig(**{**SETTINGS, **changes})
     model = networks.learnable(start, inputs=True)
     teacher = make_model(dtype)
-    return RotationLearner(model, start, learn, QUANT, WeightsConfig(), teacher), networks
+    return RotationLearner(model, start, learn, QUANT, ClipSearch(), teacher), networks
 
 
 class Dense:
@@ -98,7 +98,7 @@ def by_autograd(networks, inputs):
     for _, layer, seam, linear in linears_of(model):
         here = dense[input_key(layer, seam.group)]
         weight = here.of_weight(linear.weight.detach())
-        ratios = search_ratios(weight.detach(), QUANT.weights, WeightsConfig())
+        ratios = search_ratios(weight.detach(), QUANT.weights, ClipSearch())
         rounded = StraightThrough.apply(
             weight, lambda w, r=ratios: round_to_nearest(w, QUANT.weights, r).dequantize(w.dtype)
         )
@@ -156,7 +156,7 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model):
     model = networks.fused(found)
     weights = {}
     for name, *_, linear in linears_of(model):
-        ratios = search_ratios(linear.weight, QUANT.weights, WeightsConfig())
+        ratios = search_ratios(linear.weight, QUANT.weights, ClipSearch())
         weights[name] = round_to_nearest(linear.weight, QUANT.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)

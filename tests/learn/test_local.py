@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.learn.loop import RotationLearner
 from spinlab.learn.placement import recompute_layers
@@ -30,7 +30,7 @@ def learner_of(make_model, objective, quant=None, **changes):
     networks = QuantizedNetworks(lambda: make_model(torch.float64), quant, KVConfig())
     dimensions = dimensions_of(make_model().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    return RotationLearner(networks.learnable(start), start, learn, quant, WeightsConfig()), start
+    return RotationLearner(networks.learnable(start), start, learn, quant, ClipSearch()), start
 
 
 def gradients(learner):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.config.learn import OPTIMIZERS
 from spinlab.errors import InputError
@@ -33,7 +33,7 @@ def make_learner(make_model, learn, quant=FLOAT, kv=FLOAT_KV, rotation=None):
     rotation = rotation or RotationConfig()
     start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
     model = networks.learnable(start)
-    return RotationLearner(model, start, learn, quant, WeightsConfig()), networks
+    return RotationLearner(model, start, learn, quant, ClipSearch()), networks
 
 
 def windows(count: int, length: int = 16) -> torch.Tensor:
@@ -186,12 +186,12 @@ def test_learning_goes_on_from_the_ranges_that_came_with_the_rotations(make_mode
     first.step(0, windows(2))
     narrow = {name: ratio / 2 for name, ratio in first.result().weight_clips.items()}
     start = replace(first.result(), weight_clips=narrow)
-    settings = learn, quant, WeightsConfig()
+    settings = learn, quant, ClipSearch()
     second = RotationLearner(networks.learnable(start), start, *settings)
     second.step(0, windows(2))
     for name, ratio in second.result().weight_clips.items():
         assert torch.allclose(ratio, narrow[name], rtol=1e-5)
-    searched = replace(learn, lr_clip=0.0), quant, WeightsConfig()
+    searched = replace(learn, lr_clip=0.0), quant, ClipSearch()
     third = RotationLearner(networks.learnable(start), start, *searched)
     third.step(0, windows(2))
     assert third.result().weight_clips == {}

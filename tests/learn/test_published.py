@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
-from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, RotationConfig
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.loop import RotationLearner
@@ -104,7 +104,7 @@ def learner_of(make, start, **changes):
         start,
         learn,
         quant,
-        WeightsConfig(),
+        ClipSearch(),
     )
     return RotationLearner(*parts)
 

@@ -10,13 +10,13 @@ import torch.multiprocessing as mp
 
 from spinlab import parallel
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     ModelConfig,
     ObjectiveConfig,
     QuantConfig,
     RotationConfig,
-    WeightsConfig,
 )
 from spinlab.learn.loop import RotationLearner, learn_rotations
 from spinlab.learn.placement import recompute_layers, shard_layers
@@ -60,7 +60,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
     dimensions = dimensions_of(original().config)
     start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
     model, teacher = networks.learnable(start), original() if rounded else None
-    learner = RotationLearner(model, start, learn, QuantConfig(), WeightsConfig(), teacher)
+    learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
     if recompute:
         recompute_layers(model)
     if not rounded:

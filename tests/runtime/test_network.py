@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    ClipSearch,
+    GPTQConfig,
+    KVConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.model.seams import dimensions_of, linear_at, linears_of
@@ -25,7 +33,7 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
     networks = QuantizedNetworks(lambda: make_model(dtype), quant, kv)
     dimensions = dimensions_of(make_model().config)
     rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
 
@@ -178,7 +186,7 @@ def test_generate_runs_on_integers_and_matches_full_passes(make_model, ids):
 def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model, tmp_path):
     networks, rotations, weights = prepared(make_model)
     windows = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(0))
-    config = WeightsConfig(method="gptq", block_size=8)
+    config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=8))
 
     def gptq(folder):
         folder.mkdir(exist_ok=True)
@@ -277,7 +285,7 @@ def test_the_gates_networks_compute_in_float64_and_are_no_larger_than_what_they_
     networks = ExactNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(clip_search=False), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(search=False), {})
     most = bytes_of(networks.fused(rotations)) + 7 * 2 * 64 * 48  # both ends in 8 bytes, not in 2
     expected = networks.dequantized(rotations, weights)
     found = networks.integer(rotations, weights, "reference")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.model.seams import decoder_of, dimensions_of, linear_at
 from spinlab.networks.quantized import QuantizedNetworks
@@ -32,7 +32,7 @@ def prepared(make, quant=QUANT, kv=None, rotation=None):
     generator = torch.Generator().manual_seed(0)
     dimensions = dimensions_of(make().config)
     rotations = initial_rotations(rotation or RotationConfig(), dimensions, generator)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
 
@@ -219,7 +219,7 @@ def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_mode
         inputs[key] = ScaledDual(dual=DualTransform(block, order, block))
     rotations = RotationSet(r3=hadamard_rotation(8), inputs=inputs)
     networks = QuantizedNetworks(make_model, QUANT, KVConfig())
-    weights = quantize_rtn(networks.fused(rotations), QUANT, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), QUANT, ClipSearch(), {})
     model = runtime(networks, rotations, weights)
     assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
 

@@ -31,7 +31,7 @@ class PlainSpace(NetworkForm):
     def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
         model = parts.model
         self.rotations, self.dtype = parts.rotations, dtype
-        self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
+        self.learn, self.quant, self.search = parts.learn, parts.quant, parts.search
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
         self.clip: dict[str, torch.Tensor] = {}
         self.linears = list(linears_of(model))
@@ -85,7 +85,7 @@ class PlainSpace(NetworkForm):
             weights = {name: weight for name, _, _, weight in self._rotated()}
         formats = {name: self.quant.weights_at(name) for name in weights}
         self.clip = {
-            name: search_ratios(weight, formats[name], self.weights)
+            name: search_ratios(weight, formats[name], self.search)
             for name, weight in weights.items()
             if formats[name].quantizes
         }

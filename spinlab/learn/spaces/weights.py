@@ -31,7 +31,7 @@ class WeightSpace(NetworkForm):
     def __init__(self, parts: Parts) -> None:
         model, rotations, local = parts.model, parts.rotations, parts.local
         self.rotations = rotations
-        self.learn, self.quant, self.weights = parts.learn, parts.quant, parts.weights
+        self.learn, self.quant, self.search = parts.learn, parts.quant, parts.search
         self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
         self.given = parts.clips if self.learn.lr_clip else {}
         self.of_clips: dict[str, torch.Tensor] = {}
@@ -103,7 +103,7 @@ class WeightSpace(NetworkForm):
         if self.ratios is not None and self.ratios.logs:
             return torch.stack([self.ratios.number(linear.name) for linear in batch.linears])
         if refresh or batch.clip is None:
-            found = search_ratios(weights.flatten(0, 1), format, self.weights)
+            found = search_ratios(weights.flatten(0, 1), format, self.search)
             searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
             return torch.stack([self.given.get(x.name, ratio).to(ratio) for x, ratio in searched])
         return batch.clip
