@@ -8,16 +8,13 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spinlab.compose import composed
+from spinlab.compose import composed, options_of
 from spinlab.config.unread import check_read, unread
 from spinlab.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-CONF = ROOT / "conf"
-EXPERIMENTS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix(""))
-    for path in (CONF / "experiment").rglob("*.yaml")
-)
+PAPER = [["+experiment=paper", f"method={method}"] for method in options_of("method")]
+EXPERIMENTS = [*([f"+experiment={name}"] for name in options_of("experiment")), *PAPER]
 FLOATS = [
     *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
     *("learn.objective.kl", "weights.gptq.percdamp", "weights.clip.norm", "weights.lwc.lr"),
@@ -182,15 +179,21 @@ def test_what_a_models_preset_carries_for_other_sources_is_only_told(arguments, 
     assert all(name in caplog.text for name in logged)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("toy")])
-def test_experiments_set_nothing_that_they_do_not_read(name):
+@pytest.mark.parametrize("arguments", [x for x in EXPERIMENTS if "toy" not in x[0]], ids=" ".join)
+def test_experiments_set_nothing_that_they_do_not_read(arguments):
     # a model's preset carries its shape as well, for random weights
-    assert set(unread(composed(f"+experiment={name}"))) <= {"model.architecture"}
+    assert set(unread(composed(*arguments))) <= {"model.architecture"}
 
 
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.startswith("llama")])
-def test_llama_rows_measure_what_the_paper_does(name):
-    config = composed(f"+experiment={name}")
+@pytest.mark.parametrize("model", ["llama2_7b", "llama3_8b"])
+@pytest.mark.parametrize(
+    "arguments",
+    [*PAPER, *([f"+experiment={name}"] for name in ("llmc_quarot", "llmc_gptq"))],
+    ids=" ".join,
+)
+def test_llama_rows_measure_what_the_paper_does(arguments, model):
+    config = composed(*arguments, f"model={model}")
+    assert config.name.startswith(f"{model}/")
     assert "wikitext2" in config.data.evaluation
     if not config.export.transformed:  # the first of two runs, not a row
         assert config.eval.scored
@@ -202,9 +205,11 @@ def test_llama_rows_measure_what_the_paper_does(name):
 
 
 def documented() -> list[list[str]]:
-    """Return the arguments of every command of the README, and of its lines of bare settings."""
+    """Return the arguments of every command of the pages, and of their lines of bare settings."""
     found = []
-    for block in (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    for block in [block for text in texts for block in text.split("```")[1::2]]:
         for line in block.splitlines():
             *command, arguments = line.rpartition("spinlab +experiment=")
             words = shlex.split(arguments, comments=True)
@@ -218,9 +223,9 @@ def documented() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("arguments", documented(), ids=" ".join)
-def test_what_the_readme_says_composes_and_is_read(arguments):
+def test_what_the_pages_say_composes_and_is_read(arguments):
     check_read(composed(*arguments), arguments)
 
 
-def test_the_readme_is_understood():
+def test_the_pages_are_understood():
     assert len(documented()) > 15

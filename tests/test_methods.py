@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinlab.compose import composed
+from spinlab.compose import composed, options_of
+from spinlab.config import plain
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
@@ -20,10 +21,12 @@ from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-EXPERIMENTS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix(""))
-    for path in (CONF / "experiment").rglob("*.yaml")
-)
+# a point of a grid is named after it
+NAMES = {
+    **dict.fromkeys(("paper", "llama2_7b_w4a4kv4"), "llama2_7b/spinquant_had"),
+    "methods_smollm2": "methods_smollm2/spinquant_had",
+    **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
+}
 SMALL = [
     *(f"weights.{method}.samples=3" for method in ("gptq", "lwc")),
     *(f"weights.{method}.sequence_length=64" for method in ("gptq", "lwc")),
@@ -68,9 +71,20 @@ def text(tmp_path) -> list[str]:
     return [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", options_of("experiment"))
 def test_every_experiment_composes_under_its_own_name(name):
-    assert composed(f"+experiment={name}").name == name
+    assert composed(f"+experiment={name}").name == NAMES.get(name, name)
+
+
+def test_what_composes_to_the_same_settings_has_one_name():
+    words = [[f"+experiment={name}"] for name in options_of("experiment")]
+    for grid in ("paper", "methods_smollm2"):
+        words += [[f"+experiment={grid}", f"method={name}"] for name in options_of("method")]
+    named: dict[str, set[str]] = {}
+    for config in (composed(*arguments) for arguments in words):
+        settings = json.dumps(plain(replace(config, name="x")), sort_keys=True)
+        named.setdefault(settings, set()).add(config.name)
+    assert all(len(names) == 1 for names in named.values())
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
@@ -343,13 +357,14 @@ def test_a_record_tells_loaded_rotations_apart_by_content_and_keeps_no_path(tmp_
 @pytest.mark.parametrize(
     ("experiment", "choice", "setting", "value"),
     [
-        ("methods_smollm2/learned_ranges", "learn=none", "learn.steps", 0),
-        ("llama2_7b/llmc_quarot", "rotation=hadamard", "rotation.r3", "hadamard"),
-        ("llama2_7b/duquant_lwc", "rotation=smoothquant", "rotation.smooth", 0.5),
-        ("llama2_7b/duquant_lwc", "rotation=hadamard", "rotation.smooth", None),
+        ("paper method=learned_ranges", "learn=none", "learn.steps", 0),
+        ("llmc_quarot", "rotation=hadamard", "rotation.r3", "hadamard"),
+        ("paper method=published/duquant_lwc", "rotation=smoothquant", "rotation.smooth", 0.5),
+        ("paper method=published/duquant_lwc", "rotation=hadamard", "rotation.smooth", None),
+        ("paper method=published/quarot", "kv=kv8", "kv.clip_ratio", 1.0),
     ],
 )
 def test_a_chosen_group_beats_what_the_experiment_chose(experiment, choice, setting, value):
     group, _, name = setting.partition(".")
-    config = composed(f"+experiment={experiment}", choice)
+    config = composed(*f"+experiment={experiment}".split(), choice)
     assert getattr(getattr(config, group), name) == value
