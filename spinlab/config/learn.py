@@ -1,20 +1,22 @@
 """Settings of how rotations are learned."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spinlab.config.checks import at_least, choice, count, positive
 from spinlab.errors import InputError
 
-OPTIMIZERS = (
-    "cayley_sgd",
-    "cayley_exact",
-    "cayley_adam",
-    "riemannian_sgd",
-    "riemannian_adam",
-    "qr_sgd",
-    "qr_adam",
-)
+# the optimizers, each with those of the settings below that it reads
+OPTIMIZERS = {
+    "cayley_sgd": ("momentum", "cap_step"),
+    "cayley_exact": ("momentum", "cap_step"),
+    "cayley_adam": ("cap_step",),
+    "riemannian_sgd": ("momentum",),
+    "riemannian_adam": (),
+    "qr_sgd": ("momentum",),
+    "qr_adam": (),
+}
+OPTIMIZER_SETTINGS = ("momentum", "cap_step")
 GRAD_NORMS = ("riemannian", "euclidean")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = ("auto", "on", "off")
@@ -41,8 +43,6 @@ class ObjectiveConfig:
         for name, weight in weights.items():
             at_least(f"learn.objective.{name}", weight, 0)
         at_least("learn.objective.kl_top_k", self.kl_top_k, 0)
-        if self.kl_top_k and not self.kl:
-            raise InputError("learn.objective.kl_top_k is of kl, which has no weight")
         if not any(weights.values()):
             raise InputError(f"learn.objective has no term: weigh one of {', '.join(OBJECTIVES)}")
 
@@ -122,13 +122,11 @@ class LearnConfig:
         positive("learn.max_grad_norm", self.max_grad_norm)
         if not 0 <= self.momentum < 1:
             raise InputError(f"learn.momentum={self.momentum} must lie in [0, 1)")
-        if self.momentum and self.optimizer.endswith("adam"):
-            raise InputError(f"learn.momentum has no meaning with {self.optimizer}: set it to 0")
         if self.batch % self.micro_batch:
             raise InputError(
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
-        choice("learn.optimizer", self.optimizer, OPTIMIZERS)
+        choice("learn.optimizer", self.optimizer, tuple(OPTIMIZERS))
         choice("learn.grad_norm", self.grad_norm, GRAD_NORMS)
         choice("learn.schedule", self.schedule, SCHEDULES)
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
@@ -139,6 +137,11 @@ class LearnConfig:
             choice("learn.rotations", name, ("r1", "r2", "inputs"))
         if self.steps:
             self._check_terms()
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """The settings that the chosen optimizer reads beside its rates."""
+        return {name: getattr(self, name) for name in OPTIMIZERS[self.optimizer]}
 
     def _check_terms(self) -> None:
         """Refuse settings that would do nothing."""
@@ -151,11 +154,6 @@ class LearnConfig:
             raise InputError(
                 f"learn.lr_input_clip={self.lr_input_clip} is built for quantized weights in the "
                 "loop: it needs learn.quantize_weights=true"
-            )
-        if (self.lr_scale or self.lr_inputs) and "inputs" not in self.rotations:
-            raise InputError(
-                "learn.lr_scale and learn.lr_inputs are those of single inputs: add inputs to "
-                "learn.rotations"
             )
         if self.objective.on_activations and self.rotations == ["inputs"]:
             raise InputError(

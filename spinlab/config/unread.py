@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from spinlab.config import Config, plain
+from spinlab.config.learn import OPTIMIZER_SETTINGS
 from spinlab.config.quant import TensorQuant
 from spinlab.config.weights import METHODS
 from spinlab.errors import InputError
@@ -107,10 +108,16 @@ def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield f"rates of their own for {of_names}", ["learn.lr"]
     if "r2" not in learn.rotations:
         yield of_names, ["learn.lr_r2"]
-    if not learn.optimizer.startswith("cayley"):
-        yield f"learn.optimizer={learn.optimizer}", ["learn.cap_step"]
+    if "inputs" not in learn.rotations:
+        yield of_names, ["learn.lr_inputs", "learn.lr_scale"]
+    others = [name for name in OPTIMIZER_SETTINGS if name not in learn.optimizer_settings]
+    yield f"learn.optimizer={learn.optimizer}", [f"learn.{name}" for name in others]
     if not learn.quantize_weights:
         yield "learn.quantize_weights=false", ["learn.clip_refresh"]
+    if learn.lr_clip:
+        yield "learned clip ratios, which are searched once,", ["learn.clip_refresh"]
+    if not learn.objective.kl:
+        yield "learn.objective.kl=0", ["learn.objective.kl_top_k"]
 
 
 def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:

@@ -1,5 +1,7 @@
 """The optimizers of rotations by name, all on groups of (..., n, n) orthogonal parameters."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import geoopt
@@ -31,15 +33,14 @@ def make_optimizer(groups: list[dict[str, Any]], learn: LearnConfig) -> torch.op
     different things: that of riemannian_adam is the Frobenius length of a matrix's step (its
     second moment is one number per matrix), that of qr_adam the length of each latent entry's.
     """
-    lr, momentum, cap = learn.lr, learn.momentum, learn.cap_step
-    geoopt_optim = cast(Any, geoopt.optim)
-    makers = {
-        "cayley_sgd": lambda: CayleySGD(groups, lr, momentum, cap),
-        "cayley_exact": lambda: CayleySGD(groups, lr, momentum, cap, cayley_exact),
-        "cayley_adam": lambda: CayleyAdam(groups, lr, cap_step=cap),
-        "riemannian_sgd": lambda: geoopt_optim.RiemannianSGD(groups, lr=lr, momentum=momentum),
-        "riemannian_adam": lambda: geoopt_optim.RiemannianAdam(groups, lr=lr),
-        "qr_sgd": lambda: QRSGD(groups, lr, momentum),
-        "qr_adam": lambda: QRAdam(groups, lr),
+    optim = cast(Any, geoopt.optim)
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "cayley_sgd": CayleySGD,
+        "cayley_exact": partial(CayleySGD, transform=cayley_exact),
+        "cayley_adam": CayleyAdam,
+        "riemannian_sgd": optim.RiemannianSGD,
+        "riemannian_adam": optim.RiemannianAdam,
+        "qr_sgd": QRSGD,
+        "qr_adam": QRAdam,
     }
-    return makers[learn.optimizer]()
+    return makers[learn.optimizer](groups, lr=learn.lr, **learn.optimizer_settings)
