@@ -12,11 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 from spinlab import parallel
 from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
-from spinlab.export.rotations import save_rotations
-from spinlab.export.transformed import save_transformed
+from spinlab.export.base import Subject, write_exports
 from spinlab.files import writing
 from spinlab.finite import check_finite
-from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
 from spinlab.preflight import preflight
@@ -24,6 +23,7 @@ from spinlab.report.figures import draw_outliers
 from spinlab.report.tables.record import result_table
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of
+from spinlab.stages.weights import weights_in
 from spinlab.track.environment import environment
 from spinlab.track.journal import Journal
 from spinlab.track.record import Record
@@ -118,14 +118,15 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 
 
 def export(pipeline: Pipeline) -> None:
-    """Write the files that the settings ask for: rotations, a transformed checkpoint."""
-    config = pipeline.config.export
-    rotations = pipeline.rotations("fake")
-    if config.rotations:
-        save_rotations(rotations, config.rotations)
-    if config.transformed:
-        model = networks_of(pipeline.run, pipeline.original).stream_rotated(rotations)
-        save_transformed(model, pipeline.original.tokenizer, rotations, config.transformed)
+    """Write the files that the settings ask for."""
+    run, rotations = pipeline.run, pipeline.rotations("fake")
+    subject = Subject(
+        rotations,
+        rotated=lambda: networks_of(run, pipeline.original).stream_rotated(rotations),
+        tokenizer=lambda: pipeline.original.tokenizer,
+        weights=lambda: weights_in(pipeline.weights("fake")),
+    )
+    write_exports(pipeline.config, subject)
 
 
 def _evaluations(pipeline: Pipeline, record: Record) -> None:

@@ -14,15 +14,16 @@ from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
 from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
-from spinlab.export.targets import check_export
+from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
-from spinlab.learn.learned.inputs import check_duals
+from spinlab.kv.codecs import unread_by_codecs
+from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.initial import check_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import check_runtime
@@ -31,6 +32,7 @@ from spinlab.stages.remaining import remaining
 from spinlab.stages.rotations import gate_tokens
 from spinlab.stages.text import windows_in
 from spinlab.weights.layerwise import check_samples, check_weight_groups
+from spinlab.weights.methods import check_method
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,9 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     overrides: what the command sets for this run alone.
     """
     _check_places(pipeline.config)
-    check_read(pipeline.config, overrides, pipeline.given.transformed)
+    config = pipeline.config
+    unread = *unread_by_codecs(config.kv), *unread_by_optimizer(config.learn)
+    check_read(config, overrides, pipeline.given.transformed, unread)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)
     _check_fits(pipeline)
@@ -58,30 +62,29 @@ def _check_places(config: Config) -> None:
     """See that cache, records and exports can be written where the settings say."""
     for name, folder in plain(config.paths).items():
         check_writable(Path(folder), f"paths.{name}")
-    check_export(config)
+    check_exports(config)
 
 
 def _check_fits(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
     config, model = pipeline.config, pipeline.original.shape
     check_context(config, model.config)
-    check_weight_groups(model, config.quant)
-    input_paths(model, RotationSet(), config.quant)
-    kv_path(model, None, config.kv)
+    check_method(config.weights)
+    check_weight_groups(map_of(model), config.quant)
+    input_paths(map_of(model), RotationSet(), config.quant)
+    kv = kv_path(config.kv, map_of(model).width("r3"))
     if config.rounded_on_text and config.weights.method == "gptq":
         check_samples(config.weights.gptq.samples)
     if pipeline.run.backend == "triton":
-        check_runtime(model)
+        check_runtime(model, kv)
 
 
 def _check_given(pipeline: Pipeline) -> None:
     """Read the rotations that are given, or see that those of the settings can be made."""
     given, brought = pipeline.given.file, pipeline.given.rotations
     if given is None or brought is None or given.suffix == ".bin":
-        check_rotations(pipeline.config.rotation, dimensions_of(pipeline.original.shape.config))
-    learn = pipeline.config.learn
-    if brought is not None and learn.steps and "inputs" in learn.rotations:
-        check_duals(brought.inputs)
+        check_rotations(pipeline.config.rotation, map_of(pipeline.original.shape))
+    check_learning(pipeline.config, brought)
 
 
 def _read_texts(pipeline: Pipeline) -> None:

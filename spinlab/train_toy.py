@@ -20,10 +20,10 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from spinlab.data.text import TEXTS, random_windows, tokenize
 from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.modules import embedding_of, linear_at, map_of, norm_at
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +56,21 @@ def untrained_toy() -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        embedding = model.model.embed_tokens.weight
+        embedding = embedding_of(model).weight
+        norms = [norm_at(model, norm.path).weight for norm in map_of(model).norms]
         embedding.normal_(0, _EMBEDDING_STD)
         for channel, offset in _STREAM.items():
             embedding[:, channel] = offset * (_EMBEDDING_STD + 0.05 * embedding[:, channel])
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter[channel] /= abs(offset)
+            for gain in norms:
+                gain[channel] /= abs(offset)
     return model
 
 
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, generator: torch.Generator) -> None:
     """Train on random windows of tokens (N,) by AdamW with a cosine schedule, in place."""
-    named = list(model.named_parameters())
-    linears = [p for n, p in named if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in named if p.dim() == 1 or "embed" in n]
+    parameters, embedding = list(model.parameters()), embedding_of(model).weight
+    linears = [p for p in parameters if p.dim() == 2 and p is not embedding]
+    others = [p for p in parameters if p.dim() == 1 or p is embedding]
     groups = [{"params": linears}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=_DECAY)
     for step in range(_STEPS):
@@ -91,17 +91,20 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, generator: torch.Genera
 def plant_outliers(model: LlamaForCausalLM) -> None:
     """Scale channels of values, keys and the MLP up where they are written, down where read."""
     heads, kv_heads, width = range(_HEADS), range(_KV_HEADS), _HEAD_DIM
-    for layer in model.model.layers:
-        assert isinstance(layer, LlamaDecoderLayer)
-        attention, mlp = layer.self_attn, layer.mlp
+    for layer in map_of(model).layers:
+        attention, mlp = layer.attention, layer.mlp
+        assert mlp is not None
+        weights = [attention.queries, attention.keys, attention.values, attention.out]
+        q, k, v, out = (linear_at(model, path).weight for path in weights)
+        up, down = (linear_at(model, path).weight for path in (mlp.up, mlp.down))
         for channel in _VALUE:
-            attention.v_proj.weight[[h * width + channel for h in kv_heads]] *= _VALUE_SCALE
-            attention.o_proj.weight[:, [h * width + channel for h in heads]] /= _VALUE_SCALE
+            v[[h * width + channel for h in kv_heads]] *= _VALUE_SCALE
+            out[:, [h * width + channel for h in heads]] /= _VALUE_SCALE
         for channel in _KEYS:
-            attention.k_proj.weight[[h * width + channel for h in kv_heads]] *= _KEY_SCALE
-            attention.q_proj.weight[[h * width + channel for h in heads]] /= _KEY_SCALE
-        mlp.up_proj.weight[list(_INTERMEDIATE)] *= _INTERMEDIATE_SCALE
-        mlp.down_proj.weight[:, list(_INTERMEDIATE)] /= _INTERMEDIATE_SCALE
+            k[[h * width + channel for h in kv_heads]] *= _KEY_SCALE
+            q[[h * width + channel for h in heads]] /= _KEY_SCALE
+        up[list(_INTERMEDIATE)] *= _INTERMEDIATE_SCALE
+        down[:, list(_INTERMEDIATE)] /= _INTERMEDIATE_SCALE
 
 
 def main() -> None:

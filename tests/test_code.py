@@ -47,7 +47,7 @@ def test_comments_docstrings_and_line_breaks_change_no_digest(digests):
         return "# a comment\n\n\n" + told.replace("import ", "import  ")
 
     before = digests("device.py")
-    for file in ("device.py", "formats/integer.py", "model/blocked.py", "stages/learn.py"):
+    for file in ("device.py", "formats/integer.py", "model/families/blocked.py", "stages/learn.py"):
         assert digests(file, edit) == before, file
 
 

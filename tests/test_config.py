@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spinlab.compose import composed, options_of
 from spinlab.config.unread import check_read, unread
 from spinlab.errors import InputError
+from spinlab.learn import unread_by_optimizer
 
 ROOT = Path(__file__).parent.parent
 PAPER = [["+experiment=paper", f"method={method}"] for method in options_of("method")]
@@ -18,7 +19,7 @@ EXPERIMENTS = [*([f"+experiment={name}"] for name in options_of("experiment")), 
 FLOATS = [
     *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
     *("learn.objective.kl", "weights.gptq.percdamp", "weights.clip.norm", "weights.lwc.lr"),
-    *("model.outlier_scale", "rotation.smooth", "kv.clip_ratio", "quant.weights.clip_ratio"),
+    *("model.outlier_scale", "rotation.smooth", "kv.keys.clip_ratio", "quant.weights.clip_ratio"),
 ]
 
 
@@ -94,7 +95,9 @@ def test_every_seed_of_64_bits_is_taken():
         (["weights=gptq", "weights.lwc.lr=0.1"], "weights.lwc.lr"),
         (["weights=rtn_fixed", "weights.clip.norm=2"], "weights.clip.norm"),
         (["quant.activations.bits=16", "quant.activations.group_size=8"], "group_size"),
-        (["kv=kv16", "kv.group_size=8"], "kv.group_size"),
+        (["kv=kv16", "kv.keys.group_size=8"], "kv.keys.group_size"),
+        (["kv.queries.clip_ratio=0.9"], "kv.queries.clip_ratio"),
+        (["kv.values.bits=16", "kv.values.codec=other"], "kv.values.codec"),
         (["rotation.duquant.steps=9"], "rotation.duquant.steps"),
         (["rotation.statistics.samples=9"], "rotation.statistics.samples"),
         (["rotation=no_had", "rotation.r4_block=64"], "rotation.r4_block"),
@@ -107,10 +110,11 @@ def test_every_seed_of_64_bits_is_taken():
 )
 def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, caplog):
     config = composed("+experiment=toy", *overrides)
+    rules = [*unread_by_optimizer(config.learn)]
     with pytest.raises(InputError, match=rf"{name}.* is not read with .*: leave it out"):
-        check_read(config, overrides)
+        check_read(config, overrides, rules=rules)
     caplog.set_level(logging.INFO)
-    check_read(config, [])  # from a preset, or shared by the runs of a sweep
+    check_read(config, [], rules=rules)  # from a preset, or shared by the runs of a sweep
     assert any(name in record.message for record in caplog.records)
 
 
@@ -189,7 +193,9 @@ def test_what_a_models_preset_carries_for_other_sources_is_only_told(arguments, 
 @pytest.mark.parametrize("arguments", [x for x in EXPERIMENTS if "toy" not in x[0]], ids=" ".join)
 def test_experiments_set_nothing_that_they_do_not_read(arguments):
     # a model's preset carries its shape as well, for random weights
-    assert set(unread(composed(*arguments))) <= {"model.architecture"}
+    config = composed(*arguments)
+    found = unread(config, rules=unread_by_optimizer(config.learn))
+    assert set(found) <= {"model.architecture"}
 
 
 @pytest.mark.parametrize("model", ["llama2_7b", "llama3_8b"])
@@ -231,7 +237,8 @@ def documented() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", documented(), ids=" ".join)
 def test_what_the_pages_say_composes_and_is_read(arguments):
-    check_read(composed(*arguments), arguments)
+    config = composed(*arguments)
+    check_read(config, arguments, rules=unread_by_optimizer(config.learn))
 
 
 def test_the_pages_are_understood():

@@ -16,7 +16,7 @@ from spinlab import experiment
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import _gain
-from spinlab.learn.progress import save_progress
+from spinlab.learn import save_progress
 from spinlab.stages import learn as learning
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from spinlab.config import plain
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
-from spinlab.learn.recipe import warn_of_mismatch
+from spinlab.learn import warn_of_mismatch
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of
@@ -210,8 +210,8 @@ def test_settings_without_a_part_in_the_learning_do_not_learn_again(tmp_path):
         assert pipeline(tmp_path, *base, same).learned.key == key
     for other in (
         "rotation.r4_block=64",
-        "kv.v_clip_ratio=0.9",
-        "kv.q_bits=4",
+        "kv.values.clip_ratio=0.9",
+        "kv.queries.bits=4",
         'quant.overrides=[{pattern:"*.down_proj",activations:{bits:8}}]',
     ):
         assert pipeline(tmp_path, *base, other).learned.key != key

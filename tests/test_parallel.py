@@ -26,7 +26,7 @@ from spinlab.errors import InputError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.load import load_model
-from spinlab.model.seams import linear_at
+from spinlab.model.modules import linear_at
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import gather, quantize_gptq

@@ -8,10 +8,11 @@ import torch
 import spinlab.preflight as preflight_
 from spinlab import parallel
 from spinlab.compose import composed
-from spinlab.config import RotationConfig
+from spinlab.config import ModelConfig, RotationConfig
 from spinlab.data import hub
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions
+from spinlab.model.load import meta_model
+from spinlab.model.modules import map_of
 from spinlab.preflight import preflight
 from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.initial import initial_rotations
@@ -43,7 +44,7 @@ def refused(folder: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["kv.group_size=5"], "kv.group_size=5 does not divide 16"),
+        (["kv.values.group_size=5"], "kv.values.group_size=5 does not divide 16"),
         (["quant.weights.group_size=7"], "quant.weights.group_size=7 does not divide 96"),
         (["quant.head.bits=8", "quant.head.group_size=7"], "quant.head.group_size=7 does not"),
         (["quant.activations.group_size=7"], "quant.activations.group_size=7 does not divide"),
@@ -78,8 +79,10 @@ def test_what_does_not_fit_the_model_is_refused_before_any_stage(tmp_path, overr
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_rotations_of_another_size_are_refused_before_any_stage(tmp_path, suffix):
     file = tmp_path / f"R.{suffix}"
-    other = Dimensions(hidden=48, head_dim=16, intermediate=192, layers=2, heads=6, kv_heads=2)
-    rotations = initial_rotations(RotationConfig(), other, torch.Generator().manual_seed(0))
+    shape = {"hidden_size": 48, "head_dim": 16, "intermediate_size": 192, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+    other = meta_model(ModelConfig(architecture=shape), None)
+    rotations = initial_rotations(RotationConfig(), map_of(other), torch.Generator().manual_seed(0))
     write_bin(rotations, file) if suffix == "bin" else rotations.save(file)
     sentence = refused(tmp_path, f"rotation.load={file}")
     assert "r1 is (48, 48), the model has (96, 96)" in sentence.replace("R1", "r1")

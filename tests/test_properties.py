@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from spinlab.config import ClipSearch, RotationConfig, TensorQuant
 from spinlab.config.rotation import SEARCHED, DuQuantConfig
-from spinlab.model.seams import FAMILIES, dimensions_of
+from spinlab.model.families import FAMILIES
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.fuse import fold_norms
@@ -85,8 +86,8 @@ def test_any_transform_of_any_model_keeps_its_logits(make_family_model, ids, fam
         model = make()
         fold_norms(model)
         statistics = gather_statistics(model, ids)
-    dimensions = dimensions_of(make().config)
-    rotations = initial_rotations(config, dimensions, torch.Generator().manual_seed(0), statistics)
+    model_map = map_of(make())
+    rotations = initial_rotations(config, model_map, torch.Generator().manual_seed(0), statistics)
     model = QuantizedNetworks(make, None, None).rotated(rotations)
     assert check_invariance(make, lambda: model, rotations, ids[:1]) < 1e-9
 

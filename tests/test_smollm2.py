@@ -16,7 +16,7 @@ from spinlab.config import (
 from spinlab.data.text import TEXTS, fixed_windows, tokenize
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
@@ -35,7 +35,7 @@ def smollm2(tmp_path_factory):
     convert_gguf(MODEL, folder)
     rotations = initial_rotations(
         RotationConfig(),
-        dimensions_of(load_model(MODEL, folder, 0).config),
+        map_of(load_model(MODEL, folder, 0)),
         torch.Generator().manual_seed(0),
     )
     text = TEXTS["wiki"]()[1][:4000]

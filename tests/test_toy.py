@@ -42,7 +42,7 @@ def test_learned_beats_hadamard_beats_no_rotation(perplexities):
 
 
 def test_more_bits_are_better(perplexities):
-    formats = ("quant.weights.bits", "quant.activations.bits", "kv.k_bits", "kv.v_bits")
+    formats = ("quant.weights.bits", "quant.activations.bits", "kv.keys.bits", "kv.values.bits")
     by_bits = [
         perplexities("fake", "learn=none", *(f"{name}={bits}" for name in formats))
         for bits in (8, 4, 3)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from spinlab.bench.models import random_llama
 from spinlab.config import (
     ClipSearch,
+    CodecConfig,
     KVConfig,
     QuantConfig,
     RotationConfig,
@@ -22,7 +23,7 @@ from spinlab.config import (
 from spinlab.fakequant.activations import InputPath
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.runtime.kernels.matmul import kernel_for
@@ -43,7 +44,8 @@ LINEARS = (
     (1, 3072, 576),
     (1, 576, 1536),
 )
-_CACHES = {"kv16": KVConfig(16, 16), "kv4": KVConfig()}
+_OFF = CodecConfig(bits=16)
+_CACHES = {"kv16": KVConfig(_OFF, _OFF), "kv4": KVConfig()}
 _ROUNDING = ClipSearch(search=False)  # levels take the same time, whichever they are
 _WARM_UP = 3
 
@@ -106,7 +108,7 @@ def _models(name: str, layers: int | None) -> dict[str, PreTrainedModel]:
 
     quant, wide = QuantConfig(), original()
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), dimensions_of(wide.config), generator)
+    rotations = initial_rotations(RotationConfig(), map_of(wide), generator)
     networks = {
         kind: QuantizedNetworks(original, quant, config) for kind, config in _CACHES.items()
     }

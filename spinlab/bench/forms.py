@@ -7,31 +7,30 @@ import torch
 
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
-from spinlab.errors import InputError
-from spinlab.learn.spaces.definition import PlainSpace
+from spinlab.learn.spaces import PlainSpace
+from spinlab.model.modules import map_of
 from spinlab.stages.pipeline import Pipeline
 from spinlab.track.environment import environment
 from spinlab.weights.layerwise import check_weight_groups
 
 
 def bench_forms(config: Config) -> dict[str, Any]:
-    """Return the record of a run of `learn.steps` steps in each form.
+    """Return the record of a run of `learn.steps` steps in each way of computing them.
 
     Both start from the same rotations and read the same windows; the plain one rotates every weight
     in float64 at each forward pass, as SpinQuant's published code does.
     """
     pipeline = Pipeline(config)
     learn = config.learn
-    if "inputs" in learn.rotations or learn.lr_input_clip:
-        raise InputError("the plain definition has R1, R2 and weight ranges: leave out the rest")
+    PlainSpace.check(learn)
     windows = pipeline.calibration.windows(
         "learn", learn.steps * learn.batch, learn.sequence_length
     )
-    check_weight_groups(pipeline.original.shape, config.quant)
+    check_weight_groups(map_of(pipeline.original.shape), config.quant)
     seconds: dict[str, list[float]] = {"fast": [], "plain": []}
     losses: dict[str, list[float]] = {"fast": [], "plain": []}
-    for name, form in (("fast", None), ("plain", PlainSpace)):
-        learner = pipeline.learning.learner(form)
+    for name, space in (("fast", None), ("plain", PlainSpace)):
+        learner = pipeline.learning.learner(space)
         for index, batch in enumerate(windows.split(learn.batch)):
             begin = now(pipeline.run.device)
             losses[name].append(learner.step(index, batch)["loss"])

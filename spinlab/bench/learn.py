@@ -21,10 +21,15 @@ from spinlab.config import (
     plain,
 )
 from spinlab.errors import InputError
-from spinlab.learn.estimate import choose_checkpoint, estimate
-from spinlab.learn.loop import RotationLearner, rounds_weights
-from spinlab.learn.placement import recompute_layers, shard_layers
-from spinlab.model.seams import dimensions_of
+from spinlab.learn import (
+    RotationLearner,
+    choose_checkpoint,
+    estimate_of,
+    recompute_layers,
+    rounds_weights,
+    shard_layers,
+)
+from spinlab.model.modules import map_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.track.environment import environment
@@ -51,7 +56,7 @@ def bench_learn(
     Seconds are those of all steps, as the loop takes them; a step's is the median.
     """
     learner = _learner(name, learn, layers, device)
-    expected = estimate(learner.model, learn, learner.quant, parallel.world())
+    expected = estimate_of(learner.model, learn, learner.quant, parallel.world())
     if checkpoint := choose_checkpoint(expected, learn, device):
         recompute_layers(learner.model)
     sharded = parallel.world() > 1 and not rounds_weights(learn, learner.quant)
@@ -91,8 +96,7 @@ def _learner(
 
     quant, rotation = QuantConfig(), RotationConfig()
     model = original()
-    dimensions = dimensions_of(model.config)
-    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    start = initial_rotations(rotation, map_of(model), torch.Generator().manual_seed(0))
     network = RotatedNetworks(lambda: model, quant, KVConfig()).learnable(start)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None

@@ -9,10 +9,11 @@ from typing import Any
 
 from spinlab.config.data import DataConfig
 from spinlab.config.eval import VARIANTS, EvalConfig
+from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
-from spinlab.config.quant import KVConfig, QuantConfig, TensorQuant
+from spinlab.config.quant import QuantConfig, TensorQuant
 from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
@@ -22,6 +23,7 @@ from spinlab.errors import InputError
 __all__ = [
     "VARIANTS",
     "ClipSearch",
+    "CodecConfig",
     "Config",
     "DataConfig",
     "DuQuantConfig",
@@ -130,11 +132,6 @@ class Config:
         learn, quant = self.learn, self.quant
         rounded = learn.quantize_weights and any(t.quantizes for t in quant.weight_formats)
         inputs = any(t.quantizes for t in quant.activation_formats)
-        if "inputs" in learn.rotations and not rounded:
-            raise InputError(
-                "learn.rotations=[inputs] shapes weights for their rounding: it needs "
-                "learn.quantize_weights=true and weights of fewer than 16 bits"
-            )
         given = self.rotation.inputs != "none" or self.rotation.load
         if "inputs" in learn.rotations and not given:
             raise InputError(
@@ -153,7 +150,7 @@ class Config:
                 "with 16-bit activations, and 16-bit weights in the loop, nothing depends on R1: "
                 "set learn.quantize_weights=true or quant.activations.bits"
             )
-        if "r2" in on & set(learn.rotations) and not inputs and self.kv.v_bits == 16:
+        if "r2" in on & set(learn.rotations) and not inputs and self.kv.values.bits == 16:
             raise InputError(
                 "with 16-bit activations and values, nothing depends on R2: leave r2 out of "
                 "learn.rotations"

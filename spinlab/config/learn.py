@@ -1,24 +1,12 @@
 """Settings of how rotations are learned."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spinlab.config.checks import at_least, choice, count, positive
 from spinlab.errors import InputError
 
-# the optimizers, each with those of the settings below that it reads
-OPTIMIZERS = {
-    "cayley_sgd": ("momentum", "cap_step"),
-    "cayley_exact": ("momentum", "cap_step"),
-    "cayley_adam": ("cap_step",),
-    "riemannian_sgd": ("momentum",),
-    "riemannian_adam": (),
-    "qr_sgd": ("momentum",),
-    "qr_adam": (),
-}
-OPTIMIZER_SETTINGS = ("momentum", "cap_step")
 GRAD_NORMS = ("riemannian", "euclidean")
-SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = ("auto", "on", "off")
 
 
@@ -27,8 +15,8 @@ class ObjectiveConfig:
     """Weigh the terms of the loss; those with weight 0 are not computed.
 
     cross_entropy and kl see the whole network's logits, layer_mse every decoder layer's output for
-    the original's input. kurtosis and whip look at single rotated activations: they need no
-    backpropagation, and without other terms nothing is quantized while they are gathered.
+    the original's input. kurtosis, whip and further ones look at single rotated activations: they
+    need no backpropagation, and without other terms nothing is quantized while they are gathered.
     """
 
     cross_entropy: float = 1.0  # next token (SpinQuant)
@@ -37,14 +25,19 @@ class ObjectiveConfig:
     layer_mse: float = 0.0  # |output - original's|² / |original's|², mean over layers
     kurtosis: float = 0.0  # |kurtosis - 1.8|, that of a uniform distribution (KurTail)
     whip: float = 0.0  # sum of exp(-|x|) over channels (DartQuant)
+    further: dict[str, float] = field(default_factory=dict)  # of spinlab.learn.objectives, by name
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in OBJECTIVES}
-        for name, weight in weights.items():
+        for name, weight in self.weights.items():
             at_least(f"learn.objective.{name}", weight, 0)
         at_least("learn.objective.kl_top_k", self.kl_top_k, 0)
-        if not any(weights.values()):
+        if not any(self.weights.values()):
             raise InputError(f"learn.objective has no term: weigh one of {', '.join(OBJECTIVES)}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the weights of all terms by name."""
+        return {name: getattr(self, name) for name in OBJECTIVES} | self.further
 
     @property
     def on_logits(self) -> bool:
@@ -59,7 +52,7 @@ class ObjectiveConfig:
     @property
     def on_activations(self) -> bool:
         """Tell whether a term looks at single rotated activations."""
-        return self.kurtosis > 0 or self.whip > 0
+        return self.kurtosis > 0 or self.whip > 0 or any(self.further.values())
 
     @property
     def needs_teacher(self) -> bool:
@@ -87,7 +80,7 @@ class LearnConfig:
     quantize_weights: bool = False  # W4 in the loop (for RTN) or 16-bit weights (for GPTQ)
     clip_refresh: int = 10  # steps between clip searches, with weights quantized in the loop
     lr_clip: float = 0.0  # of log clip ratios: searched once, then learned and kept; 0: not learned
-    optimizer: str = "cayley_sgd"
+    optimizer: str = "cayley_sgd"  # by its name in spinlab.learn.optim
     lr: float = 1.5  # of R1
     lr_r2: float | None = None  # of R2; as R1 if absent
     lr_inputs: float | None = None  # of the rotations of single inputs; as R1 if absent
@@ -126,9 +119,7 @@ class LearnConfig:
             raise InputError(
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
-        choice("learn.optimizer", self.optimizer, tuple(OPTIMIZERS))
         choice("learn.grad_norm", self.grad_norm, GRAD_NORMS)
-        choice("learn.schedule", self.schedule, SCHEDULES)
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
         choice("learn.checkpoint", self.checkpoint, CHECKPOINTS)
         if not self.max_loss_ratio > 1:
@@ -138,11 +129,6 @@ class LearnConfig:
         if self.steps:
             self._check_terms()
 
-    @property
-    def optimizer_settings(self) -> dict[str, Any]:
-        """The settings that the chosen optimizer reads beside its rates."""
-        return {name: getattr(self, name) for name in OPTIMIZERS[self.optimizer]}
-
     def _check_terms(self) -> None:
         """Refuse settings that would do nothing."""
         if self.quantize_weights and not self.objective.end_to_end:
@@ -150,14 +136,10 @@ class LearnConfig:
                 "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
                 "learn.objective.cross_entropy, kl or layer_mse"
             )
-        if self.lr_input_clip and not self.quantize_weights:
-            raise InputError(
-                f"learn.lr_input_clip={self.lr_input_clip} is built for quantized weights in the "
-                "loop: it needs learn.quantize_weights=true"
-            )
         if self.objective.on_activations and self.rotations == ["inputs"]:
             raise InputError(
-                "learn.objective.kurtosis and whip look at what R1 and R2 turn: learn r1 or r2"
+                "learn.objective.kurtosis, whip and further look at what R1 and R2 rotate: learn "
+                "r1 or r2"
             )
         if not self.rotations:
             raise InputError("learn.rotations is empty: name r1, r2 or inputs, or use learn=none")

@@ -32,7 +32,10 @@ class PathsConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Name files to write once the rotations are there; null writes nothing."""
+    """Name what to write once the rotations are there; null writes nothing.
+
+    Each field has a module of its name in `spinlab.export`.
+    """
 
     rotations: str | None = None  # .safetensors (all of them) or .bin (R1, R2, SpinQuant's layout)
     transformed: str | None = None  # folder: the rotated checkpoint with its transform manifest

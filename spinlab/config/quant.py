@@ -1,4 +1,4 @@
-"""Settings of every quantizer: weights, activations, head, embedding, keys and values."""
+"""Settings of the quantizers of weights and activations, head and embedding."""
 
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -105,26 +105,3 @@ class QuantConfig:
     def quantizes_weights(self) -> bool:
         """Tell whether any weight has fewer than 16 bits."""
         return any(t.quantizes for t in (*self.weight_formats, self.head, self.embedding))
-
-
-@dataclass(frozen=True)
-class KVConfig:
-    """Set the KV cache: bits of keys and values per token, head and group (0 = head_dim)."""
-
-    k_bits: int = 4
-    v_bits: int = 4
-    q_bits: int = 16  # queries, as they meet the cache; DuQuant quantizes them
-    symmetric: bool = False
-    group_size: int = 0
-    clip_ratio: float = 1.0
-    v_clip_ratio: float | None = None  # of values; as the others' if absent
-
-    def __post_init__(self) -> None:
-        for name in ("k_bits", "v_bits", "q_bits"):
-            value = getattr(self, name)
-            bits(f"kv.{name}", value)
-            if 8 < value < 16:
-                raise InputError(f"kv.{name}={value}: the cache codes 2 to 8 bits, or 16 (off)")
-        ratio("kv.clip_ratio", self.clip_ratio)
-        ratio("kv.v_clip_ratio", 1.0 if self.v_clip_ratio is None else self.v_clip_ratio)
-        at_least("kv.group_size", self.group_size, 0)

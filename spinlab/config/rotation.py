@@ -8,7 +8,6 @@ from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
-INPUT_GROUPS = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class RotationConfig:
     r2: str = "hadamard"
     r3: str = "hadamard"
     r4: str = "hadamard"
-    cross_head: str = "none"  # before o_proj, across heads, online (QuaRot); R2 turns inside them
+    cross_head: str = "none"  # across heads, online (QuaRot); R2 turns inside them
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
-    inputs: str = "none"  # duquant: a transform of its own before every group of linears, online
+    inputs: str = "none"  # duquant: a transform of its own for every input of linears, online
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
     load: str | None = None  # a RotationSet (.safetensors) or SpinQuant's R.bin, instead of r1, r2
@@ -69,28 +68,20 @@ class RotationConfig:
                 f"rotation.load={self.load} brings its rotations: leave rotation.inputs, "
                 "rotation.smooth and rotation.online as they are"
             )
-        self._check_inputs()
-
-    def _check_inputs(self) -> None:
-        """Refuse what cannot be combined: scales and rotations of the same space."""
         used = {name for name in ("r1", "r2", "r4", "cross_head") if getattr(self, name) != "none"}
         if self.inputs != "none" and used:
             raise InputError(
                 f"rotation.inputs={self.inputs} takes the place of R1, R2 and R4: set "
                 f"{', '.join(f'rotation.{name}=none' for name in sorted(used))}"
             )
-        if self.smooth is None:
-            return
-        if not 0 <= self.smooth <= 1:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise InputError(f"rotation.smooth={self.smooth} must lie in [0, 1]")
-        spaces = {"qkv": {"r1"}, "gate_up": {"r1"}, "o": {"r2", "cross_head"}, "down": set()}
-        for group in self.smooth_groups:
-            choice("rotation.smooth_groups", group, INPUT_GROUPS)
-            if clash := spaces[group] & used:
-                raise InputError(
-                    f"rotation.smooth scales single channels of the {group} input, which "
-                    f"rotation.{min(clash)} mixes: set rotation.{min(clash)}=none"
-                )
+
+    @property
+    def used(self) -> list[str]:
+        """The rotations that are on."""
+        names = ["r1", "r2", *(("r3", "r4", "cross_head") if self.online else ())]
+        return [name for name in names if getattr(self, name) != "none"]
 
     @property
     def needs_statistics(self) -> bool:

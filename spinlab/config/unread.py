@@ -6,25 +6,28 @@ they are declared.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.config.learn import OPTIMIZER_SETTINGS
 from spinlab.config.quant import TensorQuant
-from spinlab.config.weights import METHODS
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Rule = tuple[str, list[str]]  # a reason, and the settings that are not read for it
 
-def check_read(config: Config, overrides: Sequence[str], exported: bool = False) -> None:
+
+def check_read(
+    config: Config, overrides: Sequence[str], exported: bool = False, rules: Iterable[Rule] = ()
+) -> None:
     """Raise InputError for an override (`key=value`) that nothing reads; log what else is not.
 
-    exported: the model is one that was rotated and exported before.
+    exported: the model is one that was rotated and exported before. rules: those of parts that
+    the settings only name, beside the ones here.
     """
-    found = unread(config, exported)
+    found = unread(config, exported, rules)
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     for name, reason in found.items():
         # a group's name is no setting: learn=toy chooses a preset
@@ -41,11 +44,11 @@ def _within(name: str, stem: str) -> bool:
     return f"{name}.".startswith(f"{stem}.")
 
 
-def unread(config: Config, exported: bool = False) -> dict[str, str]:
+def unread(config: Config, exported: bool = False, rules: Iterable[Rule] = ()) -> dict[str, str]:
     """Return what differs from its default and is not read, by dotted name, with the reason."""
     found: dict[str, str] = {}
     changed = dict(_changed(plain(config), plain(Config())))
-    for reason, names in _rules(config, exported):
+    for reason, names in (*_rules(config, exported), *rules):
         for name in changed:
             if any(_within(name, stem) for stem in names):
                 found.setdefault(name, reason)
@@ -65,7 +68,7 @@ def _others(part: Any, place: str, *read: str) -> list[str]:
     return [f"{place}.{f.name}" for f in fields(part) if f.name not in read]
 
 
-def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
+def _rules(config: Config, exported: bool) -> Iterator[Rule]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
     yield from _of_model(config)
     yield from _of_learning(config)
@@ -78,7 +81,7 @@ def _rules(config: Config, exported: bool) -> Iterator[tuple[str, list[str]]]:
     yield from _of_measures(config)
 
 
-def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_model(config: Config) -> Iterator[Rule]:
     model = config.model
     if model.weights == "random":
         names = ("hub", "package", "file", "revision")
@@ -97,7 +100,7 @@ def _of_model(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "model.hub, which has one checkpoint,", ["model.file"]
 
 
-def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_learning(config: Config) -> Iterator[Rule]:
     learn = config.learn
     if not learn.steps:
         yield "learn.steps=0", _others(learn, "learn", "steps")
@@ -110,8 +113,6 @@ def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield of_names, ["learn.lr_r2"]
     if "inputs" not in learn.rotations:
         yield of_names, ["learn.lr_inputs", "learn.lr_scale"]
-    others = [name for name in OPTIMIZER_SETTINGS if name not in learn.optimizer_settings]
-    yield f"learn.optimizer={learn.optimizer}", [f"learn.{name}" for name in others]
     if not learn.quantize_weights:
         yield "learn.quantize_weights=false", ["learn.clip_refresh"]
     if learn.lr_clip:
@@ -120,18 +121,18 @@ def _of_learning(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "learn.objective.kl=0", ["learn.objective.kl_top_k"]
 
 
-def _of_weights(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_weights(config: Config) -> Iterator[Rule]:
     weights = config.weights
-    others = [name for name in METHODS if name != weights.method]
-    yield f"weights.method={weights.method}", [f"weights.{name}" for name in others]
+    read = ("method", "clip", weights.method)
+    yield f"weights.method={weights.method}", _others(weights, "weights", *read)
     if not weights.clip.search:
         yield "weights.clip.search=false", _others(weights.clip, "weights.clip", "search")
     if not config.quant.quantizes_weights:
         yield "weights of 16 bits", ["weights"]
 
 
-def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
-    quant, kv = config.quant, config.kv
+def _of_formats(config: Config) -> Iterator[Rule]:
+    quant = config.quant
     for name in ("weights", "activations", "head", "embedding"):
         tensor: TensorQuant = getattr(quant, name)
         inherited = any(name in override for override in quant.overrides)
@@ -139,13 +140,12 @@ def _of_formats(config: Config) -> Iterator[tuple[str, list[str]]]:
             yield f"quant.{name}.bits=16", _others(tensor, f"quant.{name}", "bits")
     if not any(tensor.quantizes for tensor in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
-    if kv.k_bits == kv.v_bits == kv.q_bits == 16:
-        yield "a KV cache of 16 bits", ["kv.symmetric", "kv.group_size", "kv.clip_ratio"]
-    if kv.v_bits == 16:
-        yield "kv.v_bits=16", ["kv.v_clip_ratio"]
+    for side, settings in config.kv.sides.items():
+        if settings.bits == 16:
+            yield f"kv.{side}.bits=16", _others(settings, f"kv.{side}", "bits")
 
 
-def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_rotations(config: Config) -> Iterator[Rule]:
     rotation = config.rotation
     if rotation.load and rotation.load.endswith(".safetensors"):
         yield (
@@ -168,7 +168,7 @@ def _of_rotations(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "rotation.r4=none", ["rotation.r4_block"]
 
 
-def _of_measures(config: Config) -> Iterator[tuple[str, list[str]]]:
+def _of_measures(config: Config) -> Iterator[Rule]:
     measured, tracker = config.eval, config.tracker
     if not measured.tasks:
         parts = ("task_source", "task_variants", "limit", "task_batch")

@@ -7,11 +7,9 @@ A method without settings of its own is a name alone. The code behind the names 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from spinlab.config.checks import at_least, choice, count, positive
+from spinlab.config.checks import at_least, count, positive
 from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
-
-METHODS = ("rtn", "gptq", "lwc")
 
 
 @dataclass(frozen=True)
@@ -72,18 +70,15 @@ class LWCConfig(WindowsConfig):
 class WeightsConfig:
     """Choose the method that rounds weights; of the parts below, its own is read."""
 
-    method: str = "rtn"
+    method: str = "rtn"  # by its name in spinlab.weights.methods
     clip: ClipSearch = field(default_factory=ClipSearch)
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
     lwc: LWCConfig = field(default_factory=LWCConfig)
 
-    def __post_init__(self) -> None:
-        choice("weights.method", self.method, METHODS)
-
     @property
     def own(self) -> Any:
         """The settings of the chosen method; None where it has none."""
-        return getattr(self, self.method, None)
+        return vars(self).get(self.method)
 
     @property
     def windows(self) -> WindowsConfig | None:

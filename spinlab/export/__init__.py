@@ -1,1 +1,1 @@
-"""What leaves spinlab: rotations for other tools, and rotated checkpoints with their manifest."""
+"""What leaves spinlab: a module for each export, with `check` and `write` (`base.Export`)."""

@@ -11,50 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import psutil
-from safetensors import SafetensorError, safe_open
 
-from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.model.files import MANIFEST
-from spinlab.rotation.exchange import is_rotations
-from spinlab.rotation.rotations import ONLINE
 
 log = logging.getLogger(__name__)
-
-_HADAMARD = ("none", "identity", "hadamard", "exact_hadamard")  # kinds that a setting makes again
-
-
-def check_export(config: Config) -> None:
-    """Raise InputError, before any work is done, for an export that could not be written."""
-    for name, check in (("rotations", _check_file), ("transformed", _check_checkpoint)):
-        path = getattr(config.export, name)
-        setting = f"export.{name}={path}"
-        try:
-            if path:
-                check(setting, place_of(path), config)
-        except OSError as error:
-            raise InputError(f"{setting} cannot be written: {error.strerror}") from error
-
-
-def _check_file(setting: str, target: Path, config: Config) -> None:
-    if target.is_dir():
-        raise InputError(f"{setting} is a folder: name a file in it")
-    _check_not_read(setting, target, "rotation.load", config.rotation.load)
-    if target.exists() and target.stat().st_size and not is_rotations(target):
-        raise InputError(f"{setting} is there and no file of rotations: name another")
-    folder = config.export.transformed
-    if folder and target.is_relative_to(place_of(folder)):
-        raise InputError(f"{setting} lies in export.transformed={folder}: name another place")
-    _try(target.parent)
-    if setting.endswith(".bin"):
-        _check_bin(setting, config)
-
-
-def _check_checkpoint(setting: str, target: Path, config: Config) -> None:
-    _check_not_read(setting, target, "model.path", config.model.path)
-    check_replaceable(setting, target)
-    _try(target)
-    _try(target.parent)  # where it is made before it gets its name
 
 
 def place_of(path: str) -> Path:
@@ -68,51 +29,17 @@ def check_replaceable(setting: str, folder: Path) -> None:
         raise InputError(f"{setting} is there and no earlier export: name another folder")
 
 
-def _check_not_read(setting: str, target: Path, source: str, path: str | None) -> None:
+def check_not_read(setting: str, target: Path, source: str, path: str | None) -> None:
+    """Raise InputError for a place that a setting reads."""
     if path and place_of(path) == target:
         raise InputError(f"{setting} would overwrite what {source} reads: name another place")
 
 
-def _try(folder: Path) -> None:
+def try_to_write(folder: Path) -> None:
     """Write in a folder, or in the one that it would be made in; raise OSError if that fails."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     with TemporaryFile(dir=existing):
         pass
-
-
-def _check_bin(setting: str, config: Config) -> None:
-    """Refuse what an R.bin has no place for, as far as settings and a loaded file tell."""
-    learn, rotation = config.learn, config.rotation
-    lost = {
-        "learn.lr_clip": learn.steps and learn.lr_clip,
-        "learn.lr_input_clip": learn.steps and learn.lr_input_clip,
-        "rotation.inputs": rotation.inputs != "none",
-        "rotation.smooth": rotation.smooth is not None,
-        "rotation.load": learn.steps == 0 and _carries_more(rotation.load),
-    }
-    if rotation.load is None:
-        lost |= {f"rotation.{name}": getattr(rotation, name) == "none" for name in ("r1", "r2")}
-    if rotation.online and not (rotation.load or "").endswith(".safetensors"):
-        online = (name for name in ONLINE if getattr(rotation, name) not in _HADAMARD)
-        lost |= {f"rotation.{name}": True for name in online}
-    for name, there in lost.items():
-        if there:
-            group, _, key = name.partition(".")
-            raise InputError(
-                f"{setting}: an R.bin holds R1 and R2 and nothing else, which does not go with "
-                f"{name}={getattr(getattr(config, group), key)}: use .safetensors"
-            )
-
-
-def _carries_more(path: str | None) -> bool:
-    """Tell whether a file of rotations has transforms of inputs or learned ranges."""
-    if not path or path.endswith(".bin"):
-        return False
-    try:
-        with safe_open(place_of(path), framework="pt") as file:
-            return any(n.startswith(("inputs.", "clip.", "weight_clip.")) for n in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False  # who reads it says what is wrong with it
 
 
 @contextmanager

@@ -14,15 +14,36 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spinlab.config import Config
 from spinlab.errors import InputError
+from spinlab.export.base import Subject
 from spinlab.export.identity import digests_of, files_of, mark
-from spinlab.export.targets import check_replaceable, place_of, sole_writer
+from spinlab.export.targets import (
+    check_not_read,
+    check_replaceable,
+    place_of,
+    sole_writer,
+    try_to_write,
+)
 from spinlab.files import sync, writing
 from spinlab.model.files import MANIFEST
-from spinlab.model.split import join_fused
+from spinlab.model.modules import restore
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
+
+
+def check(setting: str, target: Path, config: Config) -> None:
+    """Raise InputError for a folder that holds something else, or that the model is read from."""
+    check_not_read(setting, target, "model.path", config.model.path)
+    check_replaceable(setting, target)
+    try_to_write(target)
+    try_to_write(target.parent)  # where it is made before it gets its name
+
+
+def write(subject: Subject, path: str) -> None:
+    """Write the rotated model with its manifest."""
+    save_transformed(subject.rotated(), subject.tokenizer(), subject.rotations, path)
 
 
 def save_transformed(
@@ -38,7 +59,7 @@ def save_transformed(
     """
     folder, about = place_of(path), rotations.about or {}
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
-    join_fused(model)
+    restore(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     with writing(folder.parent, "export.transformed"), sole_writer(folder) as partial:
         model.save_pretrained(partial)

@@ -1,6 +1,7 @@
 """The fake-quantized network: stock modules, each rotated linear behind its InputPath."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -8,21 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.config import QuantConfig
+from spinlab.config import QuantConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer, check_group
-from spinlab.model.seams import (
-    Seam,
-    dimensions_of,
-    family_of,
-    layers_of,
-    linear_at,
-    linears_of,
-)
+from spinlab.model.map import ModelMap, Site
+from spinlab.model.modules import linears_of, map_of
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 
 
 class FakeQuantLinear(nn.Linear):
@@ -39,35 +33,36 @@ class FakeQuantLinear(nn.Linear):
 
 
 def input_paths(
-    model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
-) -> list[dict[str, InputPath]]:
-    """Make one InputPath per layer and group of readers. Without `config` nothing is rounded.
+    model_map: ModelMap, rotations: RotationSet, config: QuantConfig | None
+) -> dict[str, InputPath]:
+    """Make one InputPath for every input of quantized linears, by its key.
 
-    Clip ratios that were learned go before those of the settings.
+    Without `config` nothing is rounded. Clip ratios that were learned go before those of the
+    settings.
     """
     if config is not None:
-        check_patterns(model, config)
-    paths: list[dict[str, InputPath]] = [{} for _ in layers_of(model)]
-    readers = Counter(seam.group for seam in family_of(model.config.model_type).seams)
-    for name, layer, seam, _ in linears_of(model):
-        quantizer = token_quantizer(model, name, seam, config)
-        if quantizer is not None and (key := input_key(layer, seam.group)) in rotations.clips:
-            quantizer = replace(quantizer, clip_ratio=rotations.clips[key])
-        first = paths[layer].get(seam.group)
+        check_patterns(model_map, config)
+    paths: dict[str, InputPath] = {}
+    sites = [site for site in model_map.sites if site.quantized]
+    readers = Counter(site.key for site in sites)
+    for site in sites:
+        quantizer = token_quantizer(model_map, site, config)
+        if quantizer is not None and site.key in rotations.clips:
+            quantizer = replace(quantizer, clip_ratio=rotations.clips[site.key])
+        first = paths.get(site.key)
         if first is None:
-            online = rotations.online(layer, seam)
-            paths[layer][seam.group] = InputPath(online, quantizer, readers[seam.group])
+            paths[site.key] = InputPath(rotations.online(site), quantizer, readers[site.key])
         elif first.quantizer != quantizer:
             raise InputError(
-                f"{name} shares its input with other linears: quant.overrides must give all of "
-                "them the same activations"
+                f"{site.path} shares its input with other linears: quant.overrides must give all "
+                "of them the same activations"
             )
     return paths
 
 
-def check_patterns(model: PreTrainedModel, quant: QuantConfig) -> None:
-    """Raise InputError where a pattern of `quant.overrides` matches no linear."""
-    names = [name for name, *_ in linears_of(model)]
+def check_patterns(model_map: ModelMap, quant: QuantConfig) -> None:
+    """Raise InputError where a pattern of `quant.overrides` matches no quantized linear."""
+    names = [site.path for site in model_map.sites if site.quantized]
     for pattern in (override["pattern"] for override in quant.overrides):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
@@ -77,33 +72,44 @@ def check_patterns(model: PreTrainedModel, quant: QuantConfig) -> None:
 
 
 def token_quantizer(
-    model: PreTrainedModel, name: str, seam: Seam, config: QuantConfig | None
+    model_map: ModelMap, site: Site, config: QuantConfig | None
 ) -> TokenQuantizer | None:
-    """Return the quantizer of a named linear's input; None where inputs stay 16-bit.
+    """Return the quantizer of a linear's input; None where inputs stay 16-bit.
 
-    o_proj reads the heads' outputs and may have one scale per head. Raises InputError where the
-    group size does not divide the width.
+    What reads the heads' outputs may have one scale per head. Raises InputError where the group
+    size does not divide the width.
     """
-    if config is None or not (tensor := config.activations_at(name)).quantizes:
+    if config is None or not (tensor := config.activations_at(site.path)).quantizes:
         return None
-    dimensions, group = dimensions_of(model.config), tensor.group_size
-    width = input_width(model, seam)
-    if seam.reads == "R2" and config.o_proj_per_head:
-        group = min(group or dimensions.head_dim, dimensions.head_dim)
-    check_group("quant.activations.group_size", group, width, seam.name)
+    group = tensor.group_size
+    if site.reads == "R2" and config.o_proj_per_head:
+        head_dim = model_map.layers[site.layer].attention.head_dim
+        group = min(group or head_dim, head_dim)
+    check_group("quant.activations.group_size", group, site.in_features, site.name)
     return TokenQuantizer(format_of(tensor), group, tensor.clip_ratio)
 
 
-def input_width(model: PreTrainedModel, seam: Seam) -> int:
-    """Return the input width of a seam's linear."""
-    return linear_at(layers_of(model)[0], seam.name).weight.shape[1]
+def weight_format(site: Site, config: QuantConfig) -> TensorQuant | None:
+    """Return the format of a linear's weight; None where it stays 16-bit."""
+    format = config.weights_at(site.path)
+    return format if site.quantized and format.quantizes else None
+
+
+def rounded_sites(model_map: ModelMap, config: QuantConfig) -> Iterator[tuple[Site, TensorQuant]]:
+    """Yield the sites whose weights are rounded, each with its format."""
+    for site in model_map.sites:
+        if (format := weight_format(site, config)) is not None:
+            yield site, format
 
 
 def insert_fake_quant(
     model: PreTrainedModel, rotations: RotationSet, config: QuantConfig | None
 ) -> None:
-    """Swap every rotated linear for one behind its InputPath, in place."""
-    paths = input_paths(model, rotations, config)
-    for _, index, seam, linear in list(linears_of(model)):
-        layer = layers_of(model)[index]
-        layer.set_submodule(seam.name, FakeQuantLinear(linear, paths[index][seam.group]))
+    """Swap every rotated linear for one behind its InputPath, in place.
+
+    One that is not quantized has a path of its own, with what runs online alone.
+    """
+    paths = input_paths(map_of(model), rotations, config)
+    for site, linear in list(linears_of(model)):
+        path = paths[site.key] if site.quantized else InputPath(rotations.online(site), None)
+        model.set_submodule(site.path, FakeQuantLinear(linear, path))

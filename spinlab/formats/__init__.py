@@ -13,7 +13,9 @@ from spinlab.formats.integer import IntegerFormat
 
 __all__ = ["FORMATS", "Format", "IntegerFormat", "Parameters", "format_of", "name_of"]
 
-FORMATS: dict[str, Callable[[int, bool], Format]] = {"integer": IntegerFormat}
+FORMATS: dict[str, Callable[[int, bool], Format]] = {
+    "integer": IntegerFormat,
+}
 
 
 def format_of(settings: TensorQuant) -> Format:

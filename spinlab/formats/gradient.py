@@ -56,23 +56,26 @@ def pull_back(
     format: Format,
     group_size: int,
     rounding: Rounding,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the gradient of Q(x) into those of x: (..., C), in its dtype, and of the log ratios.
 
     ratio: of no dimensions, or (..., C/g, 1) with one for each group; the second result is of the
-    latter shape. Entries that share an extreme share its part evenly.
+    latter shape. Entries that share an extreme share its part evenly. out: what becomes the first
+    result, contiguous; it may be `gradient`.
     """
     width = group_size or x.shape[-1]
     step = max(1, _CHUNK_ELEMENTS[x.device.type] // width)
-    rows, found = x.reshape(-1, width), x.new_empty(x.numel() // width, width)
-    parts = [t.split(step) for t in (rows, gradient.reshape(-1, width), found)]
+    found = x.new_empty(x.shape) if out is None else out
+    rows = [x.reshape(-1, width), gradient.reshape(-1, width), found.view(-1, width)]
+    parts = [t.split(step) for t in rows]
     ratios = ratio.reshape(-1, 1).split(step) if ratio.ndim else repeat(ratio)
     of_logs = []
     for numbers, upstream, of_numbers, clip in zip(*parts, ratios, strict=False):
         of_x, of_log = _pull_back(numbers, upstream, clip, format, rounding)
         of_numbers.copy_(of_x)
         of_logs.append(of_log)
-    return found.view(x.shape), torch.cat(of_logs).view(*x.shape[:-1], x.shape[-1] // width, 1)
+    return found, torch.cat(of_logs).view(*x.shape[:-1], x.shape[-1] // width, 1)
 
 
 def _pull_back(
@@ -86,10 +89,10 @@ def _pull_back(
     x, gradient = at_least_float32(x), at_least_float32(gradient)
     lowest, highest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     of_x, *of_ends = format.pull_back(x, gradient, lowest * ratio, highest * ratio, rounding)
-    of_log = torch.zeros_like(lowest)
+    of_log, at = torch.zeros_like(lowest), torch.empty_like(x)
     for of_end, extreme in zip(of_ends, (lowest, highest), strict=True):
         of_extreme = of_end * ratio
-        at = (x - extreme).sign_().abs_().neg_().add_(1)  # comparisons are slow on a CPU
+        torch.eq(x, extreme, out=at)  # in floats, with which a CPU counts faster
         of_x.addcmul_(at, of_extreme / at.sum(-1, keepdim=True))
         of_log.addcmul_(of_extreme, extreme)
     return of_x, of_log

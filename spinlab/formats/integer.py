@@ -90,10 +90,13 @@ class IntegerFormat(Format):
         """Pull back as `Format` says; the zero point counts as exact."""
         scale, zero = self.parameters(lowest, highest)
         exact, levels = x / scale, rounding(x, scale)
-        # +1 above the range, -1 below it, 0 inside; comparisons cost many times as much on a CPU
-        side = (levels - levels.clamp(self.lowest - zero, self.highest - zero)).clamp_(-1, 1)
+        # +1 above the range, -1 below it, 0 inside; on a CPU comparisons, and a clamp by tensors,
+        # cost many times as much
+        placed = levels if self.symmetric else levels + zero
+        side = placed.clamp(self.lowest, self.highest)
+        torch.sub(placed, side, out=side).clamp_(-1, 1)
         signed = gradient * side
-        outside = signed * side
+        outside = side.mul_(signed)
         passed, total, balance = gradient - outside, _sum(outside), _sum(signed)
         above, below = (total + balance) / 2, (total - balance) / 2
         of_scale = _sum(levels.sub_(exact).mul_(passed))

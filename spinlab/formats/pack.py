@@ -28,9 +28,13 @@ def pack_levels(levels: torch.Tensor, bits: int, lowest: int) -> torch.Tensor:
 
     lowest: the grid's lowest level, subtracted first, so that lowest .. lowest + 2^bits - 1 fit.
     """
-    codes = levels - lowest if lowest else levels
-    codes = codes.to(torch.uint8 if bits <= 8 else torch.int32)
-    planes = [_fold((codes >> shift).to(torch.uint8), width) for width, shift in _planes(bits)]
+    codes = levels.to(torch.int16 if bits <= 8 else torch.int32)
+    codes = codes - lowest if lowest else codes
+    codes = codes.to(torch.uint8) if bits <= 8 else codes
+    planes = [
+        _fold((codes >> shift if shift else codes).to(torch.uint8), width)
+        for width, shift in _planes(bits)
+    ]
     return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
 
 
@@ -48,9 +52,14 @@ def unpack_levels(packed: torch.Tensor, bits: int, n: int, lowest: int) -> torch
     """
     planes = _planes(bits)
     parts = packed.split([-(-n * width // 8) for width, _ in planes], dim=-1)
-    codes = torch.zeros((), dtype=torch.uint8 if bits <= 8 else torch.int16, device=packed.device)
-    for part, (width, shift) in zip(parts, planes, strict=True):
-        codes = codes | _unfold(part, width)[..., :n].to(codes.dtype) << shift
+    dtype = torch.uint8 if bits <= 8 else torch.int16
+    found = [
+        _unfold(part, width)[..., :n].to(dtype)
+        for part, (width, _) in zip(parts, planes, strict=True)
+    ]
+    codes = found[0]  # whose lowest bit is that of the level
+    for plane, (_, shift) in zip(found[1:], planes[1:], strict=True):
+        codes = codes | plane << shift
     if bits <= 8 and lowest:
         codes = codes.view(torch.int8)  # a byte counts modulo 256: the sum below is in range
     return codes + lowest if lowest else codes
@@ -82,7 +91,9 @@ def _fold(plane: _Bytes, width: int) -> _Bytes:
     size = -(-plane.shape[-1] * width // 8)
     folded = plane[..., :size] & mask
     for i in range(1, 8 // width):
-        part = plane[..., i * size : (i + 1) * size] & mask
+        part = plane[..., i * size : (i + 1) * size]
+        if (i + 1) * width < 8:  # of the last part the shift leaves no more
+            part = part & mask
         filled = folded[..., : part.shape[-1]]
         filled |= part << i * width
     return folded
@@ -92,5 +103,6 @@ def _unfold(packed: torch.Tensor, width: int) -> torch.Tensor:
     """Return what `_fold` put together, and after it what fills the last bytes."""
     if width == 8:
         return packed
-    mask = (1 << width) - 1
-    return torch.cat([packed >> i & mask for i in range(0, 8, width)], dim=-1)
+    mask, last = (1 << width) - 1, 8 - width
+    middle = [packed >> i & mask for i in range(width, last, width)]
+    return torch.cat([packed & mask, *middle, packed >> last], dim=-1)

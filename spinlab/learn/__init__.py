@@ -2,6 +2,35 @@
 
 `loop` does a step. What the network computes is one of the `spaces`: `activations` where weights
 stay in 16 bits, `weights` where they are rounded in the loop, `definition` what both must equal.
-`learned` holds what is learned and turns what a space hands in into Riemannian gradients for an
+`learned` holds what is learned and makes of what a space hands in Riemannian gradients for an
 optimizer of `optim`, clipped by their own norm or that of Euclidean ones.
 """
+
+from spinlab.learn.check import check_learning
+from spinlab.learn.divergence import Divergence
+from spinlab.learn.estimate import announce, estimate_of
+from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_progress
+from spinlab.learn.optim import unread_by_optimizer
+from spinlab.learn.placement import choose_checkpoint, recompute_layers, shard_layers
+from spinlab.learn.recipe import announce_further, training_of, warn_of_mismatch
+from spinlab.learn.spaces import LearningSpace, rounds_weights
+
+__all__ = [
+    "Divergence",
+    "LearningSpace",
+    "RotationLearner",
+    "announce",
+    "announce_further",
+    "check_learning",
+    "choose_checkpoint",
+    "estimate_of",
+    "learn_rotations",
+    "recompute_layers",
+    "resume",
+    "rounds_weights",
+    "save_progress",
+    "shard_layers",
+    "training_of",
+    "unread_by_optimizer",
+    "warn_of_mismatch",
+]

@@ -1,22 +1,29 @@
-"""What a learning run takes, from shapes alone: memory per process and operations.
+"""What a learning run takes: memory per process and operations from shapes, time from a probe.
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
-attention q, k, v and its output, the gated MLP gate, its activation and up. A frozen linear keeps
+attention q, k, v and its output, a gated MLP gate, its activation and up. A frozen linear keeps
 nothing, one whose weight gets a gradient its input.
 """
 
+import logging
+import time
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
-from spinlab.errors import InputError
-from spinlab.learn.loop import rounds_weights
-from spinlab.learn.spaces.base import CHUNK
+from spinlab.learn.spaces import CHUNK, rounds_weights
 from spinlab.machine import gib, memory_for
-from spinlab.model.seams import Dimensions, dimensions_of, family_of, layers_of, linear_at
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 
+log = logging.getLogger(__name__)
+
+_EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}  # of a run's products, in those of the probe
+_PROBE_ROWS = {"cpu": 256, "cuda": 8192}
+_TINY = {"cpu": 1e11, "cuda": 1e14}  # operations that are over before anyone asks
+_WORTH_TELLING = 5  # seconds
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
 _MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
 
@@ -57,8 +64,12 @@ class _Job:
     processes: int
 
     @property
-    def dimensions(self) -> Dimensions:
-        return dimensions_of(self.model.config)
+    def map(self) -> ModelMap:
+        return map_of(self.model)
+
+    def read(self, space: str) -> list[int]:
+        """Return the widths of the inputs that a rotation (R1, R2, R4) turns, of all layers."""
+        return [input.width for input in self.map.inputs if input.reads == space]
 
     @property
     def rounded(self) -> bool:
@@ -94,13 +105,17 @@ class _Job:
         layers = layers_of(self.model)
         return sum(p.numel() for layer in layers for p in layer.parameters())
 
-    def numbers_at(self, name: str) -> int:
-        """Numbers in the embedding or the head; tied ones are untied for learning."""
-        family = family_of(self.model.config.model_type)
-        return linear_at(self.model, getattr(family, name)).weight.numel()
+    @property
+    def embedding(self) -> int:
+        return embedding_of(self.model).weight.numel()
+
+    @property
+    def head(self) -> int:
+        """Numbers in the head; one that is tied to the embedding is untied for learning."""
+        return head_of(self.model).weight.numel()
 
 
-def estimate(
+def estimate_of(
     model: PreTrainedModel, learn: LearnConfig, quant: QuantConfig, processes: int
 ) -> Estimate:
     """Return what learning on this model takes; only its shapes and dtype are looked at."""
@@ -115,19 +130,19 @@ def estimate(
         flops=flops,
         flops_checkpointed=flops + again,
         wide_flops=wide,
-        hidden=job.dimensions.hidden,
+        hidden=job.map.hidden,
         dtype=job.dtype,
     )
 
 
 def _weights(job: _Job) -> int:
-    """Return the bytes of the weights, as each form holds them."""
-    embedding, head = job.numbers_at("embedding"), job.numbers_at("head")
+    """Return the bytes of the weights, as each space holds them."""
+    embedding, head = job.embedding, job.head
     whole = (job.layers + embedding + head) * job.size
     if not job.rounded:
         if job.processes == 1:
             return whole
-        gathered = job.layers * _GATHERED // job.dimensions.layers + embedding
+        gathered = job.layers * _GATHERED // len(job.map.layers) + embedding
         shard = -(-(job.layers + embedding) // job.processes)
         return (gathered + shard + head) * job.size
     # a 16-bit gradient is added up in float32
@@ -139,94 +154,122 @@ def _weights(job: _Job) -> int:
 
 def _activations(job: _Job) -> tuple[int, int]:
     """Return the bytes kept for a backward pass: by all layers, and if they are run again there."""
-    d, objective = job.dimensions, job.learn.objective
-    states = (d.layers + 1) * d.hidden * job.size if objective.layer_mse else 0
+    count, objective = len(job.map.layers), job.learn.objective
+    states = (count + 1) * job.map.hidden * job.size if objective.layer_mse else 0
     if not objective.end_to_end:
         return 0, 0
-    layer = _kept_by_layer(job)
-    inputs = d.layers * d.hidden * job.size
-    return job.tokens * (d.layers * layer + states), job.tokens * (inputs + layer + states)
+    layers = [_kept_by_layer(job, layer) for layer in range(count)]
+    inputs = count * job.map.hidden * job.size
+    return job.tokens * (sum(layers) + states), job.tokens * (inputs + max(layers) + states)
 
 
-def _kept_by_layer(job: _Job) -> int:
+def _kept_by_layer(job: _Job, layer: int) -> int:
     """Return the bytes that a decoder layer keeps for one token."""
-    d = job.dimensions
-    queries, values = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    stream, attention = 2 * d.hidden, 2 * queries + 2 * values
-    if job.rounded:  # the inputs of q, of gate, of o and of down
-        inputs = 2 * d.hidden + queries + d.intermediate
-    else:  # rounding errors of both inputs from the stream, and both ends of R2
-        errors = 2 * d.hidden if job.quant.activations.quantizes else 0
-        errors += 2 * d.hidden if job.learn.grad_norm == "euclidean" else 0  # with the inputs
-        inputs = errors + queries + values
-    if any(name.endswith("q_norm") for name, _ in layers_of(job.model)[0].named_modules()):
-        attention += queries + values
-    numbers = stream + attention + inputs + 3 * d.intermediate
-    return numbers * job.size + d.heads * 4  # attention's normalizers are float32
+    attention = job.map.layers[layer].attention
+    queries = attention.heads * attention.head_dim
+    values = attention.kv_heads * attention.head_dim
+    inputs = [input for input in job.map.inputs if input.layer == layer]
+    stream = sum(input.width for input in inputs if input.reads == "R1")
+    gated = sum(input.width for input in inputs if input.reads == "R4")
+    if job.rounded:
+        kept = sum(input.width for input in inputs)
+    else:  # rounding errors of inputs from the stream, and both ends of R2
+        errors = stream if job.quant.activations.quantizes else 0
+        errors += stream if job.learn.grad_norm == "euclidean" else 0  # with the inputs
+        kept = errors + queries + values
+    kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
+    numbers = kept + 2 * queries + 2 * values + 3 * gated
+    return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
 
 
 def _rest(job: _Job) -> int:
     """Return the bytes of the rotations, of both ends of the network, and of work in progress."""
-    d, learn = job.dimensions, job.learn
+    d, learn = job.map.dimensions, job.learn
     sizes = {"r1": d.hidden**2, "r2": d.layers * d.head_dim**2}
-    turned = sum(size for name, size in sizes.items() if name in learn.rotations)
+    learned = sum(size for name, size in sizes.items() if name in learn.rotations)
     copies = 4 + (2 if learn.optimizer.endswith("adam") else 1 if learn.momentum else 0)
     copies += learn.optimizer.startswith("qr_")
     copies += learn.grad_norm == "euclidean"
-    rotations = turned * (copies * job.wide + job.size)
+    rotations = learned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
     chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
     logits = chunk * job.model.config.vocab_size * 4 * (5 if learn.objective.kl else 2)
     layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
-    step = _MOVING * turned * job.wide
+    step = _MOVING * learned * job.wide
     if job.rounded:
-        step += 4 * d.hidden * d.intermediate * job.wide  # of one weight and its gradient
+        largest = max(site.numbers for site in job.map.sites)
+        step += 4 * largest * job.wide  # of one weight and its gradient
     work = [layer, step, logits if learn.objective.on_logits else 0]
     return rotations + ends + max(work)
 
 
 def _operations(job: _Job) -> tuple[float, float, float]:
     """Return floating-point operations: in the network's dtype, of one more forward, in float32."""
-    d, learn, objective = job.dimensions, job.learn, job.learn.objective
+    learn, objective = job.learn, job.learn.objective
     tokens = learn.steps * job.rows * learn.sequence_length
-    linears, head = 2 * job.layers, 2 * job.numbers_at("head")
-    attention = 2 * d.layers * learn.sequence_length * d.heads * d.head_dim  # causal: half of T²
-    turn = 0 if job.rounded else 2 * 2 * d.layers * d.hidden**2  # one product with R1 everywhere
-    forward = linears + attention + 2 * turn
-    whole = turn if learn.grad_norm == "euclidean" else 0
-    backward = linears * (2 if job.rounded else 1) + 2.5 * attention + turn + whole
+    linears, head = 2 * job.layers, 2 * job.head
+    attention = 2 * learn.sequence_length * sum(job.read("R2"))  # causal: half of T²
+    # one product with R1 everywhere
+    rotating = 0 if job.rounded else 2 * job.map.hidden * sum(job.read("R1"))
+    forward = linears + attention + 2 * rotating
+    whole = rotating if learn.grad_norm == "euclidean" else 0
+    backward = linears * (2 if job.rounded else 1) + 2.5 * attention + rotating + whole
     passes = objective.on_logits + (objective.layer_mse > 0)
     teachers = (objective.kl > 0) + (objective.layer_mse > 0)
     each = passes * (forward + backward) + teachers * (linears + attention)
     each += objective.on_logits * 2 * head + (objective.kl > 0) * head
     if not objective.end_to_end:
-        each = forward + turn
+        each = forward + rotating
     # R4 in two factors of about √n, forward and backward; weights rotated, their gradients pulled
-    wide = tokens * max(passes, 1) * d.layers * 2 * 2 * 2 * d.intermediate**1.5
-    wide += learn.steps * 2 * 2 * job.layers * d.hidden if job.rounded else 0
+    wide = tokens * max(passes, 1) * 2 * 2 * 2 * sum(width**1.5 for width in job.read("R4"))
+    wide += learn.steps * 2 * 2 * job.layers * job.map.hidden if job.rounded else 0
     return tokens * each, tokens * passes * forward, wide
 
 
-def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
-    """Decide whether layers are run again in the backward pass, which saves memory for time.
-
-    `auto` does so only where the device cannot hold the activations without swapping. Raises
-    InputError where the run does not fit.
-    """
-    has = memory_for(device)
-    checkpoint = learn.checkpoint == "on"
-    if learn.checkpoint == "auto":
-        checkpoint = estimate.bytes(False) > memory_for(device, swap=False)
-    if estimate.bytes(checkpoint) <= has:
-        return checkpoint
-    fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}"]
-    if learn.micro_batch > 1:
-        fixes.insert(0, f"a smaller learn.micro_batch than {learn.micro_batch}")
-    if not checkpoint and estimate.bytes(True) <= has:
-        fixes.insert(0, "learn.checkpoint=on")
-    fixes.append("learn.quantize_weights=false" if learn.quantize_weights else "more processes")
-    raise InputError(
-        f"learning needs about {gib(estimate.bytes(checkpoint))} GiB with learn.checkpoint="
-        f"{'on' if checkpoint else 'off'}, and {device} has {gib(has)} for it: use "
-        f"{', '.join(fixes[:-1])} or {fixes[-1]}"
+def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None:
+    """Log about how long the run takes and how much memory."""
+    seconds = _seconds(estimate, checkpoint, device)
+    kept = estimate.activations_checkpointed if checkpoint else estimate.activations
+    log.info(
+        "%-12s %s%s of %s GiB (weights %s, activations %s%s, rest %s)",
+        "learn",
+        f"about {_duration(seconds)} and " if seconds >= _WORTH_TELLING else "",
+        gib(estimate.bytes(checkpoint)),
+        gib(memory_for(device)),
+        gib(estimate.weights),
+        gib(kept),
+        " recomputed" if checkpoint else "",
+        gib(estimate.rest),
     )
+
+
+def _seconds(estimate: Estimate, checkpoint: bool, device: torch.device) -> float:
+    """Return about how long the run takes, from a short measurement; 0 for tiny ones."""
+    flops = estimate.flops_checkpointed if checkpoint else estimate.flops
+    if flops + estimate.wide_flops < _TINY[device.type]:
+        return 0.0
+    narrow = _rate(estimate.hidden, estimate.dtype, device)
+    wide = _rate(estimate.hidden, torch.promote_types(estimate.dtype, torch.float32), device)
+    return (flops / narrow + estimate.wide_flops / wide) / _EFFICIENCY[device.type]
+
+
+def _rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Measure operations per second of products (rows, n) (n, n): the best of three."""
+    rows = _PROBE_ROWS[device.type]
+    generator = torch.Generator(device).manual_seed(0)  # zeros would be faster than numbers are
+    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    matrix = torch.randn(width, width, device=device, generator=generator).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        found = x @ matrix
+        found[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * width**2 / best
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,8 +1,10 @@
-"""The loop that learns rotations against the fake-quantized network."""
+"""The loop that learns rotations against the fake-quantized network, and its progress on disk."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -10,19 +12,24 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import ClipSearch, LearnConfig, QuantConfig
-from spinlab.learn.guard import Guard
-from spinlab.learn.learned.rotations import LearnedRotations
-from spinlab.learn.optim.make import make_optimizer
-from spinlab.learn.optim.schedule import rate_at
-from spinlab.learn.spaces.activations import ActivationSpace
-from spinlab.learn.spaces.base import NetworkForm, Parts
-from spinlab.learn.spaces.local import LocalTerms
-from spinlab.learn.spaces.weights import WeightSpace
+from spinlab.files import kept_tensors, save_tensors
+from spinlab.learn.divergence import DivergenceCheck
+from spinlab.learn.learned import LearnedRotations
+from spinlab.learn.optim import make_optimizer, rate_at
+from spinlab.learn.spaces import (
+    ActivationSpace,
+    LearningSpace,
+    LocalTerms,
+    Parts,
+    space_of,
+)
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.model.load import cast_model, exact_norms
-from spinlab.model.seams import decoder_of, family_of, linear_at
+from spinlab.model.modules import decoder_of, head_of
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
+
+log = logging.getLogger(__name__)
 
 
 class RotationLearner:
@@ -30,7 +37,7 @@ class RotationLearner:
 
     model: norms folded, R4 fused into its readers and running online, activations and the KV
     cache fake-quantized; it is used up. teacher: the original, for terms that compare with it;
-    without quantized weights the network itself, unquantized, serves instead. form: another
+    without quantized weights the network itself, unquantized, serves instead. space: another
     way to compute the same, for comparison.
     """
 
@@ -42,7 +49,7 @@ class RotationLearner:
         quant: QuantConfig,
         clip: ClipSearch,
         teacher: PreTrainedModel | None = None,
-        form: Callable[[Parts], NetworkForm] | None = None,
+        space: type[LearningSpace] | None = None,
     ) -> None:
         exact_norms(model)  # one kernel each, where transformers' take six
         self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
@@ -50,11 +57,10 @@ class RotationLearner:
         dtype = getattr(torch, learn.dtype) if learn.dtype else model.dtype
         self.rotations = LearnedRotations(start, learn, model.device, dtype)
         self.local = LocalTerms(learn.objective, self.rotations)
-        if form is None:
-            form = WeightSpace if rounds_weights(learn, quant) else ActivationSpace
+        space = space or space_of(learn, quant)
         ranges = start.weight_clips
-        self.form = form(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
-        for network in (model, teacher):  # what a form has kept stays as it was
+        self.space = space(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
+        for network in (model, teacher):  # what a space has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)
         rates = {"r1": learn.lr, "r2": learn.lr_r2}
@@ -64,28 +70,34 @@ class RotationLearner:
             for rate in [rates.get(name, learn.lr_inputs) or learn.lr]
         ]
         self.optimizer = make_optimizer(groups, learn)
-        self.guard = Guard(learn.max_loss_ratio)
-        self.head = linear_at(model, family_of(model.config.model_type).head).weight
+        self.divergence = DivergenceCheck(learn.max_loss_ratio)
+        self.head = head_of(model).weight
 
     def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
         """Do one optimizer step on a batch of windows (batch, length) and return its curve."""
-        self.rotations.begin()
-        self.form.begin(index)
-        terms = self._backward(batch)
-        self.form.collect()
-        norm = self.rotations.finish(self.learn.max_grad_norm).item()
-        self.guard.check(index, terms["loss"], norm, self.numbers())
+        terms, norm = self.gradients(index, batch)
+        self.divergence.check(index, terms["loss"], norm, self.numbers())
         rate = rate_at(self.learn, index)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         self.optimizer.step()
-        self.form.step(rate)
-        if self.rotations.inputs is not None:
-            self.rotations.inputs.step(rate)
+        self.space.step(rate)
+        self.rotations.step_scales(rate)
         if (index + 1) % self.learn.project_every == 0:
             self.rotations.project()
         self.rotations.agree()
         return {**terms, "lr": self.learn.lr * rate, "grad_norm": norm, **self._health()}
+
+    def gradients(self, index: int, batch: torch.Tensor) -> tuple[dict[str, float], float]:
+        """Gather the gradients of a step on a batch of windows (batch, length), clipped.
+
+        Return the loss with its terms, and the norm of the rotations' gradients before the clip.
+        """
+        self.rotations.begin()
+        self.space.begin(index)
+        terms = self._backward(batch)
+        self.space.collect()
+        return terms, self.rotations.finish(self.learn.max_grad_norm).item()
 
     def _backward(self, batch: torch.Tensor) -> dict[str, float]:
         """Add up gradients over micro-batches; return the mean loss and its terms."""
@@ -96,9 +108,9 @@ class RotationLearner:
             share = len(part) / len(batch)
             for name, term in self._passes(part, share).items():
                 totals[name] = totals.get(name, 0) + term.detach() * share
-            self.form.after_backward()
-        weights = self.learn.objective
-        loss = sum(getattr(weights, name) * total for name, total in totals.items())
+            self.space.after_backward()
+        weights = self.learn.objective.weights
+        loss = sum(weights[name] * total for name, total in totals.items())
         found = {"loss": loss, **totals} if len(totals) > 1 else {"loss": loss}
         names = sorted(found)
         values = parallel.sum_(torch.stack([torch.as_tensor(found[n]).double() for n in names]))
@@ -110,7 +122,7 @@ class RotationLearner:
         if objective.layer_mse:
             with self._as_teacher() as teacher:
                 states = layer_states(teacher, ids)
-            terms["layer_mse"] = layer_errors(self.model, self.form, ids, states)
+            terms["layer_mse"] = layer_errors(self.model, self.space, ids, states)
             (objective.layer_mse * share * terms["layer_mse"]).backward()
         if objective.on_logits:
             terms |= self._logit_terms(ids, share)
@@ -125,12 +137,12 @@ class RotationLearner:
         objective, known = self.learn.objective, None
         if objective.kl:
             with self._as_teacher() as teacher, torch.no_grad():
-                head = linear_at(teacher, family_of(teacher.config.model_type).head).weight
-                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0], head
+                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0]
+                known = known, head_of(teacher).weight
         self.local.share = share
         hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
         self.local.share = 0
-        loss, terms = self.form.head_loss(hidden, self.head, ids, objective, known)
+        loss, terms = self.space.head_loss(hidden, self.head, ids, objective, known)
         (loss * share).backward()
         return terms
 
@@ -138,7 +150,9 @@ class RotationLearner:
         """Return a context that gives the original model: apart, or this one without quantizers."""
         if self.teacher is not None:
             return nullcontext(self.teacher)
-        assert isinstance(self.form, ActivationSpace), "rounded weights need a teacher of their own"
+        assert isinstance(self.space, ActivationSpace), (
+            "rounded weights need a teacher of their own"
+        )
         return self._quiet()
 
     @contextmanager
@@ -160,11 +174,7 @@ class RotationLearner:
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """Return everything learned that `result` holds, as it stands."""
-        found = {name: p.data for name, p in self.rotations.parameters.items()}
-        if self.rotations.inputs is not None:
-            logs = self.rotations.inputs.scales.logs
-            found |= {f"scales.{key}": log.data for key, log in logs.items()}
-        return found | self.form.numbers()
+        return self.rotations.numbers() | self.space.numbers()
 
     @torch.no_grad()
     def restore(self, numbers: Mapping[str, torch.Tensor]) -> None:
@@ -177,18 +187,15 @@ class RotationLearner:
 
         Weight ranges that the start brought and that were not learned on belong to its rotations.
         """
-        clips = {**self.start.clips, **self.form.input_clips()}
-        ranges = {"clips": clips, "weight_clips": self.form.clips()}
+        clips = {**self.start.clips, **self.space.input_clips()}
+        ranges = {"clips": clips, "weight_clips": self.space.clips()}
         return replace(self.start, **self.rotations.result(), **ranges)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything a resumed run needs to continue with the same bits."""
-        tensors = self.form.state() | self.guard.state()
-        if self.rotations.inputs is not None:
-            tensors |= self.rotations.inputs.state()
+        tensors = self.rotations.state() | self.space.state() | self.divergence.state()
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
-            tensors[f"rotation.{group['name']}"] = p.detach()
             for key, value in self.optimizer.state[p].items():
                 kind = "tensor" if isinstance(value, torch.Tensor) else "number"
                 tensors[f"optimizer.{group['name']}.{kind}.{key}"] = torch.as_tensor(value)
@@ -198,13 +205,11 @@ class RotationLearner:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned."""
         device = self.model.device
-        self.form.load_state(tensors, device)
-        self.guard.load_state(tensors)
-        if self.rotations.inputs is not None:
-            self.rotations.inputs.load_state(tensors)
+        self.rotations.load_state(tensors, device)
+        self.space.load_state(tensors, device)
+        self.divergence.load_state(tensors)
         for group in self.optimizer.param_groups:
             (p,) = group["params"]
-            p.copy_(tensors[f"rotation.{group['name']}"])
             for name, value in tensors.items():
                 place, _, key = name.partition(f"optimizer.{group['name']}.")
                 if not place and key:
@@ -213,18 +218,13 @@ class RotationLearner:
                     self.optimizer.state[p][key] = kept
 
 
-def rounds_weights(learn: LearnConfig, quant: QuantConfig) -> bool:
-    """Tell whether any weight is rounded in the loop."""
-    return learn.quantize_weights and any(format.quantizes for format in quant.weight_formats)
-
-
 def learn_rotations(
     learner: RotationLearner,
     windows: torch.Tensor,
     first: int,
     after_step: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Run the remaining steps; windows: (steps·batch, length), the same for every resume."""
+    """Run the remaining steps; windows: (steps·batch, length) ids, the same for every resume."""
     learn = learner.learn
     bar = tqdm(
         range(first, learn.steps),
@@ -238,3 +238,19 @@ def learn_rotations(
         curve = learner.step(index, batch)
         bar.set_postfix(loss=f"{curve['loss']:.3f}", refresh=False)
         after_step(index, curve)
+
+
+def save_progress(learner: RotationLearner, path: Path, curve: list[dict[str, float]]) -> None:
+    """Write the learner's state and the curve so far to one file, replaced atomically."""
+    save_tensors(path, learner.state(), curve)
+
+
+def resume(learner: RotationLearner, path: Path) -> list[dict[str, float]]:
+    """Continue from saved progress, if there is any and it is sound; return the curve so far."""
+    kept = kept_tensors(path)
+    if kept is None:
+        return []
+    tensors, curve = kept
+    learner.load_state(tensors)
+    log.info("learning resumes after step %d", len(curve))
+    return curve

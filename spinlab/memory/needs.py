@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import Config
-from spinlab.learn.estimate import estimate
-from spinlab.model.seams import Dimensions, dimensions_of, family_of, linear_at, linears_of
+from spinlab.fakequant.insert import rounded_sites
+from spinlab.learn import estimate_of
+from spinlab.model.map import Dimensions, ModelMap
+from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
 
@@ -60,9 +62,13 @@ class Job:
         """Bytes of a number in the invariance gate."""
         return max(self.size, _FLOAT32)
 
-    @cached_property
+    @property
+    def map(self) -> ModelMap:
+        return map_of(self.shape)
+
+    @property
     def dimensions(self) -> Dimensions:
-        return dimensions_of(self.shape.config)
+        return self.map.dimensions
 
     @cached_property
     def numbers(self) -> int:
@@ -72,8 +78,7 @@ class Job:
     @cached_property
     def end(self) -> int:
         """Numbers of the embedding, and of the head."""
-        family = family_of(self.shape.config.model_type)
-        return linear_at(self.shape, family.embedding).weight.numel()
+        return embedding_of(self.shape).weight.numel()
 
     @cached_property
     def untied(self) -> int:
@@ -82,13 +87,9 @@ class Job:
 
     @cached_property
     def linears(self) -> dict[str, int]:
-        """Numbers of the linears that are quantized, by name."""
-        quant = self.config.quant
-        return {
-            name: linear.weight.numel()
-            for name, _, _, linear in linears_of(self.shape)
-            if quant.weights_at(name).quantizes
-        }
+        """Numbers of the linears that are quantized, by path."""
+        rounded = rounded_sites(self.map, self.config.quant)
+        return {site.path: site.numbers for site, _ in rounded}
 
     @cached_property
     def fusing(self) -> int:
@@ -143,11 +144,11 @@ def _loading(job: Job) -> Iterator[Need]:
 
 def _statistics(job: Job) -> Need:
     """A search keeps the mean of every input of a window."""
-    rotation, d = job.config.rotation, job.dimensions
-    length = rotation.statistics.sequence_length
-    run = length * job.end // d.hidden * job.size
-    widths = 2 * d.hidden + (d.heads + d.kv_heads) * d.head_dim + d.intermediate
-    means = length * widths * d.layers * _FLOAT32 if rotation.searches else 0
+    rotation, length = job.config.rotation, job.config.rotation.statistics.sequence_length
+    run = length * job.end // job.map.hidden * job.size
+    widths = sum(input.width for input in job.map.inputs)
+    widths += sum(site.out_features for site in job.map.sites if site.writes == "R2")
+    means = length * widths * _FLOAT32 if rotation.searches else 0
     windows = rotation.statistics.samples * length * _INDEX
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
     return Need("statistics", windows, job.untied * job.size + means + run, cure)
@@ -164,7 +165,7 @@ def _rotating(job: Job) -> Need:
 def _learning(job: Job) -> Need:
     learn = job.config.learn
     length, count = learn.sequence_length, learn.steps * learn.batch
-    found = estimate(job.shape, learn, job.config.quant, parallel.launched())
+    found = estimate_of(job.shape, learn, job.config.quant, parallel.launched())
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
     windows = count * length * _INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]

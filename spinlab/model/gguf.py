@@ -15,7 +15,7 @@ from transformers import (
 from spinlab.config import ModelConfig
 from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
-from spinlab.model.seams import family_of
+from spinlab.model.families import family_of
 from spinlab.model.settings import OURS
 from spinlab.model.whole import check_report, is_finite
 

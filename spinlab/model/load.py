@@ -1,7 +1,7 @@
 """Load stock transformers models: packaged GGUF, a local folder, the hub, or random weights."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,10 @@ from spinlab.errors import InputError
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.checkpoint import checkpoint_of, content_digest
 from spinlab.model.gguf import gguf_config, gguf_of
+from spinlab.model.map import Norm
+from spinlab.model.modules import map_of, norm_at, prepare
 from spinlab.model.random import architecture_of, random_model
-from spinlab.model.seams import dimensions_of
 from spinlab.model.settings import OURS, on_meta
-from spinlab.model.split import split_fused
 from spinlab.model.whole import check_numbers, check_report, check_tied
 
 
@@ -72,14 +72,13 @@ def describe_model(config: ModelConfig, model: PreTrainedModel) -> dict[str, Any
 
     model: as `meta_model` or `load_model` gives it.
     """
-    dimensions = dimensions_of(model.config)
     return {
         "source": _origin(config),
         "family": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": model.config.vocab_size,
         "tied": model.config.tie_word_embeddings,
-        **vars(dimensions),
+        **vars(map_of(model).dimensions),
     }
 
 
@@ -94,9 +93,9 @@ def _origin(config: ModelConfig) -> dict[str, str]:
 def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTrainedModel:
     """Return the model in its configured dtype and evaluation mode, frozen, on the CPU.
 
-    `converted` is the folder that `convert_gguf` filled, for packaged models. Fused linears come
-    split; `spinlab.model.split.join_fused` makes the model stock again. Raises InputError if
-    transformers reports any tensor as missing, left over or of another shape.
+    `converted` is the folder that `convert_gguf` filled, for packaged models. The model comes as
+    its family prepares it; `spinlab.model.modules.restore` makes it stock again. Raises InputError
+    if transformers reports any tensor as missing, left over or of another shape.
     """
     dtype = getattr(torch, config.dtype)
     if config.weights == "random":
@@ -135,8 +134,8 @@ def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
 
 
 def _prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Split fused linears, bring the numbers to a dtype and freeze them."""
-    split_fused(model)
+    """Bring a stock model to what its map names, the numbers to a dtype, and freeze them."""
+    prepare(model)
     if dtype == torch.float64:
         exact_norms(model)
     return cast_model(model, dtype).eval().requires_grad_(False)
@@ -147,14 +146,12 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
     `Module.to` would round those too: in bfloat16 angles are off by whole turns at 2048 tokens.
     """
-    for tensor in (*model.parameters(), *_buffers(model)):
+    rope = map_of(model).rope
+    buffers = (b for name, b in model.named_buffers() if not name.startswith(f"{rope}."))
+    for tensor in (*model.parameters(), *buffers):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
-
-
-def _buffers(model: PreTrainedModel) -> list[torch.Tensor]:
-    return [buffer for name, buffer in model.named_buffers() if "inv_freq" not in name]
 
 
 def exact_norms(model: PreTrainedModel) -> None:
@@ -162,12 +159,23 @@ def exact_norms(model: PreTrainedModel) -> None:
 
     transformers' compute in float32, whatever the dtype, step by step.
     """
-    modules = cast(list[tuple[str, Any]], list(model.named_modules()))
-    for name, norm in modules:
-        if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, nn.RMSNorm):
-            exact = nn.RMSNorm(norm.weight.shape[0], norm.variance_epsilon, device="meta")
-            exact.weight = nn.Parameter(norm.weight.detach(), requires_grad=False)
-            model.set_submodule(name, exact)
+    for norm in map_of(model).norms:
+        stock = norm_at(model, norm.path)
+        if not isinstance(stock, nn.RMSNorm):
+            model.set_submodule(norm.path, ExactNorm(stock.weight.detach(), norm))
+
+
+class ExactNorm(nn.RMSNorm):
+    """torch's RMSNorm with the gain convention of the norm that it stands for."""
+
+    def __init__(self, weight: torch.Tensor, norm: Norm) -> None:
+        super().__init__(weight.shape[0], norm.epsilon, device="meta")
+        self.weight, self.offset = nn.Parameter(weight, requires_grad=False), norm.offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm x: (..., width)."""
+        gain = self.weight + self.offset if self.offset else self.weight
+        return nn.functional.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:

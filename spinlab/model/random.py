@@ -2,16 +2,16 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import family_of, layers_of, linear_at
-from spinlab.model.settings import OURS, config_from
+from spinlab.model.families import family_of
+from spinlab.model.modules import map_of, norm_at, prepare
+from spinlab.model.settings import OURS, config_from, on_meta
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
@@ -59,26 +59,24 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             f"model.outlier_channels={config.outlier_channels} is more than "
             f"hidden_size={architecture.hidden_size}"
         )
+    # the norms and ends of a stock model are where those of a prepared one are
+    described = map_of(prepare(on_meta(architecture)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(architecture, **OURS)
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.data.uniform_(0.5, 1.5)
+            norm = described.norm_at.get(name.rpartition(".")[0])
+            if norm is not None:
+                parameter.data.uniform_(0.5, 1.5).sub_(norm.offset)
             elif name.endswith(".bias"):
-                parameter.data.uniform_(
-                    -0.1, 0.1
-                )  # within what weights of deviation 0.02 add up to
-    family = family_of(architecture.model_type)
-    for norm in _stream_norms(model):
-        norm.weight.data[outliers] /= config.outlier_scale
-    linear_at(model, family.embedding).weight.data[:, outliers] *= config.outlier_scale
+                # within what weights of deviation 0.02 add up to
+                parameter.data.uniform_(-0.1, 0.1)
+    for norm in described.norms:
+        if norm.readers:  # those of single heads are behind other linears
+            weight = norm_at(model, norm.path).weight.data
+            weight[outliers] = (weight[outliers] + norm.offset) / config.outlier_scale - norm.offset
+    cast(Any, model.get_submodule(described.embedding)).weight.data[:, outliers] *= (
+        config.outlier_scale
+    )
     return model
-
-
-def _stream_norms(model: PreTrainedModel) -> list[nn.Linear]:
-    """Return the norms that read the residual stream; those of single heads are not among them."""
-    family = family_of(model.config.model_type)
-    inner = [linear_at(layer, name) for layer in layers_of(model) for name in family.norms]
-    return [*inner, linear_at(model, family.final_norm)]

@@ -7,7 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.errors import InputError
-from spinlab.model.seams import dimensions_of, family_of
+from spinlab.model.families import family_of
+from spinlab.model.modules import map_of, prepare
 
 # what a settings file says about code, files and numerics is ours to say
 _NOT_READ = (
@@ -41,8 +42,7 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
     _check_count(f"{prefix}num_hidden_layers", shape.get("num_hidden_layers"), _DEEPEST)
     try:
         config = AutoConfig.for_model(model_type, **shape)
-        dimensions = dimensions_of(config)
-        on_meta(config)
+        dimensions = map_of(prepare(on_meta(config))).dimensions
     except Exception as error:  # settings that are not a model's fail in any way
         raise InputError(f"{prefix.rstrip('.: ')}: {_reason(error)}") from error
     if dimensions.head_dim % 2:

@@ -1,14 +1,13 @@
-"""Split fused linears (Phi-3's qkv_proj, gate_up_proj) into parts that seams can name, and rejoin.
+"""Split linears that a family has fused (Phi-3's q, k, v) into parts with names, and rejoin them.
 
 The parts are plain nn.Linears under the fused linear's name, so the stock forward pass is not
 touched and everything that swaps or rotates linears works on them.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-
-from spinlab.model.seams import dimensions_of, family_of, layers_of, linear_at
 
 
 class SplitLinear(nn.Module):
@@ -24,44 +23,32 @@ class SplitLinear(nn.Module):
         """Map x (..., in) to (..., out)."""
         return torch.cat([part(x) for part in self.parts()], dim=-1)
 
-    def parts(self) -> list[nn.Linear]:
-        """Return the parts in the order of their rows."""
-        return [linear_at(self, name) for name in self.names]
+    def parts(self) -> list[nn.Module]:
+        """Return the parts, or what stands for them, in the order of their rows."""
+        return [self.get_submodule(name) for name in self.names]
 
 
-def split_fused(model: PreTrainedModel) -> None:
-    """Replace every fused linear of a stock model by its parts, in place."""
-    rows = dimensions_of(model.config).rows
-    for layer in layers_of(model):
-        for name, parts in family_of(model.config.model_type).fused.items():
-            split = _split(linear_at(layer, name), {part: rows[part] for part in parts})
-            layer.set_submodule(name, split)
-
-
-def join_fused(model: PreTrainedModel) -> None:
-    """Undo `split_fused` in place, so that the model saves as a stock checkpoint."""
-    for layer in layers_of(model):
-        for name in family_of(model.config.model_type).fused:
-            split = layer.get_submodule(name)
-            assert isinstance(split, SplitLinear), f"{name} is not split"
-            layer.set_submodule(name, _join(split.parts()))
-
-
-def _split(linear: nn.Linear, rows: dict[str, int]) -> SplitLinear:
-    """Cut the rows of a linear into named parts that share no memory with it."""
+def split(layer: nn.Module, name: str, rows: dict[str, int]) -> None:
+    """Replace a linear of a layer by parts with so many rows, which share no memory with it."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is no linear"
     weights = linear.weight.detach().split(list(rows.values()))
     biases = [None] * len(rows)
     if linear.bias is not None:
         biases = linear.bias.detach().split(list(rows.values()))
     parts = zip(rows, weights, biases, strict=True)
-    return SplitLinear({name: _linear(weight.clone(), bias) for name, weight, bias in parts})
+    made = {part: _linear(weight.clone(), bias) for part, weight, bias in parts}
+    layer.set_submodule(name, SplitLinear(made))
 
 
-def _join(parts: list[nn.Linear]) -> nn.Linear:
-    """Stack the rows of linears that read the same input; all of them have a bias, or none."""
+def join(layer: nn.Module, name: str) -> None:
+    """Undo `split`: stack the rows of the parts; all of them have a bias, or none."""
+    whole = layer.get_submodule(name)
+    assert isinstance(whole, SplitLinear), f"{name} is not split"
+    parts = cast(list[nn.Linear], whole.parts())
     biases = [part.bias for part in parts if part.bias is not None]
     bias = torch.cat([b.detach() for b in biases]) if biases else None
-    return _linear(torch.cat([part.weight.detach() for part in parts]), bias)
+    layer.set_submodule(name, _linear(torch.cat([p.weight.detach() for p in parts]), bias))
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

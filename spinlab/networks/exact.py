@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.model.load import cast_model, exact_norms
-from spinlab.model.seams import linears_of
+from spinlab.model.modules import linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.quantized import QuantizedWeight, empty_weight
@@ -23,8 +23,8 @@ class ExactNetworks(QuantizedNetworks):
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
         model = self.fused(rotations)
-        for name, _, _, linear in linears_of(model):
-            if name in weights:
+        for site, linear in linears_of(model):
+            if site.path in weights:
                 empty_weight(linear, torch.float64)
         exact_norms(model)
         return cast_model(model, torch.float64)

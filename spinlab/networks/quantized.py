@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
-from spinlab.kv.cache import attach_kv, kv_path
-from spinlab.model.seams import linears_of
+from spinlab.kv.cache import attach_kv, kv_path_of
+from spinlab.model.modules import linears_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
+from spinlab.runtime.fused.convert import integer_runtime, slot_layout, why_not_runtime
 from spinlab.runtime.fused.operations import triton_operations
 from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
@@ -32,7 +32,7 @@ class QuantizedNetworks(RotatedNetworks):
         """
         model = self._bare(rotations, weights)
         insert_integer_linears(model, weights, rotations, self.quant, "reference")
-        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+        attach_kv(model, self.kv_path(model, rotations), store=False)
         return model
 
     def integer(
@@ -44,17 +44,18 @@ class QuantizedNetworks(RotatedNetworks):
         for the models that it runs, and the exact product for others, with a warning.
         """
         model = self._bare(rotations, weights)
+        path = self.kv_path(model, rotations)
         if backend == "auto":
-            reason = why_not_runtime(model)
+            reason = why_not_runtime(model, path)
             if reason is not None:
                 log.warning("%s: linears multiply by the exact reference product", reason)
             backend = "triton" if reason is None else "reference"
         if backend == "triton":
             operations = triton_operations()
-            integer_runtime(model, weights, rotations, self.quant, self.kv, operations)
+            integer_runtime(model, weights, rotations, self.quant, path, operations)
             return model
         insert_integer_linears(model, weights, rotations, self.quant, backend)
-        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=True)
+        attach_kv(model, path, store=True)
         return model
 
     def dequantized(
@@ -67,9 +68,9 @@ class QuantizedNetworks(RotatedNetworks):
         model = self._bare(rotations, weights)
         write_ends(model, weights)
         self._fake_quant(model, rotations)
-        for name, _, _, linear in linears_of(model):
-            if name in weights:
-                dequantize_in_calls(linear, weights[name])
+        for site, linear in linears_of(model):
+            if site.path in weights:
+                dequantize_in_calls(linear, weights[site.path])
         return model
 
     def _bare(
@@ -77,3 +78,12 @@ class QuantizedNetworks(RotatedNetworks):
     ) -> PreTrainedModel:
         """Return the rotated model whose linears are about to take these weights."""
         return self.fused(rotations)
+
+
+def cache_bits(model: PreTrainedModel) -> float:
+    """Return the stored bits per cached number of a quantized network, as its runtime keeps them.
+
+    Where nothing is stored it is what the codecs of its round trip would take.
+    """
+    layout = slot_layout(model)
+    return kv_path_of(model).bits if layout is None else layout.bits

@@ -7,18 +7,23 @@ from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.kv.cache import attach_kv, kv_path
+from spinlab.kv.cache import KVPath, attach_kv, kv_path
+from spinlab.model.modules import map_of
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
 
 
 @dataclass(frozen=True)
 class RotatedNetworks:
-    """Assemble networks from fresh copies of one original, with one set of formats."""
+    """Assemble networks from fresh copies of one original, with one set of formats.
+
+    seed: of the run, for what codecs of the KV cache draw.
+    """
 
     original: Callable[[], PreTrainedModel]
     quant: QuantConfig
     kv: KVConfig
+    seed: int = 0
 
     def fused(self, rotations: RotationSet) -> PreTrainedModel:
         """Return the rotated model with nothing online: weights as quantizers want them."""
@@ -38,7 +43,7 @@ class RotatedNetworks:
         """Return the rotated model with R3 and R4 online and nothing quantized."""
         model = self.fused(rotations)
         insert_fake_quant(model, rotations, None)
-        attach_kv(model, kv_path(model, rotations.r3, None), store=False)
+        attach_kv(model, KVPath(rotations.r3), store=False)
         return model
 
     def learnable(self, rotations: RotationSet, inputs: bool = False) -> PreTrainedModel:
@@ -54,6 +59,10 @@ class RotatedNetworks:
         self._fake_quant(model, rotations)
         return model
 
+    def kv_path(self, model: PreTrainedModel, rotations: RotationSet) -> KVPath:
+        """Return what a quantized model's keys, values and queries go through."""
+        return kv_path(self.kv, map_of(model).width("r3"), rotations.r3, self.seed)
+
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)
-        attach_kv(model, kv_path(model, rotations.r3, self.kv), store=False)
+        attach_kv(model, self.kv_path(model, rotations), store=False)

@@ -4,7 +4,7 @@ The convention, said once: activations are rows and weights are (out, in). A rot
 row x into x R. A linear that reads the rotated stream gets W R, one that writes it Rᵀ W.
 
 R1 (hidden, hidden)        the residual stream, one for the model, fused
-R2 (head_dim, head_dim)    values per head, one per layer, fused into v_proj and o_proj
+R2 (head_dim, head_dim)    values per head, one per layer, fused into values and output
 R3 (head_dim, head_dim)    queries and keys after RoPE, online
-R4 (intermediate, ...)     the down_proj input, online, its inverse fused into down_proj
+R4 (intermediate, ...)     what a gated MLP multiplies last, online, its inverse fused there
 """

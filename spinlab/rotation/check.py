@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.errors import ResultError
-from spinlab.model.seams import linears_of
+from spinlab.model.hooks import temporary_hooks
+from spinlab.model.modules import linears_of, map_of
 from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
 
@@ -21,8 +22,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 Make = Callable[[], PreTrainedModel]
 
 
-class BrokenSeam(ResultError):
-    """Tell which seam changed the function of the model."""
+class BrokenSite(ResultError):
+    """Tell which linear changed the function of the model."""
 
 
 @torch.no_grad()
@@ -50,24 +51,24 @@ def logits_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def check_invariance(
     original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor
 ) -> float:
-    """Return the logits error, or raise BrokenSeam naming the first linear that is off.
+    """Return the logits error, or raise BrokenSite naming the first linear that is off.
 
     ids: (1, tokens). The limit is 1e-9 in float64 and 1e-3 in float32; 16-bit floats are too coarse
-    to tell a broken seam from rounding.
+    to tell a broken linear from rounding.
     """
     expected = logits_of(original, ids)
     limit = TOLERANCE[expected.dtype]
     error = logits_error(logits_of(rotated, ids), expected)
     if not error <= limit:
-        seam = broken_seam(original, rotated, rotations, ids, limit)
-        raise BrokenSeam(
+        first = first_broken(original, rotated, rotations, ids, limit)
+        raise BrokenSite(
             f"the rotated model is not the original: logits differ by {error:.1e} of their "
-            f"spread (limit {limit:.0e}), first at {seam}"
+            f"spread (limit {limit:.0e}), first at {first}"
         )
     return error
 
 
-def broken_seam(
+def first_broken(
     original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor, limit: float
 ) -> str:
     """Return the name of the first linear whose output, turned back, is not the original's.
@@ -79,31 +80,31 @@ def broken_seam(
     gc.collect()
     model = rotated()
     found = _outputs(model, ids)
-    scales = {(layer, name): s for layer, name, s in folded_scales(model, rotations)}
-    for name, layer, seam, _ in linears_of(model):
-        _, writes = rotations_at(seam, layer, rotations.r1, rotations.r2)
-        want = expected[name].double()
-        if (layer, seam.name) in scales:
-            want = want / scales[layer, seam.name].to(want)
+    scales = dict(folded_scales(map_of(model), rotations))
+    for site in map_of(model).sites:
+        _, writes = rotations_at(site, rotations.r1, rotations.r2)
+        want = expected[site.path].double()
+        if site.path in scales:
+            want = want / scales[site.path].to(want)
         if writes is not None:
             want = rotate_input(want, writes.to(want.device))
-        if not (found[name].double() - want).abs().max() <= limit * want.std():
-            return name
+        if not (found[site.path].double() - want).abs().max() <= limit * want.std():
+            return site.path
     return "the embedding, the final norm or the head"
 
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run a model and return every rotated linear's output by name."""
+    """Run a model and return every rotated linear's output by path."""
     kept: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, _, _, linear in linears_of(model):
+    with temporary_hooks() as hooks:
+        for site, linear in linears_of(model):
 
-        def keep(module: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
-            kept[name] = out
+            def keep(
+                module: nn.Module, args: tuple, out: torch.Tensor, at: str = site.path
+            ) -> None:
+                kept[at] = out
 
-        hooks.append(linear.register_forward_hook(keep))
-    model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
+            hooks.append(linear.register_forward_hook(keep))
+        model(input_ids=ids, use_cache=False)
     return kept

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions
+from spinlab.model.map import ModelMap
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import ONLINE, RotationSet
@@ -32,10 +32,8 @@ _DRIFT = 1e-2
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def read_rotations(
-    path: Path, dimensions: Dimensions, family: str, manifest: bool = False
-) -> RotationSet:
-    """Read a RotationSet (.safetensors) or an R.bin, made for a model of these dimensions.
+def read_rotations(path: Path, model_map: ModelMap, manifest: bool = False) -> RotationSet:
+    """Read a RotationSet (.safetensors) or an R.bin, made for such a model.
 
     `manifest` says that the file belongs to the model itself, which has some of it in its weights.
 
@@ -45,8 +43,8 @@ def read_rotations(
     """
     if not os.path.isfile(path):
         raise InputError(f"rotation.load={path} does not exist")
-    read = _read_bin if path.suffix == ".bin" else partial(read_stored, family=family)
-    found = read(path, dimensions)
+    read = _read_bin if path.suffix == ".bin" else read_stored
+    found, family = read(path, model_map), model_map.family
     fused = (found.about or {}).get("fused")
     if fused and not manifest:
         raise InputError(
@@ -103,20 +101,18 @@ def _made_again(rotations: RotationSet, name: str) -> bool:
     return online.blocks == expected.blocks and all(torch.equal(a, b) for a, b in pairs)
 
 
-def _read_bin(path: Path, dimensions: Dimensions) -> RotationSet:
+def _read_bin(path: Path, model_map: ModelMap) -> RotationSet:
     tensors = _tensors(path)
-    names = [_R2.format(layer) for layer in range(dimensions.layers)]
+    names = [_R2.format(layer) for layer in range(len(model_map.layers))]
     if tensors.keys() != {"R1", *names}:
         odd = ", ".join(sorted(tensors.keys() ^ {"R1", *names})[:3])
         raise InputError(
-            f"{path} has not the keys of an R.bin of {dimensions.layers} layers (R1, "
+            f"{path} has not the keys of an R.bin of {len(names)} layers (R1, "
             f"{_R2.format('N')}): {odd}"
         )
     # before anything is computed with them
-    for name, order in {
-        "R1": dimensions.hidden,
-        **dict.fromkeys(names, dimensions.head_dim),
-    }.items():
+    orders = {"R1": model_map.hidden, **dict.fromkeys(names, model_map.width("r2"))}
+    for name, order in orders.items():
         rule = exactly((order, order), partial(not_orthogonal, most=_DRIFT))
         check_shape(f"{path}: {name}", tuple(tensors[name].shape), rule)
         if (fault := rule.fault(tensors[name])) is not None:

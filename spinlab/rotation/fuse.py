@@ -6,14 +6,15 @@ products, on float32 weights, serve the learning loop, together with their exact
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.model.seams import Seam, family_of, layers_of, linear_at, linears_of
+from spinlab.model.map import ModelMap, Norm, Site
+from spinlab.model.modules import ends_of, linear_at, linears_of, map_of, norm_at
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 
 
 def rotate_input(weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -63,39 +64,38 @@ def _blocks(matrix: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 def rotations_at(
-    seam: Seam, layer: int, r1: torch.Tensor | None, r2: torch.Tensor | None
+    site: Site, r1: torch.Tensor | None, r2: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (reads, writes) of a seam among R1 and R2. What runs online is not among them."""
-    at = {None: None, "R1": r1, "R2": None if r2 is None else r2[layer], "R4": None}
-    return at[seam.reads], at[seam.writes]
+    """Return (reads, writes) of a site among R1 and R2. What runs online is not among them."""
+    at = {None: None, "R1": r1, "R2": None if r2 is None else r2[site.layer], "R4": None}
+    return at[site.reads], at[site.writes]
 
 
 def fold_norms(model: PreTrainedModel) -> None:
     """Move every RMSNorm gain into the linears that read it, in float64; gains become 1.
 
-    Without gains RMSNorm commutes with rotations. Nothing is mean-centred: that would change the
-    function of an RMSNorm model. Ties between embedding and head are cut first, because the final
-    gain belongs to the head alone.
+    A norm that no linear reads keeps its gain. Without gains RMSNorm commutes with rotations.
+    Nothing is mean-centred: that would change the function of an RMSNorm model. Ties between
+    embedding and head are cut first, because the final gain belongs to the head alone.
     """
-    family = family_of(model.config.model_type)
     untie(model)
-    for layer in layers_of(model):
-        for norm, group in family.norms.items():
-            readers = [linear_at(layer, s.name) for s in family.seams if s.group == group]
-            _fold(linear_at(layer, norm), readers)
-    _fold(linear_at(model, family.final_norm), [linear_at(model, family.head)])
+    for norm in map_of(model).norms:
+        if norm.readers:
+            _fold(model, norm)
 
 
-def _fold(norm: nn.Linear, readers: list[nn.Linear]) -> None:
-    for linear in readers:
-        linear.weight.data = _cast(linear.weight.data.double() * norm.weight.data.double(), linear)
-    norm.weight.data = torch.ones_like(norm.weight.data)
+def _fold(model: PreTrainedModel, norm: Norm) -> None:
+    module = norm_at(model, norm.path)
+    gain = module.weight.data.double() + norm.offset
+    for path in norm.readers:
+        linear = linear_at(model, path)
+        linear.weight.data = _cast(linear.weight.data.double() * gain, linear)
+    module.weight.data = torch.full_like(module.weight.data, 1 - norm.offset)
 
 
 def untie(model: PreTrainedModel) -> None:
     """Give the head its own copy of the embedding matrix where the two were shared."""
-    family = family_of(model.config.model_type)
-    head, embedding = linear_at(model, family.head), linear_at(model, family.embedding)
+    embedding, head = ends_of(model)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -112,55 +112,73 @@ def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
 
 
 def fuse_stream(model: PreTrainedModel, rotations: RotationSet) -> None:
-    """Rotate the residual stream (R1) and the heads (R2): nothing of it is left to run online."""
+    """Rotate the residual stream (R1) and the heads (R2): nothing of it is left to run online.
+
+    Raises InputError where the family's function does not survive one of them.
+    """
+    for name in ("r1", "r2"):
+        if getattr(rotations, name) is not None:
+            map_of(model).check(name)
     device = model.device
     r1, r2 = (None if r is None else r.to(device) for r in (rotations.r1, rotations.r2))
-    family = family_of(model.config.model_type)
-    for _, layer, seam, linear in linears_of(model):
-        reads, writes = rotations_at(seam, layer, r1, r2)
-        _rotate(linear, reads, writes)
+    for site, linear in linears_of(model):
+        _rotate(linear, *rotations_at(site, r1, r2))
     if r1 is not None:
-        _rotate(linear_at(model, family.embedding), r1, None)
-        _rotate(linear_at(model, family.head), r1, None)
+        for end in ends_of(model):
+            _rotate(end, r1, None)
 
 
 def fuse_inputs(model: PreTrainedModel, rotations: RotationSet) -> None:
     """Give every weight the inverse of its input's transform: R4, cross-head, scales, DuQuant's.
 
-    Scales that are folded leave through what produces the input: a norm, v_proj or up_proj.
+    Scales that are folded leave through what produces the input: the gain of a norm, or the rows
+    of a linear.
     """
-    for _, layer, seam, linear in linears_of(model):
-        own = rotations.inputs.get(input_key(layer, seam.group))
-        online = rotations.online(layer, seam)
+    for site, linear in linears_of(model):
+        own, online = rotations.inputs.get(site.key), rotations.online(site)
         for transform in {id(t): t for t in (own, online) if t is not None}.values():
             linear.weight.data = _cast(transform.of_weight(linear.weight.data.double()), linear)
-    for layer, name, scale in folded_scales(model, rotations):
-        carrier = linear_at(layers_of(model)[layer], name)
-        weight = carrier.weight.data
-        divisor = scale.to(weight.device).view(-1, *[1] * (weight.dim() - 1))
-        carrier.weight.data = _cast(weight.double() / divisor, carrier)
-        if getattr(carrier, "bias", None) is not None:
-            carrier.bias.data = _cast(carrier.bias.data.double() / divisor.flatten(), carrier)
+    norms = map_of(model).norm_at
+    for path, scale in folded_scales(map_of(model), rotations):
+        if path in norms:
+            _scale_gain(model, norms[path], scale)
+        else:
+            _scale_rows(linear_at(model, path), scale)
+
+
+def _scale_gain(model: PreTrainedModel, norm: Norm, scale: torch.Tensor) -> None:
+    module = norm_at(model, norm.path)
+    gain = module.weight.data.double() + norm.offset
+    module.weight.data = _cast(gain / scale.to(gain.device) - norm.offset, module)
+
+
+def _scale_rows(linear: nn.Linear, scale: torch.Tensor) -> None:
+    weight, divisor = linear.weight.data, scale.to(linear.weight.device)
+    linear.weight.data = _cast(weight.double() / divisor[:, None], linear)
+    if linear.bias is not None:
+        linear.bias.data = _cast(linear.bias.data.double() / divisor, linear)
 
 
 def folded_scales(
-    model: PreTrainedModel, rotations: RotationSet
-) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """Yield (layer, name of the norm or linear that carries it, scale) of every folded scale."""
-    family = family_of(model.config.model_type)
-    carriers = {group: norm for norm, group in family.norms.items()} | family.scale_carriers
+    model_map: ModelMap, rotations: RotationSet
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (path of the norm or linear that carries it, scale) of every folded scale."""
     for key, transform in rotations.inputs.items():
         if transform.scale is not None and transform.folded:
-            layer, _, group = key.partition(".")
-            yield int(layer), carriers[group], transform.scale
+            producer = model_map.input_at[key].producer
+            assert producer is not None, f"no norm or linear carries a scale of input {key}"
+            yield producer, transform.scale
 
 
-def _rotate(module: nn.Linear, reads: torch.Tensor | None, writes: torch.Tensor | None) -> None:
+def _rotate(
+    module: nn.Linear | nn.Embedding, reads: torch.Tensor | None, writes: torch.Tensor | None
+) -> None:
     module.weight.data = _cast(rotated_weight(module.weight.data.double(), reads, writes), module)
     bias = getattr(module, "bias", None)
     if bias is not None and writes is not None:
         bias.data = _cast(rotate_input(bias.data.double()[None], writes)[0], module)
 
 
-def _cast(matrix: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+def _cast(matrix: torch.Tensor, module: Any) -> torch.Tensor:
+    """Bring a matrix to the dtype of a module's weight."""
     return matrix.to(module.weight.dtype)

@@ -9,7 +9,7 @@ from spinlab.config import RotationConfig
 from spinlab.config.checks import choice
 from spinlab.config.rotation import SEARCHED
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions
+from spinlab.model.map import ModelMap
 from spinlab.rotation.duquant import (
     DualTransform,
     dual_transforms,
@@ -21,17 +21,18 @@ from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.kinds import KINDS
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import Statistics, input_key
+from spinlab.rotation.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
 _MOST_ROWS = 8192  # of the residual stream that R1's search looks at
 _SEARCHED_AT_ONCE = 10  # inputs whose activations lie on the device together
+_MIXED_BY = {"R1": ("r1",), "R2": ("cross_head", "r2")}  # what mixes the channels of an input
 
 
 def initial_rotations(
     config: RotationConfig,
-    dimensions: Dimensions,
+    model_map: ModelMap,
     generator: torch.Generator,
     statistics: Statistics | None = None,
     device: torch.device | str = "cpu",
@@ -41,54 +42,72 @@ def initial_rotations(
     statistics: needed where `config.needs_statistics`. device: where DuQuant's searches run; the
     result is on the CPU.
     """
-    check_rotations(config, dimensions)
-    maker = _Maker(config, dimensions, generator, statistics, device)
-    r1 = maker.matrix("r1", config.r1, dimensions.hidden, 0)
-    heads = [
-        maker.matrix("r2", config.r2, dimensions.head_dim, layer)
-        for layer in range(dimensions.layers)
-    ]
+    check_rotations(config, model_map)
+    maker = _Maker(config, model_map, generator, statistics, device)
+    r1 = maker.matrix("r1", config.r1, 0)
+    heads = [maker.matrix("r2", config.r2, layer) for layer in range(len(model_map.layers))]
     r2 = None if config.r2 == "none" else torch.stack([h for h in heads if h is not None])
-    r3 = maker.online("r3", config.r3, dimensions.head_dim)
-    r4 = maker.online("r4", config.r4, dimensions.intermediate)
-    return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, dimensions), maker.inputs())
+    r3 = maker.online("r3", config.r3)
+    r4 = maker.online("r4", config.r4)
+    return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, model_map), maker.inputs())
 
 
-def check_rotations(config: RotationConfig, dimensions: Dimensions) -> None:
-    """Raise InputError for an unknown kind, or where settings do not fit these dimensions."""
+def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
+    """Raise InputError for an unknown kind, or where settings do not fit family and widths."""
     for name, searched in (("r1", SEARCHED), ("r2", SEARCHED), ("r3", ()), ("r4", ())):
         choice(f"rotation.{name}", getattr(config, name), ("none", *KINDS, *searched))
-    block, width = config.r4_block, dimensions.intermediate
-    if config.online and config.r4 != "none" and block and width % block:
-        raise InputError(f"rotation.r4_block={block} does not divide {width}, the R4 width")
-    # grouped-query attention reads one value channel in several heads
-    shared = dimensions.kv_heads != dimensions.heads
-    scaled = config.smooth is not None and "o" in config.smooth_groups
-    if scaled and shared and not config.online:
+    for name in config.used:
+        model_map.check(name)
+        model_map.width(name)
+    if config.r4_block and "r4" in config.used and model_map.width("r4") % config.r4_block:
         raise InputError(
-            "rotation.smooth of the o input runs online on a model with grouped queries: take o "
-            "out of rotation.smooth_groups, or set rotation.online=true"
+            f"rotation.r4_block={config.r4_block} does not divide {model_map.width('r4')}, the R4 "
+            "width"
         )
+    if config.smooth is not None:
+        _check_smoothing(config, model_map)
 
 
-def cross_head_rotation(config: RotationConfig, dimensions: Dimensions) -> OnlineRotation | None:
-    """Return QuaRot's Hadamard across the heads of the o_proj input, where one exists.
+def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
+    """Refuse scales of inputs that a rotation mixes, or that nothing could carry offline."""
+    names = tuple({input.name: None for input in model_map.inputs})
+    for name in config.smooth_groups:
+        choice("rotation.smooth_groups", name, names)
+    for input in (i for i in model_map.inputs if i.name in config.smooth_groups):
+        for rotation in _MIXED_BY.get(input.reads or "", ()):
+            if getattr(config, rotation) != "none":
+                raise InputError(
+                    f"rotation.smooth scales single channels of the {input.name} input, which "
+                    f"rotation.{rotation} mixes: set rotation.{rotation}=none"
+                )
+        if not input.folds and not config.online:
+            raise InputError(
+                f"rotation.smooth of the {input.name} input runs online on a model with grouped "
+                f"queries: take {input.name} out of rotation.smooth_groups, or set "
+                "rotation.online=true"
+            )
 
-    With R2 inside the heads the o_proj input is turned by H_heads ⊗ R2 (QuaRot sec. 4, stage 1c).
+
+def cross_head_rotation(config: RotationConfig, model_map: ModelMap) -> OnlineRotation | None:
+    """Return QuaRot's Hadamard across the heads that attention gives, where one exists.
+
+    With R2 inside the heads that input is turned by H_heads ⊗ R2 (QuaRot sec. 4, stage 1c).
     Head counts such as 9, 14 and 15 have no Hadamard matrix: there R2 alone remains, and a log
     line says so.
     """
     if config.cross_head == "none" or not config.online:
         return None
-    if not has_hadamard(dimensions.heads):
+    head_dim = model_map.width("r2")
+    heads = model_map.width("cross_head") // head_dim
+    if not has_hadamard(heads):
         log.warning(
-            "cross_head: no Hadamard matrix of order %d, the number of heads: R2 alone turns the "
-            "o_proj input",
-            dimensions.heads,
+            "cross_head: no Hadamard matrix of order %d, the number of heads: R2 alone turns what "
+            "they give",
+            heads,
         )
         return None
-    across = hadamard_matrix(dimensions.heads).double() / dimensions.heads**0.5
-    return OnlineRotation(across, torch.eye(dimensions.head_dim))
+    across = hadamard_matrix(heads).double() / heads**0.5
+    return OnlineRotation(across, torch.eye(head_dim))
 
 
 class _Maker:
@@ -97,50 +116,47 @@ class _Maker:
     def __init__(
         self,
         config: RotationConfig,
-        dimensions: Dimensions,
+        model_map: ModelMap,
         generator: torch.Generator,
         statistics: Statistics | None,
         device: torch.device | str,
     ) -> None:
         assert statistics is not None or not config.needs_statistics
-        self.config, self.dimensions, self.generator = config, dimensions, generator
+        self.config, self.map, self.generator = config, model_map, generator
         self.statistics, self.device = statistics, device
         self._mixers: dict[int, torch.Tensor] = {}
 
-    def matrix(self, where: str, kind: str, n: int, layer: int) -> torch.Tensor | None:
-        """Make an (n, n) rotation, or None."""
+    def matrix(self, where: str, kind: str, layer: int) -> torch.Tensor | None:
+        """Make an (n, n) rotation for the width that `where` (r1, r2, ...) turns, or None."""
         if kind == "none":
             return None
         if kind == "duquant":
             return self._dual(self._rows(where, layer)).dense()
-        return KINDS[kind](n, self.generator, where)
+        return KINDS[kind](self.map.width(where), self.generator, where)
 
-    def online(self, where: str, kind: str, n: int) -> OnlineRotation | None:
+    def online(self, where: str, kind: str) -> OnlineRotation | None:
         """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""
         if kind in ("none", "identity") or not self.config.online:
             return None
         if kind in ("hadamard", "exact_hadamard"):
             block = self.config.r4_block if where == "r4" else 0
-            return hadamard_rotation(n, block, where)
-        dense = self.matrix(where, kind, n, 0)
+            return hadamard_rotation(self.map.width(where), block, where)
+        dense = self.matrix(where, kind, 0)
         assert dense is not None
         return OnlineRotation(torch.ones(1, 1), dense)
 
     def inputs(self) -> dict[str, ScaledDual]:
         """Make the transforms of single inputs: scales, dual transforms, or both."""
-        config, found = self.config, {}
+        found: dict[str, ScaledDual] = {}
         if self.statistics is None:
             return found
-        keys = list(self.statistics.peaks)
-        scales = {k: self._scale(k) for k in keys if k.partition(".")[2] in self._smoothed}
-        duals = self._duals(scales) if config.inputs == "duquant" else {}
-        for key in keys:
-            _, _, group = key.partition(".")
-            scale, dual = scales.get(key), duals.get(key)
+        inputs = [self.map.input_at[key] for key in self.statistics.peaks]
+        scales = {i.key: self._scale(i.key) for i in inputs if i.name in self._smoothed}
+        duals = self._duals(scales) if self.config.inputs == "duquant" else {}
+        for input in inputs:
+            scale, dual = scales.get(input.key), duals.get(input.key)
             if scale is not None or dual is not None:
-                # grouped-query attention reads one value channel in several heads
-                shared = group == "o" and self.dimensions.kv_heads != self.dimensions.heads
-                found[key] = ScaledDual(scale, not shared, dual)
+                found[input.key] = ScaledDual(scale, input.folds, dual)
         return found
 
     @property
@@ -157,9 +173,8 @@ class _Maker:
         assert self.statistics is not None
         if where == "r2":
             values = self.statistics.values[str(layer)].to(self.device)
-            return values.unflatten(-1, (-1, self.dimensions.head_dim)).flatten(0, 1)
-        readers = ("qkv", "gate_up")
-        keys = [input_key(i, group) for i in range(self.dimensions.layers) for group in readers]
+            return values.unflatten(-1, (-1, self.map.width("r2"))).flatten(0, 1)
+        keys = [input.key for input in self.map.inputs if input.reads == "R1"]
         rows = torch.cat([self.statistics.means[key] for key in keys])
         highest = rows.abs().amax(-1).argsort(descending=True, stable=True)
         return rows[highest[:_MOST_ROWS]].to(self.device)
@@ -167,11 +182,11 @@ class _Maker:
     def _duals(self, scales: Mapping[str, torch.Tensor]) -> dict[str, DualTransform]:
         """Search the dual transforms of all inputs, each divided by its scale if it has one."""
         assert self.statistics is not None
-        by_group: dict[str, list[str]] = {}
+        by_name: dict[str, list[str]] = {}
         for key in self.statistics.means:
-            by_group.setdefault(key.partition(".")[2], []).append(key)
+            by_name.setdefault(self.map.input_at[key].name, []).append(key)
         found: dict[str, DualTransform] = {}
-        for keys in by_group.values():
+        for keys in by_name.values():
             for begin in range(0, len(keys), _SEARCHED_AT_ONCE):
                 some = keys[begin : begin + _SEARCHED_AT_ONCE]
                 rows = [self.statistics.means[key].to(self.device) for key in some]

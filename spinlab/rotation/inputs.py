@@ -12,7 +12,7 @@ class ScaledDual:
     """Divide inputs by a scale, then turn them: x ↦ (x / scale)·T; either part may be absent.
 
     scale: (in,) float64. With `folded` the division is not done here: what produces the input
-    (a norm, v_proj, up_proj) carries it.
+    (a norm, or a linear) carries it.
     """
 
     scale: torch.Tensor | None = None

@@ -9,11 +9,10 @@ import torch
 from safetensors import safe_open
 
 from spinlab.files import write_tensors
-from spinlab.model.seams import Seam
+from spinlab.model.map import Site
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
-from spinlab.rotation.statistics import input_key
 
 _FUSED = ("r1", "r2")
 ONLINE = ("r3", "r4", "cross_head")
@@ -24,10 +23,10 @@ WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of onl
 class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
-    A rotation that is switched off is None. `inputs` are transforms of single groups of linears,
-    by `input_key`. What was learned together with the rotations is part of the set: `clips`, the
-    clip ratios of input quantizers by `input_key`, and `weight_clips`, those of weights by the
-    linear's name: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
+    A rotation that is switched off is None. `inputs` are transforms of single inputs, by the key of
+    the input. What was learned together with the rotations is part of the set: `clips`, the clip
+    ratios of input quantizers by that key, and `weight_clips`, those of weights by the path of the
+    linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
@@ -46,12 +45,12 @@ class RotationSet:
             if matrix is not None:
                 check_orthogonal(name.upper(), matrix)
 
-    def online(self, layer: int, seam: Seam) -> InputTransform | None:
+    def online(self, site: Site) -> InputTransform | None:
         """Return what runs before a linear, if anything."""
-        own = self.inputs.get(input_key(layer, seam.group))
+        own = self.inputs.get(site.key)
         if own is not None and own.is_online:
             return own
-        return {"R4": self.r4, "R2": self.cross_head}.get(seam.reads or "")
+        return {"R4": self.r4, "R2": self.cross_head}.get(site.reads or "")
 
     def orthogonality(self) -> dict[str, float]:
         """Return max|RRᵀ-I| of every rotation that is on."""

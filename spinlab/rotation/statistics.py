@@ -8,19 +8,20 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spinlab.model.seams import linears_of
+from spinlab.model.hooks import temporary_hooks
+from spinlab.model.modules import linears_of
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Hold per layer and group of linears, by `input_key`, float32 on the CPU.
+    """Hold per input of quantized linears, by its key, float32 on the CPU.
 
     peaks    (in,) the largest |input| of each channel
-    weights  (in,) the largest |weight| of each channel, over the linears of the group
+    weights  (in,) the largest |weight| of each channel, over the linears that read it
     means    (length, in) inputs averaged over windows, position by position, for DuQuant's search
              (appendix E.4; its code averages the first layer's input and passes that on through
              quantized layers, here every input is averaged where it is read)
-    values   by layer: (length, kv_heads·head_dim) outputs of v_proj, averaged alike
+    values   by layer: (length, kv_heads·head_dim) values of all heads, averaged alike
 
     The last two are large, and gathered only for a search.
     """
@@ -44,11 +45,6 @@ class Statistics:
         return found
 
 
-def input_key(layer: int, group: str) -> str:
-    """Name the shared input of a group of linears of one layer."""
-    return f"{layer}.{group}"
-
-
 @torch.no_grad()
 def gather_statistics(
     model: PreTrainedModel, windows: torch.Tensor, searches: bool = True
@@ -58,20 +54,20 @@ def gather_statistics(
     `searches` gathers whole activations too, not only their peaks.
     """
     found = Statistics()
-    hooks = []
-    for _, layer, seam, linear in linears_of(model):
-        key = input_key(layer, seam.group)
-        peak = linear.weight.abs().amax(0).float().cpu()
-        first = key not in found.weights
-        found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
-        if first:
-            hooks.append(linear.register_forward_pre_hook(_Gather(found, key, searches)))
-        if searches and seam.writes == "R2":
-            hooks.append(linear.register_forward_hook(_GatherValues(found, str(layer))))
-    for window in tqdm(windows, desc="statistics"):
-        model(input_ids=window[None].to(model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    with temporary_hooks() as hooks:
+        for site, linear in linears_of(model):
+            if not site.quantized:
+                continue
+            key = site.key
+            peak = linear.weight.abs().amax(0).float().cpu()
+            first = key not in found.weights
+            found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
+            if first:
+                hooks.append(linear.register_forward_pre_hook(_Gather(found, key, searches)))
+            if searches and site.writes == "R2":
+                hooks.append(linear.register_forward_hook(_GatherValues(found, str(site.layer))))
+        for window in tqdm(windows, desc="statistics"):
+            model(input_ids=window[None].to(model.device), use_cache=False)
     for kept, count in (
         (found.means, len(windows)),
         (found.values, len(windows)),
@@ -100,7 +96,7 @@ class _Gather:
 
 @dataclass
 class _GatherValues:
-    """Hook that adds v_proj's output to the statistics."""
+    """Hook that adds the values of a layer to the statistics."""
 
     found: Statistics
     key: str

@@ -14,10 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions, family_of
+from spinlab.model.map import ModelMap
 from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
 from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet
-from spinlab.rotation.statistics import input_key
 
 Shape = tuple[int, ...]
 
@@ -48,12 +47,12 @@ class Rule:
     dtypes: tuple[str, ...] = _FLOATS
 
 
-def read_stored(path: Path, dimensions: Dimensions, family: str) -> RotationSet:
+def read_stored(path: Path, model_map: ModelMap) -> RotationSet:
     """Read a file that `RotationSet.save` wrote, now or in an earlier version, for such a model.
 
     Raises InputError, naming the tensor and what is wrong with it, for any other file.
     """
-    rules = rules_of(dimensions, family)
+    rules = rules_of(model_map)
     try:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
@@ -70,7 +69,7 @@ def read_stored(path: Path, dimensions: Dimensions, family: str) -> RotationSet:
     for name, tensor in tensors.items():
         if (fault := rules[name].fault(tensor)) is not None:
             raise InputError(f"{path}: {name} {fault}")
-    _check_parts(path, tensors, blocks, dimensions)
+    _check_parts(path, tensors, blocks, model_map)
     return RotationSet.from_tensors(tensors, about, blocks)
 
 
@@ -83,30 +82,26 @@ def read_about(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no file of rotations: {error}") from error
 
 
-def rules_of(dimensions: Dimensions, family: str) -> dict[str, Rule]:
+def rules_of(model_map: ModelMap) -> dict[str, Rule]:
     """Return the rule of every tensor that rotations of such a model may have, by its name."""
-    head, layers, seams = dimensions.head_dim, dimensions.layers, family_of(family)
-    rules = {
-        "r1": exactly((dimensions.hidden,) * 2, not_orthogonal),
-        "r2": exactly((layers, head, head), not_orthogonal),
-    }
-    for name, width in _online_widths(dimensions).items():
+    widths, layers = model_map.widths, len(model_map.layers)
+    rules = {"r1": exactly((model_map.hidden,) * 2, not_orthogonal)}
+    if "r2" in widths:
+        rules["r2"] = exactly((layers, widths["r2"], widths["r2"]), not_orthogonal)
+    for name, width in _online_widths(model_map).items():
         words = f"a square whose order divides {width}"
         rule = Rule(lambda s, width=width: _tiles((1, *s), width), words, not_orthogonal)
         rules |= {f"{name}.left": rule, f"{name}.right": rule}
-    for layer in range(layers):
-        for group, width in dimensions.widths.items():
-            key = input_key(layer, group)
-            rules |= _input_rules(f"inputs.{key}", width)
-            rules[f"clip.{key}"] = exactly((), _no_ratio)
-        for seam in seams.seams:
-            rows = dimensions.rows[seam.name.rpartition(".")[2]]
-            width = dimensions.widths[seam.group]
-            rules[f"weight_clip.{seams.layers}.{layer}.{seam.name}"] = Rule(
-                lambda s, r=rows, w=width: len(s) == 3 and s[::2] == (r, 1) and _divides(s[1], w),
-                f"({rows}, groups of {width} inputs, 1)",
-                _no_ratio,
-            )
+    for input in model_map.inputs:
+        rules |= _input_rules(f"inputs.{input.key}", input.width)
+        rules[f"clip.{input.key}"] = exactly((), _no_ratio)
+    for site in (s for s in model_map.sites if s.quantized):
+        rows, width = site.out_features, site.in_features
+        rules[f"weight_clip.{site.path}"] = Rule(
+            lambda s, r=rows, w=width: len(s) == 3 and s[::2] == (r, 1) and _divides(s[1], w),
+            f"({rows}, groups of {width} inputs, 1)",
+            _no_ratio,
+        )
     return rules
 
 
@@ -135,9 +130,8 @@ def check_shape(what: str, shape: Shape, rule: Rule | None) -> None:
         raise InputError(f"{what} is {shape}, the model has {rule.shape}")
 
 
-def _online_widths(dimensions: Dimensions) -> dict[str, int]:
-    at = dimensions.widths
-    return {"r3": dimensions.head_dim, "r4": at["down"], "cross_head": at["o"]}
+def _online_widths(model_map: ModelMap) -> dict[str, int]:
+    return {name: model_map.widths[name] for name in ONLINE if name in model_map.widths}
 
 
 def _tiles(shape: Shape, width: int) -> bool:
@@ -185,10 +179,10 @@ def _no_permutation(tensor: torch.Tensor) -> str | None:
 
 
 def _check_parts(
-    path: Path, tensors: Mapping[str, torch.Tensor], blocks: dict[str, int], dimensions: Dimensions
+    path: Path, tensors: Mapping[str, torch.Tensor], blocks: dict[str, int], model_map: ModelMap
 ) -> None:
     """Raise InputError where parts that belong together are not all there, or do not fit."""
-    for name, width in _online_widths(dimensions).items():
+    for name, width in _online_widths(model_map).items():
         orders = [len(tensors[n]) for n in (f"{name}.left", f"{name}.right") if n in tensors]
         if len(orders) == 1:
             raise InputError(f"{path}: {name} has one of its two factors only")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spinlab.errors import InputError
 from spinlab.export.identity import manifest_of, warn_of_dtype
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
@@ -43,9 +43,7 @@ class Given:
         """What the file holds, made for this model; None where no file is given."""
         if self.file is None:
             return None
-        settings = self._original.shape.config
-        dimensions = dimensions_of(settings)
-        return read_rotations(self.file, dimensions, settings.model_type, self.transformed)
+        return read_rotations(self.file, map_of(self._original.shape), self.transformed)
 
 
 def _place(path: str | None) -> Path | None:

@@ -35,7 +35,7 @@ def handoff_error(
     """
 
     def work(out: Path) -> None:
-        networks = ExactNetworks(original.load, run.config.quant, run.config.kv)
+        networks = ExactNetworks(original.load, run.config.quant, run.config.kv, run.config.seed)
         parts = variant.parts(run)
         ids = gate_ids(original, calibration).to(run.device)
         expected = logits_of(partial(networks.dequantized, *parts), ids)

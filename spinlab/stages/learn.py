@@ -14,14 +14,22 @@ from spinlab.cache import PROGRESS, Artifact
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
 from spinlab.files import write_json
-from spinlab.learn.announce import announce
-from spinlab.learn.estimate import choose_checkpoint, estimate
-from spinlab.learn.guard import Divergence
-from spinlab.learn.loop import RotationLearner, learn_rotations, rounds_weights
-from spinlab.learn.placement import recompute_layers, shard_layers
-from spinlab.learn.progress import resume, save_progress
-from spinlab.learn.recipe import announce_further, training_of
-from spinlab.learn.spaces.base import NetworkForm, Parts
+from spinlab.learn import (
+    Divergence,
+    LearningSpace,
+    RotationLearner,
+    announce,
+    announce_further,
+    choose_checkpoint,
+    estimate_of,
+    learn_rotations,
+    recompute_layers,
+    resume,
+    rounds_weights,
+    save_progress,
+    shard_layers,
+    training_of,
+)
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import FILE, gate, networks_of, rotations_in
@@ -126,21 +134,21 @@ class Learning:
             raise self._kept(error, learner, out) from error
         return learner.result(), curve
 
-    def learner(self, form: Callable[[Parts], NetworkForm] | None = None) -> RotationLearner:
-        """Assemble what is learned on, where it fits; form: another way to compute the same."""
+    def learner(self, space: type[LearningSpace] | None = None) -> RotationLearner:
+        """Assemble what is learned on, where it fits; space: another way to compute the same."""
         config = self.run.config
         learn, processes = config.learn, parallel.world()
         start = rotations_in(self.run, self.initial)
         networks = networks_of(self.run, self.original)
         network = networks.learnable(start, inputs="inputs" in learn.rotations)
-        expected = estimate(network, learn, config.quant, processes)
+        expected = estimate_of(network, learn, config.quant, processes)
         checkpoint = choose_checkpoint(expected, learn, self.run.device)
         announce(expected, checkpoint, self.run.device)
         rounded = rounds_weights(learn, config.quant)
-        apart = rounded or form is not None  # the network without quantizers is not the original
+        apart = rounded or space is not None  # the network without quantizers is not the original
         teacher = self.original.load() if learn.objective.needs_teacher and apart else None
         formats = learn, config.quant, config.weights.clip
-        learner = RotationLearner(network, start, *formats, teacher=teacher, form=form)
+        learner = RotationLearner(network, start, *formats, teacher=teacher, space=space)
         if checkpoint:
             recompute_layers(network)
         if not apart:

@@ -15,8 +15,8 @@ from spinlab.evaluate.perplexity import perplexity
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
 from spinlab.finite import check_finite
-from spinlab.kv.cache import kv_bits
-from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.model.modules import embedding_of, map_of
+from spinlab.networks.quantized import cache_bits
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
 from spinlab.stages.text import windows_in
@@ -72,9 +72,9 @@ def _sizes(
 ) -> dict[str, float]:
     sizes: dict[str, float] = {"bytes": stored_bytes(original.shape, weights)}
     if weights is not None:
-        numbers = {name: linear.weight.numel() for name, _, _, linear in linears_of(original.shape)}
+        numbers = {site.path: site.numbers for site in map_of(original.shape).sites}
         sizes["bits/weights"] = effective_bits(weights, numbers)
-        sizes["bits/kv"] = kv_bits(model, run.config.kv)
+        sizes["bits/kv"] = cache_bits(model)
     return sizes
 
 
@@ -117,7 +117,7 @@ def stored_bytes(
         return numbers * _STORED_BYTES
     numbers -= sum(w.levels.numel() for w in weights.values())
     if model.config.tie_word_embeddings:
-        numbers += linear_at(model, family_of(model.config.model_type).embedding).weight.numel()
+        numbers += embedding_of(model).weight.numel()
     packed = sum(
         t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()
     )

@@ -11,7 +11,8 @@ from spinlab.cache import Artifact
 from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.files import write_tensors
 from spinlab.finite import check_finite
-from spinlab.model.seams import linears_of
+from spinlab.model.hooks import temporary_hooks
+from spinlab.model.modules import map_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import gate_ids, networks_of, rotations_in
@@ -55,16 +56,14 @@ def channel_peaks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     what runs online.
     """
     peaks: list[torch.Tensor] = []
-    hooks = []
-    for _, _, seam, linear in linears_of(model):
-        if seam.name.endswith("q_proj"):
 
-            def keep(module: nn.Module, args: tuple) -> None:
-                x = module.path(args[0]) if isinstance(module, FakeQuantLinear) else args[0]
-                peaks.append(x.detach().abs().flatten(0, -2).amax(0).float().cpu())
+    def keep(module: nn.Module, args: tuple) -> None:
+        x = module.path(args[0]) if isinstance(module, FakeQuantLinear) else args[0]
+        peaks.append(x.detach().abs().flatten(0, -2).amax(0).float().cpu())
 
+    with temporary_hooks() as hooks:
+        for layer in map_of(model).layers:
+            linear = model.get_submodule(layer.attention.queries)
             hooks.append(linear.register_forward_pre_hook(keep))
-    model(input_ids=ids.to(model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+        model(input_ids=ids.to(model.device), use_cache=False)
     return torch.stack(peaks)

@@ -11,7 +11,7 @@ from typing import Any
 from spinlab.cache import Artifact
 from spinlab.config import plain
 from spinlab.files import file_digest, write_json
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.rotation.exchange import with_online
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.ranges import warn_of_lost_ranges
@@ -64,20 +64,20 @@ def _initial(
     run: Run, original: Original, given: Given, statistics: Artifact | None
 ) -> RotationSet:
     """Read the rotations, or draw them, or make them from statistics."""
-    config, settings = run.config.rotation, original.shape.config
-    dimensions, generator = dimensions_of(settings), run.generator("init")
-    about = {"seed": run.config.seed, "model": original.identity, "family": settings.model_type}
+    config, model_map = run.config.rotation, map_of(original.shape)
+    generator = run.generator("init")
+    about = {"seed": run.config.seed, "model": original.identity, "family": model_map.family}
     about = plain({**about, "rotation": rotation_settings(run)})
     if given.file is None or given.rotations is None:
         known = None if statistics is None else statistics_in(statistics)
-        drawn = initial_rotations(config, dimensions, generator, known, run.device)
+        drawn = initial_rotations(config, model_map, generator, known, run.device)
         return replace(drawn, about=about)
     loaded, name = given.rotations, given.file.name
     if given.file.suffix != ".bin":
         log.info("%-12s all from %s, rotation.* is not used", "rotations", name)
         return loaded
     online = initial_rotations(
-        replace(config, r1="none", r2="none", load=None), dimensions, generator
+        replace(config, r1="none", r2="none", load=None), model_map, generator
     )
     log.info("%-12s R1 and R2 from %s, the rest from rotation.*", "rotations", name)
     return replace(with_online(loaded, online), about={**about, **(loaded.about or {})})

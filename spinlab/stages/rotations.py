@@ -30,7 +30,7 @@ def rotations_in(run: Run, made: Artifact) -> RotationSet:
 
 def networks_of(run: Run, original: Original) -> RotatedNetworks:
     """Return what assembles rotated networks from copies of the original."""
-    return RotatedNetworks(original.load, run.config.quant, run.config.kv)
+    return RotatedNetworks(original.load, run.config.quant, run.config.kv, run.config.seed)
 
 
 def gate(

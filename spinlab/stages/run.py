@@ -1,6 +1,5 @@
 """What every stage is given: the settings, the cache, the place to compute, and random streams."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from spinlab.cache import Cache
 from spinlab.config import Config
 from spinlab.device import choose_backend, choose_device
+from spinlab.seeds import stream
 
 
 class Run:
@@ -21,5 +21,4 @@ class Run:
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return an independent random stream per purpose."""
-        digest = hashlib.sha256(f"{self.config.seed}/{purpose}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return stream(self.config.seed, purpose)

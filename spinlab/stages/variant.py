@@ -60,7 +60,9 @@ class Variant:
         """Return the network and its quantized weights; the original has none."""
         if self.is_original:
             return original.load(), None
-        networks = QuantizedNetworks(original.load, run.config.quant, run.config.kv)
+        networks = QuantizedNetworks(
+            original.load, run.config.quant, run.config.kv, run.config.seed
+        )
         parts = self.parts(run)
         return self.on_integers(networks, run.backend, *parts), parts[1]
 

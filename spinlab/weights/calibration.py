@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.model.seams import layers_of
+from spinlab.model.hooks import hidden_states, temporary_hooks
+from spinlab.model.modules import layers_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
@@ -50,11 +51,9 @@ class LayerInputs:
             if module is last:
                 raise _Stop
 
-        hooks = [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
-        with suppress(_Stop):
+        with temporary_hooks() as hooks, suppress(_Stop):
+            hooks += [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
             model(input_ids=ids, use_cache=False)
-        for hook in hooks:
-            hook.remove()
 
     @property
     def layer(self) -> nn.Module:
@@ -76,11 +75,11 @@ class LayerInputs:
             see(args[0])
             raise _Stop
 
-        hook = linear.register_forward_pre_hook(stop)
-        for x in self.batches:
-            with suppress(_Stop):
-                self.layer(x, **self.arguments(x))
-        hook.remove()
+        with temporary_hooks() as hooks:
+            hooks.append(linear.register_forward_pre_hook(stop))
+            for x in self.batches:
+                with suppress(_Stop):
+                    self.layer(x, **self.arguments(x))
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -88,11 +87,6 @@ class LayerInputs:
         for i, x in enumerate(self.batches):
             self.batches[i] = hidden_states(self.layer(x, **self.arguments(x)))
         self.index += 1
-
-
-def hidden_states(output: Any) -> torch.Tensor:
-    """Return the activations among what a decoder layer returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class _Stop(Exception):

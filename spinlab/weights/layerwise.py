@@ -16,12 +16,14 @@ from spinlab.fakequant.insert import (
     FakeQuantLinear,
     check_patterns,
     insert_fake_quant,
+    rounded_sites,
     token_quantizer,
 )
 from spinlab.files import kept_tensors, save_tensors
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
-from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import embedding_of, ends_of, linear_at, map_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq
@@ -34,40 +36,31 @@ from spinlab.weights.quantized import (
 from spinlab.weights.rtn import round_to_nearest, rtn
 
 
-def check_weight_groups(model: PreTrainedModel, quant: QuantConfig) -> None:
+def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
     """Raise InputError where formats do not fit the model.
 
     That is where there is no such format, weight groups do not tile an input, or not nest with the
     input's groups, and where a pattern of `quant.overrides` names nothing.
     """
-    check_patterns(model, quant)
-    for name, _, seam, linear in linears_of(model):
-        format = quant.weights_at(name)
-        if not format.quantizes:
-            continue
+    check_patterns(model_map, quant)
+    for site, format in rounded_sites(model_map, quant):
         format_of(format)
         setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
-        width, size = linear.weight.shape[1], format.group_size
-        check_group(f"{setting}.group_size", size, width, name)
-        quantizer = token_quantizer(model, name, seam, quant)
+        width, size = site.in_features, format.group_size
+        check_group(f"{setting}.group_size", size, width, site.path)
+        quantizer = token_quantizer(model_map, site, quant)
         of_input = (quantizer.group_size if quantizer else 0) or width
         fine, coarse = sorted((size or width, of_input))
         if coarse % fine:
             raise InputError(
-                f"{setting}.group_size={size} and groups of {of_input} inputs of {name} do "
+                f"{setting}.group_size={size} and groups of {of_input} inputs of {site.path} do "
                 "not nest: one must divide the other"
             )
-    for setting, (name, format) in _ends(model, quant).items():
-        format_of(format)
-        width = linear_at(model, name).weight.shape[1]
-        check_group(f"quant.{setting}.group_size", format.group_size, width, name)
-
-
-def _ends(model: PreTrainedModel, quant: QuantConfig) -> dict[str, tuple[str, TensorQuant]]:
-    """Return setting, name and format of what is quantized at the model's two ends."""
-    family = family_of(model.config.model_type)
-    ends = {"embedding": (family.embedding, quant.embedding), "head": (family.head, quant.head)}
-    return {setting: end for setting, end in ends.items() if end[1].quantizes}
+    for setting, path in {"embedding": model_map.embedding, "head": model_map.head}.items():
+        format: TensorQuant = getattr(quant, setting)
+        if format.quantizes:
+            format_of(format)
+            check_group(f"quant.{setting}.group_size", format.group_size, model_map.hidden, path)
 
 
 def quantize_ends(
@@ -77,13 +70,12 @@ def quantize_ends(
 
     What reads the embedding then sees the quantized one, as layers see those before them.
     """
-    found = {
-        name: rtn(linear_at(model, name).weight, format, clip).cpu()
-        for name, format in _ends(model, quant).values()
-    }
-    embedding = family_of(model.config.model_type).embedding
-    if embedding in found:
-        set_dequantized(linear_at(model, embedding), found[embedding])
+    paths = map_of(model).embedding, map_of(model).head
+    ends = zip(paths, ends_of(model), (quant.embedding, quant.head), strict=True)
+    rounded = ((path, end.weight, format) for path, end, format in ends if format.quantizes)
+    found = {path: rtn(weight, format, clip).cpu() for path, weight, format in rounded}
+    if paths[0] in found:
+        set_dequantized(embedding_of(model), found[paths[0]])
     return found
 
 
@@ -98,15 +90,13 @@ def quantize_rtn(
     learned: clip ratios by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
-    for name, _, _, linear in tqdm(list(linears_of(model)), desc="rtn"):
-        format = quant.weights_at(name)
-        if not format.quantizes:
-            continue
-        weight = linear.weight.detach().float()
-        if name in learned:
-            found[name] = round_to_nearest(weight, format, learned[name].to(weight.device)).cpu()
+    for site, format in tqdm(list(rounded_sites(map_of(model), quant)), desc="rtn"):
+        weight = linear_at(model, site.path).weight.detach().float()
+        if site.path in learned:
+            ratios = learned[site.path].to(weight.device)
+            found[site.path] = round_to_nearest(weight, format, ratios).cpu()
         else:
-            found[name] = rtn(weight, format, clip).cpu()
+            found[site.path] = rtn(weight, format, clip).cpu()
     return found | quantize_ends(model, quant, clip)
 
 
@@ -121,9 +111,10 @@ def quantize_gptq(
     """Return every weight of fewer than 16 bits, rounded by GPTQ; the model is used up.
 
     windows: (samples, length) token ids. Activations stay unquantized while Hessians are
-    gathered. A linear sees inputs from already quantized layers and, within its layer, from
-    already quantized groups. Finished layers are kept in `progress`; a later call takes them from
-    there and continues with the same bits. Embedding and head are rounded to nearest.
+    gathered. A linear sees inputs from already quantized layers and, within its layer, from the
+    already quantized readers of earlier inputs. Finished layers are kept in `progress`; a later
+    call takes them from there and continues with the same bits. Embedding and head are rounded to
+    nearest.
 
     Of several processes each takes its part of the windows and adds to common Hessians; all end
     with the weights of the first, which alone writes.
@@ -173,29 +164,23 @@ def kept_layer(
 def _quantize_layer(
     model: PreTrainedModel, inputs: LayerInputs, quant: QuantConfig, config: WeightsConfig
 ) -> dict[str, QuantizedWeight]:
-    """Quantize the current decoder layer, group after group in the order of computation."""
-    groups: dict[str, list[str]] = {}
-    for name, index, seam, _ in linears_of(model):
-        if index == inputs.index:
-            groups.setdefault(seam.group, []).append(name)
+    """Quantize the current decoder layer, input after input in the order of computation."""
+    readers: dict[str, dict[TensorQuant, list[str]]] = {}
+    for site, format in rounded_sites(map_of(model), quant):
+        if site.layer == inputs.index:
+            readers.setdefault(site.key, {}).setdefault(format, []).append(site.path)
     found: dict[str, QuantizedWeight] = {}
-    for names in groups.values():
-        formats: dict[TensorQuant, list[str]] = {}
-        for name in names:
-            if (format := quant.weights_at(name)).quantizes:
-                formats.setdefault(format, []).append(name)
-        if not formats:
-            continue
-        spread = error_spread(gather(inputs, linear_at(model, names[0])), config.gptq)
+    for formats in readers.values():
+        (first, *_), *_ = formats.values()
+        spread = error_spread(gather(inputs, linear_at(model, first)), config.gptq)
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
             whole = gptq(torch.cat(weights), spread, format, config)
             parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)
-        for name in names:
-            if name in found:
-                set_dequantized(linear_at(model, name), found[name])
+        for name in (name for stack in formats.values() for name in stack):
+            set_dequantized(linear_at(model, name), found[name])
     return found
 
 

@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
-from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant
+from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant, rounded_sites
 from spinlab.formats import Format, format_of
 from spinlab.formats.integer import extremes, nearest
-from spinlab.model.seams import family_of, linear_at
+from spinlab.model.hooks import hidden_states
+from spinlab.model.modules import linear_at, map_of
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.calibration import LayerInputs, hidden_states
+from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import kept_layer, quantize_ends
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import round_to_range, search_ratios
@@ -82,13 +83,11 @@ def _learn_layer(
     config: WeightsConfig,
 ) -> dict[str, QuantizedWeight]:
     """Learn the ranges of the current layer; targets: what it should return, batch by batch."""
-    family = family_of(model.config.model_type)
     weights: dict[str, ClippedWeight] = {}
-    for seam in family.seams:
-        settings = quant.weights_at(f"{family.layers}.{inputs.index}.{seam.name}")
-        if settings.quantizes:
-            weight = linear_at(inputs.layer, seam.name).weight
-            weights[seam.name] = ClippedWeight(weight, settings, config.clip)
+    for site, settings in rounded_sites(map_of(model), quant):
+        if site.layer == inputs.index:
+            weight = linear_at(model, site.path).weight
+            weights[site.name] = ClippedWeight(weight, settings, config.clip)
     gammas = [gamma for weight in weights.values() for gamma in weight.gammas]
     if gammas:
         optimizer = torch.optim.AdamW(gammas, lr=config.lwc.lr, weight_decay=0.0)
@@ -97,7 +96,7 @@ def _learn_layer(
                 optimizer.zero_grad()
                 output_error(inputs, weights, x, target).backward()
                 optimizer.step()
-    prefix = f"{family.layers}.{inputs.index}"
+    prefix = map_of(model).layers[inputs.index].path
     return {f"{prefix}.{name}": weight.quantized() for name, weight in weights.items()}
 
 

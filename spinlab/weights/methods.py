@@ -1,7 +1,7 @@
 """What rounds the weights of a whole model, by the name in `weights.method`.
 
-A new method is a module beside this one, a line in METHODS, and its name, with a dataclass for what
-can be set, in `spinlab.config.weights`.
+A method is one module here and one line in METHODS; what can be set has a dataclass under the same
+name in `spinlab.config.weights`.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, WeightsConfig
+from spinlab.config.checks import choice
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
@@ -48,3 +49,8 @@ METHODS = {
     "gptq": Method(quantize_gptq, together=True),
     "lwc": Method(quantize_lwc, reads_inputs=True),
 }
+
+
+def check_method(config: WeightsConfig) -> None:
+    """Raise InputError for a method that is not in the table."""
+    choice("weights.method", config.method, tuple(METHODS))

@@ -63,10 +63,10 @@ class QuantizedWeight:
         return QuantizedWeight(levels.to(torch.int16), scale, zero, format)
 
 
-def set_dequantized(linear: nn.Linear, weight: QuantizedWeight) -> None:
+def set_dequantized(module: nn.Linear | nn.Embedding, weight: QuantizedWeight) -> None:
     """Replace a module's weight by the floats of its quantized form, in its own dtype."""
-    dense = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
-    linear.weight = nn.Parameter(dense, requires_grad=False)
+    dense = weight.dequantize(module.weight.dtype).to(module.weight.device)
+    module.weight = nn.Parameter(dense, requires_grad=False)
 
 
 def empty_weight(linear: nn.Linear, dtype: torch.dtype) -> None:

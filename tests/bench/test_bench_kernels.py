@@ -21,7 +21,7 @@ from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
 from spinlab.bench.timing import copies_for, measure
 from spinlab.errors import InputError, ResultError
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.kv.rows import dequantize
 
@@ -327,5 +327,5 @@ def test_the_stock_step_decodes_as_generate_does():
 
 def test_codec_of_random_rows_is_the_caches(generator):
     rows = random_rows(1, 1, 4, 8, generator)
-    assert rows.codec == AffineCodec(rows.codec.grid, 8)
+    assert rows.layout == AffineCodec(rows.layout.grid, 8).packed
     assert rows.bytes == 4 * (4 + 2 + 1)

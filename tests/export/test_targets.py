@@ -13,8 +13,9 @@ from spinlab.compose import composed
 from spinlab.config import Config, ExportConfig, LearnConfig, ModelConfig, RotationConfig
 from spinlab.errors import InputError
 from spinlab.experiment import run
+from spinlab.export.base import check_exports
 from spinlab.export.rotations import save_rotations
-from spinlab.export.targets import check_export, sole_writer
+from spinlab.export.targets import sole_writer
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.rotation.rotations import RotationSet
 
@@ -29,7 +30,7 @@ def rotations(seed: int = 0, **changes) -> RotationSet:
 
 def check(rotations=None, transformed=None, **changes) -> None:
     paths = [None if path is None else str(path) for path in (rotations, transformed)]
-    check_export(Config(export=ExportConfig(*paths), **changes))
+    check_exports(Config(export=ExportConfig(*paths), **changes))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.files import MANIFEST
 from spinlab.model.load import cast_model, load_model, source_digest
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.initial import initial_rotations
@@ -45,7 +45,7 @@ def export(make_family_model, tmp_path) -> Callable[..., RotationSet]:
             return make_family_model(model_type, seed)
 
         generator = torch.Generator().manual_seed(seed)
-        rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
+        rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
         rotations = replace(rotations, about={"family": model_type})
         model = QuantizedNetworks(make, None, None).stream_rotated(rotations)
         save_transformed(model, byte_tokenizer(), rotations, str(tmp_path / path))
@@ -92,15 +92,15 @@ def test_weights_come_back_with_every_bit_and_are_turned_on_as_before(
         return cast_model(make_family_model(model_type), getattr(torch, dtype))
 
     config = RotationConfig(cross_head="hadamard")
-    dimensions, generator = dimensions_of(make().config), torch.Generator().manual_seed(0)
-    rotations = initial_rotations(config, dimensions, generator)
+    model_map, generator = map_of(make()), torch.Generator().manual_seed(0)
+    rotations = initial_rotations(config, model_map, generator)
     networks = QuantizedNetworks(make, None, None)
     model = networks.stream_rotated(rotations)
     save_transformed(model, byte_tokenizer(), rotations, str(tmp_path / "t"))
     settings = ModelConfig(weights="pretrained", path=str(tmp_path / "t"), dtype=dtype)
     manifest = tmp_path / "t" / MANIFEST
     again = QuantizedNetworks(lambda: load_model(settings, None, 0), None, None)
-    found = again.fused(read_rotations(manifest, dimensions, model_type, manifest=True))
+    found = again.fused(read_rotations(manifest, model_map, manifest=True))
     expected = dict(networks.fused(rotations).named_parameters())
     assert dict(found.named_parameters()).keys() == expected.keys()
     assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters())

@@ -16,8 +16,7 @@ from spinlab.formats.gradient import pull_back, round_in_range
 from spinlab.formats.integer import extremes, nearest, settled
 from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
 from spinlab.preflight import preflight
-from spinlab.stages.measure import evaluate, handoff_error
-from spinlab.stages.weights import Pipeline
+from spinlab.stages.pipeline import Pipeline
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import rtn
 
@@ -146,9 +145,8 @@ def test_the_whole_pipeline_takes_it(tmp_path: Path):
     small += ["learn.sequence_length=64", "eval.max_windows=1", "eval.tasks=[]"]
     learned = ["+method=learned_ranges", "learn.lr_input_clip=0.01"]
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
-    config = composed("+experiment=toy", *learned, *changes, *small, *paths)
-    run = Pipeline(config, lambda step, values: None)
+    run = Pipeline(composed("+experiment=toy", *learned, *changes, *small, *paths))
     preflight(run)
-    assert handoff_error(run, "int4") < 1e-9
-    found = evaluate(run, "fp") | evaluate(run, "fake")
+    assert run.handoff_error("int4") < 1e-9
+    found = run.measure("fp") | run.measure("fake")
     assert found["ppl/wiki/fp"] < found["ppl/wiki/fake"] < 3 * found["ppl/wiki/fp"]

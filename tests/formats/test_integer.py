@@ -6,7 +6,7 @@ from spinlab.formats import IntegerFormat, Parameters
 from spinlab.formats.integer import PARTS, extremes, nearest, settled
 from spinlab.formats.integer_numpy import few_levels
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.rotation.online import hadamard_rotation
 
 

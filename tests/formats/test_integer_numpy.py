@@ -5,7 +5,7 @@ import torch
 from spinlab.formats import IntegerFormat
 from spinlab.formats import integer_numpy as few
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.codecs.affine import AffineCodec
 
 QUANTIZERS = [
     TokenQuantizer(IntegerFormat(4, False)),

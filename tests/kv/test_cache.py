@@ -1,19 +1,22 @@
+"""The transformers cache: coded as it is filled, the same function whether it stores or not."""
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from spinlab.config import KVConfig
+from spinlab.config import CodecConfig, KVConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.kv.cache import CodedCache, CodedLayer, KVPath, attach_kv, kv_bits, kv_path
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.cache import CodedCache, KVPath, attach_kv, kv_path
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()
+OFF = CodecConfig(bits=16)
 
 
 def coded(model, config=KV4, store=True):
-    path = kv_path(model, hadamard_rotation(8), config)
+    r3 = hadamard_rotation(8)
+    path = KVPath(r3) if config is None else kv_path(config, 8, r3)
     attach_kv(model, path, store)
     return path
 
@@ -60,7 +63,7 @@ def test_the_cache_holds_packed_bytes(make_model, ids):
     tokens = ids.numel()
     # 2 layers, keys and values, 2 heads of 8 numbers: 4 bytes of levels, 2 of scale, 1 of zero
     assert cache.stored_bytes() == tokens * 2 * 2 * 2 * 7
-    assert cache.layers[0].keys.dtype == torch.uint8
+    assert cache.layers[0].kept.keys.dtype == torch.uint8
 
 
 def test_generate_equals_a_loop_over_full_passes(make_model, ids):
@@ -104,18 +107,18 @@ def test_a_filled_foreign_cache_is_refused(make_model, ids):
         model(ids, past_key_values=foreign, use_cache=True)
 
 
-def test_groups_must_divide_the_head(make_model):
-    with pytest.raises(InputError, match=r"kv.group_size=3 does not divide 8"):
-        kv_path(make_model(), None, KVConfig(group_size=3))
+def test_groups_must_divide_the_head():
+    with pytest.raises(InputError, match=r"kv.values.group_size=3 does not divide 8"):
+        kv_path(KVConfig(values=CodecConfig(group_size=3)), 8)
 
 
-def test_effective_bits_are_the_mean_of_keys_and_values(make_model):
-    assert kv_bits(make_model(), KVConfig(k_bits=16, v_bits=4)) == (16 + 4 + 24 / 8) / 2
+def test_effective_bits_are_the_mean_of_keys_and_values():
+    assert kv_path(KVConfig(keys=OFF), 8).bits == (16 + 4 + 24 / 8) / 2
 
 
-def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
+def test_queries_turn_with_r3_and_round_per_token_and_head():
     """DuQuant's fourth quantized tensor, against the formula written out."""
-    path = kv_path(make_model(), hadamard_rotation(8), KVConfig(16, 16, q_bits=4))
+    path = kv_path(KVConfig(OFF, OFF, CodecConfig()), 8, hadamard_rotation(8))
     query = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     turned = query @ hadamard_rotation(8).dense().float()
     lowest = turned.amin(-1, keepdim=True).clamp(max=0)
@@ -126,35 +129,25 @@ def test_queries_turn_with_r3_and_round_per_token_and_head(make_model):
     assert torch.allclose(path.turn_queries(query), expected, atol=1e-6)
 
 
-def test_values_may_be_clipped_apart_from_keys_and_queries(make_model):
-    path = kv_path(make_model(), None, KVConfig(q_bits=4, clip_ratio=0.9, v_clip_ratio=1.0))
-    assert (path.keys.clip_ratio, path.queries.clip_ratio, path.values.clip_ratio) == (0.9, 0.9, 1)
-    together = kv_path(make_model(), None, KVConfig(clip_ratio=0.8))
-    assert together.values.clip_ratio == 0.8
+def test_keys_values_and_queries_have_settings_of_their_own():
+    sides = (CodecConfig(clip_ratio=0.9), CodecConfig(symmetric=True), CodecConfig(bits=3))
+    path = kv_path(KVConfig(*sides), 8)
+    codecs = (path.keys, path.values, path.queries)
+    assert [codec.clip_ratio for codec in codecs] == [0.9, 1, 1]
+    assert [codec.grid for codec in codecs] == [
+        IntegerFormat(4, False),
+        IntegerFormat(4, True),
+        IntegerFormat(3, False),
+    ]
 
 
 def test_finer_queries_come_closer_to_the_original(make_model, ids):
     original, errors = make_model(torch.float32)(ids).logits, []
     for bits in (2, 4, 8):
         model = make_model(torch.float32)
-        coded(model, KVConfig(16, 16, q_bits=bits))
+        coded(model, KVConfig(OFF, OFF, CodecConfig(bits=bits)))
         errors.append((model(ids).logits - original).norm())
     assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]
-
-
-@pytest.mark.parametrize(
-    "codec", [AffineCodec(IntegerFormat(4, False), 8), None], ids=["coded", "floats"]
-)
-def test_a_layer_that_was_reset_is_empty(codec):
-    """It holds what comes after, and no zeros or decoded rows of before."""
-    layer = CodedLayer(KVPath(None, codec, codec), store=True)
-    first, second = torch.randn(2, 2, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
-    layer.update(*first)
-    layer.reset()
-    assert layer.get_seq_length() == 0
-    layer.reset()
-    found = torch.stack(layer.update(*second))
-    assert torch.equal(found, second if codec is None else codec.round(second))
 
 
 def test_a_cache_that_was_reset_serves_another_prompt(make_model, ids):
@@ -165,26 +158,3 @@ def test_a_cache_that_was_reset_serves_another_prompt(make_model, ids):
     cache.reset()
     parts = [model(p, past_key_values=cache).logits for p in ids[:, 9:15].split([4, 1, 1], 1)]
     assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("kept", [0, 1 << 18])
-def test_decoded_rows_are_those_of_the_coded_ones(kept, monkeypatch):
-    """Through appending, cropping and reordering, whether or not decoded rows are kept."""
-    monkeypatch.setattr("spinlab.kv.cache._KEPT", kept)
-    codec = AffineCodec(IntegerFormat(4, False), 8)
-    layer = CodedLayer(KVPath(None, codec, codec), store=True)
-    g = torch.Generator().manual_seed(torch.seed() % 2**31)
-    change = [
-        lambda: None,
-        lambda: layer.crop(-2),
-        lambda: layer.reorder_cache(torch.tensor([1, 0])),
-    ]
-    for index in range(8):
-        if index == 6:
-            layer.reset()
-        change[index % 3]()
-        new = torch.randn(2, 2, 3, 1 + index % 2, 8, generator=g)
-        keys, values = layer.update(*new)
-        assert torch.equal(keys, codec.decode(layer.keys, torch.float32))
-        assert torch.equal(values, codec.decode(layer.values, torch.float32))
-        assert torch.equal(keys[..., -new.shape[-2] :, :], codec.round(new[0]))

@@ -1,6 +1,7 @@
 """The estimate against what autograd really keeps and what torch really multiplies."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -8,25 +9,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import spinlab.learn.announce as telling
-import spinlab.learn.estimate as module
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
-    ClipSearch,
-    KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
-    RotationConfig,
     TensorQuant,
 )
 from spinlab.errors import InputError
-from spinlab.learn.announce import announce
-from spinlab.learn.estimate import choose_checkpoint, estimate
-from spinlab.learn.loop import RotationLearner
-from spinlab.model.seams import decoder_of, dimensions_of
-from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.initial import initial_rotations
+from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
+from spinlab.learn import estimate as module
+from spinlab.model.modules import decoder_of
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -40,7 +33,7 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
-FORMS = {
+SPACES = {
     "16-bit weights": {},
     "16-bit weights, Euclidean norms": {"grad_norm": "euclidean"},
     "quantized weights": {"quantize_weights": True, "lr_clip": 0.01},
@@ -49,11 +42,11 @@ SETTINGS = dict(steps=1, batch=2, micro_batch=2, sequence_length=128)
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 
 
-def learner_of(make_model, learn: LearnConfig) -> RotationLearner:
-    networks = QuantizedNetworks(lambda: make_model(torch.float32, **SHAPE), QUANT, KVConfig())
-    dimensions = dimensions_of(networks.original().config)
-    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    return RotationLearner(networks.learnable(start), start, learn, QUANT, ClipSearch())
+@pytest.fixture
+def learner(request, make_model, learner_of):
+    """A learner in one of the spaces."""
+    make = partial(make_model, torch.float32, **SHAPE)
+    return learner_of(make, LearnConfig(**SETTINGS, **SPACES[request.param]), QUANT)
 
 
 def batch_of(learn: LearnConfig) -> torch.Tensor:
@@ -67,12 +60,10 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_activations_are_what_autograd_keeps(make_model, form):
-    learn = LearnConfig(**SETTINGS, **FORMS[form])
-    learner = learner_of(make_model, learn)
+@pytest.mark.parametrize("learner", SPACES, indirect=True)
+def test_activations_are_what_autograd_keeps(learner):
     learner.rotations.begin()
-    learner.form.begin(0)
+    learner.space.begin(0)
     fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in fixed}
     kept: dict[int, torch.Tensor] = {}  # by storage, alive so that no address comes back
@@ -84,27 +75,22 @@ def test_activations_are_what_autograd_keeps(make_model, form):
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder_of(learner.model)(input_ids=batch_of(learn), use_cache=False)
+        decoder_of(learner.model)(input_ids=batch_of(learner.learn), use_cache=False)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    expected = estimate(learner.model, learn, QUANT, 1).activations
+    expected = estimate_of(learner.model, learner.learn, QUANT, 1).activations
     assert expected == pytest.approx(found, rel=0.25)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_operations_are_what_torch_multiplies(make_model, form):
-    learn = LearnConfig(**SETTINGS, **FORMS[form])
-    learner = learner_of(make_model, learn)
+@pytest.mark.parametrize("learner", SPACES, indirect=True)
+def test_operations_are_what_torch_multiplies(learner):
     with FlopCounterMode(display=False) as counter:
-        learner.rotations.begin()
-        learner.form.begin(0)
-        learner._backward(batch_of(learn))
-        learner.form.collect()
-    found = estimate(learner.model, learn, QUANT, 1)
+        learner.gradients(0, batch_of(learner.learn))
+    found = estimate_of(learner.model, learner.learn, QUANT, 1)
     assert found.flops + found.wide_flops == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
 def test_a_7b_in_16_bits_takes_its_weights_and_what_waits_for_the_backward_pass():
-    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    found = estimate_of(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
     assert found.weights == pytest.approx(2 * 6.74e9, rel=0.01)
     kept = 2 * 2048 * 32 * (10 * 4096 + 3 * 11008)  # by hand: q, k, v and the stream are as wide
     assert found.activations == pytest.approx(kept, rel=0.01)
@@ -114,7 +100,7 @@ def test_a_7b_in_16_bits_takes_its_weights_and_what_waits_for_the_backward_pass(
 
 def test_processes_share_the_layers_and_the_tokens():
     model, learn = meta_llama("llama2_7b"), LearnConfig()
-    one, four = (estimate(model, learn, QuantConfig(), n) for n in (1, 4))
+    one, four = (estimate_of(model, learn, QuantConfig(), n) for n in (1, 4))
     layers, ends = 32 * 202.4e6 * 2, 32000 * 4096 * 2
     shared = (layers + ends) / 4 + 2 * layers / 32 + 2 * ends  # one end is gathered, one not shared
     assert four.weights == pytest.approx(shared, rel=0.01)
@@ -125,7 +111,7 @@ def test_processes_share_the_layers_and_the_tokens():
 def test_quantized_weights_are_kept_four_times_and_on_every_process():
     learn = LearnConfig(quantize_weights=True, lr_clip=0.01)
     one, two = (
-        estimate(meta_llama("smollm2_135m", torch.float32), learn, QUANT, n) for n in (1, 2)
+        estimate_of(meta_llama("smollm2_135m", torch.float32), learn, QUANT, n) for n in (1, 2)
     )
     layers, ends = 30 * 3.54e6, 2 * 49152 * 576
     assert one.weights == two.weights == pytest.approx(4 * (4 * layers + ends), rel=0.01)
@@ -142,13 +128,13 @@ def test_quantized_weights_are_kept_four_times_and_on_every_process():
 def test_further_terms_take_more(changes, field):
     model = meta_llama("smollm2_135m")
     both = [LearnConfig(objective=ObjectiveConfig(**terms)) for terms in ({}, changes)]
-    less, more = (getattr(estimate(model, learn, QUANT, 1), field) for learn in both)
+    less, more = (getattr(estimate_of(model, learn, QUANT, 1), field) for learn in both)
     assert more > less
 
 
 def test_terms_on_single_activations_keep_nothing_for_a_backward_pass():
     learn = LearnConfig(objective=ObjectiveConfig(cross_entropy=0, whip=1))
-    found = estimate(meta_llama("smollm2_135m"), learn, QUANT, 1)
+    found = estimate_of(meta_llama("smollm2_135m"), learn, QUANT, 1)
     assert found.activations == found.activations_checkpointed == 0
     assert found.flops > 0
 
@@ -158,14 +144,14 @@ def device_with(monkeypatch):
     """Return a function that gives the device so many bytes."""
 
     def give(count: int) -> None:
-        for place in (module, telling):
+        for place in (module, placement):
             monkeypatch.setattr(place, "memory_for", lambda device, swap=True: count)
 
     return give
 
 
 def test_layers_are_run_again_only_where_memory_asks_for_it(device_with):
-    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    found = estimate_of(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
     for has, again in ((found.bytes(False), False), (found.bytes(False) - 1, True)):
         device_with(has)
         assert choose_checkpoint(found, LearnConfig(), CPU) is again
@@ -175,9 +161,9 @@ def test_layers_are_run_again_only_where_memory_asks_for_it(device_with):
 
 
 def test_swap_lets_a_run_start_but_layers_are_run_again_before_it_is_used(monkeypatch):
-    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    found = estimate_of(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
     swapped = {True: found.bytes(False), False: found.bytes(True) - GIB}
-    monkeypatch.setattr(module, "memory_for", lambda device, swap=True: swapped[swap])
+    monkeypatch.setattr(placement, "memory_for", lambda device, swap=True: swapped[swap])
     assert choose_checkpoint(found, LearnConfig(checkpoint="off"), CPU) is False
     assert choose_checkpoint(found, LearnConfig(), CPU) is True
 
@@ -192,7 +178,7 @@ def test_swap_lets_a_run_start_but_layers_are_run_again_before_it_is_used(monkey
 )
 def test_a_run_that_cannot_fit_is_refused(device_with, setting, share, words):
     learn = LearnConfig(checkpoint=setting, micro_batch=2)
-    found = estimate(meta_llama("llama2_7b"), learn, QuantConfig(), 1)
+    found = estimate_of(meta_llama("llama2_7b"), learn, QuantConfig(), 1)
     device_with(int(found.bytes(False) * share))
     with pytest.raises(InputError) as refused:
         choose_checkpoint(found, learn, CPU)
@@ -201,9 +187,9 @@ def test_a_run_that_cannot_fit_is_refused(device_with, setting, share, words):
 
 
 def test_it_is_told_in_one_line(device_with, caplog, monkeypatch):
-    monkeypatch.setattr(telling, "_rate", lambda width, dtype, device: 4e14)
+    monkeypatch.setattr(module, "_rate", lambda width, dtype, device: 4e14)
     device_with(80 * GIB)
-    found = estimate(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
+    found = estimate_of(meta_llama("llama2_7b"), LearnConfig(), QuantConfig(), 1)
     with caplog.at_level(logging.INFO):
         announce(found, False, CPU)
         announce(found, True, CPU)
@@ -214,12 +200,12 @@ def test_it_is_told_in_one_line(device_with, caplog, monkeypatch):
 
 
 def test_a_tiny_run_is_not_timed(device_with, caplog, make_model, monkeypatch):
-    monkeypatch.setattr(telling, "_rate", None)
+    monkeypatch.setattr(module, "_rate", None)
     with caplog.at_level(logging.INFO):
-        announce(estimate(make_model(), LearnConfig(steps=2), QUANT, 1), False, CPU)
+        announce(estimate_of(make_model(), LearnConfig(steps=2), QUANT, 1), False, CPU)
     assert "about" not in caplog.text
 
 
 def test_a_probe_measures_a_plausible_rate():
-    assert 1e8 < telling._rate(64, torch.float32, CPU) < 1e13
+    assert 1e8 < module._rate(64, torch.float32, CPU) < 1e13
     assert module.memory_for(CPU) > GIB / 4

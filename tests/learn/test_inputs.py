@@ -7,16 +7,15 @@ import torch
 
 from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, TensorQuant
 from spinlab.formats.quantizer import StraightThrough
-from spinlab.learn.loop import RotationLearner, learn_rotations
-from spinlab.learn.progress import resume, save_progress
-from spinlab.learn.spaces import linear as learned
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.learn import learn_rotations, resume, save_progress
+from spinlab.learn.learned.transforms import scaled, scaled_gradients
+from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.model.modules import head_of, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 from spinlab.rotation.rotations import RotationSet
-from spinlab.rotation.statistics import input_key
 from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -38,15 +37,15 @@ SETTINGS = dict(
 @pytest.fixture(params=[1, 1 << 26], ids=["one by one", "together"], autouse=True)
 def _linears(request, monkeypatch):
     """Work on linears one by one, as on a CPU, or many together, as on a GPU."""
-    monkeypatch.setitem(learned._TOGETHER, "cpu", request.param)
+    monkeypatch.setitem(TOGETHER, "cpu", request.param)
 
 
 def transforms(model, shared=False) -> dict[str, ScaledDual]:
     """Draw a scale and a dual transform, in blocks of 8, for every input."""
     g = torch.Generator().manual_seed(3)
     found: dict[str, ScaledDual] = {}
-    for _, layer, seam, linear in linears_of(model):
-        width = linear.weight.shape[1]
+    for site, module in linears_of(model):
+        width = module.weight.shape[1]
         blocks = 1 if shared else width // 8
         first, second = (
             torch.stack([random_orthogonal(8, g) for _ in range(blocks)]) for _ in range(2)
@@ -54,17 +53,23 @@ def transforms(model, shared=False) -> dict[str, ScaledDual]:
         order = torch.randperm(width, generator=g)
         scale = torch.rand(width, generator=g, dtype=torch.float64) + 0.5
         dual = DualTransform(first, order, second)
-        found.setdefault(input_key(layer, seam.group), ScaledDual(scale, False, dual))
+        found.setdefault(site.key, ScaledDual(scale, False, dual))
     return found
 
 
-def learner_of(make_model, inputs, dtype=torch.float64, **changes):
-    networks = QuantizedNetworks(lambda: make_model(dtype), QUANT, KVConfig())
-    start = RotationSet(inputs=inputs)
-    learn = LearnConfig(**{**SETTINGS, **changes})
-    model = networks.learnable(start, inputs=True)
-    teacher = make_model(dtype)
-    return RotationLearner(model, start, learn, QUANT, ClipSearch(), teacher), networks
+@pytest.fixture
+def learner_from(learner_of):
+    """Return a maker of learners that start from the transforms of single inputs."""
+
+    def made(make_model, inputs, dtype=torch.float64, **changes):
+        learn, start = LearnConfig(**{**SETTINGS, **changes}), RotationSet(inputs=inputs)
+        return learner_of(partial(make_model, dtype), learn, QUANT, start=start)
+
+    return made
+
+
+def networks_of(make_model):
+    return QuantizedNetworks(make_model, QUANT, KVConfig())
 
 
 class Dense:
@@ -91,20 +96,20 @@ class Dense:
         return weight @ (self.dense() * self.log_scale.exp()[:, None])
 
 
-def by_autograd(networks, inputs):
+def by_autograd(make_model, inputs):
     """Return the loss, and the dense transforms whose leaves hold its gradients."""
-    model = networks.learnable(RotationSet(inputs=inputs), inputs=True)
+    model = networks_of(make_model).learnable(RotationSet(inputs=inputs), inputs=True)
     dense = {key: Dense(transform) for key, transform in inputs.items()}
-    for _, layer, seam, linear in linears_of(model):
-        here = dense[input_key(layer, seam.group)]
-        weight = here.of_weight(linear.weight.detach())
+    for site, module in linears_of(model):
+        here = dense[site.key]
+        weight = here.of_weight(module.weight.detach())
         ratios = search_ratios(weight.detach(), QUANT.weights, ClipSearch())
         rounded = StraightThrough.apply(
             weight, lambda w, r=ratios: round_to_nearest(w, QUANT.weights, r).dequantize(w.dtype)
         )
-        linear._parameters.pop("weight")
-        object.__setattr__(linear, "weight", rounded)
-        linear.path.rotation = here
+        module._parameters.pop("weight")
+        object.__setattr__(module, "weight", rounded)
+        module.path.rotation = here
     loss = model(input_ids=BATCH, labels=BATCH, use_cache=False).loss
     loss.backward()
     return loss.item(), dense
@@ -117,21 +122,18 @@ def make_any(request, make_model):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_loss_and_gradients_are_those_of_dense_matrices(make_any, shared):
+def test_loss_and_gradients_are_those_of_dense_matrices(make_any, learner_from, shared):
     inputs = transforms(make_any(), shared)
-    learner, networks = learner_of(make_any, inputs)
-    rotations = learner.rotations
-    rotations.begin()
-    learner.form.begin(0)
-    loss = learner._backward(BATCH)["loss"]
-    learner.form.collect()
-    rotations.finish(None)
-    of_scales = dict(rotations.inputs.of_scales)
-    expected, dense = by_autograd(networks, inputs)
+    learner = learner_from(make_any, inputs)
+    loss = learner.gradients(0, BATCH)[0]["loss"]
+    rotations, scales = learner.rotations, learner.rotations.inputs.scales.logs
+    expected, dense = by_autograd(make_any, inputs)
     assert loss == pytest.approx(expected, rel=1e-6)  # transformers' loss is taken in float32
     for key, here in dense.items():
         layer, _, group = key.partition(".")
-        assert torch.allclose(of_scales[key], here.log_scale.grad, rtol=1e-5, atol=1e-9)
+        assert torch.allclose(
+            scales[group].grad[int(layer)], here.log_scale.grad, rtol=1e-5, atol=1e-9
+        )
         for part in ("first", "second"):
             plain, point = getattr(here, part).grad, getattr(here, part).detach()
             tangent = 0.5 * (plain - point @ plain.mT @ point)
@@ -140,38 +142,36 @@ def test_loss_and_gradients_are_those_of_dense_matrices(make_any, shared):
             assert torch.allclose(found, tangent, rtol=1e-5, atol=1e-7 * tangent.abs().max())
 
 
-def test_learned_transforms_are_what_the_network_learned_with(make_model):
+def test_learned_transforms_are_what_the_network_learned_with(make_model, learner_from):
     """The result, fused and run as any transform is, gives the loss that the loop sees next."""
     inputs = transforms(make_model())
-    learner, networks = learner_of(make_model, inputs)
+    learner, networks = learner_from(make_model, inputs), networks_of(make_model)
     learn_rotations(learner, BATCH.repeat(4, 1), 0, lambda step, values: None)
     found = learner.result()
     moved = [found.inputs[k].dual.first - t.dual.first for k, t in inputs.items()]
     assert min(m.abs().max() for m in moved) > 1e-3
     for transform in found.inputs.values():
         assert orthogonality_error(transform.dual.first) < 1e-12
-    learner.rotations.begin()
-    learner.form.begin(0)
-    seen = learner._backward(BATCH)["loss"]
+    seen = learner.gradients(0, BATCH)[0]["loss"]
     model = networks.fused(found)
     weights = {}
-    for name, *_, linear in linears_of(model):
-        ratios = search_ratios(linear.weight, QUANT.weights, ClipSearch())
-        weights[name] = round_to_nearest(linear.weight, QUANT.weights, ratios)
+    for site, module in linears_of(model):
+        ratios = search_ratios(module.weight, QUANT.weights, ClipSearch())
+        weights[site.path] = round_to_nearest(module.weight, QUANT.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_path):
     inputs, windows = transforms(make_model()), BATCH.repeat(4, 1)
     changes = dict(dtype=torch.float32, lr_clip=0.03, lr_input_clip=0.02)
-    whole, _ = learner_of(make_model, inputs, **changes)
+    whole = learner_from(make_model, inputs, **changes)
     curve: list = []
     learn_rotations(whole, windows, 0, lambda step, values: curve.append(values))
-    first, _ = learner_of(make_model, inputs, **changes)
+    first = learner_from(make_model, inputs, **changes)
     part = [first.step(i, windows[4 * i : 4 * i + 4]) for i in range(2)]
     save_progress(first, tmp_path / "progress.safetensors", part)
-    second, _ = learner_of(make_model, inputs, **changes)
+    second = learner_from(make_model, inputs, **changes)
     resumed = resume(second, tmp_path / "progress.safetensors")
     learn_rotations(second, windows, 2, lambda step, values: resumed.append(values))
     assert resumed == curve
@@ -181,4 +181,17 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, tmp_path):
         assert torch.equal(transform.dual.second, same.dual.second)
     assert second.result().clips == whole.result().clips
     assert min(whole.result().clips.values()) < 1
-    assert linear_at(whole.model, "lm_head").weight.grad is None
+    assert head_of(whole.model).weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scaled_rotations_have_the_gradients_of_autograd(dtype):
+    g = torch.Generator().manual_seed(0)
+    first = torch.randn(2, 3, 4, 4, generator=g, dtype=dtype, requires_grad=True)
+    log_scale = torch.randn(2, 12, generator=g, dtype=dtype, requires_grad=True)
+    made = scaled(first, log_scale)
+    back = [torch.randn(x.shape, generator=g, dtype=dtype) for x in made]
+    expected = torch.autograd.grad(made, (first, log_scale), back)
+    found = scaled_gradients(first.detach(), log_scale.detach(), *back)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

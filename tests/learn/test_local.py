@@ -4,41 +4,33 @@ import pytest
 import torch
 
 from spinlab.config import (
-    ClipSearch,
-    KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
-    RotationConfig,
     TensorQuant,
 )
-from spinlab.learn.loop import RotationLearner
-from spinlab.learn.placement import recompute_layers
-from spinlab.model.seams import dimensions_of, linears_of
-from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.learn import recompute_layers
+from spinlab.model.modules import linears_of
 from spinlab.rotation.fuse import fold_norms
-from spinlab.rotation.initial import initial_rotations
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
 OFF = TensorQuant(bits=16)
 
 
-def learner_of(make_model, objective, quant=None, **changes):
-    settings = dict(steps=4, batch=4, micro_batch=2, sequence_length=16, max_grad_norm=None)
-    learn = LearnConfig(**settings | changes, objective=objective)
-    quant = quant or QuantConfig(weights=TensorQuant(symmetric=True))
-    networks = QuantizedNetworks(lambda: make_model(torch.float64), quant, KVConfig())
-    dimensions = dimensions_of(make_model().config)
-    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
-    return RotationLearner(networks.learnable(start), start, learn, quant, ClipSearch()), start
+@pytest.fixture
+def learner_for(make_model, learner_of):
+    """Return a maker of learners for an objective."""
+
+    def made(objective, **changes):
+        settings = dict(steps=4, batch=4, micro_batch=2, sequence_length=16, max_grad_norm=None)
+        learn = LearnConfig(**settings | changes, objective=objective)
+        return learner_of(make_model, learn, QuantConfig(weights=TensorQuant(symmetric=True)))
+
+    return made
 
 
 def gradients(learner):
-    learner.rotations.begin()
-    learner.form.begin(0)
-    terms = learner._backward(BATCH)
-    learner.form.collect()
-    learner.rotations.finish(None)
+    terms, _ = learner.gradients(0, BATCH)
     return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}
 
 
@@ -59,14 +51,14 @@ def by_autograd(make_model, start, term):
     model = make_model(torch.float64)
     fold_norms(model)
     found: list[tuple[str, int, torch.Tensor]] = []
-    for _, layer, seam, module in linears_of(model):
-        if seam.name.endswith(("q_proj", "gate_proj")):
+    for site, module in linears_of(model):
+        if site.name.endswith(("q_proj", "gate_proj")):
             module.register_forward_pre_hook(
-                lambda m, args, at=layer: found.append(("r1", at, args[0]))
+                lambda m, args, at=site.layer: found.append(("r1", at, args[0]))
             )
-        if seam.name.endswith("v_proj"):
+        if site.name.endswith("v_proj"):
             module.register_forward_hook(
-                lambda m, args, out, at=layer: found.append(("r2", at, out))
+                lambda m, args, out, at=site.layer: found.append(("r2", at, out))
             )
     with torch.no_grad():
         model(input_ids=BATCH, use_cache=False)
@@ -84,11 +76,11 @@ def by_autograd(make_model, start, term):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_local_terms_alone_are_those_of_the_originals_activations(make_model, name):
+def test_local_terms_alone_are_those_of_the_originals_activations(make_model, learner_for, name):
     objective = ObjectiveConfig(cross_entropy=0.0, **{name: 2.0})
-    learner, start = learner_of(make_model, objective)
+    learner = learner_for(objective)
     terms, found = gradients(learner)
-    loss, expected = by_autograd(make_model, start, TERMS[name])
+    loss, expected = by_autograd(make_model, learner.start, TERMS[name])
     assert terms["loss"] == pytest.approx(2 * loss, rel=1e-9)
     for which, gradient in expected.items():
         assert gradient.norm() > 1e-4
@@ -96,15 +88,15 @@ def test_local_terms_alone_are_those_of_the_originals_activations(make_model, na
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-def test_local_terms_add_to_others_and_layers_may_be_recomputed(make_model, rounded):
+def test_local_terms_add_to_others_and_layers_may_be_recomputed(learner_for, rounded):
     both = ObjectiveConfig(kurtosis=0.5, whip=0.1)
     parts = [both, ObjectiveConfig(), ObjectiveConfig(kurtosis=0.5), ObjectiveConfig(whip=0.1)]
-    runs = [gradients(learner_of(make_model, o, quantize_weights=rounded)[0]) for o in parts]
+    runs = [gradients(learner_for(o, quantize_weights=rounded)) for o in parts]
     whole, alone = runs[0], runs[1]
     for name, gradient in whole[1].items():
         added = sum(run[1][name] - alone[1][name] for run in runs[2:])
         assert torch.allclose(gradient, alone[1][name] + added, atol=1e-10)
-    again = learner_of(make_model, both, quantize_weights=rounded)[0]
+    again = learner_for(both, quantize_weights=rounded)
     recompute_layers(again.model)
     recomputed = gradients(again)
     assert recomputed[0] == pytest.approx(whole[0], rel=1e-12)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from spinlab.config import ObjectiveConfig
-from spinlab.learn.objectives import head_loss, kurtosis_loss, relative_error, whip_loss
+from spinlab.learn.objectives import head_loss, kurtosis_loss, whip_loss
+from spinlab.learn.teacher import relative_error
 
 VOCAB, WIDTH, TEACHER_WIDTH = 37, 12, 10
 BOTH = ObjectiveConfig(cross_entropy=0.7, kl=0.4)

@@ -4,9 +4,8 @@ import scipy.linalg
 import torch
 
 from spinlab.config import LearnConfig
-from spinlab.config.learn import OPTIMIZERS
+from spinlab.learn.optim import OPTIMIZERS, make_optimizer, on_manifold, tangent
 from spinlab.learn.optim.cayley import cayley_exact, skew_generator
-from spinlab.learn.optim.make import make_optimizer, on_manifold, tangent
 from spinlab.learn.optim.qr import latent_gradient, orthogonal_factor
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 

@@ -10,13 +10,11 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
-from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, RotationConfig
+from spinlab.config import CodecConfig, KVConfig, LearnConfig, QuantConfig, RotationConfig
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.learn.loop import RotationLearner
 from spinlab.learn.optim.cayley import skew_generator
-from spinlab.model.seams import dimensions_of
-from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.model.modules import map_of
 from spinlab.rotation.initial import initial_rotations
 
 IDS = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -95,18 +93,17 @@ def published_step(point, gradient, rate, size=None):
     return y.mT, size
 
 
-def learner_of(make, start, **changes):
-    settings = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
-    learn = LearnConfig(**{**settings, "grad_norm": "euclidean", **changes})
-    quant, off = QuantConfig(), KVConfig(k_bits=16, v_bits=16)
-    parts = (
-        QuantizedNetworks(make, quant, off).learnable(start),
-        start,
-        learn,
-        quant,
-        ClipSearch(),
-    )
-    return RotationLearner(*parts)
+@pytest.fixture
+def learner_with(make, start, learner_of):
+    """Return a maker of learners with changed settings."""
+
+    def made(**changes):
+        settings = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
+        learn = LearnConfig(**{**settings, "grad_norm": "euclidean", **changes})
+        off = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
+        return learner_of(make, learn, QuantConfig(), off, start)
+
+    return made
 
 
 def learned(learner):
@@ -134,15 +131,15 @@ def network(make):
 @pytest.fixture
 def start(make):
     rotation = RotationConfig(r3="none", r4="none")
-    dimensions = dimensions_of(make().config)
-    return initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(make())
+    return initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
 
 
-def test_the_preset_takes_the_published_steps(make, network, start):
+def test_the_preset_takes_the_published_steps(learner_with, network, start):
     """Loss, norm and rotations over a whole run, whose gradients are clipped to a third or less."""
     preset = composed("learn=spinquant").learn
     names = ("lr", "schedule", "optimizer", "momentum", "cap_step", "grad_norm", "max_grad_norm")
-    learner = learner_of(make, start, **{name: getattr(preset, name) for name in names})
+    learner = learner_with(**{name: getattr(preset, name) for name in names})
     points = [start.r1, *start.r2]
     for step in range(STEPS):
         loss, norm, gradients = published_gradients(network, points, 1.0)
@@ -158,12 +155,12 @@ def test_the_preset_takes_the_published_steps(make, network, start):
 
 
 def test_a_capped_step_differs_from_the_published_one_by_its_side_and_its_start(
-    make, network, start
+    learner_with, network, start
 ):
     """The cap is 1/||W||_1 of the generator left of R, where the code takes that on the right."""
     points = [start.r1, *start.r2]
     _, _, gradients = published_gradients(network, points, 1.0)
-    learner = learner_of(make, start, lr=1e5)
+    learner = learner_with(lr=1e5)
     curve = learner.step(0, IDS)
     pairs = list(zip(points, gradients, strict=True))
     sizes = [1 / skew_generator(p, g).abs().sum(0).max().item() for p, g in pairs]
@@ -177,11 +174,11 @@ def test_a_capped_step_differs_from_the_published_one_by_its_side_and_its_start(
     assert max(apart(learned(learner), same_size, points)) < 0.05  # the start, after 5 iterations
 
 
-def test_riemannian_norms_leave_a_step_that_many_times_longer(make, start):
+def test_riemannian_norms_leave_a_step_that_many_times_longer(learner_with, start):
     """What a clip of one kind of norm takes for the other: both steps have the same direction."""
     moved, norms = {}, {}
     for kind in ("euclidean", "riemannian"):
-        learner = learner_of(make, start, lr=1e-3, max_grad_norm=1e-3, grad_norm=kind)
+        learner = learner_with(lr=1e-3, max_grad_norm=1e-3, grad_norm=kind)
         norms[kind] = learner.step(0, IDS)["grad_norm"]
         moved[kind] = learned(learner)[0] - start.r1
     ratio = norms["euclidean"] / norms["riemannian"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from spinlab.compose import composed
 from spinlab.files import read_tensors
-from spinlab.learn.loop import RotationLearner
+from spinlab.learn import RotationLearner
 from spinlab.stages import learn as learning
 from spinlab.stages.pipeline import Pipeline
 

@@ -18,10 +18,9 @@ from spinlab.config import (
     QuantConfig,
     RotationConfig,
 )
-from spinlab.learn.loop import RotationLearner, learn_rotations
-from spinlab.learn.placement import recompute_layers, shard_layers
+from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
 from spinlab.model.load import load_model
-from spinlab.model.seams import dimensions_of, layers_of
+from spinlab.model.modules import layers_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
@@ -57,8 +56,8 @@ def learned(rounded: bool, recompute: bool) -> dict:
         lr_input_clip=0.01 if rounded else 0.0,
     )
     networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
-    dimensions = dimensions_of(original().config)
-    start = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(original())
+    start = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
     model, teacher = networks.learnable(start), original() if rounded else None
     learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
     if recompute:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinlab.errors import InputError
-from spinlab.model.blocked import BLOCKED
-from spinlab.model.seams import FAMILIES, family_of
+from spinlab.model.families import FAMILIES, family_of
+from spinlab.model.families.blocked import BLOCKED
 
 NEEDED = {"nemotron": {"num_key_value_heads": 8}}  # what has no default
 

@@ -1,13 +1,14 @@
-"""Every family in the seam table, tiny and in float64: what rotations promise holds for each."""
+"""Every family in the table, tiny and in float64: what rotations promise holds for each."""
 
 import pytest
 import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig
-from spinlab.kv.cache import CodedCache, attach_kv, kv_path
-from spinlab.model.seams import FAMILIES, dimensions_of, family_of, layers_of, linear_at, linears_of
+from spinlab.kv.cache import CodedCache, KVPath, attach_kv
+from spinlab.model.families import FAMILIES
+from spinlab.model.modules import layers_of, linear_at, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.check import BrokenSeam, check_invariance, logits, logits_error
+from spinlab.rotation.check import BrokenSite, check_invariance, logits, logits_error
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import hadamard_rotation
 
@@ -47,7 +48,7 @@ def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind
     original = make_family_model(family, **changes)
     config = RotationConfig(r1=kind, r2=kind, r3=kind, r4=kind)
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(config, dimensions_of(original.config), generator)
+    rotations = initial_rotations(config, map_of(original), generator)
     networks = QuantizedNetworks(
         lambda: make_family_model(family, **changes), QuantConfig(), KVConfig()
     )
@@ -55,24 +56,24 @@ def test_rotations_keep_the_logits(make_family_model, ids, family, changes, kind
     assert logits_error(logits(rotated, ids), logits(original, ids)) < 1e-9
 
 
-@pytest.mark.parametrize("seam", ["self_attn.qkv_proj.v_proj", "mlp.gate_up_proj.up_proj"])
-def test_a_broken_part_of_a_fused_linear_is_named(make_family_model, ids, seam):
+@pytest.mark.parametrize("site", ["self_attn.qkv_proj.v_proj", "mlp.gate_up_proj.up_proj"])
+def test_a_broken_part_of_a_fused_linear_is_named(make_family_model, ids, site):
     original = make_family_model("phi3")
     networks = QuantizedNetworks(lambda: make_family_model("phi3"), QuantConfig(), KVConfig())
     rotations = initial_rotations(
-        RotationConfig(), dimensions_of(original.config), torch.Generator().manual_seed(0)
+        RotationConfig(), map_of(original), torch.Generator().manual_seed(0)
     )
     rotated = networks.rotated(rotations)
-    weight = rotated.get_submodule(f"model.layers.1.{seam}").weight
+    weight = rotated.get_submodule(f"model.layers.1.{site}").weight
     weight.data = weight.data.roll(1, 0)
-    with pytest.raises(BrokenSeam, match=f"model.layers.1.{seam}"):
+    with pytest.raises(BrokenSite, match=f"model.layers.1.{site}"):
         check_invariance(lambda: original, lambda: rotated, rotations, ids[:1])
 
 
 @every_shape
-def test_every_linear_of_a_layer_has_a_seam(make_family_model, family, changes):
+def test_every_linear_of_a_layer_is_a_site(make_family_model, family, changes):
     model = make_family_model(family, **changes)
-    named = {name for name, _, _, _ in linears_of(model)}
+    named = {site.path for site, _ in linears_of(model)}
     every = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert named == every - {"lm_head"}
 
@@ -80,8 +81,11 @@ def test_every_linear_of_a_layer_has_a_seam(make_family_model, family, changes):
 @every_shape
 def test_dimensions_are_the_widths_of_the_weights(make_family_model, family, changes):
     model = make_family_model(family, **changes)
-    found = dimensions_of(model.config)
-    shapes = {seam.name.rpartition(".")[2]: m.weight.shape for _, _, seam, m in linears_of(model)}
+    found = map_of(model).dimensions
+    shapes = {site.name.rpartition(".")[2]: m.weight.shape for site, m in linears_of(model)}
+    assert all(
+        m.weight.shape == (site.out_features, site.in_features) for site, m in linears_of(model)
+    )
     assert shapes["q_proj"] == (found.heads * found.head_dim, found.hidden)
     assert shapes["v_proj"] == (found.kv_heads * found.head_dim, found.hidden)
     assert shapes["down_proj"] == (found.hidden, found.intermediate)
@@ -89,23 +93,22 @@ def test_dimensions_are_the_widths_of_the_weights(make_family_model, family, cha
 
 
 @every_shape
-def test_scales_move_between_a_group_and_its_carrier(make_family_model, ids, family, changes):
-    """Rows of the carrier times s, columns of the readers by s: the same function."""
+def test_scales_move_between_an_input_and_its_producer(make_family_model, ids, family, changes):
+    """Rows or gains of the producer times s, columns of the readers by s: the same function."""
     model, original = (make_family_model(family, **changes) for _ in range(2))
-    dimensions, table = dimensions_of(model.config), family_of(family)
-    for group, name in table.scale_carriers.items():
-        for layer in layers_of(model):
-            carrier = linear_at(layer, name)
-            scale = torch.linspace(0.5, 2, len(carrier.weight), dtype=torch.float64)
-            carrier.weight.data *= scale[:, None]
-            if carrier.bias is not None:
-                carrier.bias.data *= scale
-            if group == "o":  # query heads share their key/value head's scales
-                shared = dimensions.heads // dimensions.kv_heads
-                scale = scale.view(dimensions.kv_heads, -1).repeat_interleave(shared, 0).flatten()
-            for seam in table.seams:
-                if seam.group == group:
-                    linear_at(layer, seam.name).weight.data /= scale
+    described = map_of(model)
+    head_dim = described.dimensions.head_dim
+    for input in described.inputs:
+        producer = model.get_submodule(input.producer)
+        scale = torch.linspace(0.5, 2, len(producer.weight), dtype=torch.float64)
+        producer.weight.data *= scale.view(-1, *[1] * (producer.weight.dim() - 1))
+        if getattr(producer, "bias", None) is not None:
+            producer.bias.data *= scale
+        if input.shared > 1:  # query heads share their key/value head's scales
+            scale = scale.view(-1, head_dim).repeat_interleave(input.shared, 0).flatten()
+        for site in described.sites:
+            if site.key == input.key:
+                linear_at(model, site.path).weight.data /= scale
     assert logits_error(logits(model, ids), logits(original, ids)) < 1e-9
 
 
@@ -115,8 +118,8 @@ def test_generation_with_the_coded_cache_is_stock_generation(
 ):
     """A left-padded batch, longer than every sliding window, step by step."""
     original, coded = (make_family_model(family, **changes) for _ in range(2))
-    r3 = hadamard_rotation(dimensions_of(coded.config).head_dim)
-    attach_kv(coded, kv_path(coded, r3, None), store=True)
+    r3 = hadamard_rotation(map_of(coded).width("r3"))
+    attach_kv(coded, KVPath(r3), store=True)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     settings = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12, "pad_token_id": 0}
@@ -132,7 +135,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
 def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
     sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
     for model in (sliding, whole):
-        attach_kv(model, kv_path(model, None, None), store=True)
+        attach_kv(model, KVPath(), store=True)
     near, far = logits(sliding, ids), logits(whole, ids)
     assert torch.allclose(near[:, :5], far[:, :5], atol=1e-12)
     assert not torch.allclose(near[:, 5:], far[:, 5:], atol=1e-3)

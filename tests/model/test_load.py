@@ -5,9 +5,10 @@ import torch
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
+from spinlab.model.families import FAMILIES, family_of
 from spinlab.model.load import check_model, load_model, meta_model, source_digest
+from spinlab.model.modules import linears_of, map_of
 from spinlab.model.random import random_model
-from spinlab.model.seams import FAMILIES, dimensions_of, family_of, linears_of
 
 SHAPE = {
     "vocab_size": 256,
@@ -82,20 +83,20 @@ def test_a_model_on_the_meta_device_has_the_tensors_of_the_loaded_one(family, dt
     assert described(shapes) == described(loaded)
 
 
-def test_dimensions_come_from_the_config_not_from_hidden_over_heads():
-    dimensions = dimensions_of(random_model(RANDOM, 0).config)
-    assert (dimensions.hidden, dimensions.head_dim) == (24, 8)
+def test_dimensions_come_from_the_modules_not_from_hidden_over_heads():
+    model_map = map_of(random_model(RANDOM, 0))
+    assert (model_map.hidden, model_map.width("r2")) == (24, 8)
 
 
-def test_every_linear_of_a_layer_has_a_seam():
+def test_every_linear_of_a_layer_is_a_site():
     model = random_model(RANDOM, 0)
-    named = {name for name, _, _, _ in linears_of(model)}
+    named = {site.path for site, _ in linears_of(model)}
     every = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert named == every - {"lm_head"}
 
 
 def test_unknown_families_and_empty_shapes_are_refused():
-    with pytest.raises(InputError, match=r"'granite' has no seam table: supported are llama"):
+    with pytest.raises(InputError, match=r"'granite' is not known: supported are llama"):
         family_of("granite")
     with pytest.raises(InputError, match=r"model.architecture"):
         random_model(ModelConfig(name="nothing"), 0)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
+from spinlab.model.families import FAMILIES
 from spinlab.model.load import load_model, source_digest
 from spinlab.model.random import architecture_of, random_model
-from spinlab.model.seams import FAMILIES
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHAPE = {
@@ -82,7 +82,7 @@ def test_biases_are_not_the_zeros_that_transformers_starts_with():
             {"model_type": "mixtral"},
             "'mixtral' cannot be rotated, because it is a mixture",
         ),
-        ({"model_type": "nonsense"}, "'nonsense' has no seam table"),
+        ({"model_type": "nonsense"}, "'nonsense' is not known"),
         ({"hidden_size": 25}, r"hidden size \(25\) is not a multiple"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from spinlab.config import ModelConfig
-from spinlab.model.load import exact_norms, load_model
+from spinlab.model.load import load_model
+from spinlab.model.modules import map_of, prepare, restore
 from spinlab.model.random import random_model
-from spinlab.model.split import SplitLinear, join_fused, split_fused
+from spinlab.model.split import SplitLinear
 
 SHAPE = {
     "model_type": "phi3",
@@ -23,8 +24,9 @@ CONFIG = ModelConfig(architecture=SHAPE, dtype="float64")
 
 @pytest.fixture
 def stock():
-    model = random_model(CONFIG, 0)
-    exact_norms(model)
+    model, split = random_model(CONFIG, 0), load_model(CONFIG, None, seed=0)
+    for norm in map_of(split).norms:  # exact in float64
+        model.set_submodule(norm.path, split.get_submodule(norm.path))
     return model.double().eval().requires_grad_(False)
 
 
@@ -38,7 +40,7 @@ def test_a_split_model_has_the_stock_logits(stock, ids):
 
 def test_parts_are_plain_linears_with_the_rows_of_the_fused_one(stock):
     fused = stock.get_submodule("model.layers.0.self_attn.qkv_proj").weight.clone()
-    split_fused(stock)
+    prepare(stock)
     parts = stock.get_submodule("model.layers.0.self_attn.qkv_proj").parts()
     assert [len(part.weight) for part in parts] == [48, 24, 24]
     assert all(type(part) is nn.Linear for part in parts)
@@ -47,9 +49,9 @@ def test_parts_are_plain_linears_with_the_rows_of_the_fused_one(stock):
 
 def test_joining_undoes_splitting(stock):
     before = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
-    split_fused(stock)
+    prepare(stock)
     assert stock.state_dict().keys() != before.keys()
-    join_fused(stock)
+    restore(stock)
     after = stock.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -58,7 +60,7 @@ def test_joining_undoes_splitting(stock):
 def test_a_joined_model_saves_as_a_stock_checkpoint(ids, tmp_path):
     split = load_model(CONFIG, None, seed=0)
     expected = split(ids).logits
-    join_fused(split)
+    restore(split)
     split.save_pretrained(tmp_path)
     config = ModelConfig(weights="pretrained", path=str(tmp_path), dtype="float64")
     assert torch.allclose(load_model(config, None, 0)(ids).logits, expected, atol=1e-12, rtol=0)
@@ -67,8 +69,8 @@ def test_a_joined_model_saves_as_a_stock_checkpoint(ids, tmp_path):
 def test_families_without_fused_linears_are_left_alone(make_model):
     model = make_model()
     names = [name for name, _ in model.named_modules()]
-    split_fused(model)
-    join_fused(model)
+    prepare(model)
+    restore(model)
     assert [name for name, _ in model.named_modules()] == names
 
 

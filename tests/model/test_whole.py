@@ -6,9 +6,9 @@ import torch
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model import whole
+from spinlab.model.families import FAMILIES
 from spinlab.model.load import check_model, check_weights, load_model
 from spinlab.model.random import random_model
-from spinlab.model.seams import FAMILIES
 from spinlab.model.whole import is_finite
 
 SHAPE = {

@@ -7,9 +7,9 @@ import torch
 
 from spinlab.config import RotationConfig
 from spinlab.errors import ResultError
-from spinlab.model.seams import dimensions_of, linear_at
+from spinlab.model.modules import head_of, linear_at, map_of
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.check import BrokenSeam, check_invariance, logits_of
+from spinlab.rotation.check import BrokenSite, check_invariance, logits_of
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.orthogonal import check_orthogonal
 
@@ -32,7 +32,7 @@ def test_no_network_of_the_gate_stands_beside_another(make_model, ids, broken):
     make = OneAtATime(make_model)
     networks = QuantizedNetworks(make, None, None)
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), dimensions_of(make_model().config), generator)
+    rotations = initial_rotations(RotationConfig(), map_of(make_model()), generator)
 
     def rotated():
         model = networks.rotated(rotations)
@@ -43,7 +43,7 @@ def test_no_network_of_the_gate_stands_beside_another(make_model, ids, broken):
         return model
 
     if broken:
-        with pytest.raises(BrokenSeam, match=r"first at model\.layers\.1\.mlp\.up_proj"):
+        with pytest.raises(BrokenSite, match=r"first at model\.layers\.1\.mlp\.up_proj"):
             check_invariance(make, rotated, rotations, ids[:1])
     else:
         assert check_invariance(make, rotated, rotations, ids[:1]) < 1e-9
@@ -53,14 +53,14 @@ def test_no_network_of_the_gate_stands_beside_another(make_model, ids, broken):
 def test_a_network_whose_logits_are_no_numbers_is_broken(make_model, ids):
     def poisoned():
         model = make_model()
-        linear_at(model, "lm_head").weight.data[5, 3] = torch.nan
+        head_of(model).weight.data[5, 3] = torch.nan
         return model
 
     assert logits_of(poisoned, ids[:1]).isnan().any()
     rotations = initial_rotations(
-        RotationConfig(), dimensions_of(make_model().config), torch.Generator().manual_seed(0)
+        RotationConfig(), map_of(make_model()), torch.Generator().manual_seed(0)
     )
-    with pytest.raises(BrokenSeam, match="differ by nan"):
+    with pytest.raises(BrokenSite, match="differ by nan"):
         check_invariance(make_model, poisoned, rotations, ids[:1])
 
 

@@ -6,8 +6,11 @@ import scipy.linalg
 import torch
 from safetensors.torch import save_file
 
+from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions
+from spinlab.model.load import meta_model
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import map_of
 from spinlab.rotation.exchange import read_rotations, with_online, write_bin
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -16,9 +19,18 @@ from spinlab.rotation.rotations import RotationSet
 
 GENERATOR = torch.Generator().manual_seed(3)
 LAYER_1 = "model.layers.1.self_attn.R2"
-DIMENSIONS = Dimensions(
-    hidden=12, head_dim=4, intermediate=20, layers=2, heads=3, kv_heads=1
-)  # fmt: skip
+SHAPE = {
+    "hidden_size": 12,
+    "head_dim": 4,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}
+
+
+def described(**changes) -> ModelMap:
+    return map_of(meta_model(ModelConfig(architecture={**SHAPE, **changes}), None))
 
 
 def drawn(about: dict | None = None) -> RotationSet:
@@ -35,7 +47,7 @@ def foreign(**changes) -> dict:
 
 
 def read(path) -> RotationSet:
-    return read_rotations(path, DIMENSIONS, "llama")
+    return read_rotations(path, described())
 
 
 def test_an_r_bin_has_spinquants_keys_and_comes_back(tmp_path):
@@ -106,8 +118,8 @@ def test_rotations_rounded_to_any_float_are_taken(tmp_path, dtype, order):
     r1 = random_orthogonal(12, g) if order == 12 else hadamard * 0.998  # bfloat16's worst case
     content = foreign(R1=torch.nn.Parameter(r1.to(dtype)))
     torch.save(content, tmp_path / "R.bin")
-    dimensions = replace(DIMENSIONS, hidden=order)
-    loaded = read_rotations(tmp_path / "R.bin", dimensions, "llama")
+    shape = described(hidden_size=order, num_attention_heads=order // 4)
+    loaded = read_rotations(tmp_path / "R.bin", shape)
     assert orthogonality_error(loaded.r1) < 1e-12
     assert not loaded.r1.requires_grad
     assert (loaded.r1 - r1).abs().max() < 2.0**-8

@@ -3,9 +3,9 @@ import torch
 
 from spinlab.config import RotationConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.kv.cache import attach_kv, kv_path
-from spinlab.model.seams import dimensions_of, linear_at, linears_of
-from spinlab.rotation.check import BrokenSeam, check_invariance
+from spinlab.kv.cache import KVPath, attach_kv
+from spinlab.model.modules import embedding_of, head_of, linears_of, map_of
+from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.fuse import (
     fold_norms,
     fuse,
@@ -19,13 +19,13 @@ from spinlab.rotation.orthogonal import random_orthogonal
 
 def rotated(model, config=None, seed=0):
     """Fold, fuse and attach what runs online; return the rotations."""
-    dimensions = dimensions_of(model.config)
+    model_map = map_of(model)
     config = config or RotationConfig()
-    rotations = initial_rotations(config, dimensions, torch.Generator().manual_seed(seed))
+    rotations = initial_rotations(config, model_map, torch.Generator().manual_seed(seed))
     fold_norms(model)
     fuse(model, rotations)
     insert_fake_quant(model, rotations, None)
-    attach_kv(model, kv_path(model, rotations.r3, None), store=False)
+    attach_kv(model, KVPath(rotations.r3), store=False)
     return rotations
 
 
@@ -52,7 +52,7 @@ def test_biases_are_rotated_with_their_outputs(make_model, ids):
     model, original = make_model(**changes), make_model(**changes)
     for twin in (model, original):
         g = torch.Generator().manual_seed(5)
-        for _, _, _, linear in linears_of(twin):
+        for _, linear in linears_of(twin):
             linear.bias.data.normal_(generator=g)
     assert check_invariance(lambda: original, lambda: model, rotated(model), ids[:1]) < 1e-9
 
@@ -60,28 +60,28 @@ def test_biases_are_rotated_with_their_outputs(make_model, ids):
 def test_folding_cuts_the_tie_between_embedding_and_head(make_model, ids):
     model, original = make_model(), make_model()
     fold_norms(model)
-    assert linear_at(model, "lm_head").weight is not linear_at(model, "model.embed_tokens").weight
+    assert head_of(model).weight is not embedding_of(model).weight
     assert not model.config.tie_word_embeddings
     assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("seam", ["self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
-def test_a_broken_seam_is_caught_and_named(make_model, ids, seam):
+@pytest.mark.parametrize("site", ["self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_broken_site_is_caught_and_named(make_model, ids, site):
     model, original = make_model(), make_model()
     rotations = rotated(model)
-    name = f"model.layers.1.{seam}"
+    name = f"model.layers.1.{site}"
     weight = model.get_submodule(name).weight
     weight.data = weight.data.roll(1, 0)  # as if the output side had been rotated wrongly
-    with pytest.raises(BrokenSeam, match=name):
+    with pytest.raises(BrokenSite, match=name):
         check_invariance(lambda: original, lambda: model, rotations, ids[:1])
 
 
 def test_a_broken_head_is_told_from_the_layers(make_model, ids):
     model, original = make_model(), make_model()
     rotations = rotated(model)
-    head = linear_at(model, "lm_head")
+    head = head_of(model)
     head.weight.data = head.weight.data.roll(1, 1)
-    with pytest.raises(BrokenSeam, match="the head"):
+    with pytest.raises(BrokenSite, match="the head"):
         check_invariance(lambda: original, lambda: model, rotations, ids[:1])
 
 

@@ -6,9 +6,9 @@ import torch
 from spinlab.config import RotationConfig
 from spinlab.config.rotation import DuQuantConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions, dimensions_of, linear_at
+from spinlab.model.modules import embedding_of, linear_at, map_of
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.check import BrokenSeam, check_invariance
+from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.duquant import DualTransform, dual_transforms, random_mixers
 from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import check_rotations, initial_rotations
@@ -48,9 +48,9 @@ def statistics_of(model, fold: bool = True) -> Statistics:
 
 
 def made(config: RotationConfig, make, **changes) -> RotationSet:
-    dimensions = dimensions_of(make(**changes).config)
+    model_map = map_of(make(**changes))
     found = statistics_of(make(**changes)) if config.needs_statistics else None
-    return initial_rotations(config, dimensions, torch.Generator().manual_seed(0), found)
+    return initial_rotations(config, model_map, torch.Generator().manual_seed(0), found)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4], ids=["grouped queries", "one head each"])
@@ -78,19 +78,19 @@ def test_every_family_takes_every_transform(make_family_model, ids, config, mode
 def test_every_transform_survives_a_file(make_model, ids, config, tmp_path):
     saved = made(config, make_model)
     saved.save(tmp_path / "r.safetensors")
-    dimensions = dimensions_of(make_model().config)
-    loaded = read_stored(tmp_path / "r.safetensors", dimensions, "llama")
+    model_map = map_of(make_model())
+    loaded = read_stored(tmp_path / "r.safetensors", model_map)
     networks = QuantizedNetworks(make_model, None, None)
     expected, found = (networks.rotated(r)(ids).logits for r in (saved, loaded))
     assert torch.equal(found, expected)
 
 
-def test_a_broken_seam_behind_a_scale_is_named(make_model, ids):
+def test_a_broken_site_behind_a_scale_is_named(make_model, ids):
     config = CONFIGS["smooth everywhere, with R3 and R4"]
     rotations = made(config, make_model)
     model = QuantizedNetworks(make_model, None, None).rotated(rotations)
     linear_at(model, "model.layers.1.mlp.up_proj").weight.data[3] *= 2
-    with pytest.raises(BrokenSeam, match=r"layers\.1\.mlp\.up_proj"):
+    with pytest.raises(BrokenSite, match=r"layers\.1\.mlp\.up_proj"):
         check_invariance(make_model, lambda: model, rotations, ids[:1])
 
 
@@ -126,7 +126,7 @@ def test_smoothing_is_the_published_formula_up_to_bfloat16():
 def test_smoothing_evens_out_activation_peaks(make_model):
     def loud(**changes):
         model = make_model(torch.float32, **changes)
-        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 40
+        embedding_of(model).weight.data[:, 5] *= 40
         return model
 
     rotations = made(CONFIGS["smoothquant"], loud)
@@ -161,10 +161,7 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
     ("settings", "message"),
     [
         ({"inputs": "duquant"}, "set rotation.r1=none, rotation.r2=none, rotation.r4=none"),
-        ({"smooth": 0.5}, "rotation.r1 mixes: set rotation.r1=none"),
         ({"smooth": 1.5}, r"rotation.smooth=1.5 must lie in \[0, 1\]"),
-        ({"smooth": 0.5, "r1": "none", "smooth_groups": ["o"]}, "rotation.r2 mixes"),
-        ({"smooth": 0.5, "r1": "none", "smooth_groups": ["mlp"]}, "rotation.smooth_groups=mlp"),
         ({"r4_block": 24}, "rotation.r4_block=24 must be a power of two"),
     ],
 )
@@ -173,12 +170,24 @@ def test_what_cannot_be_combined_is_refused_in_one_sentence(settings, message):
         RotationConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "rotation.r1 mixes: set rotation.r1=none"),
+        ({"r1": "none", "smooth_groups": ["o"]}, "rotation.r2 mixes"),
+        ({"r1": "none", "smooth_groups": ["mlp"]}, "rotation.smooth_groups=mlp"),
+    ],
+)
+def test_scales_of_what_a_rotation_mixes_are_refused_in_one_sentence(make_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_rotations(RotationConfig(smooth=0.5, **settings), map_of(make_model()))
+
+
 @pytest.mark.parametrize("settings", [{"r1": "hadamart"}, {"r3": "duquant"}], ids=str)
-def test_a_kind_that_a_rotation_has_not_is_refused_before_anything_is_drawn(settings):
-    shape = Dimensions(hidden=16, heads=2, kv_heads=1, head_dim=8, intermediate=32, layers=1)
+def test_a_kind_that_a_rotation_has_not_is_refused_before_anything_is_drawn(make_model, settings):
     ((name, kind),) = settings.items()
     with pytest.raises(InputError, match=f"rotation.{name}={kind} is unknown: choose one of none"):
-        check_rotations(RotationConfig(**settings), shape)
+        check_rotations(RotationConfig(**settings), map_of(make_model()))
 
 
 def search(rows: torch.Tensor, config: DuQuantConfig = SEARCH) -> DualTransform:

@@ -5,18 +5,31 @@ import pytest
 import scipy.linalg
 import torch
 
-from spinlab.config import RotationConfig
+from spinlab.config import ModelConfig, RotationConfig
 from spinlab.errors import InputError, ResultError
-from spinlab.model.seams import Dimensions
+from spinlab.model.load import meta_model
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import map_of
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 
-DIMENSIONS = Dimensions(hidden=24, head_dim=8, intermediate=40, layers=2, heads=4, kv_heads=2)
+SHAPE = {
+    "hidden_size": 24,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def described(**changes) -> ModelMap:
+    return map_of(meta_model(ModelConfig(architecture={**SHAPE, **changes}), None))
 
 
 def drawn(seed: int = 0, **changes) -> RotationSet:
     config = RotationConfig(**changes)
-    return initial_rotations(config, DIMENSIONS, torch.Generator().manual_seed(seed))
+    return initial_rotations(config, described(), torch.Generator().manual_seed(seed))
 
 
 def test_a_saved_set_comes_back_with_every_bit(tmp_path):
@@ -59,7 +72,7 @@ def test_r4_blocks_are_power_of_two_hadamards(caplog):
 
 def test_head_counts_without_an_order_leave_r2_alone(caplog):
     config = RotationConfig(cross_head="hadamard")
-    nine = replace(DIMENSIONS, heads=9)  # SmolLM2-135M
+    nine = described(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)  # SmolLM2-135M
     assert initial_rotations(config, nine, torch.Generator()).cross_head is None
     assert "no Hadamard matrix of order 9" in caplog.text
 
@@ -67,7 +80,7 @@ def test_head_counts_without_an_order_leave_r2_alone(caplog):
 def test_cross_head_and_r2_make_quarots_kronecker_product():
     """QuaRot turns the o_proj input by H_heads ⊗ H_head_dim."""
     rotations = drawn(r2="exact_hadamard", cross_head="hadamard")
-    inside = torch.block_diag(*[rotations.r2[0]] * DIMENSIONS.heads)
+    inside = torch.block_diag(*[rotations.r2[0]] * 4)
     dense = inside @ rotations.cross_head.dense()
     expected = np.kron(scipy.linalg.hadamard(4), scipy.linalg.hadamard(8)) / 32**0.5
     assert torch.allclose(dense, torch.from_numpy(expected))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.model.seams import Dimensions, dimensions_of, linears_of
+from spinlab.model.load import meta_model
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import linears_of, map_of
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -19,7 +21,14 @@ from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.stored import read_stored, rules_of
 
-DIMENSIONS = Dimensions(hidden=24, head_dim=8, intermediate=40, layers=2, heads=4, kv_heads=2)
+SHAPE = {
+    "hidden_size": 24,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 NAN, INF = float("nan"), float("inf")
 
@@ -57,8 +66,12 @@ def altered(path: Path, change: Change) -> Path:
     return path
 
 
-def read(path: Path, dimensions: Dimensions = DIMENSIONS) -> RotationSet:
-    return read_stored(path, dimensions, "llama")
+def described(**changes) -> ModelMap:
+    return map_of(meta_model(ModelConfig(architecture={**SHAPE, **changes}), None))
+
+
+def read(path: Path, **changes) -> RotationSet:
+    return read_stored(path, described(**changes))
 
 
 def words(**changes) -> Change:
@@ -198,13 +211,19 @@ def test_what_is_not_of_the_model_is_refused_by_name(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden": 12}, {"layers": 3}, {"intermediate": 20}, {"head_dim": 4}, {"heads": 2}],
+    [
+        {"hidden_size": 12},
+        {"num_hidden_layers": 3},
+        {"intermediate_size": 20},
+        {"head_dim": 4},
+        {"num_attention_heads": 2},
+    ],
     ids=str,
 )
 def test_rotations_of_another_model_are_refused(tmp_path, changes):
     everything().save(tmp_path / "r.safetensors")
     with pytest.raises(InputError, match="the model has"):
-        read(tmp_path / "r.safetensors", replace(DIMENSIONS, **changes))
+        read(tmp_path / "r.safetensors", **changes)
 
 
 def test_numbers_are_not_read_before_their_shapes(tmp_path):
@@ -241,12 +260,12 @@ def test_a_cut_file_is_refused(tmp_path, length):
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3"])
 def test_every_linear_has_a_rule_of_its_own_shape(make_family_model, model_type):
     model = make_family_model(model_type)
-    rules = rules_of(dimensions_of(model.config), model_type)
+    rules = rules_of(map_of(model))
     ranged = {name for name in rules if name.startswith("weight_clip.")}
-    assert ranged == {f"weight_clip.{name}" for name, *_ in linears_of(model)}
-    for name, _, _, linear in linears_of(model):
+    assert ranged == {f"weight_clip.{name}" for name in map_of(model).site_at}
+    for site, linear in linears_of(model):
         rows, width = linear.weight.shape
-        fits = rules[f"weight_clip.{name}"].fits
+        fits = rules[f"weight_clip.{site.path}"].fits
         assert fits((rows, 1, 1))
         assert fits((rows, width // 2, 1))
         assert not fits((rows, width + 1, 1))

@@ -5,7 +5,7 @@ import torch
 
 from spinlab.config import ClipSearch, KVConfig, QuantConfig, TensorQuant
 from spinlab.errors import InputError
-from spinlab.model.seams import decoder_of
+from spinlab.model.modules import decoder_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused import graphs
@@ -39,7 +39,9 @@ def make_runtime(make_model):
         fused = networks.fused(RotationSet())
         weights = quantize_rtn(fused, quant, ClipSearch(), {})
         operations = triton_operations() if CUDA else REFERENCE
-        integer_runtime(fused, weights, RotationSet(), quant, KVConfig(), operations)
+        integer_runtime(
+            fused, weights, RotationSet(), quant, networks.kv_path(fused, RotationSet()), operations
+        )
         assert graph_runner(fused).capturable == CUDA
         graph_runner(fused).capturable = True
         return fused
@@ -260,5 +262,6 @@ def test_the_reference_operations_are_not_captured(make_model):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
     networks = QuantizedNetworks(make_model, quant, KVConfig())
     found = networks.fused(RotationSet())
-    integer_runtime(found, {}, RotationSet(), quant, KVConfig(), REFERENCE)
+    kv = networks.kv_path(found, RotationSet())
+    integer_runtime(found, {}, RotationSet(), quant, kv, REFERENCE)
     assert not graph_runner(found).capturable

@@ -3,6 +3,7 @@ import torch
 
 from spinlab.config import (
     ClipSearch,
+    CodecConfig,
     GPTQConfig,
     KVConfig,
     QuantConfig,
@@ -12,7 +13,7 @@ from spinlab.config import (
 )
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.model.seams import dimensions_of, linear_at, linears_of
+from spinlab.model.modules import embedding_of, linear_at, map_of
 from spinlab.networks.exact import ExactNetworks
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
@@ -27,12 +28,14 @@ from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 KV = KVConfig()
+SYMMETRIC = CodecConfig(symmetric=True)
+OFF = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
 
 
 def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
     networks = QuantizedNetworks(lambda: make_model(dtype), quant, kv)
-    dimensions = dimensions_of(make_model().config)
-    rotations = initial_rotations(RotationConfig(), dimensions, torch.Generator().manual_seed(0))
+    model_map = map_of(make_model())
+    rotations = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
@@ -66,7 +69,7 @@ def test_emulated_and_integer_networks_agree_to_the_last_bit(make_model, ids):
 
 def test_without_quantized_weights_the_network_keeps_its_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
-    networks = QuantizedNetworks(lambda: make_model(), quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(lambda: make_model(), quant, OFF)
     _, rotations, _ = prepared(make_model)
     found = networks.integer(rotations, {}, "cpu")(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
@@ -77,7 +80,7 @@ def test_bfloat16_networks_compute_levels_and_scales_in_float32(make_model, ids)
     pass between modules may be 16-bit."""
     networks, rotations, weights = prepared(make_model, dtype=torch.bfloat16)
     model = networks.integer(rotations, weights, "cpu")
-    linear = linear_at(model, "model.layers.0.mlp.down_proj")
+    linear = model.get_submodule("model.layers.0.mlp.down_proj")
     assert linear.scale.dtype == torch.float32
     x = torch.randn(4, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     rotated = rotations.r4(x.float()).bfloat16()
@@ -95,7 +98,7 @@ def test_a_massive_token_does_not_split_the_two_networks(make_model, ids):
 
     def make(dtype=torch.float32):
         model = make_model(dtype, tie_word_embeddings=False)
-        linear_at(model, "model.embed_tokens").weight.data[:, 5] = 1e3
+        embedding_of(model).weight.data[:, 5] = 1e3
         return model
 
     networks, rotations, weights = prepared(make)
@@ -110,7 +113,7 @@ def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_mode
 
     Sequences of one token attend to it alone; float noise is added where other kernels bring it.
     """
-    kv = KVConfig(symmetric=True)  # asymmetric heads fill 15 steps: all but one in 600
+    kv = KVConfig(SYMMETRIC, SYMMETRIC)  # asymmetric heads fill 15 steps: all but one in 600
     networks, rotations, weights = prepared(make_model, dtype=torch.float64, kv=kv)
     alone = torch.arange(64)[:, None]
     expected = networks.dequantized(rotations, weights)(alone).logits
@@ -138,7 +141,7 @@ def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_mode
 def test_every_rotated_linear_multiplies_integers(make_model):
     networks, rotations, weights = prepared(make_model)
     model = networks.integer(rotations, weights, "cpu")
-    linears = [linear for *_, linear in linears_of(model)]
+    linears = [model.get_submodule(path) for path in map_of(model).site_at]
     assert len(linears) == 7 * 2
     assert all(isinstance(m, IntegerLinear | LinearPart) for m in linears)
     assert sum(isinstance(m, IntegerLinear) for m in model.modules()) == 4 * 2
@@ -160,7 +163,8 @@ def test_linears_of_unlike_formats_are_multiplied_apart(make_model, ids, overrid
     model = networks.integer(rotations, weights, "cpu")
     fake = networks.dequantized(rotations, weights)(ids).logits
     assert torch.allclose(model(ids).logits, fake, atol=1e-8 * fake.std().item())
-    paths = {p for *_, linear in linears_of(model) if (p := getattr(linear, "path", None))}
+    linears = (model.get_submodule(path) for path in map_of(model).site_at)
+    paths = {path for linear in linears if (path := getattr(linear, "path", None))}
     assert all(path.once._last is None for path in paths)
 
 
@@ -196,9 +200,7 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
     found = gptq(tmp_path / "whole")
     assert found.keys() == weights.keys()
     original = make_model(torch.float32)(windows).logits
-    quiet = QuantizedNetworks(
-        networks.original, QuantConfig(activations=TensorQuant(bits=16)), KVConfig(16, 16)
-    )
+    quiet = QuantizedNetworks(networks.original, QuantConfig(activations=TensorQuant(bits=16)), OFF)
     errors = [
         (quiet.dequantized(rotations, w)(windows).logits - original).norm()
         for w in (found, weights)
@@ -234,7 +236,7 @@ def test_weight_groups_must_divide_every_input(make_model):
     from spinlab.weights.layerwise import check_weight_groups
 
     with pytest.raises(InputError, match=r"quant.weights.group_size=16 does not divide 24"):
-        check_weight_groups(make_model(), QuantConfig(weights=TensorQuant(group_size=16)))
+        check_weight_groups(map_of(make_model()), QuantConfig(weights=TensorQuant(group_size=16)))
 
 
 def test_stored_bytes_count_what_a_checkpoint_holds(make_model):
@@ -250,7 +252,7 @@ def test_stored_bytes_count_what_a_checkpoint_holds(make_model):
 def test_a_rotation_flattens_channel_peaks(make_model, ids):
     def make(dtype=torch.float32):
         model = make_model(dtype)
-        linear_at(model, "model.embed_tokens").weight.data[:, 5] *= 50
+        embedding_of(model).weight.data[:, 5] *= 50
         return model
 
     networks, rotations, _ = prepared(make)
@@ -284,7 +286,7 @@ def test_the_gates_networks_compute_in_float64_and_are_no_larger_than_what_they_
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     networks = ExactNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
+    rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(search=False), {})
     most = bytes_of(networks.fused(rotations)) + 7 * 2 * 64 * 48  # both ends in 8 bytes, not in 2
     expected = networks.dequantized(rotations, weights)

@@ -5,9 +5,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
+from spinlab.config import (
+    ClipSearch,
+    CodecConfig,
+    KVConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+)
 from spinlab.errors import InputError
-from spinlab.model.seams import decoder_of, dimensions_of, linear_at
+from spinlab.model.modules import decoder_of, head_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.initial import initial_rotations
@@ -23,6 +30,8 @@ from spinlab.runtime.kernels.matmul import cublas
 from spinlab.weights.layerwise import quantize_rtn
 
 SYMMETRIC = TensorQuant(symmetric=True)
+OFF = CodecConfig(bits=16)
+KV8 = KVConfig(CodecConfig(bits=8), CodecConfig(bits=8))
 QUANT = QuantConfig(weights=SYMMETRIC)
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -30,15 +39,16 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 def prepared(make, quant=QUANT, kv=None, rotation=None):
     networks = QuantizedNetworks(make, quant, kv or KVConfig())
     generator = torch.Generator().manual_seed(0)
-    dimensions = dimensions_of(make().config)
-    rotations = initial_rotations(rotation or RotationConfig(), dimensions, generator)
+    model_map = map_of(make())
+    rotations = initial_rotations(rotation or RotationConfig(), model_map, generator)
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
 
 def runtime(networks, rotations, weights):
     model = networks.fused(rotations)
-    integer_runtime(model, weights, rotations, networks.quant, networks.kv, REFERENCE)
+    kv = networks.kv_path(model, rotations)
+    integer_runtime(model, weights, rotations, networks.quant, kv, REFERENCE)
     return model
 
 
@@ -72,11 +82,11 @@ def test_the_runtime_is_the_fake_quantized_network(make_model, ids, quant, caplo
 @pytest.mark.parametrize(
     "kv",
     [
-        KVConfig(16, 16),
-        KVConfig(8, 8),
-        KVConfig(4, 16, q_bits=4),
-        KVConfig(3, 4, symmetric=True, v_clip_ratio=0.9),
-        KVConfig(group_size=4),
+        KVConfig(OFF, OFF),
+        KV8,
+        KVConfig(values=OFF, queries=CodecConfig()),
+        KVConfig(CodecConfig(bits=3, symmetric=True), CodecConfig(symmetric=True, clip_ratio=0.9)),
+        KVConfig(CodecConfig(group_size=4), CodecConfig(group_size=4)),
     ],
     ids=str,
 )
@@ -97,7 +107,7 @@ def test_every_cache_format_gives_teacher_forced_logits(make_model, ids, kv):
     assert_same(torch.cat(one_by_one, 1), expected[:, :4])
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @torch.no_grad()
 def test_sequences_of_a_cache_are_repeated_chosen_and_cut(make_model, ids, kv):
     """As transformers' caches do; oracle: passes over the whole of each sequence."""
@@ -169,7 +179,7 @@ def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, id
     assert_same(torch.cat(parts, 1), expected)
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @pytest.mark.parametrize("rope", [[1, 0], [0, 0], [1, 1]], ids=str)
 @torch.no_grad()
 def test_layers_without_rope_get_none(make_family_model, ids, rope, kv):
@@ -264,7 +274,7 @@ def test_what_kernels_lack_runs_in_torch_with_one_warning(make_model, ids, quant
 def test_linears_without_quantized_weights_keep_their_own(make_model, ids):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
     networks, rotations, _ = prepared(make_model)
-    networks = QuantizedNetworks(make_model, quant, KVConfig(16, 16))
+    networks = QuantizedNetworks(make_model, quant, KVConfig(OFF, OFF))
     found = runtime(networks, rotations, {})(ids).logits
     assert torch.allclose(found, make_model()(ids).logits, atol=1e-9)
 
@@ -286,7 +296,7 @@ def test_padding_on_the_left_changes_nothing(make_model, ids):
     assert torch.equal(found, torch.stack(alone))
 
 
-@pytest.mark.parametrize("kv", [KVConfig(), KVConfig(8, 8)], ids=["packed", "plain"])
+@pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])
 @pytest.mark.parametrize("size", [1, 3])
 @torch.no_grad()
 def test_padding_longer_than_the_chunks_of_a_prefill_changes_nothing(make_model, ids, size, kv):
@@ -386,7 +396,7 @@ def test_a_deep_copy_runs_on_weights_and_caches_of_its_own(make_model, ids):
     assert torch.equal(twin.generate(ids[:, :6], **settings), tokens)
     with pytest.raises(InputError, match="another model"):
         twin(ids, past_key_values=new_cache(model, 24))
-    linear_at(twin, "lm_head").weight.zero_()
+    head_of(twin).weight.zero_()
     assert not twin(ids).logits.any()
     assert not twin(ids, past_key_values=new_cache(twin, 24)).logits.any()
     assert torch.equal(model(ids).logits, expected)
@@ -471,7 +481,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
         make_weight,
         rotations,
         networks.quant,
-        networks.kv,
+        networks.kv_path(make_model(), rotations),
         REFERENCE,
         torch.device("cpu"),
         torch.float64,
@@ -479,7 +489,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
     assert asked["model.layers.1.self_attn.o_proj"] == (24, 32, 4)  # a group per head
     assert not any(t.is_meta for t in (*built.parameters(), *built.buffers()))
     for name in ("model.embed_tokens", "lm_head"):
-        linear_at(built, name).weight.data.copy_(linear_at(model, name).weight)
+        built.get_submodule(name).weight.data.copy_(model.get_submodule(name).weight)
     # stock norms are float32 inside, those of the other model are not
     assert torch.allclose(built(ids).logits, model(ids).logits, atol=1e-4)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import linear_at, linears_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
@@ -57,7 +57,7 @@ def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
     insert_fake_quant(model, RotationSet(), None)
     inputs = LayerInputs(model, windows, 3)
     inputs.advance()
-    for name, _, _, linear in (item for item in linears_of(model) if item[1] == 1):
+    for site, linear in (item for item in linears_of(model) if item[0].layer == 1):
         early: list[torch.Tensor] = []
         inputs.visit(linear, early.append)
         whole: list[torch.Tensor] = []
@@ -65,7 +65,7 @@ def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
         for x in inputs.batches:
             inputs.layer(x, **inputs.arguments(x))
         hook.remove()
-        assert all(torch.equal(a, b) for a, b in zip(early, whole, strict=True)), name
+        assert all(torch.equal(a, b) for a, b in zip(early, whole, strict=True)), site
 
 
 def test_a_gpu_takes_many_windows_at_once_and_a_cpu_one():

@@ -6,7 +6,7 @@ import torch
 from spinlab.config import ClipSearch, GPTQConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.model.seams import linear_at, linears_of
+from spinlab.model.modules import linear_at, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
@@ -47,7 +47,7 @@ def quantize(request, windows, tmp_path):
 
 def test_overrides_give_other_formats_to_the_linears_that_match(make_model, quantize):
     model = make_model(torch.float32)
-    names = [name for name, *_ in linears_of(model)]
+    names = [site.path for site in map_of(model).sites]
     found = quantize(model, MIXED)
     left_out = {"model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"}
     assert found.keys() == set(names) - left_out
@@ -85,9 +85,11 @@ def test_head_and_embedding_are_rounded_to_nearest(make_model, quantize):
     original = make_model(torch.float32, tie_word_embeddings=False)
     found = quantize(make_model(torch.float32, tie_word_embeddings=False), quant)
     for name, format in (("lm_head", head), ("model.embed_tokens", embedding)):
-        expected = rtn(linear_at(original, name).weight, format, ClipSearch())
+        expected = rtn(original.get_submodule(name).weight, format, ClipSearch())
         assert torch.equal(found[name].dequantize(), expected.dequantize())
-    assert found.keys() - {"lm_head", "model.embed_tokens"} == {n for n, *_ in linears_of(original)}
+    assert found.keys() - {"lm_head", "model.embed_tokens"} == {
+        site.path for site in map_of(original).sites
+    }
 
 
 def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, windows, tmp_path):
@@ -105,7 +107,7 @@ def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, window
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_every_family_is_quantized(make_family_model, quantize, family):
     model = make_family_model(family)
-    names = {name for name, *_ in linears_of(model)}
+    names = {site.path for site in map_of(model).sites}
     assert quantize(model, QuantConfig(weights=SYMMETRIC)).keys() == names
 
 
@@ -147,7 +149,7 @@ def test_a_damaged_layer_is_made_again_with_the_same_bits(make_model, windows, t
 def test_an_override_that_matches_nothing_is_refused(make_model):
     quant = QuantConfig(overrides=[{"pattern": "*.down_porj", "weights": {"bits": 8}}])
     with pytest.raises(InputError, match=r"'\*\.down_porj' matches no linear"):
-        check_weight_groups(make_model(), quant)
+        check_weight_groups(map_of(make_model()), quant)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +166,14 @@ def test_an_override_that_matches_nothing_is_refused(make_model):
 )
 def test_groups_must_divide_what_they_group(make_model, quant, setting):
     with pytest.raises(InputError, match=f"{setting} does not divide 24"):
-        check_weight_groups(make_model(), quant)
+        check_weight_groups(map_of(make_model()), quant)
 
 
 def test_groups_of_weights_and_inputs_must_nest_linear_by_linear(make_model):
     model, group = make_model(intermediate_size=24, head_dim=6), TensorQuant(group_size=12)
     quant = QuantConfig(weights=group, activations=TensorQuant(group_size=8))
     with pytest.raises(InputError, match=r"groups of 8 inputs of model.layers.0.self_attn.q_proj"):
-        check_weight_groups(model, quant)
+        check_weight_groups(map_of(model), quant)
     for kind, changes in (("weights", {"group_size": 4}), ("activations", {"group_size": 0})):
         nested = [{"pattern": "*", kind: changes}]
-        check_weight_groups(model, replace(quant, overrides=nested, o_proj_per_head=False))
+        check_weight_groups(map_of(model), replace(quant, overrides=nested, o_proj_per_head=False))

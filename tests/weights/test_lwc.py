@@ -6,7 +6,7 @@ import torch
 import spinlab.weights.lwc as lwc_module
 from spinlab.config import ClipSearch, LWCConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.model.seams import linear_at
+from spinlab.model.modules import linear_at
 from spinlab.rotation.fuse import fuse_inputs
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet

@@ -1,5 +1,7 @@
-"""Rotations while they are learned: where they stand, and what the network says about them."""
+"""Rotations while they are learned: where they stand, and the gradients that gather for them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +10,22 @@ from torch import nn
 from spinlab import parallel
 from spinlab.config import LearnConfig
 from spinlab.learn.learned.inputs import LearnedInputs
-from spinlab.learn.optim.make import on_manifold, tangent
-from spinlab.learn.spaces.rotate import Sink
+from spinlab.learn.learned.log_parameters import part_of
+from spinlab.learn.optim import on_manifold, tangent
 from spinlab.rotation.orthogonal import polar
 from spinlab.rotation.rotations import RotationSet
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Take parts of the gradient of one rotation: (n, n) each, in float32 or wider.
+
+    add: generators M; add_half: what the Euclidean gradient needs beside them, H, where its norm is
+    asked for (`spinlab.learn.spaces.rotate`).
+    """
+
+    add: Callable[[torch.Tensor], None]
+    add_half: Callable[[torch.Tensor], None] | None = None
 
 
 class LearnedRotations:
@@ -37,8 +51,7 @@ class LearnedRotations:
         self.inputs: LearnedInputs | None = None
         if "inputs" in learn.rotations and start.inputs:
             self.inputs = LearnedInputs(start.inputs, learn.lr_scale, device, self.wide)
-            for name, stack in self.inputs.stacks.items():
-                self.parameters[name] = on_manifold(stack)
+            self.parameters |= self.inputs.parameters
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
@@ -61,28 +74,24 @@ class LearnedRotations:
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.inputs is not None:
-            self.inputs.begin(self._stacks())
+            self.inputs.begin()
 
     def _zeros(self) -> dict[str, torch.Tensor]:
         return {name: torch.zeros_like(p.data) for name, p in self.parameters.items()}
 
-    def _stacks(self) -> dict[str, torch.Tensor]:
-        """Return the rotations of inputs, by `group.part`."""
-        return {name: p for name, p in self.parameters.items() if name not in ("r1", "r2")}
-
     def at(self, name: str, layer: int) -> torch.Tensor:
-        """Return R1, or the R2 of a layer, in the network's dtype."""
+        """Return R1, or the R2 of a layer: (n, n) in the network's dtype."""
         held = self.cast[name]
         return held if name == "r1" else held[layer]
 
     def anchor(self, name: str) -> torch.Tensor:
-        """Return what makes autograd visit a turn by this rotation, if it is learned."""
+        """Return what requires a gradient exactly if a rotation is learned: it itself."""
         held = self.all[name]
         assert held is not None
         return held
 
     def sink(self, name: str, layer: int) -> Sink:
-        """Return where the generators of a rotation's gradient go, and on demand what they lack."""
+        """Return where the parts of a rotation's gradient go: of R1, or of the R2 of a layer."""
 
         def add(generator: torch.Tensor) -> None:
             self._at(self._generators, name, layer, generator)
@@ -93,7 +102,7 @@ class LearnedRotations:
         return Sink(add, add_half if self.euclidean and name in self.parameters else None)
 
     def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """Add a Euclidean gradient: that of R1, or of the R2 of a layer."""
+        """Add a Euclidean gradient (n, n): that of R1, or of the R2 of a layer."""
         self._at(self._gradients, name, layer, gradient)
 
     def _at(self, sums: dict[str, torch.Tensor], name: str, layer: int, part: torch.Tensor) -> None:
@@ -110,8 +119,7 @@ class LearnedRotations:
         are scaled by most / norm.
         """
         if self.inputs is not None:
-            stacks = self._stacks()
-            self._gradients |= {name: self.inputs.gradients(name, stacks) for name in stacks}
+            self._gradients |= self.inputs.gradients()
         measured: list[torch.Tensor] = []
         for name, parameter in self.parameters.items():
             whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
@@ -127,6 +135,11 @@ class LearnedRotations:
         nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
         return norm
 
+    def step_scales(self, rate: float) -> None:
+        """Move the scales of inputs, if they are learned, at `rate` times their base rate."""
+        if self.inputs is not None:
+            self.inputs.scales.step(rate)
+
     @torch.no_grad()
     def project(self) -> None:
         """Put the learned rotations back on the manifold they drift from."""
@@ -141,5 +154,25 @@ class LearnedRotations:
         """Return what changed in the RotationSet, projected in float64, on the host."""
         found = {n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()}
         if self.inputs is not None:
-            return {**found, "inputs": self.inputs.result(self._stacks())}
+            return {**found, "inputs": self.inputs.result()}
         return found
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Return everything learned that `result` holds, as it stands."""
+        logs = {} if self.inputs is None else self.inputs.scales.logs
+        scales = {f"scales.{group}": log.data for group, log in logs.items()}
+        return {**{name: p.data for name, p in self.parameters.items()}, **scales}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what a resumed run needs, but for the optimizer of rotations."""
+        scales = {} if self.inputs is None else self.inputs.scales.state()
+        found = {f"rotation.{name}": p.detach() for name, p in self.parameters.items()}
+        return found | {f"scales.{name}": value for name, value in scales.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"rotation.{name}"])
+        if self.inputs is not None:
+            self.inputs.scales.load_state(part_of(tensors, "scales."), device)

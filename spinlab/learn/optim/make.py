@@ -1,46 +1,79 @@
-"""The optimizers of rotations by name, all on groups of (..., n, n) orthogonal parameters."""
+"""The optimizers of rotations and their learning-rate schedules, by name.
 
-from collections.abc import Callable
+An optimizer here is called with groups of parameters from `on_manifold`, (..., n, n) orthogonal
+matrices, with lr, and with those settings of `learn` that its parameters name. Gradients are
+tangent: all but one project them or see their tangent part only, but geoopt's RiemannianSGD starts
+its momentum from the gradient as it is. A step size means different things: that of riemannian_adam
+is the Frobenius length of a matrix's step (its second moment is one number per matrix), that of
+qr_adam the length of each latent entry's.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import geoopt
 import torch
-from torch import nn
 
 from spinlab.config import LearnConfig
+from spinlab.config.checks import choice
+from spinlab.config.unread import Rule
 from spinlab.learn.optim.cayley import CayleyAdam, CayleySGD, cayley_exact
 from spinlab.learn.optim.qr import QRSGD, QRAdam
 
+Groups = list[dict[str, Any]]
 
-def on_manifold(rotation: torch.Tensor) -> nn.Parameter:
-    """Make a parameter of (..., n, n) orthogonal matrices, with the Euclidean metric of geoopt."""
-    # geoopt makes its classes with __new__ and decorators that type checkers cannot follow
-    manifold = cast(Any, geoopt.Stiefel)(canonical=False)
-    return cast(Any, geoopt.ManifoldParameter)(rotation, manifold=manifold)
+_geoopt = cast(Any, geoopt.optim)  # decorated, so that type checkers cannot follow
+
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "cayley_sgd": CayleySGD,
+    "cayley_exact": partial(CayleySGD, transform=cayley_exact),
+    "cayley_adam": CayleyAdam,
+    "riemannian_sgd": _geoopt.RiemannianSGD,
+    "riemannian_adam": _geoopt.RiemannianAdam,
+    "qr_sgd": QRSGD,
+    "qr_adam": QRAdam,
+}
+
+# factors of the base rate, by the share of the steps after warm-up that is done
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
 
 
-def tangent(point: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
-    """Return the Riemannian gradient ½ (M - Mᵀ) R at R, for a Euclidean one M R: (..., n, n)."""
-    return 0.5 * (generator - generator.mT) @ point
+def make_optimizer(groups: Groups, learn: LearnConfig) -> torch.optim.Optimizer:
+    """Make the optimizer that `learn` names, for parameters from `on_manifold`."""
+    settings = {name: getattr(learn, name) for name in _reads(learn.optimizer)}
+    return OPTIMIZERS[learn.optimizer](groups, lr=learn.lr, **settings)
 
 
-def make_optimizer(groups: list[dict[str, Any]], learn: LearnConfig) -> torch.optim.Optimizer:
-    """Make the optimizer that `learn` names, for parameters from `on_manifold`.
+def _reads(name: str) -> set[str]:
+    """Name the settings that an optimizer reads beside the rates."""
+    named = {f.name for f in fields(LearnConfig)} - {"lr"}
+    return named & signature(OPTIMIZERS[name]).parameters.keys()
 
-    Gradients should be tangent: all but one project them or see their tangent part only, but
-    geoopt's RiemannianSGD starts its momentum from the gradient as it is. A step size means
-    different things: that of riemannian_adam is the Frobenius length of a matrix's step (its
-    second moment is one number per matrix), that of qr_adam the length of each latent entry's.
-    """
-    optim = cast(Any, geoopt.optim)
-    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "cayley_sgd": CayleySGD,
-        "cayley_exact": partial(CayleySGD, transform=cayley_exact),
-        "cayley_adam": CayleyAdam,
-        "riemannian_sgd": optim.RiemannianSGD,
-        "riemannian_adam": optim.RiemannianAdam,
-        "qr_sgd": QRSGD,
-        "qr_adam": QRAdam,
-    }
-    return makers[learn.optimizer](groups, lr=learn.lr, **learn.optimizer_settings)
+
+def unread_by_optimizer(learn: LearnConfig) -> Iterator[Rule]:
+    """Yield, as `spinlab.config.unread` does, what other optimizers read than the chosen one."""
+    check_optimizer(learn)
+    others = set().union(*map(_reads, OPTIMIZERS)) - _reads(learn.optimizer)
+    yield f"learn.optimizer={learn.optimizer}", [f"learn.{name}" for name in others]
+
+
+def rate_at(learn: LearnConfig, step: int) -> float:
+    """Return the factor of the base rate at a step: linear warm-up, then the schedule."""
+    if step < learn.warmup:
+        return (step + 1) / learn.warmup
+    done = (step - learn.warmup) / max(1, learn.steps - learn.warmup)
+    return SCHEDULES[learn.schedule](done)
+
+
+def check_optimizer(learn: LearnConfig) -> None:
+    """Raise InputError for an optimizer or a schedule that is not in the tables."""
+    choice("learn.optimizer", learn.optimizer, tuple(OPTIMIZERS))
+    choice("learn.schedule", learn.schedule, tuple(SCHEDULES))

@@ -1,7 +1,8 @@
 """Learning with 16-bit weights: rotations act on what is quantized, weights stay as they are.
 
 A rotated network differs from the original only where it rounds, so R1 is needed only around the
-quantizers that read the residual stream, R2 around those of values and of o_proj's input. No weight
+quantizers that read the residual stream, R2 around those of values and of what
+reads them. No weight
 is rotated and none gets a gradient. Where the norm of Euclidean gradients is asked for, R1's other
 uses, which cancel, are accounted for where the stream is read.
 """
@@ -11,43 +12,72 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from spinlab.config import LearnConfig
+from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.learn.learned.rotations import LearnedRotations
-from spinlab.learn.spaces.base import NetworkForm, Parts
+from spinlab.learn.learned import LearnedRotations
+from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.local import LocalTerms
-from spinlab.learn.spaces.rotate import read_normed, read_stream, round_turned, turn, turn_back
-from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.learn.spaces.rotate import (
+    read_normed,
+    read_stream,
+    rotate,
+    rotate_back,
+    round_rotated,
+)
+from spinlab.model.map import Site
+from spinlab.model.modules import linears_of, map_of, norm_at
+
+See = Callable[[torch.Tensor], None]  # looks at rotated activations
 
 
-class ActivationSpace(NetworkForm):
+class ActivationSpace(LearningSpace):
     """Put the rotations into the input paths of a fake-quantized network, in place.
 
     Gradients reach the rotations as they arise, and the residual stream stays the original's.
     """
 
+    @classmethod
+    def check(cls, learn: LearnConfig) -> None:
+        """Refuse what is learned from the rounding of weights."""
+        needs = "it needs learn.quantize_weights=true and weights of fewer than 16 bits"
+        if "inputs" in learn.rotations:
+            raise InputError(f"learn.rotations=[inputs] shapes weights for their rounding: {needs}")
+        if learn.lr_input_clip:
+            raise InputError(
+                f"learn.lr_input_clip={learn.lr_input_clip} learns ranges beside those of weights: "
+                f"{needs}"
+            )
+
     def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         rotations, local = parts.rotations, parts.local
         self.rotations = rotations
-        turned: dict[InputPath, InputPath] = {}
-        for _, layer, seam, linear in linears_of(parts.model):
+        rotated: dict[InputPath, InputPath] = {}
+        for site, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
-            name = {"R1": "r1", "R2": "r2"}.get(seam.reads or "")
+            name = {"R1": "r1", "R2": "r2"}.get(site.reads or "")
             if name is not None and rotations.all[name] is not None:
-                if linear.path not in turned:
-                    kind = StreamPath if name == "r1" else HeadPath
-                    turned[linear.path] = kind(linear.path, rotations, layer, local)
-                linear.path = turned[linear.path]
-            if seam.writes == "R2" and rotations.r2 is not None:
-                linear.register_forward_hook(_turn_heads(rotations, layer, local))
-        norm = linear_at(parts.model, family_of(parts.model.config.model_type).final_norm)
+                if linear.path not in rotated:
+                    rotated[linear.path] = self._rotated(name, site, linear.path, local)
+                linear.path = rotated[linear.path]
+            if site.writes == "R2" and rotations.r2 is not None:
+                linear.register_forward_hook(_rotate_heads(rotations, site.layer, local))
+        norm = norm_at(parts.model, map_of(parts.model).final_norm)
         norm.register_forward_hook(self._after_norms)
+
+    def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
+        if name == "r2":
+            return HeadPath(path, self.rotations, site.layer)
+        see = local.watch("r1", site.layer) if site.quantized else None
+        return StreamPath(path, self.rotations, site.layer, see)
 
     def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return self._read(read_normed, out)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream as it is: it stayed the original's."""
+        """Return the residual stream (..., hidden) as it is: it stayed the original's."""
         return self._read(read_stream, x)
 
     def _read(self, way: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -60,44 +90,45 @@ class StreamPath(InputPath):
     """Quantize what reads the residual stream in the basis of R1: x ↦ Q(x R1) R1ᵀ."""
 
     def __init__(
-        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
+        self, path: InputPath, rotations: LearnedRotations, layer: int, see: See | None
     ) -> None:
         assert path.rotation is None, "R1 leaves no room for an online transform"
         super().__init__(None, path.quantizer, path.readers)
-        self.turns, self.layer, self.see = rotations, layer, local.watch("r1", layer)
+        self.rotations, self.layer, self.see = rotations, layer, see
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
-        r1 = self.turns.at("r1", self.layer)
-        anchor, sink = self.turns.anchor("r1"), self.turns.sink("r1", self.layer)
+        r1 = self.rotations.at("r1", self.layer)
+        anchor, sink = self.rotations.anchor("r1"), self.rotations.sink("r1", self.layer)
         if self.quantizer is None:
             if self.see is not None:
                 self.see(x.detach() @ r1)
             return x if sink.add_half is None else read_normed(x, anchor, sink)
-        return round_turned(x, r1, anchor, sink, self.quantizer, self.see)
+        return round_rotated(x, r1, anchor, sink, self.quantizer, self.see)
 
 
 class HeadPath(InputPath):
-    """Quantize o_proj's input as it comes, in the basis of R2, and leave that: x ↦ Q(x) R2ᵀ."""
+    """Quantize what attention gives as it comes, in the basis of R2, and leave that: Q(x) R2ᵀ."""
 
-    def __init__(
-        self, path: InputPath, rotations: LearnedRotations, layer: int, local: LocalTerms
-    ) -> None:
+    def __init__(self, path: InputPath, rotations: LearnedRotations, layer: int) -> None:
         super().__init__(path.rotation, path.quantizer, path.readers)
-        self.turns, self.layer = rotations, layer
+        self.rotations, self.layer = rotations, layer
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
-        turns, layer = self.turns, self.layer
-        return turn_back(
-            super()._round(x), turns.at("r2", layer), turns.anchor("r2"), turns.sink("r2", layer)
+        rotations, layer = self.rotations, self.layer
+        return rotate_back(
+            super()._round(x),
+            rotations.at("r2", layer),
+            rotations.anchor("r2"),
+            rotations.sink("r2", layer),
         )
 
 
-def _turn_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):
-    """Return a hook that turns the values of every head by R2."""
+def _rotate_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):
+    """Return a hook that rotates the values of every head by R2."""
     sink, see = rotations.sink("r2", layer), local.watch("r2", layer)
 
     def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-        out = turn(out, rotations.at("r2", layer), rotations.anchor("r2"), sink)
+        out = rotate(out, rotations.at("r2", layer), rotations.anchor("r2"), sink)
         if see is not None:
             see(out)
         return out

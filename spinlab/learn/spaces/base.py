@@ -1,4 +1,4 @@
-"""What the loop asks of a network under learning, whichever basis its numbers are in."""
+"""The interface between the loop and a network under learning: what R acts on is its own."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import ClipSearch, LearnConfig, ObjectiveConfig, QuantConfig
-from spinlab.learn.learned.rotations import LearnedRotations
+from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.objectives import head_loss
 from spinlab.learn.spaces.local import LocalTerms
 
@@ -16,7 +16,7 @@ CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
 
 @dataclass(frozen=True)
 class Parts:
-    """What a form is made of: the network, what is learned, and the settings."""
+    """What a space is made of: the network, what is learned, and the settings."""
 
     model: PreTrainedModel
     rotations: LearnedRotations
@@ -27,8 +27,19 @@ class Parts:
     clips: Mapping[str, torch.Tensor]  # ratios that learned weight ranges start from, by linear
 
 
-class NetworkForm:
-    """Say what happens around the passes of a step; by default nothing does."""
+class LearningSpace:
+    """Do what a step needs before and after its passes; by default nothing.
+
+    Subclasses put the rotations on activations (`ActivationSpace`) or on weights (`WeightSpace`).
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        """Put the rotations of these parts into their model."""
+        self.rotations, self.learn = parts.rotations, parts.learn
+
+    @classmethod
+    def check(cls, learn: LearnConfig) -> None:
+        """Raise InputError for what cannot be learned in this space."""
 
     def begin(self, index: int) -> None:
         """Prepare the network for step `index`, with the rotations as they stand."""
@@ -58,7 +69,7 @@ class NetworkForm:
         objective: ObjectiveConfig,
         teacher: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss on next-token logits and its terms, from normed hidden states."""
+        """Return the loss on next-token logits and its terms, with the arguments of `head_loss`."""
         return head_loss(hidden, head, ids, objective, teacher, CHUNK[ids.device.type])
 
     def clips(self) -> dict[str, torch.Tensor]:
@@ -66,7 +77,7 @@ class NetworkForm:
         return {}
 
     def input_clips(self) -> dict[str, float]:
-        """Return learned clip ratios of inputs, by `input_key`."""
+        """Return learned clip ratios of inputs, by their keys."""
         return {}
 
     def numbers(self) -> dict[str, torch.Tensor]:

@@ -8,38 +8,46 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from spinlab.config import (
-    ObjectiveConfig,
-    TensorQuant,
-)
+from spinlab.config import LearnConfig, ObjectiveConfig, TensorQuant
+from spinlab.errors import InputError
+from spinlab.fakequant.insert import weight_format
 from spinlab.formats import IntegerFormat, format_of
 from spinlab.formats.integer import at_least_float32
 from spinlab.formats.quantizer import StraightThrough
-from spinlab.learn.learned.log_numbers import LogNumbers
-from spinlab.learn.spaces.base import NetworkForm, Parts
-from spinlab.model.seams import decoder_of, family_of, linear_at, linears_of
+from spinlab.learn.learned import LogParameters
+from spinlab.learn.spaces.base import LearningSpace, Parts
+from spinlab.model.map import Site
+from spinlab.model.modules import decoder_of, ends_of, linears_of
 from spinlab.rotation.fuse import rotated_weight, rotations_at
 from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 
-class PlainSpace(NetworkForm):
+class PlainSpace(LearningSpace):
     """Make the weights W' = Lᵀ W R of a network functions of R1 and R2.
 
     dtype is that of the rotating: float64, as in SpinQuant's published code, unless given.
     """
 
+    @classmethod
+    def check(cls, learn: LearnConfig) -> None:
+        """Refuse what the definition leaves out."""
+        if "inputs" in learn.rotations or learn.lr_input_clip:
+            raise InputError(
+                "the plain definition has R1, R2 and weight ranges: leave inputs out of "
+                "learn.rotations and set learn.lr_input_clip=0"
+            )
+
     def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
         model = parts.model
-        self.rotations, self.dtype = parts.rotations, dtype
-        self.learn, self.quant, self.search = parts.learn, parts.quant, parts.search
-        self.ratios = LogNumbers(self.learn.lr_clip, most=1.0) if self.learn.lr_clip else None
+        super().__init__(parts)
+        self.dtype, self.quant, self.search = dtype, parts.quant, parts.search
+        self.ranges = LogParameters(self.learn.lr_clip, most=1.0)
         self.clip: dict[str, torch.Tensor] = {}
         self.linears = list(linears_of(model))
-        self.frozen = {name: linear.weight.detach() for name, *_, linear in self.linears}
-        self.biases = {name: linear.bias for name, *_, linear in self.linears}
+        self.frozen = {site.path: linear.weight.detach() for site, linear in self.linears}
+        self.biases = {site.path: linear.bias for site, linear in self.linears}
         decoder_of(model).register_forward_pre_hook(lambda module, args: self._write())
-        family = family_of(model.config.model_type)
-        self.ends = [linear_at(model, name) for name in (family.embedding, family.head)]
+        self.ends = ends_of(model)
         self.end_weights = [end.weight.detach() for end in self.ends]
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,47 +87,47 @@ class PlainSpace(NetworkForm):
     def begin(self, index: int) -> None:
         """Search clip ratios where it is time to; learned ones start from the first search."""
         fresh = self.learn.quantize_weights and index % self.learn.clip_refresh == 0
-        if not fresh or (self.ratios is not None and self.ratios.logs):
+        if not fresh or self.ranges.logs:
             return
         with torch.no_grad():
-            weights = {name: weight for name, _, _, weight in self._rotated()}
-        formats = {name: self.quant.weights_at(name) for name in weights}
+            weights = {site.path: weight for site, _, _, weight in self._rotated()}
         self.clip = {
-            name: search_ratios(weight, formats[name], self.search)
-            for name, weight in weights.items()
-            if formats[name].quantizes
+            site.path: search_ratios(weights[site.path], format, self.search)
+            for site, _ in self.linears
+            if (format := weight_format(site, self.quant)) is not None
         }
-        if self.ratios is not None:
-            self.ratios.start(self.clip)
+        if self.learn.lr_clip:
+            self.ranges.start(self.clip)
 
-    def _rotated(self) -> Iterator[tuple[str, nn.Linear, torch.Tensor | None, torch.Tensor]]:
-        """Yield name, module, what turns its output, and rotated weight of every linear."""
+    def _rotated(self) -> Iterator[tuple[Site, nn.Linear, torch.Tensor | None, torch.Tensor]]:
+        """Yield site, module, what rotates its output, and rotated weight of every linear."""
         r1, r2 = (None if r is None else r.to(self.dtype) for r in self.rotations.all.values())
-        for name, layer, seam, linear in self.linears:
-            reads, writes = rotations_at(seam, layer, r1, r2)
-            weight = rotated_weight(self.frozen[name].to(self.dtype), reads, writes)
-            yield name, linear, writes, weight.to(self.frozen[name].dtype)
+        for site, linear in self.linears:
+            reads, writes = rotations_at(site, r1, r2)
+            frozen = self.frozen[site.path]
+            weight = rotated_weight(frozen.to(self.dtype), reads, writes)
+            yield site, linear, writes, weight.to(frozen.dtype)
 
     def _write(self) -> None:
         r1 = self.rotations.r1
         if r1 is not None:
             for end, weight in zip(self.ends, self.end_weights, strict=True):
-                turned = weight.to(self.dtype) @ r1.to(self.dtype)
-                _replace(end, "weight", turned.to(weight.dtype))
-        for name, linear, writes, weight in self._rotated():
-            _replace(linear, "weight", self._rounded(name, weight))
-            bias = self.biases[name]
+                rotated = weight.to(self.dtype) @ r1.to(self.dtype)
+                _replace(end, "weight", rotated.to(weight.dtype))
+        for site, linear, writes, weight in self._rotated():
+            _replace(linear, "weight", self._rounded(site, weight))
+            bias = self.biases[site.path]
             if bias is not None and writes is not None:
-                turned = rotated_weight(bias.to(self.dtype)[:, None], None, writes)[:, 0]
-                _replace(linear, "bias", turned.to(bias.dtype))
+                rotated = rotated_weight(bias.to(self.dtype)[:, None], None, writes)[:, 0]
+                _replace(linear, "bias", rotated.to(bias.dtype))
 
-    def _rounded(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        format = self.quant.weights_at(name)
-        if not self.learn.quantize_weights or not format.quantizes:
+    def _rounded(self, site: Site, weight: torch.Tensor) -> torch.Tensor:
+        format = weight_format(site, self.quant)
+        if not self.learn.quantize_weights or format is None:
             return weight
-        if self.ratios is not None:
-            return _learned_step(weight, format, self.ratios.logs[name].exp())
-        clip = self.clip[name]
+        if self.ranges.logs:
+            return _learned_step(weight, format, self.ranges.logs[site.path].exp())
+        clip = self.clip[site.path]
         rounding = lambda w: round_to_nearest(w, format, clip).dequantize(w.dtype)  # noqa: E731
         return StraightThrough.apply(weight, rounding)  # type: ignore[no-any-return]
 
@@ -131,12 +139,7 @@ class PlainSpace(NetworkForm):
                 self.rotations.add_gradient(name, layer, part)
 
     def step(self, rate: float) -> None:
-        if self.ratios is None:
-            return
-        logs = self.ratios.logs
-        self.ratios.step(
-            {name: log.grad for name, log in logs.items() if log.grad is not None}, rate
-        )
+        self.ranges.step(rate)
 
 
 def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor) -> torch.Tensor:

@@ -10,22 +10,20 @@ from spinlab.config import TensorQuant
 from spinlab.formats import format_of
 from spinlab.formats.gradient import pull_back
 from spinlab.formats.integer import nearest
-from spinlab.model.seams import Seam
+from spinlab.model.map import Site
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
 
-# numbers of linears that are worked on together: on a GPU few calls count, on a CPU its caches
-_TOGETHER = {"cpu": 1, "cuda": 1 << 26}
+# numbers in the linears that are worked on together: on a GPU few calls count, on a CPU its caches
+TOGETHER = {"cpu": 1, "cuda": 1 << 26}
 
 
 @dataclass
 class LearnedLinear:
     """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations."""
 
-    name: str
+    site: Site
     module: nn.Linear
-    seam: Seam
-    layer: int
     frozen: torch.Tensor
     bias: torch.Tensor | None
     format: TensorQuant | None  # None where the weight is not rounded
@@ -34,33 +32,28 @@ class LearnedLinear:
 
     @staticmethod
     def take(
-        name: str,
-        layer: int,
-        seam: Seam,
-        module: nn.Linear,
-        format: TensorQuant | None,
-        wide: torch.dtype,
+        site: Site, module: nn.Linear, format: TensorQuant | None, wide: torch.dtype
     ) -> "LearnedLinear":
-        """Keep a linear's weight, and its bias where rotations turn it; leave room in its place."""
+        """Keep a linear's weight (out, in), and its bias where that is rotated, and empty them."""
         bias = None
-        if module.bias is not None and seam.writes is not None:
+        if module.bias is not None and site.writes is not None:
             bias = module.bias.detach()
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
         frozen = module.weight.detach()
         module.weight = nn.Parameter(torch.empty_like(frozen))
-        return LearnedLinear(name, module, seam, layer, frozen, bias, format, wide)
+        return LearnedLinear(site, module, frozen, bias, format, wide)
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
-        """Return the rotated weight, in the rotations' dtype."""
-        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        """Return the rotated weight (out, in), in the rotations' dtype; r1, r2 as they stand."""
+        reads, writes = rotations_at(self.site, r1, r2)
         return rotated_weight(self.frozen.to(self.wide), reads, writes)
 
-    def turn_bias(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> None:
-        """Turn a bias in its place, where rotations do."""
+    def rotate_bias(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> None:
+        """Rotate a bias (out,) in its place, where the linear writes a rotated space."""
         if self.bias is not None:
-            _, writes = rotations_at(self.seam, self.layer, r1, r2)
-            turned = rotated_weight(self.bias.to(self.wide)[:, None], None, writes)[:, 0]
-            self.module.bias.data.copy_(turned)
+            _, writes = rotations_at(self.site, r1, r2)
+            rotated = rotated_weight(self.bias.to(self.wide)[:, None], None, writes)[:, 0]
+            self.module.bias.data.copy_(rotated)
             self.module.bias.grad = None
 
     def widen(self) -> None:
@@ -82,10 +75,10 @@ class LearnedLinear:
         parameter.grad = None
         return found.to(self.wide)
 
-    def pulled(
+    def pulled_back(
         self, gradient: torch.Tensor, r1: torch.Tensor | None, r2: torch.Tensor | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (space, gradient) of the rotations on both sides, given that of the weight."""
+        """Yield name and gradient of the rotations on both sides, given the weight's: (out, in)."""
         yield from self._sides(self.frozen.to(self.wide), gradient, r1, r2, both=True)
         if self.bias is not None:
             column, of_column = self.bias.to(self.wide)[:, None], self.gradient("bias")[:, None]
@@ -99,16 +92,16 @@ class LearnedLinear:
         r2: torch.Tensor | None,
         both: bool,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        reads, writes = rotations_at(self.seam, self.layer, r1, r2)
+        reads, writes = rotations_at(self.site, r1, r2)
         parts = rotation_gradients(frozen, gradient, reads if both else None, writes)
-        for space, part in zip((self.seam.reads, self.seam.writes), parts, strict=True):
-            if space is not None and part is not None:
-                yield space, part
+        for name, part in zip((self.site.reads, self.site.writes), parts, strict=True):
+            if name is not None and part is not None:
+                yield name, part
 
 
 @dataclass
 class LearnedBatch:
-    """Linears of one seam in several layers, which are rounded and differentiated together.
+    """Linears of one name in several layers, which are rounded and differentiated together.
 
     clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
     (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.
@@ -124,14 +117,17 @@ class LearnedBatch:
 
     @property
     def layers(self) -> list[int]:
-        return [linear.layer for linear in self.linears]
+        return [linear.site.layer for linear in self.linears]
 
     def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weights: (n, out, in)."""
         return _stacked([linear.rotate(r1, r2) for linear in self.linears])
 
     def write(self, weights: torch.Tensor, keep: bool) -> None:
-        """Write rotated weights, rounded where they have a format; `keep` them for the backward."""
+        """Write rotated weights (n, out, in), rounded where they have a format.
+
+        `keep` them for the gradient of their ranges.
+        """
         self.rotated = weights if keep and self.format is not None else None
         if self.format is not None:
             assert self.clip is not None
@@ -142,26 +138,27 @@ class LearnedBatch:
             linear.module.weight.grad = None
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of the rotated weights, and those of the log clip ratios."""
+        """Return the gradients of rotated weights and of log clip ratios, shaped as these are."""
         gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
         if self.rotated is not None and self.format is not None and self.clip is not None:
             format, group_size = format_of(self.format), self.format.group_size
+            of_rounded = gradient.contiguous()
             gradient, of_clip = pull_back(
-                self.rotated, gradient, self.clip, format, group_size, nearest
+                self.rotated, of_rounded, self.clip, format, group_size, nearest, of_rounded
             )
             self.rotated = None
         return gradient, of_clip
 
 
 def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
-    """Put linears together that stand in the same seam and have the same format."""
+    """Put linears together that stand at one place of their layers and have the same format."""
     groups: dict[tuple, list[LearnedLinear]] = {}
     for linear in linears:
-        key = (linear.seam.name, linear.format, linear.frozen.shape)
+        key = (linear.site.name, linear.format, linear.frozen.shape)
         groups.setdefault(key, []).append(linear)
     found: list[LearnedBatch] = []
     for (*_, shape), group in groups.items():
-        some = max(1, _TOGETHER[group[0].frozen.device.type] // shape.numel())
+        some = max(1, TOGETHER[group[0].frozen.device.type] // shape.numel())
         found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
     return found
 

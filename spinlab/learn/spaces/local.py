@@ -7,25 +7,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from spinlab.config import ObjectiveConfig
 from spinlab.formats.integer import at_least_float32
-from spinlab.learn.learned.rotations import LearnedRotations
-from spinlab.learn.objectives import kurtosis_loss, whip_loss
-
-_TERMS = {"kurtosis": kurtosis_loss, "whip": whip_loss}
+from spinlab.learn.learned import LearnedRotations
+from spinlab.learn.objectives import ACTIVATION_TERMS
 
 
 class LocalTerms:
-    """Take kurtosis and whip where activations are rotated, and their gradients with them."""
+    """Take terms on activations where these are rotated, and their gradients with them."""
 
     def __init__(self, objective: ObjectiveConfig, rotations: LearnedRotations) -> None:
         self.rotations = rotations
-        weights = {name: getattr(objective, name) for name in _TERMS}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        weights = objective.weights
+        self.weights = {name: weights[name] for name in ACTIVATION_TERMS if weights.get(name)}
         self.places = 0
-        self.share = 0.0  # of the batch that is looked at; 0: recomputation, nothing is taken
+        self.share = 0.0  # of the batch; 0 while activation checkpointing reruns a layer
         self.totals: dict[str, torch.Tensor] = {}
 
     def watch(self, name: str, layer: int) -> Callable[[torch.Tensor], None] | None:
-        """Return what to show activations y = x R that a learned rotation has turned, if any."""
+        """Return a function of rotated activations y = x R (..., n); None if no term sees them."""
         if not self.weights or name not in self.rotations.parameters:
             return None
         self.places += 1
@@ -46,7 +44,7 @@ class LocalTerms:
         with torch.enable_grad(), saved_tensors_hooks(_keep, _keep):
             leaf = rows.requires_grad_()
             for kind, weight in self.weights.items():
-                term = _TERMS[kind](leaf) * (self.share / self.places)
+                term = ACTIVATION_TERMS[kind](leaf) * (self.share / self.places)
                 self.totals[kind] = self.totals.get(kind, 0) + term.detach()
                 total = total + weight * term
             (gradient,) = torch.autograd.grad(total, leaf)

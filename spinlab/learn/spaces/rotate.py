@@ -1,4 +1,4 @@
-"""Activations turned by a learned rotation, and the gradient that a step on the manifold needs.
+"""Activations rotated by a learned rotation, and the gradient that a step on the manifold needs.
 
 Along R ← exp(A) R, with A skew-symmetric, the loss changes by <M, A>. M is called the generator
 here. Generators that agree along the manifold differ by a symmetric matrix H + Hᵀ. The Euclidean
@@ -9,37 +9,31 @@ of R in the network's dtype.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.learn.learned import Sink
 
 
-@dataclass(frozen=True)
-class Sink:
-    """Where the gradient of one rotation gathers: its generators M, and H where it is asked for."""
-
-    add: Callable[[torch.Tensor], None]
-    add_half: Callable[[torch.Tensor], None] | None = None
-
-
-def turn(x: torch.Tensor, rotation: torch.Tensor, anchor: torch.Tensor, sink: Sink) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, rotation: torch.Tensor, anchor: torch.Tensor, sink: Sink
+) -> torch.Tensor:
     """Return x (I ⊗ R): x (..., k·n), R (n, n) in x's dtype.
 
     anchor: any tensor that requires a gradient exactly if R is learned; it receives none.
     """
-    return _Turn.apply(x, rotation, anchor, sink)  # type: ignore[no-any-return]
+    return _Rotate.apply(x, rotation, anchor, sink)  # type: ignore[no-any-return]
 
 
-def turn_back(
+def rotate_back(
     x: torch.Tensor, rotation: torch.Tensor, anchor: torch.Tensor, sink: Sink
 ) -> torch.Tensor:
-    """Return x (I ⊗ Rᵀ), with the arguments of `turn`."""
-    return _TurnBack.apply(x, rotation, anchor, sink)  # type: ignore[no-any-return]
+    """Return x (I ⊗ Rᵀ): x (..., k·n), with the arguments of `rotate`."""
+    return _RotateBack.apply(x, rotation, anchor, sink)  # type: ignore[no-any-return]
 
 
-def round_turned(
+def round_rotated(
     x: torch.Tensor,
     rotation: torch.Tensor,
     anchor: torch.Tensor,
@@ -47,18 +41,18 @@ def round_turned(
     quantizer: TokenQuantizer,
     see: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Return Q(x R) Rᵀ: quantized in the rotated basis, handed on in the original one.
+    """Return Q(x R) Rᵀ for x (..., n): quantized in R's basis, handed on in the original one.
 
     Taken as x + E Rᵀ with the rounding error E = Q(y) - y, y = x R: a 16-bit R then only blurs the
     error. With a straight-through gradient g passes to x as it is, because R Rᵀ = I, and
     M = -(E Rᵀ)ᵀ g: one product backward where autograd would take four. `see` is shown y. Where H
     is asked for, x is a norm's output as in `read_normed`, whose H is part of this one.
     """
-    return _RoundTurned.apply(x, rotation, anchor, sink, quantizer, see)  # type: ignore[no-any-return]
+    return _RoundRotated.apply(x, rotation, anchor, sink, quantizer, see)  # type: ignore[no-any-return]
 
 
 def read_normed(x: torch.Tensor, anchor: torch.Tensor, sink: Sink) -> torch.Tensor:
-    """Return x = (x R) Rᵀ, an RMSNorm's output read as it is: no M comes of it, but an H.
+    """Return x = (x R) Rᵀ: (..., n), an RMSNorm's output read as it is, which has no M but an H.
 
     Beside the reader's own use of R this answers for the uses before it. The stream s = Σ v R sums
     what the embedding and the linears write, so that the uses in them have Σ vᵀ g R, with g the
@@ -70,11 +64,11 @@ def read_normed(x: torch.Tensor, anchor: torch.Tensor, sink: Sink) -> torch.Tens
 
 
 def read_stream(x: torch.Tensor, anchor: torch.Tensor, sink: Sink) -> torch.Tensor:
-    """Return x = (x R) Rᵀ, the stream itself, with no norm between: H = xᵀ g (`read_normed`)."""
+    """Return x = (x R) Rᵀ: (..., n), the stream with no norm between: H = xᵀ g (`read_normed`)."""
     return _Read.apply(x, anchor, sink, _outer)  # type: ignore[no-any-return]
 
 
-class _Turn(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rotation, anchor, sink):
         ctx.save_for_backward(x, rotation)
@@ -90,7 +84,7 @@ class _Turn(torch.autograd.Function):
         return back, None, None, None
 
 
-class _TurnBack(torch.autograd.Function):
+class _RotateBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rotation, anchor, sink):
         out = _rows_times(x, rotation.mT)
@@ -109,7 +103,7 @@ class _TurnBack(torch.autograd.Function):
         return _rows_times(gradient, rotation), None, None, None
 
 
-class _RoundTurned(torch.autograd.Function):
+class _RoundRotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rotation, anchor, sink, quantizer, see):
         y = _rows_times(x, rotation)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from spinlab.kv.cache import KVPath
-from spinlab.model.seams import Dimensions
+from spinlab.model.map import Attention
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.modules import NormReader, Reader
 from spinlab.runtime.fused.operations import Operations
@@ -32,20 +32,19 @@ class IntegerAttention(nn.Module):
         layer: int,
         readers: tuple[NormReader, Reader],
         path: KVPath,
-        dimensions: Dimensions,
+        described: Attention,
         operations: Operations,
     ) -> None:
         super().__init__()
         self.qkv, self.out = readers
         self.layer, self.path, self.operations = layer, path, operations
         self.behind_store = replace(path, r3=None)  # which turns queries itself
-        self.heads, self.kv_heads = dimensions.heads, dimensions.kv_heads
-        self.head_dim = dimensions.head_dim
+        self.heads, self.kv_heads = described.heads, described.kv_heads
+        self.head_dim, self.turns = described.head_dim, described.rope
         self.scaling: float = stock.scaling  # type: ignore[assignment]
-        self.turns: bool = getattr(stock, "use_rope", True)  # SmolLM3 has layers without RoPE
-        # Qwen3 norms every head of queries and keys
-        self.q_norm = getattr(stock, "q_norm", None)
-        self.k_norm = getattr(stock, "k_norm", None)
+        norms = (described.query_norm, described.key_norm)
+        inside = [path.removeprefix(f"{described.path}.") for path in norms if path]
+        self.head_norms = nn.ModuleList(stock.get_submodule(name) for name in inside)
 
     def forward(
         self,
@@ -56,8 +55,7 @@ class IntegerAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Map the stream (batch, tokens, hidden) to what is added to it."""
         q, k, v = self._heads(self.qkv(hidden_states))
-        rows = past_key_values.slots.rows[self.layer]
-        attend = self._packed if isinstance(rows[0], PackedRows) else self._plain
+        attend = self._plain if past_key_values.pool.layout.packed is None else self._packed
         cos, sin = position_embeddings
         angles = (cos, sin) if self.turns else (cos[..., :0], sin[..., :0])
         found = attend(q, k, v, angles, past_key_values)
@@ -67,8 +65,8 @@ class IntegerAttention(nn.Module):
         """Cut one product into queries, keys, values: (batch, tokens, heads, head_dim) each."""
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = (part.unflatten(2, (-1, self.head_dim)) for part in qkv.split(sizes, dim=2))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.head_norms:  # Qwen3 norms every head of queries and keys
+            q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
         return [q, k, v]
 
     def _packed(

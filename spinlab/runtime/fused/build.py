@@ -1,4 +1,4 @@
-"""Build a layer's modules from its seams: what each group of linears multiplies, and how it reads.
+"""Build a layer's modules from its map: what the readers of an input multiply, and how they read.
 
 A Maker says what a linear multiplies; the LayerBuilder puts the modules where the stock ones were.
 """
@@ -15,7 +15,8 @@ from spinlab.config import QuantConfig
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.kv.cache import KVPath
-from spinlab.model.seams import dimensions_of, family_of, layers_of, linear_at, linears_of
+from spinlab.model.map import Layer
+from spinlab.model.modules import linears_of, map_of, norm_at
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.attention import IntegerAttention
 from spinlab.runtime.fused.modules import GateReader, IntegerMLP, NormReader, Product, Reader
@@ -43,11 +44,11 @@ class Maker(ABC):
         """Return a linear's packed weight, or None and the reason why there is none."""
 
     def twin(self, name: str, linear: nn.Linear, path: InputPath) -> nn.Module:
-        """Return what stands for a linear whose group is not packed."""
+        """Return what stands for a linear that is not packed with those beside it."""
         raise AssertionError(f"{name} has no weight but a packed one")
 
     def product(self, linears: Mapping[str, nn.Linear], path: InputPath) -> Product:
-        """Return what the linears of one group multiply."""
+        """Return what the linears that read one input multiply."""
         found = {name: self.packed(name, linear, path) for name, linear in linears.items()}
         packed = [weight for weight, _ in found.values() if weight is not None]
         whole = stack(packed) if len(packed) == len(found) else None
@@ -136,40 +137,46 @@ class LayerBuilder:
         operations: Operations,
     ) -> None:
         self.model, self.maker, self.kv, self.operations = model, maker, kv, operations
-        self.family = family_of(model.config.model_type)
-        self.dimensions = dimensions_of(model.config)
-        self.paths = input_paths(model, rotations, quant)
-        self.linears: list[dict[str, dict[str, nn.Linear]]] = [{} for _ in self.paths]
-        for name, index, seam, linear in linears_of(model):
-            self.linears[index].setdefault(seam.group, {})[name] = linear
+        self.map = map_of(model)
+        self.paths = input_paths(self.map, rotations, quant)
+        self.linears: dict[str, dict[str, nn.Linear]] = {}
+        for site, linear in linears_of(model):
+            self.linears.setdefault(site.key, {})[site.path] = linear
 
     def build(self) -> None:
         """Swap all layers."""
-        for index, layer in enumerate(layers_of(self.model)):
+        for index, layer in enumerate(self.map.layers):
             self._build(index, layer)
 
-    def _build(self, index: int, layer: nn.Module) -> None:
-        norms = {group: name for name, group in self.family.norms.items()}
-        qkv, gate_up = (self._behind_norm(index, layer, norms[g]) for g in ("qkv", "gate_up"))
-        o = Reader(*self._parts(index, "o"))
-        down = GateReader(*self._parts(index, "down"))
-        stock = layer.get_submodule(self.family.attention)
-        attention = IntegerAttention(
-            stock, index, (qkv, o), self.kv, self.dimensions, self.operations
-        )
-        layer.set_submodule(self.family.attention, attention)
-        (seam,) = (s for s in self.family.seams if s.group == "down")
-        layer.set_submodule(seam.name.rpartition(".")[0], IntegerMLP(gate_up, down))
-        for name in norms.values():
-            layer.set_submodule(name, nn.Identity())
+    def _build(self, index: int, layer: Layer) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        assert mlp is not None, "`why_not_runtime` refuses layers without a gated MLP"
+        qkv, gate_up = self._behind_norm(attention.queries), self._behind_norm(mlp.gate)
+        readers = qkv, Reader(*self._parts(attention.out))
+        down = GateReader(*self._parts(mlp.down))
+        stock = self.model.get_submodule(attention.path)
+        twin = IntegerAttention(stock, index, readers, self.kv, attention, self.operations)
+        self.model.set_submodule(attention.path, twin)
+        self.model.set_submodule(mlp.path, IntegerMLP(gate_up, down))
+        for reader in (attention.queries, mlp.gate):
+            self.model.set_submodule(self._norm_before(reader), nn.Identity())
 
-    def _behind_norm(self, index: int, layer: nn.Module, norm: str) -> NormReader:
-        parts = self._parts(index, self.family.norms[norm])
-        return NormReader(linear_at(layer, norm), *parts)
+    def _norm_before(self, reader: str) -> str:
+        """Return the path of the norm whose output a linear reads."""
+        producer = self.map.input_at[self.map.site_at[reader].key].producer
+        assert producer is not None, f"no norm stands before {reader}"
+        return producer
 
-    def _parts(self, index: int, group: str) -> tuple[Product, InputPath, Operations]:
-        path = self.paths[index][group]
-        return self.maker.product(self.linears[index][group], path), path, self.operations
+    def _behind_norm(self, reader: str) -> NormReader:
+        path = self._norm_before(reader)
+        norm = self.map.norm_at[path]
+        return NormReader(norm_at(self.model, path), norm, *self._parts(reader))
+
+    def _parts(self, reader: str) -> tuple[Product, InputPath, Operations]:
+        """Return what the linears that share a linear's input multiply, and how they read."""
+        key = self.map.site_at[reader].key
+        path = self.paths[key]
+        return self.maker.product(self.linears[key], path), path, self.operations
 
 
 def _nest(a: int, b: int) -> bool:

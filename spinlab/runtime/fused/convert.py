@@ -14,18 +14,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from spinlab.config import KVConfig, QuantConfig
+from spinlab.config import QuantConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
-from spinlab.kv.cache import KVPath, kv_path
-from spinlab.model.seams import decoder_of, dimensions_of, family_of, layers_of
-from spinlab.model.split import split_fused
+from spinlab.kv.cache import KVPath
+from spinlab.model.modules import decoder_of, linears_of, map_of, prepare
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.graphs import GraphRunner, run_on_graphs
 from spinlab.runtime.fused.operations import REFERENCE, Operations
-from spinlab.runtime.fused.slots import Layout, SlotPool, fits_packed_rows
+from spinlab.runtime.fused.slots import Layout, SlotPool
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.stock.insert import write_ends
 from spinlab.weights.quantized import QuantizedWeight
@@ -33,6 +32,7 @@ from spinlab.weights.quantized import QuantizedWeight
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
 _SILU = ("silu", "swish")
+_LAYERS = "the codec of kv.keys keeps whole layers, where the integer runtime keeps rows"
 _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
 
@@ -42,7 +42,7 @@ def integer_runtime(
     weights: Mapping[str, QuantizedWeight],
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
 ) -> None:
     """Make a rotated stock model run on these operations, in place.
@@ -61,7 +61,7 @@ def runtime_from_packed(
     make_weight: MakeWeight,
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
     device: torch.device,
     dtype: torch.dtype,
@@ -73,7 +73,7 @@ def runtime_from_packed(
     """
     with torch.device("meta"):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
-    split_fused(model)
+    prepare(model)
 
     class Given(Maker):
         def packed(
@@ -88,25 +88,46 @@ def runtime_from_packed(
     return model
 
 
-def why_not_runtime(model: PreTrainedModel) -> str | None:
+def why_not_runtime(model: PreTrainedModel, kv: KVPath) -> str | None:
     """Say why a stock model cannot run on the integer runtime as long as it is; None if it can."""
-    activation, window = model.config.hidden_act, _window(model)
-    if activation not in _SILU:
-        return f"the model's activation is {activation}, and the integer runtime gates by SiLU only"
+    if (reason := _unlike(model, kv)) is not None:
+        return reason
+    window = _window(model)
     if window is not None and window < model.config.max_position_embeddings:
         return f"the model has a sliding window of {window}, which the integer runtime lacks"
     return None
 
 
-def check_runtime(model: PreTrainedModel) -> None:
-    """Raise InputError for a model that the integer runtime cannot compute."""
-    if model.config.hidden_act not in _SILU:
-        raise InputError(f"{why_not_runtime(model)}: use runtime.backend=reference")
+def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
+    """Raise InputError for a model or a cache that the integer runtime cannot compute."""
+    if (reason := _unlike(model, kv)) is not None:
+        raise InputError(f"{reason}: use runtime.backend=reference")
+
+
+def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
+    """Say which module or cache of a model the integer runtime has no twin for; None if none."""
+    if kv.rows is None:
+        return _LAYERS
+    for layer in map_of(model).layers:
+        if layer.mlp is None:
+            return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
+        if layer.mlp.activation not in _SILU:
+            return (
+                f"the model's activation is {layer.mlp.activation}, and the integer runtime gates "
+                "by SiLU only"
+            )
+    return None
 
 
 def new_cache(model: PreTrainedModel, capacity: int) -> IntegerCache:
     """Return an empty cache of a runtime's model with room for so many tokens per sequence."""
     return IntegerCache(getattr(model, _POOL), capacity)
+
+
+def slot_layout(model: PreTrainedModel) -> Layout | None:
+    """Say how a runtime's model keeps keys and values; None for a model without a runtime."""
+    pool: SlotPool | None = getattr(model, _POOL, None)
+    return None if pool is None else pool.layout
 
 
 def graph_runner(model: PreTrainedModel) -> GraphRunner:
@@ -119,13 +140,12 @@ def _swap(
     maker: Maker,
     rotations: RotationSet,
     quant: QuantConfig,
-    kv: KVConfig,
+    kv: KVPath,
     operations: Operations,
 ) -> None:
-    check_runtime(model)
-    path = kv_path(model, rotations.r3, kv)
-    layout = _layout(model, path)
-    LayerBuilder(model, maker, rotations, quant, path, operations).build()
+    check_runtime(model, kv)
+    layout = _layout(model, kv)
+    LayerBuilder(model, maker, rotations, quant, kv, operations).build()
     maker.report()
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
@@ -140,22 +160,20 @@ def _swap(
 
 def _moving_rope(model: PreTrainedModel) -> bool:
     """Tell whether RoPE reads positions back to the host, to choose its frequencies."""
-    kind = getattr(decoder_of(model).get_submodule("rotary_emb"), "rope_type", "default")
+    kind = map_of(model).rope_kind
     return "dynamic" in kind or kind == "longrope"
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
-    """Say how a model's keys and values lie; kernels read 4 bits with one group per head."""
-    dimensions = dimensions_of(model.config)
-    codecs = (path.keys, path.values)
-    packed = all(c is not None and fits_packed_rows(c) for c in codecs)
+    """Say what a model keeps of keys and values, which are rows."""
+    assert path.rows is not None
+    (keys, values), dimensions = path.rows, map_of(model).dimensions
     return Layout(
         layers=dimensions.layers,
         kv_heads=dimensions.kv_heads,
         head_dim=dimensions.head_dim,
-        keys=path.keys,
-        values=path.values,
-        packed=packed,
+        keys=keys,
+        values=values,
         window=_window(model),
         dtype=model.dtype,
         device=model.device,
@@ -164,12 +182,8 @@ def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
 
 def _window(model: PreTrainedModel) -> int | None:
     """Return the narrowest sliding window of a stock model's layers."""
-    family, found = family_of(model.config.model_type), []
-    for layer in layers_of(model):
-        attention = layer.get_submodule(family.attention)
-        general = getattr(model.config, "sliding_window", None)
-        found.append(getattr(attention, "sliding_window", general))
-    return min((w for w in found if w is not None), default=None)
+    found = (layer.attention.window for layer in map_of(model).layers)
+    return min((window for window in found if window is not None), default=None)
 
 
 def _insert_cache(model: PreTrainedModel, pool: SlotPool) -> None:
@@ -218,7 +232,7 @@ def _prepare_cache(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _materialize(model: PreTrainedModel, device: torch.device) -> None:
     """Draw what a skeleton on no device keeps of its own: embedding, norms, head, frequencies."""
-    linears = {id(m.weight) for layer in layers_of(model) for m in layer.modules() if _linear(m)}
+    linears = {id(linear.weight) for _, linear in linears_of(model)}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in linears or not parameter.is_meta:
@@ -226,10 +240,6 @@ def _materialize(model: PreTrainedModel, device: torch.device) -> None:
             drawn = torch.empty_like(parameter, device=device)
             drawn = drawn.normal_(std=0.02) if parameter.dim() > 1 else drawn.fill_(name != "bias")
             setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    decoder = decoder_of(model)
-    rope = cast(Any, decoder.get_submodule("rotary_emb"))
-    decoder.set_submodule("rotary_emb", type(rope)(config=model.config).to(device))
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    path = map_of(model).rope
+    rope = cast(Any, model.get_submodule(path))
+    model.set_submodule(path, type(rope)(config=model.config).to(device))

@@ -1,4 +1,4 @@
-"""The modules between the seams: each prepares the input of some linears and multiplies it.
+"""The modules around the linears: each prepares the input of some of them and multiplies it.
 
 Where a linear reads quantized inputs, what comes before it (norm, gate, rotation) and the quantizer
 are one operation. Transforms that no operation knows run in torch, and the quantizer behind them.
@@ -10,6 +10,7 @@ from torch.nn.functional import silu
 
 from spinlab.fakequant.activations import InputPath
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.model.map import Norm
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.products import PackedProduct, SeparateProducts
@@ -62,19 +63,30 @@ class NormReader(Reader):
     """
 
     def __init__(
-        self, norm: nn.Module, product: Product, path: InputPath, operations: Operations
+        self,
+        norm: nn.Module,
+        described: Norm,
+        product: Product,
+        path: InputPath,
+        operations: Operations,
     ) -> None:
         super().__init__(product, path, operations)
-        self.norm, self.epsilon = norm, norm_epsilon(norm)
-        self.has_gain = not bool((gain_of(norm) == 1).all())
+        self.norm, self.epsilon, self.offset = norm, described.epsilon, described.offset
+        self.has_gain = not bool((self._gain() == 1).all())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs side by side, (..., out), for the stream x: (..., hidden)."""
         if self.quantizer is None or self.path.rotation is not None:
             return super().forward(self.norm(x))
-        gain = gain_of(self.norm) if self.has_gain else None
+        gain = self._gain() if self.has_gain else None
         levels = self.operations.norm_quantize(x, gain, self.epsilon, self.quantizer)
         return self._multiply(levels, x)
+
+    def _gain(self) -> torch.Tensor:
+        """Return the gain: (width,)."""
+        weight = self.norm.weight
+        assert isinstance(weight, torch.Tensor), "a norm has a gain"
+        return weight.detach() + self.offset if self.offset else weight.detach()
 
 
 class GateReader(Reader):
@@ -102,17 +114,3 @@ class IntegerMLP(nn.Module):
         """Map the stream (..., hidden) to what is added to it."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down.of_gate(gate, up)
-
-
-def gain_of(norm: nn.Module) -> torch.Tensor:
-    """Return the gain of an RMSNorm: (width,)."""
-    gain = norm.weight
-    assert isinstance(gain, torch.Tensor), "a norm has a gain"
-    return gain.detach()
-
-
-def norm_epsilon(norm: nn.Module) -> float:
-    """Return what an RMSNorm, of transformers or torch, adds to the variance."""
-    epsilon = norm.eps if isinstance(norm, nn.RMSNorm) else norm.variance_epsilon
-    assert isinstance(epsilon, float), "a norm has an epsilon"
-    return epsilon

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.base import PackedLayout, RowCodec
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 
@@ -14,7 +14,7 @@ class PlainRows:
     """Hold keys or values (batch, kv_heads, capacity, width): floats, or bytes of any codec."""
 
     data: torch.Tensor
-    codec: AffineCodec | None
+    codec: RowCodec | None
     dtype: torch.dtype
 
     def write(self, x: torch.Tensor, position: torch.Tensor) -> None:
@@ -27,38 +27,56 @@ class PlainRows:
         rows = self.data[:, :, :length]
         return rows if self.codec is None else self.codec.decode(rows, self.dtype)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what is stored per slot; slots are dimension 2."""
+        return [self.data]
+
 
 Rows = PackedRows | PlainRows
-
-
-def fits_packed_rows(codec: AffineCodec) -> bool:
-    """Tell whether kernels read what a codec makes: one group of nibbles per head."""
-    return codec.grid.bits <= 4 and codec.groups == 1 and codec.width % 4 == 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """Say what a model keeps of a token: heads and their width, and a codec each (None = floats).
 
-    packed: rows lie as kernels read them; otherwise torch codes and decodes them
     window: how far back a token may look, or None
     """
 
     layers: int
     kv_heads: int
     head_dim: int
-    keys: AffineCodec | None
-    values: AffineCodec | None
-    packed: bool
+    keys: RowCodec | None
+    values: RowCodec | None
     window: int | None
     dtype: torch.dtype
     device: torch.device
 
-    def rows(self, codec: AffineCodec | None, batch: int, capacity: int) -> Rows:
-        """Return empty rows of one layer."""
-        if self.packed:
-            assert codec is not None
-            return empty_rows(batch, self.kv_heads, capacity, codec, self.device)
+    @property
+    def packed(self) -> tuple[PackedLayout, PackedLayout] | None:
+        """How keys and values lie where kernels read both; otherwise torch codes and decodes."""
+        if self.keys is None or self.values is None:
+            return None
+        keys, values = self.keys.packed, self.values.packed
+        return None if keys is None or values is None else (keys, values)
+
+    @property
+    def bits(self) -> float:
+        """Return stored bits per number, the mean of keys and values."""
+        kept = self.packed or (self.keys, self.values)
+        return sum(16.0 if side is None else side.bits for side in kept) / 2
+
+    def rows(self, batch: int, capacity: int) -> tuple[Rows, Rows]:
+        """Return empty rows of one layer, for keys and for values."""
+        if self.packed is not None:
+            keys, values = (
+                empty_rows(batch, self.kv_heads, capacity, layout, self.device)
+                for layout in self.packed
+            )
+            return keys, values
+        return self._plain(self.keys, batch, capacity), self._plain(self.values, batch, capacity)
+
+    def _plain(self, codec: RowCodec | None, batch: int, capacity: int) -> PlainRows:
         width, dtype = self.head_dim, self.dtype
         if codec is not None:
             width, dtype = codec.row_bytes, torch.uint8
@@ -79,19 +97,14 @@ class Slots:
         self.graph: object | None = None
         # tensors made in inference mode could not be written outside of it
         with torch.inference_mode(False):
-            both = [(layout.keys, layout.values)] * layout.layers
-            self.rows = [tuple(layout.rows(c, batch, capacity) for c in pair) for pair in both]
+            self.rows = [layout.rows(batch, capacity) for _ in range(layout.layers)]
             self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
             self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what is stored per slot; slots are dimension 2."""
-        found: list[torch.Tensor | None] = []
-        for rows in (r for pair in self.rows for r in pair):
-            parts = (rows.packed, rows.scale, rows.zero) if isinstance(rows, PackedRows) else None
-            found += [rows.data] if isinstance(rows, PlainRows) else parts or ()
-        return [t for t in found if t is not None]
+        return [t for pair in self.rows for rows in pair for t in rows.tensors]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from spinlab.config import QuantConfig
 from spinlab.fakequant.activations import InputPath, Once
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.formats import Format
-from spinlab.model.seams import family_of, linear_at, linears_of
+from spinlab.model.modules import ends_of, linears_of, map_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.kernels.matmul import kernel_for
 from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
@@ -30,20 +30,22 @@ def insert_integer_linears(
     Where activations or weights have more than 8 bits there are no integers to multiply: such
     linears hold the dequantized weight, or their own where none is given.
     """
-    paths = input_paths(model, rotations, quant)
-    groups: dict[tuple[int, str], dict[str, nn.Linear]] = {}
-    for name, index, seam, linear in linears_of(model):
-        groups.setdefault((index, seam.group), {})[name] = linear
-    for (index, group), linears in groups.items():
-        path = paths[index][group]
-        readers = 0
+    paths = input_paths(map_of(model), rotations, quant)
+    inputs: dict[str, dict[str, nn.Linear]] = {}
+    for site, linear in linears_of(model):
+        if site.quantized:
+            inputs.setdefault(site.key, {})[site.path] = linear
+        elif (online := rotations.online(site)) is not None:
+            model.set_submodule(site.path, FakeQuantLinear(linear, InputPath(online, None)))
+    for key, linears in inputs.items():
+        path, readers = paths[key], 0
         for names in _stacks(linears, weights, path):
             stack = [(linears[name], weights[name]) for name in names]
             for name, twin in zip(names, _integer(stack, path, backend), strict=True):
                 model.set_submodule(name, twin)
             readers += 1
         for name in linears:
-            if isinstance(linear := linear_at(model, name), nn.Linear):
+            if isinstance(linear := model.get_submodule(name), nn.Linear):
                 model.set_submodule(name, _float(linear, weights.get(name), path))
                 readers += 1
         path.once.readers = readers
@@ -55,10 +57,10 @@ def write_ends(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -
 
     Their inputs are 16-bit or indices, so there are no integers to multiply.
     """
-    family = family_of(model.config.model_type)
-    for name in (family.embedding, family.head):
-        if name in weights:
-            set_dequantized(linear_at(model, name), weights[name])
+    paths = map_of(model).embedding, map_of(model).head
+    for path, end in zip(paths, ends_of(model), strict=True):
+        if path in weights:
+            set_dequantized(end, weights[path])
 
 
 def _stacks(

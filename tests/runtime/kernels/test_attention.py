@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spinlab.formats import IntegerFormat
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.base import PackedLayout
 from spinlab.runtime.kernels.attention import launch as gpu
 from spinlab.runtime.kernels.attention import reference
 from spinlab.runtime.kernels.attention.launch import Plan
@@ -19,13 +19,13 @@ DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_avail
 
 def random_rows(batch, heads, capacity, grid, width, device, seed) -> PackedRows:
     g = torch.Generator().manual_seed(seed)
-    rows = empty_rows(batch, heads, capacity, AffineCodec(grid, width), "cpu")
+    rows = empty_rows(batch, heads, capacity, PackedLayout(grid, width), "cpu")
     rows.packed.random_(0, 256, generator=g)
     rows.scale.uniform_(0.01, 0.3, generator=g)
     if rows.zero is not None:
         rows.zero.random_(3, 13, generator=g)
     zero = None if rows.zero is None else rows.zero.to(device)
-    return PackedRows(rows.packed.to(device), rows.scale.to(device), zero, rows.codec)
+    return PackedRows(rows.packed.to(device), rows.scale.to(device), zero, rows.layout)
 
 
 def poison(rows: PackedRows, start, length) -> None:
@@ -144,7 +144,7 @@ def test_plans_fill_the_device_and_split_no_short_context():
 
 def test_slots_that_were_never_written_count_as_zeros(device):
     rows = [
-        empty_rows(1, 1, 32, AffineCodec(IntegerFormat(4, False), 32), device) for _ in range(2)
+        empty_rows(1, 1, 32, PackedLayout(IntegerFormat(4, False), 32), device) for _ in range(2)
     ]
     query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start, length = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([20])

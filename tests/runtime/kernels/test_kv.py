@@ -2,10 +2,9 @@ import pytest
 import torch
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
-from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.runtime.kernels.kv import launch as gpu
@@ -38,11 +37,16 @@ def drawn(shape, dtype, device, rotary, seed=0):
 
 def poisoned(shape, grid, capacity, clip, device) -> PackedRows:
     batch, _, _, kv_heads, width = shape
-    rows = empty_rows(batch, kv_heads, capacity, AffineCodec(grid, width, width, clip), device)
+    layout = AffineCodec(grid, width, width, clip).packed
+    rows = empty_rows(batch, kv_heads, capacity, layout, device)
     for part in (rows.packed, rows.scale, rows.zero):
         if part is not None:
             part.fill_(123)
     return rows
+
+
+def codec_of(rows: PackedRows) -> AffineCodec:
+    return AffineCodec(rows.layout.grid, rows.layout.width, 0, rows.layout.clip_ratio)
 
 
 def random_r3(width):
@@ -60,8 +64,8 @@ def test_rows_hold_what_stock_rope_r3_and_the_codec_give(grid, dtype):
     )
     stock = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     assert torch.equal(queries, r3(stock[0]))
-    assert torch.equal(k_round, keys.codec.round(r3(stock[1])))
-    assert torch.equal(v_round, values.codec.round(v.transpose(1, 2)))
+    assert torch.equal(k_round, codec_of(keys).round(r3(stock[1])))
+    assert torch.equal(v_round, codec_of(values).round(v.transpose(1, 2)))
     for rows, rounded in ((keys, k_round), (values, v_round)):
         assert torch.equal(dequantize(rows, 8, dtype)[:, :, 3:], rounded)
         assert (rows.packed[:, :, [0, 1, 2, 8]] == 123).all()
@@ -71,18 +75,31 @@ def test_rows_hold_what_stock_rope_r3_and_the_codec_give(grid, dtype):
 def test_bytes_count_levels_scales_and_zero_points():
     codecs = [AffineCodec(grid, 64) for grid in (ASYMMETRIC, SYMMETRIC)]
     for codec in codecs:
-        rows = empty_rows(2, 3, 10, codec, "cpu")
-        assert rows.bytes == 2 * 3 * 10 * codec.row_bytes
+        rows = empty_rows(2, 3, 10, codec.packed, "cpu")
+        assert rows.bytes == 2 * 3 * 10 * codec.row_bytes == 2 * 3 * 10 * codec.packed.row_bytes
         assert (rows.capacity, rows.head_dim) == (10, 64)
         assert not dequantize(rows, 10, torch.float32).any()
 
 
 @pytest.mark.parametrize(
-    "codec", [AffineCodec(IntegerFormat(8, False), 64), AffineCodec(ASYMMETRIC, 64, 32)], ids=str
+    "codec",
+    [
+        AffineCodec(IntegerFormat(8, False), 64),
+        AffineCodec(ASYMMETRIC, 64, 32),
+        AffineCodec(SYMMETRIC, 6),
+    ],
+    ids=str,
 )
-def test_codecs_that_do_not_fit_are_refused(codec):
-    with pytest.raises(InputError, match="do not fit packed rows"):
-        empty_rows(1, 1, 4, codec, "cpu")
+def test_codecs_that_do_not_fit_have_no_packed_rows(codec):
+    assert codec.packed is None
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_packed_rows_hold_nibbles_and_count_them(bits):
+    codec = AffineCodec(IntegerFormat(bits, False), 64)
+    rows = empty_rows(1, 1, 4, codec.packed, "cpu")
+    assert codec.bits == bits + 24 / 64
+    assert rows.bytes * 8 / (4 * 64) == codec.packed.bits == 4 + 24 / 64
 
 
 CASES = {
@@ -166,7 +183,7 @@ def test_without_a_round_trip_only_queries_come_back(device):
     assert queries.shape == (2, 2, 1, 32) and none == [None, None]
     assert torch.equal(
         dequantize(rows[1], 3, torch.float32)[:, :, 2:],
-        rows[1].codec.round(inputs[2].transpose(1, 2)),
+        codec_of(rows[1]).round(inputs[2].transpose(1, 2)),
     )
 
 
@@ -175,6 +192,6 @@ def test_tokens_beyond_the_capacity_are_not_written(device):
     inputs = drawn(shape, torch.float32, device, 32)
     rows = [poisoned(shape, SYMMETRIC, 4, 1.0, device) for _ in range(2)]
     gpu.store(*inputs, None, *rows, torch.tensor([2], device=device), False)
-    wanted = rows[1].codec.round(inputs[2].transpose(1, 2))[:, :, :2]
+    wanted = codec_of(rows[1]).round(inputs[2].transpose(1, 2))[:, :, :2]
     assert torch.equal(dequantize(rows[1], 4, torch.float32)[:, :, 2:], wanted)
     assert (rows[0].packed[:, :, :2] == 123).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
-from spinlab.model.seams import dimensions_of
+from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -46,14 +46,16 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
 
     networks = QuantizedNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), dimensions_of(make().config), generator)
+    rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     ids, found = ids[:, :9].to(device), []
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     for operations in (REFERENCE, triton_operations()):
         model = networks.fused(rotations)
-        integer_runtime(model, weights, rotations, quant, networks.kv, operations)
+        integer_runtime(
+            model, weights, rotations, quant, networks.kv_path(model, rotations), operations
+        )
         cache, steps = new_cache(model, 9), ids.split([5, 2, 1, 1], dim=1)
         seen = [5, 7, 8, 9]
         passes = [
@@ -89,7 +91,9 @@ def test_an_input_too_wide_to_quantize_falls_back_with_a_warning(
     for operations in (REFERENCE, triton_operations()):
         model = networks.fused(rotations)
         with caplog.at_level(logging.WARNING):
-            integer_runtime(model, weights, rotations, quant, networks.kv, operations)
+            integer_runtime(
+                model, weights, rotations, quant, networks.kv_path(model, rotations), operations
+            )
         found.append(model(ids).logits.double())
     (warning,) = [r.message for r in caplog.records if "outside the 4-bit" in r.message]
     assert "model.layers.0.mlp.down_proj (a group of 128 inputs" in warning

@@ -39,12 +39,12 @@ def store(
     cos, sin = cos.contiguous(), sin.contiguous()
     step, warps = _cut(batch * tokens)
     programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
-    k_grid, v_grid = keys.codec.grid, values.codec.grid
+    k_grid, v_grid = keys.layout.grid, values.layout.grid
     arguments = (
         q, k, v, cos, sin, matrix, position, queries, *_tensors(keys), k_round, *_tensors(values),
         v_round, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, keys.codec.clip_ratio,
-        values.codec.clip_ratio,
+        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, keys.layout.clip_ratio,
+        values.layout.clip_ratio,
     )  # fmt: skip
     constants = {
         "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,

@@ -2,8 +2,8 @@
 
 import torch
 
-from spinlab.formats.pack import pack_nibbles, unpack_nibbles
-from spinlab.kv.codec import AffineCodec
+from spinlab.formats.pack import pack_levels
+from spinlab.kv.base import PackedLayout
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
 
@@ -51,7 +51,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def _write(rows: PackedRows, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Code x: (batch, kv_heads, tokens, head_dim) into its slots and return what they hold."""
-    new = _coded(x, rows.codec)
+    new = _coded(x, rows.layout)
     slots = position + torch.arange(x.shape[2], device=x.device)
     rows.packed.index_copy_(2, slots, new.packed)
     rows.scale.index_copy_(2, slots, new.scale)
@@ -60,12 +60,11 @@ def _write(rows: PackedRows, x: torch.Tensor, position: torch.Tensor) -> torch.T
     return dequantize(new, x.shape[2], x.dtype)
 
 
-def _coded(x: torch.Tensor, codec: AffineCodec) -> PackedRows:
-    grid = codec.grid
-    sizes = [x.shape[-1] // 2, 2, 0 if grid.symmetric else 1]
-    packed, scale, zero = (part.clone() for part in codec.encode(x).split(sizes, dim=-1))
-    levels = unpack_nibbles(packed, signed=grid.symmetric) - grid.lowest
-    scale = scale.flatten().view(torch.float16).view(x.shape[:-1])
+def _coded(x: torch.Tensor, layout: PackedLayout) -> PackedRows:
+    levels, scale, zero = (part.flatten(-2) for part in layout.quantizer.encode(x))
     return PackedRows(
-        pack_nibbles(levels), scale, None if grid.symmetric else zero.squeeze(-1), codec
+        packed=pack_levels(levels, 4, layout.grid.lowest),
+        scale=scale.squeeze(-1).to(torch.float16),
+        zero=None if layout.grid.symmetric else zero.squeeze(-1).to(torch.uint8),
+        layout=layout,
     )

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.errors import InputError
 from spinlab.formats.pack import unpack_nibbles
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.base import PackedLayout
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Hold one layer's keys or values for `capacity` tokens, coded as `codec` says.
+    """Hold one layer's keys or values for `capacity` tokens, coded as `layout` says.
 
     packed  (batch, kv_heads, capacity, head_dim/2) uint8: byte j of a row holds levels j (low
             nibble) and j + head_dim/2 (high), each less the grid's lowest level
@@ -22,7 +21,7 @@ class PackedRows:
     packed: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
-    codec: AffineCodec
+    layout: PackedLayout
 
     @property
     def capacity(self) -> int:
@@ -30,39 +29,36 @@ class PackedRows:
 
     @property
     def head_dim(self) -> int:
-        return self.codec.width
+        return self.layout.width
 
     @property
     def middle(self) -> int:
         """Return the nibble of the number 0 on a symmetric grid."""
-        return -self.codec.grid.lowest
+        return -self.layout.grid.lowest
 
     @property
     def bytes(self) -> int:
         """Return the bytes that the rows take, filled or not."""
-        tensors = (self.packed, self.scale, self.zero)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what is stored per slot; slots are dimension 2."""
+        parts = (self.packed, self.scale, self.zero)
+        return [part for part in parts if part is not None]
 
 
 def empty_rows(
-    batch: int, kv_heads: int, capacity: int, codec: AffineCodec, device: torch.device | str
+    batch: int, kv_heads: int, capacity: int, layout: PackedLayout, device: torch.device | str
 ) -> PackedRows:
-    """Return rows that hold zeros.
-
-    Raises InputError for a codec that does not store one group of nibbles per head.
-    """
-    if codec.grid.bits > 4 or codec.width % 4 or codec.groups != 1:
-        raise InputError(
-            f"kv: {codec.grid.bits} bits in {codec.groups} groups over a head of {codec.width} do "
-            "not fit packed rows; use at most 4 bits, kv.group_size=0 and a head_dim divisible by 4"
-        )
+    """Return rows that hold zeros."""
     shape = (batch, kv_heads, capacity)
-    zero = None if codec.grid.symmetric else torch.zeros(shape, dtype=torch.uint8, device=device)
+    zero = None if layout.grid.symmetric else torch.zeros(shape, dtype=torch.uint8, device=device)
     return PackedRows(
-        packed=torch.zeros(*shape, codec.width // 2, dtype=torch.uint8, device=device),
+        packed=torch.zeros(*shape, layout.width // 2, dtype=torch.uint8, device=device),
         scale=torch.zeros(shape, dtype=torch.float16, device=device),
         zero=zero,
-        codec=codec,
+        layout=layout,
     )
 
 

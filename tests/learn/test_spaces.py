@@ -1,11 +1,12 @@
-"""Both fast forms against the plain definition: weights rotated at every forward, by autograd."""
+"""Both fast spaces against the plain definition: weights rotated at every forward, by autograd."""
+
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from spinlab.config import (
-    ClipSearch,
-    KVConfig,
     LearnConfig,
     ObjectiveConfig,
     QuantConfig,
@@ -13,28 +14,25 @@ from spinlab.config import (
     TensorQuant,
 )
 from spinlab.config.learn import GRAD_NORMS
-from spinlab.learn.loop import RotationLearner
-from spinlab.learn.spaces import linear as learned
-from spinlab.learn.spaces.definition import PlainSpace
-from spinlab.model.seams import dimensions_of, linears_of
-from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.initial import initial_rotations
+from spinlab.learn.spaces import PlainSpace
+from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.model.modules import linears_of
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
-SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
+SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2, max_grad_norm=None)
 
 
 @pytest.fixture(params=[1, 1 << 26], ids=["one by one", "together"], autouse=True)
 def _linears(request, monkeypatch):
     """Work on linears one by one, as on a CPU, or many together, as on a GPU."""
-    monkeypatch.setitem(learned._TOGETHER, "cpu", request.param)
+    monkeypatch.setitem(TOGETHER, "cpu", request.param)
 
 
 def biased(make_model):
     def make(dtype):
         model = make_model(dtype, attention_bias=True)
         generator = torch.Generator().manual_seed(5)
-        for *_, linear in linears_of(model):
+        for _, linear in linears_of(model):
             if linear.bias is not None:
                 linear.bias.data.copy_(torch.randn(linear.bias.shape, generator=generator))
         return model
@@ -42,20 +40,19 @@ def biased(make_model):
     return make
 
 
-def learner_of(make, form, learn, quant, rotation, dtype=torch.float64):
-    networks = QuantizedNetworks(lambda: make(dtype), quant, KVConfig())
-    dimensions = dimensions_of(make(dtype).config)
-    start = initial_rotations(rotation, dimensions, torch.Generator().manual_seed(0))
-    parts = networks.learnable(start), start, learn, quant, ClipSearch(), make(dtype)
-    return RotationLearner(*parts, form=form)
+@pytest.fixture
+def learner_in(learner_of):
+    """Return a maker of learners in a space, beside a teacher."""
+
+    def made(make, space, learn, quant, rotation=None, dtype=torch.float64):
+        start = dict(start=rotation, apart=True, space=space)
+        return learner_of(partial(make, dtype), learn, quant, **start)
+
+    return made
 
 
-def loss_and_gradients(learner, batch=BATCH, most=None):
-    learner.rotations.begin()
-    learner.form.begin(0)
-    terms = learner._backward(batch)
-    learner.form.collect()
-    norm = learner.rotations.finish(most).item()
+def loss_and_gradients(learner):
+    terms, norm = learner.gradients(0, BATCH)
     return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}, norm
 
 
@@ -70,20 +67,19 @@ OBJECTIVES = {
 @pytest.mark.parametrize("weights", ["16-bit weights", "quantized weights"])
 @pytest.mark.parametrize("rotation", [RotationConfig(), RotationConfig(cross_head="hadamard")])
 def test_loss_and_gradient_are_those_of_the_plain_definition(
-    make_model, rotation, weights, objective
+    make_model, learner_in, rotation, weights, objective
 ):
     rounded = weights == "quantized weights"
     learn = LearnConfig(
         **SETTINGS,
         quantize_weights=rounded,
         objective=OBJECTIVES[objective],
-        max_grad_norm=None,
         grad_norm="euclidean",
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     make = biased(make_model)
-    found = loss_and_gradients(learner_of(make, None, learn, quant, rotation))
-    plain = loss_and_gradients(learner_of(make, PlainSpace, learn, quant, rotation))
+    found = loss_and_gradients(learner_in(make, None, learn, quant, rotation))
+    plain = loss_and_gradients(learner_in(make, PlainSpace, learn, quant, rotation))
     assert found[0] == pytest.approx(plain[0], rel=1e-10)
     assert found[2] == pytest.approx(plain[2], rel=1e-8)
     for name, gradient in plain[1].items():
@@ -96,30 +92,31 @@ WIDE = [{"pattern": "*.0.mlp.*_proj", "activations": {"bits": 16}}]
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_inputs_that_nothing_rounds_are_part_of_the_euclidean_norm(make_model, bits):
+def test_inputs_that_nothing_rounds_are_part_of_the_euclidean_norm(make_model, learner_in, bits):
     """Of one layer's MLP, or of all linears: what is rounded then are keys and values."""
     off = TensorQuant(bits=16)
     quant = QuantConfig(weights=off, activations=TensorQuant(bits=bits), overrides=WIDE)
     learn = LearnConfig(**SETTINGS, grad_norm="euclidean")
     norms = [
-        loss_and_gradients(learner_of(biased(make_model), form, learn, quant, RotationConfig()))[2]
-        for form in (None, PlainSpace)
+        loss_and_gradients(learner_in(biased(make_model), space, learn, quant))[2]
+        for space in (None, PlainSpace)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-8)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("kind", GRAD_NORMS)
-def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, kind, rounded):
+def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, learner_in, kind, rounded):
     learn = LearnConfig(**SETTINGS, grad_norm=kind, quantize_weights=rounded)
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
-    learner = learner_of(make_model, None, learn, quant, RotationConfig())
+    learner = learner_in(make_model, None, learn, quant)
     _, whole, norm = loss_and_gradients(learner)
     length = torch.stack([gradient.norm() for gradient in whole.values()]).norm().item()
     assert (norm == pytest.approx(length)) == (kind == "riemannian")
     assert norm > 0.999 * length  # a projection is never longer
     for most in (norm / 5, norm * 5):
-        _, clipped, found = loss_and_gradients(learner, most=most)
+        limited = learner_in(make_model, None, replace(learn, max_grad_norm=most), quant)
+        _, clipped, found = loss_and_gradients(limited)
         assert found == pytest.approx(norm)
         scale = min(1, most / norm)
         assert all(
@@ -127,14 +124,16 @@ def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, kind, rounded)
         )
 
 
-def test_learned_ranges_give_the_plain_definitions_curve(make_model):
-    """Rotations and weight ranges together over a few steps; the plain form differentiates the
+def test_learned_ranges_give_the_plain_definitions_curve(make_model, learner_in):
+    """Rotations and weight ranges together over a few steps; the plain one differentiates the
     rounding by autograd."""
-    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=0.03, lr=0.1)
+    learn = LearnConfig(
+        **{**SETTINGS, "max_grad_norm": 1.0}, quantize_weights=True, lr_clip=0.03, lr=0.1
+    )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     curves = []
-    for form in (None, PlainSpace):
-        learner = learner_of(biased(make_model), form, learn, quant, RotationConfig())
+    for space in (None, PlainSpace):
+        learner = learner_in(biased(make_model), space, learn, quant)
         curves.append([learner.step(i, BATCH) for i in range(4)])
     for fast, plain in zip(*curves, strict=True):
         assert fast == pytest.approx(plain, rel=1e-7, abs=1e-12)
@@ -150,17 +149,16 @@ DTYPES = [
 
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize(("stored", "run"), DTYPES)
-def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
+def test_a_network_may_learn_in_another_dtype(make_model, learner_in, stored, run, rounded):
     """Loss and Euclidean norm are float64's to what the narrower dtype can hold; so are biases."""
     settings = {**SETTINGS, "quantize_weights": rounded, "grad_norm": "euclidean"}
     learn, exact = LearnConfig(**settings, dtype=run), LearnConfig(**settings)
     quant, make = QuantConfig(weights=TensorQuant(symmetric=True)), biased(make_model)
-    parts = quant, RotationConfig()
-    found = learner_of(make, None, learn, *parts, dtype=getattr(torch, stored))
+    found = learner_in(make, None, learn, quant, dtype=getattr(torch, stored))
     assert found.head.dtype == getattr(torch, run or stored)
     assert found.rotations.r1.dtype == torch.promote_types(found.head.dtype, torch.float32)
     terms, gradients, norm = loss_and_gradients(found)
-    expected, _, exact_norm = loss_and_gradients(learner_of(make, None, exact, *parts))
+    expected, _, exact_norm = loss_and_gradients(learner_in(make, None, exact, quant))
     narrow = "bfloat16" in (stored, run)
     assert terms["loss"] == pytest.approx(expected["loss"], rel=0.05 if narrow else 0.02)
     assert norm == pytest.approx(exact_norm, rel=0.15 if narrow else 0.02)
@@ -168,17 +166,15 @@ def test_a_network_may_learn_in_another_dtype(make_model, stored, run, rounded):
 
 
 @pytest.mark.parametrize("names", [["r1"], ["r2"]])
-def test_a_rotation_that_is_held_fixed_still_turns(make_model, names):
+def test_a_rotation_that_is_held_fixed_still_turns(make_model, learner_in, names):
     rounded = QuantConfig(weights=TensorQuant(symmetric=True))
     for quantized in (False, True):
         learn = LearnConfig(
             **SETTINGS, rotations=names, quantize_weights=quantized, grad_norm="euclidean"
         )
         runs = [
-            loss_and_gradients(
-                learner_of(biased(make_model), form, learn, rounded, RotationConfig())
-            )
-            for form in (None, PlainSpace)
+            loss_and_gradients(learner_in(biased(make_model), space, learn, rounded))
+            for space in (None, PlainSpace)
         ]
         assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-10)
         assert runs[0][2] == pytest.approx(runs[1][2], rel=1e-8)
@@ -187,10 +183,10 @@ def test_a_rotation_that_is_held_fixed_still_turns(make_model, names):
             assert torch.allclose(runs[0][1][name], runs[1][1][name], atol=1e-9)
 
 
-def test_learning_leaves_its_start_alone(make_model):
+def test_learning_leaves_its_start_alone(make_model, learner_in):
     learn = LearnConfig(**SETTINGS)
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
-    learner = learner_of(make_model, None, learn, quant, RotationConfig())
+    learner = learner_in(make_model, None, learn, quant)
     before = learner.start.r1.clone()
     learner.step(0, BATCH)
     assert torch.equal(learner.start.r1, before)

@@ -1,4 +1,4 @@
-"""What a rotation is learned for: terms on next-token logits, on layers and on activations."""
+"""Terms on next-token logits: cross entropy and the divergence from the original model."""
 
 from typing import Any
 
@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from spinlab.config import ObjectiveConfig
-
-UNIFORM_KURTOSIS = 1.8
-_LEAST_VARIANCE = 1e-30  # keeps a token of zeros from becoming 0/0
 
 
 def head_loss(
@@ -146,31 +143,3 @@ def _top_k_kl(logits: Tensor, original: Tensor, k: int) -> tuple[Tensor, Tensor,
     p = log_p.exp()
     kl = log_p.sub_(log_q).mul_(p).sum()
     return kl, places, log_q.exp_().sub_(p)
-
-
-def kurtosis_loss(y: Tensor) -> Tensor:
-    """Return the mean over tokens of |kurtosis over channels - 1.8| (KurTail, arXiv 2503.01483).
-
-    y: (..., width) rotated activations; their scale cancels. Each token is taken by itself, as
-    the quantizer takes it. 1.8 is a uniform distribution's kurtosis; while no token is below it,
-    this equals |mean kurtosis - 1.8|.
-    """
-    y = y.to(_wide(y))
-    standard = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=_LEAST_VARIANCE)
-    return (standard.square().square().mean(-1) - UNIFORM_KURTOSIS).abs().mean()
-
-
-def whip_loss(y: Tensor) -> Tensor:
-    """Return the mean over tokens of the sum over channels of exp(-|y|) (DartQuant, 2511.04063).
-
-    y: (..., width) rotated activations, in the scale the layer sees: exp(-|y|) acts within a few
-    units of 0, and DartQuant takes normed activations (root mean square 1) for R1 and attention's
-    values as they are for R2. The sum grows with the width: about width/2 for normal activations.
-    """
-    return y.to(_wide(y)).abs().neg().exp().sum(-1).mean()
-
-
-def relative_error(output: Tensor, original: Tensor) -> Tensor:
-    """Return |output - original|² / |original|² over all entries."""
-    wide = original.to(_wide(original))
-    return (output.to(wide.dtype) - wide).square().sum() / wide.square().sum()

@@ -1,14 +1,20 @@
+"""Affine rows: bytes hold what fake quantization computes, and no more bits than they say."""
+
 import pytest
 import torch
 
 from spinlab.formats import IntegerFormat
-from spinlab.kv.codec import AffineCodec
+from spinlab.kv.codecs.affine import AffineCodec
 
 CODECS = [
     AffineCodec(IntegerFormat(4, False), 64),
     AffineCodec(IntegerFormat(4, True), 64),
     AffineCodec(IntegerFormat(4, False), 64, group_size=16, clip_ratio=0.95),
     AffineCodec(IntegerFormat(2, False), 64, group_size=32),
+    AffineCodec(IntegerFormat(2, True), 64),
+    AffineCodec(IntegerFormat(3, False), 64),
+    AffineCodec(IntegerFormat(3, True), 64, group_size=16),
+    AffineCodec(IntegerFormat(6, True), 64),
     AffineCodec(IntegerFormat(8, False), 64),
     AffineCodec(IntegerFormat(8, True), 64),
 ]
@@ -52,6 +58,9 @@ def test_stored_bits_count_scales_and_zero_points():
     assert AffineCodec(IntegerFormat(4, False), 64).bits == 4 + 24 / 64
     assert AffineCodec(IntegerFormat(4, True), 128).bits == 4 + 16 / 128
     assert AffineCodec(IntegerFormat(4, False), 64, group_size=16).bits == 4 + 24 / 16
+    assert AffineCodec(IntegerFormat(3, False), 64).bits == 3 + 24 / 64
+    assert AffineCodec(IntegerFormat(2, True), 128).bits == 2 + 16 / 128
+    assert AffineCodec(IntegerFormat(8, True), 64).bits == 8 + 16 / 64
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-4, 1e4])

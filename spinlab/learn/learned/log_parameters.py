@@ -1,4 +1,4 @@
-"""Positive numbers that are learned through their logarithms, by Adam."""
+"""Parameters that stay positive, such as scales and clip ratios: their logarithms are learned."""
 
 import math
 
@@ -9,29 +9,36 @@ from spinlab import parallel
 _BETAS = (0.8, 0.95)  # a run has tens of steps, so moments must forget fast
 
 
-class LogNumbers:
-    """Hold tensors of positive numbers by name and move their logarithms; `most` bounds them."""
+class LogParameters:
+    """Hold positive tensors of any shape by name, and move their logarithms by Adam.
+
+    lr: of a logarithm's step; most: an upper bound of the values. `logs` are leaves of autograd.
+    """
 
     def __init__(self, lr: float, most: float | None = None) -> None:
         self.lr, self.most = lr, most
         self.logs: dict[str, torch.nn.Parameter] = {}
         self.optimizer: torch.optim.Adam | None = None
 
-    def start(self, numbers: dict[str, torch.Tensor]) -> None:
-        """Start from these numbers."""
-        self.logs = {name: torch.nn.Parameter(number.log()) for name, number in numbers.items()}
+    def start(self, values: dict[str, torch.Tensor]) -> None:
+        """Start from these values, of any shape."""
+        self.logs = {name: torch.nn.Parameter(value.log()) for name, value in values.items()}
         self.optimizer = torch.optim.Adam(self.logs.values(), lr=self.lr, betas=_BETAS, eps=1e-30)
 
-    def number(self, name: str) -> torch.Tensor:
-        """Return a tensor of numbers as it stands, without a gradient."""
+    def value(self, name: str) -> torch.Tensor:
+        """Return a tensor as it stands, without a gradient."""
         return self.logs[name].detach().exp()
 
     @torch.no_grad()
-    def step(self, gradients: dict[str, torch.Tensor], rate: float) -> None:
-        """Move all by this process's gradients of the logarithms, at `rate` times the base rate."""
-        assert self.optimizer is not None
-        for name, gradient in gradients.items():
-            self.logs[name].grad = parallel.sum_(gradient)
+    def step(self, rate: float) -> None:
+        """Move all at `rate` times the base rate, and forget the gradients that `logs` gathered.
+
+        They are summed over processes; one that did not gather counts as 0.
+        """
+        if self.optimizer is None:
+            return
+        for log in self.logs.values():
+            log.grad = parallel.sum_(torch.zeros_like(log) if log.grad is None else log.grad)
         self.optimizer.param_groups[0]["lr"] = self.lr * rate
         self.optimizer.step()
         for log in self.logs.values():
@@ -41,7 +48,7 @@ class LogNumbers:
         parallel.share_tensors([log.data for log in self.logs.values()])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what a resumed run needs, as named tensors."""
+        """Return what a resumed run needs: each logarithm and its moments, by name."""
         if self.optimizer is None:
             return {}
         found: dict[str, torch.Tensor] = {}

@@ -7,10 +7,10 @@ _POST_NORM = (
 )
 _EXPERTS = (
     "it is a mixture of experts, whose weights lie stacked in one tensor and are no linears that a "
-    "seam could name"
+    "map could name"
 )
 _ONE_PLUS_GAIN = "its norms multiply by 1 + weight, which folding the gains does not handle"
-_SCAN = "it mixes tokens by a recurrent scan over channels, which no seam describes"
+_SCAN = "it mixes tokens by a recurrent scan over channels, which no map describes"
 
 _GROUPS = {
     _MEAN: (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from spinlab.errors import InputError
-from spinlab.learn.learned.log_numbers import part_of
+from spinlab.learn.learned import part_of
 
 
 class Divergence(InputError):
@@ -17,8 +17,8 @@ class Divergence(InputError):
         self.last_good = last_good
 
 
-class Guard:
-    """Compare every loss with the first one."""
+class DivergenceCheck:
+    """Compare every loss with the first one; `most`: the largest multiple of it that passes."""
 
     def __init__(self, most: float) -> None:
         self.most = most
@@ -47,11 +47,11 @@ class Guard:
         """Return what a resumed run needs."""
         if self.first is None:
             return {}
-        kept = {f"guard.good.{name}": matrix for name, matrix in self.last_good.items()}
-        return {**kept, "guard.first": torch.tensor(self.first, dtype=torch.float64)}
+        kept = {f"divergence.good.{name}": matrix for name, matrix in self.last_good.items()}
+        return {**kept, "divergence.first": torch.tensor(self.first, dtype=torch.float64)}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` returned."""
-        if "guard.first" in tensors:
-            self.first = tensors["guard.first"].item()
-            self.last_good = part_of(tensors, "guard.good.")
+        if "divergence.first" in tensors:
+            self.first = tensors["divergence.first"].item()
+            self.last_good = part_of(tensors, "divergence.good.")

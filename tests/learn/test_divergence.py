@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
 from spinlab.__main__ import main
-from spinlab.learn.guard import Divergence, Guard
+from spinlab.learn.divergence import Divergence, DivergenceCheck
 from spinlab.rotation.rotations import RotationSet
 
 MOST = 2.0
@@ -26,51 +26,51 @@ def rotations(value: float) -> dict[str, nn.Parameter]:
     [(math.nan, 1.0), (math.inf, 1.0), (4.0, math.nan), (4.0, math.inf), (MOST * 4.0 + 1e-6, 1.0)],
 )
 def test_no_number_and_too_large_a_loss_stop_the_run(loss, norm):
-    guard = Guard(MOST)
-    guard.check(0, 4.0, 1.0, rotations(0.0))
+    check = DivergenceCheck(MOST)
+    check.check(0, 4.0, 1.0, rotations(0.0))
     with pytest.raises(Divergence) as stopped:
-        guard.check(7, loss, norm, rotations(1.0))
+        check.check(7, loss, norm, rotations(1.0))
     sentence = str(stopped.value)
     for words in ("step 7", f"loss {loss:.4g} (at the start 4)", f"norm {norm:.4g}", "learn.lr"):
         assert words in sentence
 
 
 def test_the_first_loss_alone_must_be_a_number():
-    guard = Guard(MOST)
-    guard.check(0, 1e6, 1e6, rotations(0.0))
+    check = DivergenceCheck(MOST)
+    check.check(0, 1e6, 1e6, rotations(0.0))
     with pytest.raises(Divergence) as stopped:
-        Guard(MOST).check(0, math.nan, 1.0, rotations(0.0))
+        DivergenceCheck(MOST).check(0, math.nan, 1.0, rotations(0.0))
     assert stopped.value.last_good == {}
 
 
 def test_losses_up_to_the_multiple_of_the_first_pass_in_any_order():
-    guard = Guard(MOST)
+    check = DivergenceCheck(MOST)
     for step, loss in enumerate([4.0, 1.0, MOST * 4.0, 3.0]):
-        guard.check(step, loss, 1.0, rotations(0.0))
-    assert guard.first == 4.0
+        check.check(step, loss, 1.0, rotations(0.0))
+    assert check.first == 4.0
 
 
 def test_the_last_good_rotations_are_those_of_the_last_sound_loss():
-    guard, held = Guard(MOST), rotations(1.0)
-    guard.check(0, 4.0, 1.0, held)
+    check, held = DivergenceCheck(MOST), rotations(1.0)
+    check.check(0, 4.0, 1.0, held)
     held["r1"].data.fill_(2.0)
-    guard.check(1, 3.0, 1.0, held)
+    check.check(1, 3.0, 1.0, held)
     held["r1"].data.fill_(3.0)  # a step that turns out bad
     with pytest.raises(Divergence) as stopped:
-        guard.check(2, math.nan, 1.0, held)
+        check.check(2, math.nan, 1.0, held)
     (kept,) = stopped.value.last_good.values()
     assert torch.equal(kept, torch.full((2, 2), 2.0))
     assert not kept.requires_grad
 
 
 def test_the_first_loss_survives_a_resume():
-    guard, again = Guard(MOST), Guard(MOST)
-    assert guard.state() == {}
+    check, again = DivergenceCheck(MOST), DivergenceCheck(MOST)
+    assert check.state() == {}
     again.load_state({})
     assert again.first is None
-    guard.check(0, 0.1, 1.0, rotations(0.0))  # has no short binary fraction
-    again.load_state(guard.state())
-    assert again.first == guard.first
+    check.check(0, 0.1, 1.0, rotations(0.0))  # has no short binary fraction
+    again.load_state(check.state())
+    assert again.first == check.first
     with pytest.raises(Divergence, match=r"at the start 0\.1\)"):
         again.check(1, 0.3, 1.0, rotations(0.0))
 
@@ -119,9 +119,9 @@ def test_a_diverged_run_names_a_file_that_can_be_loaded(command_line, tmp_path):
 
 
 def test_a_run_that_diverges_at_once_has_nothing_to_keep(command_line, monkeypatch, tmp_path):
-    check = Guard.check
+    check = DivergenceCheck.check
     monkeypatch.setattr(
-        Guard, "check", lambda self, step, loss, *rest: check(self, step, math.nan, *rest)
+        DivergenceCheck, "check", lambda self, step, loss, *rest: check(self, step, math.nan, *rest)
     )
     status, said = command_line()
     assert status == 2

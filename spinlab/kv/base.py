@@ -1,0 +1,189 @@
+"""What the two caches and the kernels know of a codec, and what a layer of the cache is.
+
+A codec of rows codes the numbers of one head of one token by themselves, as one row of bytes, so
+that appending, cropping, reordering and repeating work on coded rows as they do on floats. What
+cannot be said that way (keys per channel over a run of tokens, a window kept in floats) is a layer
+of its own, which a codec of layers makes.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import torch
+
+from spinlab.config import CodecConfig
+from spinlab.formats import IntegerFormat
+from spinlab.formats.quantizer import TokenQuantizer
+
+
+def half_scaled(
+    grid: IntegerFormat, group_size: int = 0, clip_ratio: float = 1.0
+) -> TokenQuantizer:
+    """Return what quantizes numbers as a cache stores them, with scales in float16."""
+    return TokenQuantizer(replace(grid, half_scale=True), group_size, clip_ratio)
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Say how kernels hold a codec's rows: what `spinlab.runtime.kernels.kv.rows` lays out.
+
+    A head of `width` numbers is one group on a grid of at most 4 bits: a nibble per number, a
+    float16 scale and, where the grid is asymmetric, a byte of zero point. The range is shrunk by
+    clip_ratio, as everywhere.
+    """
+
+    grid: IntegerFormat
+    width: int
+    clip_ratio: float = 1.0
+
+    @cached_property
+    def quantizer(self) -> TokenQuantizer:
+        """The definition of what kernels write."""
+        return half_scaled(self.grid, clip_ratio=self.clip_ratio)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width // 2 + (2 if self.grid.symmetric else 3)
+
+    @property
+    def bits(self) -> float:
+        """Return the stored bits per number, scale and zero point counted."""
+        return 8 * self.row_bytes / self.width
+
+
+class OwnTensor:
+    """Hold a tensor that a codec owns, moved once to every device and dtype that asks for it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copies = {(tensor.device, tensor.dtype): tensor}
+        self._first = tensor
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """Return it on x's device, in x's dtype or float32 if that is wider."""
+        place = x.device, torch.promote_types(x.dtype, torch.float32)
+        if place not in self._copies:
+            self._copies[place] = self._first.to(*place)
+        return self._copies[place]
+
+
+class RowCodec(Protocol):
+    """Code heads of `width` numbers as rows of `row_bytes` bytes, each by itself.
+
+    Codecs are compared by ==: equal ones code alike, so that keys and values go together. A codec
+    that owns tensors, as OwnTensors, is equal to itself alone (`dataclass(eq=False)`).
+    """
+
+    layer: ClassVar[None] = None  # rows are kept by `spinlab.kv.layers.RowLayer`
+    reads: ClassVar[tuple[str, ...]] = ()  # settings beside the bits
+    width: int
+
+    @classmethod
+    def make(
+        cls, name: str, settings: CodecConfig, width: int, generator: torch.Generator
+    ) -> "RowCodec":
+        """Make the codec of a setting (name: `kv.keys` …) for heads of `width` numbers.
+
+        Tensors of its own come from the generator. Raises InputError for what it does not take.
+        """
+        ...
+
+    @property
+    def row_bytes(self) -> int: ...
+
+    @property
+    def bits(self) -> float:
+        """Return the stored bits per number, all that a row holds counted."""
+        return 8 * self.row_bytes / self.width
+
+    @property
+    def packed(self) -> PackedLayout | None:
+        """Say how GPU kernels lay the rows out; None where they cannot take the codec."""
+        return None
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Code x: (..., width) as (..., row_bytes) uint8."""
+        ...
+
+    def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers (..., width) behind coded rows."""
+        ...
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """Return decode(encode(x)) in x's dtype: (..., width)."""
+        return self.decode(self.encode(x), x.dtype)
+
+    def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return encode(x) and what it decodes to, in x's dtype."""
+        rows = self.encode(x)
+        return rows, self.decode(rows, x.dtype)
+
+
+class CacheLayer(Protocol):
+    """Keep the keys and values of one layer. All are (batch, kv_heads, tokens, head_dim)."""
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens and return all that are stored, as floats in the dtype of the new."""
+        ...
+
+    def round(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `append` does on an empty layer, and store nothing.
+
+        Gradients pass straight through, as `spinlab.formats.quantizer.StraightThrough` has it.
+        """
+        ...
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first tokens, so many; more than there are change nothing."""
+        ...
+
+    def reorder(self, sequences: torch.Tensor) -> None:
+        """Take these sequences (on any device), in this order: some twice, others never.
+
+        It is called only where tokens are stored.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens are stored."""
+        ...
+
+    @property
+    def sequences(self) -> int:
+        """Return how many sequences they belong to: the batch, 0 where nothing is stored."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes that they take."""
+        ...
+
+
+class LayerCodec(Protocol):
+    """Stand under `kv.keys` for a layer that a codec of rows cannot express."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def make(
+        cls, name: str, settings: CodecConfig, width: int, generator: torch.Generator
+    ) -> "LayerCodec":
+        """Do what that of a RowCodec does."""
+        ...
+
+    @property
+    def bits(self) -> float:
+        """Return the stored bits per key, of a long context."""
+        ...
+
+    def layer(self, values: RowCodec | None) -> CacheLayer:
+        """Return an empty layer. values: their codec, None for floats."""
+        ...
+
+
+Codec = RowCodec | LayerCodec

@@ -1,0 +1,22 @@
+"""What a learning run cannot do, known before it starts."""
+
+from spinlab.config import Config
+from spinlab.learn.learned import check_duals
+from spinlab.learn.objectives import check_objective
+from spinlab.learn.optim import check_optimizer
+from spinlab.learn.spaces import space_of
+from spinlab.rotation.rotations import RotationSet
+
+
+def check_learning(config: Config, brought: RotationSet | None) -> None:
+    """Raise InputError for names that no table has, and for what the space cannot learn.
+
+    brought: the rotations that a file brings, if any.
+    """
+    learn = config.learn
+    check_optimizer(learn)
+    check_objective(learn.objective)
+    if learn.steps:
+        space_of(learn, config.quant).check(learn)
+        if brought is not None and "inputs" in learn.rotations:
+            check_duals(brought.inputs)

@@ -1,0 +1,27 @@
+"""Model families: each says how its modules are read. The only place that knows module names."""
+
+from spinlab.errors import InputError
+from spinlab.model.families.blocked import BLOCKED
+from spinlab.model.families.llama import LLAMA
+from spinlab.model.families.phi3 import PHI3
+from spinlab.model.map import Family
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "phi3": PHI3,
+}
+
+
+def family_of(model_type: str | None) -> Family:
+    """Return the family of a transformers model type; raise InputError for one that is none."""
+    if model_type not in FAMILIES:
+        reason = "is not known"
+        if model_type in BLOCKED:
+            reason = f"cannot be rotated, because {BLOCKED[model_type]}"
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"model family {model_type!r} {reason}: supported are {known}")
+    return FAMILIES[model_type]

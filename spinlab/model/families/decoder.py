@@ -1,0 +1,181 @@
+"""Decoders whose layers are attention and a gated MLP, each behind a norm: most families are."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.model.map import Attention, GatedMLP, Input, Layer, ModelMap, Norm, Site
+
+
+@dataclass(frozen=True)
+class Names:
+    """Name the parts of such a model, and those of a layer as seen from it.
+
+    A family without norms of single heads has no module at `query_norm` and `key_norm`.
+    """
+
+    layers: str
+    embedding: str
+    final_norm: str
+    head: str
+    rope: str
+    attention: str
+    mlp: str
+    attention_norm: str
+    mlp_norm: str
+    queries: str
+    keys: str
+    values: str
+    out: str
+    gate: str
+    up: str
+    down: str
+    query_norm: str
+    key_norm: str
+
+
+def read_decoder(
+    model: PreTrainedModel, names: Names, offset: float = 0.0, cannot: dict[str, str] | None = None
+) -> ModelMap:
+    """Return the map of a model with these names, whose norms multiply by `offset` + weight.
+
+    The values of its gated MLPs are R4's, the heads R2's and R3's, the stream between R1's.
+    """
+    layers: list[Layer] = []
+    sites: list[Site] = []
+    inputs: list[Input] = []
+    norms: list[Norm] = []
+    for index, block in enumerate(model.get_submodule(names.layers).children()):
+        reader = _LayerReader(model, index, block, names, offset)
+        layers.append(reader.layer())
+        sites += reader.sites()
+        inputs += reader.inputs()
+        norms += reader.norms()
+    final: Any = model.get_submodule(names.final_norm)
+    hidden: int = final.weight.shape[0]
+    last = Norm(names.final_norm, None, (names.head,), hidden, _epsilon(final), offset)
+    return ModelMap(
+        family=model.config.model_type,
+        hidden=hidden,
+        layers=tuple(layers),
+        sites=tuple(sites),
+        inputs=tuple(inputs),
+        norms=(*norms, last),
+        decoder=names.layers.rpartition(".")[0],
+        embedding=names.embedding,
+        head=names.head,
+        final_norm=names.final_norm,
+        rope=names.rope,
+        rope_kind=getattr(model.get_submodule(names.rope), "rope_type", "default"),
+        cannot=cannot or {},
+    )
+
+
+class _LayerReader:
+    """Read one layer."""
+
+    def __init__(
+        self, model: PreTrainedModel, index: int, block: nn.Module, names: Names, offset: float
+    ) -> None:
+        self.config, self.index, self.block, self.names = model.config, index, block, names
+        self.path, self.offset = f"{names.layers}.{index}", offset
+        self.attention: Any = block.get_submodule(names.attention)
+        self.head_dim: int = self.attention.head_dim
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}.{name}"
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """Return the rows and columns of a linear."""
+        linear: Any = self.block.get_submodule(name)
+        return tuple(linear.weight.shape)
+
+    def sites(self) -> list[Site]:
+        """Return the linears, in the order in which they are computed."""
+        names = self.names
+        places = [
+            (names.queries, "qkv", "R1", None),
+            (names.keys, "qkv", "R1", None),
+            (names.values, "qkv", "R1", "R2"),
+            (names.out, "o", "R2", "R1"),
+            (names.gate, "gate_up", "R1", None),
+            (names.up, "gate_up", "R1", None),
+            (names.down, "down", "R4", "R1"),
+        ]
+        found: list[Site] = []
+        for name, input, reads, writes in places:
+            out, width = self._shape(name)
+            path = self._at(name)
+            found.append(Site(self.index, name, path, input, reads, writes, width, out))
+        return found
+
+    def inputs(self) -> list[Input]:
+        """Return what the linears read; a row of values feeds every head that shares it."""
+        names = self.names
+        shared = self._shape(names.out)[1] // self._shape(names.values)[0]
+        places = [
+            ("qkv", names.queries, "R1", names.attention_norm, 1),
+            ("o", names.out, "R2", names.values, shared),
+            ("gate_up", names.gate, "R1", names.mlp_norm, 1),
+            ("down", names.down, "R4", names.up, 1),
+        ]
+        return [
+            Input(self.index, name, self._shape(reader)[1], reads, self._at(producer), share)
+            for name, reader, reads, producer, share in places
+        ]
+
+    def norms(self) -> list[Norm]:
+        """Return the norms of the stream, with the linears behind them, and those of heads."""
+        names = self.names
+        return [
+            self._norm(names.attention_norm, names.queries, names.keys, names.values),
+            *(self._head_norm(*pair) for pair in self._head_norms()),
+            self._norm(names.mlp_norm, names.gate, names.up),
+        ]
+
+    def _norm(self, name: str, *readers: str) -> Norm:
+        norm, paths = self.block.get_submodule(name), tuple(self._at(r) for r in readers)
+        width = self._shape(readers[0])[1]
+        return Norm(self._at(name), self.index, paths, width, _epsilon(norm), self.offset)
+
+    def _head_norms(self) -> list[tuple[str, str]]:
+        """Return the names of norms of single heads, and of the linears before them."""
+        names, there = self.names, {name for name, _ in self.block.named_modules()}
+        pairs = [(names.query_norm, names.queries), (names.key_norm, names.keys)]
+        return [(norm, linear) for norm, linear in pairs if norm in there]
+
+    def _head_norm(self, name: str, linear: str) -> Norm:
+        width, epsilon = self._shape(linear)[0], _epsilon(self.block.get_submodule(name))
+        return Norm(self._at(name), self.index, (), width, epsilon, self.offset)
+
+    def layer(self) -> Layer:
+        names, at = self.names, self._at
+        of_heads = dict(self._head_norms())
+        attention = Attention(
+            path=at(names.attention),
+            queries=at(names.queries),
+            keys=at(names.keys),
+            values=at(names.values),
+            out=at(names.out),
+            heads=self._shape(names.queries)[0] // self.head_dim,
+            kv_heads=self._shape(names.keys)[0] // self.head_dim,
+            head_dim=self.head_dim,
+            rope=bool(getattr(self.attention, "use_rope", True)),
+            window=self._window(),
+            query_norm=at(names.query_norm) if names.query_norm in of_heads else None,
+            key_norm=at(names.key_norm) if names.key_norm in of_heads else None,
+        )
+        parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
+        return Layer(self.path, attention, GatedMLP(*parts, self.config.hidden_act))
+
+    def _window(self) -> int | None:
+        """Return the window that the layer says, or else the config."""
+        general = getattr(self.config, "sliding_window", None)
+        return getattr(self.attention, "sliding_window", general)
+
+
+def _epsilon(norm: Any) -> float:
+    """Return what an RMSNorm, of transformers or torch, adds to the variance."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon

@@ -1,0 +1,240 @@
+"""The map of a model: its linears between the rotated spaces, its norms, widths and ends.
+
+A family (`spinlab.model.families`) reads it once from the modules of a model, so that layers may
+differ. It holds names and numbers, no tensors; `spinlab.model.modules` finds the modules by it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from spinlab.errors import InputError
+
+
+def input_key(layer: int, input: str) -> str:
+    """Name an input of a layer, in settings of single inputs and in files."""
+    return f"{layer}.{input}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Place one linear of a decoder layer between the rotated spaces.
+
+    `reads` says what turns its input rows, `writes` what turns its output rows: reads="R1" means
+    W ← W R1, writes="R1" means W ← R1ᵀ W. Linears of a layer with the same `input` read the very
+    same tensor and share its quantizer. One that is not quantized, such as a router, is rotated
+    like the others and keeps its weight and input in 16 bits.
+    """
+
+    layer: int
+    name: str  # seen from its layer
+    path: str  # seen from the model
+    input: str
+    reads: str | None
+    writes: str | None
+    in_features: int
+    out_features: int
+    quantized: bool = True
+
+    @property
+    def key(self) -> str:
+        """The key of its input."""
+        return input_key(self.layer, self.input)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of its weight."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Input:
+    """Describe the tensor that some linears of a layer read, (..., width).
+
+    producer: the norm or linear whose gains or rows multiply it, channel by channel, so that a
+    scale of it can move there. shared: how many of its channels one row of the producer feeds;
+    with grouped queries a row of the values feeds one of every query head that shares the head.
+    """
+
+    layer: int
+    name: str
+    width: int
+    reads: str | None
+    producer: str | None
+    shared: int = 1
+
+    @property
+    def key(self) -> str:
+        return input_key(self.layer, self.name)
+
+    @property
+    def folds(self) -> bool:
+        """Tell whether any scale of its channels can move into the producer."""
+        return self.producer is not None and self.shared == 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Describe an RMSNorm whose gain is `offset` + weight.
+
+    readers: the linears behind it, into which its gain folds; none where there are none, as with
+    norms of single heads or behind a block. width: how many numbers of a token it norms.
+    """
+
+    path: str
+    layer: int | None  # None: the final norm
+    readers: tuple[str, ...]
+    width: int
+    epsilon: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
+
+    window: how far back a token looks, or None. query_norm, key_norm: norms of single heads.
+    """
+
+    path: str
+    queries: str
+    keys: str
+    values: str
+    out: str
+    heads: int
+    kv_heads: int  # divides `heads`
+    head_dim: int
+    rope: bool
+    window: int | None
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """Describe down(activation(gate)·up) by the paths of its parts."""
+
+    path: str
+    gate: str
+    up: str
+    down: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Describe a decoder layer; mlp is None where it is anything but one gated MLP."""
+
+    path: str
+    attention: Attention
+    mlp: GatedMLP | None
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Hold a model's widths and counts; those in which layers differ are the largest."""
+
+    hidden: int
+    head_dim: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """Describe a model. Sites stand in the order in which they are computed.
+
+    cannot: by the name of a rotation (r1, r2, ...), why the family's function does not survive it.
+    """
+
+    family: str
+    hidden: int
+    layers: tuple[Layer, ...]
+    sites: tuple[Site, ...]
+    inputs: tuple[Input, ...]
+    norms: tuple[Norm, ...]
+    decoder: str  # from embedded tokens to what the head reads
+    embedding: str
+    head: str
+    final_norm: str
+    rope: str
+    rope_kind: str
+    cannot: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def input_at(self) -> dict[str, Input]:
+        """The inputs by their keys."""
+        return {input.key: input for input in self.inputs}
+
+    @cached_property
+    def site_at(self) -> dict[str, Site]:
+        """The sites by their paths."""
+        return {site.path: site for site in self.sites}
+
+    @cached_property
+    def norm_at(self) -> dict[str, Norm]:
+        """The norms by their paths."""
+        return {norm.path: norm for norm in self.norms}
+
+    @cached_property
+    def dimensions(self) -> Dimensions:
+        attentions = [layer.attention for layer in self.layers]
+        gated = [input.width for input in self.inputs if input.reads == "R4"]
+        return Dimensions(
+            hidden=self.hidden,
+            head_dim=max(a.head_dim for a in attentions),
+            intermediate=max(gated, default=0),
+            layers=len(self.layers),
+            heads=max(a.heads for a in attentions),
+            kv_heads=max(a.kv_heads for a in attentions),
+        )
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Widths that rotations turn, by their names, but for those in which layers differ."""
+        heads = {layer.attention.head_dim for layer in self.layers}
+        found = {"r1": {self.hidden}, "r2": heads, "r3": heads}
+        for name, space in (("r4", "R4"), ("cross_head", "R2")):
+            found[name] = {input.width for input in self.inputs if input.reads == space}
+        return {name: min(widths) for name, widths in found.items() if len(widths) == 1}
+
+    def width(self, rotation: str) -> int:
+        """Return the width that a rotation (r1, r2, ...) turns.
+
+        Raises InputError where layers differ in it, or nothing reads that space.
+        """
+        if rotation not in self.widths:
+            raise InputError(
+                f"rotation.{rotation} turns one width in all layers, which a {self.family} model "
+                f"of this shape has not: set rotation.{rotation}=none"
+            )
+        return self.widths[rotation]
+
+    def check(self, rotation: str) -> None:
+        """Raise InputError where the family's function does not survive a rotation."""
+        if rotation in self.cannot:
+            raise InputError(
+                f"rotation.{rotation} does not fit the model family {self.family!r}, because "
+                f"{self.cannot[rotation]}: set rotation.{rotation}=none"
+            )
+
+
+def _as_it_is(model: PreTrainedModel) -> None:
+    """Leave a stock model as it is."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Say how models of a family are read, and what has to be changed before and after.
+
+    prepare: bring a stock model, in place, to modules that a map can name; restore: undo it, so
+    that the model saves as a stock checkpoint.
+    """
+
+    read: Callable[[PreTrainedModel], ModelMap]
+    prepare: Callable[[PreTrainedModel], None] = _as_it_is
+    restore: Callable[[PreTrainedModel], None] = _as_it_is
