@@ -45,11 +45,11 @@ class Float4(Format):
         return Parameters(scale, torch.zeros_like(scale))
 
     def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
-        between = ((NUMBERS[1:] + NUMBERS[:-1]) / 2).to(x.dtype)
+        between = ((NUMBERS[1:] + NUMBERS[:-1]) / 2).to(x)
         return torch.bucketize(x / parameters.scale, between).to(x.dtype)
 
     def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-        return NUMBERS.to(levels.dtype)[levels.long()] * parameters.scale
+        return NUMBERS.to(levels)[levels.long()] * parameters.scale
 
     def pull_back(
         self,

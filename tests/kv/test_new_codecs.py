@@ -41,10 +41,12 @@ class Signs(RowCodec):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = wide.norm(dim=-1, keepdim=True).half().contiguous().view(torch.uint8)
         bits = (wide @ self.rotation.like(x) > 0).unflatten(-1, (-1, 8))
-        return torch.cat(((bits * (1 << torch.arange(8))).sum(-1).to(torch.uint8), norm), -1)
+        powers = 1 << torch.arange(8, device=x.device)
+        return torch.cat(((bits * powers).sum(-1).to(torch.uint8), norm), -1)
 
     def decode(self, rows, dtype):
-        signs = (rows[..., :-2, None] >> torch.arange(8) & 1).flatten(-2) * 2 - 1
+        places = torch.arange(8, device=rows.device)
+        signs = (rows[..., :-2, None] >> places & 1).flatten(-2) * 2 - 1
         norm = rows[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.float16)
         x = signs.to(dtype) * norm.to(dtype) * math.sqrt(2 / math.pi / self.width)
         return (x @ self.rotation.like(x).mT).to(dtype)
