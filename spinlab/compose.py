@@ -8,7 +8,8 @@ from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
@@ -25,7 +26,11 @@ def composed(*overrides: str) -> Config:
     """Return the settings that `python -m spinlab` would run with these overrides."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return settings(compose("config", list(overrides)))
+        whole = compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(whole)  # names of experiments tell which method was chosen
+    with open_dict(whole):
+        del whole["hydra"]
+    return settings(whole)
 
 
 def settings(composed: DictConfig) -> Config:

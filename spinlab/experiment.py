@@ -112,7 +112,7 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
             "learn/first_loss": curve[0]["loss"],
             "learn/last_loss": curve[-1]["loss"],
         }
-    warn_of_mismatch(pipeline.rotations("fake"), record.config.weights)
+    warn_of_mismatch(pipeline.rotations("fake"), record.config.weights.method)
     _save(pipeline, record)
     return learned / "rotations.safetensors"
 

@@ -18,8 +18,8 @@ from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.cache import kv_path
-from spinlab.kv.codecs import unread_settings
-from spinlab.learn import check_learning
+from spinlab.kv.codecs import unread_by_codecs
+from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
 from spinlab.model.context import check_context
@@ -32,6 +32,7 @@ from spinlab.stages.remaining import remaining
 from spinlab.stages.rotations import gate_tokens
 from spinlab.stages.text import windows_in
 from spinlab.weights.layerwise import check_samples, check_weight_groups
+from spinlab.weights.methods import check_method
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     overrides: what the command sets for this run alone.
     """
     _check_places(pipeline.config)
-    of_codecs = unread_settings(pipeline.config.kv)
-    check_read(pipeline.config, overrides, pipeline.given.transformed, of_codecs)
+    config = pipeline.config
+    unread = *unread_by_codecs(config.kv), *unread_by_optimizer(config.learn)
+    check_read(config, overrides, pipeline.given.transformed, unread)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)
     _check_fits(pipeline)
@@ -67,11 +69,12 @@ def _check_fits(pipeline: Pipeline) -> None:
     """Hold formats, rotations and windows against the model's widths."""
     config, model = pipeline.config, pipeline.original.shape
     check_context(config, model.config)
+    check_method(config.weights)
     check_weight_groups(map_of(model), config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
     kv = kv_path(config.kv, map_of(model).width("r3"))
     if config.rounded_on_text and config.weights.method == "gptq":
-        check_samples(config.weights.samples)
+        check_samples(config.weights.gptq.samples)
     if pipeline.run.backend == "triton":
         check_runtime(model, kv)
 

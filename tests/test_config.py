@@ -8,19 +8,17 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from spinlab.compose import composed
+from spinlab.compose import composed, options_of
 from spinlab.config.unread import check_read, unread
 from spinlab.errors import InputError
+from spinlab.learn import unread_by_optimizer
 
 ROOT = Path(__file__).parent.parent
-CONF = ROOT / "conf"
-EXPERIMENTS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix(""))
-    for path in (CONF / "experiment").rglob("*.yaml")
-)
+PAPER = [["+experiment=paper", f"method={method}"] for method in options_of("method")]
+EXPERIMENTS = [*([f"+experiment={name}"] for name in options_of("experiment")), *PAPER]
 FLOATS = [
     *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
-    *("learn.objective.kl", "weights.percdamp", "weights.clip_norm", "weights.lwc_lr"),
+    *("learn.objective.kl", "weights.gptq.percdamp", "weights.clip.norm", "weights.lwc.lr"),
     *("model.outlier_scale", "rotation.smooth", "kv.keys.clip_ratio", "quant.weights.clip_ratio"),
 ]
 
@@ -40,7 +38,7 @@ def test_numbers_are_finite(name, value):
         ("learn.save_every=99999999999999999999", "does not fit into 64 bits"),
         ("learn.steps=1000000000", "goes from 0 to 1000000"),
         ("learn.batch=1000000000", "goes from 1 to 1000000"),
-        ("weights.samples=1000000000", "goes from 1 to 1000000"),
+        ("weights.gptq.samples=1000000000", "goes from 1 to 1000000"),
         ("rotation.duquant.steps=1000000000", "goes from 1 to 1000000"),
         ("eval.batch=1000000000", "goes from 1 to 1000000"),
         ("runtime.threads=1000000000", "goes from 0 to 4096"),
@@ -85,10 +83,17 @@ def test_every_seed_of_64_bits_is_taken():
         (["learn.rotations=[r1]", "learn.lr_r2=3"], "learn.lr_r2"),
         (["learn.optimizer=qr_sgd", "learn.cap_step=false"], "learn.cap_step"),
         (["learn.quantize_weights=false", "learn.clip_refresh=7"], "learn.clip_refresh"),
-        (["weights=rtn", "weights.percdamp=0.1"], "weights.percdamp"),
-        (["weights=rtn", "weights.samples=9"], "weights.samples"),
-        (["weights=gptq", "weights.lwc_lr=0.1"], "weights.lwc_lr"),
-        (["weights=rtn_fixed", "weights.clip_norm=2"], "weights.clip_norm"),
+        (["learn.lr_clip=0.1", "learn.clip_refresh=7"], "learn.clip_refresh"),
+        (["learn.optimizer=cayley_adam", "learn.momentum=0.5"], "learn.momentum"),
+        (["learn.optimizer=riemannian_sgd", "learn.cap_step=false"], "learn.cap_step"),
+        (["learn.objective.kl_top_k=5"], "learn.objective.kl_top_k"),
+        (["learn.lr_scale=0.1"], "learn.lr_scale"),
+        (["learn.lr_inputs=0.1"], "learn.lr_inputs"),
+        (["weights=lwc", "weights.gptq.samples=9"], "weights.gptq.samples"),
+        (["weights=rtn", "weights.gptq.percdamp=0.1"], "weights.gptq.percdamp"),
+        (["weights=rtn", "weights.gptq.samples=9"], "weights.gptq.samples"),
+        (["weights=gptq", "weights.lwc.lr=0.1"], "weights.lwc.lr"),
+        (["weights=rtn_fixed", "weights.clip.norm=2"], "weights.clip.norm"),
         (["quant.activations.bits=16", "quant.activations.group_size=8"], "group_size"),
         (["kv=kv16", "kv.keys.group_size=8"], "kv.keys.group_size"),
         (["kv.queries.clip_ratio=0.9"], "kv.queries.clip_ratio"),
@@ -105,10 +110,11 @@ def test_every_seed_of_64_bits_is_taken():
 )
 def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, caplog):
     config = composed("+experiment=toy", *overrides)
+    rules = [*unread_by_optimizer(config.learn)]
     with pytest.raises(InputError, match=rf"{name}.* is not read with .*: leave it out"):
-        check_read(config, overrides)
+        check_read(config, overrides, rules=rules)
     caplog.set_level(logging.INFO)
-    check_read(config, [])  # from a preset, or shared by the runs of a sweep
+    check_read(config, [], rules=rules)  # from a preset, or shared by the runs of a sweep
     assert any(name in record.message for record in caplog.records)
 
 
@@ -116,7 +122,7 @@ def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, capl
     "overrides",
     [
         ["learn.lr=0.5", "learn.lr_r2=3", "learn.clip_refresh=2"],
-        ["weights=gptq", "weights.percdamp=0.1", "weights.samples=9"],
+        ["weights=gptq", "weights.gptq.percdamp=0.1", "weights.gptq.samples=9"],
         ["rotation=duquant", "learn=none", "rotation.duquant.steps=9"],
         ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
         ["learn=none", "eval.tasks=[]"],
@@ -184,15 +190,23 @@ def test_what_a_models_preset_carries_for_other_sources_is_only_told(arguments, 
     assert all(name in caplog.text for name in logged)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("toy")])
-def test_experiments_set_nothing_that_they_do_not_read(name):
+@pytest.mark.parametrize("arguments", [x for x in EXPERIMENTS if "toy" not in x[0]], ids=" ".join)
+def test_experiments_set_nothing_that_they_do_not_read(arguments):
     # a model's preset carries its shape as well, for random weights
-    assert set(unread(composed(f"+experiment={name}"))) <= {"model.architecture"}
+    config = composed(*arguments)
+    found = unread(config, rules=unread_by_optimizer(config.learn))
+    assert set(found) <= {"model.architecture"}
 
 
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if n.startswith("llama")])
-def test_llama_rows_measure_what_the_paper_does(name):
-    config = composed(f"+experiment={name}")
+@pytest.mark.parametrize("model", ["llama2_7b", "llama3_8b"])
+@pytest.mark.parametrize(
+    "arguments",
+    [*PAPER, *([f"+experiment={name}"] for name in ("llmc_quarot", "llmc_gptq"))],
+    ids=" ".join,
+)
+def test_llama_rows_measure_what_the_paper_does(arguments, model):
+    config = composed(*arguments, f"model={model}")
+    assert config.name.startswith(f"{model}/")
     assert "wikitext2" in config.data.evaluation
     if not config.export.transformed:  # the first of two runs, not a row
         assert config.eval.scored
@@ -204,15 +218,20 @@ def test_llama_rows_measure_what_the_paper_does(name):
 
 
 def documented() -> list[list[str]]:
-    """Return the arguments of every command of the README, and of its lines of bare settings."""
+    """Return the arguments of every command of the pages, and of their lines of bare settings."""
     found = []
-    for block in (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    for block in [block for text in texts for block in text.split("```")[1::2]]:
         for line in block.splitlines():
             *command, arguments = line.rpartition("spinlab +experiment=")
+            settings = "=" in line.partition(" ")[0]  # for an experiment with a batch to cut
+            if not any(command) and not settings:
+                continue
             words = shlex.split(arguments, comments=True)
             if any(command):
                 found.append([f"+experiment={words[0]}", *words[1:]])
-            elif "=" in line.partition(" ")[0]:  # settings for an experiment with a batch to cut
+            else:
                 large = "micro_batch" in line
                 base = "smollm2_135m_w4a4kv4_full" if large else "toy"
                 found.append([f"+experiment={base}", *words])
@@ -220,9 +239,10 @@ def documented() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("arguments", documented(), ids=" ".join)
-def test_what_the_readme_says_composes_and_is_read(arguments):
-    check_read(composed(*arguments), arguments)
+def test_what_the_pages_say_composes_and_is_read(arguments):
+    config = composed(*arguments)
+    check_read(config, arguments, rules=unread_by_optimizer(config.learn))
 
 
-def test_the_readme_is_understood():
+def test_the_pages_are_understood():
     assert len(documented()) > 15

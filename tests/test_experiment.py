@@ -162,7 +162,7 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
         ),
         (
             "cache/weights-*.partial/progress/layer-001.safetensors",
-            ["weights=gptq", "weights.samples=96", "weights.sequence_length=96",
+            ["weights=gptq", "weights.gptq.samples=96", "weights.gptq.sequence_length=96",
              "model=random", "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
             "",
         ),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spinlab.config import WeightsConfig
+from spinlab.config import GPTQConfig
 from spinlab.errors import ResultError
 from spinlab.evaluate.zeroshot import _score
 from spinlab.finite import check_finite
@@ -42,7 +42,7 @@ def test_answers_without_a_likelihood_are_no_accuracy():
 
 def test_a_hessian_that_is_not_finite_is_not_called_ill_conditioned():
     hessian = torch.eye(4)
-    error_spread(hessian, WeightsConfig())
+    error_spread(hessian, GPTQConfig())
     hessian[1, 2] = torch.nan
     with pytest.raises(ResultError, match="the Hessian has 1 of 16 numbers"):
-        error_spread(hessian, WeightsConfig())
+        error_spread(hessian, GPTQConfig())

@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinlab.compose import composed
+from spinlab.compose import composed, options_of
+from spinlab.config import plain
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
@@ -20,13 +22,15 @@ from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-EXPERIMENTS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix(""))
-    for path in (CONF / "experiment").rglob("*.yaml")
-)
+# a point of a grid is named after it
+NAMES = {
+    **dict.fromkeys(("paper", "llama2_7b_w4a4kv4"), "llama2_7b/spinquant_had"),
+    "methods_smollm2": "methods_smollm2/spinquant_had",
+    **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
+}
 SMALL = [
-    "weights.samples=3",
-    "weights.sequence_length=64",
+    *(f"weights.{method}.samples=3" for method in ("gptq", "lwc")),
+    *(f"weights.{method}.sequence_length=64" for method in ("gptq", "lwc")),
     "rotation.statistics.samples=3",
     "rotation.statistics.sequence_length=64",
     "rotation.duquant.steps=8",
@@ -68,9 +72,20 @@ def text(tmp_path) -> list[str]:
     return [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", options_of("experiment"))
 def test_every_experiment_composes_under_its_own_name(name):
-    assert composed(f"+experiment={name}").name == name
+    assert composed(f"+experiment={name}").name == NAMES.get(name, name)
+
+
+def test_what_composes_to_the_same_settings_has_one_name():
+    words = [[f"+experiment={name}"] for name in options_of("experiment")]
+    for grid in ("paper", "methods_smollm2"):
+        words += [[f"+experiment={grid}", f"method={name}"] for name in options_of("method")]
+    named: dict[str, set[str]] = {}
+    for config in (composed(*arguments) for arguments in words):
+        settings = json.dumps(plain(replace(config, name="x")), sort_keys=True)
+        named.setdefault(settings, set()).add(config.name)
+    assert all(len(names) == 1 for names in named.values())
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
@@ -82,7 +97,7 @@ def test_every_model_composes(model):
 def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     learned = ("learned_ranges", "learned_inputs", "duquant_learned")
     steps = dict.fromkeys((*learned, "spinquant_had", "spinquant_no_had"), 2)
-    lwc = ["weights.lwc_epochs=1"] if method == "duquant_lwc" else []
+    lwc = ["weights.lwc.epochs=1"] if method == "duquant_lwc" else []
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
     )
@@ -287,13 +302,13 @@ def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text
 def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
     run = pipeline(tmp_path, "learn.steps=2", "learn.quantize_weights=true", "weights=gptq", *SMALL)
     rotations = run.rotations("fake")
-    warn_of_mismatch(rotations, run.config.weights)
+    warn_of_mismatch(rotations, "gptq")
     assert "learned with 4-bit weights in the loop and are used with weights=gptq" in caplog.text
     assert rotations.about["trained"]["weights_bits"] == 4
     assert rotations.about["family"] == "llama"
     caplog.clear()
-    warn_of_mismatch(rotations, composed("weights=rtn").weights)
-    warn_of_mismatch(run.rotations("init"), run.config.weights)
+    warn_of_mismatch(rotations, "rtn")
+    warn_of_mismatch(run.rotations("init"), "gptq")
     assert not caplog.text
 
 
@@ -343,13 +358,13 @@ def test_a_record_tells_loaded_rotations_apart_by_content_and_keeps_no_path(tmp_
 @pytest.mark.parametrize(
     ("experiment", "choice", "setting", "value"),
     [
-        ("methods_smollm2/learned_ranges", "learn=none", "learn.steps", 0),
-        ("llama2_7b/llmc_quarot", "rotation=hadamard", "rotation.r3", "hadamard"),
-        ("llama2_7b/duquant_lwc", "rotation=smoothquant", "rotation.smooth", 0.5),
-        ("llama2_7b/duquant_lwc", "rotation=hadamard", "rotation.smooth", None),
+        ("paper method=learned_ranges", "learn=none", "learn.steps", 0),
+        ("llmc_quarot", "rotation=hadamard", "rotation.r3", "hadamard"),
+        ("paper method=published/duquant_lwc", "rotation=smoothquant", "rotation.smooth", 0.5),
+        ("paper method=published/duquant_lwc", "rotation=hadamard", "rotation.smooth", None),
+        ("paper method=published/quarot", "kv=kv8", "kv.keys.clip_ratio", 1.0),
     ],
 )
 def test_a_chosen_group_beats_what_the_experiment_chose(experiment, choice, setting, value):
-    group, _, name = setting.partition(".")
-    config = composed(f"+experiment={experiment}", choice)
-    assert getattr(getattr(config, group), name) == value
+    config = composed(*f"+experiment={experiment}".split(), choice)
+    assert attrgetter(setting)(config) == value

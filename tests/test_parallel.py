@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.__main__ import main
 from spinlab.cache import Cache
-from spinlab.config import ModelConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import GPTQConfig, ModelConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.device import choose_device
 from spinlab.errors import InputError
 from spinlab.evaluate.perplexity import perplexity
@@ -45,11 +45,11 @@ ARCHITECTURE = {
     "initializer_range": 0.2,
 }
 COUNTS = (1, 2, 5)  # of windows: too few for both, as many as processes, not to be halved
-GPTQ = WeightsConfig(method="gptq", block_size=10)
+GPTQ = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 # random weights: one level that flips takes a trained network's learning elsewhere, in float32
 TOY = ["+experiment=toy", "model=random", "learn.steps=6", "tracker=none", "eval.tasks=[]"]
-FEW = ["eval.variants=[fp,fake]", "eval.max_windows=3", "weights=gptq", "weights.samples=5"]
+FEW = ["eval.variants=[fp,fake]", "eval.max_windows=3", "weights=gptq", "weights.gptq.samples=5"]
 
 FAILS = """
 import sys
@@ -83,7 +83,7 @@ def measure(out: Path) -> None:
 
 def toy(out: Path) -> list[str]:
     paths = [f"paths.cache={out / 'toy'}", f"paths.runs={out / 'runs'}"]
-    return [*TOY, *FEW, "weights.sequence_length=64", *paths]
+    return [*TOY, *FEW, "weights.gptq.sequence_length=64", *paths]
 
 
 def network(dtype: str) -> PreTrainedModel:

@@ -56,8 +56,8 @@ def refused(folder: Path, *overrides: str) -> str:
         (["rotation.r4_block=128"], "rotation.r4_block=128 does not divide 192"),
         (["eval.window=513"], "eval.window=513 is longer than the 512 tokens"),
         (
-            ["weights=gptq", "weights.sequence_length=513"],
-            "weights.sequence_length=513 is longer than the 512 tokens",
+            ["weights=gptq", "weights.gptq.sequence_length=513"],
+            "weights.gptq.sequence_length=513 is longer than the 512 tokens",
         ),
         (["learn.steps=1", "learn.sequence_length=513"], "learn.sequence_length=513 is longer"),
         (
@@ -106,14 +106,14 @@ def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(parallel, "world", lambda: 3)
-    assert "weights.samples=2 leaves some" in refused(
-        tmp_path, "model=random", "weights=gptq", "weights.samples=2"
+    assert "weights.gptq.samples=2 leaves some" in refused(
+        tmp_path, "model=random", "weights=gptq", "weights.gptq.samples=2"
     )
 
 
 def test_windows_that_nothing_reads_are_refused_for_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight_, "check_samples", None)
-    gptq = ["model=random", "weights=gptq", "weights.sequence_length=513"]
+    gptq = ["model=random", "weights=gptq", "weights.gptq.sequence_length=513"]
     for variants in ("fp", "fp,rtn"):
         preflight(pipeline(tmp_path, *gptq, f"eval.variants=[{variants}]"))
 
@@ -153,7 +153,7 @@ def test_texts_are_looked_for_before_any_stage(tmp_path, monkeypatch):
     ("overrides", "words"),
     [
         (["learn.steps=1", "learn.sequence_length=400"], "learn.sequence_length"),
-        (["weights=gptq", "weights.sequence_length=400"], "weights.sequence_length"),
+        (["weights=gptq", "weights.gptq.sequence_length=400"], "weights.gptq.sequence_length"),
         (
             ["rotation=smoothquant", "rotation.statistics.sequence_length=400"],
             "rotation.statistics.sequence_length",

@@ -4,7 +4,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spinlab.config import RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, RotationConfig, TensorQuant
 from spinlab.config.rotation import SEARCHED, DuQuantConfig
 from spinlab.model.families import FAMILIES
 from spinlab.model.modules import map_of
@@ -117,7 +117,7 @@ def test_any_width_has_an_orthogonal_hadamard_rotation(n):
 def test_any_weight_survives_its_stored_form(rows, groups, width, bits, symmetric):
     weight = torch.randn(rows, groups * width * 2, generator=torch.Generator().manual_seed(bits))
     format = TensorQuant(bits=bits, symmetric=symmetric, group_size=width * 2)
-    found = rtn(weight, format, WeightsConfig(clip_search=False))
+    found = rtn(weight, format, ClipSearch(search=False))
     again = QuantizedWeight.from_tensors(found.tensors(), found.format, weight.shape[1])
     assert torch.equal(again.dequantize(), found.dequantize())
     step = found.scale.repeat_interleave(width * 2, dim=1)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     ModelConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.data.text import TEXTS, fixed_windows, tokenize
 from spinlab.model.gguf import convert_gguf
@@ -63,7 +63,7 @@ def test_thirty_layers_of_integers_equal_their_emulation_to_the_last_bit(smollm2
     """This model has massive tokens; any tie decided by float noise would show here."""
     folder, rotations, ids = smollm2
     built = networks(folder)
-    plain = WeightsConfig(clip_search=False)
+    plain = ClipSearch(search=False)
     weights = quantize_rtn(built.fused(rotations), built.quant, plain, {})
     expected = built.emulated(rotations, weights)(ids).logits
     found = built.integer(rotations, weights, "cpu")(ids).logits

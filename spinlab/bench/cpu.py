@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from spinlab.bench.models import random_llama
 from spinlab.config import (
+    ClipSearch,
     CodecConfig,
     KVConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
     plain,
 )
 from spinlab.fakequant.activations import InputPath
@@ -46,7 +46,7 @@ LINEARS = (
 )
 _OFF = CodecConfig(bits=16)
 _CACHES = {"kv16": KVConfig(_OFF, _OFF), "kv4": KVConfig()}
-_ROUNDING = WeightsConfig(clip_search=False)  # levels take the same time, whichever they are
+_ROUNDING = ClipSearch(search=False)  # levels take the same time, whichever they are
 _WARM_UP = 3
 
 

@@ -11,7 +11,7 @@ import torch
 
 from spinlab.bench.clock import now, peaks
 from spinlab.bench.models import random_llama
-from spinlab.config import QuantConfig, WeightsConfig, plain
+from spinlab.config import GPTQConfig, QuantConfig, WeightsConfig, plain
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.track.environment import environment
@@ -37,7 +37,7 @@ def bench_gptq(
     windows: how many of how many tokens, drawn at random as the weights are.
     """
     model = random_llama(name, layers, device)
-    config = WeightsConfig(method="gptq", samples=windows[0], sequence_length=windows[1])
+    config = WeightsConfig(method="gptq", gptq=GPTQConfig(*windows))
     quant = QuantConfig()
     tokens = torch.randint(model.config.vocab_size, windows, generator=torch.Generator())
     rotations = RotationSet(r4=hadamard_rotation(model.config.intermediate_size))

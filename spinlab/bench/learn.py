@@ -13,11 +13,11 @@ from spinlab import parallel
 from spinlab.bench.clock import now, peaks
 from spinlab.bench.models import random_llama
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     QuantConfig,
     RotationConfig,
-    WeightsConfig,
     plain,
 )
 from spinlab.errors import InputError
@@ -100,7 +100,7 @@ def _learner(
     network = RotatedNetworks(lambda: model, quant, KVConfig()).learnable(start)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None
-    return RotationLearner(network, start, learn, quant, WeightsConfig(), teacher)
+    return RotationLearner(network, start, learn, quant, ClipSearch(), teacher)
 
 
 def _timed(

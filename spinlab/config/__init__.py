@@ -13,25 +13,25 @@ from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
-from spinlab.config.quant import QuantConfig, TensorQuant, WeightsConfig
-from spinlab.config.rotation import (
-    DuQuantConfig,
-    RotationConfig,
-    StatisticsConfig,
-)
+from spinlab.config.quant import QuantConfig, TensorQuant
+from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
+from spinlab.config.weights import ClipSearch, GPTQConfig, LWCConfig, WeightsConfig
 from spinlab.errors import InputError
 
 __all__ = [
     "VARIANTS",
+    "ClipSearch",
     "CodecConfig",
     "Config",
     "DataConfig",
     "DuQuantConfig",
     "EvalConfig",
     "ExportConfig",
+    "GPTQConfig",
     "KVConfig",
+    "LWCConfig",
     "LearnConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -78,18 +78,8 @@ class Config:
             )
         if self.learn.steps:
             self._check_learning()
-        if self.learn.lr_clip > 0 and self.weights.lwc_epochs:
-            raise InputError(
-                "learn.lr_clip and weights.lwc_epochs both learn weight ranges: set one to 0"
-            )
-        if self.weights.act_order and not self.weights.static_groups:
-            for tensor in self.quant.weight_formats:
-                if tensor.group_size:
-                    raise InputError(
-                        f"weights.act_order with quant.weights.group_size={tensor.group_size} "
-                        "needs weights.static_groups=true: groups are runs of columns, act-order "
-                        "does not visit them in turn"
-                    )
+        if self.weights.method == "gptq":
+            self._check_columns()
         if "int4" in self.eval.variants:
             self._check_integers()
 
@@ -104,10 +94,20 @@ class Config:
                     "200 bytes, with / between them, and no .., ~ or backslash"
                 )
 
+    def _check_columns(self) -> None:
+        """Refuse ranges of groups that GPTQ could not take as it reaches them."""
+        gptq, groups = self.weights.gptq, [t.group_size for t in self.quant.weight_formats]
+        if gptq.act_order and not gptq.static_groups and any(groups):
+            raise InputError(
+                f"weights.gptq.act_order with quant.weights.group_size={max(groups)} needs "
+                "weights.gptq.static_groups=true: groups are runs of columns, act-order does not "
+                "visit them in turn"
+            )
+
     @property
     def rounded_on_text(self) -> bool:
         """Tell whether a variant is measured whose weights are rounded on calibration text."""
-        calibrated = self.weights.method == "gptq" or self.weights.lwc_epochs > 0
+        calibrated = self.weights.windows is not None
         variants = set(self.eval.variants) - {"fp", "rtn"}
         return calibrated and self.quant.quantizes_weights and bool(variants)
 
@@ -117,12 +117,14 @@ class Config:
         rotation = self.rotation
         gathers = rotation.needs_statistics and not rotation.load
         uses = (
-            ("rotation.statistics", rotation.statistics, gathers),
-            ("learn", self.learn, self.learn.steps > 0),
-            ("weights", self.weights, self.rounded_on_text),
+            (rotation.statistics, gathers),
+            (self.learn, self.learn.steps > 0),
+            (self.weights.windows, self.rounded_on_text),
         )
         return {
-            f"{name}.sequence_length": part.sequence_length for name, part, used in uses if used
+            f"{part.place}.sequence_length": part.sequence_length
+            for part, used in uses
+            if part is not None and used
         }
 
     def _check_learning(self) -> None:

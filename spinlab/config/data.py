@@ -1,8 +1,9 @@
-"""Settings of the texts."""
+"""Settings of the texts, and of the windows that are cut from the calibration text."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from spinlab.config.checks import filled
+from spinlab.config.checks import at_least, count, filled
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         filled("data.evaluation", self.evaluation)
+
+
+@dataclass(frozen=True)
+class WindowsConfig:
+    """Set the calibration windows that a part of a run looks at; `place` is that part's name."""
+
+    place: ClassVar[str]
+    samples: int = 128
+    sequence_length: int = 2048
+
+    def __post_init__(self) -> None:
+        count(f"{self.place}.samples", self.samples)
+        at_least(f"{self.place}.sequence_length", self.sequence_length, 2)

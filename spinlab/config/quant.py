@@ -4,10 +4,8 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from spinlab.config.checks import at_least, bits, choice, count, positive, ratio
+from spinlab.config.checks import at_least, bits, ratio
 from spinlab.errors import InputError
-
-METHODS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
@@ -107,41 +105,3 @@ class QuantConfig:
     def quantizes_weights(self) -> bool:
         """Tell whether any weight has fewer than 16 bits."""
         return any(t.quantizes for t in (*self.weight_formats, self.head, self.embedding))
-
-
-@dataclass(frozen=True)
-class WeightsConfig:
-    """Choose how weights are rounded: RTN or GPTQ (Frantar et al. 2022), and the clip search."""
-
-    method: str = "rtn"
-    clip_search: bool = True
-    clip_norm: float = 2.4
-    clip_grid: int = 100
-    clip_max_shrink: float = 0.8
-    samples: int = 128  # GPTQ and LWC calibration windows
-    sequence_length: int = 2048
-    block_size: int = 128
-    percdamp: float = 0.01
-    act_order: bool = False
-    static_groups: bool = False  # group ranges from the start, not as columns stand when reached
-    lwc_epochs: int = 0  # RTN: learnable weight clipping, layer by layer, this many epochs
-    lwc_lr: float = 5e-3
-
-    @property
-    def clip_settings(self) -> dict[str, Any]:
-        """The settings that RTN depends on: those of its clip search."""
-        return {k: v for k, v in vars(self).items() if k.startswith("clip_")}
-
-    def __post_init__(self) -> None:
-        choice("weights.method", self.method, METHODS)
-        for name in ("clip_norm", "percdamp", "lwc_lr"):
-            positive(f"weights.{name}", getattr(self, name))
-        for name in ("clip_grid", "samples", "block_size"):
-            count(f"weights.{name}", getattr(self, name))
-        at_least("weights.sequence_length", self.sequence_length, 2)
-        count("weights.lwc_epochs", self.lwc_epochs, 0)
-        at_least("weights.clip_grid*clip_max_shrink", self.clip_grid * self.clip_max_shrink, 1)
-        if not 0 < self.clip_max_shrink < 1:
-            raise InputError(f"weights.clip_max_shrink={self.clip_max_shrink} must lie in (0, 1)")
-        if self.lwc_epochs and self.method != "rtn":
-            raise InputError("weights.lwc_epochs learns the ranges of RTN: use weights=rtn")

@@ -1,8 +1,10 @@
 """Settings of the rotations: how they start."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from spinlab.config.checks import at_least, choice, count
+from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
@@ -22,15 +24,10 @@ class DuQuantConfig:
 
 
 @dataclass(frozen=True)
-class StatisticsConfig:
+class StatisticsConfig(WindowsConfig):
     """Set the calibration windows that smoothing and DuQuant look at."""
 
-    samples: int = 128
-    sequence_length: int = 2048
-
-    def __post_init__(self) -> None:
-        count("rotation.statistics.samples", self.samples)
-        at_least("rotation.statistics.sequence_length", self.sequence_length, 2)
+    place: ClassVar[str] = "rotation.statistics"
 
 
 @dataclass(frozen=True)

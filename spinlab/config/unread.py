@@ -63,6 +63,11 @@ def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") ->
             yield f"{prefix}{key}", value
 
 
+def _others(part: Any, place: str, *read: str) -> list[str]:
+    """Name the settings of a part but for those that are read."""
+    return [f"{place}.{f.name}" for f in fields(part) if f.name not in read]
+
+
 def _rules(config: Config, exported: bool) -> Iterator[Rule]:
     """Yield reasons that hold, and what is not read for them; a name stands for all below it."""
     yield from _of_model(config)
@@ -98,7 +103,7 @@ def _of_model(config: Config) -> Iterator[Rule]:
 def _of_learning(config: Config) -> Iterator[Rule]:
     learn = config.learn
     if not learn.steps:
-        yield "learn.steps=0", [f"learn.{f.name}" for f in fields(learn) if f.name != "steps"]
+        yield "learn.steps=0", _others(learn, "learn", "steps")
         return
     of_names = f"learn.rotations=[{','.join(learn.rotations)}]"
     own = {"r1": None, "r2": learn.lr_r2, "inputs": learn.lr_inputs}
@@ -106,25 +111,22 @@ def _of_learning(config: Config) -> Iterator[Rule]:
         yield f"rates of their own for {of_names}", ["learn.lr"]
     if "r2" not in learn.rotations:
         yield of_names, ["learn.lr_r2"]
-    if not learn.optimizer.startswith("cayley"):
-        yield f"learn.optimizer={learn.optimizer}", ["learn.cap_step"]
+    if "inputs" not in learn.rotations:
+        yield of_names, ["learn.lr_inputs", "learn.lr_scale"]
     if not learn.quantize_weights:
         yield "learn.quantize_weights=false", ["learn.clip_refresh"]
+    if learn.lr_clip:
+        yield "learned clip ratios, which are searched once,", ["learn.clip_refresh"]
+    if not learn.objective.kl:
+        yield "learn.objective.kl=0", ["learn.objective.kl_top_k"]
 
 
 def _of_weights(config: Config) -> Iterator[Rule]:
     weights = config.weights
-    gptq = ["block_size", "percdamp", "act_order", "static_groups"]
-    names = [] if weights.method == "gptq" else gptq
-    names += [] if weights.lwc_epochs else ["lwc_lr"]
-    names += (
-        [] if weights.lwc_epochs or weights.method == "gptq" else ["samples", "sequence_length"]
-    )
-    with_lwc = f" and weights.lwc_epochs={weights.lwc_epochs}"
-    yield f"weights.method={weights.method}{with_lwc}", [f"weights.{name}" for name in names]
-    if not weights.clip_search:
-        parts = ("clip_norm", "clip_grid", "clip_max_shrink")
-        yield "weights.clip_search=false", [f"weights.{part}" for part in parts]
+    read = ("method", "clip", weights.method)
+    yield f"weights.method={weights.method}", _others(weights, "weights", *read)
+    if not weights.clip.search:
+        yield "weights.clip.search=false", _others(weights.clip, "weights.clip", "search")
     if not config.quant.quantizes_weights:
         yield "weights of 16 bits", ["weights"]
 
@@ -135,14 +137,12 @@ def _of_formats(config: Config) -> Iterator[Rule]:
         tensor: TensorQuant = getattr(quant, name)
         inherited = any(name in override for override in quant.overrides)
         if not tensor.quantizes and not inherited:
-            parts = ("format", "symmetric", "group_size", "clip_ratio")
-            yield f"quant.{name}.bits=16", [f"quant.{name}.{part}" for part in parts]
+            yield f"quant.{name}.bits=16", _others(tensor, f"quant.{name}", "bits")
     if not any(tensor.quantizes for tensor in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
     for side, settings in config.kv.sides.items():
         if settings.bits == 16:
-            parts = ("codec", "symmetric", "group_size", "clip_ratio")
-            yield f"kv.{side}.bits=16", [f"kv.{side}.{part}" for part in parts]
+            yield f"kv.{side}.bits=16", _others(settings, f"kv.{side}", "bits")
 
 
 def _of_rotations(config: Config) -> Iterator[Rule]:
@@ -150,7 +150,7 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
     if rotation.load and rotation.load.endswith(".safetensors"):
         yield (
             "rotation.load=….safetensors, which holds all rotations",
-            [f"rotation.{f.name}" for f in fields(rotation) if f.name != "load"],
+            _others(rotation, "rotation", "load"),
         )
         return
     if rotation.load:
@@ -179,4 +179,4 @@ def _of_measures(config: Config) -> Iterator[Rule]:
         reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
         yield reason, [f"eval.{part}" for part in parts]
     if tracker.wandb.mode == "disabled":
-        yield "tracker.wandb.mode=disabled", ["tracker.wandb.project", "tracker.wandb.entity"]
+        yield "tracker.wandb.mode=disabled", _others(tracker.wandb, "tracker.wandb", "mode")

@@ -1,9 +1,8 @@
 """Clip search for weights: shrink each channel's range until its rounding error is smallest."""
 
-from dataclasses import dataclass
-
 import torch
 
+from spinlab.config import ClipSearch
 from spinlab.formats.base import Format, Parameters
 from spinlab.formats.integer import extremes, nearest
 
@@ -12,24 +11,8 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 _TINY = 1e-6  # of a level; keeps logarithms of 0 out, which are several times slower
 
 
-@dataclass(frozen=True)
-class ClipSearch:
-    """Say which shrink ratios are tried: 1, 1-1/grid, … down to 1-max_shrink (exclusive).
-
-    The error of a candidate is the sum of |rounding error|^norm over a channel or group. The
-    published recipe is norm 2.4, grid 100, max_shrink 0.8, that is 80 candidates (GPTQ, SpinQuant).
-    """
-
-    norm: float = 2.4
-    grid: int = 100
-    max_shrink: float = 0.8
-
-    def ratios(self) -> list[float]:
-        return [1 - i / self.grid for i in range(int(self.max_shrink * self.grid))]
-
-
 def search_clip(
-    weight: torch.Tensor, format: Format, group_size: int, search: ClipSearch | None
+    weight: torch.Tensor, format: Format, group_size: int, search: ClipSearch
 ) -> torch.Tensor:
     """Return the ratio by which each channel's (or group's) range is best shrunk.
 
@@ -38,7 +21,7 @@ def search_clip(
     """
     grouped, lowest, highest = extremes(weight, group_size)
     best = torch.ones_like(lowest)
-    if search is None:
+    if not search.search:
         return best
     rows = grouped.flatten(0, 1)
     step = max(1, _CHUNK_ELEMENTS[weight.device.type] // rows.shape[-1])

@@ -10,6 +10,7 @@ from spinlab.learn.check import check_learning
 from spinlab.learn.divergence import Divergence
 from spinlab.learn.estimate import announce, estimate_of
 from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_progress
+from spinlab.learn.optim import unread_by_optimizer
 from spinlab.learn.placement import choose_checkpoint, recompute_layers, shard_layers
 from spinlab.learn.recipe import announce_further, training_of, warn_of_mismatch
 from spinlab.learn.spaces import LearningSpace, rounds_weights
@@ -30,5 +31,6 @@ __all__ = [
     "save_progress",
     "shard_layers",
     "training_of",
+    "unread_by_optimizer",
     "warn_of_mismatch",
 ]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import LearnConfig, QuantConfig, WeightsConfig
+from spinlab.config import ClipSearch, LearnConfig, QuantConfig
 from spinlab.files import kept_tensors, save_tensors
 from spinlab.learn.divergence import DivergenceCheck
 from spinlab.learn.learned import LearnedRotations
@@ -47,7 +47,7 @@ class RotationLearner:
         start: RotationSet,
         learn: LearnConfig,
         quant: QuantConfig,
-        weights: WeightsConfig,
+        clip: ClipSearch,
         teacher: PreTrainedModel | None = None,
         space: type[LearningSpace] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class RotationLearner:
         self.local = LocalTerms(learn.objective, self.rotations)
         space = space or space_of(learn, quant)
         ranges = start.weight_clips
-        self.space = space(Parts(model, self.rotations, self.local, learn, quant, weights, ranges))
+        self.space = space(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
         for network in (model, teacher):  # what a space has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)

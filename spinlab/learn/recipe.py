@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from spinlab.config import Config, LearnConfig, WeightsConfig, plain
+from spinlab.config import Config, LearnConfig, plain
 from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
@@ -18,22 +18,23 @@ def training_of(config: Config) -> dict[str, Any]:
     return {"learn": plain(config.learn), "trained": trained}
 
 
-def warn_of_mismatch(rotations: RotationSet, config: WeightsConfig) -> None:
+def warn_of_mismatch(rotations: RotationSet, method: str) -> None:
     """Say so where rotations were learned for another weight quantizer than they are used with.
 
-    SpinQuant's rule: learn with 16-bit weights for GPTQ, with quantized ones for RTN.
+    SpinQuant's rule: learn with 16-bit weights for GPTQ, with quantized ones for RTN; learned
+    clipping rounds to nearest too.
     """
     trained = (rotations.about or {}).get("trained")
     if trained is None:
         return
     rounded = trained["weights_bits"] < 16
-    if rounded != (config.method == "rtn"):
+    if rounded == (method == "gptq"):
         log.warning(
             "the rotations were learned with %s-bit weights in the loop and are used with "
             "weights=%s: the published recipe learns with 16-bit weights for GPTQ, with "
             "quantized ones for RTN",
             trained["weights_bits"],
-            config.method,
+            method,
         )
 
 

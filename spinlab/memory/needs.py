@@ -188,19 +188,18 @@ def _rounding(job: Job) -> Iterator[Need]:
 
 def _calibrating(job: Job) -> Iterator[Need]:
     """GPTQ holds all windows at one layer, and a Hessian twice in float64 while it is factored."""
-    config, d = job.config.weights, job.dimensions
+    method, windows, d = job.config.weights.method, job.config.weights.windows, job.dimensions
     weights = job.untied * job.size
-    gptq = config.method == "gptq"
-    name = "GPTQ" if gptq else "LWC"
+    assert windows is not None
+    gptq, name, length = method == "gptq", method.upper(), windows.sequence_length
     yield Need(name, 0, weights + job.fusing, job.cure())
-    length = config.sequence_length
-    samples = -(-config.samples // parallel.launched()) if gptq else config.samples
+    samples = -(-windows.samples // parallel.launched()) if gptq else windows.samples
     states = samples * length * d.hidden * job.size * (1 if gptq else 2)
     layer = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     work = max(layer, (2 * _FLOAT64 + _FLOAT32) * d.intermediate**2) if gptq else layer
-    host = job.levels + config.samples * length * _INDEX
-    cures = [f"fewer weights.samples than {config.samples}"]
-    cures.append(f"a smaller weights.sequence_length than {length}")
+    host = job.levels + windows.samples * length * _INDEX
+    cures = [f"fewer {windows.place}.samples than {windows.samples}"]
+    cures.append(f"a smaller {windows.place}.sequence_length than {length}")
     yield Need(name, host, weights + states + work, job.cure(*cures))
 
 

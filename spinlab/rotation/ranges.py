@@ -5,7 +5,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from spinlab.config import QuantConfig, WeightsConfig, plain
+from spinlab.config import QuantConfig, plain
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
@@ -23,34 +23,29 @@ def formats_of(quant: QuantConfig) -> dict[str, Any]:
     }
 
 
-def with_fitting_ranges(
-    rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig
-) -> RotationSet:
-    """Return a set without the learned ranges that are not those of a run's formats."""
-    lost = _lost(rotations, quant, weights)
+def with_fitting_ranges(rotations: RotationSet, quant: QuantConfig, method: str) -> RotationSet:
+    """Return a set without the learned ranges that a run's formats or method cannot use."""
+    lost = _lost(rotations, quant, method)
     return replace(rotations, **{kind: {} for kind in lost}) if lost else rotations
 
 
-def warn_of_lost_ranges(
-    rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig, name: str
-) -> None:
+def warn_of_lost_ranges(rotations: RotationSet, quant: QuantConfig, method: str, name: str) -> None:
     """Say so where a file of that name carries learned ranges that a run cannot use."""
-    for reason in _lost(rotations, quant, weights).values():
+    for reason in _lost(rotations, quant, method).values():
         log.warning("%s carries %s", name, reason)
 
 
-def _lost(rotations: RotationSet, quant: QuantConfig, weights: WeightsConfig) -> dict[str, str]:
+def _lost(rotations: RotationSet, quant: QuantConfig, method: str) -> dict[str, str]:
     """Return the kinds of ranges that do not fit, by their field, and why."""
     trained = (rotations.about or {}).get("trained", {})
     found, used = trained.get("formats", {}), formats_of(quant)
     if "inputs" not in found and "activations" in trained:  # a file of an earlier version
         found = {**found, "inputs": [trained["activations"], *used["inputs"][1:]]}
     lost: dict[str, str] = {}
-    if rotations.weight_clips and (weights.method != "rtn" or weights.lwc_epochs):
-        method = "weights=gptq" if weights.method == "gptq" else "weights.lwc_epochs"
+    if rotations.weight_clips and method != "rtn":
         lost["weight_clips"] = (
-            f"weight ranges learned for rounding to nearest, and {method} finds its own: they are "
-            "not used; weights=rtn uses them"
+            f"weight ranges learned for rounding to nearest, and weights={method} finds its own: "
+            "they are not used; weights=rtn uses them"
         )
     elif rotations.weight_clips and found.get("weights") != used["weights"]:
         lost["weight_clips"] = (

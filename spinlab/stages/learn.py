@@ -89,7 +89,7 @@ class Learning:
         inputs = [o for o in quant.overrides if "activations" in o]
         formats = [quant.activations, quant.o_proj_per_head, inputs, config.kv]
         if config.learn.quantize_weights:
-            formats += [quant.weights, quant.overrides, config.weights.clip_settings]
+            formats += [quant.weights, quant.overrides, config.weights.clip]
         depends = [self.initial.key, self.calibration.key, settings, plain(formats), config.seed]
         depends.append(version("geoopt"))
         return self.run.cache.run("learn", depends, self._work, together=True)
@@ -147,7 +147,7 @@ class Learning:
         rounded = rounds_weights(learn, config.quant)
         apart = rounded or space is not None  # the network without quantizers is not the original
         teacher = self.original.load() if learn.objective.needs_teacher and apart else None
-        formats = learn, config.quant, config.weights
+        formats = learn, config.quant, config.weights.clip
         learner = RotationLearner(network, start, *formats, teacher=teacher, space=space)
         if checkpoint:
             recompute_layers(network)

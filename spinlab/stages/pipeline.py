@@ -97,7 +97,7 @@ class Pipeline:
         """Return the rounded weights of a variant; `rtn` ignores the experiment's method."""
         config = self.config.weights
         if name == "rtn":
-            config = replace(config, method="rtn", lwc_epochs=0)
+            config = replace(config, method="rtn")
         parts = self.original, self.calibration, self.rotated(name), config
         return round_weights(self.run, *parts)
 

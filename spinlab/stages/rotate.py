@@ -48,7 +48,7 @@ def rotate(
     made = run.cache.run("rotate", depends, work)
     if given.file is not None:
         found, config = RotationSet.load(made.path / FILE), run.config
-        warn_of_lost_ranges(found, config.quant, config.weights, given.file.name)
+        warn_of_lost_ranges(found, config.quant, config.weights.method, given.file.name)
     return made
 
 

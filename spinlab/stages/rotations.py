@@ -24,7 +24,7 @@ FILE = "rotations.safetensors"
 def rotations_in(run: Run, made: Artifact) -> RotationSet:
     """Load a stage's rotations, with those of their learned ranges that fit the formats."""
     return with_fitting_ranges(
-        RotationSet.load(made.path / FILE), run.config.quant, run.config.weights
+        RotationSet.load(made.path / FILE), run.config.quant, run.config.weights.method
     )
 
 

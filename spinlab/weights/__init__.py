@@ -6,4 +6,5 @@ gptq         round column by column, with a Hessian
 calibration  activations on their way through the layers
 layerwise    RTN and GPTQ over a whole model, one layer's progress at a time
 lwc          RTN over a whole model, in ranges that are learned layer by layer
+methods      what `weights.method` names
 """

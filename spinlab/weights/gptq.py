@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spinlab import parallel
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import GPTQConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
 from spinlab.formats import Parameters, format_of
@@ -52,7 +52,7 @@ class ErrorSpread:
     rows: torch.Tensor
 
 
-def error_spread(hessian: torch.Tensor, config: WeightsConfig) -> ErrorSpread:
+def error_spread(hessian: torch.Tensor, config: GPTQConfig) -> ErrorSpread:
     """Damp and factor H (in, in), in float64.
 
     Raises InputError where that is impossible, ResultError for an H that is not finite.
@@ -82,8 +82,9 @@ def _spread(
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
         raise InputError(
-            f"the Hessian of a linear's inputs is not positive definite at weights.percdamp="
-            f"{percdamp}: raise it, or calibrate on more text (weights.samples)"
+            f"the Hessian of a linear's inputs is not positive definite at "
+            f"weights.gptq.percdamp={percdamp}: raise it, or calibrate on more text "
+            "(weights.gptq.samples)"
         )
     matrix.zero_().diagonal().fill_(1)  # what is solved for is written over what is no longer used
     inverse = matrix.mT  # a symmetric matrix, in the layout that is solved in place
@@ -104,7 +105,7 @@ def gptq(
     rounding only; else a group's range is taken from its columns as updated when it is reached.
     """
     weight = weight.detach().float().masked_fill(spread.dead, 0)
-    ranges = search_range(weight, settings, config)
+    ranges = search_range(weight, settings, config.clip)
     sweep = _Sweep(weight, spread, ranges, settings, config)
     levels = sweep.run()[torch.argsort(spread.order)].T.contiguous()
     return QuantizedWeight(
@@ -129,13 +130,13 @@ class _Sweep:
         self.settings = replace(settings, group_size=0)
         self.size = weight.shape[1] // self.scale.shape[0]
         self.group_of = (spread.order // self.size).tolist()
-        self.live = self.scale.shape[0] > 1 and not config.static_groups
-        assert not (self.live and config.act_order), "act-order does not visit groups in turn"
+        self.live = self.scale.shape[0] > 1 and not config.gptq.static_groups
+        assert not (self.live and config.gptq.act_order), "act-order does not visit groups in turn"
 
     def run(self) -> torch.Tensor:
         """Return the levels, int16, in the order of rounding."""
         levels = torch.empty(self.columns.shape, dtype=torch.int16, device=self.columns.device)
-        width, block = self.columns.shape[0], self.config.block_size
+        width, block = self.columns.shape[0], self.config.gptq.block_size
         errors = torch.empty_like(self.columns[:block])
         for begin in range(0, width, block):
             end = min(begin + block, width)
@@ -169,6 +170,6 @@ class _Sweep:
         if stop > end:
             begin = column - errors.shape[0]
             ahead[end - column :] -= self.rows[begin:column, end:stop].mT @ errors
-        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.config)
+        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.config.clip)
         group = self.group_of[column]
         self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

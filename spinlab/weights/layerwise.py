@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import (
     FakeQuantLinear,
@@ -64,7 +64,7 @@ def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
 
 
 def quantize_ends(
-    model: PreTrainedModel, quant: QuantConfig, config: WeightsConfig
+    model: PreTrainedModel, quant: QuantConfig, clip: ClipSearch
 ) -> dict[str, QuantizedWeight]:
     """Return embedding and head, if they have a format, rounded to nearest; set the embedding.
 
@@ -73,7 +73,7 @@ def quantize_ends(
     paths = map_of(model).embedding, map_of(model).head
     ends = zip(paths, ends_of(model), (quant.embedding, quant.head), strict=True)
     rounded = ((path, end.weight, format) for path, end, format in ends if format.quantizes)
-    found = {path: rtn(weight, format, config).cpu() for path, weight, format in rounded}
+    found = {path: rtn(weight, format, clip).cpu() for path, weight, format in rounded}
     if paths[0] in found:
         set_dequantized(embedding_of(model), found[paths[0]])
     return found
@@ -82,22 +82,22 @@ def quantize_ends(
 def quantize_rtn(
     model: PreTrainedModel,
     quant: QuantConfig,
-    config: WeightsConfig,
-    clips: Mapping[str, torch.Tensor],
+    clip: ClipSearch,
+    learned: Mapping[str, torch.Tensor],
 ) -> dict[str, QuantizedWeight]:
     """Return every weight that has a format of fewer than 16 bits, rounded to nearest.
 
-    clips: learned clip ratios by name; a weight without one gets its clip search.
+    learned: clip ratios by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
     for site, format in tqdm(list(rounded_sites(map_of(model), quant)), desc="rtn"):
         weight = linear_at(model, site.path).weight.detach().float()
-        if site.path in clips:
-            clip = clips[site.path].to(weight.device)
-            found[site.path] = round_to_nearest(weight, format, clip).cpu()
+        if site.path in learned:
+            ratios = learned[site.path].to(weight.device)
+            found[site.path] = round_to_nearest(weight, format, ratios).cpu()
         else:
-            found[site.path] = rtn(weight, format, config).cpu()
-    return found | quantize_ends(model, quant, config)
+            found[site.path] = rtn(weight, format, clip).cpu()
+    return found | quantize_ends(model, quant, clip)
 
 
 def quantize_gptq(
@@ -121,7 +121,7 @@ def quantize_gptq(
     """
     check_samples(len(windows))
     insert_fake_quant(model, rotations, None)
-    found = quantize_ends(model, quant, config)
+    found = quantize_ends(model, quant, config.clip)
     mine = parallel.part(windows)
     inputs = LayerInputs(model, mine, batch_of(model.device, windows.shape[1]))
     for index in tqdm(range(len(inputs.layers)), desc="gptq"):
@@ -135,7 +135,7 @@ def check_samples(samples: int) -> None:
     """Raise InputError where there are fewer calibration windows than processes."""
     if samples < parallel.world():
         raise InputError(
-            f"weights.samples={samples} leaves some of {parallel.world()} processes without a "
+            f"weights.gptq.samples={samples} leaves some of {parallel.world()} processes without a "
             "window: raise it, or start fewer"
         )
 
@@ -172,7 +172,7 @@ def _quantize_layer(
     found: dict[str, QuantizedWeight] = {}
     for formats in readers.values():
         (first, *_), *_ = formats.values()
-        spread = error_spread(gather(inputs, linear_at(model, first)), config)
+        spread = error_spread(gather(inputs, linear_at(model, first)), config.gptq)
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
             whole = gptq(torch.cat(weights), spread, format, config)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant, rounded_sites
 from spinlab.formats import Format, format_of
 from spinlab.formats.integer import extremes, nearest
@@ -50,7 +50,7 @@ def quantize_lwc(
     """
     insert_fake_quant(model, rotations, quant)
     original = LayerInputs(model, windows, batch=1)
-    found = quantize_ends(model, quant, config)
+    found = quantize_ends(model, quant, config.clip)
     quantized = LayerInputs(model, windows, batch=1)
     for index in tqdm(range(len(original.layers)), desc="lwc"):
         with _unquantized(original.layer):
@@ -87,11 +87,11 @@ def _learn_layer(
     for site, settings in rounded_sites(map_of(model), quant):
         if site.layer == inputs.index:
             weight = linear_at(model, site.path).weight
-            weights[site.name] = ClippedWeight(weight, settings, config)
+            weights[site.name] = ClippedWeight(weight, settings, config.clip)
     gammas = [gamma for weight in weights.values() for gamma in weight.gammas]
     if gammas:
-        optimizer = torch.optim.AdamW(gammas, lr=config.lwc_lr, weight_decay=0.0)
-        for _ in range(config.lwc_epochs):
+        optimizer = torch.optim.AdamW(gammas, lr=config.lwc.lr, weight_decay=0.0)
+        for _ in range(config.lwc.epochs):
             for x, target in zip(inputs.batches, targets, strict=True):
                 optimizer.zero_grad()
                 output_error(inputs, weights, x, target).backward()
@@ -116,11 +116,11 @@ class ClippedWeight:
     that RTN takes.
     """
 
-    def __init__(self, weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig) -> None:
+    def __init__(self, weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> None:
         wide = weight.detach().float()
         self.dtype, self.format = weight.dtype, format_of(settings)
         self.grouped, self.lowest, self.highest = extremes(wide, settings.group_size)
-        start = search_ratios(wide, settings, config).logit().clamp(max=_LARGEST_GAMMA)
+        start = search_ratios(wide, settings, clip).logit().clamp(max=_LARGEST_GAMMA)
         self.gammas = [nn.Parameter(start.clone()) for _ in range(2 - self.format.symmetric)]
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:

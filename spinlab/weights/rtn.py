@@ -2,9 +2,9 @@
 
 import torch
 
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.formats import Format, Parameters, format_of
-from spinlab.formats.clip import ClipSearch, search_clip
+from spinlab.formats.clip import search_clip
 from spinlab.formats.integer import extremes, nearest
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -26,26 +26,21 @@ def round_to_range(
     return QuantizedWeight(levels, *(p.squeeze(-1) for p in parameters), format=format)
 
 
-def search_ratios(
-    weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig
-) -> torch.Tensor:
-    """Return the clip ratios that a config asks for: (out, in/g, 1)."""
-    search = None
-    if config.clip_search:
-        search = ClipSearch(config.clip_norm, config.clip_grid, config.clip_max_shrink)
-    ratios = search_clip(weight, format_of(settings), settings.group_size, search)
+def search_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> torch.Tensor:
+    """Return the ratios of a weight's ranges (out, in) that are kept: (out, in/g, 1)."""
+    ratios = search_clip(weight, format_of(settings), settings.group_size, clip)
     return ratios * settings.clip_ratio
 
 
-def search_range(weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig) -> Parameters:
+def search_range(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> Parameters:
     """Return the scale and zero point that RTN gives a weight (out, in): (out, in/g) each."""
-    clip = search_ratios(weight, settings, config)
+    ratios = search_ratios(weight, settings, clip)
     _, lowest, highest = extremes(weight, settings.group_size)
-    parameters = format_of(settings).parameters(lowest * clip, highest * clip)
+    parameters = format_of(settings).parameters(lowest * ratios, highest * ratios)
     return Parameters(*(p.squeeze(-1) for p in parameters))
 
 
-def rtn(weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig) -> QuantizedWeight:
+def rtn(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> QuantizedWeight:
     """Quantize a weight (out, in) to nearest after its clip search, in float32."""
     weight = weight.detach().float()
-    return round_to_nearest(weight, settings, search_ratios(weight, settings, config))
+    return round_to_nearest(weight, settings, search_ratios(weight, settings, clip))

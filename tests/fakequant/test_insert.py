@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
 from spinlab.fakequant.insert import input_paths
 from spinlab.formats import IntegerFormat
 from spinlab.kv.cache import kv_path_of
@@ -31,7 +31,7 @@ def test_learned_clips_do_what_the_setting_does(make_model, ids, kind):
     weights = quantize_rtn(
         QuantizedNetworks(make_model, QUANT, KVConfig()).fused(rotations),
         QUANT,
-        WeightsConfig(),
+        ClipSearch(),
         {},
     )
 

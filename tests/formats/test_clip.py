@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from spinlab.config import ClipSearch
 from spinlab.formats import IntegerFormat
-from spinlab.formats.clip import ClipSearch, search_clip
+from spinlab.formats.clip import search_clip
 from spinlab.formats.integer import nearest
 
 
@@ -53,7 +54,8 @@ def error_of(row: torch.Tensor, ratio: float, grid: IntegerFormat, norm: float) 
 
 def test_without_a_search_nothing_is_clipped():
     assert torch.equal(
-        search_clip(torch.randn(3, 8), IntegerFormat(4, True), 0, None), torch.ones(3, 1, 1)
+        search_clip(torch.randn(3, 8), IntegerFormat(4, True), 0, ClipSearch(search=False)),
+        torch.ones(3, 1, 1),
     )
 
 

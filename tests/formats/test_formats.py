@@ -8,7 +8,7 @@ import torch
 
 import spinlab.formats
 from spinlab.compose import composed
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.errors import InputError
 from spinlab.formats import Format, Parameters, format_of
 from spinlab.formats.base import Pulled, Rounding
@@ -101,8 +101,8 @@ def test_tokens_go_to_the_nearest_number_of_the_format():
 
 def test_weights_are_rounded_searched_stored_and_counted(tmp_path: Path):
     weight = random(8, 64).float()
-    found = rtn(weight, SETTINGS, WeightsConfig())
-    plain = rtn(weight, SETTINGS, WeightsConfig(clip_search=False))
+    found = rtn(weight, SETTINGS, ClipSearch())
+    plain = rtn(weight, SETTINGS, ClipSearch(search=False))
     errors = [(w.dequantize() - weight).abs().pow(2.4).sum() for w in (found, plain)]
     assert errors[0] <= errors[1]
     assert effective_bits({"w": found}, {"w": 512}) == 4 + 32 / 32

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spinlab.config import KVConfig, LearnConfig, QuantConfig, RotationConfig, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, RotationConfig
 from spinlab.learn import LearningSpace, RotationLearner
 from spinlab.model.modules import map_of
 from spinlab.networks.rotated import RotatedNetworks
@@ -36,6 +36,6 @@ def learner_of() -> Callable[..., RotationLearner]:
         networks = RotatedNetworks(make, quant, kv or KVConfig())
         network = networks.learnable(start, inputs="inputs" in learn.rotations)
         teacher = make() if apart else None
-        return RotationLearner(network, start, learn, quant, WeightsConfig(), teacher, space)
+        return RotationLearner(network, start, learn, quant, ClipSearch(), teacher, space)
 
     return made

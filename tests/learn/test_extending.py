@@ -27,7 +27,7 @@ class Retraction(RotationOptimizer):
 @pytest.fixture
 def _tables(monkeypatch):
     monkeypatch.setitem(objectives.ACTIVATION_TERMS, "fourth_power", fourth_power)
-    new = lambda groups, learn: Retraction(groups, {"lr": learn.lr})  # noqa: E731
+    new = lambda groups, lr: Retraction(groups, {"lr": lr})  # noqa: E731
     monkeypatch.setitem(optim.OPTIMIZERS, "retraction", new)
 
 

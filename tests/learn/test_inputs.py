@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from spinlab.config import KVConfig, LearnConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, TensorQuant
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.learned.transforms import scaled, scaled_gradients
@@ -103,7 +103,7 @@ def by_autograd(make_model, inputs):
     for site, module in linears_of(model):
         here = dense[site.key]
         weight = here.of_weight(module.weight.detach())
-        ratios = search_ratios(weight.detach(), QUANT.weights, WeightsConfig())
+        ratios = search_ratios(weight.detach(), QUANT.weights, ClipSearch())
         rounded = StraightThrough.apply(
             weight, lambda w, r=ratios: round_to_nearest(w, QUANT.weights, r).dequantize(w.dtype)
         )
@@ -156,7 +156,7 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model, learne
     model = networks.fused(found)
     weights = {}
     for site, module in linears_of(model):
-        ratios = search_ratios(module.weight, QUANT.weights, WeightsConfig())
+        ratios = search_ratios(module.weight, QUANT.weights, ClipSearch())
         weights[site.path] = round_to_nearest(module.weight, QUANT.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)

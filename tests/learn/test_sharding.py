@@ -10,13 +10,13 @@ import torch.multiprocessing as mp
 
 from spinlab import parallel
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     ModelConfig,
     ObjectiveConfig,
     QuantConfig,
     RotationConfig,
-    WeightsConfig,
 )
 from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
 from spinlab.model.load import load_model
@@ -59,7 +59,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
     model_map = map_of(original())
     start = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
     model, teacher = networks.learnable(start), original() if rounded else None
-    learner = RotationLearner(model, start, learn, QuantConfig(), WeightsConfig(), teacher)
+    learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
     if recompute:
         recompute_layers(model)
     if not rounded:

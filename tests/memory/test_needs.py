@@ -50,7 +50,11 @@ def need_of(stage: str, *overrides: str, device: torch.device = CPU) -> Need:
 def test_what_is_estimated_is_what_stages_take(weights, tmp_path):
     script = Path(__file__).parent / "peaks.py"
     small = ["learn.steps=1", "learn.batch=1", "learn.sequence_length=256", "eval.tasks=[]"]
-    small += ["weights.clip_search=false", "weights.samples=4", "weights.sequence_length=128"]
+    small += [
+        "weights.clip.search=false",
+        "weights.gptq.samples=4",
+        "weights.gptq.sequence_length=128",
+    ]
     small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,int4]"]
     command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", f"weights={weights}"]
     done = subprocess.run(
@@ -123,7 +127,7 @@ def test_what_fits_is_not_refused():
         (["eval.window=200000"], "measuring fp", "a smaller eval.window than 200000"),
         (["learn.steps=1000000"], "learning", "fewer learn.steps than 1000000"),
         (["learn.sequence_length=500000"], "learning", "learn.sequence_length than 500000"),
-        (["weights.samples=100000"], "GPTQ", "fewer weights.samples than 100000"),
+        (["weights.gptq.samples=100000"], "GPTQ", "fewer weights.gptq.samples than 100000"),
         (["rotation=duquant", "rotation.statistics.sequence_length=100000", "learn=none"],
          "statistics", "a smaller rotation.statistics.sequence_length than 100000"),
         (["export.transformed=x", "learn=none"], "export", "a smaller model"),

@@ -45,9 +45,9 @@ def test_a_sliding_window_is_no_limit():
 
 def test_a_window_in_use_is_held_against_the_context_and_another_is_not():
     settings = LlamaConfig(max_position_embeddings=512)
-    unused = ["learn=none", "learn.sequence_length=9999", "weights.sequence_length=9999"]
+    unused = ["learn=none", "learn.sequence_length=9999", "weights.gptq.sequence_length=9999"]
     check_context(composed("+experiment=toy", *unused), settings)
-    with pytest.raises(InputError, match=r"weights.sequence_length=9999 is longer than the 512"):
+    with pytest.raises(InputError, match=r"gptq.sequence_length=9999 is longer than the 512"):
         check_context(composed("+experiment=toy", *unused, "weights=gptq"), settings)
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from spinlab.config import (
+    ClipSearch,
     KVConfig,
     LearnConfig,
     QuantConfig,
@@ -242,7 +243,7 @@ def test_transforms_of_inputs_reach_the_router_too(ids):
 
 def test_the_router_stays_in_16_bits_and_everything_else_is_quantized(ids, tmp_path):
     rotations = drawn()
-    weights = quantize_rtn(NETWORKS.fused(rotations), QUANT, WeightsConfig(), {})
+    weights = quantize_rtn(NETWORKS.fused(rotations), QUANT, ClipSearch(), {})
     expected = {site.path for site in map_of(make()).sites if "switch" not in site.path}
     assert weights.keys() == expected
     quantized = [NETWORKS.dequantized(rotations, weights), NETWORKS.emulated(rotations, weights)]
@@ -263,7 +264,7 @@ def test_its_rotations_learn(ids, rounded):
     )
     start = drawn()
     networks = QuantizedNetworks(lambda: make(torch.float32), QUANT, KVConfig())
-    learner = RotationLearner(networks.learnable(start), start, learn, QUANT, WeightsConfig())
+    learner = RotationLearner(networks.learnable(start), start, learn, QUANT, ClipSearch())
     assert learner.step(0, ids)["grad_norm"] > 0
     assert not torch.equal(learner.result().r1, start.r1)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig, plain
+from spinlab.config import QuantConfig, TensorQuant, plain
 from spinlab.rotation.ranges import formats_of, warn_of_lost_ranges, with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
 
@@ -19,8 +19,8 @@ def learned(**about) -> RotationSet:
     return RotationSet(clips=INPUTS, weight_clips=RATIOS, about={"trained": trained, **about})
 
 
-def kept(rotations: RotationSet, quant=QUANT, weights=None) -> tuple[bool, bool]:
-    found = with_fitting_ranges(rotations, quant, weights or WeightsConfig())
+def kept(rotations: RotationSet, quant=QUANT, method="rtn") -> tuple[bool, bool]:
+    found = with_fitting_ranges(rotations, quant, method)
     return bool(found.weight_clips), bool(found.clips)
 
 
@@ -44,23 +44,17 @@ def kept(rotations: RotationSet, quant=QUANT, weights=None) -> tuple[bool, bool]
 def test_ranges_are_used_with_the_formats_they_were_learned_for(changes, expected, caplog):
     quant = replace(QUANT, **changes)
     assert kept(learned(), quant) == expected
-    warn_of_lost_ranges(learned(), quant, WeightsConfig(), "R.safetensors")
+    warn_of_lost_ranges(learned(), quant, "rtn", "R.safetensors")
     sentences = [record.getMessage() for record in caplog.records]
     assert len(sentences) == 2 - sum(expected)
     assert all(s.startswith("R.safetensors carries ") and "not used" in s for s in sentences)
 
 
-@pytest.mark.parametrize(
-    ("weights", "name"),
-    [
-        (WeightsConfig(method="gptq"), "weights=gptq"),
-        (WeightsConfig(lwc_epochs=2), "weights.lwc_epochs"),
-    ],
-)
-def test_only_rounding_to_nearest_reads_weight_ranges(weights, name, caplog):
-    assert kept(learned(), QUANT, weights) == (False, True)
-    warn_of_lost_ranges(learned(), QUANT, weights, "R.safetensors")
-    assert f"{name} finds its own" in caplog.text
+@pytest.mark.parametrize("method", ["gptq", "lwc"])
+def test_only_rounding_to_nearest_reads_weight_ranges(method, caplog):
+    assert kept(learned(), QUANT, method) == (False, True)
+    warn_of_lost_ranges(learned(), QUANT, method, "R.safetensors")
+    assert f"weights={method} finds its own" in caplog.text
 
 
 def test_what_says_nothing_of_its_formats_keeps_input_ranges_only():
@@ -75,7 +69,6 @@ def test_what_says_nothing_of_its_formats_keeps_input_ranges_only():
 
 def test_a_set_without_ranges_is_left_as_it_is(caplog):
     plain_set = RotationSet(about={"trained": {}})
-    gptq = WeightsConfig(method="gptq")
-    assert with_fitting_ranges(plain_set, QUANT, gptq) is plain_set
-    warn_of_lost_ranges(plain_set, QUANT, gptq, "R.safetensors")
+    assert with_fitting_ranges(plain_set, QUANT, "gptq") is plain_set
+    warn_of_lost_ranges(plain_set, QUANT, "gptq", "R.safetensors")
     assert not caplog.text

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from spinlab.config import KVConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, QuantConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.model.modules import decoder_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -37,7 +37,7 @@ def make_runtime(make_model):
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
         networks = QuantizedNetworks(lambda: original(seed), quant, KVConfig())
         fused = networks.fused(RotationSet())
-        weights = quantize_rtn(fused, quant, WeightsConfig(), {})
+        weights = quantize_rtn(fused, quant, ClipSearch(), {})
         operations = triton_operations() if CUDA else REFERENCE
         integer_runtime(
             fused, weights, RotationSet(), quant, networks.kv_path(fused, RotationSet()), operations

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.fakequant.activations import InputPath, Once
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
@@ -39,7 +39,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_integer_linear_is_the_fake_quantized_one(format, quantizer, backend):
     """Oracle: dequantize both sides in float64 and multiply."""
-    weight = rtn(draw(24, 64), format, WeightsConfig())
+    weight = rtn(draw(24, 64), format, ClipSearch())
     bias, x = draw(24, seed=1), draw(2, 7, 64, seed=2)
     linear = IntegerLinear(
         weight, bias, InputPath(None, quantizer), KERNELS[backend], torch.float32
@@ -49,7 +49,7 @@ def test_integer_linear_is_the_fake_quantized_one(format, quantizer, backend):
 
 
 def test_float64_shows_that_the_arithmetic_is_exact():
-    weight = rtn(draw(24, 64), TensorQuant(), WeightsConfig())
+    weight = rtn(draw(24, 64), TensorQuant(), ClipSearch())
     quantizer = TokenQuantizer(IntegerFormat(4, False))
     x = draw(5, 64, seed=2).double()
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS["cpu"], torch.float64)
@@ -82,7 +82,7 @@ def test_several_signed_rows_are_multiplied_from_the_other_side(tokens):
 
 
 def test_a_token_does_not_depend_on_its_batch():
-    weight = rtn(draw(24, 64), FORMATS[0], WeightsConfig())
+    weight = rtn(draw(24, 64), FORMATS[0], ClipSearch())
     path = InputPath(None, TokenQuantizer(IntegerFormat(4, False)))
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     x = draw(9, 64, seed=2)
@@ -90,7 +90,7 @@ def test_a_token_does_not_depend_on_its_batch():
 
 
 def test_the_online_rotation_comes_before_the_quantizer():
-    weight = rtn(draw(8, 20), FORMATS[0], WeightsConfig())
+    weight = rtn(draw(8, 20), FORMATS[0], ClipSearch())
     quantizer, rotation = TokenQuantizer(IntegerFormat(4, False)), hadamard_rotation(20)
     path = InputPath(rotation, quantizer)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
@@ -105,7 +105,7 @@ def test_the_online_rotation_comes_before_the_quantizer():
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch):
-    weight = rtn(draw(24, 64), format, WeightsConfig())
+    weight = rtn(draw(24, 64), format, ClipSearch())
     path, bias = InputPath(None, quantizer), draw(24, seed=1)
     linear = IntegerLinear(weight, bias, path, KERNELS["cpu"], dtype)
     x = draw(2, 5, 64, seed=torch.seed() % 2**31).to(dtype)
@@ -117,7 +117,7 @@ def test_few_tokens_give_the_bits_of_many(format, quantizer, dtype, monkeypatch)
 
 def test_outputs_are_exact_integers_times_both_scales():
     """Bit for bit the formula of `spinlab.runtime.kernels.formats`, written out in int64."""
-    weight = rtn(draw(24, 64), TensorQuant(bits=4), WeightsConfig())
+    weight = rtn(draw(24, 64), TensorQuant(bits=4), ClipSearch())
     quantizer = TokenQuantizer(IntegerFormat(4, False))
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS["cpu"], torch.float32)
     x = draw(5, 64, seed=2)
@@ -129,7 +129,7 @@ def test_outputs_are_exact_integers_times_both_scales():
 
 
 def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
-    weights = [rtn(draw(rows, 64, seed=rows), FORMATS[1], WeightsConfig()) for rows in (24, 8, 8)]
+    weights = [rtn(draw(rows, 64, seed=rows), FORMATS[1], ClipSearch()) for rows in (24, 8, 8)]
     path = InputPath(None, TokenQuantizer(IntegerFormat(4, False)))
     calls = []
 
@@ -161,7 +161,7 @@ def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
 
 
 def test_a_linear_moves_and_copies_with_its_tables():
-    weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
+    weight = rtn(draw(24, 64), FORMATS[1], ClipSearch())
     path, x = InputPath(None, TokenQuantizer(IntegerFormat(4, False))), draw(3, 64, seed=2)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     linear(x)
@@ -174,7 +174,7 @@ def test_a_linear_moves_and_copies_with_its_tables():
 
 
 def test_a_linear_takes_the_tables_that_are_loaded():
-    weight = rtn(draw(24, 64), FORMATS[1], WeightsConfig())
+    weight = rtn(draw(24, 64), FORMATS[1], ClipSearch())
     path, x = InputPath(None, TokenQuantizer(IntegerFormat(4, False))), draw(3, 64, seed=2)
     linear = IntegerLinear(weight, None, path, KERNELS["cpu"], torch.float32)
     before = linear(x).clone()

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     CodecConfig,
+    GPTQConfig,
     KVConfig,
     QuantConfig,
     RotationConfig,
@@ -34,7 +36,7 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
     networks = QuantizedNetworks(lambda: make_model(dtype), quant, kv)
     model_map = map_of(make_model())
     rotations = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
 
@@ -188,7 +190,7 @@ def test_generate_runs_on_integers_and_matches_full_passes(make_model, ids):
 def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model, tmp_path):
     networks, rotations, weights = prepared(make_model)
     windows = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(0))
-    config = WeightsConfig(method="gptq", block_size=8)
+    config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=8))
 
     def gptq(folder):
         folder.mkdir(exist_ok=True)
@@ -285,7 +287,7 @@ def test_the_gates_networks_compute_in_float64_and_are_no_larger_than_what_they_
     networks = ExactNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(clip_search=False), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(search=False), {})
     most = bytes_of(networks.fused(rotations)) + 7 * 2 * 64 * 48  # both ends in 8 bytes, not in 2
     expected = networks.dequantized(rotations, weights)
     found = networks.integer(rotations, weights, "reference")

@@ -6,12 +6,12 @@ import torch
 from transformers import DynamicCache
 
 from spinlab.config import (
+    ClipSearch,
     CodecConfig,
     KVConfig,
     QuantConfig,
     RotationConfig,
     TensorQuant,
-    WeightsConfig,
 )
 from spinlab.errors import InputError
 from spinlab.model.modules import decoder_of, head_of, map_of
@@ -41,7 +41,7 @@ def prepared(make, quant=QUANT, kv=None, rotation=None):
     generator = torch.Generator().manual_seed(0)
     model_map = map_of(make())
     rotations = initial_rotations(rotation or RotationConfig(), model_map, generator)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     return networks, rotations, weights
 
 
@@ -229,7 +229,7 @@ def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_mode
         inputs[key] = ScaledDual(dual=DualTransform(block, order, block))
     rotations = RotationSet(r3=hadamard_rotation(8), inputs=inputs)
     networks = QuantizedNetworks(make_model, QUANT, KVConfig())
-    weights = quantize_rtn(networks.fused(rotations), QUANT, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), QUANT, ClipSearch(), {})
     model = runtime(networks, rotations, weights)
     assert_same(model(ids).logits, networks.dequantized(rotations, weights)(ids).logits)
 

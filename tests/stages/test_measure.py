@@ -26,7 +26,7 @@ from spinlab.track.trackers import Trackers
 
 QUANTIZED = ("rtn", "init", "fake", "int4")
 FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
-FAST += ["model=random", "weights.clip_search=false", "model.architecture.num_hidden_layers=1"]
+FAST += ["model=random", "weights.clip.search=false", "model.architecture.num_hidden_layers=1"]
 # a row of the embedding is not one of the head, which is read at every token
 FAST += ["model.architecture.tie_word_embeddings=false"]
 

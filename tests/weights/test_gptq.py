@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, GPTQConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError, ResultError
 from spinlab.formats import IntegerFormat, Parameters
 from spinlab.weights.gptq import Hessian, error_spread, gptq
@@ -25,8 +25,12 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     return gathered.value()
 
 
+def gptq_settings(clip_search: bool = True, **changes) -> WeightsConfig:
+    return WeightsConfig("gptq", ClipSearch(search=clip_search), GPTQConfig(**changes))
+
+
 def gptq_of(weight, hessian, format, config):
-    return gptq(weight, error_spread(hessian, config), format, config)
+    return gptq(weight, error_spread(hessian, config.gptq), format, config)
 
 
 def output_error(weight: torch.Tensor, found, x: torch.Tensor) -> float:
@@ -43,17 +47,17 @@ def test_the_hessian_is_the_second_moment_of_the_inputs():
 def test_gptq_beats_rtn_on_correlated_inputs(format, act_order):
     x = correlated_inputs(256, 64)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    config = WeightsConfig(block_size=24, act_order=act_order, static_groups=act_order)
+    config = gptq_settings(block_size=24, act_order=act_order, static_groups=act_order)
     found = gptq_of(weight, hessian_of(x), format, config)
     assert output_error(weight, found, x) < 0.6 * output_error(
-        weight, rtn(weight, format, config), x
+        weight, rtn(weight, format, config.clip), x
     )
 
 
 def test_gptq_is_rtn_where_inputs_are_uncorrelated():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    found = gptq_of(weight, torch.eye(16), SYMMETRIC, WeightsConfig())
-    assert torch.equal(found.levels, rtn(weight, SYMMETRIC, WeightsConfig()).levels)
+    found = gptq_of(weight, torch.eye(16), SYMMETRIC, gptq_settings())
+    assert torch.equal(found.levels, rtn(weight, SYMMETRIC, ClipSearch()).levels)
 
 
 def test_gptq_equals_the_brute_force_optimum_on_a_tiny_case():
@@ -61,8 +65,11 @@ def test_gptq_equals_the_brute_force_optimum_on_a_tiny_case():
     x = torch.tensor([[0.5, 0.9, -0.2], [1.0, 1.8, -1.0], [-1.3, -1.1, 0.8]])
     weight = torch.tensor([[0.39, -0.22, -0.32], [-1.21, 1.04, -0.63], [0.57, 0.54, -0.39]])
     format = TensorQuant(bits=3, symmetric=True)
-    config = WeightsConfig(percdamp=1e-9, clip_search=False)
-    found, nearest = gptq_of(weight, hessian_of(x), format, config), rtn(weight, format, config)
+    config = gptq_settings(percdamp=1e-9, clip_search=False)
+    found, nearest = (
+        gptq_of(weight, hessian_of(x), format, config),
+        rtn(weight, format, config.clip),
+    )
     rtn_was_worse = 0
     for row in range(3):
         scale, zero = found.scale[row], found.zero[row]
@@ -82,7 +89,7 @@ def test_gptq_follows_the_textbook_update():
     (Frantar et al. 2022, eq. 2 and 3), in float64."""
     x = correlated_inputs(64, 10)
     weight = torch.randn(4, 10, generator=torch.Generator().manual_seed(3))
-    config = WeightsConfig(block_size=3, percdamp=0.01, clip_search=False)
+    config = gptq_settings(block_size=3, percdamp=0.01, clip_search=False)
     h = hessian_of(x)
     found = gptq_of(weight, h, SYMMETRIC, config)
     damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(10)
@@ -99,7 +106,7 @@ def test_gptq_follows_the_textbook_update():
 def test_columns_without_input_become_zero():
     x = correlated_inputs(64, 8)
     x[:, 3] = 0
-    found = gptq_of(torch.randn(4, 8), hessian_of(x), SYMMETRIC, WeightsConfig())
+    found = gptq_of(torch.randn(4, 8), hessian_of(x), SYMMETRIC, gptq_settings())
     assert (found.dequantize()[:, 3] == 0).all()
 
 
@@ -109,12 +116,15 @@ def test_static_groups_keep_the_ranges_of_rtn(symmetric, act_order):
     x = correlated_inputs(64, 32)
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
     format = TensorQuant(symmetric=symmetric, group_size=8)
-    static = WeightsConfig(static_groups=True, act_order=act_order, block_size=12)
-    found, nearest = gptq_of(weight, hessian_of(x), format, static), rtn(weight, format, static)
+    static = gptq_settings(static_groups=True, act_order=act_order, block_size=12)
+    found, nearest = (
+        gptq_of(weight, hessian_of(x), format, static),
+        rtn(weight, format, static.clip),
+    )
     assert torch.equal(found.scale, nearest.scale)
     assert torch.equal(found.zero, nearest.zero)
     assert not torch.equal(found.levels, nearest.levels)
-    live = gptq_of(weight, hessian_of(x), format, WeightsConfig(block_size=12))
+    live = gptq_of(weight, hessian_of(x), format, gptq_settings(block_size=12))
     assert torch.equal(live.scale[:, 0], nearest.scale[:, 0])
     assert not torch.equal(live.scale[:, 1:], nearest.scale[:, 1:])
 
@@ -124,7 +134,7 @@ def test_ranges_of_groups_do_not_depend_on_how_columns_are_blocked():
     x = correlated_inputs(128, 48)
     weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(4))
     format = TensorQuant(group_size=16)
-    found = [gptq_of(weight, hessian_of(x), format, WeightsConfig(block_size=b)) for b in (48, 10)]
+    found = [gptq_of(weight, hessian_of(x), format, gptq_settings(block_size=b)) for b in (48, 10)]
     assert torch.allclose(found[0].scale, found[1].scale, rtol=1e-5)
     assert (found[0].levels == found[1].levels).float().mean() > 0.999
 
@@ -133,8 +143,8 @@ def test_ranges_of_groups_do_not_depend_on_how_columns_are_blocked():
 def test_a_stack_of_weights_is_rounded_as_each_alone(group_size):
     x = correlated_inputs(256, 64)
     weights = torch.randn(96, 64, generator=torch.Generator().manual_seed(5)).split([48, 16, 32])
-    format, config = TensorQuant(group_size=group_size), WeightsConfig(block_size=24)
-    spread = error_spread(hessian_of(x), config)
+    format, config = TensorQuant(group_size=group_size), gptq_settings(block_size=24)
+    spread = error_spread(hessian_of(x), config.gptq)
     stacked = gptq(torch.cat(weights), spread, format, config).split([48, 16, 32])
     for weight, found in zip(weights, stacked, strict=True):
         alone = gptq(weight, spread, format, config)
@@ -144,8 +154,8 @@ def test_a_stack_of_weights_is_rounded_as_each_alone(group_size):
 
 def test_the_spread_is_the_factor_of_the_damped_inverse():
     h = hessian_of(correlated_inputs(256, 24))
-    config = WeightsConfig(act_order=True)
-    spread = error_spread(h, config)
+    config = gptq_settings(act_order=True)
+    spread = error_spread(h, config.gptq)
     damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(24)
     inverse = torch.linalg.inv(damped[spread.order][:, spread.order])
     factor = torch.linalg.cholesky(inverse, upper=True)
@@ -155,10 +165,10 @@ def test_the_spread_is_the_factor_of_the_damped_inverse():
 
 def test_a_hessian_that_cannot_be_factored_names_the_setting_to_raise():
     indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
-    with pytest.raises(InputError, match=r"weights.percdamp=0.01: raise it"):
-        error_spread(indefinite, WeightsConfig())
+    with pytest.raises(InputError, match=r"weights.gptq.percdamp=0.01: raise it"):
+        error_spread(indefinite, GPTQConfig())
     with pytest.raises(ResultError, match="4 of 4 numbers that are nan"):
-        error_spread(torch.full((2, 2), torch.nan), WeightsConfig())
+        error_spread(torch.full((2, 2), torch.nan), GPTQConfig())
 
 
 @pytest.mark.parametrize("format", [SYMMETRIC, TensorQuant(group_size=16)], ids=str)
@@ -167,14 +177,14 @@ def test_act_order_is_plain_gptq_on_columns_by_falling_diagonal(format):
     weight, hessian = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)), hessian_of(x)
     order = torch.argsort(torch.diagonal(hessian), descending=True)
     assert not torch.equal(order, order.sort().values)
-    plain = WeightsConfig(static_groups=True, clip_search=False)
-    config = WeightsConfig(act_order=True, static_groups=True, clip_search=False)
-    found = gptq(weight, error_spread(hessian, config), format, config)
+    plain = gptq_settings(static_groups=True, clip_search=False)
+    config = gptq_settings(act_order=True, static_groups=True, clip_search=False)
+    found = gptq(weight, error_spread(hessian, config.gptq), format, config)
     if format.group_size:  # groups are runs of columns as they stood, so only the order can be seen
-        still = gptq(weight, error_spread(hessian, plain), format, plain)
+        still = gptq(weight, error_spread(hessian, plain.gptq), format, plain)
         assert torch.equal(found.scale, still.scale)
         assert not torch.equal(found.levels, still.levels)
         return
-    turned = error_spread(hessian[order][:, order], plain)
+    turned = error_spread(hessian[order][:, order], plain.gptq)
     expected = gptq(weight[:, order], turned, format, plain)
     assert torch.equal(found.levels[:, order], expected.levels)

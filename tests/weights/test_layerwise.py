@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, GPTQConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.model.modules import linear_at, map_of
@@ -35,10 +35,10 @@ def quantize(request, windows, tmp_path):
     """Quantize a model by one of the methods."""
 
     def by_rtn(model, quant):
-        return quantize_rtn(model, quant, WeightsConfig(), {})
+        return quantize_rtn(model, quant, ClipSearch(), {})
 
     def by_gptq(model, quant):
-        config = WeightsConfig(method="gptq", block_size=10)
+        config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
         rotations = RotationSet(r4=hadamard_rotation(40))
         return quantize_gptq(model, rotations, windows, quant, config, tmp_path)
 
@@ -85,7 +85,7 @@ def test_head_and_embedding_are_rounded_to_nearest(make_model, quantize):
     original = make_model(torch.float32, tie_word_embeddings=False)
     found = quantize(make_model(torch.float32, tie_word_embeddings=False), quant)
     for name, format in (("lm_head", head), ("model.embed_tokens", embedding)):
-        expected = rtn(original.get_submodule(name).weight, format, WeightsConfig())
+        expected = rtn(original.get_submodule(name).weight, format, ClipSearch())
         assert torch.equal(found[name].dequantize(), expected.dequantize())
     assert found.keys() - {"lm_head", "model.embed_tokens"} == {
         site.path for site in map_of(original).sites
@@ -113,7 +113,7 @@ def test_every_family_is_quantized(make_family_model, quantize, family):
 
 def test_gptq_resumes_with_the_same_bits(make_model, windows, tmp_path):
     quant = replace(MIXED, embedding=TensorQuant(bits=6))
-    config = WeightsConfig(method="gptq", block_size=10)
+    config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
 
     def run():
         model = make_model(torch.float32, num_hidden_layers=3)
@@ -128,7 +128,7 @@ def test_gptq_resumes_with_the_same_bits(make_model, windows, tmp_path):
 
 def test_a_damaged_layer_is_made_again_with_the_same_bits(make_model, windows, tmp_path, caplog):
     """One flipped bit of a level, a file that was torn, and an empty one."""
-    config = WeightsConfig(method="gptq", block_size=10)
+    config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
 
     def run():
         model = make_model(torch.float32, num_hidden_layers=3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import spinlab.weights.lwc as lwc_module
-from spinlab.config import QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, LWCConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.modules import linear_at
 from spinlab.rotation.fuse import fuse_inputs
@@ -17,7 +17,7 @@ from spinlab.weights.rtn import rtn
 
 ROTATIONS = RotationSet(r4=hadamard_rotation(40))
 QUANT = QuantConfig(weights=TensorQuant(bits=3), activations=TensorQuant(bits=6))
-CONFIG = WeightsConfig(lwc_epochs=4, lwc_lr=0.05)
+CONFIG = WeightsConfig("lwc", lwc=LWCConfig(epochs=4, lr=0.05))
 FORMATS = [
     TensorQuant(symmetric=True),
     TensorQuant(),
@@ -59,20 +59,20 @@ def test_learning_starts_from_the_ranges_of_rtn(format):
     """Ratios near 1 excepted: a sigmoid ends below them."""
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     format = replace(format, clip_ratio=0.95)
-    start = ClippedWeight(weight, format, WeightsConfig()).quantized()
-    assert torch.allclose(start.scale, rtn(weight, format, WeightsConfig()).scale, rtol=1e-5)
+    start = ClippedWeight(weight, format, ClipSearch()).quantized()
+    assert torch.allclose(start.scale, rtn(weight, format, ClipSearch()).scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [QUANT.weights, TensorQuant(bits=3, symmetric=True)], ids=str)
 @pytest.mark.parametrize("clip_search", [True, False])
 def test_learned_ranges_change_a_layers_output_less(lwc, make_fused, windows, clip_search, weights):
     quant = replace(QUANT, weights=weights)
-    config = replace(CONFIG, clip_search=clip_search)
+    config = replace(CONFIG, clip=ClipSearch(search=clip_search))
     reference = make_fused()
     insert_fake_quant(reference, ROTATIONS, None)
     original = reference(windows, output_hidden_states=True).hidden_states
     learned = lwc(quant, config)
-    nearest = quantize_rtn(make_fused(), quant, config, {})
+    nearest = quantize_rtn(make_fused(), quant, config.clip, {})
     errors = []
     for found in (learned, nearest):
         model = make_fused()
@@ -111,7 +111,7 @@ def test_only_weights_of_fewer_than_16_bits_are_learned(lwc):
         {"pattern": "*.down_proj", "weights": {"bits": 16}},
     ]
     quant = replace(QUANT, overrides=overrides, head=TensorQuant(bits=8))
-    found = lwc(quant, replace(CONFIG, lwc_epochs=1))
+    found = lwc(quant, replace(CONFIG, lwc=LWCConfig(epochs=1, lr=0.05)))
     assert len(found) == 13
     assert found.keys() >= {"lm_head", "model.layers.1.self_attn.q_proj"}
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import round_to_nearest, rtn
 
@@ -21,7 +21,7 @@ def random_weight(rows: int = 6, width: int = 32) -> torch.Tensor:
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_saved_weights_come_back_as_the_same_integers(tmp_path, format):
-    weights = {"a.b": rtn(random_weight(), format, WeightsConfig())}
+    weights = {"a.b": rtn(random_weight(), format, ClipSearch())}
     save_weights(weights, tmp_path / "w.safetensors")
     loaded = load_weights(tmp_path / "w.safetensors")["a.b"]
     assert torch.equal(loaded.levels, weights["a.b"].levels)
@@ -29,7 +29,7 @@ def test_saved_weights_come_back_as_the_same_integers(tmp_path, format):
 
 
 def test_weights_of_different_grids_share_a_file(tmp_path):
-    weights = {f"w{i}": rtn(random_weight(), f, WeightsConfig()) for i, f in enumerate(FORMATS)}
+    weights = {f"w{i}": rtn(random_weight(), f, ClipSearch()) for i, f in enumerate(FORMATS)}
     save_weights(weights, tmp_path / "w.safetensors")
     loaded = load_weights(tmp_path / "w.safetensors")
     assert {name: w.format for name, w in loaded.items()} == {
@@ -47,7 +47,7 @@ def test_no_weights_at_all_are_saved_and_loaded(tmp_path):
 def test_a_split_stack_is_saved_whole(tmp_path):
     """Its parts share memory, which tensors of a safetensors file may not."""
     for format in FORMATS:
-        whole = rtn(random_weight(), format, WeightsConfig())
+        whole = rtn(random_weight(), format, ClipSearch())
         parts = dict(zip("ab", whole.split([2, 4]), strict=True))
         save_weights(parts, tmp_path / "w.safetensors")
         loaded = load_weights(tmp_path / "w.safetensors")
@@ -65,13 +65,13 @@ def test_no_weight_moves_further_than_half_a_level(format):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 12])
 def test_levels_are_stored_in_their_own_bits(bits):
-    found = rtn(random_weight(), TensorQuant(bits=bits, symmetric=True), WeightsConfig())
+    found = rtn(random_weight(), TensorQuant(bits=bits, symmetric=True), ClipSearch())
     assert found.tensors()["levels"].shape == (6, 32 * bits / 8)
     assert found.tensors()["levels"].dtype == torch.uint8
 
 
 def test_a_width_that_fills_no_bytes_comes_back(tmp_path):
-    weights = {"w": rtn(random_weight(3, 27), TensorQuant(bits=3), WeightsConfig())}
+    weights = {"w": rtn(random_weight(3, 27), TensorQuant(bits=3), ClipSearch())}
     save_weights(weights, tmp_path / "w.safetensors")
     loaded = load_weights(tmp_path / "w.safetensors")["w"]
     assert torch.equal(loaded.levels, weights["w"].levels)
@@ -82,7 +82,7 @@ def test_effective_bits_count_scales_and_zeros():
     numbers = {"w": 512}
     for bits in (2, 3, 4):
         format = TensorQuant(bits=bits, group_size=128)
-        weights = {"w": rtn(random_weight(2, 256), format, WeightsConfig())}
+        weights = {"w": rtn(random_weight(2, 256), format, ClipSearch())}
         assert effective_bits(weights, numbers) == bits + 48 / 128
     some = {**numbers, "one more": 3 * sum(numbers.values())}  # in 16 bits
     assert effective_bits(weights, some) == (4 + 48 / 128 + 3 * 16) / 4
@@ -93,10 +93,7 @@ def test_the_clip_search_lowers_the_error_it_minimizes():
     weight = random_weight(16, 256)
     format = TensorQuant(bits=4, symmetric=True)
     errors = [
-        (rtn(weight, format, WeightsConfig(clip_search=on)).dequantize() - weight)
-        .abs()
-        .pow(2.4)
-        .sum()
+        (rtn(weight, format, ClipSearch(search=on)).dequantize() - weight).abs().pow(2.4).sum()
         for on in (True, False)
     ]
     assert errors[0] < 0.9 * errors[1]

@@ -30,7 +30,7 @@ def make_codec(name: str, settings: CodecConfig, width: int, seed: int) -> Codec
     return CODECS[settings.codec].make(name, settings, width, stream(seed, name))
 
 
-def unread_settings(config: KVConfig) -> Iterator[Rule]:
+def unread_by_codecs(config: KVConfig) -> Iterator[Rule]:
     """Yield, as `spinlab.config.unread` does, which settings of a side its codec does not read."""
     for side, settings in config.sides.items():
         name = f"kv.{side}"

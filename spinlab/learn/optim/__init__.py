@@ -7,6 +7,7 @@ from spinlab.learn.optim.make import (
     check_optimizer,
     make_optimizer,
     rate_at,
+    unread_by_optimizer,
 )
 from spinlab.learn.optim.qr import orthogonal_factor
 
@@ -20,4 +21,5 @@ __all__ = [
     "orthogonal_factor",
     "rate_at",
     "tangent",
+    "unread_by_optimizer",
 ]

@@ -1,15 +1,18 @@
 """The optimizers of rotations and their learning-rate schedules, by name.
 
-An optimizer here is a function (groups, settings) -> torch.optim.Optimizer on groups of parameters
-from `on_manifold`: (..., n, n) orthogonal matrices. Gradients are tangent: all but one project them
-or see their tangent part only, but geoopt's RiemannianSGD starts its momentum from the gradient as
-it is. A step size means different things: that of riemannian_adam is the Frobenius length of a
-matrix's step (its second moment is one number per matrix), that of qr_adam the length of each
-latent entry's.
+An optimizer here is called with groups of parameters from `on_manifold`, (..., n, n) orthogonal
+matrices, with lr, and with those settings of `learn` that its parameters name. Gradients are
+tangent: all but one project them or see their tangent part only, but geoopt's RiemannianSGD starts
+its momentum from the gradient as it is. A step size means different things: that of riemannian_adam
+is the Frobenius length of a matrix's step (its second moment is one number per matrix), that of
+qr_adam the length of each latent entry's.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import geoopt
@@ -17,6 +20,7 @@ import torch
 
 from spinlab.config import LearnConfig
 from spinlab.config.checks import choice
+from spinlab.config.unread import Rule
 from spinlab.learn.optim.cayley import CayleyAdam, CayleySGD, cayley_exact
 from spinlab.learn.optim.qr import QRSGD, QRAdam
 
@@ -24,14 +28,14 @@ Groups = list[dict[str, Any]]
 
 _geoopt = cast(Any, geoopt.optim)  # decorated, so that type checkers cannot follow
 
-OPTIMIZERS: Mapping[str, Callable[[Groups, LearnConfig], torch.optim.Optimizer]] = {
-    "cayley_sgd": lambda groups, x: CayleySGD(groups, x.lr, x.momentum, x.cap_step),
-    "cayley_exact": lambda groups, x: CayleySGD(groups, x.lr, x.momentum, x.cap_step, cayley_exact),
-    "cayley_adam": lambda groups, x: CayleyAdam(groups, x.lr, cap_step=x.cap_step),
-    "riemannian_sgd": lambda groups, x: _geoopt.RiemannianSGD(groups, lr=x.lr, momentum=x.momentum),
-    "riemannian_adam": lambda groups, x: _geoopt.RiemannianAdam(groups, lr=x.lr),
-    "qr_sgd": lambda groups, x: QRSGD(groups, x.lr, x.momentum),
-    "qr_adam": lambda groups, x: QRAdam(groups, x.lr),
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "cayley_sgd": CayleySGD,
+    "cayley_exact": partial(CayleySGD, transform=cayley_exact),
+    "cayley_adam": CayleyAdam,
+    "riemannian_sgd": _geoopt.RiemannianSGD,
+    "riemannian_adam": _geoopt.RiemannianAdam,
+    "qr_sgd": QRSGD,
+    "qr_adam": QRAdam,
 }
 
 # factors of the base rate, by the share of the steps after warm-up that is done
@@ -44,7 +48,21 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 
 def make_optimizer(groups: Groups, learn: LearnConfig) -> torch.optim.Optimizer:
     """Make the optimizer that `learn` names, for parameters from `on_manifold`."""
-    return OPTIMIZERS[learn.optimizer](groups, learn)
+    settings = {name: getattr(learn, name) for name in _reads(learn.optimizer)}
+    return OPTIMIZERS[learn.optimizer](groups, lr=learn.lr, **settings)
+
+
+def _reads(name: str) -> set[str]:
+    """Name the settings that an optimizer reads beside the rates."""
+    named = {f.name for f in fields(LearnConfig)} - {"lr"}
+    return named & signature(OPTIMIZERS[name]).parameters.keys()
+
+
+def unread_by_optimizer(learn: LearnConfig) -> Iterator[Rule]:
+    """Yield, as `spinlab.config.unread` does, what other optimizers read than the chosen one."""
+    check_optimizer(learn)
+    others = set().union(*map(_reads, OPTIMIZERS)) - _reads(learn.optimizer)
+    yield f"learn.optimizer={learn.optimizer}", [f"learn.{name}" for name in others]
 
 
 def rate_at(learn: LearnConfig, step: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig, ObjectiveConfig, QuantConfig, WeightsConfig
+from spinlab.config import ClipSearch, LearnConfig, ObjectiveConfig, QuantConfig
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.objectives import head_loss
 from spinlab.learn.spaces.local import LocalTerms
@@ -23,7 +23,7 @@ class Parts:
     local: LocalTerms
     learn: LearnConfig
     quant: QuantConfig
-    weights: WeightsConfig
+    search: ClipSearch  # of ranges that are not learned, and where learned ones start
     clips: Mapping[str, torch.Tensor]  # ratios that learned weight ranges start from, by linear
 
 

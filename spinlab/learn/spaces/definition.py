@@ -40,7 +40,7 @@ class PlainSpace(LearningSpace):
     def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
         model = parts.model
         super().__init__(parts)
-        self.dtype, self.quant, self.weights = dtype, parts.quant, parts.weights
+        self.dtype, self.quant, self.search = dtype, parts.quant, parts.search
         self.ranges = LogParameters(self.learn.lr_clip, most=1.0)
         self.clip: dict[str, torch.Tensor] = {}
         self.linears = list(linears_of(model))
@@ -92,7 +92,7 @@ class PlainSpace(LearningSpace):
         with torch.no_grad():
             weights = {site.path: weight for site, _, _, weight in self._rotated()}
         self.clip = {
-            site.path: search_ratios(weights[site.path], format, self.weights)
+            site.path: search_ratios(weights[site.path], format, self.search)
             for site, _ in self.linears
             if (format := weight_format(site, self.quant)) is not None
         }

@@ -30,7 +30,7 @@ class WeightSpace(LearningSpace):
     def __init__(self, parts: Parts) -> None:
         model, rotations, local = parts.model, parts.rotations, parts.local
         super().__init__(parts)
-        self.quant, self.weights = parts.quant, parts.weights
+        self.quant, self.search = parts.quant, parts.search
         self.ranges = LogParameters(self.learn.lr_clip, most=1.0)  # of weights, by linear
         self.given = parts.clips if self.learn.lr_clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
@@ -100,7 +100,7 @@ class WeightSpace(LearningSpace):
         if self.ranges.logs:
             return torch.stack([self.ranges.value(linear.site.path) for linear in batch.linears])
         if refresh or batch.clip is None:
-            found = search_ratios(weights.flatten(0, 1), format, self.weights)
+            found = search_ratios(weights.flatten(0, 1), format, self.search)
             searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
             pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
             return torch.stack([given.to(ratio) for given, ratio in pairs])

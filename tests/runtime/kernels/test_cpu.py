@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from spinlab.config import TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.fakequant.activations import InputPath
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
@@ -116,7 +116,7 @@ def test_weights_of_few_bits_are_multiplied_as_narrow_ones():
 def test_linears_take_one_column_at_a_time(tokens, width, group):
     """Groups of one input, or a width of one; oracle: the floats behind both, in float64."""
     g = torch.Generator().manual_seed(0)
-    weight = rtn(torch.randn(6, width, generator=g), TensorQuant(bits=8), WeightsConfig())
+    weight = rtn(torch.randn(6, width, generator=g), TensorQuant(bits=8), ClipSearch())
     quantizer = TokenQuantizer(IntegerFormat(8, False), group)
     x = torch.randn(tokens, width, generator=g)
     linear = IntegerLinear(weight, None, InputPath(None, quantizer), cpu.matmul, torch.float32)

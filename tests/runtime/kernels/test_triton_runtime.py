@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from spinlab.config import KVConfig, QuantConfig, RotationConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
@@ -47,7 +47,7 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
     networks = QuantizedNetworks(make, quant, KVConfig())
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), map_of(make()), generator)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     ids, found = ids[:, :9].to(device), []
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
@@ -85,7 +85,7 @@ def test_an_input_too_wide_to_quantize_falls_back_with_a_warning(
     quant = QuantConfig(weights=TensorQuant(symmetric=True, group_size=group))
     networks = QuantizedNetworks(make, quant, KVConfig())
     rotations, ids = RotationSet(), ids[:, :3].to(device)
-    weights = quantize_rtn(networks.fused(rotations), quant, WeightsConfig(), {})
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     monkeypatch.setattr(gpu, "_WIDEST_GROUP", 64)
     found = []
     for operations in (REFERENCE, triton_operations()):

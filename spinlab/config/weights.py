@@ -1,0 +1,86 @@
+"""Settings of how weights are rounded: the clip search that methods share, and one part for each.
+
+A method without settings of its own is a name alone. The code behind the names is in
+`spinlab.weights.methods`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from spinlab.config.checks import at_least, count, positive
+from spinlab.config.data import WindowsConfig
+from spinlab.errors import InputError
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """Say which shrink ratios are tried: 1, 1-1/grid, … down to 1-max_shrink (exclusive).
+
+    The error of a candidate is the sum of |rounding error|^norm over a channel or group. The
+    published recipe is norm 2.4, grid 100, max_shrink 0.8, that is 80 candidates (GPTQ, SpinQuant).
+    """
+
+    search: bool = True  # false: the whole range, times the format's clip_ratio
+    norm: float = 2.4
+    grid: int = 100
+    max_shrink: float = 0.8
+
+    def __post_init__(self) -> None:
+        positive("weights.clip.norm", self.norm)
+        count("weights.clip.grid", self.grid)
+        at_least("weights.clip.grid*max_shrink", self.grid * self.max_shrink, 1)
+        if not 0 < self.max_shrink < 1:
+            raise InputError(f"weights.clip.max_shrink={self.max_shrink} must lie in (0, 1)")
+
+    def ratios(self) -> list[float]:
+        return [1 - i / self.grid for i in range(int(self.max_shrink * self.grid))]
+
+
+@dataclass(frozen=True)
+class GPTQConfig(WindowsConfig):
+    """Set GPTQ (Frantar et al. 2022): its windows, damping, and the order of columns."""
+
+    place: ClassVar[str] = "weights.gptq"
+    block_size: int = 128  # columns whose errors are spread over the later ones at once
+    percdamp: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False  # group ranges from the start, not as columns stand when reached
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count("weights.gptq.block_size", self.block_size)
+        positive("weights.gptq.percdamp", self.percdamp)
+
+
+@dataclass(frozen=True)
+class LWCConfig(WindowsConfig):
+    """Set learnable weight clipping: RTN in ranges that are learned layer by layer."""
+
+    place: ClassVar[str] = "weights.lwc"
+    epochs: int = 20
+    lr: float = 5e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count("weights.lwc.epochs", self.epochs)
+        positive("weights.lwc.lr", self.lr)
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Choose the method that rounds weights; of the parts below, its own is read."""
+
+    method: str = "rtn"  # by its name in spinlab.weights.methods
+    clip: ClipSearch = field(default_factory=ClipSearch)
+    gptq: GPTQConfig = field(default_factory=GPTQConfig)
+    lwc: LWCConfig = field(default_factory=LWCConfig)
+
+    @property
+    def own(self) -> Any:
+        """The settings of the chosen method; None where it has none."""
+        return vars(self).get(self.method)
+
+    @property
+    def windows(self) -> WindowsConfig | None:
+        """The calibration windows that the chosen method looks at, if it does."""
+        return self.own if isinstance(self.own, WindowsConfig) else None

@@ -1,0 +1,43 @@
+"""Every option of every group of conf/ composes, and runs on the toy in its smallest form."""
+
+import pytest
+import torch
+
+from spinlab.compose import CONF, composed, options_of
+from spinlab.stages.pipeline import Pipeline
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+OPTIONS = [(group, option) for group in GROUPS for option in options_of(group)]
+NEEDED = {"learn=inputs": ["rotation=duquant"]}  # the transforms that it learns
+# run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
+RUN = [
+    *("rotation=identity", "rotation=block_r4"),
+    *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "kv=kv8", "runtime=reference"),
+    *(f"+method={name}" for name in options_of("method") if "/" in name),
+]
+SMALL = [
+    *("learn=none", "eval.max_windows=1", "model.architecture.num_hidden_layers=1"),
+    *("weights.gptq.samples=2", "weights.gptq.sequence_length=64"),
+    *("weights.lwc.samples=2", "weights.lwc.sequence_length=64", "weights.lwc.epochs=1"),
+    *("rotation.statistics.samples=2", "rotation.statistics.sequence_length=64"),
+    *("rotation.duquant.steps=4", "rotation.duquant.block_size=16"),
+]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
+def test_every_option_composes(group, option):
+    plus = "+" if group in ("experiment", "method") else ""
+    composed(*NEEDED.get(f"{group}={option}", ()), f"{plus}{group}={option}")
+
+
+@pytest.mark.parametrize("option", RUN)
+def test_what_no_other_test_runs_agrees_on_integers_and_in_floats(option, tmp_path):
+    """The hand-off gate, and the metrics of the network that the option makes."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
+    text = [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
+    paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    run = Pipeline(composed("+experiment=toy", "model=random", option, *SMALL, *text, *paths))
+    assert run.handoff_error("int4") < 1e-9
+    metrics = run.measure("int4")
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
