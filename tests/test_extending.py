@@ -100,9 +100,10 @@ def test_every_addition_is_one_file_and_one_line(tmp_path):
 
 def test_every_addition_runs_and_its_integers_pass_the_gate(extended):
     _, found = extended
-    assert len(found) >= 4
+    assert len(found) >= 8
     for command, metrics in found.items():
-        assert metrics["ppl/wiki/fp"] < metrics["ppl/wiki/fake"] < 256, command
+        least = metrics["ppl/wiki/fp"] if "model=random" not in command else 200  # of 256 bytes
+        assert least < metrics["ppl/wiki/fake"] < 300, command
         assert metrics["invariance/int4"] < 1e-6, command
 
 
