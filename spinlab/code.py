@@ -33,7 +33,7 @@ def closure(module: str) -> frozenset[str]:
     """Return by name the modules that a module runs: itself and all of spinlab that it imports."""
     found, ahead = {module}, [module]
     while ahead:
-        new = _imports(ahead.pop()) - found - _APART
+        new = imports_of(ahead.pop()) - found - _APART
         found |= new
         ahead += new
     return frozenset(found)
@@ -60,7 +60,7 @@ def _tree(module: str) -> ast.Module:
 
 
 @cache
-def _imports(module: str) -> frozenset[str]:
+def imports_of(module: str) -> frozenset[str]:
     """Return the modules of spinlab that a module imports, inside of its functions too."""
     found: set[str] = set()
     for node in ast.walk(_tree(module)):

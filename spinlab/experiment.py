@@ -18,10 +18,10 @@ from spinlab.finite import check_finite
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
-from spinlab.preflight import preflight
 from spinlab.report.figures import draw_outliers
 from spinlab.report.tables.record import result_table
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.preflight import preflight
 from spinlab.stages.rotations import networks_of
 from spinlab.stages.weights import weights_in
 from spinlab.track.environment import environment

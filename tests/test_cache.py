@@ -1,3 +1,5 @@
+"""Stages are computed once, survive kills, and notice damage."""
+
 import errno
 import json
 import logging

@@ -211,7 +211,7 @@ def test_missing_package_data(mistake, monkeypatch):
     def missing(name: str):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("spinlab.data.assets.distribution", missing)
+    monkeypatch.setattr("spinlab.assets.distribution", missing)
     assert "make setup" in mistake(*TOY)
 
 

@@ -1,3 +1,5 @@
+"""Devices and back ends are chosen by what the machine has."""
+
 import pytest
 import torch
 

@@ -118,7 +118,7 @@ def test_any_weight_survives_its_stored_form(rows, groups, width, bits, symmetri
     weight = torch.randn(rows, groups * width * 2, generator=torch.Generator().manual_seed(bits))
     format = TensorQuant(bits=bits, symmetric=symmetric, group_size=width * 2)
     found = rtn(weight, format, ClipSearch(search=False))
-    again = QuantizedWeight.from_tensors(found.tensors(), found.format)
+    again = QuantizedWeight.from_tensors(found.tensors(), found.format, weight.shape[1])
     assert torch.equal(again.dequantize(), found.dequantize())
     step = found.scale.repeat_interleave(width * 2, dim=1)
     # a symmetric grid reaches the extremes exactly; a zero point may be half a level off

@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from spinlab.bench.clock import now
 from spinlab.config import Config, plain
@@ -20,6 +21,7 @@ def bench_forms(config: Config) -> dict[str, Any]:
     Both start from the same rotations and read the same windows; the plain one rotates every weight
     in float64 at each forward pass, as SpinQuant's published code does.
     """
+    disable_progress_bar()  # of loading a checkpoint, as in a run
     pipeline = Pipeline(config)
     learn = config.learn
     PlainSpace.check(learn)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinlab.data.assets import packaged_file
+from spinlab.assets import packaged_file
 from spinlab.errors import InputError
 from spinlab.files import file_digest
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from spinlab.assets import packaged_file
 from spinlab.config import DataConfig
-from spinlab.data.assets import packaged_file
 from spinlab.data.files import read_file
 from spinlab.data.hub import hub_or_cache
 from spinlab.errors import InputError

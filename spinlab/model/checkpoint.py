@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spinlab import parallel
+from spinlab.assets import packaged_folder
 from spinlab.config import ModelConfig
-from spinlab.data.assets import packaged_folder
 from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.files import (

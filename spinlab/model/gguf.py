@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from spinlab.assets import packaged_file
 from spinlab.config import ModelConfig
-from spinlab.data.assets import packaged_file
 from spinlab.errors import InputError
 from spinlab.model.families import family_of
 from spinlab.model.settings import OURS

@@ -1,3 +1,5 @@
+"""The CPU bench leaves a record of linears and decoding beside float32."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The GPTQ bench leaves a record, and needs no more than a bare GPU machine has."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Kernel benches time what they say, and their ceilings are rates."""
+
 import json
 import time
 from contextlib import contextmanager, nullcontext

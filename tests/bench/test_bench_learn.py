@@ -1,3 +1,5 @@
+"""The learning bench leaves a record, and holds an experiment against its definition."""
+
 import json
 
 import pytest

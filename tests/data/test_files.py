@@ -1,3 +1,5 @@
+"""Texts from files of every format are read as the published text is, or refused."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Texts of the hub come from its cache, or fail at once where it cannot be reached."""
+
 import json
 import time
 

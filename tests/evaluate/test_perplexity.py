@@ -1,3 +1,5 @@
+"""Perplexity against products of probabilities."""
+
 import math
 
 import pytest

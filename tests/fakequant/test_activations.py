@@ -1,3 +1,5 @@
+"""What linears read: rotated, rounded, once for all of one input."""
+
 import pytest
 import torch
 

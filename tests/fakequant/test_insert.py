@@ -1,3 +1,5 @@
+"""Fake quantization stands where the settings say, with the clips that were learned."""
+
 from dataclasses import replace
 
 import pytest

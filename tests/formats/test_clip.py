@@ -1,3 +1,5 @@
+"""The clip search against brute force."""
+
 import pytest
 import torch
 

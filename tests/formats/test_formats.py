@@ -15,8 +15,8 @@ from spinlab.formats.base import Pulled, Rounding
 from spinlab.formats.gradient import pull_back, round_in_range
 from spinlab.formats.integer import extremes, nearest, settled
 from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
-from spinlab.preflight import preflight
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.preflight import preflight
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import rtn
 

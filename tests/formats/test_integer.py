@@ -1,3 +1,5 @@
+"""Integer formats: levels, ranges, zero, and how ties are rounded."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Levels of few rows in NumPy are those of torch, bit for bit."""
+
 import numpy as np
 import pytest
 import torch

@@ -15,9 +15,9 @@ from spinlab.kv.base import LayerCodec, OwnTensor, RowCodec
 from spinlab.kv.cache import CodedCache, attach_kv, kv_path
 from spinlab.kv.codecs import CODECS, make_codec
 from spinlab.kv.codecs.affine import AffineCodec
-from spinlab.preflight import preflight
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.preflight import preflight
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,3 +1,5 @@
+"""Cayley steps against the exact transform, geoopt and the paper's equations."""
+
 from itertools import pairwise
 
 import geoopt

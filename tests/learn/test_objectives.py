@@ -1,3 +1,5 @@
+"""Objectives against full logits and autograd."""
+
 import numpy as np
 import pytest
 import scipy.stats

@@ -1,3 +1,5 @@
+"""Every optimizer solves Procrustes, stays on the manifold and resumes."""
+
 import geoopt
 import pytest
 import scipy.linalg

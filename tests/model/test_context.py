@@ -1,3 +1,5 @@
+"""Windows are held against the model's context."""
+
 import pytest
 from transformers import LlamaConfig
 

@@ -1,3 +1,5 @@
+"""Models come as they were saved, in every dtype, on every device."""
+
 import json
 
 import pytest

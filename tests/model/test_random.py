@@ -1,3 +1,5 @@
+"""Random models have published shapes, and outliers where they are planted."""
+
 from dataclasses import replace
 from pathlib import Path
 

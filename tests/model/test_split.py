@@ -1,3 +1,5 @@
+"""Fused linears are split into plain ones and joined again."""
+
 import pytest
 import torch
 from torch import nn

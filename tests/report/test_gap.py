@@ -1,3 +1,5 @@
+"""Shares of a log-perplexity gap, and the tables of one setting at a time."""
+
 import json
 import math
 from pathlib import Path

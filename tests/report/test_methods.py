@@ -1,3 +1,5 @@
+"""The table of methods: means, spreads, and complete records only."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""The table and the figure of one record."""
+
 import json
 from pathlib import Path
 

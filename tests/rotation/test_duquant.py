@@ -1,3 +1,5 @@
+"""DuQuant's rotations and permutation against the paper and searches by hand."""
+
 from itertools import product
 from math import sqrt
 

@@ -1,3 +1,5 @@
+"""Rotation files of other codes are read without running their code."""
+
 import pickle
 from dataclasses import replace
 

@@ -1,3 +1,5 @@
+"""Fused rotations keep the function, and a broken one is named."""
+
 import pytest
 import torch
 

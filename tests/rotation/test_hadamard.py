@@ -1,3 +1,5 @@
+"""Hadamard matrices of every order against scipy and H Hᵀ = n I."""
+
 import numpy as np
 import pytest
 import scipy.linalg

@@ -1,3 +1,5 @@
+"""Transforms of single inputs keep the function, and do to activations what papers say."""
+
 from dataclasses import replace
 
 import pytest

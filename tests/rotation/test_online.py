@@ -1,3 +1,5 @@
+"""Online rotations against dense products."""
+
 import pytest
 import torch
 

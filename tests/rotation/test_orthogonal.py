@@ -1,3 +1,5 @@
+"""Random and projected orthogonal matrices against moments and scipy."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Learned ranges are used with the formats that they were learned for."""
+
 import json
 from dataclasses import replace
 

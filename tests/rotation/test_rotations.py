@@ -1,3 +1,5 @@
+"""A set of rotations: files, switches, kinds."""
+
 from dataclasses import replace
 
 import numpy as np

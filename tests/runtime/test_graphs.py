@@ -1,3 +1,5 @@
+"""Replayed CUDA graphs equal eager steps, whatever happened before."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Integer linears against int64 and fake quantization, to the last bit."""
+
 import copy
 
 import pytest

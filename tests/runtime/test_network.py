@@ -1,3 +1,5 @@
+"""Networks on integers are the fake-quantized network."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The fused runtime is the fake-quantized network, for every family and cache."""
+
 import copy
 import logging
 

@@ -1,3 +1,5 @@
+"""The record: its key, its contents, and no path of the machine."""
+
 import errno
 import json
 import logging

@@ -1,3 +1,5 @@
+"""Layers read in calibration what they read in the model."""
+
 import pytest
 import torch
 

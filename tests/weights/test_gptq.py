@@ -1,3 +1,5 @@
+"""GPTQ against the textbook, brute force and RTN."""
+
 import itertools
 
 import pytest

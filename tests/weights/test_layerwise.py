@@ -1,3 +1,5 @@
+"""Layer by layer: formats, families, resuming."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Learned weight clipping: gradients, starts, resuming."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Quantized weights as values: files, bytes, bits."""
+
 import pytest
 import torch
 

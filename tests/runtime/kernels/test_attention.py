@@ -1,3 +1,5 @@
+"""Attention over packed rows against exact arithmetic."""
+
 import math
 import os
 import subprocess

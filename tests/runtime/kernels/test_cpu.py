@@ -1,3 +1,5 @@
+"""The CPU's integer product is exact on every processor."""
+
 import os
 import subprocess
 import sys

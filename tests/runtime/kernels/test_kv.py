@@ -1,3 +1,5 @@
+"""Keys and values are rotated and coded by kernels as by their definition."""
+
 import pytest
 import torch
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb

@@ -1,3 +1,5 @@
+"""Kernels that make quantized inputs against the quantizer."""
+
 import pytest
 import torch
 

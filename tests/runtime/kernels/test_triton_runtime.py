@@ -1,3 +1,5 @@
+"""The Triton runtime gives the reference's logits."""
+
 import logging
 
 import pytest

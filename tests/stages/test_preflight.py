@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import spinlab.preflight as preflight_
+import spinlab.stages.preflight as preflight_
 from spinlab import parallel
 from spinlab.compose import composed
 from spinlab.config import ModelConfig, RotationConfig
@@ -13,12 +13,12 @@ from spinlab.data import hub
 from spinlab.errors import InputError
 from spinlab.model.load import meta_model
 from spinlab.model.modules import map_of
-from spinlab.preflight import preflight
 from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.preflight import preflight
 from spinlab.stages.rotations import gate_ids
 
 
