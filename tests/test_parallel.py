@@ -266,7 +266,7 @@ def test_gptq_is_as_good_as_in_one_process(two, tmp_path):
 
 def test_more_processes_than_windows_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "world", lambda: 2)
-    with pytest.raises(InputError, match=r"weights\.samples=1 leaves some of 2 processes"):
+    with pytest.raises(InputError, match=r"weights\.gptq\.samples=1 leaves some of 2 processes"):
         quantize_gptq(network("float32"), RotationSet(), windows(1), QUANT, GPTQ, tmp_path)
 
 
