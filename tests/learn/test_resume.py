@@ -49,7 +49,7 @@ def saved_steps(path: Path) -> int:
     """Count the steps that a kill now would leave."""
     try:
         return len(read_tensors(path)[1])
-    except FileNotFoundError:  # nothing yet, or the stage ended in this moment
+    except (FileNotFoundError, ValueError):  # nothing yet, at its end, or replaced while it is read
         return 0
 
 
