@@ -24,8 +24,14 @@ def code_digest(module: str) -> str:
     """Digest the code behind an imported module, with the libraries that it computes on."""
     sha = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
     for name in sorted(closure(module)):
-        sha.update(f"{name}\n{_statements(name)}\n".encode())
+        sha.update(f"{name} {_syntax(name)}\n".encode())
     return sha.hexdigest()
+
+
+@cache
+def _syntax(module: str) -> str:
+    """Digest one module."""
+    return hashlib.sha256(ast.dump(_tree(module)).encode()).hexdigest()
 
 
 @cache
@@ -54,9 +60,14 @@ def _is_ours(module: str) -> bool:
 
 @cache
 def _tree(module: str) -> ast.Module:
+    """Return a module's syntax without docstrings; comments and places are none of it."""
     file = _file(module) or sys.modules[module].__file__
     assert file is not None, module
-    return ast.parse(Path(file).read_bytes())
+    tree = ast.parse(Path(file).read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return tree
 
 
 @cache
@@ -89,13 +100,3 @@ def _origins(node: ast.ImportFrom, name: str) -> Iterator[str]:
 
 def _binds(node: ast.ImportFrom, name: str) -> bool:
     return any((alias.asname or alias.name) == name for alias in node.names)
-
-
-@cache
-def _statements(module: str) -> str:
-    """Return a module's syntax without comments, places and docstrings."""
-    tree = ast.parse(ast.unparse(_tree(module)))  # a tree of its own
-    for node in ast.walk(tree):
-        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
