@@ -30,7 +30,7 @@ def attend(
     scaling: float,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Do what `reference.attention.attend` does. float64 is not supported.
+    """Do what `reference.attend` does. float64 is not supported.
 
     Nothing is read on the host and the launch depends on shapes alone, so that CUDA graphs can
     hold it; the work follows `length` all the same. plan: None takes `plan_of`.

@@ -21,7 +21,7 @@ def store(
     position: torch.Tensor,
     round_trip: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Do what `reference.kv.store` does. float64 is not supported; every R3 is.
+    """Do what `reference.store` does. float64 is not supported; every R3 is.
 
     Nothing is read on the host, so that CUDA graphs can hold it once one call has brought R3 to
     the device. Tokens beyond the rows' capacity are not written: whoever counts them must check.
