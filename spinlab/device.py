@@ -58,11 +58,11 @@ def choose_backend(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "reference" if lacking else "auto"
+        return "torch" if lacking else "auto"
     if name == "cpu" and device.type != "cpu":
-        raise InputError(f"runtime.backend=cpu cannot run on {device}: use auto or reference")
+        raise InputError(f"runtime.backend=cpu cannot run on {device}: use auto or torch")
     if name == "triton" and lacking:
-        raise InputError(f"runtime.backend=triton needs {lacking}: use auto or reference")
+        raise InputError(f"runtime.backend=triton needs {lacking}: use auto or torch")
     return name
 
 

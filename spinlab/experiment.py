@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _SMALL_GAIN = 0.05  # of perplexity, either way
 # the metric of each variant's hand-off gate; invariance/init is the rotated model's own
-_HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "int4")} | {"init": "handoff/init"}
+_HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "integer")} | {"init": "handoff/init"}
 
 
 def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
@@ -137,7 +137,7 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
         record.metrics |= pipeline.measure(variant)
         _save(pipeline, record)
     for text in (text.label for text in pipeline.texts[1]):
-        both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("int4", "fake")]
+        both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("integer", "fake")]
         if both[0] is not None and both[1] is not None:
             record.metrics[f"gap/{text}"] = both[0] / both[1] - 1
         _gain(record, text)
@@ -200,7 +200,7 @@ def _save(pipeline: Pipeline, record: Record) -> None:
 def _show(record: Record, seconds: float) -> None:
     metrics = record.metrics
     print(f"\n{result_table(metrics)}\n")
-    if "bits/weights/int4" in metrics:
-        weights, kv = metrics["bits/weights/int4"], metrics["bits/kv/int4"]
+    if "bits/weights/integer" in metrics:
+        weights, kv = metrics["bits/weights/integer"], metrics["bits/kv/integer"]
         print(f"effective bits: weights {weights:.2f}, KV cache {kv:.2f}")
     print(f"record: {record.folder / 'record.json'}   ({seconds:.0f} s)")

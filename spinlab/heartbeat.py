@@ -27,7 +27,7 @@ def heartbeat(stage: str) -> Iterator[None]:
     """Say every half minute that a stage is at work and what it does, unless a bar does."""
     done = threading.Event()
     start = time.monotonic()
-    work = _WORK.get(stage.partition("-")[0], "at work")  # handoff-int4 and the like
+    work = _WORK.get(stage.partition("-")[0], "at work")  # handoff-fake and the like
 
     def beat() -> None:
         while not done.wait(_INTERVAL):

@@ -108,7 +108,7 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "quant.activations.group_size=7"], ["group_size=7 does not divide"]),
         ([*TOY, "kv.keys.group_size=7"], ["kv.keys.group_size=7 does not divide 16"]),
         ([*TOY, "learn.batch=3", "learn.micro_batch=2"], ["learn.micro_batch=2", "learn.batch=3"]),
-        ([*TOY, "eval.variants=[fp,int5]"], ["eval.variants=int5", "int4"]),
+        ([*TOY, "eval.variants=[fp,int5]"], ["eval.variants=int5", "integer"]),
         ([*TOY, "data.calibration=wikki"], ["'wikki'", "wiki, c4"]),
         ([*TOY, "data.calibration=/no/such.txt"], ["/no/such.txt does not exist"]),
         ([*TOY, "model.weights=pretrained", "model.path=/no/model"], ["/no/model", "config.json"]),

@@ -214,7 +214,7 @@ def test_llama_rows_measure_what_the_paper_does(arguments, model):
             "boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
             "openbookqa",
         }  # fmt: skip
-        assert {"fp", "int4"} <= set(config.eval.variants) & set(config.eval.task_variants)
+        assert {"fp", "integer"} <= set(config.eval.variants) & set(config.eval.task_variants)
 
 
 def documented() -> list[list[str]]:

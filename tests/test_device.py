@@ -15,14 +15,14 @@ def test_the_back_end_follows_the_device(monkeypatch):
         choose_backend("triton", cpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert choose_backend("auto", gpu) == "reference"
+    assert choose_backend("auto", gpu) == "torch"
     with pytest.raises(InputError, match=r"compute capability 8.0 or more, and cuda has 7.5"):
         choose_backend("triton", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_backend("triton", gpu) == "triton"
     assert choose_backend("auto", gpu) == "auto"  # the model decides
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
-    assert choose_backend("auto", gpu) == "reference"
+    assert choose_backend("auto", gpu) == "torch"
     with pytest.raises(InputError, match="package triton, which is not installed"):
         choose_backend("triton", gpu)
 
@@ -31,7 +31,7 @@ def test_rocm_has_no_kernels_whatever_capability_it_reports(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert choose_backend("auto", gpu) == "reference"
+    assert choose_backend("auto", gpu) == "torch"
     with pytest.raises(InputError, match="NVIDIA's CUDA, and this torch is built without it"):
         choose_backend("triton", gpu)
 

@@ -54,15 +54,15 @@ def test_the_record_is_complete(finished):
         "stages", "metrics", "status", "mirrors",
     }  # fmt: skip
     metrics = record["metrics"]
-    for variant in ("fp", "rtn", "init", "fake", "int4"):
+    for variant in ("fp", "rtn", "init", "fake", "integer"):
         assert {f"ppl/wiki/{variant}", f"ppl/c4/{variant}", f"bytes/{variant}"} <= set(metrics)
-    for variant in ("fp", "rtn", "int4"):
+    for variant in ("fp", "rtn", "integer"):
         assert metrics[f"zeroshot/piqa/n/{variant}"] == 4
         assert f"zeroshot/arc_easy/acc_norm_stderr/{variant}" in metrics
     assert metrics["orthogonality/r1"] < 1e-12
     assert metrics["invariance/learned"] < 1e-3
     assert abs(metrics["gap/wiki"]) < 0.005
-    assert "| int4" in output
+    assert "| integer" in output
     assert str(folder) in output
 
 
@@ -163,7 +163,8 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
         (
             "cache/weights-*.partial/progress/layer-001.safetensors",
             ["weights=gptq", "weights.gptq.samples=96", "weights.gptq.sequence_length=96",
-             "model=random", "model.architecture.num_hidden_layers=4", "eval.variants=[fake,int4]"],
+             "model=random", "model.architecture.num_hidden_layers=4",
+             "eval.variants=[fake,integer]"],
             "",
         ),
     ],

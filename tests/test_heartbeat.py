@@ -32,9 +32,9 @@ def test_a_long_stage_says_that_it_is_at_work(tmp_path, caplog, monkeypatch):
 
 def test_a_stage_of_a_variant_says_what_its_kind_does(caplog, monkeypatch):
     monkeypatch.setattr(module, "_INTERVAL", 0.01)
-    with caplog.at_level(logging.INFO), heartbeat("handoff-int4"):
+    with caplog.at_level(logging.INFO), heartbeat("handoff-fake"):
         time.sleep(0.1)
-    assert caplog.messages[0].startswith("handoff-int4 comparing the integer network with floats")
+    assert caplog.messages[0].startswith("handoff-fake comparing the integer network with floats")
 
 
 def test_a_bar_is_sign_enough(caplog, monkeypatch):

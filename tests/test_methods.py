@@ -101,7 +101,7 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     run = pipeline(
         tmp_path, f"+method={method}", *SMALL, *lwc, f"learn.steps={steps.get(method, 0)}"
     )
-    assert run.handoff_error("int4") < 1e-9
+    assert run.handoff_error("integer") < 1e-9
     metrics = run.measure("fp") | run.measure("fake")
     # 4 bits cost something, and random weights would leave it at 256
     assert metrics["ppl/wiki/fp"] < metrics["ppl/wiki/fake"] < 4 * metrics["ppl/wiki/fp"]
@@ -151,7 +151,7 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     rtn = pipeline(tmp_path, *loaded, "weights=rtn")
     found, expected = (run.network("fake")[0](ids).logits for run in (rtn, first))
     assert (found - expected).norm() < 0.1 * (expected - original).norm()
-    assert second.handoff_error("int4") < 1e-9
+    assert second.handoff_error("integer") < 1e-9
 
 
 def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
@@ -195,7 +195,7 @@ def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, 
 def test_wide_and_narrow_weights_may_share_an_input(tmp_path, overrides):
     variants = "eval.variants=[fp,fake]"
     run = pipeline(tmp_path, "learn=none", f"quant.overrides={overrides}", variants)
-    assert run.handoff_error("int4") < 1e-9
+    assert run.handoff_error("integer") < 1e-9
     assert "bits/weights/fake" in run.measure("fake")
 
 
@@ -315,7 +315,7 @@ def test_learned_rotations_say_what_they_were_learned_for(tmp_path, caplog):
 def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     ends = ["quant.head.bits=8", "quant.embedding.bits=8"]
     run = pipeline(tmp_path, "quant=w4a4_down8", *ends, "learn=none")
-    model, weights = run.network("int4")
+    model, weights = run.network("integer")
     bits = {name.rpartition(".")[2]: weight.format.bits for name, weight in weights.items()}
     assert bits == {"lm_head": 8, "embed_tokens": 8, "down_proj": 8} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 4
@@ -324,7 +324,7 @@ def test_down_proj_keeps_eight_bits_where_a_pattern_says_so(tmp_path):
     assert model.get_submodule("model.layers.0.mlp.up_proj").whole.path.quantizer.format.bits == 4
     for name in ("lm_head", "model.embed_tokens"):
         assert torch.equal(model.get_submodule(name).weight, weights[name].dequantize())
-    assert run.handoff_error("int4") < 1e-9
+    assert run.handoff_error("integer") < 1e-9
     assert run.network("fp")[1] is None
 
 

@@ -12,7 +12,7 @@ NEEDED = {"learn=inputs": ["rotation=duquant"]}  # the transforms that it learns
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
 RUN = [
     *("rotation=identity", "rotation=block_r4"),
-    *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "kv=kv8", "runtime=reference"),
+    *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "kv=kv8", "runtime=torch"),
     *(f"+method={name}" for name in options_of("method") if "/" in name),
 ]
 SMALL = [
@@ -38,6 +38,6 @@ def test_what_no_other_test_runs_agrees_on_integers_and_in_floats(option, tmp_pa
     text = [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     run = Pipeline(composed("+experiment=toy", "model=random", option, *SMALL, *text, *paths))
-    assert run.handoff_error("int4") < 1e-9
-    metrics = run.measure("int4")
+    assert run.handoff_error("integer") < 1e-9
+    metrics = run.measure("integer")
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())

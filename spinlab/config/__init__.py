@@ -80,7 +80,7 @@ class Config:
             self._check_learning()
         if self.weights.method == "gptq":
             self._check_columns()
-        if "int4" in self.eval.variants:
+        if "integer" in self.eval.variants:
             self._check_integers()
 
     def _check_name(self) -> None:
@@ -167,7 +167,7 @@ class Config:
                 if tensor.bits > 8 and (tensor.quantizes or not off):
                     raise InputError(
                         f"quant.{name}.bits={tensor.bits} cannot run on integer kernels: "
-                        "use at most 8 bits or leave int4 out of eval.variants"
+                        "use at most 8 bits or leave integer out of eval.variants"
                     )
 
 

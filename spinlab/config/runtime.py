@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from spinlab.config.checks import choice, count
 
-BACKENDS = ("auto", "cpu", "reference", "triton")
+BACKENDS = ("auto", "cpu", "torch", "triton")
 _MOST_THREADS = 4096
 
 
@@ -13,7 +13,7 @@ class RuntimeConfig:
     """Choose where it runs: device, integer back end, CPU threads (0 = all)."""
 
     device: str = "auto"
-    backend: str = "auto"  # cpu on a CPU, triton on a GPU that has it, else the exact reference
+    backend: str = "auto"  # cpu on a CPU, triton on a GPU that has it, else torch
     threads: int = 0
 
     def __post_init__(self) -> None:

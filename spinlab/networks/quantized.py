@@ -31,7 +31,7 @@ class QuantizedNetworks(RotatedNetworks):
         networks are independent samples of the rounding noise.
         """
         model = self._bare(rotations, weights)
-        insert_integer_linears(model, weights, rotations, self.quant, "reference")
+        insert_integer_linears(model, weights, rotations, self.quant, "torch")
         attach_kv(model, self.kv_path(model, rotations), store=False)
         return model
 
@@ -49,7 +49,7 @@ class QuantizedNetworks(RotatedNetworks):
             reason = why_not_runtime(model, path)
             if reason is not None:
                 log.warning("%s: linears multiply by the exact reference product", reason)
-            backend = "triton" if reason is None else "reference"
+            backend = "triton" if reason is None else "torch"
         if backend == "triton":
             operations = triton_operations()
             integer_runtime(model, weights, rotations, self.quant, path, operations)

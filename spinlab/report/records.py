@@ -15,7 +15,13 @@ def read_record(path: Path) -> Record:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["status"] != "complete":
         raise InputError(f"{path} is not complete: run it again, or take it away")
-    return record
+    return record | {"metrics": _renamed(record["metrics"], record.get("schema", 1))}
+
+
+def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
+    """Return metrics by the names of today, whatever a record's schema calls its variants."""
+    old, new = ("/int4", "/integer") if schema < 3 else ("", "")
+    return {name.removesuffix(old) + new * name.endswith(old): v for name, v in metrics.items()}
 
 
 def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:

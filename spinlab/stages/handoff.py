@@ -45,7 +45,7 @@ def handoff_error(
         if not error <= _LIMIT:
             raise BrokenHandoff(
                 f"{variant.name}'s integers are not the numbers they stand for: logits differ by "
-                f"{error:.1e} of their spread (limit {_LIMIT:.0e}); runtime.backend=reference "
+                f"{error:.1e} of their spread (limit {_LIMIT:.0e}); runtime.backend=torch "
                 "multiplies them exactly"
             )
         write_json(out / "gate.json", {"logits_error": error})

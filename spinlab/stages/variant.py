@@ -1,10 +1,10 @@
 """The networks that an experiment compares, each known by the artefacts that it is made of.
 
-fp      the original
-rtn     no rotation, weights rounded to nearest, on integer kernels
-init    the initial rotation, weights by the experiment's method, on integer kernels
-fake    the learned rotation, quantization emulated in floating point
-int4    the same weights as `fake`, on integer kernels
+fp       the original
+rtn      no rotation, weights rounded to nearest, on integer kernels
+init     the initial rotation, weights by the experiment's method, on integer kernels
+fake     the learned rotation, quantization emulated in floating point
+integer  the same weights as `fake`, on integer kernels
 """
 
 from collections.abc import Mapping

@@ -20,7 +20,7 @@ from spinlab.files import content_key, write_json, writing
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # 1 had no identity
+SCHEMA = 3  # 1 had no identity; 2 called the variant `integer` int4
 _PRIVATE = ("paths.", "export.", "rotation.load=", "model.path=")  # overrides that name places
 _NOT_IN_KEY = ("paths", "tracker", "runtime", "export")
 _PLACES = {  # settings that say where something lies: the identity says what it is

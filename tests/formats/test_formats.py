@@ -147,6 +147,6 @@ def test_the_whole_pipeline_takes_it(tmp_path: Path):
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     run = Pipeline(composed("+experiment=toy", *learned, *changes, *small, *paths))
     preflight(run)
-    assert run.handoff_error("int4") < 1e-9
+    assert run.handoff_error("integer") < 1e-9
     found = run.measure("fp") | run.measure("fake")
     assert found["ppl/wiki/fp"] < found["ppl/wiki/fake"] < 3 * found["ppl/wiki/fp"]

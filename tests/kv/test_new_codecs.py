@@ -156,13 +156,13 @@ CHANNELS = ["kv.keys.codec=channels", "kv.keys.bits=3", "kv.keys.group_size=16"]
     ("settings", "bits"), [(SIGNS, 1 + 16 / 16), (CHANNELS, 3 + 24 / 16)], ids=["rows", "layers"]
 )
 def test_a_new_codec_runs_the_toy_and_says_its_bits(tmp_path, settings, bits):
-    """Learned through, emulated and stored; `fake` and `int4` are one function."""
-    run = pipeline(tmp_path, *settings, "learn.steps=2", "eval.variants=[fake,int4]")
+    """Learned through, emulated and stored; `fake` and `integer` are one function."""
+    run = pipeline(tmp_path, *settings, "learn.steps=2", "eval.variants=[fake,integer]")
     preflight(run, settings)
-    fake, int4 = (run.measure(variant) for variant in ("fake", "int4"))
-    assert fake["ppl/wiki/fake"] == int4["ppl/wiki/int4"] < 100  # of 256 bytes
-    assert fake["bits/kv/fake"] == int4["bits/kv/int4"] == (bits + 4 + 24 / 16) / 2
-    assert run.handoff_error("int4") < 1e-9
+    fake, integer = (run.measure(variant) for variant in ("fake", "integer"))
+    assert fake["ppl/wiki/fake"] == integer["ppl/wiki/integer"] < 100  # of 256 bytes
+    assert fake["bits/kv/fake"] == integer["bits/kv/integer"] == (bits + 4 + 24 / 16) / 2
+    assert run.handoff_error("integer") < 1e-9
 
 
 def test_what_a_codec_draws_comes_from_the_seed_and_the_side():
@@ -205,7 +205,7 @@ def test_what_a_codec_does_not_take_is_refused_before_the_first_stage(tmp_path, 
 def test_the_fused_runtime_refuses_whole_layers(tmp_path):
     run = pipeline(tmp_path, *CHANNELS, "learn=none", "runtime.device=cpu")
     run.run.backend = "triton"  # as on a machine that has it
-    with pytest.raises(InputError, match=r"keeps whole layers.* use runtime.backend=reference"):
+    with pytest.raises(InputError, match=r"keeps whole layers.* use runtime.backend=torch"):
         preflight(run)
 
 

@@ -41,7 +41,7 @@ def main(folder: str, *overrides: str) -> None:
     if run.config.learn.steps:
         work["learning"] = lambda: run.learned
     gptq = run.config.weights.method == "gptq"
-    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights("int4")
+    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights("integer")
     for variant in run.config.eval.variants:
         work[f"measuring {variant}"] = lambda v=variant: (
             v == "fp" or run.handoff_error(v),

@@ -55,7 +55,7 @@ def test_what_is_estimated_is_what_stages_take(weights, tmp_path):
         "weights.gptq.samples=4",
         "weights.gptq.sequence_length=128",
     ]
-    small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,int4]"]
+    small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,integer]"]
     command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", f"weights={weights}"]
     done = subprocess.run(
         [*command, "model=random", MIDDLE, *small], capture_output=True, text=True
@@ -78,13 +78,13 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert gptq.host == pytest.approx(2 * layers, rel=0.01)
     logits = 2048 * 32000 * (2 + 4 + 4)
     assert need_of("measuring fp", *LLAMA).device == pytest.approx(2 * whole + logits, rel=0.01)
-    assert need_of("measuring int4", *LLAMA).host == 2 * layers
+    assert need_of("measuring integer", *LLAMA).host == 2 * layers
     drawn = need_of("drawing random weights", *LLAMA, device=GPU)
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
 
 
 def test_a_stage_that_is_cached_needs_no_memory():
-    config = composed(*LLAMA, "eval.variants=[fp,int4]")
+    config = composed(*LLAMA, "eval.variants=[fp,integer]")
     shape = meta_model(config.model, None)
 
     def stages(*remaining: str) -> set[str]:
@@ -94,7 +94,7 @@ def test_a_stage_that_is_cached_needs_no_memory():
     drawn, gate = "drawing random weights", "the gate of the rotated model, in float32,"
     assert stages("outliers") == {drawn}
     assert stages("eval-fp") == {drawn, "measuring fp"}
-    assert stages("handoff-int4") == {drawn, "measuring int4"}
+    assert stages("handoff-integer") == {drawn, "measuring integer"}
     assert stages("learn") == {drawn, gate, "learning"}
     assert stages("weights") == {drawn, "GPTQ"}
     assert stages("weights-rtn") == {drawn, "rounding weights"}

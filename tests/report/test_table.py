@@ -1,12 +1,12 @@
 """The table and the figure of one record."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spinlab.report.figures import draw_outliers
+from spinlab.report.records import read_record
 from spinlab.report.tables.record import result_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_rows_are_the_measured_variants_in_order():
     metrics = {
-        "ppl/wiki/int4": 16.384,
+        "ppl/wiki/integer": 16.384,
         "ppl/wiki/fp": 9.321,
         "bytes/fp": 3 * 2**20,
         "zeroshot/piqa/acc/fp": 0.7,
@@ -22,7 +22,7 @@ def test_rows_are_the_measured_variants_in_order():
         "zeroshot/piqa/n/fp": 50,
     }
     lines = result_table(metrics).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["fp", "int4"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["fp", "integer"]
     assert "wiki ppl" in lines[0]
     assert "9.32" in lines[2]
     assert "70.0 ± 6.5" in lines[2]
@@ -32,15 +32,15 @@ def test_rows_are_the_measured_variants_in_order():
 
 def test_the_committed_records_keep_their_promises():
     for path in sorted((ROOT / "experiments").glob("smollm2_135m_w4a4kv4.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        metrics = read_record(path)["metrics"]
         for text in ("wiki", "c4"):
-            ppl = {v: metrics[f"ppl/{text}/{v}"] for v in ("fp", "rtn", "init", "fake", "int4")}
+            ppl = {v: metrics[f"ppl/{text}/{v}"] for v in ("fp", "rtn", "init", "fake", "integer")}
             assert ppl["fp"] < ppl["fake"] < ppl["init"] < ppl["rtn"]
-            assert ppl["int4"] == pytest.approx(ppl["fake"], rel=5e-3)
+            assert ppl["integer"] == pytest.approx(ppl["fake"], rel=5e-3)
         wiki = {v: metrics[f"ppl/wiki/{v}"] for v in ("fp", "init", "fake")}
         assert wiki["fake"] <= min(2.3 * wiki["fp"], 0.5 * wiki["init"])
         assert metrics["invariance/learned"] < 1e-3
-        assert metrics["invariance/int4"] < 1e-6
+        assert metrics["invariance/integer"] < 1e-6
         assert max(metrics["orthogonality/r1"], metrics["orthogonality/r2"]) < 1e-6
 
 

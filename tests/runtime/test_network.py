@@ -42,7 +42,7 @@ def prepared(make_model, quant=QUANT, dtype=torch.float32, kv=KV):
     return networks, rotations, weights
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize(
     "quant",
     [
@@ -119,7 +119,7 @@ def test_tokens_that_attend_to_one_token_do_not_split_the_two_networks(make_mode
     networks, rotations, weights = prepared(make_model, dtype=torch.float64, kv=kv)
     alone = torch.arange(64)[:, None]
     expected = networks.dequantized(rotations, weights)(alone).logits
-    found = networks.integer(rotations, weights, "reference")(alone).logits
+    found = networks.integer(rotations, weights, "torch")(alone).logits
     assert torch.allclose(found, expected, atol=1e-12 * expected.std().item())
     noisy, g = networks.dequantized(rotations, weights), torch.Generator().manual_seed(0)
     read = []
@@ -292,7 +292,7 @@ def test_the_gates_networks_compute_in_float64_and_are_no_larger_than_what_they_
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(search=False), {})
     most = bytes_of(networks.fused(rotations)) + 7 * 2 * 64 * 48  # both ends in 8 bytes, not in 2
     expected = networks.dequantized(rotations, weights)
-    found = networks.integer(rotations, weights, "reference")
+    found = networks.integer(rotations, weights, "torch")
     assert bytes_of(expected) < most
     assert bytes_of(found) < most
     expected, found = expected(ids).logits, found(ids).logits

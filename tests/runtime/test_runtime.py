@@ -456,7 +456,7 @@ def test_auto_takes_the_exact_product_where_the_runtime_cannot_run(
     found = networks.integer(rotations, weights, "auto")(ids).logits
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert reason in warning
-    assert_same(found, networks.integer(rotations, weights, "reference")(ids).logits)
+    assert_same(found, networks.integer(rotations, weights, "torch")(ids).logits)
     with pytest.raises(InputError, match=reason):
         networks.integer(rotations, weights, "triton")(ids)
 

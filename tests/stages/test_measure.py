@@ -24,7 +24,7 @@ from spinlab.stages.text import windows_in
 from spinlab.track.record import Record
 from spinlab.track.trackers import Trackers
 
-QUANTIZED = ("rtn", "init", "fake", "int4")
+QUANTIZED = ("rtn", "init", "fake", "integer")
 FAST = ["learn=none", "eval.max_windows=1", "eval.tasks=[]", "tracker=none"]
 FAST += ["model=random", "weights.clip.search=false", "model.architecture.num_hidden_layers=1"]
 # a row of the embedding is not one of the head, which is read at every token
@@ -69,14 +69,14 @@ def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, varian
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
     monkeypatch.setattr(network, "kernel_for", lambda backend, grid: saturating)
-    with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=reference"):
+    with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=torch"):
         pipeline(folder).handoff_error(variant)
     assert not list((folder / "cache").glob("handoff-*/manifest.json"))
 
 
 def test_no_network_of_the_handoff_stands_beside_another(folder):
     run, made = pipeline(folder), []
-    run.initial, run.weights("int4")
+    run.initial, run.weights("integer")
     load = run.original.load
 
     def recorded(*args):
@@ -86,7 +86,7 @@ def test_no_network_of_the_handoff_stands_beside_another(folder):
         return model
 
     run.original.load = recorded
-    assert run.handoff_error("int4") < 1e-12
+    assert run.handoff_error("integer") < 1e-12
     assert len(made) == 2
 
 
@@ -106,7 +106,7 @@ except ResultError as error:
     print(error)
 tests.network.kernel_for = lambda backend, grid: tests.saturating
 try:
-    tests.pipeline(Path({folder!r})).handoff_error("int4")
+    tests.pipeline(Path({folder!r})).handoff_error("integer")
     print("passed")
 except ResultError as error:
     print(error)
@@ -119,7 +119,7 @@ def test_gates_hold_without_assertions(folder, request):
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("R1 is not orthogonal")
-    assert second.startswith("int4's integers are not the numbers they stand for")
+    assert second.startswith("integer's integers are not the numbers they stand for")
     assert not list((folder / "cache").glob("handoff-*/manifest.json"))
 
 
@@ -207,13 +207,13 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, monk
 
 
 def test_a_run_that_is_cached_needs_no_memory(folder, monkeypatch):
-    wanted = settings(folder, "eval.variants=[fp,int4]")
+    wanted = settings(folder, "eval.variants=[fp,integer]")
     experiment.run(wanted, [])
     monkeypatch.setattr(check, "left_on_host", lambda **_: 2**20)
     record = experiment.run(wanted, [])
     assert record.status == "complete"
     assert all(stage["cached"] for stage in record.stages)
-    longer = settings(folder, "eval.variants=[fp,int4]", "eval.window=100")
+    longer = settings(folder, "eval.variants=[fp,integer]", "eval.window=100")
     with pytest.raises(InputError, match=r"measuring .* needs at least"):
         experiment.run(longer, [])
 
@@ -224,7 +224,7 @@ def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     run, config = pipeline(folder), settings(folder)
     record = Record(config, [], {}, {})
     experiment._evaluations(run, record)
-    names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/int4")
+    names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/integer")
     assert record.metrics == {name: float(len(name.rpartition("/")[2])) for name in names}
 
 

@@ -12,7 +12,7 @@ _TITLES = {
     "rtn": "no rotation",
     "init": "before learning",
     "fake": "the method, emulated in floats",
-    "int4": "the method, on integer kernels",
+    "integer": "the method, on integer kernels",
 }
 
 

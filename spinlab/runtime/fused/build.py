@@ -121,7 +121,7 @@ class QuantizedMaker(Maker):
 
     def _matmul(self, device: torch.device) -> Matmul:
         on_device = self.operations.on_device and device.type == "cuda"
-        return cublas.matmul if on_device else KERNELS["reference"]
+        return cublas.matmul if on_device else KERNELS["torch"]
 
 
 class LayerBuilder:

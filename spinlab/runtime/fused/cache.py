@@ -76,7 +76,7 @@ class IntegerCache(Cache):
         if window is not None and needed > window:
             raise InputError(
                 f"{needed} tokens exceed the model's sliding window of {window}, which the integer "
-                "runtime lacks: shorten the input or use runtime.backend=reference"
+                "runtime lacks: shorten the input or use runtime.backend=torch"
             )
 
     @property

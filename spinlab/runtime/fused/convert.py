@@ -101,7 +101,7 @@ def why_not_runtime(model: PreTrainedModel, kv: KVPath) -> str | None:
 def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
     """Raise InputError for a model or a cache that the integer runtime cannot compute."""
     if (reason := _unlike(model, kv)) is not None:
-        raise InputError(f"{reason}: use runtime.backend=reference")
+        raise InputError(f"{reason}: use runtime.backend=torch")
 
 
 def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:

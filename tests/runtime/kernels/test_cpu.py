@@ -110,7 +110,7 @@ def test_weights_of_few_bits_are_multiplied_as_narrow_ones():
             <= cpu._NARROW
         )
     assert kernel_for("cpu", IntegerFormat(8, True)) is cpu.matmul
-    assert kernel_for("reference", IntegerFormat(4, True)) is KERNELS["reference"]
+    assert kernel_for("torch", IntegerFormat(4, True)) is KERNELS["torch"]
 
 
 @pytest.mark.parametrize(("width", "group"), [(1, 0), (12, 1)])

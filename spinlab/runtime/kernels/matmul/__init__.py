@@ -15,7 +15,7 @@ from spinlab.runtime.kernels.matmul import cpu, reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-KERNELS: Mapping[str, Matmul] = {"reference": reference.matmul, "cpu": cpu.matmul}
+KERNELS: Mapping[str, Matmul] = {"torch": reference.matmul, "cpu": cpu.matmul}
 
 
 def kernel_for(backend: str, format: Format) -> Matmul:
