@@ -28,6 +28,7 @@ from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.load import load_model
 from spinlab.model.modules import linear_at
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import gather, quantize_gptq
 
@@ -160,7 +161,7 @@ def quantized(out: Path) -> dict[str, torch.Tensor]:
     found = {}
     for run in ("whole", "resumed"):
         model = network("float32")
-        weights = quantize_gptq(model, RotationSet(), windows(5), QUANT, GPTQ, out)
+        weights = quantize_gptq(Rounding(model, RotationSet(), windows(5), QUANT, GPTQ, out))
         found |= {f"{run}.{name}": weight.levels for name, weight in weights.items()}
         with parallel.alone():
             value = perplexity(model, windows(8), 1, run)
@@ -266,8 +267,9 @@ def test_gptq_is_as_good_as_in_one_process(two, tmp_path):
 
 def test_more_processes_than_windows_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "world", lambda: 2)
+    one = Rounding(network("float32"), RotationSet(), windows(1), QUANT, GPTQ, tmp_path)
     with pytest.raises(InputError, match=r"weights\.gptq\.samples=1 leaves some of 2 processes"):
-        quantize_gptq(network("float32"), RotationSet(), windows(1), QUANT, GPTQ, tmp_path)
+        quantize_gptq(one)
 
 
 def test_a_failure_in_another_process_ends_the_job(tmp_path):

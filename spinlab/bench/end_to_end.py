@@ -27,6 +27,7 @@ from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import new_cache, runtime_from_packed
 from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.quantized import Quantized
 
 _REPEATS = 3
 
@@ -114,15 +115,10 @@ class Ours:
         def make(name: str, out: int, width: int, groups: int) -> Any:
             return random_weight(out, width, groups, generator)
 
+        kv = kv_path(KVConfig(), head_dim, rotations.r3)
+        parts = Quantized(rotations, {}, QuantConfig(), kv)
         self.model: PreTrainedModel = runtime_from_packed(
-            config,
-            make,
-            rotations,
-            QuantConfig(),
-            kv_path(KVConfig(), head_dim, rotations.r3),
-            operations,
-            device,
-            DTYPES[setting.model],
+            config, make, parts, operations, device, DTYPES[setting.model]
         )
 
     def prefill(self, ids: torch.Tensor, capacity: int) -> Any:

@@ -16,6 +16,7 @@ from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.track.environment import environment
 from spinlab.weights import layerwise
+from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import quantize_gptq
 
@@ -45,7 +46,7 @@ def bench_gptq(
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder, _clocks(device) as seconds:
         start = now(device)
-        quantize_gptq(model, rotations, tokens, quant, config, Path(folder))
+        quantize_gptq(Rounding(model, rotations, tokens, quant, config, Path(folder)))
         total = now(device) - start
     metrics = {"speed/gptq/seconds": total, **peaks("gptq", device)}
     metrics |= {f"speed/gptq/seconds/{part}": value for part, value in seconds.items()}

@@ -11,6 +11,7 @@ from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import integer_runtime, slot_layout, why_not_runtime
 from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
 
@@ -31,8 +32,9 @@ class QuantizedNetworks(RotatedNetworks):
         networks are independent samples of the rounding noise.
         """
         model = self._bare(rotations, weights)
-        insert_integer_linears(model, weights, rotations, self.quant, "torch")
-        attach_kv(model, self.kv_path(model, rotations), store=False)
+        parts = self.parts(model, rotations, weights)
+        insert_integer_linears(model, parts, "torch")
+        attach_kv(model, parts.kv, store=False)
         return model
 
     def integer(
@@ -44,18 +46,17 @@ class QuantizedNetworks(RotatedNetworks):
         for the models that it runs, and the exact product for others, with a warning.
         """
         model = self._bare(rotations, weights)
-        path = self.kv_path(model, rotations)
+        parts = self.parts(model, rotations, weights)
         if backend == "auto":
-            reason = why_not_runtime(model, path)
+            reason = why_not_runtime(model, parts.kv)
             if reason is not None:
-                log.warning("%s: linears multiply by the exact reference product", reason)
+                log.warning("%s: linears multiply by the exact product in torch", reason)
             backend = "triton" if reason is None else "torch"
         if backend == "triton":
-            operations = triton_operations()
-            integer_runtime(model, weights, rotations, self.quant, path, operations)
+            integer_runtime(model, parts, triton_operations())
             return model
-        insert_integer_linears(model, weights, rotations, self.quant, backend)
-        attach_kv(model, path, store=True)
+        insert_integer_linears(model, parts, backend)
+        attach_kv(model, parts.kv, store=True)
         return model
 
     def dequantized(
@@ -72,6 +73,15 @@ class QuantizedNetworks(RotatedNetworks):
             if site.path in weights:
                 dequantize_in_calls(linear, weights[site.path])
         return model
+
+    def parts(
+        self,
+        model: PreTrainedModel,
+        rotations: RotationSet,
+        weights: Mapping[str, QuantizedWeight],
+    ) -> Quantized:
+        """Return what a rotated model becomes a quantized network with."""
+        return Quantized(rotations, weights, self.quant, self.kv_path(model, rotations))
 
     def _bare(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]

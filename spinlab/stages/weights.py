@@ -12,6 +12,7 @@ from spinlab.stages.original import Original
 from spinlab.stages.rotations import networks_of, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
+from spinlab.weights.base import Rounding
 from spinlab.weights.methods import METHODS
 from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
 
@@ -40,8 +41,10 @@ def round_weights(
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
-        quant = run.config.quant
-        weights = method.work(model, rotations, windows, quant, config, out / PROGRESS)
+        progress = out / PROGRESS
+        weights = method.work(
+            Rounding(model, rotations, windows, run.config.quant, config, progress)
+        )
         scales = {name: weight.scale for name, weight in weights.items()}
         check_finite(scales, "rounded weights have no scale")
         if parallel.is_main():

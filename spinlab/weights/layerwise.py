@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -10,7 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, QuantConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import (
     FakeQuantLinear,
@@ -24,7 +23,7 @@ from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, ends_of, linear_at, map_of
-from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq
 from spinlab.weights.quantized import (
@@ -100,33 +99,25 @@ def quantize_rtn(
     return found | quantize_ends(model, quant, clip)
 
 
-def quantize_gptq(
-    model: PreTrainedModel,
-    rotations: RotationSet,
-    windows: torch.Tensor,
-    quant: QuantConfig,
-    config: WeightsConfig,
-    progress: Path,
-) -> dict[str, QuantizedWeight]:
-    """Return every weight of fewer than 16 bits, rounded by GPTQ; the model is used up.
+def quantize_gptq(rounding: Rounding) -> dict[str, QuantizedWeight]:
+    """Return every weight of fewer than 16 bits, rounded by GPTQ; the model is overwritten.
 
-    windows: (samples, length) token ids. Activations stay unquantized while Hessians are
-    gathered. A linear sees inputs from already quantized layers and, within its layer, from the
-    already quantized readers of earlier inputs. Finished layers are kept in `progress`; a later
-    call takes them from there and continues with the same bits. Embedding and head are rounded to
-    nearest.
+    Activations stay unquantized while Hessians are gathered. A linear sees inputs from already
+    quantized layers and, within its layer, from the already quantized readers of earlier inputs.
+    Finished layers are kept in `progress`; a later call takes them from there and continues with
+    the same bits. Embedding and head are rounded to nearest.
 
     Of several processes each takes its part of the windows and adds to common Hessians; all end
     with the weights of the first, which alone writes.
     """
-    check_samples(len(windows))
-    insert_fake_quant(model, rotations, None)
-    found = quantize_ends(model, quant, config.clip)
-    mine = parallel.part(windows)
-    inputs = LayerInputs(model, mine, batch_of(model.device, windows.shape[1]))
+    assert rounding.windows is not None
+    check_samples(len(rounding.windows))
+    insert_fake_quant(rounding.model, rounding.rotations, None)
+    found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
+    mine = parallel.part(rounding.windows)
+    inputs = LayerInputs(rounding.model, mine, batch_of(rounding.model.device, mine.shape[1]))
     for index in tqdm(range(len(inputs.layers)), desc="gptq"):
-        make = partial(_quantize_layer, model, inputs, quant, config)
-        found |= kept_layer(progress, index, model, make)
+        found |= kept_layer(rounding, index, partial(_quantize_layer, rounding, inputs))
         inputs.advance()
     return found
 
@@ -141,41 +132,37 @@ def check_samples(samples: int) -> None:
 
 
 def kept_layer(
-    progress: Path,
-    index: int,
-    model: PreTrainedModel,
-    make: Callable[[], dict[str, QuantizedWeight]],
+    rounding: Rounding, index: int, make: Callable[[], dict[str, QuantizedWeight]]
 ) -> dict[str, QuantizedWeight]:
     """Return the weights of a layer, in the host's memory; afterwards the model holds them.
 
     They are those that an earlier call left in `progress`, if they are sound, or what `make`
     returns.
     """
-    path = progress / f"layer-{index:03d}.safetensors"
+    path = rounding.progress / f"layer-{index:03d}.safetensors"
     kept = kept_tensors(path)
     weights = make() if kept is None else from_stored_form(*kept)
     for name, weight in weights.items():
-        set_dequantized(linear_at(model, name), weight)
+        set_dequantized(linear_at(rounding.model, name), weight)
     if kept is None and parallel.is_main():
         save_tensors(path, *stored_form(weights))
     return {name: weight.cpu() for name, weight in weights.items()}
 
 
-def _quantize_layer(
-    model: PreTrainedModel, inputs: LayerInputs, quant: QuantConfig, config: WeightsConfig
-) -> dict[str, QuantizedWeight]:
+def _quantize_layer(rounding: Rounding, inputs: LayerInputs) -> dict[str, QuantizedWeight]:
     """Quantize the current decoder layer, input after input in the order of computation."""
+    model = rounding.model
     readers: dict[str, dict[TensorQuant, list[str]]] = {}
-    for site, format in rounded_sites(map_of(model), quant):
+    for site, format in rounded_sites(map_of(model), rounding.quant):
         if site.layer == inputs.index:
             readers.setdefault(site.key, {}).setdefault(format, []).append(site.path)
     found: dict[str, QuantizedWeight] = {}
     for formats in readers.values():
         (first, *_), *_ = formats.values()
-        spread = error_spread(gather(inputs, linear_at(model, first)), config.gptq)
+        spread = error_spread(gather(inputs, linear_at(model, first)), rounding.config.gptq)
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
-            whole = gptq(torch.cat(weights), spread, format, config)
+            whole = gptq(torch.cat(weights), spread, format, rounding.config)
             parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)

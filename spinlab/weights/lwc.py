@@ -9,21 +9,19 @@ twice the step, and quantizes queries, keys and values while a layer learns.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, TensorQuant
 from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant, rounded_sites
 from spinlab.formats import Format, format_of
 from spinlab.formats.integer import extremes, nearest
 from spinlab.model.hooks import hidden_states
 from spinlab.model.modules import linear_at, map_of
-from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.layerwise import kept_layer, quantize_ends
 from spinlab.weights.quantized import QuantizedWeight
@@ -32,31 +30,25 @@ from spinlab.weights.rtn import round_to_range, search_ratios
 _LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
 
 
-def quantize_lwc(
-    model: PreTrainedModel,
-    rotations: RotationSet,
-    windows: torch.Tensor,
-    quant: QuantConfig,
-    config: WeightsConfig,
-    progress: Path,
-) -> dict[str, QuantizedWeight]:
-    """Return every weight of fewer than 16 bits, rounded in learned ranges; the model is used up.
+def quantize_lwc(rounding: Rounding) -> dict[str, QuantizedWeight]:
+    """Return every weight of fewer than 16 bits, rounded in learned ranges.
 
-    windows: (samples, length) token ids, one a step. A layer learns on the outputs of the
+    The model is overwritten. A step takes one of the windows. A layer learns on the outputs of the
     quantized layers before it, with quantized inputs of its linears, towards what the original
     layer makes of the original's activations. Keys and values stay unquantized meanwhile. Finished
     layers are kept in `progress`; a later call continues with the same bits. Embedding and head
     are rounded to nearest.
     """
-    insert_fake_quant(model, rotations, quant)
-    original = LayerInputs(model, windows, batch=1)
-    found = quantize_ends(model, quant, config.clip)
-    quantized = LayerInputs(model, windows, batch=1)
+    assert rounding.windows is not None
+    insert_fake_quant(rounding.model, rounding.rotations, rounding.quant)
+    original = LayerInputs(rounding.model, rounding.windows, batch=1)
+    found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
+    quantized = LayerInputs(rounding.model, rounding.windows, batch=1)
     for index in tqdm(range(len(original.layers)), desc="lwc"):
         with _unquantized(original.layer):
             original.advance()
-        make = partial(_learn_layer, model, quantized, original.batches, quant, config)
-        found |= kept_layer(progress, index, model, make)
+        make = partial(_learn_layer, rounding, quantized, original.batches)
+        found |= kept_layer(rounding, index, make)
         quantized.advance()
     return found
 
@@ -76,27 +68,23 @@ def _unquantized(layer: nn.Module) -> Iterator[None]:
 
 
 def _learn_layer(
-    model: PreTrainedModel,
-    inputs: LayerInputs,
-    targets: list[torch.Tensor],
-    quant: QuantConfig,
-    config: WeightsConfig,
+    rounding: Rounding, inputs: LayerInputs, targets: list[torch.Tensor]
 ) -> dict[str, QuantizedWeight]:
     """Learn the ranges of the current layer; targets: what it should return, batch by batch."""
     weights: dict[str, ClippedWeight] = {}
-    for site, settings in rounded_sites(map_of(model), quant):
+    for site, settings in rounded_sites(map_of(rounding.model), rounding.quant):
         if site.layer == inputs.index:
-            weight = linear_at(model, site.path).weight
-            weights[site.name] = ClippedWeight(weight, settings, config.clip)
+            weight = linear_at(rounding.model, site.path).weight
+            weights[site.name] = ClippedWeight(weight, settings, rounding.config.clip)
     gammas = [gamma for weight in weights.values() for gamma in weight.gammas]
     if gammas:
-        optimizer = torch.optim.AdamW(gammas, lr=config.lwc.lr, weight_decay=0.0)
-        for _ in range(config.lwc.epochs):
+        optimizer = torch.optim.AdamW(gammas, lr=rounding.config.lwc.lr, weight_decay=0.0)
+        for _ in range(rounding.config.lwc.epochs):
             for x, target in zip(inputs.batches, targets, strict=True):
                 optimizer.zero_grad()
                 output_error(inputs, weights, x, target).backward()
                 optimizer.step()
-    prefix = map_of(model).layers[inputs.index].path
+    prefix = map_of(rounding.model).layers[inputs.index].path
     return {f"{prefix}.{name}": weight.quantized() for name, weight in weights.items()}
 
 

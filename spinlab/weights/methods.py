@@ -6,14 +6,10 @@ name in `spinlab.config.weights`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
-from spinlab.config import QuantConfig, WeightsConfig
+from spinlab.config import WeightsConfig
 from spinlab.config.checks import choice
-from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 from spinlab.weights.lwc import quantize_lwc
 from spinlab.weights.quantized import QuantizedWeight
@@ -21,27 +17,19 @@ from spinlab.weights.quantized import QuantizedWeight
 
 @dataclass(frozen=True)
 class Method:
-    """Round a fused model with `work(model, rotations, windows, quant, config, progress)`.
+    """Round a fused model; the weights come back by linear.
 
-    windows: (samples, length) token ids, where the method's settings ask for them, else None. What
-    is left in the folder `progress` is there when a killed run continues. The weights come back by
-    linear. together: all processes work on it; reads_inputs: formats of inputs matter to it.
+    together: all processes work on it; reads_inputs: formats of inputs matter to it.
     """
 
-    work: Callable[..., dict[str, QuantizedWeight]]
+    work: Callable[[Rounding], dict[str, QuantizedWeight]]
     together: bool = False
     reads_inputs: bool = False
 
 
-def _rtn(
-    model: PreTrainedModel,
-    rotations: RotationSet,
-    windows: torch.Tensor | None,
-    quant: QuantConfig,
-    config: WeightsConfig,
-    progress: Path,
-) -> dict[str, QuantizedWeight]:
-    return quantize_rtn(model, quant, config.clip, rotations.weight_clips)
+def _rtn(rounding: Rounding) -> dict[str, QuantizedWeight]:
+    clip, learned = rounding.config.clip, rounding.rotations.weight_clips
+    return quantize_rtn(rounding.model, rounding.quant, clip, learned)
 
 
 METHODS = {

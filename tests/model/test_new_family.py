@@ -38,6 +38,7 @@ from spinlab.rotation.initial import check_rotations, initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.runtime.fused.convert import why_not_runtime
+from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 # the family -----------------------------------------------------------------------------------
@@ -253,7 +254,8 @@ def test_the_router_stays_in_16_bits_and_everything_else_is_quantized(ids, tmp_p
                 assert (module.path.quantizer is None) == name.endswith("switch")
         assert 1e-3 < logits_error(logits(network, ids), logits(make(), ids)) < 10
     config = WeightsConfig(method="gptq")
-    found = quantize_gptq(NETWORKS.fused(rotations), rotations, ids, QUANT, config, tmp_path)
+    fused = NETWORKS.fused(rotations)
+    found = quantize_gptq(Rounding(fused, rotations, ids, QUANT, config, tmp_path))
     assert found.keys() == expected
 
 

@@ -41,9 +41,7 @@ def make_runtime(make_model):
         fused = networks.fused(RotationSet())
         weights = quantize_rtn(fused, quant, ClipSearch(), {})
         operations = triton_operations() if CUDA else REFERENCE
-        integer_runtime(
-            fused, weights, RotationSet(), quant, networks.kv_path(fused, RotationSet()), operations
-        )
+        integer_runtime(fused, networks.parts(fused, RotationSet(), weights), operations)
         assert graph_runner(fused).capturable == CUDA
         graph_runner(fused).capturable = True
         return fused
@@ -264,6 +262,5 @@ def test_the_reference_operations_are_not_captured(make_model):
     quant = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
     networks = QuantizedNetworks(make_model, quant, KVConfig())
     found = networks.fused(RotationSet())
-    kv = networks.kv_path(found, RotationSet())
-    integer_runtime(found, {}, RotationSet(), quant, kv, REFERENCE)
+    integer_runtime(found, networks.parts(found, RotationSet(), {}), REFERENCE)
     assert not graph_runner(found).capturable

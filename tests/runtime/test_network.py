@@ -26,6 +26,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
 from spinlab.stages.measure import stored_bytes
 from spinlab.stages.outliers import channel_peaks
+from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -197,7 +198,7 @@ def test_gptq_on_the_network_beats_rtn_and_resumes_with_the_same_bits(make_model
     def gptq(folder):
         folder.mkdir(exist_ok=True)
         model = networks.fused(rotations)
-        return quantize_gptq(model, rotations, windows, QUANT, config, folder)
+        return quantize_gptq(Rounding(model, rotations, windows, QUANT, config, folder))
 
     found = gptq(tmp_path / "whole")
     assert found.keys() == weights.keys()
@@ -226,10 +227,10 @@ def test_gptq_sees_inputs_of_already_quantized_layers(make_model, tmp_path):
         folder = tmp_path / str(bits)
         folder.mkdir()
         arguments = (windows, coarse, WeightsConfig(method="gptq"), folder)
-        quantize_gptq(networks.fused(rotations), rotations, *arguments)
+        quantize_gptq(Rounding(networks.fused(rotations), rotations, *arguments))
         (folder / "layer-001.safetensors").unlink()
         fine = (windows, QUANT, WeightsConfig(method="gptq"), folder)
-        outcomes.append(quantize_gptq(networks.fused(rotations), rotations, *fine))
+        outcomes.append(quantize_gptq(Rounding(networks.fused(rotations), rotations, *fine)))
     name = "model.layers.1.mlp.down_proj"
     assert not torch.equal(outcomes[0][name].levels, outcomes[1][name].levels)
 

@@ -49,8 +49,7 @@ def prepared(make, quant=QUANT, kv=None, rotation=None):
 
 def runtime(networks, rotations, weights):
     model = networks.fused(rotations)
-    kv = networks.kv_path(model, rotations)
-    integer_runtime(model, weights, rotations, networks.quant, kv, REFERENCE)
+    integer_runtime(model, networks.parts(model, rotations, weights), REFERENCE)
     return model
 
 
@@ -481,9 +480,7 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
     built = runtime_from_packed(
         make_model(tie_word_embeddings=False).config,
         make_weight,
-        rotations,
-        networks.quant,
-        networks.kv_path(make_model(), rotations),
+        networks.parts(make_model(), rotations, {}),
         REFERENCE,
         torch.device("cpu"),
         torch.float64,

@@ -11,6 +11,7 @@ from spinlab.formats import IntegerFormat
 from spinlab.model.modules import linear_at, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import rtn
@@ -42,7 +43,7 @@ def quantize(request, windows, tmp_path):
     def by_gptq(model, quant):
         config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
         rotations = RotationSet(r4=hadamard_rotation(40))
-        return quantize_gptq(model, rotations, windows, quant, config, tmp_path)
+        return quantize_gptq(Rounding(model, rotations, windows, quant, config, tmp_path))
 
     return by_rtn if request.param == "rtn" else by_gptq
 
@@ -101,7 +102,7 @@ def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, window
         quant = QuantConfig(weights=SYMMETRIC, embedding=TensorQuant(bits=bits))
         config = WeightsConfig(method="gptq")
         arguments = (RotationSet(), windows, quant, config, tmp_path / str(bits))
-        found.append(quantize_gptq(make_model(torch.float32), *arguments))
+        found.append(quantize_gptq(Rounding(make_model(torch.float32), *arguments)))
     name = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(found[0][name].levels, found[1][name].levels)
 
@@ -119,7 +120,7 @@ def test_gptq_resumes_with_the_same_bits(make_model, windows, tmp_path):
 
     def run():
         model = make_model(torch.float32, num_hidden_layers=3)
-        return quantize_gptq(model, RotationSet(), windows, quant, config, tmp_path)
+        return quantize_gptq(Rounding(model, RotationSet(), windows, quant, config, tmp_path))
 
     whole = run()
     (tmp_path / "layer-002.safetensors").unlink()
@@ -134,7 +135,7 @@ def test_a_damaged_layer_is_made_again_with_the_same_bits(make_model, windows, t
 
     def run():
         model = make_model(torch.float32, num_hidden_layers=3)
-        return quantize_gptq(model, RotationSet(), windows, MIXED, config, tmp_path)
+        return quantize_gptq(Rounding(model, RotationSet(), windows, MIXED, config, tmp_path))
 
     whole, path = run(), tmp_path / "layer-001.safetensors"
     sound = path.read_bytes()

@@ -12,6 +12,7 @@ from spinlab.model.modules import linear_at
 from spinlab.rotation.fuse import fuse_inputs
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.lwc import ClippedWeight, quantize_lwc
 from spinlab.weights.quantized import set_dequantized
@@ -51,7 +52,7 @@ def lwc(make_fused, windows, tmp_path):
     """Quantize identical models with learned ranges; what is done stays done."""
 
     def learn(quant, config):
-        return quantize_lwc(make_fused(), ROTATIONS, windows, quant, config, tmp_path)
+        return quantize_lwc(Rounding(make_fused(), ROTATIONS, windows, quant, config, tmp_path))
 
     return learn
 
@@ -125,13 +126,13 @@ def test_layers_learn_from_quantized_inputs_towards_the_original(
     seen: dict[str, torch.Tensor] = {}
     learn_layer = lwc_module._learn_layer
 
-    def spy(model, inputs, targets, quant, config):
+    def spy(rounding, inputs, targets):
         seen[f"in {inputs.index}"] = torch.cat(inputs.batches).clone()
         seen[f"out {inputs.index}"] = torch.cat(targets).clone()
-        return learn_layer(model, inputs, targets, quant, config)
+        return learn_layer(rounding, inputs, targets)
 
     monkeypatch.setattr(lwc_module, "_learn_layer", spy)
-    found = quantize_lwc(make_fused(), ROTATIONS, windows, QUANT, CONFIG, tmp_path)
+    found = quantize_lwc(Rounding(make_fused(), ROTATIONS, windows, QUANT, CONFIG, tmp_path))
 
     original, rounded = make_fused(), make_fused()
     insert_fake_quant(original, ROTATIONS, None)

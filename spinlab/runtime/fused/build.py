@@ -11,20 +11,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.config import QuantConfig
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
-from spinlab.kv.cache import KVPath
 from spinlab.model.map import Layer
 from spinlab.model.modules import linears_of, map_of, norm_at
-from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.attention import IntegerAttention
 from spinlab.runtime.fused.modules import GateReader, IntegerMLP, NormReader, Product, Reader
 from spinlab.runtime.fused.operations import Operations
-from spinlab.runtime.fused.products import PackedProduct, SeparateProducts, stack, stack_biases
+from spinlab.runtime.fused.products import PackedProduct, SeparateProducts, stack
 from spinlab.runtime.kernels.formats import PackedWeight, pack_weight
 from spinlab.runtime.kernels.matmul import KERNELS, Matmul, cublas
-from spinlab.runtime.stock.linear import IntegerLinear
+from spinlab.runtime.quantized import Quantized
+from spinlab.runtime.stock.linear import IntegerLinear, stacked_bias
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 log = logging.getLogger(__name__)
@@ -53,8 +51,7 @@ class Maker(ABC):
         packed = [weight for weight, _ in found.values() if weight is not None]
         whole = stack(packed) if len(packed) == len(found) else None
         if whole is not None:
-            biases = [linear.bias for linear in linears.values()]
-            bias = stack_biases(biases, [w.out_features for w in packed])
+            bias = stacked_bias(list(linears.values()))
             return PackedProduct(whole, bias, self.operations)
         default = "beside others of another format"
         for name, (_, reason) in found.items():
@@ -127,18 +124,10 @@ class QuantizedMaker(Maker):
 class LayerBuilder:
     """Swap the attention, the MLP and the norms of every layer of a stock model."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        maker: Maker,
-        rotations: RotationSet,
-        quant: QuantConfig,
-        kv: KVPath,
-        operations: Operations,
-    ) -> None:
-        self.model, self.maker, self.kv, self.operations = model, maker, kv, operations
-        self.map = map_of(model)
-        self.paths = input_paths(self.map, rotations, quant)
+    def __init__(self, model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
+        self.model, self.maker, self.kv = model, maker, parts.kv
+        self.operations, self.map = maker.operations, map_of(model)
+        self.paths = input_paths(self.map, parts.rotations, parts.quant)
         self.linears: dict[str, dict[str, nn.Linear]] = {}
         for site, linear in linears_of(model):
             self.linears.setdefault(site.key, {})[site.path] = linear

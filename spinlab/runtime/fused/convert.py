@@ -1,12 +1,12 @@
 """The hand-off to the runtime: a stock model's layers become modules that run on its operations.
 
-integer_runtime(model, weights, rotations, quant, kv, operations) swaps a rotated model's layers in
-place. runtime_from_packed(config, make_weight, rotations, quant, kv, operations, device, dtype)
-builds a model around packed weights, without float ones. new_cache(model, capacity) makes a cache.
+integer_runtime(model, parts, operations) swaps a rotated model's layers in place.
+runtime_from_packed(config, make_weight, parts, operations, device, dtype) builds a model around
+packed weights, without float ones. new_cache(model, capacity) makes a cache.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -14,20 +14,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from spinlab.config import QuantConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.kv.cache import KVPath
 from spinlab.model.modules import decoder_of, linears_of, map_of, prepare
-from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.graphs import GraphRunner, run_on_graphs
 from spinlab.runtime.fused.operations import REFERENCE, Operations
 from spinlab.runtime.fused.slots import Layout, SlotPool
 from spinlab.runtime.kernels.formats import PackedWeight
+from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.insert import write_ends
-from spinlab.weights.quantized import QuantizedWeight
 
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
@@ -37,31 +35,22 @@ _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inp
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
 
 
-def integer_runtime(
-    model: PreTrainedModel,
-    weights: Mapping[str, QuantizedWeight],
-    rotations: RotationSet,
-    quant: QuantConfig,
-    kv: KVPath,
-    operations: Operations,
-) -> None:
+def integer_runtime(model: PreTrainedModel, parts: Quantized, operations: Operations) -> None:
     """Make a rotated stock model run on these operations, in place.
 
-    forward() and generate() stay as they are and keep their cache in 4 bits where `kv` asks for it.
-    float64 models take the reference operations. Linears that no operation multiplies run in torch,
-    with a warning that names them. Raises InputError for models that are not gated by SiLU.
+    forward() and generate() stay as they are and keep their cache packed where `parts.kv` asks for
+    it. float64 models take the reference operations. Linears that no operation multiplies run in
+    torch, with a warning that names them. Raises InputError for models that are not gated by SiLU.
     """
     operations = REFERENCE if model.dtype == torch.float64 else operations
-    _swap(model, QuantizedMaker(weights, operations), rotations, quant, kv, operations)
-    write_ends(model, weights)
+    _swap(model, QuantizedMaker(parts.weights, operations), parts)
+    write_ends(model, parts.weights)
 
 
 def runtime_from_packed(
     config: PreTrainedConfig,
     make_weight: MakeWeight,
-    rotations: RotationSet,
-    quant: QuantConfig,
-    kv: KVPath,
+    parts: Quantized,
     operations: Operations,
     device: torch.device,
     dtype: torch.dtype,
@@ -69,7 +58,8 @@ def runtime_from_packed(
     """Build a model around packed weights; embedding and head are drawn at random.
 
     The gains of norms are 1, as in every rotated model, and must stay so.
-    make_weight: (full name of a linear, out, in, groups of its input) to its packed weight
+    make_weight: (full name of a linear, out, in, groups of its input) to its packed weight, which
+    stands for the weights of the parts
     """
     with torch.device("meta"):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
@@ -84,7 +74,7 @@ def runtime_from_packed(
 
     model.eval().requires_grad_(False)
     _materialize(model, device)
-    _swap(model, Given(operations), rotations, quant, kv, operations)
+    _swap(model, Given(operations), parts)
     return model
 
 
@@ -135,17 +125,10 @@ def graph_runner(model: PreTrainedModel) -> GraphRunner:
     return getattr(model, _RUNNER)
 
 
-def _swap(
-    model: PreTrainedModel,
-    maker: Maker,
-    rotations: RotationSet,
-    quant: QuantConfig,
-    kv: KVPath,
-    operations: Operations,
-) -> None:
-    check_runtime(model, kv)
-    layout = _layout(model, kv)
-    LayerBuilder(model, maker, rotations, quant, kv, operations).build()
+def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
+    check_runtime(model, parts.kv)
+    layout = _layout(model, parts.kv)
+    LayerBuilder(model, maker, parts).build()
     maker.report()
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
@@ -154,8 +137,9 @@ def _swap(
     _insert_cache(model, pool)
     prepare = partial(_prepare_cache, model)
     setattr(model, "_prepare_cache_for_generation", prepare)  # noqa: B010 - a method of the class
-    capturable = operations.on_device and model.device.type == "cuda" and not _moving_rope(model)
-    setattr(model, _RUNNER, run_on_graphs(model, pool, capturable))
+    on_cuda = maker.operations.on_device and model.device.type == "cuda"
+    runner = run_on_graphs(model, pool, on_cuda and not _moving_rope(model))
+    setattr(model, _RUNNER, runner)
 
 
 def _moving_rope(model: PreTrainedModel) -> bool:

@@ -66,12 +66,3 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight | None:
         sums=torch.cat([w.sums for w in weights]),
         chunk=first.chunk,
     )
-
-
-def stack_biases(biases: Sequence[torch.Tensor | None], rows: Sequence[int]) -> torch.Tensor | None:
-    """Return the biases of stacked weights as one; None where no linear has one."""
-    given = [b for b in biases if b is not None]
-    if not given:
-        return None
-    pairs = zip(biases, rows, strict=True)
-    return torch.cat([given[0].new_zeros(n) if b is None else b.detach() for b, n in pairs])

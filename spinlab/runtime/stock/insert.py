@@ -6,36 +6,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.config import QuantConfig
 from spinlab.fakequant.activations import InputPath, Once
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.formats import Format
 from spinlab.model.modules import ends_of, linears_of, map_of
-from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.kernels.matmul import kernel_for
-from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
+from spinlab.runtime.quantized import Quantized
+from spinlab.runtime.stock.linear import IntegerLinear, LinearPart, stacked_bias
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 
-def insert_integer_linears(
-    model: PreTrainedModel,
-    weights: Mapping[str, QuantizedWeight],
-    rotations: RotationSet,
-    quant: QuantConfig,
-    backend: str,
-) -> None:
+def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: str) -> None:
     """Swap every rotated linear for its integer twin, in place.
 
     Linears of one layer that read the same input, by weights of one format, are multiplied as one.
     Where activations or weights have more than 8 bits there are no integers to multiply: such
     linears hold the dequantized weight, or their own where none is given.
     """
-    paths = input_paths(map_of(model), rotations, quant)
+    weights = parts.weights
+    paths = input_paths(map_of(model), parts.rotations, parts.quant)
     inputs: dict[str, dict[str, nn.Linear]] = {}
     for site, linear in linears_of(model):
         if site.quantized:
             inputs.setdefault(site.key, {})[site.path] = linear
-        elif (online := rotations.online(site)) is not None:
+        elif (online := parts.rotations.online(site)) is not None:
             model.set_submodule(site.path, FakeQuantLinear(linear, InputPath(online, None)))
     for key, linears in inputs.items():
         path, readers = paths[key], 0
@@ -83,7 +77,7 @@ def _integer(
     linears, weights = zip(*stack, strict=True)
     dtype, device = linears[0].weight.dtype, linears[0].weight.device
     matmul = kernel_for(backend, weights[0].format)
-    whole = IntegerLinear(_stacked(weights), _biases(linears), path, matmul, dtype)
+    whole = IntegerLinear(_stacked(weights), stacked_bias(linears), path, matmul, dtype)
     whole.to(device)
     if len(stack) == 1:
         return [whole]
@@ -94,16 +88,6 @@ def _integer(
 def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     parts = zip(*((w.levels, w.scale, w.zero) for w in weights), strict=True)
     return QuantizedWeight(*(torch.cat(part) for part in parts), format=weights[0].format)
-
-
-def _biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """Stack biases, zeros where a linear has none; None where no linear has one."""
-    if all(linear.bias is None for linear in linears):
-        return None
-    rows = (linear.weight.new_zeros(linear.weight.shape[0]) for linear in linears)
-    return torch.cat(
-        [r if x.bias is None else x.bias.detach() for r, x in zip(rows, linears, strict=True)]
-    )
 
 
 def _float(linear: nn.Linear, weight: QuantizedWeight | None, path: InputPath) -> FakeQuantLinear:

@@ -204,6 +204,18 @@ class LinearPart(nn.Module):
         return self.whole(x).split(self.rows, dim=-1)
 
 
+def stacked_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Return the biases of stacked linears as one (out,), zeros where one has none.
+
+    None where no linear has a bias.
+    """
+    if all(linear.bias is None for linear in linears):
+        return None
+    rows = (linear.weight.new_zeros(linear.out_features) for linear in linears)
+    pairs = zip(rows, linears, strict=True)
+    return torch.cat([r if x.bias is None else x.bias.detach() for r, x in pairs])
+
+
 def _per_block(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """Give every block the values of its group: (out, groups) to (blocks, 1, out)."""
     return x.repeat_interleave(blocks // x.shape[1], dim=1).T.contiguous()

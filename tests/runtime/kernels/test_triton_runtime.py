@@ -55,9 +55,7 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
     mask[1, :2] = 0
     for operations in (REFERENCE, triton_operations()):
         model = networks.fused(rotations)
-        integer_runtime(
-            model, weights, rotations, quant, networks.kv_path(model, rotations), operations
-        )
+        integer_runtime(model, networks.parts(model, rotations, weights), operations)
         cache, steps = new_cache(model, 9), ids.split([5, 2, 1, 1], dim=1)
         seen = [5, 7, 8, 9]
         passes = [
@@ -93,9 +91,7 @@ def test_an_input_too_wide_to_quantize_falls_back_with_a_warning(
     for operations in (REFERENCE, triton_operations()):
         model = networks.fused(rotations)
         with caplog.at_level(logging.WARNING):
-            integer_runtime(
-                model, weights, rotations, quant, networks.kv_path(model, rotations), operations
-            )
+            integer_runtime(model, networks.parts(model, rotations, weights), operations)
         found.append(model(ids).logits.double())
     (warning,) = [r.message for r in caplog.records if "outside the 4-bit" in r.message]
     assert "model.layers.0.mlp.down_proj (a group of 128 inputs" in warning

@@ -1,0 +1,27 @@
+"""What a method that rounds weights is given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import QuantConfig, WeightsConfig
+from spinlab.rotation.rotations import RotationSet
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Name a fused model whose weights are to be rounded, and how.
+
+    Weights of the model may be overwritten. rotations: what it was fused with, of which some stay
+    online. windows: (samples, length) token ids, where the method's settings ask for them, else
+    None. What is left in the folder `progress` is there when a killed run continues.
+    """
+
+    model: PreTrainedModel
+    rotations: RotationSet
+    windows: torch.Tensor | None
+    quant: QuantConfig
+    config: WeightsConfig
+    progress: Path
