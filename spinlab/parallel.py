@@ -65,7 +65,7 @@ def stop() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work by itself: meanwhile it is the only one that it knows of."""
+    """Act as a world of one process inside the context."""
     token = _alone.set(True)
     try:
         yield

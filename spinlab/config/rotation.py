@@ -38,7 +38,7 @@ class RotationConfig:
     r2: str = "hadamard"
     r3: str = "hadamard"
     r4: str = "hadamard"
-    cross_head: str = "none"  # across heads, online (QuaRot); R2 turns inside them
+    cross_head: str = "none"  # across heads, online (QuaRot); R2 acts inside them
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
     inputs: str = "none"  # duquant: a transform of its own for every input of linears, online

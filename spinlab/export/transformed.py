@@ -55,7 +55,7 @@ def save_transformed(
     """Save a model whose residual stream and heads are rotated, and the rest as its manifest.
 
     A new folder appears at once and whole. In an earlier export its own files are replaced and
-    others stay; raises InputError for any other folder. The model is used up.
+    others stay; raises InputError for any other folder. The model is overwritten.
     """
     folder, about = place_of(path), rotations.about or {}
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]

@@ -18,11 +18,11 @@ T = TypeVar("T")
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Once:
+class IdentityCache:
     """Do work for the first of several readers of a tensor and hand the result to the others.
 
-    A tensor is known by what it is, not by its values, and must not have changed. Readers may want
-    different work done. Nothing is kept beyond the last reader.
+    The key is the tensor's identity and version, not its values. Readers may want different work
+    done. Nothing is kept beyond the last reader.
     """
 
     def __init__(self, readers: int) -> None:
@@ -63,7 +63,7 @@ class InputPath(nn.Module):
     ) -> None:
         super().__init__()
         self.rotation, self.quantizer = rotation, quantizer
-        self.once = Once(readers)
+        self.once = IdentityCache(readers)
 
     @property
     def readers(self) -> int:

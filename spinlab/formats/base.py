@@ -17,7 +17,7 @@ Rounding = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Parameters(NamedTuple):
-    """Hold what turns levels into numbers: a scale > 0, and an integer-valued zero point.
+    """Hold what makes numbers of levels: a scale > 0, and an integer-valued zero point.
 
     Both broadcast against the numbers. A format without zero points has zeros there.
     """

@@ -72,7 +72,7 @@ def round_kernel(
     found = (levels - zero) * scale
     if ERROR:
         found = found - x
-    found = tl.where(tl.abs(x) < float("inf"), found, x)  # what is no number stays none
+    found = tl.where(tl.abs(x) < float("inf"), found, x)  # NaN stays NaN
     tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -31,7 +31,7 @@ _KV_PATH = "kv_path"  # attribute of an attention module
 class KVPath:
     """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
 
-    Queries turn with R3 as keys do, and may make a round trip through a codec of their own.
+    Queries are rotated by R3 as keys do, and may make a round trip through a codec of their own.
     """
 
     r3: OnlineRotation | None = None
@@ -190,6 +190,6 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):
-    """Turn queries as the cache turned keys, then attend as transformers' sdpa does."""
+    """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
     path: KVPath = getattr(module, _KV_PATH)
     return sdpa_attention_forward(module, path.turn_queries(query), *args, **kwargs)

@@ -68,7 +68,7 @@ class _Job:
         return map_of(self.model)
 
     def read(self, space: str) -> list[int]:
-        """Return the widths of the inputs that a rotation (R1, R2, R4) turns, of all layers."""
+        """Return the widths of the inputs that a rotation (R1, R2, R4) acts on, of all layers."""
         return [input.width for input in self.map.inputs if input.reads == space]
 
     @property

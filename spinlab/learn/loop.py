@@ -36,7 +36,7 @@ class RotationLearner:
     """Hold the network, the rotations and the optimizer of one learning run.
 
     model: norms folded, R4 fused into its readers and running online, activations and the KV
-    cache fake-quantized; it is used up. teacher: the original, for terms that compare with it;
+    cache fake-quantized; it is overwritten. teacher: the original, for terms that compare with it;
     without quantized weights the network itself, unquantized, serves instead. space: another
     way to compute the same, for comparison.
     """

@@ -22,7 +22,7 @@ def input_key(layer: int, input: str) -> str:
 class Site:
     """Place one linear of a decoder layer between the rotated spaces.
 
-    `reads` says what turns its input rows, `writes` what turns its output rows: reads="R1" means
+    `reads` says what rotates its input rows, `writes` what its output rows: reads="R1" means
     W ← W R1, writes="R1" means W ← R1ᵀ W. Linears of a layer with the same `input` read the very
     same tensor and share its quantizer. One that is not quantized, such as a router, is rotated
     like the others and keeps its weight and input in 16 bits.
@@ -195,7 +195,7 @@ class ModelMap:
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Widths that rotations turn, by their names, but for those in which layers differ."""
+        """Widths that rotations act on, by their names, but for those in which layers differ."""
         heads = {layer.attention.head_dim for layer in self.layers}
         found = {"r1": {self.hidden}, "r2": heads, "r3": heads}
         for name, space in (("r4", "R4"), ("cross_head", "R2")):
@@ -203,13 +203,13 @@ class ModelMap:
         return {name: min(widths) for name, widths in found.items() if len(widths) == 1}
 
     def width(self, rotation: str) -> int:
-        """Return the width that a rotation (r1, r2, ...) turns.
+        """Return the width that a rotation (r1, r2, ...) acts on.
 
         Raises InputError where layers differ in it, or nothing reads that space.
         """
         if rotation not in self.widths:
             raise InputError(
-                f"rotation.{rotation} turns one width in all layers, which a {self.family} model "
+                f"rotation.{rotation} has one width in all layers, which a {self.family} model "
                 f"of this shape has not: set rotation.{rotation}=none"
             )
         return self.widths[rotation]

@@ -1,6 +1,6 @@
 """Rotations of the residual stream, the heads and the MLP, and how they enter a network.
 
-The convention, said once: activations are rows and weights are (out, in). A rotation R turns a
+The convention, said once: activations are rows and weights are (out, in). A rotation R takes a
 row x into x R. A linear that reads the rotated stream gets W R, one that writes it Rᵀ W.
 
 R1 (hidden, hidden)        the residual stream, one for the model, fused

@@ -71,7 +71,7 @@ def check_invariance(
 def first_broken(
     original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor, limit: float
 ) -> str:
-    """Return the name of the first linear whose output, turned back, is not the original's.
+    """Return the name of the first linear whose output, rotated back, is not the original's.
 
     A linear that writes a rotated space must give the original's output times that rotation, one
     that carries a scale the original's divided by it.

@@ -1,4 +1,4 @@
-"""DuQuant's dual transform: rotate in blocks, deal the channels out anew, rotate again.
+"""DuQuant's dual transform: rotate in blocks, permute the channels, rotate again.
 
 A row x becomes x·R1·P·R2, where R1 and R2 are block diagonal rotations found by a greedy search
 for a low peak and P is a zigzag permutation (Lin et al. 2024, arXiv 2406.01721, sec. 3).
@@ -80,11 +80,11 @@ def zigzag(peaks: torch.Tensor, block: int) -> torch.Tensor:
     """Return the order (C,) int64 that deals channels to C/block blocks with even mean peaks.
 
     Channels, highest of `peaks` (C,) first, go to blocks 0, 1, .., K-1, K-1, .., 0, 0, .. and
-    stand in their block as dealt; x[:, order] is the permuted activation (sec. 3, Theorem 2).
+    stand in their block in this order; x[:, order] is the permuted activation (sec. 3, Theorem 2).
     """
-    dealt = peaks.argsort(descending=True, stable=True).view(block, -1)  # (round, receiving block)
-    dealt[1::2] = dealt[1::2].flip(1)
-    return dealt.T.flatten()
+    order = peaks.argsort(descending=True, stable=True).view(block, -1)  # (round, receiving block)
+    order[1::2] = order[1::2].flip(1)
+    return order.T.flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,8 @@ class DualTransform:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Transform x: (..., C), in float32 or wider; W's rows get the same to keep x Wᵀ."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        dealt = turn_blocks(wide, self.first).index_select(-1, self.permutation.to(x.device))
-        return turn_blocks(dealt, self.second).to(x.dtype)
+        permuted = rotate_blocks(wide, self.first).index_select(-1, self.permutation.to(x.device))
+        return rotate_blocks(permuted, self.second).to(x.dtype)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix R1·P·R2: (C, C), float64."""
@@ -179,10 +179,10 @@ def dual_transforms(
 
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     first = search(x)
-    turned = torch.stack([turn_blocks(rows, r) for rows, r in zip(x, first, strict=True)])
-    orders = [zigzag(rows.abs().amax(0), block) for rows in turned]
-    dealt = torch.stack([rows[:, order] for rows, order in zip(turned, orders, strict=True)])
-    return [DualTransform(*parts) for parts in zip(first, orders, search(dealt), strict=True)]
+    rotated = torch.stack([rotate_blocks(rows, r) for rows, r in zip(x, first, strict=True)])
+    orders = [zigzag(rows.abs().amax(0), block) for rows in rotated]
+    permuted = torch.stack([rows[:, order] for rows, order in zip(rotated, orders, strict=True)])
+    return [DualTransform(*parts) for parts in zip(first, orders, search(permuted), strict=True)]
 
 
 def _exchanged(channel: torch.Tensor, size: int) -> torch.Tensor:
@@ -198,7 +198,7 @@ def _peak(x: torch.Tensor, legacy_index: bool) -> tuple[torch.Tensor, torch.Tens
     return peaks, index % x.shape[-1]  # the remainder matters to a row only
 
 
-def turn_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Multiply each block of x: (..., C) by its rotation, or by the one shared: (k, b, b)."""
     tiles = x.unflatten(-1, (-1, rotation.shape[-1]))
     # einsum stretches k = 1

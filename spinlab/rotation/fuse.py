@@ -104,7 +104,7 @@ def untie(model: PreTrainedModel) -> None:
 def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
     """Rotate every weight of a model whose norms are folded, in place and in float64.
 
-    Afterwards the model computes the same function once its online transforms run. What they turn
+    Afterwards the model computes the same function once its online transforms run. What they rotate
     is already rotated, so R1 and R2 enter first: as in a checkpoint that is saved in between.
     """
     fuse_stream(model, rotations)

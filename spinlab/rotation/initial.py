@@ -91,7 +91,7 @@ def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
 def cross_head_rotation(config: RotationConfig, model_map: ModelMap) -> OnlineRotation | None:
     """Return QuaRot's Hadamard across the heads that attention gives, where one exists.
 
-    With R2 inside the heads that input is turned by H_heads ⊗ R2 (QuaRot sec. 4, stage 1c).
+    With R2 inside the heads that input is rotated by H_heads ⊗ R2 (QuaRot sec. 4, stage 1c).
     Head counts such as 9, 14 and 15 have no Hadamard matrix: there R2 alone remains, and a log
     line says so.
     """
@@ -101,8 +101,8 @@ def cross_head_rotation(config: RotationConfig, model_map: ModelMap) -> OnlineRo
     heads = model_map.width("cross_head") // head_dim
     if not has_hadamard(heads):
         log.warning(
-            "cross_head: no Hadamard matrix of order %d, the number of heads: R2 alone turns what "
-            "they give",
+            "cross_head: no Hadamard matrix of order %d, the number of heads: R2 alone rotates "
+            "what they give",
             heads,
         )
         return None
@@ -127,7 +127,7 @@ class _Maker:
         self._mixers: dict[int, torch.Tensor] = {}
 
     def matrix(self, where: str, kind: str, layer: int) -> torch.Tensor | None:
-        """Make an (n, n) rotation for the width that `where` (r1, r2, ...) turns, or None."""
+        """Make an (n, n) rotation for the width that `where` (r1, r2, ...) acts on, or None."""
         if kind == "none":
             return None
         if kind == "duquant":

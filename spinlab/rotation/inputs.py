@@ -9,7 +9,7 @@ from spinlab.rotation.duquant import DualTransform
 
 @dataclass(eq=False)
 class ScaledDual:
-    """Divide inputs by a scale, then turn them: x ↦ (x / scale)·T; either part may be absent.
+    """Divide inputs by a scale, then rotate them: x ↦ (x / scale)·T; either part may be absent.
 
     scale: (in,) float64. With `folded` the division is not done here: what produces the input
     (a norm, or a linear) carries it.

@@ -55,10 +55,10 @@ class OnlineRotation(nn.Module):
         left, right = self.factors(dtype, x.device)
         a, b = left.shape[0], right.shape[0]
         # a row x, read as blocks X of (a, b), becomes Aᵀ X B
-        turned = x.to(dtype).reshape(-1, b) @ right
+        rotated = x.to(dtype).reshape(-1, b) @ right
         if a > 1:
-            turned = left.mT @ turned.view(-1, a, b)
-        return turned.reshape(x.shape).to(x.dtype)
+            rotated = left.mT @ rotated.view(-1, a, b)
+        return rotated.reshape(x.shape).to(x.dtype)
 
     def factors(
         self, dtype: torch.dtype, device: torch.device
@@ -76,13 +76,13 @@ class OnlineRotation(nn.Module):
         scale = (self.left[0, 0] * self.right[0, 0]).abs().item()
         rows = x.reshape(-1, right.shape[0])
         # alpha acts on the product's accumulator, before anything is rounded
-        turned = torch.addmm(x.new_zeros(right.shape[0]), rows, right, beta=0, alpha=scale)
+        rotated = torch.addmm(x.new_zeros(right.shape[0]), rows, right, beta=0, alpha=scale)
         if left.shape[0] > 1:
-            turned = left.mT @ turned.view(-1, left.shape[0], right.shape[0])
-        return turned.reshape(x.shape)
+            rotated = left.mT @ rotated.view(-1, left.shape[0], right.shape[0])
+        return rotated.reshape(x.shape)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W R: for a rotation, weights turn as inputs do."""
+        """Return W R: for a rotation, weights are rotated as inputs are."""
         return self(weight)
 
     def dense(self) -> torch.Tensor:

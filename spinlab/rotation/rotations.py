@@ -33,7 +33,7 @@ class RotationSet:
     r2: torch.Tensor | None = None
     r3: OnlineRotation | None = None
     r4: OnlineRotation | None = None
-    cross_head: OnlineRotation | None = None  # (heads·head_dim): turns across heads, not in them
+    cross_head: OnlineRotation | None = None  # (heads·head_dim): across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
     weight_clips: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spinlab.config import ClipSearch, TensorQuant
-from spinlab.fakequant.activations import InputPath, Once
+from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.online import hadamard_rotation
@@ -146,7 +146,7 @@ def test_linears_of_one_input_are_multiplied_once_and_keep_nothing():
         *(torch.cat([getattr(w, part) for w in weights]) for part in ("levels", "scale", "zero")),
         format=weights[0].format,
     )
-    once, whole = Once(3), linear(stacked)
+    once, whole = IdentityCache(3), linear(stacked)
     parts = [LinearPart(whole, once, (24, 8, 8), index) for index in range(3)]
     for seed in (2, 3):
         x = draw(3, 64, seed=seed)

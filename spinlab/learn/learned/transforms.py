@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spinlab.rotation.duquant import turn_blocks
+from spinlab.rotation.duquant import rotate_blocks
 
 
 def scaled(first: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +61,7 @@ class BlockTransform:
 def _rotate(x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Multiply the blocks of x by (k, b, b), or those of x[i] (rows, in) by blocks[i]."""
     if blocks.dim() == 3:
-        return turn_blocks(x, blocks)
+        return rotate_blocks(x, blocks)
     tiles = x.unflatten(-1, (-1, blocks.shape[-1]))
     return torch.einsum("nrkb,nkbc->nrkc", tiles, blocks.to(x.dtype)).flatten(-2)
 

@@ -3,7 +3,7 @@
 geoopt has no optimizer of this kind: its retractions solve a linear system or take a QR, and its
 step has no cap. SpinQuant's published code takes the same step with these differences:
 
-- it turns the transpose, so that its cap is 1/||W||_1 of Rᵀ W R; steps below the cap are the same;
+- it steps on the transpose, so that its cap is 1/||W||_1 of Rᵀ W R; steps below it are the same;
 - its fixed point starts off the tangent, at Rᵀ - α Gᵀ: five iterations leave (α||W||/2)⁵ of that,
   which is nothing for small steps and up to 2⁻⁵ of α G at the cap;
 - it scales the rows of R to norm 1 at every step, and with probability 1/101 takes a QR of R; here

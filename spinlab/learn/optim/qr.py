@@ -91,8 +91,8 @@ def latent_gradient(
     below its diagonal fixes dR. Only the skew part of RᵀG enters, so that a gradient and its
     projection on the tangent space give the same.
     """
-    turned = point.mT @ gradient
-    lower = (turned - turned.mT).tril_(-1)
+    rotated = point.mT @ gradient
+    lower = (rotated - rotated.mT).tril_(-1)
     upper = (point.mT @ latent).triu_()
     # X U⁻ᵀ solves X' Uᵀ = X, a lower triangular system from the right
     return torch.linalg.solve_triangular(upper.mT, point @ lower, upper=False, left=False)

@@ -2,7 +2,7 @@
 
 Ordinary backpropagation fills the gradients of the rounded weights over all sequences of a batch.
 They are pulled back through rounding and rotation once, in closed form. The embedding and the head
-stay in their own basis: R1 turns their output and input instead, which is the same function and
+stay in their own basis: R1 rotates their output and input instead, which is the same function and
 touches no vocabulary-sized matrix.
 """
 

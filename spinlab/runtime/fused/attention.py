@@ -38,9 +38,9 @@ class IntegerAttention(nn.Module):
         super().__init__()
         self.qkv, self.out = readers
         self.layer, self.path, self.operations = layer, path, operations
-        self.behind_store = replace(path, r3=None)  # which turns queries itself
+        self.behind_store = replace(path, r3=None)  # which rotates queries itself
         self.heads, self.kv_heads = described.heads, described.kv_heads
-        self.head_dim, self.turns = described.head_dim, described.rope
+        self.head_dim, self.rope = described.head_dim, described.rope
         self.scaling: float = stock.scaling  # type: ignore[assignment]
         norms = (described.query_norm, described.key_norm)
         inside = [path.removeprefix(f"{described.path}.") for path in norms if path]
@@ -57,7 +57,7 @@ class IntegerAttention(nn.Module):
         q, k, v = self._heads(self.qkv(hidden_states))
         attend = self._plain if past_key_values.pool.layout.packed is None else self._packed
         cos, sin = position_embeddings
-        angles = (cos, sin) if self.turns else (cos[..., :0], sin[..., :0])
+        angles = (cos, sin) if self.rope else (cos[..., :0], sin[..., :0])
         found = attend(q, k, v, angles, past_key_values)
         return self.out(found.transpose(1, 2).flatten(2)), None
 

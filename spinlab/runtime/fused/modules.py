@@ -36,15 +36,15 @@ class Reader(nn.Module):
         if isinstance(self.product, SeparateProducts):
             return self.product(x)
         if self.quantizer is None:
-            turned = self._turned(x).flatten(0, -2)
-            return self.product.of_floats(turned).unflatten(0, x.shape[:-1])
+            rotated = self._rotated(x).flatten(0, -2)
+            return self.product.of_floats(rotated).unflatten(0, x.shape[:-1])
         return self._multiply(self._levels(x, self.quantizer), x)
 
     def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
         if isinstance(rotation, OnlineRotation) and self.operations.rotates(x, rotation, quantizer):
             return self.operations.rotate_quantize(x, rotation, quantizer)
-        return self.operations.quantize(self._turned(x), quantizer)
+        return self.operations.quantize(self._rotated(x), quantizer)
 
     def _multiply(self, levels: TokenLevels, like: torch.Tensor) -> torch.Tensor:
         """Return the outputs for levels, in the shape and dtype of the floats they came from."""
@@ -52,12 +52,12 @@ class Reader(nn.Module):
         out = self.product.of_levels(levels, like.dtype)
         return out.unflatten(0, like.shape[:-1])
 
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.path.rotation is None else self.path.rotation(x)
 
 
 class NormReader(Reader):
-    """Norm the residual stream before its readers; the stock norm's place passes it on.
+    """Norm the residual stream before its readers; an Identity stands where the stock norm was.
 
     A gain of 1, which rotated models have, is not read again: it must stay 1.
     """

@@ -24,7 +24,7 @@ def launch(
     """Run a Triton kernel on the current stream.
 
     arguments: those that are no constants, in the kernel's order; the constants follow them there.
-    The kernel has a constant PDL more: whether to begin by `wait_for_inputs`.
+    The kernel takes an additional constant PDL: whether to begin by `wait_for_inputs`.
     overlap: whether it may take its place before the kernel that it waits for has ended
     """
     if interpreted():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.fakequant.activations import InputPath, Once
+from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.formats import Format
 from spinlab.model.modules import ends_of, linears_of, map_of
@@ -81,7 +81,7 @@ def _integer(
     whole.to(device)
     if len(stack) == 1:
         return [whole]
-    once, rows = Once(len(stack)), [weight.levels.shape[0] for weight in weights]
+    once, rows = IdentityCache(len(stack)), [weight.levels.shape[0] for weight in weights]
     return [LinearPart(whole, once, rows, index) for index in range(len(stack))]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spinlab.fakequant.activations import InputPath, Once
+from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.runtime.kernels.matmul import Matmul
 from spinlab.weights.quantized import QuantizedWeight
@@ -191,7 +191,9 @@ class LinearPart(nn.Module):
     rows: outputs of each; index: which this one is.
     """
 
-    def __init__(self, whole: IntegerLinear, once: Once, rows: Sequence[int], index: int) -> None:
+    def __init__(
+        self, whole: IntegerLinear, once: IdentityCache, rows: Sequence[int], index: int
+    ) -> None:
         super().__init__()
         self.whole, self.once, self.rows, self.index = whole, once, list(rows), index
 

@@ -88,9 +88,9 @@ def how(most: int) -> dict | None:
 
 def test_the_fastest_way_that_is_right_is_taken(int_mm, caplog):
     int_mm(refusing)
-    assert how(128) == how(64) == {"turn": True, "unsigned": False}
+    assert how(128) == how(64) == {"swap": True, "unsigned": False}
     int_mm(saturating)
-    assert how(64) == {"turn": False, "unsigned": True}
+    assert how(64) == {"swap": False, "unsigned": True}
     assert not caplog.messages
     assert cpu._right_product(128) is reference.matmul
     for _ in range(2):

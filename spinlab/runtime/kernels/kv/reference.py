@@ -29,10 +29,10 @@ def store(
     Returns the queries (batch, heads, tokens, head_dim) and, with round_trip, keys and values as
     the rows hold them: (batch, kv_heads, tokens, head_dim).
     """
-    queries, turned = (rotary(x.transpose(1, 2), cos, sin) for x in (q, k))
+    queries, rotated = (rotary(x.transpose(1, 2), cos, sin) for x in (q, k))
     if r3 is not None:
-        queries, turned = r3(queries), r3(turned)
-    k_round = _write(keys, turned, position)
+        queries, rotated = r3(queries), r3(rotated)
+    k_round = _write(keys, rotated, position)
     v_round = _write(values, v.transpose(1, 2), position)
     queries = queries.contiguous()
     return (queries, k_round, v_round) if round_trip else (queries, None, None)

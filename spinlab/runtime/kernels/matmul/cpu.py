@@ -35,9 +35,9 @@ def matmul_narrow(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @cache
 def _right_product(most: int) -> Matmul:
     """Return the fastest product that this machine does right with weights within ±most."""
-    for turn in (True, False):
+    for swap in (True, False):
         for unsigned in (True, False):
-            product = partial(_product, turn=turn, unsigned=unsigned)
+            product = partial(_product, swap=swap, unsigned=unsigned)
             if _is_right(product, most):
                 return product
     log.warning(
@@ -49,9 +49,9 @@ def _right_product(most: int) -> Matmul:
 
 
 def _product(
-    levels: torch.Tensor, weight: torch.Tensor, turn: bool, unsigned: bool
+    levels: torch.Tensor, weight: torch.Tensor, swap: bool, unsigned: bool
 ) -> torch.Tensor:
-    """Multiply; turn: few signed rows may be the right operand, unsigned: left ones may be.
+    """Multiply; swap: few signed rows may be the right operand, unsigned: left ones may be.
 
     The weight goes in as a transposed view of its (out, in) rows; a contiguous (in, out) copy is
     several times slower for few tokens. The library rearranges a right operand of more than one
@@ -63,10 +63,10 @@ def _product(
         # signed bytes are 128 less; a row of ones finds what that takes from the others
         ones = torch.ones(1, levels.shape[1], dtype=torch.uint8)
         rows = torch.cat((levels ^ 128, ones)).view(torch.int8)
-        found = _product(rows, weight, turn, unsigned)
+        found = _product(rows, weight, swap, unsigned)
         return found[:-1] + 128 * found[-1]
     left, right = levels, weight
-    if turn and levels.dtype == torch.int8 and 1 < len(levels) <= _SEVERAL:
+    if swap and levels.dtype == torch.int8 and 1 < len(levels) <= _SEVERAL:
         left, right = right, left
     found = torch._int_mm(left, right.t())  # pyright: ignore[reportPrivateImportUsage]
     return found if left is levels else found.t()

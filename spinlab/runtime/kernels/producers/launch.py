@@ -2,7 +2,7 @@
 
 `spinlab.runtime.kernels.producers.reference` is the definition. On the same finite floats levels
 are equal bit for bit; what a norm, a gate or a rotation computes may differ by its own rounding.
-What is no number is lost: its token gets the range of the others.
+NaNs are dropped: their token is scaled by its other values.
 """
 
 from functools import lru_cache
