@@ -120,5 +120,5 @@ def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def part(rows: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of the rows: a contiguous run, of one row more or less."""
+    """Return this process's part of rows (n, ...): a contiguous run, of one row more or less."""
     return rows.tensor_split(world())[rank()]

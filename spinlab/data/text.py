@@ -162,7 +162,7 @@ def random_windows(
 
 
 def check_length(tokens: torch.Tensor, length: int, name: str, setting: str) -> None:
-    """Raise InputError for a text that is shorter than one window."""
+    """Raise InputError for a text of tokens (n,) that is shorter than one window."""
     if len(tokens) < length:
         raise InputError(
             f"text {name!r} has {len(tokens)} tokens, fewer than one window of {length}: lower "

@@ -74,7 +74,7 @@ class InputPath(nn.Module):
         return self.once(x, self._round)
 
     def encode(self, x: torch.Tensor) -> Encoded:
-        """Return the rotated input as bytes, for integer kernels."""
+        """Return the rotated x (..., C) as bytes (..., C/g, g), for integer kernels."""
         return self.once(x, self._encode)
 
     def encode_few(self, x: torch.Tensor) -> FewLevels:

@@ -76,7 +76,7 @@ class Format(Protocol):
         ...
 
     def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
-        """Return the numbers that levels stand for."""
+        """Return the numbers (..., C/g, g) that levels (..., C/g, g) stand for."""
         ...
 
     def pull_back(

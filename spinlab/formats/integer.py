@@ -116,20 +116,21 @@ class IntegerFormat(Format):
 
 
 def nearest(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round x / scale to the nearest integer, half to even: the rule of weights."""
+    """Round x (..., g) / scale (..., 1) to the nearest integer, half to even, as weights are."""
     return (x / scale).round_()
 
 
 def settled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round x / scale to the nearest integer, what is about half to even: the rule of activations.
+    """Round x (..., g) / scale (..., 1) to the nearest integer, as activations are.
 
+    What is half within 1/PARTS goes to even.
     PARTS is a power of two: no step but the division and the roundings changes a bit.
     """
     return (x / (scale / PARTS)).round_().mul_(1 / PARTS).round_()
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Return x in float32 or wider: 16-bit floats cannot hold levels, their parts and scales."""
+    """Return x, of any shape, in float32 or wider: 16-bit floats cannot hold levels and scales."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -50,7 +50,7 @@ def round_rows(
     clip_ratio: float | torch.Tensor,
     error: bool = False,
 ) -> torch.Tensor:
-    """Return Q(x), or Q(x) - x with `error`, per group of the last dimension, in x's dtype."""
+    """Return Q(x), or Q(x) - x with `error`, for x: (..., C) in groups of C, in x's dtype."""
     found = few_levels(x, format, group_size, float(clip_ratio)).decode()
     rounded = torch.from_numpy(found).view(x.shape)
     return (rounded.sub_(x) if error else rounded).to(x.dtype)

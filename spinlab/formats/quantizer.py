@@ -57,13 +57,13 @@ class TokenQuantizer:
         return twin_of(self.format, x).few_levels is not None
 
     def few(self, x: torch.Tensor) -> FewLevels:
-        """Return what `encode` does, in numpy."""
+        """Return what `encode` does for x: (..., C), in numpy."""
         few_levels = twin_of(self.format, x).few_levels
         assert few_levels is not None, "ask takes_few first"
         return few_levels(x, self.format, self.group_size, float(self.clip_ratio))
 
     def to_few_bytes(self, x: torch.Tensor) -> FewLevels:
-        """Return what `to_bytes` does, in numpy."""
+        """Return what `to_bytes` does for x: (..., C), in numpy."""
         levels, scale, zero = self.few(x)
         if lowest := self.format.lowest:
             levels, zero = levels - lowest, zero - lowest

@@ -114,7 +114,7 @@ class RowCodec(Protocol):
         return self.decode(self.encode(x), x.dtype)
 
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return encode(x) and what it decodes to, in x's dtype."""
+        """Return encode(x) for x: (..., width), and what it decodes to in x's dtype."""
         rows = self.encode(x)
         return rows, self.decode(rows, x.dtype)
 

@@ -100,7 +100,7 @@ class CodedLayer(DynamicLayer):
         self.kept.crop(max(stay, 0))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Give every sequence the past of another one, for beam search."""
+        """Give every sequence the past of the one at beam_idx: (batch,), for beam search."""
         if self.kept.tokens:
             self.kept.reorder(beam_idx)
 

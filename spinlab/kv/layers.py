@@ -21,7 +21,7 @@ class RowLayer:
         self.reset()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Code new rows and return all, decoded."""
+        """Code new rows (batch, kv_heads, tokens, head_dim) and return all, decoded."""
         codec = self.key_codec
         if codec is not None and codec == self.value_codec and keys.shape == values.shape:
             both = self._append_both(torch.stack((keys, values)), codec)

@@ -33,7 +33,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a network that lives for this call only."""
+    """Return the logits (batch, tokens, vocabulary) of a network that lives for this call only."""
     model = make()
     found, left = logits(model, ids), weakref.ref(model)
     del model
@@ -43,7 +43,7 @@ def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
 
 
 def logits_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max|Δ| relative to the standard deviation of what is expected."""
+    """Return max|Δ| of two tensors of one shape, relative to the expected one's deviation."""
     found, expected = found.double(), expected.double()
     return ((found - expected).abs().max() / expected.std()).item()
 

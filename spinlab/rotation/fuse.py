@@ -30,7 +30,10 @@ def rotate_output(weight: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 def rotated_weight(
     weight: torch.Tensor, reads: torch.Tensor | None, writes: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the weight of a linear between rotated spaces; None leaves a side alone."""
+    """Return the weight (out, in) of a linear between rotated spaces; None leaves a side alone.
+
+    reads: (n, n), n dividing in; writes: (n, n), n dividing out.
+    """
     if writes is not None:
         weight = rotate_output(weight, writes)
     return weight if reads is None else rotate_input(weight, reads)

@@ -82,7 +82,7 @@ class OnlineRotation(nn.Module):
         return rotated.reshape(x.shape)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W R: for a rotation, weights are rotated as inputs are."""
+        """Return W R for W: (out, width), since weights are rotated as inputs are."""
         return self(weight)
 
     def dense(self) -> torch.Tensor:

@@ -106,7 +106,7 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
 
 
 def check_orthogonal(name: str, matrix: torch.Tensor) -> None:
-    """Raise ResultError for a rotation about to be used that is not orthogonal to 1e-6."""
+    """Raise ResultError for a rotation (..., n, n) to be used that is not orthogonal to 1e-6."""
     error = orthogonality_error(matrix)
     if not error <= ORTHOGONAL_TOLERANCE:  # nan fails too
         raise ResultError(f"{name} is not orthogonal: max|RRᵀ-I| = {error:.2e}")

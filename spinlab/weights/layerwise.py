@@ -86,7 +86,7 @@ def quantize_rtn(
 ) -> dict[str, QuantizedWeight]:
     """Return every weight that has a format of fewer than 16 bits, rounded to nearest.
 
-    learned: clip ratios by name; a weight without one gets its clip search.
+    learned: clip ratios (out, in/g, 1) by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
     for site, format in tqdm(list(rounded_sites(map_of(model), quant)), desc="rtn"):

@@ -91,7 +91,10 @@ def _learn_layer(
 def output_error(
     inputs: LayerInputs, weights: dict[str, "ClippedWeight"], x: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean squared error of the current layer's output with its weights rounded."""
+    """Return the mean squared error of the current layer's output with its weights rounded.
+
+    x, its input, and target: (windows, tokens, hidden).
+    """
     rounded = {f"{name}.weight": weight.rounded() for name, weight in weights.items()}
     output = functional_call(inputs.layer, rounded, (x,), inputs.arguments(x))
     return nn.functional.mse_loss(hidden_states(output).float(), target.float())

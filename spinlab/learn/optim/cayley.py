@@ -112,6 +112,7 @@ def cayley_fixed_point(
 ) -> torch.Tensor:
     """Return the Cayley transform (I + α/2 W)⁻¹ (I - α/2 W) R by five fixed-point iterations.
 
+    point R and skew W: (..., n, n); alpha: (..., 1, 1).
     Y ← R - α/2 W (R + Y) contracts by at most α||W||/2 an iteration; under the cap by at most ½.
     """
     half = alpha / 2 * skew
@@ -125,7 +126,7 @@ def cayley_fixed_point(
 def cayley_exact(
     point: torch.Tensor, skew: torch.Tensor, alpha: torch.Tensor | float
 ) -> torch.Tensor:
-    """Return the same Cayley transform by solving one linear system per matrix.
+    """Return the same Cayley transform, (..., n, n), by solving one linear system per matrix.
 
     The system is never singular, since W has imaginary eigenvalues. Solved for the displacement,
     R - (I + α/2 W)⁻¹ αW R, rounding is relative to the step: in float32 thirty steps at width 512

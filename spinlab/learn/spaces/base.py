@@ -69,7 +69,11 @@ class LearningSpace:
         objective: ObjectiveConfig,
         teacher: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss on next-token logits and its terms, with the arguments of `head_loss`."""
+        """Return the loss on next-token logits and its terms.
+
+        hidden: (batch, tokens, hidden); head: (vocabulary, hidden); ids: (batch, tokens). teacher:
+        the original's hidden states and head, for terms that compare with them.
+        """
         return head_loss(hidden, head, ids, objective, teacher, CHUNK[ids.device.type])
 
     def clips(self) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ class IntegerCache(Cache):
         self.slots.length.add_(tokens)
 
     def must_read(self, mask: torch.Tensor | None) -> bool:
-        """Tell whether the mask of one more token may say what no earlier mask said.
+        """Tell whether a mask (batch, tokens) of one more token may say what no earlier did.
 
         Padding stands at the left: where every sequence has begun, a mask says nothing new.
         """

@@ -51,7 +51,7 @@ class DecodeGraph:
     def replay(
         self, ids: torch.Tensor, positions: torch.Tensor | None, cache: IntegerCache
     ) -> torch.Tensor:
-        """Run a step on new inputs and return a copy of its logits."""
+        """Run a step on new ids (batch, 1); return a copy of its logits (batch, 1, vocabulary)."""
         self.ids.copy_(ids)
         # without positions tokens count from the first slot, as in the stock model
         self.positions.copy_(cache.slots.length if positions is None else positions)

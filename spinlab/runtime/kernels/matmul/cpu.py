@@ -23,12 +23,12 @@ Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def matmul(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return levels @ weightᵀ in int32, exact for all bytes."""
+    """Return levels (tokens, in) @ weightᵀ (in, out) in int32, exact for all bytes."""
     return _right_product(_WIDE)(levels, weight)
 
 
 def matmul_narrow(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return levels @ weightᵀ in int32, exact for weights within ±64."""
+    """Return levels (tokens, in) @ weightᵀ (in, out) in int32, exact for weights within ±64."""
     return _right_product(_NARROW)(levels, weight)
 
 
