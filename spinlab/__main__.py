@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spinlab.arguments import prepared
+from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
 from spinlab.errors import InputError
 from spinlab.launch import is_first, launched
@@ -79,7 +80,8 @@ def _sweeps() -> bool:
 
 def _experiment(composed: DictConfig) -> None:
     config = settings(composed)
-    from spinlab.experiment import run  # torch and transformers load here, not for --help
+    with resting():  # torch and transformers load here, not for --help
+        from spinlab.experiment import run
 
     run(config, list(HydraConfig.get().overrides.task), _sweeps())
 

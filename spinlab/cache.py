@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from spinlab import parallel
 from spinlab.code import code_digest
+from spinlab.collector import leave_modules
 from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
 from spinlab.heartbeat import heartbeat
 
@@ -67,6 +68,9 @@ class Cache:
     reports: list[StageReport] = field(default_factory=list)
     _at_work: str | None = field(default=None, init=False)
     _works: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        leave_modules()
 
     def run(
         self,

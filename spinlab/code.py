@@ -16,6 +16,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 _APART = {"spinlab.config", "spinlab.cache"}
+_PARTS = ("body", "orelse", "finalbody", "handlers", "cases")  # that hold statements
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -45,6 +46,7 @@ def closure(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
 def _file(module: str) -> Path | None:
     """Return the file of a module of spinlab; None for what is none."""
     if not _is_ours(module):
@@ -64,7 +66,7 @@ def _tree(module: str) -> ast.Module:
     file = _file(module) or sys.modules[module].__file__
     assert file is not None, module
     tree = ast.parse(Path(file).read_bytes())
-    for node in ast.walk(tree):
+    for node in (tree, *_statements(tree)):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return tree
@@ -74,12 +76,21 @@ def _tree(module: str) -> ast.Module:
 def imports_of(module: str) -> frozenset[str]:
     """Return the modules of spinlab that a module imports, inside of its functions too."""
     found: set[str] = set()
-    for node in ast.walk(_tree(module)):
+    for node in _statements(_tree(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if _file(alias.name)}
         elif isinstance(node, ast.ImportFrom):
             found |= {origin for alias in node.names for origin in _origins(node, alias.name)}
     return frozenset(found)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Yield the statements in a node at any depth; expressions, which hold none, are left out."""
+    for part in _PARTS:
+        for child in getattr(node, part, ()):
+            if isinstance(child, ast.stmt):
+                yield child
+            yield from _statements(child)
 
 
 def _origins(node: ast.ImportFrom, name: str) -> Iterator[str]:
