@@ -60,6 +60,11 @@ def _unknown(name: str, *_: str) -> str:
     return f"unknown setting {name!r}: {did_you_mean(name, setting_names())}"
 
 
+def _part(whole: str, part: str) -> str:
+    inner = [name for name in setting_names() if name.rpartition(".")[0] == part]
+    return f"{whole}: {part} has settings of its own: {', '.join(inner)}"
+
+
 def _free_key(name: str, *_: str) -> str:
     return f"{name} is not there yet: write +{name}=VALUE, with a plus"
 
@@ -98,6 +103,7 @@ _SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
         r"merging override (([\w.]+)=.*): Invalid value assigned: (\w+) is not a ListConfig",
         lambda whole, key, _: f"{whole} is no list: write {key}=[{whole.partition('=')[2]}]",
     ),
+    (r"merging override (([\w.]+)=.*): Invalid type assigned: \w+ is not a subclass of", _part),
     (
         r"merging override (\S+=.*): field '([\w.]+)' is not Optional",
         lambda whole, key: f"{whole}: {key} needs a value",

@@ -51,7 +51,7 @@ def test_every_path_of_a_list_and_of_a_sweep_is_taken_as_it_is():
 
 
 def test_what_hydra_reads_is_left_alone():
-    words = ["+experiment=toy", "seed=0,1", "~learn", "learn.lr=1e-3", "model.path=null"]
+    words = ["+experiment=toy", "seed=0,1", "~learn", "learn.lr.r1=1e-3", "model.path=null"]
     words += ['quant.overrides=[{pattern:"*",weights:{bits:8}}]', "seed=range(1,4)", "a@b=c"]
     assert prepared(words) == words
 

@@ -76,7 +76,7 @@ def test_a_chosen_group_beats_the_experiments_own(name):
     done = command_line(f"+experiment={name}", *chosen, "--cfg", "job")
     composed = yaml.safe_load(done.stdout)
     assert composed["learn"]["steps"] == 0
-    assert composed["learn"]["lr_clip"] == 0
+    assert composed["learn"]["lr"]["clip"] == 0
     assert composed["quant"]["activations"]["clip_ratio"] == 0.9
     assert (composed["eval"]["window"], composed["eval"]["tasks"]) == (2048, [])
 
@@ -115,13 +115,21 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "model=random", "model.weights=pretrained"], ["no model is named", "model.path"]),
         ([*TOY, "quant.weights.group_size=12"], ["group_size=12", "do not nest"]),
         ([*TOY, "eval.max_windows=0"], ["eval.max_windows=0 must be positive"]),
-        ([*TOY, "learn.max_grad_norm=-1"], ["learn.max_grad_norm=-1", "positive"]),
+        (
+            [*TOY, "learn.optimizer.max_grad_norm=-1"],
+            ["learn.optimizer.max_grad_norm=-1", "positive"],
+        ),
         ([*TOY, "eval.limit=1"], ["eval.limit=1", "at least 2"]),
         (["+experiment=toy", "tracker=none", "eval.tasks=[pika]"], ["pika", "piqa"]),
-        ([*TOY, "weights=gptq", "learn.lr_clip=0.1"], ["learn.lr_clip=0.1", "weights=rtn"]),
+        ([*TOY, "weights=gptq", "learn.lr.clip=0.1"], ["learn.lr.clip=0.1", "weights=rtn"]),
         (
-            [*TOY, "learn.lr=1e30", "learn.cap_step=false", "learn.max_grad_norm=null"],
-            ["diverged at step", "learn.lr"],
+            [
+                *TOY,
+                "learn.lr.r1=1e30",
+                "learn.optimizer.cap_step=false",
+                "learn.optimizer.max_grad_norm=null",
+            ],
+            ["diverged at step", "learn.lr.r1"],
         ),
         ([*TOY, "rotation.load=/missing/R.bin"], ["rotation.load=/missing/R.bin", "not exist"]),
         ([*TOY, "rotation.load=R.pt"], ["must end in .safetensors or .bin"]),
@@ -130,7 +138,7 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "rotation.load=R.bin", "rotation.online=false"], ["brings its rotations"]),
         ([*TOY, "rotation=duquant", "rotation.online=false"], ["runs online"]),
         ([*TOY, "rotation.r4=random", "rotation.r4_block=64"], ["rotation.r4=random"]),
-        ([*TOY, "weights=lwc", "learn.lr_clip=0.1"], ["learn.lr_clip=0.1", "weights=rtn"]),
+        ([*TOY, "weights=lwc", "learn.lr.clip=0.1"], ["learn.lr.clip=0.1", "weights=rtn"]),
         (
             [*TOY, "rotation=smoothquant", "rotation.smooth_groups=[o]", "rotation.online=false"],
             ["grouped queries", "rotation.smooth_groups"],
@@ -178,8 +186,11 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "hydra.run.dir=/proc/x"], ["/proc/x"]),
         (["--resolve"], ["--cfg"]),
         (["--config-name", "nope"], ["'nope'"]),
-        ([*TOY, "learn=none", "learn.lr=3"], ["learn.lr is not read with learn.steps=0"]),
-        ([*TOY, "learn.lr=inf"], ["learn.lr=inf is no finite number"]),
+        ([*TOY, "learn=none", "learn.lr.r1=3"], ["learn.lr.r1 is not read with learn.steps=0"]),
+        ([*TOY, "learn.lr=0.5"], ["learn.lr has settings of its own: learn.lr.r1, learn.lr.r2"]),
+        ([*TOY, "learn.optimizer=qr_sgd"], ["of its own: learn.optimizer.name, "]),
+        ([*TOY, "learn.momentum=0.5"], ["did you mean learn.optimizer.momentum"]),
+        ([*TOY, "learn.lr.r1=inf"], ["learn.lr.r1=inf is no finite number"]),
         ([*TOY, "eval.window=600"], ["eval.window=600 is longer than the 512 tokens"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

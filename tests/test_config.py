@@ -17,7 +17,13 @@ ROOT = Path(__file__).parent.parent
 PAPER = [["+experiment=paper", f"method={method}"] for method in options_of("method")]
 EXPERIMENTS = [*([f"+experiment={name}"] for name in options_of("experiment")), *PAPER]
 FLOATS = [
-    *("learn.lr", "learn.lr_r2", "learn.lr_scale", "learn.max_grad_norm", "learn.max_loss_ratio"),
+    *(
+        "learn.lr.r1",
+        "learn.lr.r2",
+        "learn.lr.scale",
+        "learn.optimizer.max_grad_norm",
+        "learn.max_loss_ratio",
+    ),
     *("learn.objective.kl", "weights.gptq.percdamp", "weights.clip.norm", "weights.lwc.lr"),
     *("model.outlier_scale", "rotation.smooth", "kv.keys.clip_ratio", "quant.weights.clip_ratio"),
 ]
@@ -59,7 +65,7 @@ def test_numbers_are_finite(name, value):
         ("learn.objective=null", "learn.objective"),
         ("quant.weights=null", "quant.weights"),
         ("quant.overrides=[1]", "quant.overrides"),
-        ("learn.lr=true", "learn.lr"),
+        ("learn.lr.r1=true", "learn.lr.r1"),
         ("seed=1.5", "seed"),
         ("eval.variants=fp", "eval.variants"),
     ],
@@ -78,17 +84,26 @@ def test_every_seed_of_64_bits_is_taken():
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (["learn=none", "learn.lr=0.5"], "learn.lr"),
+        (["learn=none", "learn.lr.r1=0.5"], "learn.lr.r1"),
         (["learn.steps=0", "learn.objective.kl=1"], "learn.objective.kl"),
-        (["learn.rotations=[r1]", "learn.lr_r2=3"], "learn.lr_r2"),
-        (["learn.optimizer=qr_sgd", "learn.cap_step=false"], "learn.cap_step"),
+        (["learn.rotations=[r1]", "learn.lr.r2=3"], "learn.lr.r2"),
+        (
+            ["learn.optimizer.name=qr_sgd", "learn.optimizer.cap_step=false"],
+            "learn.optimizer.cap_step",
+        ),
         (["learn.quantize_weights=false", "learn.clip_refresh=7"], "learn.clip_refresh"),
-        (["learn.lr_clip=0.1", "learn.clip_refresh=7"], "learn.clip_refresh"),
-        (["learn.optimizer=cayley_adam", "learn.momentum=0.5"], "learn.momentum"),
-        (["learn.optimizer=riemannian_sgd", "learn.cap_step=false"], "learn.cap_step"),
+        (["learn.lr.clip=0.1", "learn.clip_refresh=7"], "learn.clip_refresh"),
+        (
+            ["learn.optimizer.name=cayley_adam", "learn.optimizer.momentum=0.5"],
+            "learn.optimizer.momentum",
+        ),
+        (
+            ["learn.optimizer.name=riemannian_sgd", "learn.optimizer.cap_step=false"],
+            "learn.optimizer.cap_step",
+        ),
         (["learn.objective.kl_top_k=5"], "learn.objective.kl_top_k"),
-        (["learn.lr_scale=0.1"], "learn.lr_scale"),
-        (["learn.lr_inputs=0.1"], "learn.lr_inputs"),
+        (["learn.lr.scale=0.1"], "learn.lr.scale"),
+        (["learn.lr.inputs=0.1"], "learn.lr.inputs"),
         (["weights=lwc", "weights.gptq.samples=9"], "weights.gptq.samples"),
         (["weights=rtn", "weights.gptq.percdamp=0.1"], "weights.gptq.percdamp"),
         (["weights=rtn", "weights.gptq.samples=9"], "weights.gptq.samples"),
@@ -110,7 +125,7 @@ def test_every_seed_of_64_bits_is_taken():
 )
 def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, caplog):
     config = composed("+experiment=toy", *overrides)
-    rules = [*unread_by_optimizer(config.learn)]
+    rules = [*unread_by_optimizer(config.learn.optimizer)]
     with pytest.raises(InputError, match=rf"{name}.* is not read with .*: leave it out"):
         check_read(config, overrides, rules=rules)
     caplog.set_level(logging.INFO)
@@ -121,7 +136,7 @@ def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, capl
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["learn.lr=0.5", "learn.lr_r2=3", "learn.clip_refresh=2"],
+        ["learn.lr.r1=0.5", "learn.lr.r2=3", "learn.clip_refresh=2"],
         ["weights=gptq", "weights.gptq.percdamp=0.1", "weights.gptq.samples=9"],
         ["rotation=duquant", "learn=none", "rotation.duquant.steps=9"],
         ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
@@ -194,7 +209,7 @@ def test_what_a_models_preset_carries_for_other_sources_is_only_told(arguments, 
 def test_experiments_set_nothing_that_they_do_not_read(arguments):
     # a model's preset carries its shape as well, for random weights
     config = composed(*arguments)
-    found = unread(config, rules=unread_by_optimizer(config.learn))
+    found = unread(config, rules=unread_by_optimizer(config.learn.optimizer))
     assert set(found) <= {"model.architecture"}
 
 
@@ -241,7 +256,7 @@ def documented() -> list[list[str]]:
 @pytest.mark.parametrize("arguments", documented(), ids=" ".join)
 def test_what_the_pages_say_composes_and_is_read(arguments):
     config = composed(*arguments)
-    check_read(config, arguments, rules=unread_by_optimizer(config.learn))
+    check_read(config, arguments, rules=unread_by_optimizer(config.learn.optimizer))
 
 
 def test_the_pages_are_understood():

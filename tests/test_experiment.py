@@ -234,7 +234,11 @@ def test_a_sweep_leaves_one_record_per_seed(tmp_path):
 
 
 def test_a_failed_stage_keeps_what_was_finished(tmp_path):
-    far = ["learn.lr=1e30", "learn.cap_step=false", "learn.max_grad_norm=null"]
+    far = [
+        "learn.lr.r1=1e30",
+        "learn.optimizer.cap_step=false",
+        "learn.optimizer.max_grad_norm=null",
+    ]
     process = start(tmp_path, *FAST, *far)
     process.communicate(timeout=120)
     assert process.returncode == 2

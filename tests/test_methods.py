@@ -36,7 +36,7 @@ SMALL = [
     "rotation.duquant.steps=8",
     "rotation.duquant.block_size=16",
     "learn.micro_batch=1",
-    "learn.warmup=0",
+    "learn.optimizer.warmup=0",
     "learn.batch=1",
     "learn.sequence_length=64",
 ]
@@ -234,12 +234,12 @@ def test_a_rotation_learned_elsewhere_is_used_as_it_is(tmp_path, suffix):
 
 LEARNED = {
     "rotations": ["learn.steps=3"],
-    "rotations and weight ranges": ["learn.steps=3", "learn.lr_clip=0.3"],
+    "rotations and weight ranges": ["learn.steps=3", "learn.lr.clip=0.3"],
     "rotations for GPTQ": ["learn.steps=3", "weights=gptq", "learn.quantize_weights=false", *SMALL],
     "transforms and all ranges": [
         "+method=learned_inputs",
         *SMALL,
-        *("learn.steps=3", "learn.lr_scale=0.3", "learn.lr_clip=0.3", "learn.lr_input_clip=0.3"),
+        *("learn.steps=3", "learn.lr.scale=0.3", "learn.lr.clip=0.3", "learn.lr.input_clip=0.3"),
     ],
 }
 PLAIN = ["rotation=hadamard", "learn=none"]
@@ -259,7 +259,7 @@ def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_pa
     assert loaded.measure("fake") == expected
     model = ["eval.variants=[fp,fake]", "model.weights=pretrained", f"model.path={folder}"]
     assert pipeline(tmp_path, *text, *PLAIN, *weights, *model).measure("fake") == expected
-    if "learn.lr_clip=0.3" in settings:  # and it is not the number without them
+    if "learn.lr.clip=0.3" in settings:  # and it is not the number without them
         forgetful = replace(loaded.rotations("fake"), weight_clips={}, clips={})
         forgetful.save(file)
         assert (
@@ -271,23 +271,23 @@ def test_a_loaded_rotation_is_learned_on_in_one_line(tmp_path, text, caplog):
     caplog.set_level("INFO", "spinlab")
     file = tmp_path / "R.safetensors"
     export(
-        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=3", "learn.lr_clip=0.3")
+        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=3", "learn.lr.clip=0.3")
     )
     assert "further" not in caplog.text
-    further = pipeline(tmp_path, *text, f"rotation.load={file}", "learn.steps=2", "learn.lr_clip=0")
+    further = pipeline(tmp_path, *text, f"rotation.load={file}", "learn.steps=2", "learn.lr.clip=0")
     start, end = (further.rotations(variant) for variant in ("init", "fake"))
     assert not torch.allclose(end.r1, start.r1, atol=1e-6)
     assert (bool(start.weight_clips), bool(end.weight_clips)) == (True, False)
     (line,) = (r.getMessage() for r in caplog.records if "further" in r.getMessage())
     assert "R.safetensors, which was learned for 3 steps" in line
-    assert "learn.lr_clip=0 leaves weight ranges to the clip search" in line
+    assert "learn.lr.clip=0 leaves weight ranges to the clip search" in line
     assert pipeline(tmp_path, *text, f"rotation.load={file}").rotations("rtn").weight_clips == {}
 
 
 def test_ranges_of_other_formats_are_left_out_and_the_log_says_so(tmp_path, text, caplog):
     file = tmp_path / "R.safetensors"
     export(
-        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=2", "learn.lr_clip=0.3")
+        pipeline(tmp_path, *text, f"export.rotations={file}", "learn.steps=2", "learn.lr.clip=0.3")
     )
     same = pipeline(tmp_path, *text, "learn=none", f"rotation.load={file}")
     assert same.rotations("fake").weight_clips

@@ -12,7 +12,7 @@ from spinlab.bench.collect import collect
 from spinlab.bench.figure import draw_ratios
 from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
-from spinlab.config import LearnConfig, RuntimeConfig
+from spinlab.config import Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
@@ -72,7 +72,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_place(learn)
     _add_model(learn)
     learn.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    learn.add_argument("settings", nargs="*", help="of the learning: steps=100 micro_batch=2 ...")
+    learn.add_argument("settings", nargs="*", help="of the learning: steps=100 lr.r1=0.3 ...")
     learn.set_defaults(run=_learn, repeatable=True)
     forms = commands.add_parser("forms", help="an experiment's learning against its definition")
     forms.add_argument("overrides", nargs="+", help="as for spinlab: +experiment=NAME ...")
@@ -129,27 +129,34 @@ def _gptq(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from spinlab.bench.learn import bench_learn, with_settings  # geoopt loads here
+    from spinlab.bench.learn import bench_learn  # geoopt loads here: a GPU node may lack it
 
-    published = LearnConfig(sequence_length=arguments.length, grad_norm="euclidean")
-    settings = with_settings(published, arguments.settings)
-    return bench_learn(arguments.model, settings, arguments.layers, device)
+    settings = [
+        f"learn.{word}" for word in (f"sequence_length={arguments.length}", *arguments.settings)
+    ]
+    learn = _composed(["learn=spinquant", *settings]).learn
+    return bench_learn(arguments.model, learn, arguments.layers, device)
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from hydra.errors import HydraException  # these and geoopt load here: a GPU node may lack them
+    from spinlab.bench.forms import bench_forms
+
+    return bench_forms(_composed(arguments.overrides))
+
+
+def _composed(words: list[str]) -> Config:
+    """Return the settings of a command of spinlab."""
+    from hydra.errors import HydraException  # Hydra loads here: a GPU node may lack it
     from omegaconf.errors import OmegaConfBaseException
 
     from spinlab.arguments import prepared
-    from spinlab.bench.forms import bench_forms
     from spinlab.compose import composed
     from spinlab.sentences import sentence
 
     try:
-        config = composed(*prepared(arguments.overrides))
+        return composed(*prepared(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(sentence(error)) from error
-    return bench_forms(config)
 
 
 def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

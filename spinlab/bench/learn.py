@@ -1,11 +1,9 @@
 """Time rotation learning on a model of full size with random weights, and where its time goes."""
 
 import statistics
-from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -20,7 +18,6 @@ from spinlab.config import (
     RotationConfig,
     plain,
 )
-from spinlab.errors import InputError
 from spinlab.learn import (
     RotationLearner,
     choose_checkpoint,
@@ -155,14 +152,3 @@ def _shares(learner: RotationLearner, batch: torch.Tensor) -> dict[str, float]:
         )
     total = sum(times.values())
     return {f"share/learn/{kind}": value / total for kind, value in times.items()}
-
-
-def with_settings(learn: LearnConfig, words: list[str]) -> LearnConfig:
-    """Change settings of the learning by words like lr=0.3, rotations=[r1], dtype=bfloat16."""
-    changes: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if not hasattr(learn, name) or name == "objective":
-            raise InputError(f"learn.{name} is no setting that this benchmark takes")
-        changes[name] = yaml.safe_load(value)
-    return replace(learn, **changes)

@@ -10,7 +10,7 @@ from typing import Any
 from spinlab.config.data import DataConfig
 from spinlab.config.eval import VARIANTS, EvalConfig
 from spinlab.config.kv import CodecConfig, KVConfig
-from spinlab.config.learn import LearnConfig, ObjectiveConfig
+from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.config.quant import QuantConfig, TensorQuant
@@ -35,8 +35,10 @@ __all__ = [
     "LearnConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OptimizerConfig",
     "PathsConfig",
     "QuantConfig",
+    "RatesConfig",
     "RotationConfig",
     "RuntimeConfig",
     "StatisticsConfig",
@@ -71,9 +73,9 @@ class Config:
         self._check_name()
         check_values(plain(self))
         quantized = self.learn.quantize_weights and self.quant.weights.quantizes
-        if self.learn.lr_clip > 0 and not (quantized and self.weights.method == "rtn"):
+        if self.learn.lr.clip > 0 and not (quantized and self.weights.method == "rtn"):
             raise InputError(
-                f"learn.lr_clip={self.learn.lr_clip} learns the ranges that RTN keeps: it needs "
+                f"learn.lr.clip={self.learn.lr.clip} learns the ranges that RTN keeps: it needs "
                 "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
             )
         if self.learn.steps:
@@ -138,9 +140,9 @@ class Config:
                 "learn.rotations=[inputs] learns the transforms of rotation.inputs: use "
                 "rotation=duquant, or learn r1 and r2"
             )
-        if learn.lr_input_clip and not inputs:
+        if learn.lr.input_clip and not inputs:
             raise InputError(
-                f"learn.lr_input_clip={learn.lr_input_clip}: activations of 16 bits have no range"
+                f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range"
             )
         if rounded or not learn.objective.end_to_end:
             return

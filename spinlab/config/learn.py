@@ -64,6 +64,52 @@ OBJECTIVES = ("cross_entropy", "kl", "layer_mse", "kurtosis", "whip")
 
 
 @dataclass(frozen=True)
+class RatesConfig:
+    """Set how far a step moves each part of what is learned."""
+
+    r1: float = 1.5
+    r2: float | None = None  # as r1 if absent
+    inputs: float | None = None  # rotations of single inputs; as r1 if absent
+    scale: float = 0.0  # log scales of single inputs; 0: not learned
+    clip: float = 0.0  # log clip ratios of weights: searched once, then learned; 0: not learned
+    input_clip: float = 0.0  # log clip ratios, one for each quantized input; 0: not learned
+
+    def __post_init__(self) -> None:
+        for name in ("r1", "r2", "inputs"):
+            positive(f"learn.lr.{name}", getattr(self, name))
+        for name in ("scale", "clip", "input_clip"):
+            at_least(f"learn.lr.{name}", getattr(self, name), 0)
+
+    def of_rotation(self, name: str) -> float:
+        """Return the rate of r1, of r2, or of the rotation of an input of another name."""
+        return {"r1": self.r1, "r2": self.r2}.get(name, self.inputs) or self.r1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Choose how rotations step: the optimizer, its schedule, what bounds a step and its drift."""
+
+    name: str = "cayley_sgd"  # in spinlab.learn.optim
+    momentum: float = 0.0
+    cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
+    schedule: str = "linear"
+    warmup: int = 0
+    # what curves show and max_grad_norm clips: the norm of gradients along the manifold, or of
+    # those of rotations as free matrices (SpinQuant's code)
+    grad_norm: str = "riemannian"
+    max_grad_norm: float | None = 1.0  # of all rotations together, before the step
+    project_every: int = 25  # steps between polar re-projections
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"learn.optimizer.momentum={self.momentum} must lie in [0, 1)")
+        at_least("learn.optimizer.warmup", self.warmup, 0)
+        choice("learn.optimizer.grad_norm", self.grad_norm, GRAD_NORMS)
+        for name in ("max_grad_norm", "project_every"):
+            positive(f"learn.optimizer.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class LearnConfig:
     """Set how rotations are optimized (SpinQuant sec. 3.2; Li et al. 2020). steps=0: not at all.
 
@@ -77,49 +123,26 @@ class LearnConfig:
     sequence_length: int = 2048
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rotations: list[str] = field(default_factory=lambda: ["r1", "r2"])
+    lr: RatesConfig = field(default_factory=RatesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     quantize_weights: bool = False  # W4 in the loop (for RTN) or 16-bit weights (for GPTQ)
     clip_refresh: int = 10  # steps between clip searches, with weights quantized in the loop
-    lr_clip: float = 0.0  # of log clip ratios: searched once, then learned and kept; 0: not learned
-    optimizer: str = "cayley_sgd"  # by its name in spinlab.learn.optim
-    lr: float = 1.5  # of R1
-    lr_r2: float | None = None  # of R2; as R1 if absent
-    lr_inputs: float | None = None  # of the rotations of single inputs; as R1 if absent
-    lr_scale: float = 0.0  # of the log scales of single inputs; 0: not learned
-    lr_input_clip: float = 0.0  # of log clip ratios, one for each quantized input; 0: not learned
-    schedule: str = "linear"
-    warmup: int = 0
-    momentum: float = 0.0
-    cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
-    # what curves show and max_grad_norm clips: the norm of gradients along the manifold, or of
-    # those of rotations as free matrices (SpinQuant's code)
-    grad_norm: str = "riemannian"
-    max_grad_norm: float | None = 1.0  # of all rotations together, before the step
     max_loss_ratio: float = 3.0  # a loss above so many times the first one stops the run
-    project_every: int = 25  # steps between polar re-projections
     save_every: int = 5
     dtype: str | None = None  # of the network while it learns; the model's if absent
     checkpoint: str = "auto"  # recompute activations in the backward pass: if memory asks for it
 
     def __post_init__(self) -> None:
         count("learn.steps", self.steps, 0)
-        for name in ("lr_clip", "lr_scale", "lr_input_clip"):
-            at_least(f"learn.{name}", getattr(self, name), 0)
         for name in ("batch", "micro_batch"):
             count(f"learn.{name}", getattr(self, name))
-        for name in ("clip_refresh", "lr", "project_every", "save_every"):
+        for name in ("clip_refresh", "save_every"):
             positive(f"learn.{name}", getattr(self, name))
         at_least("learn.sequence_length", self.sequence_length, 2)
-        at_least("learn.warmup", self.warmup, 0)
-        positive("learn.lr_r2", self.lr_r2)
-        positive("learn.lr_inputs", self.lr_inputs)
-        positive("learn.max_grad_norm", self.max_grad_norm)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"learn.momentum={self.momentum} must lie in [0, 1)")
         if self.batch % self.micro_batch:
             raise InputError(
                 f"learn.micro_batch={self.micro_batch} does not divide learn.batch={self.batch}"
             )
-        choice("learn.grad_norm", self.grad_norm, GRAD_NORMS)
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
         choice("learn.checkpoint", self.checkpoint, CHECKPOINTS)
         if not self.max_loss_ratio > 1:
@@ -143,7 +166,8 @@ class LearnConfig:
             )
         if not self.rotations:
             raise InputError("learn.rotations is empty: name r1, r2 or inputs, or use learn=none")
-        if self.warmup >= self.steps:
+        if self.optimizer.warmup >= self.steps:
             raise InputError(
-                f"learn.warmup={self.warmup} leaves nothing of learn.steps={self.steps}"
+                f"learn.optimizer.warmup={self.optimizer.warmup} leaves nothing of "
+                f"learn.steps={self.steps}"
             )

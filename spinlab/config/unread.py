@@ -106,16 +106,16 @@ def _of_learning(config: Config) -> Iterator[Rule]:
         yield "learn.steps=0", _others(learn, "learn", "steps")
         return
     of_names = f"learn.rotations=[{','.join(learn.rotations)}]"
-    own = {"r1": None, "r2": learn.lr_r2, "inputs": learn.lr_inputs}
-    if all(own[name] is not None for name in learn.rotations):
-        yield f"rates of their own for {of_names}", ["learn.lr"]
+    rates = [getattr(learn.lr, name) for name in learn.rotations]
+    if "r1" not in learn.rotations and None not in rates:
+        yield f"rates of their own for {of_names}", ["learn.lr.r1"]
     if "r2" not in learn.rotations:
-        yield of_names, ["learn.lr_r2"]
+        yield of_names, ["learn.lr.r2"]
     if "inputs" not in learn.rotations:
-        yield of_names, ["learn.lr_inputs", "learn.lr_scale"]
+        yield of_names, ["learn.lr.inputs", "learn.lr.scale"]
     if not learn.quantize_weights:
         yield "learn.quantize_weights=false", ["learn.clip_refresh"]
-    if learn.lr_clip:
+    if learn.lr.clip:
         yield "learned clip ratios, which are searched once,", ["learn.clip_refresh"]
     if not learn.objective.kl:
         yield "learn.objective.kl=0", ["learn.objective.kl_top_k"]

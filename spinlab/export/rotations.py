@@ -1,6 +1,7 @@
 """A file of rotations, ours or SpinQuant's, that appears at once and whole."""
 
 import logging
+from operator import attrgetter
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -56,8 +57,8 @@ def _check_bin(setting: str, config: Config) -> None:
     """Refuse what an R.bin has no place for, as far as settings and a loaded file tell."""
     learn, rotation = config.learn, config.rotation
     lost = {
-        "learn.lr_clip": learn.steps and learn.lr_clip,
-        "learn.lr_input_clip": learn.steps and learn.lr_input_clip,
+        "learn.lr.clip": learn.steps and learn.lr.clip,
+        "learn.lr.input_clip": learn.steps and learn.lr.input_clip,
         "rotation.inputs": rotation.inputs != "none",
         "rotation.smooth": rotation.smooth is not None,
         "rotation.load": learn.steps == 0 and _carries_more(rotation.load),
@@ -69,10 +70,9 @@ def _check_bin(setting: str, config: Config) -> None:
         lost |= {f"rotation.{name}": True for name in online}
     for name, there in lost.items():
         if there:
-            group, _, key = name.partition(".")
             raise InputError(
                 f"{setting}: an R.bin holds R1 and R2 and nothing else, which does not go with "
-                f"{name}={getattr(getattr(config, group), key)}: use .safetensors"
+                f"{name}={attrgetter(name)(config)}: use .safetensors"
             )
 
 

@@ -14,7 +14,7 @@ def check_learning(config: Config, brought: RotationSet | None) -> None:
     brought: the rotations that a file brings, if any.
     """
     learn = config.learn
-    check_optimizer(learn)
+    check_optimizer(learn.optimizer)
     check_objective(learn.objective)
     if learn.steps:
         space_of(learn, config.quant).check(learn)

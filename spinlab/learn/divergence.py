@@ -36,8 +36,8 @@ class DivergenceCheck:
         if not (math.isfinite(loss) and math.isfinite(norm) and loss <= self.most * first):
             raise Divergence(
                 f"learning diverged at step {step}: loss {loss:.4g} (at the start {first:.4g}), "
-                f"gradient norm {norm:.4g}: lower learn.lr or learn.lr_r2, set "
-                "learn.max_grad_norm, or raise learn.max_loss_ratio",
+                f"gradient norm {norm:.4g}: lower learn.lr.r1 or learn.lr.r2, set "
+                "learn.optimizer.max_grad_norm, or raise learn.max_loss_ratio",
                 self.last_good,
             )
         self.first = first

@@ -147,7 +147,7 @@ def _weights(job: _Job) -> int:
         return (gathered + shard + head) * job.size
     # a 16-bit gradient is added up in float32
     gradient = job.size + (job.wide if job.size < job.wide else 0)
-    rotated = job.wide if job.learn.lr_clip else 0
+    rotated = job.wide if job.learn.lr.clip else 0
     teacher = whole if job.learn.objective.needs_teacher else 0
     return whole + teacher + job.layers * (job.model.dtype.itemsize + gradient + rotated)
 
@@ -175,7 +175,7 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         kept = sum(input.width for input in inputs)
     else:  # rounding errors of inputs from the stream, and both ends of R2
         errors = stream if job.quant.activations.quantizes else 0
-        errors += stream if job.learn.grad_norm == "euclidean" else 0  # with the inputs
+        errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs
         kept = errors + queries + values
     kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
     numbers = kept + 2 * queries + 2 * values + 3 * gated
@@ -187,9 +187,10 @@ def _rest(job: _Job) -> int:
     d, learn = job.map.dimensions, job.learn
     sizes = {"r1": d.hidden**2, "r2": d.layers * d.head_dim**2}
     learned = sum(size for name, size in sizes.items() if name in learn.rotations)
-    copies = 4 + (2 if learn.optimizer.endswith("adam") else 1 if learn.momentum else 0)
-    copies += learn.optimizer.startswith("qr_")
-    copies += learn.grad_norm == "euclidean"
+    optimizer = learn.optimizer
+    copies = 4 + (2 if optimizer.name.endswith("adam") else 1 if optimizer.momentum else 0)
+    copies += optimizer.name.startswith("qr_")
+    copies += optimizer.grad_norm == "euclidean"
     rotations = learned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
     chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
@@ -212,7 +213,7 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     # one product with R1 everywhere
     rotating = 0 if job.rounded else 2 * job.map.hidden * sum(job.read("R1"))
     forward = linears + attention + 2 * rotating
-    whole = rotating if learn.grad_norm == "euclidean" else 0
+    whole = rotating if learn.optimizer.grad_norm == "euclidean" else 0
     backward = linears * (2 if job.rounded else 1) + 2.5 * attention + rotating + whole
     passes = objective.on_logits + (objective.layer_mse > 0)
     teachers = (objective.kl > 0) + (objective.layer_mse > 0)

@@ -63,11 +63,10 @@ class RotationLearner:
         for network in (model, teacher):  # what a space has kept stays as it was
             if network is not None:
                 cast_model(network, dtype)
-        rates = {"r1": learn.lr, "r2": learn.lr_r2}
         groups = [
             {"params": [parameter], "lr": rate, "base_lr": rate, "name": name}
             for name, parameter in self.rotations.parameters.items()
-            for rate in [rates.get(name, learn.lr_inputs) or learn.lr]
+            for rate in [learn.lr.of_rotation(name)]
         ]
         self.optimizer = make_optimizer(groups, learn)
         self.divergence = DivergenceCheck(learn.max_loss_ratio)
@@ -83,10 +82,11 @@ class RotationLearner:
         self.optimizer.step()
         self.space.step(rate)
         self.rotations.step_scales(rate)
-        if (index + 1) % self.learn.project_every == 0:
+        if (index + 1) % self.learn.optimizer.project_every == 0:
             self.rotations.project()
         self.rotations.agree()
-        return {**terms, "lr": self.learn.lr * rate, "grad_norm": norm, **self._health()}
+        first = self.optimizer.param_groups[0]["lr"]
+        return {**terms, "lr": first, "grad_norm": norm, **self._health()}
 
     def gradients(self, index: int, batch: torch.Tensor) -> tuple[dict[str, float], float]:
         """Gather the gradients of a step on a batch of windows (batch, length), clipped.
@@ -97,7 +97,7 @@ class RotationLearner:
         self.space.begin(index)
         terms = self._backward(batch)
         self.space.collect()
-        return terms, self.rotations.finish(self.learn.max_grad_norm).item()
+        return terms, self.rotations.finish(self.learn.optimizer.max_grad_norm).item()
 
     def _backward(self, batch: torch.Tensor) -> dict[str, float]:
         """Add up gradients over micro-batches; return the mean loss and its terms."""

@@ -43,6 +43,6 @@ def announce_further(start: RotationSet, learn: LearnConfig, name: str) -> None:
     steps = (start.about or {}).get("learn", {}).get("steps")
     before = "" if steps is None else f", which was learned for {steps} steps"
     rest = ""
-    if start.weight_clips and not learn.lr_clip:
-        rest = "; learn.lr_clip=0 leaves weight ranges to the clip search, its own are dropped"
+    if start.weight_clips and not learn.lr.clip:
+        rest = "; learn.lr.clip=0 leaves weight ranges to the clip search, its own are dropped"
     log.info("%-12s further from %s%s%s", "learn", name, before, rest)

@@ -44,7 +44,7 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     """
     _check_places(pipeline.config)
     config = pipeline.config
-    unread = *unread_by_codecs(config.kv), *unread_by_optimizer(config.learn)
+    unread = *unread_by_codecs(config.kv), *unread_by_optimizer(config.learn.optimizer)
     check_read(config, overrides, pipeline.given.transformed, unread)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)

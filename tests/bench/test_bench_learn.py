@@ -5,16 +5,17 @@ import json
 import pytest
 
 from spinlab.bench.__main__ import main
-from spinlab.bench.learn import with_settings
-from spinlab.config import LearnConfig
-from spinlab.errors import InputError
 
 
 def test_learning_leaves_a_record_of_seconds_bytes_and_its_curve(tmp_path, capsys):
     out = tmp_path / "learn.json"
     words = "learn --model toy --length 16 --layers 1 --device cpu --out"
-    main([*words.split(), str(out), "steps=3", "batch=2", "dtype=bfloat16"])
+    settings = ["steps=3", "batch=2", "dtype=bfloat16", "lr.r2=0.5", "rotations=[r2]"]
+    main([*words.split(), str(out), *settings, "optimizer.max_grad_norm=null"])
     record = json.loads(out.read_text())
+    learn = record["config"]["learn"]
+    assert (learn["lr"]["r2"], learn["rotations"]) == (0.5, ["r2"])
+    assert learn["optimizer"]["max_grad_norm"] is None
     assert record["experiment"] == "bench/learn/toy"
     assert record["config"]["learn"]["steps"] == len(record["curve"]) == 3
     assert record["config"]["dtype"] == "bfloat16"
@@ -24,11 +25,10 @@ def test_learning_leaves_a_record_of_seconds_bytes_and_its_curve(tmp_path, capsy
     assert "speed/learn/seconds" in capsys.readouterr().out
 
 
-def test_settings_are_read_as_yaml_and_unknown_ones_refused():
-    found = with_settings(LearnConfig(), ["lr_r2=0.5", "rotations=[r1]", "max_grad_norm=null"])
-    assert (found.lr_r2, found.rotations, found.max_grad_norm) == (0.5, ["r1"], None)
-    with pytest.raises(InputError, match=r"learn\.speed"):
-        with_settings(LearnConfig(), ["speed=1"])
+def test_unknown_settings_of_the_learning_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["learn", "--model", "toy", "--device", "cpu", "speed=1"])
+    assert "unknown setting 'learn.speed'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rounded", ["false", "true"])

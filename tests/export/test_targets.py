@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from spinlab.compose import composed
-from spinlab.config import Config, ExportConfig, LearnConfig, ModelConfig, RotationConfig
+from spinlab.config import (
+    Config,
+    ExportConfig,
+    LearnConfig,
+    ModelConfig,
+    RatesConfig,
+    RotationConfig,
+)
 from spinlab.errors import InputError
 from spinlab.experiment import run
 from spinlab.export.base import check_exports
@@ -107,10 +114,13 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"learn": LearnConfig(quantize_weights=True, lr_clip=0.1)}, r"learn\.lr_clip=0\.1"),
         (
-            {"learn": LearnConfig(quantize_weights=True, lr_input_clip=0.2)},
-            r"learn\.lr_input_clip=0\.2",
+            {"learn": LearnConfig(quantize_weights=True, lr=RatesConfig(clip=0.1))},
+            r"learn\.lr\.clip=0\.1",
+        ),
+        (
+            {"learn": LearnConfig(quantize_weights=True, lr=RatesConfig(input_clip=0.2))},
+            r"learn\.lr\.input_clip=0\.2",
         ),
         ({"rotation": RotationConfig(r1="none")}, r"rotation\.r1=none"),
         ({"rotation": RotationConfig(r2="none")}, r"rotation\.r2=none"),
@@ -140,8 +150,8 @@ def test_what_an_r_bin_would_lose_is_known_from_a_loaded_file(place):
 
 def test_a_run_says_so_before_its_first_stage(tmp_path):
     paths = [f"paths.{name}={tmp_path / name}" for name in ("cache", "runs")]
-    settings = ["learn.steps=2", "learn.lr_clip=0.1", f"export.rotations={tmp_path / 'R.bin'}"]
-    with pytest.raises(InputError, match=r"does not go with learn\.lr_clip=0\.1"):
+    settings = ["learn.steps=2", "learn.lr.clip=0.1", f"export.rotations={tmp_path / 'R.bin'}"]
+    with pytest.raises(InputError, match=r"does not go with learn\.lr\.clip=0\.1"):
         run(composed("+experiment=toy", *settings, *paths), [])
     missing = f"rotation.load={tmp_path / 'R.safetensors'}"
     with pytest.raises(InputError, match=r"R\.safetensors does not exist"):

@@ -141,9 +141,9 @@ def test_the_whole_pipeline_takes_it(tmp_path: Path):
         for name in ("weights", "activations")
         for setting in ("format=float4", "symmetric=true", "group_size=8")
     ]
-    small = ["learn.steps=2", "learn.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
+    small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
     small += ["learn.sequence_length=64", "eval.max_windows=1", "eval.tasks=[]"]
-    learned = ["+method=learned_ranges", "learn.lr_input_clip=0.01"]
+    learned = ["+method=learned_ranges", "learn.lr.input_clip=0.01"]
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     run = Pipeline(composed("+experiment=toy", *learned, *changes, *small, *paths))
     preflight(run)

@@ -31,7 +31,7 @@ def test_no_number_and_too_large_a_loss_stop_the_run(loss, norm):
     with pytest.raises(Divergence) as stopped:
         check.check(7, loss, norm, rotations(1.0))
     sentence = str(stopped.value)
-    for words in ("step 7", f"loss {loss:.4g} (at the start 4)", f"norm {norm:.4g}", "learn.lr"):
+    for words in ("step 7", f"loss {loss:.4g} (at the start 4)", f"norm {norm:.4g}", "learn.lr.r1"):
         assert words in sentence
 
 
@@ -99,7 +99,7 @@ def command_line(monkeypatch, capfd, tmp_path):
 
 
 def test_a_diverged_run_names_a_file_that_can_be_loaded(command_line, tmp_path):
-    fast = ["learn.max_loss_ratio=1.0001", "learn.lr=1e6", "learn.lr_clip=0.1"]
+    fast = ["learn.max_loss_ratio=1.0001", "learn.lr.r1=1e6", "learn.lr.clip=0.1"]
     status, said = command_line("model=random", *fast)
     assert status == 2
     (sentence,) = (line for line in said.splitlines() if "spinlab:" in line)

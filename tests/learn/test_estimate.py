@@ -13,7 +13,9 @@ from spinlab.bench.models import SHAPES
 from spinlab.config import (
     LearnConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     QuantConfig,
+    RatesConfig,
     TensorQuant,
 )
 from spinlab.errors import InputError
@@ -35,8 +37,8 @@ SHAPE = {
 }
 SPACES = {
     "16-bit weights": {},
-    "16-bit weights, Euclidean norms": {"grad_norm": "euclidean"},
-    "quantized weights": {"quantize_weights": True, "lr_clip": 0.01},
+    "16-bit weights, Euclidean norms": {"optimizer": OptimizerConfig(grad_norm="euclidean")},
+    "quantized weights": {"quantize_weights": True, "lr": RatesConfig(clip=0.01)},
 }
 SETTINGS = dict(steps=1, batch=2, micro_batch=2, sequence_length=128)
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -109,7 +111,7 @@ def test_processes_share_the_layers_and_the_tokens():
 
 
 def test_quantized_weights_are_kept_four_times_and_on_every_process():
-    learn = LearnConfig(quantize_weights=True, lr_clip=0.01)
+    learn = LearnConfig(quantize_weights=True, lr=RatesConfig(clip=0.01))
     one, two = (
         estimate_of(meta_llama("smollm2_135m", torch.float32), learn, QUANT, n) for n in (1, 2)
     )

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from spinlab.compose import composed
-from spinlab.config import LearnConfig, ObjectiveConfig, QuantConfig, RotationConfig
+from spinlab.config import (
+    LearnConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RatesConfig,
+    RotationConfig,
+)
 from spinlab.errors import InputError
 from spinlab.learn import check_learning, objectives, optim
 from spinlab.learn.optim import RotationOptimizer, orthogonal_factor
@@ -35,14 +42,19 @@ def _tables(monkeypatch):
 def test_an_objective_and_an_optimizer_are_one_entry_each(make_model, learner_of):
     objective = ObjectiveConfig(cross_entropy=0.0, further={"fourth_power": 1.0})
     learn = LearnConfig(
-        steps=8, batch=2, sequence_length=16, objective=objective, optimizer="retraction", lr=0.3
+        steps=8,
+        batch=2,
+        sequence_length=16,
+        objective=objective,
+        optimizer=OptimizerConfig("retraction"),
+        lr=RatesConfig(0.3),
     )
     outlier = RotationConfig(r1="identity", r2="identity")
     learner = learner_of(lambda: make_model(torch.float32), learn, QuantConfig(), start=outlier)
     curve = [learner.step(i, BATCH) for i in range(8)]
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert learner.result().orthogonality()["r1"] < 1e-12
-    chosen = ["learn.optimizer=retraction", "+learn.objective.further.fourth_power=0.5"]
+    chosen = ["learn.optimizer.name=retraction", "+learn.objective.further.fourth_power=0.5"]
     config = composed("+experiment=toy", *chosen)
     check_learning(config, None)
     assert config.learn.objective.weights["fourth_power"] == 0.5
@@ -51,13 +63,13 @@ def test_an_objective_and_an_optimizer_are_one_entry_each(make_model, learner_of
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["learn.optimizer=sgd"], "learn.optimizer"),
-        (["learn.schedule=steep"], "learn.schedule"),
+        (["learn.optimizer.name=sgd"], "learn.optimizer.name"),
+        (["learn.optimizer.schedule=steep"], "learn.optimizer.schedule"),
         (["+learn.objective.further.l7=1"], "learn.objective.further"),
-        (["+method=learned_inputs", "learn.quantize_weights=false", "learn.lr_clip=0"], "inputs"),
+        (["+method=learned_inputs", "learn.quantize_weights=false", "learn.lr.clip=0"], "inputs"),
         (
-            ["learn.quantize_weights=false", "learn.lr_input_clip=0.01"],
-            "learn.lr_input_clip=0.01 learns ranges beside those of weights",
+            ["learn.quantize_weights=false", "learn.lr.input_clip=0.01"],
+            "learn.lr.input_clip=0.01 learns ranges beside those of weights",
         ),
     ],
 )

@@ -5,7 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from spinlab.config import ClipSearch, KVConfig, LearnConfig, QuantConfig, TensorQuant
+from spinlab.config import (
+    ClipSearch,
+    KVConfig,
+    LearnConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RatesConfig,
+    TensorQuant,
+)
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.learned.transforms import scaled, scaled_gradients
@@ -27,10 +35,8 @@ SETTINGS = dict(
     sequence_length=16,
     quantize_weights=True,
     rotations=["inputs"],
-    lr_scale=0.03,
-    lr_inputs=0.01,
-    optimizer="cayley_adam",
-    max_grad_norm=None,
+    lr=RatesConfig(scale=0.03, inputs=0.01),
+    optimizer=OptimizerConfig("cayley_adam", max_grad_norm=None),
 )
 
 
@@ -164,7 +170,8 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model, learne
 
 def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_path):
     inputs, windows = transforms(make_model()), BATCH.repeat(4, 1)
-    changes = dict(dtype=torch.float32, lr_clip=0.03, lr_input_clip=0.02)
+    rates = RatesConfig(scale=0.03, inputs=0.01, clip=0.03, input_clip=0.02)
+    changes = dict(dtype=torch.float32, lr=rates)
     whole = learner_from(make_model, inputs, **changes)
     curve: list = []
     learn_rotations(whole, windows, 0, lambda step, values: curve.append(values))

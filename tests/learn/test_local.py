@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from spinlab.config import (
-    LearnConfig,
-    ObjectiveConfig,
-    QuantConfig,
-    TensorQuant,
-)
+from spinlab.config import LearnConfig, ObjectiveConfig, OptimizerConfig, QuantConfig, TensorQuant
 from spinlab.learn import recompute_layers
 from spinlab.model.modules import linears_of
 from spinlab.rotation.fuse import fold_norms
@@ -22,7 +17,8 @@ def learner_for(make_model, learner_of):
     """Return a maker of learners for an objective."""
 
     def made(objective, **changes):
-        settings = dict(steps=4, batch=4, micro_batch=2, sequence_length=16, max_grad_norm=None)
+        settings: dict = dict(steps=4, batch=4, micro_batch=2, sequence_length=16)
+        settings |= {"optimizer": OptimizerConfig(max_grad_norm=None)}
         learn = LearnConfig(**settings | changes, objective=objective)
         return learner_of(make_model, learn, QuantConfig(weights=TensorQuant(symmetric=True)))
 

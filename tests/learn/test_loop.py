@@ -10,7 +10,9 @@ from spinlab.config import (
     CodecConfig,
     KVConfig,
     LearnConfig,
+    OptimizerConfig,
     QuantConfig,
+    RatesConfig,
     RotationConfig,
     TensorQuant,
 )
@@ -40,7 +42,8 @@ def windows(count: int, length: int = 16) -> torch.Tensor:
     return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(2))
 
 
-SETTINGS = dict(steps=4, batch=2, sequence_length=16, clip_refresh=2, project_every=3)
+STEPS = OptimizerConfig(project_every=3)
+SETTINGS = dict(steps=4, batch=2, sequence_length=16, clip_refresh=2)
 
 
 def biased(make_model):
@@ -69,7 +72,7 @@ SPACES = {"activations": (FLOAT, False), "weights": (FINE, True)}
 def test_without_quantizers_the_loss_is_the_original_models(make_any, make_learner, space):
     """Rotations cancel: also the ends, where R1 turns the embedding's output and head's input."""
     quant, rounded = SPACES[space]
-    learn = LearnConfig(**SETTINGS, quantize_weights=rounded)
+    learn = LearnConfig(**SETTINGS, optimizer=STEPS, quantize_weights=rounded)
     learner = make_learner(make_any, learn, quant)
     batch = windows(2)
     model = make_any(torch.float32)
@@ -86,7 +89,8 @@ def test_without_quantizers_no_rotation_has_a_gradient_along_the_manifold(
     the whole gradient, which is not zero."""
     quant, rounded = SPACES["weights"]
     settings = {**SETTINGS, "rotations": [name], "quantize_weights": rounded}
-    learn = LearnConfig(**settings, grad_norm="euclidean", max_grad_norm=None)
+    optimizer = replace(STEPS, grad_norm="euclidean", max_grad_norm=None)
+    learn = LearnConfig(**settings, optimizer=optimizer)
     learner = make_learner(make_any, learn, quant)
     _, whole = learner.gradients(0, windows(2))
     assert whole > 1e-4
@@ -100,7 +104,7 @@ def test_micro_batches_add_up_to_the_batch(make_model, make_learner, rounded):
         learn = LearnConfig(
             **{**SETTINGS, "batch": 4, "micro_batch": micro},
             quantize_weights=rounded,
-            max_grad_norm=None,
+            optimizer=replace(STEPS, max_grad_norm=None),
         )
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
         learner = make_learner(make_model, learn, quant, KVConfig())
@@ -128,7 +132,12 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model, make_lear
     text = loud().generate(prompts, max_new_tokens=23, do_sample=True, pad_token_id=0)
     floor = loud()(input_ids=text, labels=text).loss.item()
     learn = LearnConfig(
-        steps=60, batch=8, micro_batch=8, sequence_length=24, lr=0.03, quantize_weights=True
+        steps=60,
+        batch=8,
+        micro_batch=8,
+        sequence_length=24,
+        lr=RatesConfig(0.03),
+        quantize_weights=True,
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True), activations=TensorQuant(bits=3))
     rotation = RotationConfig(r1="identity", r2="identity")
@@ -144,18 +153,14 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model, make_lear
     assert {"loss", "lr", "grad_norm", "alpha/r1", "capped/r2", "orthogonality/r1"} <= set(curve[0])
 
 
-@pytest.mark.parametrize("lr_clip", [0.0, 0.05])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_resumed_run_ends_with_the_same_bits(
-    make_model, make_learner, tmp_path, optimizer, lr_clip
-):
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_ends_with_the_same_bits(make_model, make_learner, tmp_path, name, clip):
     learn = LearnConfig(
         **SETTINGS,
         quantize_weights=True,
-        optimizer=optimizer,
-        momentum=0.0 if optimizer.endswith("adam") else 0.5,
-        lr=0.01,
-        lr_clip=lr_clip,
+        optimizer=replace(STEPS, name=name, momentum=0.0 if name.endswith("adam") else 0.5),
+        lr=RatesConfig(0.01, clip=clip),
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     whole = make_learner(make_model, learn, quant, KVConfig())
@@ -174,11 +179,13 @@ def test_a_resumed_run_ends_with_the_same_bits(
     found, expected = second.result().weight_clips, whole.result().weight_clips
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], v) for k, v in expected.items())
-    assert bool(expected) == bool(lr_clip)
+    assert bool(expected) == bool(clip)
 
 
 def test_learning_goes_on_from_the_ranges_that_came_with_the_rotations(make_model, make_learner):
-    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=1e-9)
+    learn = LearnConfig(
+        **SETTINGS, quantize_weights=True, optimizer=STEPS, lr=RatesConfig(clip=1e-9)
+    )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     first = make_learner(make_model, learn, quant, KVConfig())
     first.step(0, windows(2))
@@ -188,13 +195,15 @@ def test_learning_goes_on_from_the_ranges_that_came_with_the_rotations(make_mode
     second.step(0, windows(2))
     for name, ratio in second.result().weight_clips.items():
         assert torch.allclose(ratio, narrow[name], rtol=1e-5)
-    third = make_learner(make_model, replace(learn, lr_clip=0.0), quant, KVConfig(), start)
+    third = make_learner(make_model, replace(learn, lr=RatesConfig()), quant, KVConfig(), start)
     third.step(0, windows(2))
     assert third.result().weight_clips == {}
 
 
 def test_the_last_good_numbers_hold_the_weight_ranges_too(make_model, make_learner):
-    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr_clip=0.1)
+    learn = LearnConfig(
+        **SETTINGS, quantize_weights=True, optimizer=STEPS, lr=RatesConfig(clip=0.1)
+    )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     learner = make_learner(make_model, learn, quant, KVConfig())
     learner.step(0, windows(2))
@@ -208,7 +217,7 @@ def test_the_last_good_numbers_hold_the_weight_ranges_too(make_model, make_learn
 
 
 def test_only_the_chosen_rotations_move(make_model, make_learner):
-    learn = LearnConfig(**SETTINGS, rotations=["r2"], lr=0.5)
+    learn = LearnConfig(**SETTINGS, optimizer=STEPS, rotations=["r2"], lr=RatesConfig(0.5))
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     learner = make_learner(make_model, learn, quant, KVConfig())
     learn_rotations(learner, windows(8), 0, lambda step, values: None)
@@ -218,7 +227,7 @@ def test_only_the_chosen_rotations_move(make_model, make_learner):
 
 
 def test_divergence_stops_the_run(make_model, make_learner):
-    learner = make_learner(make_model, LearnConfig(**SETTINGS))
+    learner = make_learner(make_model, LearnConfig(**SETTINGS, optimizer=STEPS))
     learner.head.data.fill_(float("nan"))
     with pytest.raises(InputError, match="step 0"):
         learner.step(0, windows(2))
@@ -233,10 +242,10 @@ def test_divergence_stops_the_run(make_model, make_learner):
     ],
 )
 def test_schedules_fall_to_zero_after_the_last_step(schedule, expected):
-    learn = LearnConfig(steps=4, schedule=schedule)
+    learn = LearnConfig(steps=4, optimizer=OptimizerConfig(schedule=schedule))
     assert [rate_at(learn, i) for i in range(4)] == pytest.approx(expected, abs=1e-4)
 
 
 def test_warmup_rises_before_the_schedule_starts():
-    learn = LearnConfig(steps=6, schedule="linear", warmup=2)
+    learn = LearnConfig(steps=6, optimizer=OptimizerConfig(schedule="linear", warmup=2))
     assert [rate_at(learn, i) for i in range(4)] == pytest.approx([0.5, 1, 1, 0.75])

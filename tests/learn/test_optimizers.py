@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from spinlab.config import LearnConfig
+from spinlab.config import LearnConfig, OptimizerConfig, RatesConfig
 from spinlab.learn.optim import OPTIMIZERS, make_optimizer, on_manifold, tangent
 from spinlab.learn.optim.cayley import cayley_exact, skew_generator
 from spinlab.learn.optim.qr import latent_gradient, orthogonal_factor
@@ -53,8 +53,8 @@ def procrustes(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, to
 
 
 def optimizer_of(p: torch.Tensor, name: str, momentum: float = 0.0) -> torch.optim.Optimizer:
-    learn = LearnConfig(optimizer=name, lr=RATES[name], momentum=momentum)
-    lr = learn.lr * (1 - momentum)
+    learn = LearnConfig(lr=RatesConfig(RATES[name]), optimizer=OptimizerConfig(name, momentum))
+    lr = learn.lr.r1 * (1 - momentum)
     return make_optimizer([{"params": [p], "lr": lr, "base_lr": lr, "name": "r1"}], learn)
 
 
@@ -191,7 +191,7 @@ def test_the_first_small_qr_step_turns_twice_as_far_as_riemannian_sgd():
     moves = []
     for name in ("qr_sgd", "riemannian_sgd"):
         p = on_manifold(r.clone())
-        learn = LearnConfig(optimizer=name, lr=1.0)
+        learn = LearnConfig(optimizer=OptimizerConfig(name), lr=RatesConfig(1.0))
         p.grad = gradient.clone()
         make_optimizer([{"params": [p]}], learn).step()
         moves.append(p.detach() - r)
@@ -201,7 +201,8 @@ def test_the_first_small_qr_step_turns_twice_as_far_as_riemannian_sgd():
 def test_a_step_of_riemannian_adam_is_as_long_as_its_rate():
     p, lr = on_manifold(rotations(2)), 1e-4
     p.grad = 50 * normal(2, 8, 8)
-    make_optimizer([{"params": [p]}], LearnConfig(optimizer="riemannian_adam", lr=lr)).step()
+    learn = LearnConfig(optimizer=OptimizerConfig("riemannian_adam"), lr=RatesConfig(lr))
+    make_optimizer([{"params": [p]}], learn).step()
     moved = (p.detach() - rotations(2)).flatten(1).norm(dim=1)
     assert torch.allclose(moved, torch.full_like(moved, lr), rtol=1e-3)
 

@@ -10,7 +10,15 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_
 
 from spinlab.compose import composed
-from spinlab.config import CodecConfig, KVConfig, LearnConfig, QuantConfig, RotationConfig
+from spinlab.config import (
+    CodecConfig,
+    KVConfig,
+    LearnConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RatesConfig,
+    RotationConfig,
+)
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.learn.optim.cayley import skew_generator
@@ -98,8 +106,9 @@ def learner_with(make, start, learner_of):
     """Return a maker of learners with changed settings."""
 
     def made(**changes):
-        settings = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
-        learn = LearnConfig(**{**settings, "grad_norm": "euclidean", **changes})
+        settings: dict = dict(steps=STEPS, batch=4, micro_batch=2, sequence_length=16)
+        settings["optimizer"] = OptimizerConfig(grad_norm="euclidean")
+        learn = LearnConfig(**settings | changes)
         off = KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))
         return learner_of(make, learn, QuantConfig(), off, start)
 
@@ -138,8 +147,7 @@ def start(make):
 def test_the_preset_takes_the_published_steps(learner_with, network, start):
     """Loss, norm and rotations over a whole run, whose gradients are clipped to a third or less."""
     preset = composed("learn=spinquant").learn
-    names = ("lr", "schedule", "optimizer", "momentum", "cap_step", "grad_norm", "max_grad_norm")
-    learner = learner_with(**{name: getattr(preset, name) for name in names})
+    learner = learner_with(lr=preset.lr, optimizer=preset.optimizer)
     points = [start.r1, *start.r2]
     for step in range(STEPS):
         loss, norm, gradients = published_gradients(network, points, 1.0)
@@ -160,7 +168,7 @@ def test_a_capped_step_differs_from_the_published_one_by_its_side_and_its_start(
     """The cap is 1/||W||_1 of the generator left of R, where the code takes that on the right."""
     points = [start.r1, *start.r2]
     _, _, gradients = published_gradients(network, points, 1.0)
-    learner = learner_with(lr=1e5)
+    learner = learner_with(lr=RatesConfig(1e5))
     curve = learner.step(0, IDS)
     pairs = list(zip(points, gradients, strict=True))
     sizes = [1 / skew_generator(p, g).abs().sum(0).max().item() for p, g in pairs]
@@ -178,7 +186,8 @@ def test_riemannian_norms_leave_a_step_that_many_times_longer(learner_with, star
     """What a clip of one kind of norm takes for the other: both steps have the same direction."""
     moved, norms = {}, {}
     for kind in ("euclidean", "riemannian"):
-        learner = learner_with(lr=1e-3, max_grad_norm=1e-3, grad_norm=kind)
+        optimizer = OptimizerConfig(grad_norm=kind, max_grad_norm=1e-3)
+        learner = learner_with(lr=RatesConfig(1e-3), optimizer=optimizer)
         norms[kind] = learner.step(0, IDS)["grad_norm"]
         moved[kind] = learned(learner)[0] - start.r1
     ratio = norms["euclidean"] / norms["riemannian"]

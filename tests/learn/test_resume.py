@@ -24,7 +24,12 @@ STEPS = 8
 RECIPES = ("two_cores", "spinquant")  # rounded weights and learned clip ratios; 16-bit weights
 SETTINGS = [
     *("+experiment=toy", "tracker=none", "eval.tasks=[]", "eval.variants=[fp]", "eval.window=64"),
-    *(f"learn.steps={STEPS}", "learn.save_every=1", "learn.project_every=3", "learn.momentum=0.5"),
+    *(
+        f"learn.steps={STEPS}",
+        "learn.save_every=1",
+        "learn.optimizer.project_every=3",
+        "learn.optimizer.momentum=0.5",
+    ),
     *("learn.batch=8", "learn.micro_batch=4", "learn.sequence_length=128"),
 ]
 
@@ -122,7 +127,7 @@ def unbroken(tmp_path_factory) -> Pipeline:
 
 def short(folder: Path) -> Pipeline:
     """Return a pipeline of three steps that are saved after the second one and the last."""
-    choice = ["learn=two_cores", f"paths.cache={folder / 'cache'}", "learn.warmup=0"]
+    choice = ["learn=two_cores", f"paths.cache={folder / 'cache'}", "learn.optimizer.warmup=0"]
     steps = ["learn.steps=3", "learn.save_every=2"]
     return Pipeline(composed(*with_text(folder, *choice, *steps)))
 

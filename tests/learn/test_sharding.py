@@ -15,7 +15,9 @@ from spinlab.config import (
     LearnConfig,
     ModelConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     QuantConfig,
+    RatesConfig,
     RotationConfig,
 )
 from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
@@ -51,9 +53,8 @@ def learned(rounded: bool, recompute: bool) -> dict:
         sequence_length=16,
         objective=OBJECTIVE,
         quantize_weights=rounded,
-        grad_norm="euclidean",
-        lr_clip=0.03 if rounded else 0.0,
-        lr_input_clip=0.01 if rounded else 0.0,
+        optimizer=OptimizerConfig(grad_norm="euclidean"),
+        lr=RatesConfig(clip=0.03, input_clip=0.01) if rounded else RatesConfig(),
     )
     networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
     model_map = map_of(original())

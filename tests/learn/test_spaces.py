@@ -9,7 +9,9 @@ import torch
 from spinlab.config import (
     LearnConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     QuantConfig,
+    RatesConfig,
     RotationConfig,
     TensorQuant,
 )
@@ -19,7 +21,9 @@ from spinlab.learn.spaces.linear import TOGETHER
 from spinlab.model.modules import linears_of
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
-SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2, max_grad_norm=None)
+SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
+FREE = OptimizerConfig(max_grad_norm=None)
+EUCLIDEAN = replace(FREE, grad_norm="euclidean")
 
 
 @pytest.fixture(params=[1, 1 << 26], ids=["one by one", "together"], autouse=True)
@@ -74,7 +78,7 @@ def test_loss_and_gradient_are_those_of_the_plain_definition(
         **SETTINGS,
         quantize_weights=rounded,
         objective=OBJECTIVES[objective],
-        grad_norm="euclidean",
+        optimizer=EUCLIDEAN,
     )
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     make = biased(make_model)
@@ -96,7 +100,7 @@ def test_inputs_that_nothing_rounds_are_part_of_the_euclidean_norm(make_model, l
     """Of one layer's MLP, or of all linears: what is rounded then are keys and values."""
     off = TensorQuant(bits=16)
     quant = QuantConfig(weights=off, activations=TensorQuant(bits=bits), overrides=WIDE)
-    learn = LearnConfig(**SETTINGS, grad_norm="euclidean")
+    learn = LearnConfig(**SETTINGS, optimizer=EUCLIDEAN)
     norms = [
         loss_and_gradients(learner_in(biased(make_model), space, learn, quant))[2]
         for space in (None, PlainSpace)
@@ -107,7 +111,8 @@ def test_inputs_that_nothing_rounds_are_part_of_the_euclidean_norm(make_model, l
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("kind", GRAD_NORMS)
 def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, learner_in, kind, rounded):
-    learn = LearnConfig(**SETTINGS, grad_norm=kind, quantize_weights=rounded)
+    optimizer = replace(FREE, grad_norm=kind)
+    learn = LearnConfig(**SETTINGS, optimizer=optimizer, quantize_weights=rounded)
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     learner = learner_in(make_model, None, learn, quant)
     _, whole, norm = loss_and_gradients(learner)
@@ -115,7 +120,8 @@ def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, learner_in, ki
     assert (norm == pytest.approx(length)) == (kind == "riemannian")
     assert norm > 0.999 * length  # a projection is never longer
     for most in (norm / 5, norm * 5):
-        limited = learner_in(make_model, None, replace(learn, max_grad_norm=most), quant)
+        clipping = replace(learn, optimizer=replace(optimizer, max_grad_norm=most))
+        limited = learner_in(make_model, None, clipping, quant)
         _, clipped, found = loss_and_gradients(limited)
         assert found == pytest.approx(norm)
         scale = min(1, most / norm)
@@ -127,9 +133,7 @@ def test_a_clip_scales_gradients_by_the_norm_it_names(make_model, learner_in, ki
 def test_learned_ranges_give_the_plain_definitions_curve(make_model, learner_in):
     """Rotations and weight ranges together over a few steps; the plain one differentiates the
     rounding by autograd."""
-    learn = LearnConfig(
-        **{**SETTINGS, "max_grad_norm": 1.0}, quantize_weights=True, lr_clip=0.03, lr=0.1
-    )
+    learn = LearnConfig(**SETTINGS, quantize_weights=True, lr=RatesConfig(0.1, clip=0.03))
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     curves = []
     for space in (None, PlainSpace):
@@ -151,7 +155,7 @@ DTYPES = [
 @pytest.mark.parametrize(("stored", "run"), DTYPES)
 def test_a_network_may_learn_in_another_dtype(make_model, learner_in, stored, run, rounded):
     """Loss and Euclidean norm are float64's to what the narrower dtype can hold; so are biases."""
-    settings = {**SETTINGS, "quantize_weights": rounded, "grad_norm": "euclidean"}
+    settings = {**SETTINGS, "quantize_weights": rounded, "optimizer": EUCLIDEAN}
     learn, exact = LearnConfig(**settings, dtype=run), LearnConfig(**settings)
     quant, make = QuantConfig(weights=TensorQuant(symmetric=True)), biased(make_model)
     found = learner_in(make, None, learn, quant, dtype=getattr(torch, stored))
@@ -170,7 +174,7 @@ def test_a_rotation_that_is_held_fixed_still_turns(make_model, learner_in, names
     rounded = QuantConfig(weights=TensorQuant(symmetric=True))
     for quantized in (False, True):
         learn = LearnConfig(
-            **SETTINGS, rotations=names, quantize_weights=quantized, grad_norm="euclidean"
+            **SETTINGS, rotations=names, quantize_weights=quantized, optimizer=EUCLIDEAN
         )
         runs = [
             loss_and_gradients(learner_in(biased(make_model), space, learn, rounded))
@@ -184,7 +188,7 @@ def test_a_rotation_that_is_held_fixed_still_turns(make_model, learner_in, names
 
 
 def test_learning_leaves_its_start_alone(make_model, learner_in):
-    learn = LearnConfig(**SETTINGS)
+    learn = LearnConfig(**SETTINGS, optimizer=FREE)
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
     learner = learner_in(make_model, None, learn, quant)
     before = learner.start.r1.clone()

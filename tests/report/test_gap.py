@@ -38,8 +38,9 @@ def test_the_committed_summary_is_that_of_its_records():
 
 
 def test_an_ablation_lists_the_best_value_first(tmp_path):
-    for value, c4 in (("slow_one", 30.0), ("fast", 20.0)):
-        learn = {"lr": 0.3, "lr_r2": None, "steps": 5}
+    rates = {"lr": {"r1": 0.3, "r2": None}}, {"lr": 0.7, "lr_r2": 3.0}  # the latter as at first
+    for value, c4, found in zip(("slow_one", "fast"), (30.0, 20.0), rates, strict=True):
+        learn = {**found, "steps": 5}
         metrics = {"ppl/wiki/fake": 5.0, "ppl/c4/fake": c4}
         stages = [{"name": "learn", "seconds": 7.4}]
         whole = {"status": "complete", "config": {"learn": learn}}
@@ -47,5 +48,7 @@ def test_an_ablation_lists_the_best_value_first(tmp_path):
         path.write_text(json.dumps({**whole, "metrics": metrics, "stages": stages}))
     lines = ablation_table(tmp_path, "optimizer").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["fast", "slow_one"]
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[2:]]
+    assert cells == [["0.7", "3"], ["0.3", ""]]
     assert "| 20.00" in lines[2]
     assert "7 " in lines[2]

@@ -39,7 +39,7 @@ class LearnedRotations:
         self, start: RotationSet, learn: LearnConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.euclidean = learn.grad_norm == "euclidean"
+        self.euclidean = learn.optimizer.grad_norm == "euclidean"
         self.all: dict[str, torch.Tensor | None] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name in ("r1", "r2"):
@@ -50,7 +50,7 @@ class LearnedRotations:
             self.all[name] = held
         self.inputs: LearnedInputs | None = None
         if "inputs" in learn.rotations and start.inputs:
-            self.inputs = LearnedInputs(start.inputs, learn.lr_scale, device, self.wide)
+            self.inputs = LearnedInputs(start.inputs, learn.lr.scale, device, self.wide)
             self.parameters |= self.inputs.parameters
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}
@@ -115,8 +115,8 @@ class LearnedRotations:
 
         It is that of the Euclidean metric, ½ (M - Mᵀ) R, whatever Euclidean gradient was handed
         in; summed over processes. The norm is that of all rotations together, of their Euclidean
-        gradients (M + H + Hᵀ) R where `learn.grad_norm` says so; if it exceeds `most`, gradients
-        are scaled by most / norm.
+        gradients (M + H + Hᵀ) R where `learn.optimizer.grad_norm` says so; if it exceeds `most`,
+        gradients are scaled by most / norm.
         """
         if self.inputs is not None:
             self._gradients |= self.inputs.gradients()

@@ -1,11 +1,11 @@
 """The optimizers of rotations and their learning-rate schedules, by name.
 
 An optimizer here is called with groups of parameters from `on_manifold`, (..., n, n) orthogonal
-matrices, with lr, and with those settings of `learn` that its parameters name. Gradients are
-tangent: all but one project them or see their tangent part only, but geoopt's RiemannianSGD starts
-its momentum from the gradient as it is. A step size means different things: that of riemannian_adam
-is the Frobenius length of a matrix's step (its second moment is one number per matrix), that of
-qr_adam the length of each latent entry's.
+matrices, with lr, and with those settings of `learn.optimizer` that its parameters name. Gradients
+are tangent: all but one project them or see their tangent part only, but geoopt's RiemannianSGD
+starts its momentum from the gradient as it is. A step size means different things: that of
+riemannian_adam is the Frobenius length of a matrix's step (its second moment is one number per
+matrix), that of qr_adam the length of each latent entry's.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import Any, cast
 import geoopt
 import torch
 
-from spinlab.config import LearnConfig
+from spinlab.config import LearnConfig, OptimizerConfig
 from spinlab.config.checks import choice
 from spinlab.config.unread import Rule
 from spinlab.learn.optim.cayley import CayleyAdam, CayleySGD, cayley_exact
@@ -48,32 +48,31 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 
 def make_optimizer(groups: Groups, learn: LearnConfig) -> torch.optim.Optimizer:
     """Make the optimizer that `learn` names, for parameters from `on_manifold`."""
-    settings = {name: getattr(learn, name) for name in _reads(learn.optimizer)}
-    return OPTIMIZERS[learn.optimizer](groups, lr=learn.lr, **settings)
+    settings = {name: getattr(learn.optimizer, name) for name in _reads(learn.optimizer.name)}
+    return OPTIMIZERS[learn.optimizer.name](groups, lr=learn.lr.r1, **settings)
 
 
 def _reads(name: str) -> set[str]:
     """Name the settings that an optimizer reads beside the rates."""
-    named = {f.name for f in fields(LearnConfig)} - {"lr"}
-    return named & signature(OPTIMIZERS[name]).parameters.keys()
+    return {f.name for f in fields(OptimizerConfig)} & signature(OPTIMIZERS[name]).parameters.keys()
 
 
-def unread_by_optimizer(learn: LearnConfig) -> Iterator[Rule]:
+def unread_by_optimizer(chosen: OptimizerConfig) -> Iterator[Rule]:
     """Yield, as `spinlab.config.unread` does, what other optimizers read than the chosen one."""
-    check_optimizer(learn)
-    others = set().union(*map(_reads, OPTIMIZERS)) - _reads(learn.optimizer)
-    yield f"learn.optimizer={learn.optimizer}", [f"learn.{name}" for name in others]
+    check_optimizer(chosen)
+    others = set().union(*map(_reads, OPTIMIZERS)) - _reads(chosen.name)
+    yield f"learn.optimizer.name={chosen.name}", [f"learn.optimizer.{name}" for name in others]
 
 
 def rate_at(learn: LearnConfig, step: int) -> float:
     """Return the factor of the base rate at a step: linear warm-up, then the schedule."""
-    if step < learn.warmup:
-        return (step + 1) / learn.warmup
-    done = (step - learn.warmup) / max(1, learn.steps - learn.warmup)
-    return SCHEDULES[learn.schedule](done)
+    warmup = learn.optimizer.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[learn.optimizer.schedule]((step - warmup) / max(1, learn.steps - warmup))
 
 
-def check_optimizer(learn: LearnConfig) -> None:
+def check_optimizer(chosen: OptimizerConfig) -> None:
     """Raise InputError for an optimizer or a schedule that is not in the tables."""
-    choice("learn.optimizer", learn.optimizer, tuple(OPTIMIZERS))
-    choice("learn.schedule", learn.schedule, tuple(SCHEDULES))
+    choice("learn.optimizer.name", chosen.name, tuple(OPTIMIZERS))
+    choice("learn.optimizer.schedule", chosen.schedule, tuple(SCHEDULES))

@@ -44,9 +44,9 @@ class ActivationSpace(LearningSpace):
         needs = "it needs learn.quantize_weights=true and weights of fewer than 16 bits"
         if "inputs" in learn.rotations:
             raise InputError(f"learn.rotations=[inputs] shapes weights for their rounding: {needs}")
-        if learn.lr_input_clip:
+        if learn.lr.input_clip:
             raise InputError(
-                f"learn.lr_input_clip={learn.lr_input_clip} learns ranges beside those of weights: "
+                f"learn.lr.input_clip={learn.lr.input_clip} learns ranges beside those of weights: "
                 f"{needs}"
             )
 

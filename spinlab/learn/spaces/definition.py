@@ -31,17 +31,17 @@ class PlainSpace(LearningSpace):
     @classmethod
     def check(cls, learn: LearnConfig) -> None:
         """Refuse what the definition leaves out."""
-        if "inputs" in learn.rotations or learn.lr_input_clip:
+        if "inputs" in learn.rotations or learn.lr.input_clip:
             raise InputError(
                 "the plain definition has R1, R2 and weight ranges: leave inputs out of "
-                "learn.rotations and set learn.lr_input_clip=0"
+                "learn.rotations and set learn.lr.input_clip=0"
             )
 
     def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:
         model = parts.model
         super().__init__(parts)
         self.dtype, self.quant, self.search = dtype, parts.quant, parts.search
-        self.ranges = LogParameters(self.learn.lr_clip, most=1.0)
+        self.ranges = LogParameters(self.learn.lr.clip, most=1.0)
         self.clip: dict[str, torch.Tensor] = {}
         self.linears = list(linears_of(model))
         self.frozen = {site.path: linear.weight.detach() for site, linear in self.linears}
@@ -96,7 +96,7 @@ class PlainSpace(LearningSpace):
             for site, _ in self.linears
             if (format := weight_format(site, self.quant)) is not None
         }
-        if self.learn.lr_clip:
+        if self.learn.lr.clip:
             self.ranges.start(self.clip)
 
     def _rotated(self) -> Iterator[tuple[Site, nn.Linear, torch.Tensor | None, torch.Tensor]]:

@@ -31,8 +31,8 @@ class WeightSpace(LearningSpace):
         model, rotations, local = parts.model, parts.rotations, parts.local
         super().__init__(parts)
         self.quant, self.search = parts.quant, parts.search
-        self.ranges = LogParameters(self.learn.lr_clip, most=1.0)  # of weights, by linear
-        self.given = parts.clips if self.learn.lr_clip else {}
+        self.ranges = LogParameters(self.learn.lr.clip, most=1.0)  # of weights, by linear
+        self.given = parts.clips if self.learn.lr.clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.linears: list[LearnedLinear] = []
         for site, module in linears_of(model):
@@ -45,7 +45,7 @@ class WeightSpace(LearningSpace):
             if site.writes == "R2":
                 _show(local.watch("r2", site.layer), module, output=True)
         self.paths, self.batches = paths, batches_of(self.linears)
-        lr = self.learn.lr_input_clip
+        lr = self.learn.lr.input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
         if rotations.r1 is not None:
             ends = map_of(model)
@@ -89,8 +89,8 @@ class WeightSpace(LearningSpace):
                 batch.clip = self._clip(batch, batch.format, weights, refresh)
                 names = [linear.site.path for linear in batch.linears]
                 fresh |= zip(names, batch.clip.unbind(), strict=True)
-            batch.write(weights, keep=self.learn.lr_clip > 0)
-        if self.learn.lr_clip and not self.ranges.logs:
+            batch.write(weights, keep=self.learn.lr.clip > 0)
+        if self.learn.lr.clip and not self.ranges.logs:
             self.ranges.start(fresh)
 
     def _clip(

@@ -1,8 +1,9 @@
 """Tables of one setting at a time: optimizers and objectives of rotation learning."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from spinlab.report.markdown import markdown
 from spinlab.report.records import Record, read_seeds, texts_of
@@ -25,12 +26,17 @@ def ablation_table(folder: Path, kind: str) -> str:
 def _row(value: str, runs: Sequence[Record], texts: Sequence[str]) -> list[str]:
     learn = runs[0]["config"]["learn"]
     stages = [s for run in runs for s in run["stages"] if s["name"] == "learn"]
-    learned = learn["steps"] > 0
+    rates = _rates(learn) if learn["steps"] else (None, None)
     return [
         value,
-        f"{learn['lr']:g}" if learned else "",
-        f"{learn['lr_r2']:g}" if learned and learn["lr_r2"] else "",
+        *("" if rate is None else f"{rate:g}" for rate in rates),
         str(len(runs)),
         *perplexities(runs, texts, "fake"),
         f"{mean(s['seconds'] for s in stages):.0f}" if stages else "",
     ]
+
+
+def _rates(learn: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return the rates of R1 and R2; they had no part of their own in the first records."""
+    rates = learn["lr"]
+    return (rates["r1"], rates["r2"]) if isinstance(rates, dict) else (rates, learn["lr_r2"])
