@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from spinlab import config
 from spinlab.arguments import quoted
 from spinlab.compose import did_you_mean, options_of, setting_names
 from spinlab.errors import InputError
@@ -65,8 +67,9 @@ def _part(whole: str, part: str) -> str:
     return f"{whole}: {part} has settings of its own: {', '.join(inner)}"
 
 
-def _free_key(name: str, *_: str) -> str:
-    return f"{name} is not there yet: write +{name}=VALUE, with a plus"
+def _in_list(whole: str, name: str, kind: str) -> str:
+    known = [f.name for f in fields(getattr(config, kind))]
+    return f"{whole}: {name} is unknown: {did_you_mean(name, known)}"
 
 
 def _second(group: str) -> str:
@@ -95,7 +98,11 @@ _SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     ),
     (r"Multiple values for (\w+)\b", _second),
     (r"^([\w/]+) appears more than once", _second),
-    (r"Key '\w+' is not in struct.* full_key: ([\w.]+).* reference_type=Dict", _free_key),
+    (
+        r"Key '\w+' is not in struct.* full_key: ([\w.]+).* reference_type=Dict",
+        "{0} is not there yet: write +{0}=VALUE, with a plus".format,
+    ),
+    (r"Could not override .* use \+(\S+=\[.*\]): Key '(\w+)' not in '(\w+)'", _in_list),
     (r"Key '\w+' not in '\w+' full_key: ([\w.]+)", _unknown),
     (r"Could not override '([\w.@/]+)'|Key '(\w+)' (?:is )?not in", _unknown),
     (r"Ambiguous value for argument '(.+)' 1\. To use", _comma),
@@ -103,14 +110,16 @@ _SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
         r"merging override (([\w.]+)=.*): Invalid value assigned: (\w+) is not a ListConfig",
         lambda whole, key, _: f"{whole} is no list: write {key}=[{whole.partition('=')[2]}]",
     ),
-    (r"merging override (([\w.]+)=.*): Invalid type assigned: \w+ is not a subclass of", _part),
     (
-        r"merging override (\S+=.*): field '([\w.]+)' is not Optional",
-        lambda whole, key: f"{whole}: {key} needs a value",
+        r"merging override ([\w.]+=\[.*): (?:Invalid type|Merge error).* value: (.*) full_key",
+        "{}: {} is no set of settings, as {{bits: 8}}".format,
     ),
+    (r"merging override (([\w.]+)=.*): Invalid type assigned: \w+ is not a subclass of", _part),
+    (r"missing mandatory value: \w+ full_key: (\S+)", "{} is missing: give it a value".format),
+    (r"merging override (\S+=.*): field '([\w.]+)' is not Optional", "{}: {} needs a value".format),
     (
         r"merging override ([\w.]+)\.\w+=.*: Value '\{\}' of type 'dict'",
-        lambda key: f"{key} is one value: it has no settings of its own",
+        "{} is one value: it has no settings of its own".format,
     ),
     (
         r"merging override (~\S+?):? .*does not support deletion|Could not delete from config\. '",

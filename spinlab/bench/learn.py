@@ -23,7 +23,6 @@ from spinlab.learn import (
     choose_checkpoint,
     estimate_of,
     recompute_layers,
-    rounds_weights,
     shard_layers,
 )
 from spinlab.model.modules import map_of
@@ -56,7 +55,7 @@ def bench_learn(
     expected = estimate_of(learner.model, learn, learner.quant, parallel.world())
     if checkpoint := choose_checkpoint(expected, learn, device):
         recompute_layers(learner.model)
-    sharded = parallel.world() > 1 and not rounds_weights(learn, learner.quant)
+    sharded = parallel.world() > 1 and not learn.rounds(learner.quant)
     if sharded:
         shard_layers(learner.model)
     count = (learn.steps + _WARM_UP + 1) * learn.batch

@@ -13,7 +13,7 @@ from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
-from spinlab.config.quant import QuantConfig, TensorQuant
+from spinlab.config.quant import FormatChange, Override, QuantConfig, TensorQuant
 from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
@@ -29,6 +29,7 @@ __all__ = [
     "DuQuantConfig",
     "EvalConfig",
     "ExportConfig",
+    "FormatChange",
     "GPTQConfig",
     "KVConfig",
     "LWCConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "Override",
     "PathsConfig",
     "QuantConfig",
     "RatesConfig",
@@ -132,7 +134,6 @@ class Config:
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
-        rounded = learn.quantize_weights and any(t.quantizes for t in quant.weight_formats)
         inputs = any(t.quantizes for t in quant.activation_formats)
         given = self.rotation.inputs != "none" or self.rotation.load
         if "inputs" in learn.rotations and not given:
@@ -144,7 +145,7 @@ class Config:
             raise InputError(
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range"
             )
-        if rounded or not learn.objective.end_to_end:
+        if learn.rounds(quant) or not learn.objective.end_to_end:
             return
         on = {name for name in ("r1", "r2") if getattr(self.rotation, name) != "none"}
         if "r1" in on & set(learn.rotations) and not inputs:

@@ -10,9 +10,9 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}")
 
 
-def bits(name: str, value: int) -> None:
-    if not 2 <= value <= 16:
-        raise InputError(f"{name}={value} is out of range: bits go from 2 to 16 (16 = off)")
+def bits(name: str, value: int, fewest: int) -> None:
+    if not fewest <= value <= 16:
+        raise InputError(f"{name}={value} is out of range: bits go from {fewest} to 16 (16 = off)")
 
 
 def ratio(name: str, value: float) -> None:

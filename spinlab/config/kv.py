@@ -1,33 +1,20 @@
 """Settings of the KV cache: what keys, values and queries go through, one type for the three."""
 
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
-from spinlab.config.checks import at_least, count, ratio
+from spinlab.config.quant import Levels
 
 
 @dataclass(frozen=True)
-class CodecConfig:
-    """Choose a codec by its name in `spinlab.kv.codecs`, and how finely it codes (16 bits = off).
+class CodecConfig(Levels):
+    """Choose a codec by its name in `spinlab.kv.codecs`, and how finely it codes.
 
     The codec says which bits it takes, what else it reads, and which groups divide a head.
     """
 
+    fewest: ClassVar[int] = 1
     codec: str = "affine"
-    bits: int = 4
-    symmetric: bool = False
-    group_size: int = 0  # 0 = one group per token and head
-    clip_ratio: float = 1.0  # of the range that is kept
-
-    def check(self, name: str) -> None:
-        """Raise InputError, naming the setting, for what is out of range."""
-        count(f"{name}.bits", self.bits, 1, 16)
-        ratio(f"{name}.clip_ratio", self.clip_ratio)
-        at_least(f"{name}.group_size", self.group_size, 0)
-
-    @property
-    def quantizes(self) -> bool:
-        """Tell whether there is anything to code: 16 bits stand for floats."""
-        return self.bits < 16
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from spinlab.config.checks import at_least, choice, count, positive
+from spinlab.config.quant import QuantConfig
 from spinlab.errors import InputError
 
 GRAD_NORMS = ("riemannian", "euclidean")
@@ -151,6 +152,10 @@ class LearnConfig:
             choice("learn.rotations", name, ("r1", "r2", "inputs"))
         if self.steps:
             self._check_terms()
+
+    def rounds(self, quant: QuantConfig) -> bool:
+        """Tell whether any weight is rounded in the loop."""
+        return self.quantize_weights and any(format.quantizes for format in quant.weight_formats)
 
     def _check_terms(self) -> None:
         """Refuse settings that would do nothing."""

@@ -1,29 +1,26 @@
 """Settings of the quantizers of weights and activations, head and embedding."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from spinlab.config.checks import at_least, bits, ratio
 from spinlab.errors import InputError
 
 
 @dataclass(frozen=True)
-class TensorQuant:
-    """Describe one quantizer: bits (16 = off), symmetry, group size (0 = channel or token).
+class Levels:
+    """Say how finely numbers are told apart, and in which groups."""
 
-    format: a name of `spinlab.formats.FORMATS`.
-    """
-
-    format: str = "integer"
-    bits: int = 4
+    fewest: ClassVar[int] = 2
+    bits: int = 4  # 16 = off
     symmetric: bool = False
-    group_size: int = 0
+    group_size: int = 0  # 0 = one group per channel of a weight, per token, or per token and head
     clip_ratio: float = 1.0  # of the range that is kept; for weights on top of their clip search
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the setting, for what is out of range."""
-        bits(f"{name}.bits", self.bits)
+        bits(f"{name}.bits", self.bits, self.fewest)
         ratio(f"{name}.clip_ratio", self.clip_ratio)
         at_least(f"{name}.group_size", self.group_size, 0)
 
@@ -31,6 +28,46 @@ class TensorQuant:
     def quantizes(self) -> bool:
         """Tell whether there is anything to quantize: 16 bits stand for floats."""
         return self.bits < 16
+
+
+@dataclass(frozen=True)
+class TensorQuant(Levels):
+    """Describe the quantizer of a tensor. format: a name of `spinlab.formats.FORMATS`."""
+
+    format: str = "integer"
+
+
+# these two are not frozen: OmegaConf merges nothing into what is, where it stands in a list
+@dataclass
+class FormatChange:
+    """Give what differs from a format; what is left out stays as it is."""
+
+    format: str | None = None
+    bits: int | None = None
+    symmetric: bool | None = None
+    group_size: int | None = None
+    clip_ratio: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not left out, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass
+class Override:
+    """Change the formats of linears whose full name matches a pattern, as *.layers.0.*"""
+
+    pattern: str
+    weights: FormatChange = field(default_factory=FormatChange)
+    activations: FormatChange = field(default_factory=FormatChange)
+
+    def __post_init__(self) -> None:
+        if not self.weights.given and not self.activations.given:
+            raise InputError(
+                f"quant.overrides[{self.pattern}] changes nothing: it must have weights or "
+                "activations, as {bits: 8}"
+            )
 
 
 def _off() -> TensorQuant:
@@ -44,9 +81,9 @@ class QuantConfig:
     weights: TensorQuant = field(default_factory=lambda: TensorQuant(symmetric=True))
     activations: TensorQuant = field(default_factory=TensorQuant)
     o_proj_per_head: bool = True  # o_proj input: one scale per token and head (SpinQuant)
-    # [{pattern: "*.down_proj", weights: {bits: 8}, activations: {bits: 8}}, ...]: what differs for
-    # linears whose full name matches; later entries go before earlier ones
-    overrides: list[dict[str, Any]] = field(default_factory=list)
+    # [{pattern: "*.down_proj", weights: {bits: 8}, activations: {bits: 8}}, ...]; the last one that
+    # matches counts
+    overrides: list[Override] = field(default_factory=list)
     head: TensorQuant = field(default_factory=_off)  # weight only, rounded to nearest
     embedding: TensorQuant = field(default_factory=_off)  # per token of the vocabulary
 
@@ -54,14 +91,8 @@ class QuantConfig:
         for name in ("weights", "activations", "head", "embedding"):
             getattr(self, name).check(f"quant.{name}")
         for entry in self.overrides:
-            if len(entry) < 2 or not isinstance(entry.get("pattern"), str):
-                raise InputError(
-                    f"quant.overrides: {entry} must have a pattern, and weights or activations"
-                )
-            if unknown := entry.keys() - {"pattern", "weights", "activations"}:
-                raise InputError(f"quant.overrides[{entry['pattern']}]: {min(unknown)} is unknown")
             for name in ("weights", "activations"):
-                self._changed(name, entry).check(f"quant.overrides[{entry['pattern']}].{name}")
+                self._changed(name, entry).check(f"quant.overrides[{entry.pattern}].{name}")
 
     def weights_at(self, name: str) -> TensorQuant:
         """Return the weight format of a linear, by its full name."""
@@ -72,24 +103,14 @@ class QuantConfig:
         return self._at("activations", name)
 
     def _at(self, kind: str, name: str) -> TensorQuant:
-        matching = [o for o in self.overrides if kind in o and fnmatchcase(name, o["pattern"])]
-        return self._changed(kind, matching[-1]) if matching else getattr(self, kind)
+        for entry in reversed(self.overrides):
+            if getattr(entry, kind).given and fnmatchcase(name, entry.pattern):
+                return self._changed(kind, entry)
+        return getattr(self, kind)
 
-    def _changed(self, kind: str, entry: dict[str, Any]) -> TensorQuant:
+    def _changed(self, kind: str, entry: Override) -> TensorQuant:
         """Return a format with the changes of one override."""
-        where, changes = f"quant.overrides[{entry['pattern']}].{kind}", entry.get(kind, {})
-        if not isinstance(changes, dict):
-            raise InputError(f"{where}={changes} must be a set of changes, as {{bits: 8}}")
-        base: TensorQuant = getattr(self, kind)
-        known = {f.name: type(getattr(base, f.name)) for f in fields(base)}
-        for name, value in changes.items():
-            kinds = (float, int) if known.get(name) is float else (known.get(name),)
-            if type(value) not in kinds:
-                raise InputError(
-                    f"{where}: {name}={value} does not fit: there are "
-                    + ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
-                )
-        return replace(base, **changes)
+        return replace(getattr(self, kind), **getattr(entry, kind).given)
 
     @property
     def weight_formats(self) -> list[TensorQuant]:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.config.quant import TensorQuant
+from spinlab.config.quant import Levels
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -133,16 +133,18 @@ def _of_weights(config: Config) -> Iterator[Rule]:
 
 def _of_formats(config: Config) -> Iterator[Rule]:
     quant = config.quant
-    for name in ("weights", "activations", "head", "embedding"):
-        tensor: TensorQuant = getattr(quant, name)
-        inherited = any(name in override for override in quant.overrides)
-        if not tensor.quantizes and not inherited:
-            yield f"quant.{name}.bits=16", _others(tensor, f"quant.{name}", "bits")
-    if not any(tensor.quantizes for tensor in quant.activation_formats):
+    formats: dict[str, Sequence[Levels]] = {
+        "quant.weights": quant.weight_formats,
+        "quant.activations": quant.activation_formats,
+        "quant.head": [quant.head],
+        "quant.embedding": [quant.embedding],
+        **{f"kv.{side}": [settings] for side, settings in config.kv.sides.items()},
+    }
+    for name, (format, *changed) in formats.items():
+        if not any(f.quantizes for f in (format, *changed)):
+            yield f"{name}.bits=16", _others(format, name, "bits")
+    if not any(format.quantizes for format in quant.activation_formats):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
-    for side, settings in config.kv.sides.items():
-        if settings.bits == 16:
-            yield f"kv.{side}.bits=16", _others(settings, f"kv.{side}", "bits")
 
 
 def _of_rotations(config: Config) -> Iterator[Rule]:

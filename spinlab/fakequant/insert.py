@@ -63,7 +63,7 @@ def input_paths(
 def check_patterns(model_map: ModelMap, quant: QuantConfig) -> None:
     """Raise InputError where a pattern of `quant.overrides` matches no quantized linear."""
     names = [site.path for site in model_map.sites if site.quantized]
-    for pattern in (override["pattern"] for override in quant.overrides):
+    for pattern in (override.pattern for override in quant.overrides):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
                 f"quant.overrides: the pattern {pattern!r} matches no linear of the model: their "

@@ -13,7 +13,7 @@ from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_pr
 from spinlab.learn.optim import unread_by_optimizer
 from spinlab.learn.placement import choose_checkpoint, recompute_layers, shard_layers
 from spinlab.learn.recipe import announce_further, training_of, warn_of_mismatch
-from spinlab.learn.spaces import LearningSpace, rounds_weights
+from spinlab.learn.spaces import LearningSpace
 
 __all__ = [
     "Divergence",
@@ -27,7 +27,6 @@ __all__ = [
     "learn_rotations",
     "recompute_layers",
     "resume",
-    "rounds_weights",
     "save_progress",
     "shard_layers",
     "training_of",

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
-from spinlab.learn.spaces import CHUNK, rounds_weights
+from spinlab.learn.spaces import CHUNK
 from spinlab.machine import gib, memory_for
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
@@ -73,7 +73,7 @@ class _Job:
 
     @property
     def rounded(self) -> bool:
-        return rounds_weights(self.learn, self.quant)
+        return self.learn.rounds(self.quant)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,7 +15,8 @@ def formats_of(quant: QuantConfig) -> dict[str, Any]:
     """Name, JSON-ready, the formats that learned ranges of weights and of inputs belong to."""
 
     def changes(kind: str) -> list[Any]:
-        return [[o["pattern"], plain(o[kind])] for o in quant.overrides if kind in o]
+        entries = [[entry.pattern, getattr(entry, kind).given] for entry in quant.overrides]
+        return [entry for entry in entries if entry[1]]
 
     return {
         "weights": [plain(quant.weights), changes("weights")],

@@ -25,7 +25,6 @@ from spinlab.learn import (
     learn_rotations,
     recompute_layers,
     resume,
-    rounds_weights,
     save_progress,
     shard_layers,
     training_of,
@@ -86,7 +85,7 @@ class Learning:
             announce_further(start, config.learn, self.further.name)
         settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
         quant = config.quant
-        inputs = [o for o in quant.overrides if "activations" in o]
+        inputs = [o for o in quant.overrides if o.activations.given]
         formats = [quant.activations, quant.o_proj_per_head, inputs, config.kv]
         if config.learn.quantize_weights:
             formats += [quant.weights, quant.overrides, config.weights.clip]
@@ -144,7 +143,7 @@ class Learning:
         expected = estimate_of(network, learn, config.quant, processes)
         checkpoint = choose_checkpoint(expected, learn, self.run.device)
         announce(expected, checkpoint, self.run.device)
-        rounded = rounds_weights(learn, config.quant)
+        rounded = learn.rounds(config.quant)
         apart = rounded or space is not None  # the network without quantizers is not the original
         teacher = self.original.load() if learn.objective.needs_teacher and apart else None
         formats = learn, config.quant, config.weights.clip

@@ -166,7 +166,7 @@ def test_a_new_codec_runs_the_toy_and_says_its_bits(tmp_path, settings, bits):
 
 
 def test_what_a_codec_draws_comes_from_the_seed_and_the_side():
-    settings = CodecConfig("signs", bits=1)
+    settings = CodecConfig(bits=1, codec="signs")
     first, again, other, values = (
         make_codec(name, settings, 16, seed)
         for name, seed in (("kv.keys", 0), ("kv.keys", 0), ("kv.keys", 1), ("kv.values", 0))
@@ -210,7 +210,7 @@ def test_the_fused_runtime_refuses_whole_layers(tmp_path):
 
 
 def channels(model):
-    keys = CodecConfig("channels", bits=4, group_size=4)
+    keys = CodecConfig(bits=4, group_size=4, codec="channels")
     path = kv_path(KVConfig(keys), 8)
     attach_kv(model, path, store=True)
     return path

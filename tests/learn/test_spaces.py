@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from spinlab.config import (
+    FormatChange,
     LearnConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    Override,
     QuantConfig,
     RatesConfig,
     RotationConfig,
@@ -92,7 +94,7 @@ def test_loss_and_gradient_are_those_of_the_plain_definition(
         assert error < 1e-8, f"{name}: {error:.1e}"
 
 
-WIDE = [{"pattern": "*.0.mlp.*_proj", "activations": {"bits": 16}}]
+WIDE = [Override("*.0.mlp.*_proj", activations=FormatChange(bits=16))]
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import QuantConfig, TensorQuant, plain
+from spinlab.config import FormatChange, Override, QuantConfig, TensorQuant, plain
 from spinlab.rotation.ranges import formats_of, warn_of_lost_ranges, with_fitting_ranges
 from spinlab.rotation.rotations import RotationSet
 
-QUANT = QuantConfig(overrides=[{"pattern": "*.down_proj", "weights": {"bits": 8}}])
+QUANT = QuantConfig(overrides=[Override("*.down_proj", weights=FormatChange(bits=8))])
 RATIOS = {"model.layers.0.mlp.up_proj": torch.tensor([0.5]).view(1, 1, 1)}
 INPUTS = {"0.qkv": 0.5}
 EIGHT = TensorQuant(bits=8)
@@ -37,7 +37,7 @@ def kept(rotations: RotationSet, quant=QUANT, method="rtn") -> tuple[bool, bool]
         ({"activations": EIGHT}, (True, False)),
         ({"o_proj_per_head": False}, (True, False)),
         (
-            {"overrides": [*QUANT.overrides, {"pattern": "*", "activations": {"bits": 8}}]},
+            {"overrides": [*QUANT.overrides, Override("*", activations=FormatChange(bits=8))]},
             (True, False),
         ),
     ],

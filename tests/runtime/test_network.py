@@ -6,8 +6,10 @@ import torch
 from spinlab.config import (
     ClipSearch,
     CodecConfig,
+    FormatChange,
     GPTQConfig,
     KVConfig,
+    Override,
     QuantConfig,
     RotationConfig,
     TensorQuant,
@@ -153,10 +155,10 @@ def test_every_rotated_linear_multiplies_integers(make_model):
 @pytest.mark.parametrize(
     "overrides",
     [
-        [{"pattern": "*.k_proj", "weights": {"bits": 8}}],
-        [{"pattern": "*.q_proj", "weights": {"bits": 12}}],
-        [{"pattern": "*.v_proj", "weights": {"bits": 16}}],
-        [{"pattern": "*.gate_proj", "weights": {"symmetric": False}}],
+        [Override("*.k_proj", weights=FormatChange(bits=8))],
+        [Override("*.q_proj", weights=FormatChange(bits=12))],
+        [Override("*.v_proj", weights=FormatChange(bits=16))],
+        [Override("*.gate_proj", weights=FormatChange(symmetric=False))],
     ],
     ids=str,
 )

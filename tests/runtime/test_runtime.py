@@ -10,7 +10,9 @@ from transformers import DynamicCache
 from spinlab.config import (
     ClipSearch,
     CodecConfig,
+    FormatChange,
     KVConfig,
+    Override,
     QuantConfig,
     RotationConfig,
     TensorQuant,
@@ -242,7 +244,7 @@ def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_mode
         (
             QuantConfig(
                 weights=SYMMETRIC,
-                overrides=[{"pattern": "*.v_proj", "weights": {"symmetric": False}}],
+                overrides=[Override("*.v_proj", weights=FormatChange(symmetric=False))],
             ),
             "beside others of another format",
         ),
@@ -253,7 +255,7 @@ def test_transforms_of_single_inputs_run_in_torch_before_the_quantizer(make_mode
         (
             QuantConfig(
                 weights=TensorQuant(group_size=8),
-                overrides=[{"pattern": "*_attn.[qkv]_proj", "activations": {"group_size": 12}}],
+                overrides=[Override("*_attn.[qkv]_proj", activations=FormatChange(group_size=12))],
             ),
             "do not nest",
         ),

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import ClipSearch, GPTQConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    ClipSearch,
+    FormatChange,
+    GPTQConfig,
+    Override,
+    QuantConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.model.modules import linear_at, map_of
@@ -20,10 +28,10 @@ OFF, SYMMETRIC = TensorQuant(bits=16), TensorQuant(symmetric=True)
 MIXED = QuantConfig(
     weights=SYMMETRIC,
     overrides=[
-        {"pattern": "*.down_proj", "weights": {"bits": 8}},
-        {"pattern": "*.v_proj", "weights": {"bits": 6, "symmetric": False, "group_size": 8}},
-        {"pattern": "*.0.mlp.up_proj", "weights": {"bits": 16}},
-        {"pattern": "*.1.self_attn.o_proj", "weights": {"bits": 16}},
+        Override("*.down_proj", weights=FormatChange(bits=8)),
+        Override("*.v_proj", weights=FormatChange(bits=6, symmetric=False, group_size=8)),
+        Override("*.0.mlp.up_proj", weights=FormatChange(bits=16)),
+        Override("*.1.self_attn.o_proj", weights=FormatChange(bits=16)),
     ],
 )
 
@@ -150,7 +158,7 @@ def test_a_damaged_layer_is_made_again_with_the_same_bits(make_model, windows, t
 
 
 def test_an_override_that_matches_nothing_is_refused(make_model):
-    quant = QuantConfig(overrides=[{"pattern": "*.down_porj", "weights": {"bits": 8}}])
+    quant = QuantConfig(overrides=[Override("*.down_porj", weights=FormatChange(bits=8))])
     with pytest.raises(InputError, match=r"'\*\.down_porj' matches no linear"):
         check_weight_groups(map_of(make_model()), quant)
 
@@ -160,7 +168,7 @@ def test_an_override_that_matches_nothing_is_refused(make_model):
     [
         (QuantConfig(weights=TensorQuant(group_size=16)), "quant.weights.group_size=16"),
         (
-            QuantConfig(overrides=[{"pattern": "*.q_proj", "weights": {"group_size": 5}}]),
+            QuantConfig(overrides=[Override("*.q_proj", weights=FormatChange(group_size=5))]),
             "quant.overrides: weights.group_size=5",
         ),
         (QuantConfig(head=TensorQuant(bits=8, group_size=7)), "quant.head.group_size=7"),
@@ -177,6 +185,6 @@ def test_groups_of_weights_and_inputs_must_nest_linear_by_linear(make_model):
     quant = QuantConfig(weights=group, activations=TensorQuant(group_size=8))
     with pytest.raises(InputError, match=r"groups of 8 inputs of model.layers.0.self_attn.q_proj"):
         check_weight_groups(map_of(model), quant)
-    for kind, changes in (("weights", {"group_size": 4}), ("activations", {"group_size": 0})):
-        nested = [{"pattern": "*", kind: changes}]
+    for kind, size in (("weights", 4), ("activations", 0)):
+        nested = [Override("*", **{kind: FormatChange(group_size=size)})]
         check_weight_groups(map_of(model), replace(quant, overrides=nested, o_proj_per_head=False))

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import spinlab.weights.lwc as lwc_module
-from spinlab.config import ClipSearch, LWCConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    ClipSearch,
+    FormatChange,
+    LWCConfig,
+    Override,
+    QuantConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.modules import linear_at
 from spinlab.rotation.fuse import fuse_inputs
@@ -110,8 +118,8 @@ def test_a_damaged_layer_of_learned_ranges_is_made_again_with_the_same_bits(lwc,
 
 def test_only_weights_of_fewer_than_16_bits_are_learned(lwc):
     overrides = [
-        {"pattern": "*.0.*", "weights": {"bits": 16}},
-        {"pattern": "*.down_proj", "weights": {"bits": 16}},
+        Override("*.0.*", weights=FormatChange(bits=16)),
+        Override("*.down_proj", weights=FormatChange(bits=16)),
     ]
     quant = replace(QUANT, overrides=overrides, head=TensorQuant(bits=8))
     found = lwc(quant, replace(CONFIG, lwc=LWCConfig(epochs=1, lr=0.05)))

@@ -2,7 +2,7 @@
 
 from spinlab.learn.spaces.activations import ActivationSpace
 from spinlab.learn.spaces.base import CHUNK, LearningSpace, Parts
-from spinlab.learn.spaces.choice import rounds_weights, space_of
+from spinlab.learn.spaces.choice import space_of
 from spinlab.learn.spaces.definition import PlainSpace
 from spinlab.learn.spaces.local import LocalTerms
 from spinlab.learn.spaces.weights import WeightSpace
@@ -15,6 +15,5 @@ __all__ = [
     "Parts",
     "PlainSpace",
     "WeightSpace",
-    "rounds_weights",
     "space_of",
 ]
