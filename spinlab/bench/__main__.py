@@ -131,11 +131,9 @@ def _gptq(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.learn import bench_learn  # geoopt loads here: a GPU node may lack it
 
-    settings = [
-        f"learn.{word}" for word in (f"sequence_length={arguments.length}", *arguments.settings)
-    ]
-    learn = _composed(["learn=spinquant", *settings]).learn
-    return bench_learn(arguments.model, learn, arguments.layers, device)
+    settings = [f"sequence_length={arguments.length}", *arguments.settings]
+    config = _composed(["learn=spinquant", *(f"learn.{word}" for word in settings)])
+    return bench_learn(arguments.model, config.learn, arguments.layers, device)
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
-from spinlab.config.quant import FormatChange, Override, QuantConfig, TensorQuant
+from spinlab.config.quant import KINDS, FormatChange, Override, QuantConfig, TensorQuant
 from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
@@ -100,7 +100,7 @@ class Config:
 
     def _check_columns(self) -> None:
         """Refuse ranges of groups that GPTQ could not take as it reaches them."""
-        gptq, groups = self.weights.gptq, [t.group_size for t in self.quant.weight_formats]
+        gptq, groups = self.weights.gptq, [t.group_size for t in self.quant.formats("weights")]
         if gptq.act_order and not gptq.static_groups and any(groups):
             raise InputError(
                 f"weights.gptq.act_order with quant.weights.group_size={max(groups)} needs "
@@ -113,7 +113,7 @@ class Config:
         """Tell whether a variant is measured whose weights are rounded on calibration text."""
         calibrated = self.weights.windows is not None
         variants = set(self.eval.variants) - {"fp", "rtn"}
-        return calibrated and self.quant.quantizes_weights and bool(variants)
+        return calibrated and self.quant.rounds_weights and bool(variants)
 
     @property
     def calibration_windows(self) -> dict[str, int]:
@@ -134,7 +134,7 @@ class Config:
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
-        inputs = any(t.quantizes for t in quant.activation_formats)
+        inputs = quant.quantizes("activations")
         given = self.rotation.inputs != "none" or self.rotation.load
         if "inputs" in learn.rotations and not given:
             raise InputError(
@@ -161,15 +161,11 @@ class Config:
 
     def _check_integers(self) -> None:
         """Refuse formats that integer kernels cannot run; 16-bit ones are left to floats."""
-        quant = self.quant
-        for name, tensors, off in (
-            ("weights", quant.weight_formats, False),
-            ("activations", quant.activation_formats, True),
-        ):
-            for tensor in tensors:
-                if tensor.bits > 8 and (tensor.quantizes or not off):
+        for kind in KINDS:
+            for format in self.quant.formats(kind):
+                if format.bits > 8 and (format.quantizes or kind == "weights"):
                     raise InputError(
-                        f"quant.{name}.bits={tensor.bits} cannot run on integer kernels: "
+                        f"quant.{kind}.bits={format.bits} cannot run on integer kernels: "
                         "use at most 8 bits or leave integer out of eval.variants"
                     )
 

@@ -93,7 +93,7 @@ class OptimizerConfig:
     name: str = "cayley_sgd"  # in spinlab.learn.optim
     momentum: float = 0.0
     cap_step: bool = True  # Cayley SGD: step at most 1/||W||_1
-    schedule: str = "linear"
+    schedule: str = "linear"  # of all rates
     warmup: int = 0
     # what curves show and max_grad_norm clips: the norm of gradients along the manifold, or of
     # those of rotations as free matrices (SpinQuant's code)
@@ -155,7 +155,7 @@ class LearnConfig:
 
     def rounds(self, quant: QuantConfig) -> bool:
         """Tell whether any weight is rounded in the loop."""
-        return self.quantize_weights and any(format.quantizes for format in quant.weight_formats)
+        return self.quantize_weights and quant.quantizes("weights")
 
     def _check_terms(self) -> None:
         """Refuse settings that would do nothing."""

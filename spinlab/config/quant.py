@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from spinlab.config.checks import at_least, bits, ratio
 from spinlab.errors import InputError
+
+Kind = Literal["weights", "activations"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -91,38 +94,28 @@ class QuantConfig:
         for name in ("weights", "activations", "head", "embedding"):
             getattr(self, name).check(f"quant.{name}")
         for entry in self.overrides:
-            for name in ("weights", "activations"):
-                self._changed(name, entry).check(f"quant.overrides[{entry.pattern}].{name}")
+            for kind in KINDS:
+                self._changed(kind, entry).check(f"quant.overrides[{entry.pattern}].{kind}")
 
-    def weights_at(self, name: str) -> TensorQuant:
-        """Return the weight format of a linear, by its full name."""
-        return self._at("weights", name)
-
-    def activations_at(self, name: str) -> TensorQuant:
-        """Return the input format of a linear, by its full name."""
-        return self._at("activations", name)
-
-    def _at(self, kind: str, name: str) -> TensorQuant:
+    def format_at(self, kind: Kind, name: str) -> TensorQuant:
+        """Return the format of a linear's weight or input, by the linear's full name."""
         for entry in reversed(self.overrides):
             if getattr(entry, kind).given and fnmatchcase(name, entry.pattern):
                 return self._changed(kind, entry)
         return getattr(self, kind)
 
-    def _changed(self, kind: str, entry: Override) -> TensorQuant:
-        """Return a format with the changes of one override."""
+    def formats(self, kind: Kind) -> list[TensorQuant]:
+        """Return all formats of weights or inputs that may occur in the decoder layers."""
+        return [getattr(self, kind), *(self._changed(kind, entry) for entry in self.overrides)]
+
+    def quantizes(self, kind: Kind) -> bool:
+        """Tell whether any weight or input in the decoder layers has fewer than 16 bits."""
+        return any(format.quantizes for format in self.formats(kind))
+
+    def _changed(self, kind: Kind, entry: Override) -> TensorQuant:
         return replace(getattr(self, kind), **getattr(entry, kind).given)
 
     @property
-    def weight_formats(self) -> list[TensorQuant]:
-        """All weight formats that may occur in the decoder layers."""
-        return [self.weights, *(self._changed("weights", o) for o in self.overrides)]
-
-    @property
-    def activation_formats(self) -> list[TensorQuant]:
-        """All input formats that may occur in the decoder layers."""
-        return [self.activations, *(self._changed("activations", o) for o in self.overrides)]
-
-    @property
-    def quantizes_weights(self) -> bool:
-        """Tell whether any weight has fewer than 16 bits."""
-        return any(t.quantizes for t in (*self.weight_formats, self.head, self.embedding))
+    def rounds_weights(self) -> bool:
+        """Tell whether any weight has fewer than 16 bits, head and embedding among them."""
+        return self.quantizes("weights") or self.head.quantizes or self.embedding.quantizes

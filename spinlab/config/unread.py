@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.config.quant import Levels
+from spinlab.config.quant import KINDS, Levels
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -127,23 +127,20 @@ def _of_weights(config: Config) -> Iterator[Rule]:
     yield f"weights.method={weights.method}", _others(weights, "weights", *read)
     if not weights.clip.search:
         yield "weights.clip.search=false", _others(weights.clip, "weights.clip", "search")
-    if not config.quant.quantizes_weights:
+    if not config.quant.rounds_weights:
         yield "weights of 16 bits", ["weights"]
 
 
 def _of_formats(config: Config) -> Iterator[Rule]:
     quant = config.quant
-    formats: dict[str, Sequence[Levels]] = {
-        "quant.weights": quant.weight_formats,
-        "quant.activations": quant.activation_formats,
-        "quant.head": [quant.head],
-        "quant.embedding": [quant.embedding],
-        **{f"kv.{side}": [settings] for side, settings in config.kv.sides.items()},
-    }
-    for name, (format, *changed) in formats.items():
-        if not any(f.quantizes for f in (format, *changed)):
+    rounded = {f"quant.{kind}" for kind in KINDS if quant.quantizes(kind)}
+    formats: dict[str, Levels] = {f"kv.{side}": codec for side, codec in config.kv.sides.items()}
+    for name in ("weights", "activations", "head", "embedding"):
+        formats[f"quant.{name}"] = getattr(quant, name)
+    for name, format in formats.items():
+        if not format.quantizes and name not in rounded:
             yield f"{name}.bits=16", _others(format, name, "bits")
-    if not any(format.quantizes for format in quant.activation_formats):
+    if not quant.quantizes("activations"):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
 
 

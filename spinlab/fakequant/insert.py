@@ -79,7 +79,7 @@ def token_quantizer(
     What reads the heads' outputs may have one scale per head. Raises InputError where the group
     size does not divide the width.
     """
-    if config is None or not (tensor := config.activations_at(site.path)).quantizes:
+    if config is None or not (tensor := config.format_at("activations", site.path)).quantizes:
         return None
     group = tensor.group_size
     if site.reads == "R2" and config.o_proj_per_head:
@@ -91,7 +91,7 @@ def token_quantizer(
 
 def weight_format(site: Site, config: QuantConfig) -> TensorQuant | None:
     """Return the format of a linear's weight; None where it stays 16-bit."""
-    format = config.weights_at(site.path)
+    format = config.format_at("weights", site.path)
     return format if site.quantized and format.quantizes else None
 
 

@@ -103,7 +103,7 @@ class Pipeline:
 
     def variant(self, name: str) -> Variant:
         """Return what a variant's network is made of."""
-        rounded = name != "fp" and self.config.quant.quantizes_weights
+        rounded = name != "fp" and self.config.quant.rounds_weights
         return Variant(name, self.rotated(name), self.weights(name) if rounded else None)
 
     def network(self, name: str) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:

@@ -44,7 +44,7 @@ def _of_variant(pipeline: Pipeline, variant: str) -> list[tuple[str, Callable[[]
     if variant == "fp":
         return [measured]
     made = [(f"handoff-{variant}", lambda: pipeline.handoff_error(variant)), measured]
-    if pipeline.config.quant.quantizes_weights:
+    if pipeline.config.quant.rounds_weights:
         name = "weights-rtn" if variant == "rtn" else "weights"
         made.insert(0, (name, lambda: pipeline.weights(variant)))
     return made
