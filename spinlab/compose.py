@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spinlab.config import Config, plain
+from spinlab.config.values import nodes
 from spinlab.errors import InputError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -44,7 +45,7 @@ def settings(composed: DictConfig) -> Config:
 
 def setting_names() -> list[str]:
     """Return the dotted names of all settings, and the groups that are added with a plus."""
-    return [*_names(plain(Config())), "+experiment", "+method"]
+    return [*dict(nodes(plain(Config()))), "+experiment", "+method"]
 
 
 def options_of(group: str) -> list[str]:
@@ -59,11 +60,6 @@ def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"there are {', '.join(known)}" if len(known) < 20 else f"{lists} lists them all"
-
-
-def _names(tree: dict, prefix: str = "") -> list[str]:
-    nested = [_names(v, f"{prefix}{k}.") for k, v in tree.items() if isinstance(v, dict)]
-    return [f"{prefix}{k}" for k in tree] + [name for names in nested for name in names]
 
 
 def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:

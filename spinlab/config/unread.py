@@ -12,6 +12,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.quant import KINDS, Levels
+from spinlab.config.values import nodes
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -47,20 +48,13 @@ def _within(name: str, stem: str) -> bool:
 def unread(config: Config, exported: bool = False, rules: Iterable[Rule] = ()) -> dict[str, str]:
     """Return what differs from its default and is not read, by dotted name, with the reason."""
     found: dict[str, str] = {}
-    changed = dict(_changed(plain(config), plain(Config())))
+    settings = {k: v for k, v in nodes(plain(Config())) if not (isinstance(v, dict) and v)}
+    changed = [k for k, v in nodes(plain(config)) if k in settings and v != settings[k]]
     for reason, names in (*_rules(config, exported), *rules):
         for name in changed:
             if any(_within(name, stem) for stem in names):
                 found.setdefault(name, reason)
     return found
-
-
-def _changed(tree: dict[str, Any], default: dict[str, Any], prefix: str = "") -> Iterator:
-    for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(default.get(key), dict) and default[key]:
-            yield from _changed(value, default[key], f"{prefix}{key}.")
-        elif value != default.get(key):
-            yield f"{prefix}{key}", value
 
 
 def _others(part: Any, place: str, *read: str) -> list[str]:

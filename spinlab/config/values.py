@@ -1,4 +1,4 @@
-"""What holds for every value of the settings, whatever it means."""
+"""All settings by their dotted names, and what holds for every value, whatever it means."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _WIDEST = 2**63  # torch's generators, and JSON's readers, take signed integers 
 
 def check_values(settings: dict[str, Any]) -> None:
     """Raise InputError for a number without a finite value, a name that is empty or comes twice."""
-    for name, value in _leaves(settings):
+    for name, value in nodes(settings):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}={value} is no finite number: give one")
         if isinstance(value, int) and not -_WIDEST <= value < _WIDEST:
@@ -30,13 +30,11 @@ def _check_names(name: str, items: list[str]) -> None:
             raise InputError(f"{name} names {item} twice: once is enough")
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted names of all values, lists whole and what dictionaries in them hold."""
+def nodes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names with their values: of groups and of what is in them, in lists too."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        inner = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
-        for item in inner:
+        yield name, value
+        for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
-                yield from _leaves(item, f"{name}.")
-        if not isinstance(value, dict):
-            yield name, value
+                yield from nodes(item, f"{name}.")
