@@ -37,7 +37,6 @@ class Original:
         model = self.settings
         random = model.weights == "random"
         _ = self.shape  # a model that is not whole fails before anything of it is read
-        _ = self.shape  # a model that is not whole fails before anything of it is read
         digest = source_digest(model)
         if not random and not model.is_gguf:  # a packaged one is looked at when it is converted
             self.run.cache.run("check", digest, lambda out: check_weights(model))
