@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,13 +14,14 @@ from spinlab import parallel
 from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.base import Subject, write_exports
-from spinlab.files import writing
+from spinlab.files import replacing, writing
 from spinlab.finite import check_finite
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
 from spinlab.report.figures import draw_outliers
 from spinlab.report.tables.record import result_table
+from spinlab.stages.measure import PREDICTIONS
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
 from spinlab.stages.rotations import networks_of
@@ -135,12 +137,25 @@ def _evaluations(pipeline: Pipeline, record: Record) -> None:
         if variant != "fp":
             record.metrics[_HANDOFF[variant]] = pipeline.handoff_error(variant)
         record.metrics |= pipeline.measure(variant)
+        _keep_predictions(pipeline, record, variant)
         _save(pipeline, record)
     for text in (text.label for text in pipeline.texts[1]):
         both = [record.metrics.get(f"ppl/{text}/{v}") for v in ("integer", "fake")]
         if both[0] is not None and both[1] is not None:
             record.metrics[f"gap/{text}"] = both[0] / both[1] - 1
         _gain(record, text)
+
+
+def _keep_predictions(pipeline: Pipeline, record: Record, variant: str) -> None:
+    """Put a variant's answers beside the record, where it was asked."""
+    answers = pipeline.measured(variant).path / PREDICTIONS
+    if not answers.exists() or not parallel.is_main():
+        return
+    place = record.folder / "predictions" / f"{variant}.json.gz"
+    with writing(record.folder, "paths.runs"):
+        place.parent.mkdir(exist_ok=True)
+        with replacing(place) as temporary:
+            shutil.copyfile(answers, temporary)
 
 
 def _gain(record: Record, text: str) -> None:

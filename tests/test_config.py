@@ -121,6 +121,7 @@ def test_every_seed_of_64_bits_is_taken():
         (["rotation.load=R.bin", "rotation.r2=random"], "rotation.r2"),
         (["eval.tasks=[]", "eval.limit=9"], "eval.limit"),
         (["eval.variants=[fake]", "eval.tasks=[piqa]"], "eval.tasks"),
+        (["eval.variants=[fake]", "eval.paired=false"], "eval.paired"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

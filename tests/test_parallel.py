@@ -23,7 +23,9 @@ from spinlab.cache import Cache
 from spinlab.config import GPTQConfig, ModelConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.device import choose_device
 from spinlab.errors import InputError
+from spinlab.evaluate.divergence import Divergence
 from spinlab.evaluate.perplexity import perplexity
+from spinlab.evaluate.states import States
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.load import load_model
 from spinlab.model.modules import linear_at
@@ -75,6 +77,7 @@ def measure(out: Path) -> None:
     """Write this process's numbers to rank-N.json and rank-N.safetensors, and run an experiment."""
     parallel.start("cpu")
     numbers = {"perplexity": perplexities(), **parts(), **exchanged(), **stages(out)}
+    numbers["divergence"] = divergences(out / "states")
     weights = quantized(out)
     (out / f"rank-{parallel.rank()}.json").write_text(json.dumps(numbers))
     save_file(hessians() | weights, out / f"rank-{parallel.rank()}.safetensors")
@@ -88,7 +91,11 @@ def toy(out: Path) -> list[str]:
 
 
 def network(dtype: str) -> PreTrainedModel:
-    return load_model(ModelConfig(architecture=ARCHITECTURE, dtype=dtype), None, 0)
+    return load_model(network_config(dtype), None, 0)
+
+
+def network_config(dtype: str) -> ModelConfig:
+    return ModelConfig(architecture=ARCHITECTURE, dtype=dtype)
 
 
 def windows(count: int) -> torch.Tensor:
@@ -98,6 +105,21 @@ def windows(count: int) -> torch.Tensor:
 def perplexities() -> list[float]:
     model = network("float64")
     return [perplexity(model, windows(n), batch, "test") for batch in (1, 2) for n in COUNTS]
+
+
+def divergences(folder: Path) -> list[dict[str, float]]:
+    """Return how far a network of random weights is from another one, over all tokens."""
+    original, other = (load_model(network_config("float32"), None, seed) for seed in (0, 1))
+    found = []
+    for count in COUNTS:
+        states, label = States(folder), f"of {count}"
+        with states.keeping(original, label) as keep:
+            perplexity(original, windows(count), 2, label, keep)
+        parallel.barrier()
+        divergence = Divergence(states, label, windows(count), torch.device("cpu"))
+        perplexity(other, windows(count), 2, label, divergence.see)
+        found.append(divergence.metrics())
+    return found
 
 
 def parts() -> dict:
@@ -211,6 +233,14 @@ def test_perplexity_is_that_of_one_process_for_any_number_of_windows(two):
     for found in (numbers["perplexity"] for numbers in two[0]):
         assert found[:3] == pytest.approx(expected[:3], rel=1e-9)
         assert found[3:] == pytest.approx(expected[3:], rel=1e-6)
+
+
+def test_divergence_is_that_of_all_tokens_of_all_processes(two, tmp_path):
+    expected = divergences(tmp_path)
+    for found in (numbers["divergence"] for numbers in two[0]):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+            assert 0 < ours["flips"] <= 1
 
 
 def test_parts_are_contiguous_and_cover_the_rows(two):

@@ -20,6 +20,12 @@ class EvalConfig:
     task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "integer"])
     limit: int | None = None  # questions per task
     task_batch: int = 8
+    paired: bool = True  # compare the others with fp: token by token, question by question
+
+    @property
+    def compares(self) -> bool:
+        """Tell whether the original is measured, and others that are compared with it."""
+        return self.paired and "fp" in self.variants and len(self.variants) > 1
 
     @property
     def scored(self) -> bool:

@@ -7,7 +7,7 @@ they are declared.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from spinlab.config import Config, plain
@@ -163,11 +163,13 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
 
 def _of_measures(config: Config) -> Iterator[Rule]:
     measured, tracker = config.eval, config.tracker
+    variants = ",".join(measured.variants)
+    if not replace(measured, paired=True).compares:
+        yield f"eval.variants=[{variants}], where nothing is compared with fp,", ["eval.paired"]
     if not measured.tasks:
         parts = ("task_source", "task_variants", "limit", "task_batch")
         yield "eval.tasks=[]", [f"eval.{part}" for part in parts]
     elif not measured.scored:
-        variants = ",".join(measured.variants)
         parts = ("tasks", "task_source", "limit", "task_batch")
         reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
         yield reason, [f"eval.{part}" for part in parts]

@@ -1,6 +1,7 @@
 """Perplexity over fixed windows, the way the quantization papers report it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,22 +10,30 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 
+# numbers of the windows (n,), their logits and log-probabilities (n, length - 1, vocabulary)
+See = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: torch.Tensor, batch: int, label: str) -> float:
+def perplexity(
+    model: PreTrainedModel, windows: torch.Tensor, batch: int, label: str, see: See | None = None
+) -> float:
     """Return exp(mean next-token cross-entropy) over windows (n, length) of token ids.
 
     Windows are independent; each predicts its tokens from the second on. Losses are taken in
     float32 and averaged over windows in float64. Every process takes its part of the windows.
-    A loss whose exponential float64 cannot hold gives inf.
+    A loss whose exponential float64 cannot hold gives inf. see: is shown every batch.
     """
     total = torch.zeros((), dtype=torch.float64)
-    mine = parallel.part(windows)
-    for ids in tqdm(mine.split(batch) if len(mine) else (), desc=label):
-        ids = ids.to(model.device)
+    mine = parallel.part(torch.arange(len(windows)))
+    for places in tqdm(mine.split(batch) if len(mine) else (), desc=label):
+        ids = windows[places].to(model.device)
         logits = model(input_ids=ids).logits[:, :-1].float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        logs = logits.log_softmax(-1)
+        loss = nn.functional.nll_loss(logs.flatten(0, 1), ids[:, 1:].flatten())
         total += loss.item() * len(ids)
+        if see is not None:
+            see(places, logits, logs)
     try:
         return math.exp(parallel.sum_(total).item() / len(windows))
     except OverflowError:

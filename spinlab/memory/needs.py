@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import Config
+from spinlab.evaluate.divergence import CHUNK
 from spinlab.fakequant.insert import rounded_sites
 from spinlab.learn import estimate_of
 from spinlab.model.map import Dimensions, ModelMap
@@ -204,12 +205,17 @@ def _calibrating(job: Job) -> Iterator[Need]:
 
 
 def _measuring(job: Job, variant: str) -> Need:
-    """A window's logits are there in the model's dtype, in float32 and as probabilities."""
+    """A window's logits are there in the model's dtype, in float32 and as probabilities.
+
+    What is compared with the original has the original's head beside them, and a chunk of its
+    logits in two forms.
+    """
     measured, d = job.config.eval, job.dimensions
     batch = min(measured.batch, measured.max_windows or measured.batch)
     tokens = batch * measured.window
     copy = job.size != _FLOAT32 or batch > 1
-    logits = tokens * (job.end // d.hidden) * (job.size + (1 + copy) * _FLOAT32)
+    numbers = tokens * (job.end // d.hidden)
+    logits = numbers * (job.size + (1 + copy) * _FLOAT32)
     cures = [f"a smaller eval.window than {measured.window}"]
     if batch > 1:
         cures.insert(0, f"a smaller eval.batch than {batch}")
@@ -218,5 +224,8 @@ def _measuring(job: Job, variant: str) -> Need:
         return Need(name, 0, job.numbers * job.size + logits, cure)
     made = job.untied * job.size + job.fusing
     floats = job.untied - sum(job.linears.values())
+    if measured.compares:
+        chunk = min(numbers // batch, CHUNK)  # windows are compared one by one
+        logits = max(logits, 2 * (numbers + chunk) * _FLOAT32) + job.end * job.size
     run = floats * job.size + (job.untied - floats) // 2 + logits
     return Need(name, job.levels, max(made, run), cure)

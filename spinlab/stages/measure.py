@@ -1,7 +1,20 @@
-"""Stages `eval-*`: perplexity, zero-shot accuracy, bytes and effective bits of a network."""
+"""Stages `eval-*`: what a network's predictions are worth, its bytes and its effective bits.
+
+Names of the metrics, all before `/<variant>`; those of a comparison with the original (fp) are
+absent where `eval.paired` is off or fp is not measured:
+
+ppl/<text>                   perplexity
+kl/<text>, kl_p99/<text>     KL(original || variant) per token in nats: mean and 99th percentile
+flips/<text>                 share of tokens whose likeliest next token is not the original's
+zeroshot/<task>/<metric>     accuracy, `<metric>_stderr`, and `n` questions
+zeroshot_mean/…              mean over tasks and its comparison (`spinlab.evaluate.paired`)
+paired/<task>/…              comparison with the original's answers (there too)
+bytes, bits/weights, bits/kv checkpoint; effective bits, scales and zero points included
+"""
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +24,11 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.cache import Artifact
 from spinlab.data.questions import identities
+from spinlab.evaluate.divergence import Divergence
+from spinlab.evaluate.paired import mean_accuracy, paired
 from spinlab.evaluate.perplexity import perplexity
+from spinlab.evaluate.predictions import Predictions, read_predictions, write_predictions
+from spinlab.evaluate.states import States
 from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
 from spinlab.finite import check_finite
@@ -23,30 +40,50 @@ from spinlab.stages.text import windows_in
 from spinlab.stages.variant import Variant
 from spinlab.weights.quantized import QuantizedWeight, effective_bits
 
+PREDICTIONS = "predictions.json.gz"
 _STORED_BYTES = 2  # of a number that is not quantized: embedding, head and norms rest in 16 bits
 
 
 def measure(
-    run: Run, original: Original, evaluation: Artifact, variant: Variant
-) -> dict[str, float]:
-    """Return a variant's metrics, as a stage.
+    run: Run,
+    original: Original,
+    evaluation: Artifact,
+    variant: Variant,
+    reference: Artifact | None,
+) -> Artifact:
+    """Measure a variant, as a stage. reference: what this stage left of the original, if compared.
 
     Several processes share out the windows of a perplexity; the first one does the rest.
     """
 
     def work(out: Path) -> None:
         model, weights = variant.assemble(run, original)
-        metrics = _perplexities(run, model, evaluation, variant)
+        states = States(reference.path if reference else out)
+        metrics = _of_texts(run, model, evaluation, variant, states)
         check_finite(metrics, f"the network {variant.name} is broken")
         if parallel.is_main():
             metrics |= _sizes(run, original, model, weights)
-            metrics |= _accuracies(run, original, model, variant)
+            metrics |= _accuracies(run, original, model, variant, out)
             write_json(out / "metrics.json", metrics)
 
     depends = _depends(run, original, evaluation, variant)
-    made = run.cache.run(f"eval-{variant.name}", depends, work, together=True)
+    return run.cache.run(f"eval-{variant.name}", depends, work, together=True)
+
+
+def metrics_of(made: Artifact, name: str, reference: Artifact | None) -> dict[str, float]:
+    """Return the metrics of the variant `name`, compared with the original's where it is given."""
     metrics = json.loads((made.path / "metrics.json").read_text())
-    return {f"{name}/{variant.name}": value for name, value in metrics.items()}
+    if predictions := _predictions(made):
+        metrics |= mean_accuracy(predictions)
+        if reference is not None:
+            metrics |= paired(_predictions(reference), predictions)
+    return {f"{metric}/{name}": value for metric, value in metrics.items()}
+
+
+def _predictions(made: Artifact) -> Predictions:
+    """Return the answers of a variant, of no task where none was asked."""
+    path = made.path / PREDICTIONS
+    return read_predictions(path) if path.exists() else {}
 
 
 def _tasks(run: Run, variant: Variant) -> list[str]:
@@ -57,7 +94,7 @@ def _tasks(run: Run, variant: Variant) -> list[str]:
 def _depends(run: Run, original: Original, evaluation: Artifact, variant: Variant) -> list[Any]:
     """Name everything that a variant's metrics depend on."""
     measured = run.config.eval
-    depends = [*variant.depends(run, original), evaluation.key, measured.batch]
+    depends = [*variant.depends(run, original), evaluation.key, measured.batch, measured.compares]
     if tasks := _tasks(run, variant):
         questions = identities(tasks, measured.task_source)
         depends += [questions, measured.limit, measured.task_batch, version("lm_eval")]
@@ -78,23 +115,33 @@ def _sizes(
     return sizes
 
 
-def _perplexities(
-    run: Run, model: PreTrainedModel, evaluation: Artifact, variant: Variant
+def _of_texts(
+    run: Run, model: PreTrainedModel, evaluation: Artifact, variant: Variant, states: States
 ) -> dict[str, float]:
-    batch = run.config.eval.batch
-    return {
-        f"ppl/{label}": perplexity(model, windows, batch, f"{variant.name} {label}")
-        for label, windows in windows_in(evaluation).items()
-    }
+    found: dict[str, float] = {}
+    for label, windows in windows_in(evaluation).items():
+        title = f"{variant.name} {label}"
+        ask = partial(perplexity, model, windows, run.config.eval.batch, title)
+        if not run.config.eval.compares:
+            found[f"ppl/{label}"] = ask()
+        elif variant.is_original:
+            with states.keeping(model, label) as keep:
+                found[f"ppl/{label}"] = ask(keep)
+        else:
+            divergence = Divergence(states, label, windows, run.device)
+            found[f"ppl/{label}"] = ask(divergence.see)
+            found |= {f"{name}/{label}": value for name, value in divergence.metrics().items()}
+    return found
 
 
 def _accuracies(
-    run: Run, original: Original, model: PreTrainedModel, variant: Variant
+    run: Run, original: Original, model: PreTrainedModel, variant: Variant, out: Path
 ) -> dict[str, float]:
+    """Ask the questions of the tasks, and keep the answers."""
     tasks, measured = _tasks(run, variant), run.config.eval
     if not tasks:
         return {}
-    found = zeroshot(
+    found, predictions = zeroshot(
         model,
         original.tokenizer,
         tasks,
@@ -102,6 +149,7 @@ def _accuracies(
         batch_size=measured.task_batch,
         source=cast(Any, measured.task_source),
     )
+    write_predictions(out / PREDICTIONS, predictions)
     return {f"zeroshot/{name}": value for name, value in found.items()}
 
 

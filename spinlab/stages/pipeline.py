@@ -22,7 +22,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.given import Given
 from spinlab.stages.handoff import handoff_error
 from spinlab.stages.learn import Learning, OnStep, check_batch, learns
-from spinlab.stages.measure import measure
+from spinlab.stages.measure import measure, metrics_of
 from spinlab.stages.original import Original
 from spinlab.stages.outliers import outliers
 from spinlab.stages.rotate import rotate
@@ -114,9 +114,18 @@ class Pipeline:
         """Return how far a variant's integers are from the numbers they stand for."""
         return handoff_error(self.run, self.original, self.calibration, self.variant(name))
 
+    def measured(self, name: str) -> Artifact:
+        """Measure a variant, after the original where it is compared with that."""
+        parts = self.original, self.evaluation, self.variant(name), self._reference(name)
+        return measure(self.run, *parts)
+
     def measure(self, name: str) -> dict[str, float]:
         """Return a variant's metrics."""
-        return measure(self.run, self.original, self.evaluation, self.variant(name))
+        return metrics_of(self.measured(name), name, self._reference(name))
+
+    def _reference(self, name: str) -> Artifact | None:
+        """Return what was kept of the original for a comparison with it."""
+        return self.measured("fp") if name != "fp" and self.config.eval.compares else None
 
     def outliers(self) -> dict[str, torch.Tensor]:
         """Return the largest attention inputs before, at the start and after learning."""

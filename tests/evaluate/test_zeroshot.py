@@ -223,7 +223,7 @@ def test_lm_eval_asks_for_the_last_word_of_lambada(first_two: dict[str, Any]) ->
 def test_accuracies_equal_a_forward_pass_per_answer(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    measured = zeroshot(model, tokenizer, ["piqa", "arc_easy"], limit=6, batch_size=4)
+    measured, predictions = zeroshot(model, tokenizer, ["piqa", "arc_easy"], limit=6, batch_size=4)
     expected = {}
     for task, questions in (("piqa", piqa_questions(6)), ("arc_easy", arc_easy_questions(6))):
         right = np.array([is_right(model, *question) for question in questions], dtype=float)
@@ -231,13 +231,15 @@ def test_accuracies_equal_a_forward_pass_per_answer(
             expected[f"{task}/{metric}"] = column.mean()
             expected[f"{task}/{metric}_stderr"] = column.std(ddof=1) / 6**0.5
         expected[f"{task}/n"] = 6
+        for metric, column in (("acc", right[:, 0]), ("acc_norm", right[:, 1])):
+            assert [answer[metric]["right"] for answer in predictions[task]] == column.tolist()
     assert measured == pytest.approx(expected)
 
 
 def test_every_task_reports_the_metrics_it_has_as_numbers(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    measured = zeroshot(model, tokenizer, list(TASKS), limit=2, batch_size=8)
+    measured, _ = zeroshot(model, tokenizer, list(TASKS), limit=2, batch_size=8)
     with_norm = {"piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag"}
     expected = {f"{task}/{metric}" for task in TASKS for metric in ("acc", "acc_stderr", "n")}
     expected |= {
@@ -246,6 +248,35 @@ def test_every_task_reports_the_metrics_it_has_as_numbers(
     assert set(measured) == expected
     assert all(isinstance(value, int | float) for value in measured.values())
     assert all(measured[f"{task}/n"] == 2 for task in TASKS)
+
+
+def test_an_answer_is_right_if_it_is_the_right_one_of_the_choices(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, first_two: dict[str, Any]
+) -> None:
+    _, predictions = zeroshot(model, tokenizer, list(TASKS), limit=2, batch_size=8)
+    assert set(predictions) == set(TASKS)
+    for name, answers in predictions.items():
+        task = first_two[name]
+        assert [answer["id"] for answer in answers] == [0, 1]
+        for answer, doc in zip(answers, task.eval_docs, strict=True):
+            several = task.doc_to_text if task.multiple_input else task.doc_to_target
+            right = 1 if name == "lambada_openai" else several(doc)
+            assert {"acc", "id", "digest"} <= answer.keys() <= {"acc", "acc_norm", "id", "digest"}
+            for metric in answer.keys() - {"id", "digest"}:
+                given = answer[metric]
+                assert given["right"] == (given["answer"] == int(right)), (name, metric)
+
+
+def test_a_question_is_known_by_what_is_asked_and_not_by_its_place(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, forward = zeroshot(model, tokenizer, ["piqa"], limit=3, batch_size=1)
+    rows = load_questions("piqa")[:3]
+    monkeypatch.setattr("spinlab.evaluate.zeroshot.load_questions", lambda task: rows[::-1])
+    _, backward = zeroshot(model, tokenizer, ["piqa"], limit=3, batch_size=1)
+    assert len({answer["digest"] for answer in forward["piqa"]}) == 3
+    for before, after in zip(forward["piqa"], backward["piqa"][::-1], strict=True):
+        assert {**before, "id": 2 - before["id"]} == after
 
 
 def test_batch_size_does_not_change_the_accuracies(

@@ -16,6 +16,7 @@ import spinlab.runtime.stock.insert as network
 from spinlab.compose import composed
 from spinlab.errors import InputError, ResultError
 from spinlab.evaluate.perplexity import perplexity
+from spinlab.evaluate.predictions import read_predictions
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.stages.handoff import BrokenHandoff
 from spinlab.stages.original import Original
@@ -147,7 +148,7 @@ def unseen_nan(monkeypatch):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # nan to a byte, in numpy
 @pytest.mark.parametrize("variant", ["fp", "fake"])
 def test_a_perplexity_that_is_no_number_is_refused_and_not_cached(folder, unseen_nan, variant):
-    run = pipeline(folder)
+    run = pipeline(folder, f"eval.variants=[{variant}]")
     assert run.calibration and run.evaluation
     if variant == "fake":
         assert run.handoff_error("fake") < 1e-12  # it does not see it
@@ -226,6 +227,55 @@ def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     experiment._evaluations(run, record)
     names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/integer")
     assert record.metrics == {name: float(len(name.rpartition("/")[2])) for name in names}
+
+
+def test_perplexity_is_the_same_with_and_without_a_comparison(folder):
+    apart = pipeline(folder, "eval.paired=false", "eval.variants=[fp,int4]")
+    together = pipeline(folder, "eval.variants=[fp,int4]")
+    assert apart.measure("fp") == together.measure("fp")
+    alone, compared = apart.measure("int4"), together.measure("int4")
+    assert alone.items() <= compared.items()
+    more = {f"{name}/{text}" for name in ("kl", "kl_p99", "flips") for text in ("wiki", "c4")}
+    assert compared.keys() - alone.keys() == {f"{name}/int4" for name in more}
+    assert not list(apart.measured("fp").path.glob("states/*"))
+
+
+def test_a_network_on_kernels_diverges_as_the_emulated_one(folder):
+    run = pipeline(folder, "eval.variants=[fp,fake,int4]")
+    found = run.measure("fake") | run.measure("int4")
+    for name in ("kl/wiki", "kl_p99/wiki", "flips/wiki"):
+        assert found[f"{name}/int4"] == pytest.approx(found[f"{name}/fake"], rel=1e-3)
+        assert found[f"{name}/int4"] > 0
+
+
+def test_the_original_by_itself_is_compared_with_nothing(folder):
+    found = pipeline(folder, "eval.variants=[fp]").measure("fp")
+    assert not [name for name in found if name.startswith(("kl", "flips", "paired"))]
+    with pytest.raises(InputError, match=r"eval.paired is not read with eval.variants=\[fp\]"):
+        experiment.run(
+            settings(folder, "eval.variants=[fp]", "eval.paired=false"), ["eval.paired=false"]
+        )
+
+
+def test_answers_are_kept_beside_the_record_also_of_a_run_that_is_cached(folder):
+    asked = ["eval.tasks=[piqa]", "eval.limit=3", "eval.variants=[fp,rtn,fake]"]
+    kept = []
+    for runs in ("first", "second"):
+        wanted = settings(folder, *asked, f"paths.runs={folder / runs}")
+        record = experiment.run(wanted, [])
+        kept.append({f.name: f.read_bytes() for f in record.folder.glob("predictions/*")})
+        for variant in ("fp", "rtn"):
+            answers = read_predictions(record.folder / "predictions" / f"{variant}.json.gz")
+            right = sum(answer["acc"]["right"] for answer in answers["piqa"])
+            assert record.metrics[f"zeroshot/piqa/acc/{variant}"] == pytest.approx(right / 3)
+    assert kept[0].keys() == {"fp.json.gz", "rtn.json.gz"}  # fake is not among task_variants
+    assert kept[0] == kept[1]
+    metrics = record.metrics
+    difference = metrics["zeroshot/piqa/acc/rtn"] - metrics["zeroshot/piqa/acc/fp"]
+    assert metrics["paired/piqa/acc/difference/rtn"] == pytest.approx(difference)
+    assert metrics["paired/piqa/n/rtn"] == 3
+    assert "zeroshot_mean/accuracy/fp" in metrics
+    assert not [name for name in metrics if "paired" in name and not name.endswith("/rtn")]
 
 
 def test_a_loss_beyond_what_exp_can_hold_is_infinite(make_model, ids):

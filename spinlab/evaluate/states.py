@@ -1,0 +1,62 @@
+"""The original's logits for windows of text, kept as what its head reads.
+
+A row of a head's input is a vocabulary's width less than a row of logits, and one product gives
+the logits back as they were. The original then need not run, nor stand, beside what is compared.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from spinlab import parallel
+from spinlab.evaluate.perplexity import See
+from spinlab.files import write_tensors
+from spinlab.model.modules import head_of
+
+
+@dataclass(frozen=True)
+class States:
+    """Know where they lie: the head in one file, every window in its own."""
+
+    folder: Path
+
+    @contextmanager
+    def keeping(self, model: PreTrainedModel, label: str) -> Iterator[See]:
+        """Yield what keeps the states of the windows that a perplexity goes through.
+
+        Each of several processes writes its own windows, and the first one the head.
+        """
+        self._file(label, 0).parent.mkdir(parents=True, exist_ok=True)
+        head, read = head_of(model), []
+        if parallel.is_main():
+            write_tensors(self._head, {"weight": head.weight.detach().cpu().contiguous()})
+
+        def keep(places: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor) -> None:
+            for place, states in zip(places.tolist(), read.pop().cpu(), strict=True):
+                write_tensors(self._file(label, place), {"states": states.clone()})
+
+        hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            yield keep
+        finally:
+            hook.remove()
+
+    def head(self, device: torch.device) -> torch.Tensor:
+        """Load the original's head: (vocabulary, hidden)."""
+        return load_file(self._head)["weight"].to(device)
+
+    def of_window(self, label: str, place: int) -> torch.Tensor:
+        """Load what the head read of a window: (length, hidden)."""
+        return load_file(self._file(label, place))["states"]
+
+    @property
+    def _head(self) -> Path:
+        return self.folder / "head.safetensors"
+
+    def _file(self, label: str, place: int) -> Path:
+        return self.folder / "states" / label / f"{place:06d}.safetensors"
