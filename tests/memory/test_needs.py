@@ -83,6 +83,23 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "more"),
+    [
+        ([], 0),  # assembling a network of 7B takes more than running it
+        (["eval.window=65536"], 2 * 32000 * 4096),
+        (["eval.window=131072", "model.dtype=float32"], 4 * 32000 * 4096 + 2 * 4 * 2**24),
+    ],
+)
+def test_a_comparison_takes_the_originals_head_and_a_chunk_of_its_logits(overrides, more):
+    alone, beside = (
+        need_of("measuring integer", *LLAMA, *overrides, f"eval.paired={paired}")
+        for paired in ("false", "true")
+    )
+    assert beside.device - alone.device == more
+    assert beside.host == alone.host
+
+
 def test_a_stage_that_is_cached_needs_no_memory():
     config = composed(*LLAMA, "eval.variants=[fp,integer]")
     shape = meta_model(config.model, None)

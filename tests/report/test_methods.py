@@ -40,6 +40,41 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
     assert "±" not in lines[3]
 
 
+def test_comparisons_with_the_original_have_columns_once_a_record_has_them(tmp_path):
+    for seed, kl in enumerate((0.4, 0.6)):
+        more = {
+            "kl/wiki/fake": kl,
+            "flips/wiki/fake": 0.25,
+            "zeroshot_mean/accuracy/fp": 0.5,
+            "zeroshot_mean/stderr/fp": 0.01,
+            "zeroshot_mean/accuracy/fake": 0.44 + seed / 50,
+            "zeroshot_mean/stderr/fake": 0.012,
+            "zeroshot_mean/difference/fake": -0.06 + seed / 50,
+            "zeroshot_mean/difference_stderr/fake": 0.004,
+        }
+        compared = record(17.0)
+        compared["metrics"] |= more
+        (tmp_path / f"spinquant_had_seed{seed}.json").write_text(json.dumps(compared))
+    (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in methods_table(tmp_path).splitlines()
+    )
+    of_method = {row[0]: dict(zip(head[5:], row[5:], strict=True)) for row in rows}
+    assert head[7:] == ["wiki KL", "wiki flips", "zero-shot", "difference"]
+    assert of_method["spinquant_had"] == {
+        "wiki ppl": "17.00",
+        "c4 ppl": "5000",
+        "wiki KL": "0.500 ± 0.141",
+        "wiki flips": "25.0",
+        "zero-shot": "45.0 ± 1.2",
+        "difference": "-5.0 ± 0.4",
+    }
+    assert list(of_method["gptq"].values()) == ["99.00", "5000", *"————"]
+    # the original of a record without tasks is not averaged with the others in silence
+    assert list(of_method[""].values()) == ["9.00", "30.00", *"————"]
+
+
 def test_records_that_are_not_complete_or_not_known_are_refused(tmp_path):
     (tmp_path / "gptq_seed0.json").write_text(json.dumps({**record(1.0), "status": "running"}))
     with pytest.raises(InputError, match="is not complete"):

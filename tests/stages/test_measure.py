@@ -230,22 +230,22 @@ def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
 
 
 def test_perplexity_is_the_same_with_and_without_a_comparison(folder):
-    apart = pipeline(folder, "eval.paired=false", "eval.variants=[fp,int4]")
-    together = pipeline(folder, "eval.variants=[fp,int4]")
+    apart = pipeline(folder, "eval.paired=false", "eval.variants=[fp,integer]")
+    together = pipeline(folder, "eval.variants=[fp,integer]")
     assert apart.measure("fp") == together.measure("fp")
-    alone, compared = apart.measure("int4"), together.measure("int4")
+    alone, compared = apart.measure("integer"), together.measure("integer")
     assert alone.items() <= compared.items()
     more = {f"{name}/{text}" for name in ("kl", "kl_p99", "flips") for text in ("wiki", "c4")}
-    assert compared.keys() - alone.keys() == {f"{name}/int4" for name in more}
+    assert compared.keys() - alone.keys() == {f"{name}/integer" for name in more}
     assert not list(apart.measured("fp").path.glob("states/*"))
 
 
 def test_a_network_on_kernels_diverges_as_the_emulated_one(folder):
-    run = pipeline(folder, "eval.variants=[fp,fake,int4]")
-    found = run.measure("fake") | run.measure("int4")
+    run = pipeline(folder, "eval.variants=[fp,fake,integer]")
+    found = run.measure("fake") | run.measure("integer")
     for name in ("kl/wiki", "kl_p99/wiki", "flips/wiki"):
-        assert found[f"{name}/int4"] == pytest.approx(found[f"{name}/fake"], rel=1e-3)
-        assert found[f"{name}/int4"] > 0
+        assert found[f"{name}/integer"] == pytest.approx(found[f"{name}/fake"], rel=1e-3)
+        assert found[f"{name}/integer"] > 0
 
 
 def test_the_original_by_itself_is_compared_with_nothing(folder):

@@ -1,11 +1,13 @@
 """The table of methods: every method of the field on one model, mean and spread over seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from spinlab.errors import InputError
-from spinlab.report.markdown import markdown, spread
+from spinlab.report.markdown import MISSING, markdown, percent, spread
 from spinlab.report.records import Record, read_seeds, texts_of
 
 # in the order of the table; a method without records is left out
@@ -28,26 +30,73 @@ METHODS = {
     "learned_inputs": "DuQuant as start, all learned with W4",
 }
 
+# kinds of metrics of a text, and how they are shown: title, scale, digits
+_OF_TEXTS = {"ppl": ("ppl", 1, 2), "kl": ("KL", 1, 3), "flips": ("flips", 100, 1)}
+# titles of what stands for all tasks, the metric and its error
+_OF_TASKS = (
+    ("zero-shot", "accuracy", "stderr"),
+    ("difference", "difference", "difference_stderr"),
+)
+
 
 def methods_table(folder: Path) -> str:
     """Return a table with one row per method of a folder of records, after the original's.
 
-    Raises InputError for a method without a title.
+    KL per token in nats, flips in percent, and the mean of zero-shot tasks in percent with its
+    difference from the original's are columns once a record has them. The errors of these two are
+    those of the questions, which all seeds share, in the mean over seeds; others are spreads over
+    seeds. Raises InputError for a method without a title.
     """
     records = read_seeds(folder)
     if unknown := records.keys() - METHODS.keys():
         raise InputError(f"methods without a title in {__name__}: {sorted(unknown)}")
     originals = [run for runs in records.values() for run in runs]
-    texts = texts_of(originals[0]["metrics"])
-    head = ["method", "transform", "weights", "learned", "seeds", *(f"{t} ppl" for t in texts)]
-    rows = [head, ["", "original", "16 bits", "", "", *perplexities(originals, texts, "fp")]]
+    columns = _columns(originals)
+    head = ["method", "transform", "weights", "learned", "seeds", *columns]
+    rows = [head, ["", "original", "16 bits", "", "", *_cells(columns, originals, "fp")]]
     for method in METHODS:
         if runs := records.get(method):
             config = runs[0]["config"]
             weights, learned = config["weights"]["method"].upper(), _learned(config)
             cells = [method, METHODS[method], weights, learned, str(len(runs))]
-            rows.append([*cells, *perplexities(runs, texts, "fake")])
+            rows.append([*cells, *_cells(columns, runs, "fake")])
     return markdown(rows)
+
+
+def _columns(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
+    """Return what makes the cells of every column that some record has numbers for, by title."""
+    texts = texts_of(records[0]["metrics"])
+    has = {name.rpartition("/")[0] for run in records for name in run["metrics"]}
+    found: dict[str, Callable[..., str]] = {}
+    for kind, (title, scale, digits) in _OF_TEXTS.items():
+        for text in (text for text in texts if f"{kind}/{text}" in has):
+            found[f"{text} {title}"] = partial(_spread, f"{kind}/{text}", scale, digits)
+    for title, name, error in _OF_TASKS:
+        if f"zeroshot_mean/{name}" in has:
+            found[title] = partial(_mean, f"zeroshot_mean/{name}", f"zeroshot_mean/{error}")
+    return found
+
+
+def _cells(
+    columns: Mapping[str, Callable[..., str]], runs: Sequence[Record], variant: str
+) -> list[str]:
+    return [make([run["metrics"] for run in runs], variant) for make in columns.values()]
+
+
+def _spread(
+    name: str, scale: float, digits: int, runs: Sequence[Mapping[str, float]], variant: str
+) -> str:
+    """Format mean and spread of a metric that all runs have."""
+    values = [metrics.get(f"{name}/{variant}") for metrics in runs]
+    found = [scale * value for value in values if value is not None]
+    return spread(found, digits) if len(found) == len(values) else MISSING
+
+
+def _mean(name: str, error: str, runs: Sequence[Mapping[str, float]], variant: str) -> str:
+    """Format means over runs of a metric that all have, and of its standard error."""
+    if not all(f"{name}/{variant}" in metrics for metrics in runs):
+        return MISSING
+    return percent(*(mean(metrics[f"{n}/{variant}"] for metrics in runs) for n in (name, error)))
 
 
 def perplexities(runs: Sequence[Record], texts: Sequence[str], variant: str) -> list[str]:

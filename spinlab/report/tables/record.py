@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spinlab.config import VARIANTS
-from spinlab.report.markdown import markdown
+from spinlab.report.markdown import MISSING, markdown, percent
 from spinlab.report.records import read_record, texts_of
 
 _TITLES = {
@@ -22,38 +22,55 @@ def record_table(path: Path) -> str:
 
 
 def result_table(metrics: Mapping[str, float]) -> str:
-    """Return a Markdown table with one row per variant that was measured."""
+    """Return a Markdown table with one row per variant that was measured.
+
+    KL per token in nats, flips and accuracies in percent, these with standard errors; the
+    difference of their mean from the original's has the error of question by question.
+    """
     columns = _columns(metrics)
     rows = [["variant", "network", *columns]]
     for variant in VARIANTS:
         cells = [_cell(metrics, name, variant) for name in columns.values()]
-        if any(cells):
+        if set(cells) != {MISSING}:
             rows.append([variant, _TITLES[variant], *cells])
     return markdown(rows)
 
 
 def _columns(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Map column titles to metric prefixes, in the order: perplexity, zero-shot, bytes."""
+    """Map column titles to metrics: perplexity, what is compared, zero-shot, sizes."""
+    texts, has = texts_of(metrics), {name.split("/")[0] for name in metrics}
     tasks = sorted({k.split("/")[1] for k in metrics if k.startswith("zeroshot/")})
-    columns = {f"{text} ppl": f"ppl/{text}" for text in texts_of(metrics)}
+    columns = {f"{text} ppl": f"ppl/{text}" for text in texts}
+    for kind, title in {"kl": "KL", "flips": "flips"}.items():
+        columns |= {f"{text} {title}": f"{kind}/{text}" for text in texts if kind in has}
     columns |= {task: f"zeroshot/{task}" for task in tasks}
+    if "zeroshot_mean" in has:
+        columns |= {"mean": "zeroshot_mean/accuracy"}
+    if "paired" in has:
+        columns |= {"difference": "zeroshot_mean/difference"}
     return {**columns, "MiB": "bytes", "bits": "bits/weights"}
 
 
 def _cell(metrics: Mapping[str, float], name: str, variant: str) -> str:
     if name.startswith("zeroshot/"):
-        return _accuracy(metrics, name, variant)
+        return _of_task(metrics, name, variant)
+    if name.startswith("zeroshot_mean/"):
+        error = "stderr" if name.endswith("accuracy") else "difference_stderr"
+        return _percent(metrics, f"{name}/{variant}", f"zeroshot_mean/{error}/{variant}")
     value = metrics.get(f"{name}/{variant}")
     if value is None:
-        return ""
-    return f"{value / 2**20:.0f}" if name == "bytes" else f"{value:.2f}"
+        return MISSING
+    kind = name.split("/")[0]
+    if kind == "flips":
+        return f"{100 * value:.1f}"
+    return f"{value / 2**20:.0f}" if kind == "bytes" else f"{value:.{3 if kind == 'kl' else 2}f}"
 
 
-def _accuracy(metrics: Mapping[str, float], name: str, variant: str) -> str:
-    """Format acc_norm where the task has it, else acc, in percent with its standard error."""
-    for kind in ("acc_norm", "acc"):
-        value = metrics.get(f"{name}/{kind}/{variant}")
-        if value is not None:
-            error = metrics.get(f"{name}/{kind}_stderr/{variant}", 0.0)
-            return f"{100 * value:.1f} ± {100 * error:.1f}"
-    return ""
+def _of_task(metrics: Mapping[str, float], name: str, variant: str) -> str:
+    """Format acc_norm where the task has it, else acc."""
+    kind = "acc_norm" if f"{name}/acc_norm/{variant}" in metrics else "acc"
+    return _percent(metrics, f"{name}/{kind}/{variant}", f"{name}/{kind}_stderr/{variant}")
+
+
+def _percent(metrics: Mapping[str, float], name: str, error: str) -> str:
+    return percent(metrics[name], metrics.get(error, 0.0)) if name in metrics else MISSING
