@@ -86,7 +86,7 @@ class Cache:
         stands in, with all that it imports, is part of the key, so that a changed method is never
         served from an old cache (`spinlab.code`). What `work` leaves in the folder's subfolder
         `PROGRESS` is there when it is called again after a kill. With `together` every process
-        calls `work` on the same folder, where only the first one writes; else the first one calls
+        calls `work` on the same folder, where no two write the same file; else the first one calls
         it by itself. A stage that is asked for again is where it was. Raises InputError where the
         system refuses to write.
         """
