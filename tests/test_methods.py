@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinlab.compose import composed, options_of
-from spinlab.config import plain
+from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.export.identity import manifest_of
@@ -22,12 +21,6 @@ from spinlab.track.record import Record
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-# a point of a grid is named after it
-NAMES = {
-    **dict.fromkeys(("paper", "llama2_7b_w4a4kv4"), "llama2_7b/spinquant_had"),
-    "methods_smollm2": "methods_smollm2/spinquant_had",
-    **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
-}
 SMALL = [
     *(f"weights.{method}.samples=3" for method in ("gptq", "lwc")),
     *(f"weights.{method}.sequence_length=64" for method in ("gptq", "lwc")),
@@ -70,27 +63,6 @@ def text(tmp_path) -> list[str]:
     file = tmp_path / "text.txt"
     file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
     return [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
-
-
-@pytest.mark.parametrize("name", options_of("experiment"))
-def test_every_experiment_composes_under_its_own_name(name):
-    assert composed(f"+experiment={name}").name == NAMES.get(name, name)
-
-
-def test_what_composes_to_the_same_settings_has_one_name():
-    words = [[f"+experiment={name}"] for name in options_of("experiment")]
-    for grid in ("paper", "methods_smollm2"):
-        words += [[f"+experiment={grid}", f"method={name}"] for name in options_of("method")]
-    named: dict[str, set[str]] = {}
-    for config in (composed(*arguments) for arguments in words):
-        settings = json.dumps(plain(replace(config, name="x")), sort_keys=True)
-        named.setdefault(settings, set()).add(config.name)
-    assert all(len(names) == 1 for names in named.values())
-
-
-@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-def test_every_model_composes(model):
-    assert composed(f"model={model}").model.name == model
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,85 @@
+"""Experiments, models and methods go together, each with each; methods run on every family."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from spinlab.compose import CONF, composed, options_of
+from spinlab.config import Config, ModelConfig, plain
+from spinlab.model.families import FAMILIES
+from spinlab.stages.pipeline import Pipeline
+
+EXPERIMENTS, METHODS, MODELS = (options_of(g) for g in ("experiment", "method", "model"))
+GRIDS = ("paper", "methods_smollm2")  # a point of a grid is named after it
+WITH_METHOD = (*GRIDS, "llama2_7b_w4a4kv4", "llmc_quarot", "smollm2_135m_w4a4kv4_best")
+NAMES = {
+    **dict.fromkeys(("paper", "llama2_7b_w4a4kv4"), "llama2_7b/spinquant_had"),
+    "methods_smollm2": "methods_smollm2/spinquant_had",
+    **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
+}
+TINY = [
+    *(f"{part}.samples=2" for part in ("weights.gptq", "weights.lwc", "rotation.statistics")),
+    *(f"{p}.sequence_length=16" for p in ("weights.gptq", "weights.lwc", "rotation.statistics")),
+    *("weights.lwc.epochs=1", "rotation.duquant.steps=1", "rotation.duquant.block_size=8"),
+    *("learn.micro_batch=1", "learn.batch=1", "learn.sequence_length=16"),
+    *("learn.optimizer.warmup=0", "model.dtype=float64"),
+    *("eval.window=32", "eval.max_windows=1", "eval.tasks=[]"),
+]
+SHAPE = {
+    **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 256},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+}
+
+
+@cache
+def point(experiment: str, method: str) -> Config:
+    plus = "" if experiment in WITH_METHOD else "+"
+    return composed(f"+experiment={experiment}", f"{plus}method={method}")
+
+
+@cache
+def model_of(name: str) -> ModelConfig:
+    """Return the settings of a model, which are no more than its part of them all."""
+    assert "@package" not in (CONF / "model" / f"{name}.yaml").read_text()
+    return composed(f"model={name}").model
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_under_its_own_name(name):
+    assert composed(f"+experiment={name}").name == NAMES.get(name, name)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_with_every_method_and_model(experiment):
+    """The settings check each other again where one part of them is exchanged."""
+    for method in METHODS:
+        for model in MODELS:
+            config = replace(point(experiment, method), model=model_of(model))
+            assert config.model.name == model
+
+
+def test_what_composes_to_the_same_settings_has_one_name():
+    configs = [composed(f"+experiment={name}") for name in EXPERIMENTS]
+    named: dict[str, set[str]] = {}
+    for config in (*configs, *(point(grid, method) for grid in GRIDS for method in METHODS)):
+        settings = json.dumps(plain(replace(config, name="x")), sort_keys=True)
+        named.setdefault(settings, set()).add(config.name)
+    assert all(len(names) == 1 for names in named.values())
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "/" not in name])
+def test_every_method_runs_on_every_family(method, tmp_path, monkeypatch):
+    """From a tiny random model to integers; published formats differ in settings alone."""
+    monkeypatch.setattr("spinlab.cache._give_back_memory", lambda: None)  # which takes the longest
+    file = tmp_path / "text.txt"
+    file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
+    text = [f"data.calibration={file}", f"data.evaluation=[{file}]", f"paths.cache={tmp_path}"]
+    config = composed("+experiment=toy", "model=random", f"+method={method}", *TINY, *text)
+    learn = replace(config.learn, steps=min(config.learn.steps, 1))
+    for family in sorted(FAMILIES):
+        model = replace(config.model, architecture={**SHAPE, "model_type": family})
+        run = Pipeline(replace(config, learn=learn, model=model))
+        assert run.handoff_error("integer") < 1e-9, family
+        assert (run.learned.path != run.initial.path) == (learn.steps > 0), family
