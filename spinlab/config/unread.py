@@ -167,10 +167,10 @@ def _of_measures(config: Config) -> Iterator[Rule]:
     if not replace(measured, paired=True).compares:
         yield f"eval.variants=[{variants}], where nothing is compared with fp,", ["eval.paired"]
     if not measured.tasks:
-        parts = ("task_source", "task_variants", "limit", "task_batch")
+        parts = ("task_metrics", "task_source", "task_variants", "limit", "task_batch")
         yield "eval.tasks=[]", [f"eval.{part}" for part in parts]
     elif not measured.scored:
-        parts = ("tasks", "task_source", "limit", "task_batch")
+        parts = ("tasks", "task_metrics", "task_source", "limit", "task_batch")
         reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
         yield reason, [f"eval.{part}" for part in parts]
     if tracker.wandb.mode == "disabled":

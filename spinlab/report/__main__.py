@@ -1,36 +1,78 @@
-"""Rebuild every table and summary of the pages from the records: `make tables`."""
+"""Rebuild every table and file that pages have marks of, or show a published table.
 
-import argparse
-import json
+python -m spinlab.report                     all pages, from their records: make tables
+python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
+
+With `table=`: `format=` markdown, latex or csv, `model=` some of its models, with commas, and
+`records=` where ours lie, with commas: below runs and experiments, unless said otherwise.
+"""
+
+import logging
+import sys
 from pathlib import Path
 
-from spinlab.files import write_json
-from spinlab.report.figures import draw_shares
-from spinlab.report.pages import pages, rebuilt
-from spinlab.report.tables.gap import summary
+from spinlab.compose import did_you_mean
+from spinlab.errors import InputError
+from spinlab.report.formats import FORMATS
+from spinlab.report.pages import make_files, pages, rebuilt
+from spinlab.report.publications import papers
+from spinlab.report.tables.paper import paper_sheet
 
 _ROOT = Path(__file__).parent.parent.parent
+_WORDS = {"table": "", "format": "markdown", "model": "", "records": "runs,experiments"}
 
 
 def main(words: list[str] | None = None) -> None:
-    """Write every table into its page, the summary of the best method, and its figure."""
-    argparse.ArgumentParser(prog="python -m spinlab.report", description=__doc__).parse_args(words)
+    """Do what the words say; exit status 2 and one sentence for what a user can mend."""
+    logging.basicConfig(format="%(message)s")
+    given = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(given):
+        tables = [name for paper in papers().values() for name in paper.tables]
+        print(f"{__doc__}\nPublished tables: {', '.join(tables)}")
+        sys.exit(0)
+    try:
+        asked = _read(given)
+        if asked["table"]:
+            print(_published(asked))
+        elif given:
+            raise InputError(f"{given[0]} needs a table: write table=NAME")
+        else:
+            _rebuild()
+    except InputError as error:
+        print(f"spinlab.report: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _read(words: list[str]) -> dict[str, str]:
+    """Return the words `key=value` over their defaults."""
+    asked = dict(_WORDS)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in _WORDS or not equals or not value:
+            raise InputError(f"{word!r} is no key=value: {did_you_mean(key, [*_WORDS])}")
+        asked[key] = value
+    return asked
+
+
+def _published(asked: dict[str, str]) -> str:
+    if asked["format"] not in FORMATS:
+        raise InputError(f"format={asked['format']} is unknown: choose one of {', '.join(FORMATS)}")
+    folders = [Path(place).expanduser() for place in asked["records"].split(",")]
+    if asked["records"] == _WORDS["records"]:
+        folders = [Path("runs"), _ROOT / "experiments"]
+    elif missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise InputError(f"records={missing[0]} is no folder")
+    models = asked["model"].split(",") if asked["model"] else []
+    return FORMATS[asked["format"]](paper_sheet(folders, asked["table"], models))
+
+
+def _rebuild() -> None:
+    """Write every table into its page, and the files that pages have marks of."""
     for page in pages(_ROOT):
-        page.write_text(rebuilt(page.read_text(encoding="utf-8"), _ROOT), encoding="utf-8")
-        print(page.relative_to(_ROOT))
-    experiments = _ROOT / "experiments"
-    best = summary(experiments / "methods_smollm2", "quarot", "learned_inputs")
-    write_json(experiments / "best_smollm2.json", best)
-    _draw_profile(experiments / "bench" / "learn_llama2_7b_h100.json")
-
-
-def _draw_profile(path: Path) -> None:
-    """Draw where a learning step's GPU time goes, beside its record."""
-    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-    shares = {k.removeprefix("share/learn/"): v for k, v in metrics.items() if k[:6] == "share/"}
-    step = metrics["speed/learn/seconds/step"]
-    title = f"{path.stem}: {step:.2f} s a step, share of GPU time"
-    draw_shares(shares, title, path.with_suffix(".png"))
+        text = page.read_text(encoding="utf-8")
+        page.write_text(rebuilt(text, _ROOT), encoding="utf-8")
+        for path in (page, *make_files(text, _ROOT)):
+            print(path.relative_to(_ROOT))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Figures, drawn from arrays that stages kept."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,18 @@ def draw_outliers(profiles: Mapping[str, np.ndarray], site: str, path: Path) -> 
     FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
 
 
-def draw_shares(shares: Mapping[str, float], title: str, path: Path) -> None:
+def draw_shares(path: Path) -> Path:
+    """Draw where the time of a record's learning step goes, beside it; return the figure's path."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    shares = {k.removeprefix("share/learn/"): v for k, v in metrics.items() if k[:6] == "share/"}
+    step = metrics["speed/learn/seconds/step"]
+    title = f"{path.stem}: {step:.2f} s a step, share of GPU time"
+    figure = path.with_suffix(".png")
+    _draw_bars(shares, title, figure)
+    return figure
+
+
+def _draw_bars(shares: Mapping[str, float], title: str, path: Path) -> None:
     """Draw shares of a whole, largest first, as one bar each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,21 +1,64 @@
-"""Records of runs, read for tables: the only source of their numbers."""
+"""Records of runs, read for tables: the only source of their numbers, and the only reader of them.
+
+A record of schema 1 has no identity. What is broken, unfinished or no record of a run is named and
+left out; so is what would be averaged with records that were made otherwise.
+"""
 
 import json
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from spinlab.config.values import nodes
 from spinlab.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
+_SCHEMAS = (1, 2, 3)
+_PARTS = ("schema", "experiment", "config", "metrics", "status")
+# one function: the emulation, and the integer kernels
+TWINS: Mapping[str, tuple[str, ...]] = {"fake": ("fake", "integer")}
+# what may differ between the runs whose mean a table has
+_OF_A_RUN = ("seed", "runtime", "tracker", "name")
+
+
+@dataclass
+class Records:
+    """Records by their files, and what was left out, with the reason."""
+
+    kept: dict[Path, Record] = field(default_factory=dict)
+    skipped: dict[Path, str] = field(default_factory=dict)
+
+    def skip(self, path: Path, reason: str) -> None:
+        """Leave a file out, and say so."""
+        log.warning("%s is left out: %s", path, reason)
+        self.kept.pop(path, None)
+        self.skipped[path] = reason
+
+    @property
+    def note(self) -> str:
+        """How many files were left out, and why; empty where there are none."""
+        reasons = [reason.partition(":")[0] for reason in self.skipped.values()]
+        counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        told = "; ".join(f"{count} {reason}" for reason, count in counts.items())
+        return f"Left out of {len(self.kept) + len(reasons)} files: {told}." if told else ""
+
 
 def read_record(path: Path) -> Record:
-    """Return a record; raise InputError for one of a run that did not end well."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record["status"] != "complete":
-        raise InputError(f"{path} is not complete: run it again, or take it away")
-    return record | {"metrics": _renamed(record["metrics"], record.get("schema", 1))}
+    """Return a record; raise InputError for what is none, or of a run that did not end well."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: broken: {type(error).__name__}: {error}") from error
+    if reason := _refused(record):
+        raise InputError(f"{path}: {reason}")
+    return record | {"metrics": _renamed(record["metrics"], record["schema"])}
 
 
 def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
@@ -24,20 +67,122 @@ def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
     return {name.removesuffix(old) + new * name.endswith(old): v for name, v in metrics.items()}
 
 
+def _refused(record: Any) -> str:
+    """Return why content is not a record to make tables of, in the words of a count."""
+    if not isinstance(record, dict) or not set(_PARTS) <= record.keys():
+        return "no record of a run"
+    if record["schema"] not in _SCHEMAS:
+        return f"of another schema: {record['schema']!r}, and {_SCHEMAS} are read"
+    if record["status"] != "complete":
+        return f"not complete: its status is {record['status']!r}; run it again, or take it away"
+    parts = (record["config"], record["metrics"])
+    if not all(isinstance(part, dict) for part in parts):
+        return "broken: settings and metrics are no mappings"
+    for name, value in record["metrics"].items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return f"broken: {name} is {value}, which is no number"
+    return ""
+
+
+def read_all(paths: Iterable[Path]) -> Records:
+    """Read the records of files; what is broken or foreign is left out, with a warning."""
+    found = Records()
+    for path in paths:
+        try:
+            found.kept[path] = read_record(path)
+        except InputError as error:
+            found.skip(path, str(error).removeprefix(f"{path}: "))
+    return found
+
+
 def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     """Return the records `<prefix><name>_seed<N>.json` of a folder by name, in the order of seeds.
 
-    Raises InputError where there are none.
+    What would not make one row with the others of its name is left out, with a warning. Raises
+    InputError where there are none.
     """
-    found: dict[str, list[Record]] = {}
-    for path in sorted(folder.glob(f"{prefix}*_seed*.json")):
+    found = read_all(sorted(folder.glob(f"{prefix}*_seed*.json")))
+    named: dict[str, dict[Path, Record]] = {}
+    for path, record in found.kept.items():
         name = path.stem.removeprefix(prefix).rpartition("_seed")[0]
-        found.setdefault(name, []).append(read_record(path))
-    if not found:
-        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json")
-    return found
+        named.setdefault(name, {})[path] = record
+    for records in named.values():
+        for path, reason in (_unlike(records) | seeds_of(records)[1]).items():
+            found.skip(path, reason)
+    rows = {name: [r for path, r in rs.items() if path in found.kept] for name, rs in named.items()}
+    if not rows:
+        left = "".join(f"; {path.name}: {reason}" for path, reason in found.skipped.items())
+        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json{left}")
+    return rows
+
+
+def seeds_of(records: Mapping[Path, Record]) -> tuple[dict[Path, Record], dict[Path, str]]:
+    """Return the records of one row that may be averaged, and why the others may not.
+
+    They are of the newest schema among them, and each has a seed of its own.
+    """
+    newest = max((record["schema"] for record in records.values()), default=0)
+    chosen: dict[Path, Record] = {}
+    left: dict[Path, str] = {}
+    seeds: dict[Any, str] = {}
+    for path, record in records.items():
+        seed = record["config"].get("seed")
+        if record["schema"] < newest:
+            left[path] = f"older than others of its row: schema {record['schema']}"
+        elif seed in seeds:
+            left[path] = f"a second one with its seed: {seeds[seed]} has {seed} too"
+        else:
+            chosen[path], seeds[seed] = record, path.name
+    return chosen, left
+
+
+def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
+    """Return those of a row that were not made as the first of its newest records, and why."""
+    chosen = seeds_of(records)[0]
+    first, model = next(iter(chosen.items()))
+    return {
+        path: f"unlike others of its row: {', '.join(names)} is not that of {first.name}"
+        for path, record in chosen.items()
+        if (names := differing(record, model))
+    }
+
+
+def differing(one: Record, other: Record) -> list[str]:
+    """Name the settings in which a record differs from another, but for those of a single run."""
+    a, b = (values_of(record["config"]) for record in (one, other))
+    names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+    return [name for name in names if name.split(".")[0] not in _OF_A_RUN]
+
+
+def values_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the single settings of a tree by their dotted names."""
+    return {name: v for name, v in nodes(dict(settings)) if not isinstance(v, dict)}
 
 
 def texts_of(metrics: Mapping[str, float]) -> list[str]:
     """Return the texts whose perplexity was measured, that of the calibration's kind first."""
     return sorted({k.split("/")[1] for k in metrics if k.startswith("ppl/")}, reverse=True)
+
+
+def zeroshot_mean(
+    metrics: Mapping[str, float], tasks: Sequence[str], chosen: Mapping[str, str], variant: str
+) -> float | None:
+    """Return a variant's mean accuracy over tasks in percent; None unless all were measured.
+
+    chosen: task -> acc or acc_norm (`eval.task_metrics`); else acc_norm where there is one. The
+    emulation has the logits of the integer kernels, and is not always asked again.
+    """
+    for one in TWINS.get(variant, (variant,)):
+        found = [_accuracy(metrics, task, chosen.get(task), one) for task in tasks]
+        known = [value for value in found if value is not None]
+        if known and len(known) == len(found):
+            return 100 * mean(known)
+    return None
+
+
+def _accuracy(
+    metrics: Mapping[str, float], task: str, chosen: str | None, variant: str
+) -> float | None:
+    kinds = (chosen,) if chosen else ("acc_norm", "acc")
+    values = (metrics.get(f"zeroshot/{task}/{kind}/{variant}") for kind in kinds)
+    return next((value for value in values if value is not None), None)

@@ -43,7 +43,7 @@ def test_an_ablation_lists_the_best_value_first(tmp_path):
         learn = {**found, "steps": 5}
         metrics = {"ppl/wiki/fake": 5.0, "ppl/c4/fake": c4}
         stages = [{"name": "learn", "seconds": 7.4}]
-        whole = {"status": "complete", "config": {"learn": learn}}
+        whole = {"schema": 1, "experiment": "", "status": "complete", "config": {"learn": learn}}
         path = tmp_path / f"optimizer_{value}_seed0.json"
         path.write_text(json.dumps({**whole, "metrics": metrics, "stages": stages}))
     lines = ablation_table(tmp_path, "optimizer").splitlines()

@@ -8,7 +8,7 @@ import pytest
 
 from spinlab.errors import InputError
 from spinlab.report.records import read_seeds
-from spinlab.report.tables.methods import METHODS, methods_table
+from spinlab.report.tables.methods import methods_table, titles_of
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
@@ -19,20 +19,27 @@ def record(wiki: float, steps: int = 0) -> dict:
         "weights": {"method": "gptq"},
         "learn": {"steps": steps, "batch": 8, "sequence_length": 512},
     }
-    return {"status": "complete", "metrics": metrics, "config": config}
+    whole = {"schema": 2, "experiment": "methods", "status": "complete"}
+    return {**whole, "metrics": metrics, "config": config}
+
+
+def save(folder: Path, name: str, content: dict, seed: int = 0) -> None:
+    content["config"]["seed"] = seed
+    (folder / f"{name}_seed{seed}.json").write_text(json.dumps(content))
 
 
 def test_a_row_is_the_mean_and_sample_deviation_over_seeds(tmp_path):
     values = [17.1, 18.4, 16.9]
     for seed, value in enumerate(values):
-        path = tmp_path / f"spinquant_had_seed{seed}.json"
-        path.write_text(json.dumps(record(value, steps=100)))
-    (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
+        save(tmp_path, "spinquant_had", record(value, steps=100), seed)
+    save(tmp_path, "gptq", record(99.0))
+    save(tmp_path, "untitled", record(98.0))
+    (tmp_path / "titles.yaml").write_text("rtn: none\ngptq: no transform\nspinquant_had: had\n")
     lines = methods_table(tmp_path).splitlines()
-    assert [line.split("|")[2].strip() for line in lines[2:]] == [
-        "original",
-        METHODS["gptq"],
-        METHODS["spinquant_had"],
+    named = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[2:]]
+    assert named == [
+        *(["", "original"], ["gptq", "no transform"], ["spinquant_had", "had"]),
+        ["untitled", ""],
     ]
     assert f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in lines[4]
     assert "100 x 8 x 512" in lines[4]
@@ -54,8 +61,8 @@ def test_comparisons_with_the_original_have_columns_once_a_record_has_them(tmp_p
         }
         compared = record(17.0)
         compared["metrics"] |= more
-        (tmp_path / f"spinquant_had_seed{seed}.json").write_text(json.dumps(compared))
-    (tmp_path / "gptq_seed0.json").write_text(json.dumps(record(99.0)))
+        save(tmp_path, "spinquant_had", compared, seed)
+    save(tmp_path, "gptq", record(99.0))
     head, _, *rows = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in methods_table(tmp_path).splitlines()
@@ -75,14 +82,33 @@ def test_comparisons_with_the_original_have_columns_once_a_record_has_them(tmp_p
     assert list(of_method[""].values()) == ["9.00", "30.00", *"————"]
 
 
-def test_records_that_are_not_complete_or_not_known_are_refused(tmp_path):
-    (tmp_path / "gptq_seed0.json").write_text(json.dumps({**record(1.0), "status": "running"}))
-    with pytest.raises(InputError, match="is not complete"):
+def test_what_is_broken_or_made_otherwise_is_named_and_left_out_of_the_mean(tmp_path, caplog):
+    save(tmp_path, "gptq", record(9.0), 0)
+    save(tmp_path, "gptq", {**record(1.0), "status": "running"}, 1)
+    save(tmp_path, "gptq", {**record(1.0), "schema": 1}, 2)
+    save(tmp_path, "gptq", record(1.0, steps=5), 3)
+    (tmp_path / "gptq_seed4.json").write_text("{")
+    (tmp_path / "gptq_seed5.json").write_text((tmp_path / "gptq_seed0.json").read_text())
+    assert "| 1     | 9.00 " in methods_table(tmp_path).splitlines()[3]
+    for seed, reason in {
+        1: "not complete: its status is 'running'",
+        2: "older than others of its row: schema 1",
+        3: "unlike others of its row: learn.steps is not that of gptq_seed0.json",
+        4: "broken: JSONDecodeError",
+        5: "a second one with its seed: gptq_seed0.json has 0 too",
+    }.items():
+        assert f"gptq_seed{seed}.json is left out: {reason}" in caplog.text
+    (tmp_path / "gptq_seed0.json").unlink()
+    (tmp_path / "gptq_seed5.json").unlink()
+    (tmp_path / "gptq_seed2.json").unlink()
+    (tmp_path / "gptq_seed3.json").unlink()
+    with pytest.raises(InputError, match=r"holds no records .*gptq_seed1\.json: not complete"):
         methods_table(tmp_path)
-    (tmp_path / "gptq_seed0.json").rename(tmp_path / "other_seed0.json")
-    (tmp_path / "other_seed0.json").write_text(json.dumps(record(1.0)))
-    with pytest.raises(InputError, match="without a title"):
-        methods_table(tmp_path)
+
+
+def test_every_committed_row_has_a_title():
+    folder = EXPERIMENTS / "methods_smollm2"
+    assert read_seeds(folder).keys() <= titles_of(folder).keys()
 
 
 def test_every_committed_method_has_three_seeds():

@@ -1,10 +1,17 @@
-"""Tables made of records. A kind is a function: (path of records, more words) -> Markdown."""
+"""Tables and files made of records, by kind.
+
+A table is a function of (path of records, more words) to Markdown; a file is made by one that
+returns its path.
+"""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from spinlab.report.figures import draw_shares
 from spinlab.report.tables.ablation import ablation_table
-from spinlab.report.tables.gap import gap_table
+from spinlab.report.tables.gap import gap_summary, gap_table
 from spinlab.report.tables.methods import methods_table
+from spinlab.report.tables.paper import paper_table
 from spinlab.report.tables.record import record_table
 
 KINDS: Mapping[str, Callable[..., str]] = {
@@ -12,4 +19,10 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "methods": methods_table,
     "ablation": ablation_table,
     "gap": gap_table,
+    "paper": paper_table,
+}
+
+FILES: Mapping[str, Callable[..., Path]] = {
+    "gap": gap_summary,
+    "shares": draw_shares,
 }

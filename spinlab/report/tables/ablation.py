@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from spinlab.report.markdown import markdown
+from spinlab.report.formats import markdown
 from spinlab.report.records import Record, read_seeds, texts_of
 from spinlab.report.tables.methods import perplexities
 

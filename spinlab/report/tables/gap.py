@@ -4,29 +4,25 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-from spinlab.report.markdown import markdown
+from spinlab.files import write_json
+from spinlab.report.formats import markdown
 from spinlab.report.records import Record, read_seeds, texts_of
-from spinlab.report.tables.methods import METHODS, perplexities
+from spinlab.report.tables.methods import perplexities, titles_of
 
 
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
     """Return a table of some methods, with the share of the baseline's gap that each closes."""
-    records = read_seeds(folder)
+    records, titles = read_seeds(folder), titles_of(folder)
     runs = records[baseline]
     texts = texts_of(runs[0]["metrics"])
     head = ["method", "transform", *(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
     rows = [head, ["", "original", *perplexities(runs, texts, "fp"), *("" for _ in texts)]]
-    rows.append(
-        [baseline, METHODS[baseline], *perplexities(runs, texts, "fake"), *("" for _ in texts)]
-    )
-    for method in methods:
+    for method in (baseline, *methods):
+        cells = [method, titles.get(method, ""), *perplexities(records[method], texts, "fake")]
         shares = [mean(gap_closed(records[method], runs, text)) for text in texts]
-        closed = [f"{100 * share:.0f} %" for share in shares]
-        rows.append(
-            [method, METHODS[method], *perplexities(records[method], texts, "fake"), *closed]
-        )
+        closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
+        rows.append([*cells, *closed])
     return markdown(rows)
 
 
@@ -46,8 +42,11 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
     return found
 
 
-def summary(folder: Path, baseline: str, method: str) -> dict[str, Any]:
-    """Return what a method closes of a baseline's gap, with the records behind it."""
+def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
+    """Write what a method closes of a baseline's gap, with the records behind it, beside a folder.
+
+    Returns the path of the file of that name.
+    """
     records = read_seeds(folder)
     metrics: dict[str, float] = {}
     for text in texts_of(records[method][0]["metrics"]):
@@ -59,4 +58,6 @@ def summary(folder: Path, baseline: str, method: str) -> dict[str, Any]:
         for name in (method, baseline)
         for record in records[name]
     ]
-    return {"schema": 1, "method": method, "metrics": metrics, "records": names}
+    path = folder.parent / name
+    write_json(path, {"schema": 1, "method": method, "metrics": metrics, "records": names})
+    return path

@@ -6,29 +6,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from spinlab.errors import InputError
-from spinlab.report.markdown import MISSING, markdown, percent, spread
-from spinlab.report.records import Record, read_seeds, texts_of
+from omegaconf import OmegaConf
 
-# in the order of the table; a method without records is left out
-METHODS = {
-    "rtn": "no transform",
-    "gptq": "no transform",
-    "smoothquant": "SmoothQuant",
-    "random": "random orthogonal R1, R2; Hadamard R3, R4",
-    "quarot": "random Hadamard (QuaRot)",
-    "quarot_own": "QuaRot in its own formats",
-    "duquant": "DuQuant as published",
-    "duquant_legacy": "DuQuant, the public code's index",
-    "duquant_gptq": "DuQuant's transforms",
-    "duquant_learned": "DuQuant as start, learned",
-    "spinquant_no_had": "SpinQuant no_had",
-    "spinquant_had": "SpinQuant had",
-    "spinquant_no_had_riemannian": "SpinQuant no_had, Riemannian clip",
-    "spinquant_had_riemannian": "SpinQuant had, Riemannian clip",
-    "learned_ranges": "Hadamard, learned with W4 and ranges",
-    "learned_inputs": "DuQuant as start, all learned with W4",
-}
+from spinlab.report.formats import MISSING, markdown, percent, spread
+from spinlab.report.records import Record, read_seeds, texts_of
 
 # kinds of metrics of a text, and how they are shown: title, scale, digits
 _OF_TEXTS = {"ppl": ("ppl", 1, 2), "kl": ("KL", 1, 3), "flips": ("flips", 100, 1)}
@@ -45,22 +26,27 @@ def methods_table(folder: Path) -> str:
     KL per token in nats, flips in percent, and the mean of zero-shot tasks in percent with its
     difference from the original's are columns once a record has them. The errors of these two are
     those of the questions, which all seeds share, in the mean over seeds; others are spreads over
-    seeds. Raises InputError for a method without a title.
+    seeds. Methods come in the order of the folder's titles, those without a title behind them.
     """
-    records = read_seeds(folder)
-    if unknown := records.keys() - METHODS.keys():
-        raise InputError(f"methods without a title in {__name__}: {sorted(unknown)}")
+    records, titles = read_seeds(folder), titles_of(folder)
     originals = [run for runs in records.values() for run in runs]
     columns = _columns(originals)
     head = ["method", "transform", "weights", "learned", "seeds", *columns]
     rows = [head, ["", "original", "16 bits", "", "", *_cells(columns, originals, "fp")]]
-    for method in METHODS:
-        if runs := records.get(method):
-            config = runs[0]["config"]
-            weights, learned = config["weights"]["method"].upper(), _learned(config)
-            cells = [method, METHODS[method], weights, learned, str(len(runs))]
-            rows.append([*cells, *_cells(columns, runs, "fake")])
+    for method in [*(t for t in titles if t in records), *sorted(records.keys() - titles.keys())]:
+        runs = records[method]
+        config = runs[0]["config"]
+        weights, learned = config["weights"]["method"].upper(), _learned(config)
+        cells = [method, titles.get(method, ""), weights, learned, str(len(runs))]
+        rows.append([*cells, *_cells(columns, runs, "fake")])
     return markdown(rows)
+
+
+def titles_of(folder: Path) -> dict[str, str]:
+    """Return what `titles.yaml` beside records says of their methods, in its order."""
+    path = folder / "titles.yaml"
+    titles: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    return {str(name): str(title) for name, title in titles.items()}
 
 
 def _columns(records: Sequence[Record]) -> dict[str, Callable[..., str]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spinlab.config import VARIANTS
-from spinlab.report.markdown import MISSING, markdown, percent
+from spinlab.report.formats import MISSING, markdown, percent
 from spinlab.report.records import read_record, texts_of
 
 _TITLES = {
