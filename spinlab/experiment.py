@@ -6,6 +6,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +22,7 @@ from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
 from spinlab.report.figures import draw_outliers
 from spinlab.report.tables.record import result_table
+from spinlab.rotation.stored import read_about
 from spinlab.stages.measure import PREDICTIONS
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
@@ -28,8 +30,9 @@ from spinlab.stages.rotations import networks_of
 from spinlab.stages.weights import weights_in
 from spinlab.track.environment import environment
 from spinlab.track.journal import Journal
+from spinlab.track.mirrors.base import Outcome
 from spinlab.track.record import Record
-from spinlab.track.trackers import Outcome, Trackers
+from spinlab.track.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
         preflight(pipeline, () if sweep else overrides)
         facts = environment() | {"backend": pipeline.run.backend}
         model = describe_model(config.model, pipeline.original.shape)
-        record = Record(config, overrides, facts, pipeline.identity, model)
+        record = Record(config, overrides, facts, pipeline.identity, model, sweep=sweep)
         record.mirrors = trackers.stopped
         record.save()
         _recorded(pipeline, record, trackers)
@@ -68,20 +71,22 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
 
 def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
     """Go through the stages; save the record and close trackers and log however they end."""
-    files: dict[str, list[Path]] = {"figures": [], "artifacts": []}
+    kept: dict[str, Any] = {"figures": [], "artifacts": {}, "layers": {}}  # for the trackers
     journal = Journal(record.folder / "run.log", record.overrides)
     with ExitStack() as end:  # the last is done first, and each of them whatever another raises
         end.callback(journal.close)
-        end.callback(_finish, record, trackers, files)
+        end.callback(_finish, record, trackers, kept)
         end.callback(_save, pipeline, record)
         try:
             if parallel.is_main():
                 trackers.start(record)
-            files["artifacts"].append(_rotations(pipeline, record, trackers.log))
+            rotations = _rotations(pipeline, record, trackers.log)
+            kept["artifacts"][rotations] = read_about(rotations)
             if parallel.is_main():
                 export(pipeline)
-            _evaluations(pipeline, record)
-            files["figures"].append(_outliers(pipeline, record))
+            _evaluations(pipeline, record, trackers)
+            figure, kept["layers"] = _outliers(pipeline, record)
+            kept["figures"].append(figure)
             check_finite(record.metrics, "the record cannot be complete")
             record.status = "complete"
         except BaseException as error:
@@ -90,9 +95,9 @@ def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
             raise
 
 
-def _finish(record: Record, trackers: Trackers, files: dict[str, list[Path]]) -> None:
+def _finish(record: Record, trackers: Trackers, kept: dict[str, Any]) -> None:
     """Close the trackers, and keep in the record which of them could not."""
-    trackers.finish(Outcome(record.status == "complete", record.metrics, **files))
+    trackers.finish(Outcome(record.status == "complete", record.metrics, **kept))
     if trackers.stopped:
         record.save()
 
@@ -131,12 +136,14 @@ def export(pipeline: Pipeline) -> None:
     write_exports(pipeline.config, subject)
 
 
-def _evaluations(pipeline: Pipeline, record: Record) -> None:
+def _evaluations(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
     """Measure every variant, those on integers once they have passed the gate of the hand-off."""
     for variant in record.config.eval.variants:
         if variant != "fp":
             record.metrics[_HANDOFF[variant]] = pipeline.handoff_error(variant)
-        record.metrics |= pipeline.measure(variant)
+        measured = pipeline.measure(variant)
+        record.metrics |= measured
+        trackers.measured(variant, measured)
         _keep_predictions(pipeline, record, variant)
         _save(pipeline, record)
     for text in (text.label for text in pipeline.texts[1]):
@@ -183,8 +190,11 @@ def _gain(record: Record, text: str) -> None:
         )
 
 
-def _outliers(pipeline: Pipeline, record: Record) -> Path:
-    """Draw the layer whose input has the worst outliers, before and after rotating."""
+def _outliers(pipeline: Pipeline, record: Record) -> tuple[Path, dict[str, list[float]]]:
+    """Draw the layer whose input has the worst outliers, before and after rotating.
+
+    Returns the figure, and per network the outliers of every layer.
+    """
     peaks = pipeline.outliers()
     ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
     record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
@@ -200,7 +210,7 @@ def _outliers(pipeline: Pipeline, record: Record) -> Path:
         title = f"{record.model_name}, attention input of layer {layer}"
         with writing(record.folder, "paths.runs"):
             draw_outliers(profiles, title, path)
-    return path
+    return path, {f"outliers/{name}": r.tolist() for name, r in ratios.items()}
 
 
 def _read(path: Path, default):

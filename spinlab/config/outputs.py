@@ -5,15 +5,24 @@ from dataclasses import dataclass, field
 from spinlab.config.checks import choice
 from spinlab.errors import InputError
 
+LONGEST_TAG = 64  # characters that W&B takes
+
 
 @dataclass(frozen=True)
 class WandbConfig:
     mode: str = "offline"
     project: str = "spinlab"
     entity: str | None = None
+    group: str | None = None  # the experiment's name
+    tags: list[str] = field(default_factory=list)  # beside what the command chose
 
     def __post_init__(self) -> None:
         choice("tracker.wandb.mode", self.mode, ("online", "offline", "disabled"))
+        if long := [tag for tag in self.tags if len(tag) > LONGEST_TAG]:
+            raise InputError(
+                f"tracker.wandb.tags: {long[0]!r} has {len(long[0])} characters, and W&B takes "
+                f"{LONGEST_TAG}: shorten it"
+            )
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class TrackerConfig:
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+    csv: bool = False
 
 
 @dataclass(frozen=True)

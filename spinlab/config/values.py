@@ -1,7 +1,7 @@
 """All settings by their dotted names, and what holds for every value, whatever it means."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from spinlab.errors import InputError
@@ -38,3 +38,12 @@ def nodes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
                 yield from nodes(item, f"{name}.")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a tree under their dotted names, lists and empty dictionaries whole."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -95,6 +95,7 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     status: str = "running"
     mirrors: dict[str, str] = field(default_factory=dict)  # trackers that stopped, and why
+    sweep: bool = False  # one of several runs of a command
 
     @property
     def key(self) -> str:

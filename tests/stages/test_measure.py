@@ -224,7 +224,7 @@ def test_a_gate_is_recorded_for_every_network_on_integers(folder, monkeypatch):
     monkeypatch.setattr(Pipeline, "handoff_error", lambda run, variant: float(len(variant)))
     run, config = pipeline(folder), settings(folder)
     record = Record(config, [], {}, {})
-    experiment._evaluations(run, record)
+    experiment._evaluations(run, record, Trackers())
     names = ("invariance/rtn", "handoff/init", "invariance/fake", "invariance/integer")
     assert record.metrics == {name: float(len(name.rpartition("/")[2])) for name in names}
 

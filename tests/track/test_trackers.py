@@ -1,5 +1,6 @@
 """Mirrors of the record: they may stop, and the run goes on."""
 
+import csv
 import errno
 import json
 import logging
@@ -10,22 +11,31 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spinlab.config import Config, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.errors import InputError
+from spinlab.report.figures import draw_outliers
+from spinlab.track.mirrors.base import Outcome, Tracker
+from spinlab.track.mirrors.wandb import Wandb, tags
 from spinlab.track.record import Record
-from spinlab.track.trackers import Outcome, Trackers
+from spinlab.track.trackers import Trackers
 
 ROOT = Path(__file__).parent.parent.parent
 DONE = Outcome(complete=True, metrics={"ppl/wiki/fp": 9.0})
 FAILED = Outcome(complete=False)
 
 
-def record_in(folder: Path, mode: str = "disabled", tensorboard: bool = False) -> Record:
-    tracker = TrackerConfig(WandbConfig(mode=mode), tensorboard)
-    return Record(Config(paths=PathsConfig(runs=str(folder)), tracker=tracker), [], {}, {})
+def record_in(
+    folder: Path, mode: str = "disabled", overrides=(), seed=0, sweep=False, **mirrors: bool
+) -> Record:
+    tracker = TrackerConfig(WandbConfig(mode=mode), **mirrors)
+    config = Config(seed=seed, paths=PathsConfig(runs=str(folder)), tracker=tracker)
+    return Record(config, list(overrides), {}, {}, sweep=sweep)
 
 
 def started(record: Record) -> Trackers:
@@ -48,7 +58,7 @@ def ended(record: Record, outcome: Outcome, steps: int = 1) -> list[Path]:
     return sorted(record.folder.glob("wandb/offline-run-*"))
 
 
-class Flaky:
+class Flaky(Tracker):
     """A mirror that stands until `broken`."""
 
     name = "flaky"
@@ -130,8 +140,9 @@ KILLED = """
 import sys, time
 import psutil
 from spinlab.config import Config, PathsConfig, TrackerConfig, WandbConfig
+from spinlab.track.mirrors.base import Outcome
 from spinlab.track.record import Record
-from spinlab.track.trackers import Outcome, Trackers
+from spinlab.track.trackers import Trackers
 
 tracker = TrackerConfig(WandbConfig(mode="offline"))
 for seed in range(2):
@@ -191,31 +202,129 @@ def test_a_repeat_leaves_one_offline_run_that_of_the_record(tmp_path):
     assert last != complete
 
 
-def test_an_offline_run_can_be_moved(tmp_path):
-    file = tmp_path / "cache" / "rotations.safetensors"
-    file.parent.mkdir()
-    file.write_bytes(b"r1" * 99)
-    record = record_in(tmp_path / "runs", "offline")
-    whole = Outcome(complete=True, metrics={"ppl/a<b/fp": 9.25}, artifacts=[file])
-    (folder,) = ended(record, whole)
-    moved = shutil.move(folder, tmp_path / "moved")
-    assert (Path(moved) / "files" / "rotations.safetensors").read_bytes() == b"r1" * 99
-    assert not (Path(moved) / "files" / "rotations.safetensors").is_symlink()
-    (file_of_all,) = Path(moved).glob("*.wandb")
-    deadline = time.monotonic() + 30
-    while b"rotations.safetensors" not in (log := file_of_all.read_bytes()):  # flushed in the end
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert str(file.parent).encode() not in log
-    assert b"staging" not in log  # no artifact, not even of a table
-    (table,) = (Path(moved) / "files" / "media").rglob("*.html")
-    assert "<td>ppl/a&lt;b/fp<td>9.25" in table.read_text()
+def files_of(folder: Path) -> tuple[Path, Path]:
+    """Write a file of rotations and a figure, elsewhere than a run."""
+    folder.mkdir()
+    rotations, figure = folder / "rotations.safetensors", folder / "outliers.png"
+    rotations.write_bytes(b"r1" * 99)
+    draw_outliers({"before": np.arange(1.0, 9.0)}, "a layer", figure)
+    return rotations, figure
+
+
+def test_an_offline_run_is_synced_from_where_it_was_moved(tmp_path, service):
+    file, figure = files_of(tmp_path / "cache")
+    record = record_in(tmp_path / "runs", "offline", overrides=["+experiment=toy", "learn.lr=1"])
+    trackers = started(record)
+    for step in range(2):
+        trackers.log(step, {"loss": 3.0 - step})
+    for variant in ("fp", "integer"):
+        trackers.measured(variant, {f"ppl/wiki/{variant}": 9.5})
+    whole = Outcome(
+        complete=True,
+        metrics={"ppl/a<b/fp": 9.25},
+        layers={"outliers/before": [7.5, 8.0]},
+        figures=[figure],
+        artifacts={file: {"family": "llama"}},
+    )
+    trackers.finish(whole)
+    assert not trackers.stopped
+    shutil.rmtree(file.parent)
+    (folder,) = record.folder.glob("wandb/offline-run-*")
+    (tmp_path / "elsewhere").mkdir()
+    done = service.sync(Path(shutil.move(folder, tmp_path / "elsewhere")))
+    assert done.returncode == 0, done.stderr
+    run, files = service.run, service.files
+    assert (run["name"], run["project"], run["groupName"]) == (record.key, "spinlab", "custom")
+    assert (run["jobType"], run["tags"]) == ("run", ["experiment=toy"])
+    curve = [(r["learn/step"], r["learn/loss"]) for r in service.rows if "learn/step" in r]
+    assert curve == [(0, 3.0), (1, 2.0)]
+    names = ("evaluation/place", "evaluation/variant", "evaluation/ppl/wiki")
+    measured = [tuple(row[n] for n in names) for row in service.rows if names[0] in row]
+    assert measured == [(0, "fp", 9.5), (1, "integer", 9.5)]
+    assert json.loads(files["wandb-summary.json"])["ppl/a<b/fp"] == 9.25
+    assert files["rotations.safetensors"] == b"r1" * 99
+    about = json.loads(files["rotations.json"])
+    assert (about["key"], about["family"]) == (record.key, "llama")
+    media = {name.partition("_")[0]: body for name, body in files.items() if "media/" in name}
+    assert b"<td>ppl/a&lt;b/fp<td>9.25" in media["media/html/metrics"]
+    assert b"<th>outliers/before<tr><td>0<td>7.5" in media["media/html/layers"]
+    assert media["media/images/figures/outliers"].startswith(b"\x89PNG")
+
+
+def test_an_online_run_keeps_rotations_as_an_artifact_with_what_they_say(tmp_path):
+    file, _ = files_of(tmp_path / "cache")
+    mirror, kept = object.__new__(Wandb), []
+    mirror._run = SimpleNamespace(offline=False, id="key", log_artifact=kept.append)
+    mirror._keep(file, {"family": "llama"})
+    (artifact,) = kept
+    assert (artifact.type, artifact.name) == ("rotation", "rotations-key")
+    assert artifact.metadata == {"family": "llama"}
+    assert list(artifact.manifest.entries) == ["rotations.safetensors"]
+
+
+def test_each_point_of_a_sweep_is_a_run_whatever_became_of_the_last(tmp_path, service):
+    records = [record_in(tmp_path, "offline", seed=seed, sweep=True) for seed in range(2)]
+    going = [started(record) for record in records]
+    for trackers in going[::-1]:  # the first is open while the second starts
+        trackers.log(0, {"loss": 1.0})
+        trackers.finish(DONE)
+    for record in records:
+        (folder,) = record.folder.glob("wandb/offline-run-*")
+        assert folder.name.endswith(record.key)
+    assert service.sync(folder).returncode == 0
+    assert (service.run["name"], service.run["jobType"]) == (records[1].key, "point")
+    assert len([row for row in service.rows if "learn/step" in row]) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["+experiment=toy", "+method=quarot"], ["experiment=toy", "method=quarot"]),
+        (["quant.weights.bits=3", "+sweep=seeds", "sweep=seeds"], ["sweep=seeds"]),
+        (["name=" + "x" * 60], []),
+    ],
+    ids=["choices", "no settings", "too long"],
+)
+def test_what_a_command_chose_as_a_whole_makes_the_tags(overrides, found):
+    assert tags(overrides, ["mine"]) == [*found, "mine"]
+
+
+def test_a_tag_that_is_too_long_is_refused():
+    with pytest.raises(InputError, match=r"has 65 characters, and W&B takes 64: shorten it"):
+        WandbConfig(tags=["x" * 65])
+
+
+def test_csv_and_tensorboard_hold_curves_metrics_layers_and_figures(tmp_path):
+    file, figure = files_of(tmp_path / "cache")
+    record = record_in(tmp_path / "runs", tensorboard=True, csv=True)
+    trackers = started(record)
+    for step in range(2):
+        trackers.log(step, {"loss": 3.0 - step, "lr": 0.5})
+    trackers.measured("fp", {"ppl/wiki/fp": 9.5})
+    layers = {"outliers/before": [7.5, 8.0], "outliers/init": [1.5, 2.0]}
+    metrics = {"ppl/wiki/fp": 9.5, "bytes/fp": 4.0}
+    trackers.finish(Outcome(True, metrics, layers, [figure], {file: {}}))
+    assert not trackers.stopped
+    told = {name: (record.folder / f"{name}.csv").read_text() for name in ("curves", "layers")}
+    assert told["curves"].splitlines() == ["step,loss,lr", "0,3.0,0.5", "1,2.0,0.5"]
+    assert told["layers"].splitlines()[1:] == ["0,7.5,1.5", "1,8.0,2.0"]
+    with (record.folder / "metrics.csv").open(newline="") as table:
+        assert {r["metric"]: float(r["value"]) for r in csv.DictReader(table)} == metrics
+    events = EventAccumulator(str(record.folder / "tensorboard"), {"images": 0}).Reload()
+    scalars = {n: [(e.step, e.value) for e in events.Scalars(n)] for n in events.Tags()["scalars"]}
+    assert scalars["learn/loss"] == [(0, 3.0), (1, 2.0)]
+    assert scalars["evaluation/ppl/wiki"] == [(0, 9.5)]
+    assert scalars["layers/outliers/init"] == [(0, 1.5), (1, 2.0)]
+    assert scalars["ppl/wiki/fp"] == [(0, 9.5)]
+    assert events.Tags()["images"] == ["figures/outliers"]
+    settings = events.SummaryMetadata("_hparams_/session_start_info")
+    assert b"rotation.r1" in settings.plugin_data.content
 
 
 def test_a_server_that_does_not_answer_holds_the_start_for_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens on discard
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("spinlab.track.trackers._PATIENCE", 2)
+    monkeypatch.setattr("spinlab.track.mirrors.wandb._PATIENCE", 2)
     start = time.monotonic()
     with pytest.raises(InputError, match=r"no answer in 2 s.*tracker=offline"):
         started(record_in(tmp_path, "online"))
