@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test tables lint clean
+.PHONY: help setup run test tables report lint clean
 
 EXPERIMENT ?= smollm2_135m_w4a4kv4
 ARGS ?=
@@ -31,13 +31,16 @@ test: lint  ## lint, then run the tests on all cores; PYTEST_ARGS and ARGS go to
 tables: .venv/.ready  ## rebuild every table of the pages from its records
 	@.venv/bin/python -m spinlab.report
 
+report: .venv/.ready  ## write report/index.html, a page to look through all records
+	@.venv/bin/python -m spinlab.report page=report/index.html
+
 lint: .venv/.ready  ## check style, format and types
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m basedpyright --pythonpath .venv/bin/python
 
-clean:  ## remove results and caches (runs/, .cache/ and the tools' own); leaves .venv
-	rm -rf runs .cache .pytest_cache .ruff_cache
+clean:  ## remove results and caches (runs/, report/, .cache/ and the tools' own); leaves .venv
+	rm -rf runs report .cache .pytest_cache .ruff_cache
 
 .venv/.ready: pyproject.toml requirements.lock requirements-assets.txt
 	@.venv/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || { \

@@ -40,10 +40,6 @@ def nodes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from nodes(item, f"{name}.")
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a tree under their dotted names, lists and empty dictionaries whole."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def values_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the single settings of a tree by their dotted names."""
+    return {name: v for name, v in nodes(dict(settings)) if not isinstance(v, dict)}

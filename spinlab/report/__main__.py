@@ -1,10 +1,11 @@
-"""Rebuild every table and file that pages have marks of, or show a published table.
+"""Rebuild every table and file that pages have marks of, show a published table, or all records.
 
 python -m spinlab.report                     all pages, from their records: make tables
 python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
+python -m spinlab.report page=index.html     all records in one file, to look through: make report
 
-With `table=`: `format=` markdown, latex or csv, `model=` some of its models, with commas, and
-`records=` where ours lie, with commas: below runs and experiments, unless said otherwise.
+With `table=`: `format=` markdown, latex or csv, and `model=` some of its models, with commas. With
+both: `records=` where ours lie, with commas: below runs and experiments, unless said otherwise.
 """
 
 import logging
@@ -14,12 +15,13 @@ from pathlib import Path
 from spinlab.compose import did_you_mean
 from spinlab.errors import InputError
 from spinlab.report.formats import FORMATS
+from spinlab.report.page.build import write_page
 from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
 from spinlab.report.tables.paper import paper_sheet
 
 _ROOT = Path(__file__).parent.parent.parent
-_WORDS = {"table": "", "format": "markdown", "model": "", "records": "runs,experiments"}
+_WORDS = {"table": "", "page": "", "format": "markdown", "model": "", "records": "runs,experiments"}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -34,6 +36,8 @@ def main(words: list[str] | None = None) -> None:
         asked = _read(given)
         if asked["table"]:
             print(_published(asked))
+        elif asked["page"]:
+            print(write_page(_folders(asked["records"]), Path(asked["page"]).expanduser()))
         elif given:
             raise InputError(f"{given[0]} needs a table: write table=NAME")
         else:
@@ -57,13 +61,19 @@ def _read(words: list[str]) -> dict[str, str]:
 def _published(asked: dict[str, str]) -> str:
     if asked["format"] not in FORMATS:
         raise InputError(f"format={asked['format']} is unknown: choose one of {', '.join(FORMATS)}")
-    folders = [Path(place).expanduser() for place in asked["records"].split(",")]
-    if asked["records"] == _WORDS["records"]:
-        folders = [Path("runs"), _ROOT / "experiments"]
-    elif missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise InputError(f"records={missing[0]} is no folder")
     models = asked["model"].split(",") if asked["model"] else []
-    return FORMATS[asked["format"]](paper_sheet(folders, asked["table"], models))
+    sheet = paper_sheet(_folders(asked["records"]), asked["table"], models)
+    return FORMATS[asked["format"]](sheet)
+
+
+def _folders(places: str) -> list[Path]:
+    """Return the folders of records; of the two that are looked into anyway, none need be there."""
+    if places == _WORDS["records"]:
+        return [Path("runs"), _ROOT / "experiments"]
+    folders = [Path(place).expanduser() for place in places.split(",")]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise InputError(f"records={missing[0]} is no folder")
+    return folders
 
 
 def _rebuild() -> None:

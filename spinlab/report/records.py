@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from spinlab.config.values import nodes
+from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,16 @@ def _refused(record: Any) -> str:
     return ""
 
 
+def record_files(folder: Path) -> list[Path]:
+    """Return the records below a folder: those of runs, and what lies outside of runs' folders.
+
+    A run's record has one name, beside what else the run left; others are called as one likes.
+    """
+    files = [*folder.rglob("*.json")]
+    runs = {path.parent for path in files if path.name == "record.json"}
+    return [p for p in files if p.name == "record.json" or runs.isdisjoint(p.parents)]
+
+
 def read_all(paths: Iterable[Path]) -> Records:
     """Read the records of files; what is broken or foreign is left out, with a warning."""
     found = Records()
@@ -152,11 +162,6 @@ def differing(one: Record, other: Record) -> list[str]:
     a, b = (values_of(record["config"]) for record in (one, other))
     names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
     return [name for name in names if name.split(".")[0] not in _OF_A_RUN]
-
-
-def values_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the single settings of a tree by their dotted names."""
-    return {name: v for name, v in nodes(dict(settings)) if not isinstance(v, dict)}
 
 
 def texts_of(metrics: Mapping[str, float]) -> list[str]:

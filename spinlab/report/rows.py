@@ -12,8 +12,9 @@ from typing import Any
 
 from spinlab.compose import composed, options_of
 from spinlab.config import Config, plain
+from spinlab.config.values import values_of
 from spinlab.report.publications import Measure, Row, Table
-from spinlab.report.records import TWINS, Record, values_of, zeroshot_mean
+from spinlab.report.records import TWINS, Record, zeroshot_mean
 
 # settings that say where, how fast and for whom, but change no number beyond noise
 _FREE = (

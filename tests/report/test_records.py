@@ -2,7 +2,7 @@
 
 import json
 
-from spinlab.report.records import read_record
+from spinlab.report.records import read_record, record_files
 
 
 def test_a_variant_has_one_name_whatever_the_record_calls_it(tmp_path):
@@ -14,3 +14,11 @@ def test_a_variant_has_one_name_whatever_the_record_calls_it(tmp_path):
         found = read_record(path)["metrics"]
         assert set(found) == {name, "ppl/wiki/fake", "peer/int4_kv/b1"}
         assert found[name] == 2.0
+
+
+def test_a_runs_folder_has_one_record_and_hides_none_outside_of_it(tmp_path):
+    for name in ("a.json", "sweep/key/record.json", "sweep/key/wandb/files/b.json", "c/d.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = {path.relative_to(tmp_path).as_posix() for path in record_files(tmp_path)}
+    assert found == {"a.json", "sweep/key/record.json", "c/d.json"}

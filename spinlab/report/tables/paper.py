@@ -8,7 +8,7 @@ from statistics import mean
 from spinlab.errors import InputError
 from spinlab.report.formats import Sheet, spread
 from spinlab.report.publications import Measure, Row, Table, Tolerance, table_named
-from spinlab.report.records import Records, read_all, seeds_of
+from spinlab.report.records import Records, read_all, record_files, seeds_of
 from spinlab.report.rows import (
     command,
     differences,
@@ -51,7 +51,7 @@ def paper_sheet(folders: Sequence[Path], name: str, models: Sequence[str] = ()) 
     for model in models:
         if model not in table.models:
             raise InputError(f"{name} has no model {model!r}: it has {', '.join(table.models)}")
-    found = read_all(sorted(path for folder in folders for path in _files(folder)))
+    found = read_all(sorted(path for folder in folders for path in record_files(folder)))
     rows = [
         line
         for model in (models or table.models)
@@ -61,12 +61,6 @@ def paper_sheet(folders: Sequence[Path], name: str, models: Sequence[str] = ()) 
     ]
     notes = [f"{MARK} {paper.title}, arXiv {paper.arxiv}. {table.title}; {table.read}."]
     return Sheet((HEAD, *rows), (*notes, *_reasons(table), *([found.note] if found.note else ())))
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the records below a folder; a run's has one name, others are called as one likes."""
-    runs = [*folder.rglob("record.json")]
-    return runs or [*folder.rglob("*.json")]
 
 
 def _lines(table: Table, row: Row, model: str, found: Records) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spinlab.config.values import flat
+from spinlab.config.values import values_of
 from spinlab.errors import InputError
 from spinlab.track.mirrors.base import Outcome, Tracker, Values
 from spinlab.track.record import Record
@@ -29,7 +29,7 @@ class Tensorboard(Tracker):
             raise InputError(
                 "tracker.tensorboard=true needs tensorboard: run `make setup`"
             ) from None
-        self._settings = list(flat(settings))
+        self._settings = values_of(settings)
         self._writer = SummaryWriter(str(folder))
 
     def log(self, step: int, values: Values) -> None:
@@ -45,7 +45,7 @@ class Tensorboard(Tracker):
             self._scalars("layers", int(layer), dict(zip(outcome.layers, values, strict=True)))
         for path in outcome.figures:
             self._writer.add_image(f"figures/{path.stem}", imread(path), dataformats="HWC")
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self._settings}
+        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self._settings.items()}
         self._writer.add_hparams(plain, dict(outcome.metrics), run_name=".")  # logs the metrics too
         self._writer.close()
 

@@ -1,0 +1,73 @@
+// The view is the address behind #: every link, field and reload goes through it.
+
+const texts = ["filter", "columns", "x", "y", "colour"];
+const choices = ["variant", "a", "b"];
+
+function defaults() {
+  const names = allNames();
+  const has = (name) => names.includes(name);
+  const quality = names.filter((name) => /^ppl\/[^/]+$/.test(name)).reverse();
+  const columns = ["network", ...["model", "seed"].filter(has), ...["bits/weights", "bits/kv"].filter(has), ...quality];
+  const differs = (name) => new Set(content.runs.map((run) => shown(field(run, name)))).size > 1;
+  return {
+    filter: "", variant: "", columns: columns.join(", "), sort: "experiment", down: false,
+    x: "bits/weights", y: quality[0] ?? "ppl", run: "", a: "", b: "",
+    colour: ["model", "rotation.r1", "weights.method"].find(differs) ?? "model",
+  };
+}
+
+const standard = defaults();
+
+function address(view) {
+  const told = Object.entries(view).filter(([name, value]) => value !== standard[name]);
+  return "#" + new URLSearchParams(told.map(([name, value]) => [name, String(value)]));
+}
+
+function viewed() {
+  const view = { ...standard };
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (Object.hasOwn(standard, name)) view[name] = name === "down" ? value === "true" : value;
+  }
+  return view;
+}
+
+const place = (id) => document.getElementById(id);
+let last = "";
+
+function show() {
+  const view = viewed();
+  for (const id of [...texts, ...choices]) {
+    if (place(id) !== document.activeElement || place(id).value.trim() !== view[id].trim()) place(id).value = view[id];
+  }
+  const runs = filtered(view);
+  place("plot").replaceChildren(...plotted(runs, view));
+  place("results").replaceChildren(...results(runs, view));
+  const run = byId.get(view.run);
+  place("run").replaceChildren(...(run ? oneRun(run, view) : []));
+  const [a, b] = [byId.get(view.a), byId.get(view.b)];
+  place("difference").replaceChildren(...(a && b ? difference(a, b) : [element("p", { class: "quiet" }, "Choose two runs.")]));
+  if (run && view.run !== last) place("run").scrollIntoView();
+  last = view.run;
+}
+
+function option(value, text) {
+  return element("option", { value }, text);
+}
+
+function start() {
+  place("names").append(...allNames().map((name) => option(name, "")));
+  place("variant").append(option("", "each run's last"), ...content.variants.map((name) => option(name, name)));
+  for (const id of ["a", "b"]) {
+    place(id).append(option("", "none"), ...content.runs.map((run) => option(run.id, `${run.experiment} (${run.id})`)));
+  }
+  const left = Object.entries(content.left_out);
+  if (left.length) place("left-out").append(element("h2", {}, `Left out: ${left.length}`), table(["file", "reason"], left, "wrap"));
+  for (const id of [...texts, ...choices]) {
+    place(id).addEventListener("input", () => history.replaceState(null, "", address({ ...viewed(), [id]: place(id).value })) ?? show());
+  }
+  for (const id of ["controls", "pair"]) place(id).addEventListener("submit", (event) => event.preventDefault());
+  for (const change of ["hashchange", "resize"]) addEventListener(change, show);
+  show();
+}
+
+start();

@@ -1,0 +1,51 @@
+// One run with all that is kept of it, and the difference of two.
+
+function details(title, ...children) {
+  return element("details", {}, element("summary", {}, title), ...children);
+}
+
+function pairs(tree) {
+  return table(["name", "value"], Object.entries(tree).sort(([a], [b]) => (a < b ? -1 : 1)), "wrap");
+}
+
+function oneRun(run, view) {
+  const { step = [], ...curves } = run.curves;
+  const drawn = Object.keys(curves).map((name) => curve(name, step, curves[name]));
+  const figures = run.figures.map(({ name, data }) =>
+    element("figure", {}, element("img", { alt: `${name} of ${run.experiment}`, src: `data:image/png;base64,${data}` }),
+      element("figcaption", { class: "quiet" }, name)));
+  const stages = run.stages.map(([name, seconds, cached]) => [name, seconds, cached ? "cached" : ""]);
+  return [
+    element("h2", {}, `Run ${run.experiment}`),
+    element("p", {}, element("code", {}, run.command)),
+    element("p", { class: "quiet" }, `${run.id}, key ${run.key}; `,
+      element("a", { href: address({ ...view, a: run.id }) }, "first"), " or ",
+      element("a", { href: address({ ...view, b: run.id }) }, "second"), " of the difference"),
+    ...(drawn.length ? [element("h3", {}, "Curves"), element("div", { class: "curves" }, ...drawn)] : []),
+    ...figures,
+    element("h3", {}, "Metrics"), pairs(run.metrics),
+    details("Settings", pairs(run.settings)),
+    details("Stages", table(["stage", "seconds", ""], stages)),
+    details("Environment", pairs(run.environment)),
+  ];
+}
+
+function difference(a, b) {
+  const unlike = (part) => {
+    const names = [...new Set([...Object.keys(a[part]), ...Object.keys(b[part])])].sort();
+    return names.filter((name) => shown(a[part][name]) !== shown(b[part][name]));
+  };
+  const words = (part) => unlike(part).map((name) => [name, shown(a[part][name]), shown(b[part][name])]);
+  const metrics = unlike("metrics").map((name) => {
+    const [one, other] = [a.metrics[name], b.metrics[name]];
+    const both = typeof one === "number" && typeof other === "number";
+    return [name, one, other, both ? other - one : "", both && one ? `${shown(100 * (other / one - 1))} %` : ""];
+  });
+  const part = (title, head, rows, kind) =>
+    [element("h3", {}, title), rows.length ? table(head, rows, kind) : element("p", { class: "quiet" }, "no difference")];
+  return [
+    ...part("Settings", ["setting", "first", "second"], words("settings"), "wrap"),
+    ...part("Metrics", ["metric", "first", "second", "second − first", "relative"], metrics),
+    ...part("Environment", ["fact", "first", "second"], words("environment"), "wrap"),
+  ];
+}
