@@ -1,6 +1,6 @@
-"""Stands in for W&B's server on this machine, so that `wandb sync` can be tried without a network.
+"""Stands in for W&B's server on this machine: its own uploads are tried without a network.
 
-It answers the few requests of an upload and keeps what came in; whatever else it is asked gets an
+It answers the few requests that they need and keeps what came in; whatever else it is asked gets an
 empty answer.
 """
 
@@ -19,12 +19,13 @@ import pytest
 
 
 class Service:
-    """What was uploaded: the run as it was made, the rows of its history, and its files."""
+    """What was uploaded: the run as it was made, the rows of its history, artifacts and files."""
 
     def __init__(self) -> None:
         self.run: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
+        self.artifacts: dict[str, dict[str, Any]] = {}
         handler = type("Answers", (_Answers,), {"service": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -38,8 +39,12 @@ class Service:
     def sync(self, run: Path) -> subprocess.CompletedProcess[str]:
         """Upload an offline run with W&B's own command."""
         command = [sys.executable, "-m", "wandb", "sync", str(run)]
-        environment = os.environ | {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40}
+        environment = os.environ | self.environment
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40}
 
     def answer(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
         """Answer one operation of GraphQL."""
@@ -51,7 +56,15 @@ class Service:
         if operation == "CreateRunFiles":
             files = [{"name": n, "uploadUrl": f"{self.url}/put/{n}"} for n in given["files"]]
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
-        return {}
+        if operation == "CreateArtifact":
+            made = given["input"]
+            self.artifacts[made["artifactCollectionName"]] = made
+            sequence = {"id": "s", "latestArtifact": None}
+            known = {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}
+            return {"createArtifact": {"artifact": known}}
+        who = {"id": "u", "username": "me", "entity": "me", "admin": False, "flags": "{}"}
+        none = {"edges": []}
+        return {"viewer": {**who, "teams": none, "apiKeys": none}, "project": None}
 
     def stream(self, files: dict[str, Any]) -> None:
         """Take lines that are added to files."""
@@ -65,7 +78,7 @@ class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body, answer = self._body(), {}
         if self.path == "/graphql":
-            asked = json.loads(body)
+            asked = {"variables": {}, **json.loads(body)}
             answer = {"data": self.service.answer(asked["operationName"], asked["variables"])}
         elif self.path.endswith("/file_stream"):
             self.service.stream(json.loads(body).get("files") or {})

@@ -11,17 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import wandb
 from spinlab.config import Config, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.errors import InputError
 from spinlab.report.figures import draw_outliers
 from spinlab.track.mirrors.base import Outcome, Tracker
-from spinlab.track.mirrors.wandb import Wandb, tags
+from spinlab.track.mirrors.wandb import tags
 from spinlab.track.record import Record
 from spinlab.track.trackers import Trackers
 
@@ -251,15 +251,34 @@ def test_an_offline_run_is_synced_from_where_it_was_moved(tmp_path, service):
     assert media["media/images/figures/outliers"].startswith(b"\x89PNG")
 
 
-def test_an_online_run_keeps_rotations_as_an_artifact_with_what_they_say(tmp_path):
+@pytest.fixture
+def server(service, tmp_path, monkeypatch):
+    """The service as that of this process's online runs."""
+    places = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "DATA")}
+    for name, value in (service.environment | places).items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it remembers the settings of the process's first run
+    yield service
+    wandb.teardown()
+
+
+def test_an_online_run_has_tables_and_keeps_rotations_with_what_they_say(tmp_path, server):
     file, _ = files_of(tmp_path / "cache")
-    mirror, kept = object.__new__(Wandb), []
-    mirror._run = SimpleNamespace(offline=False, id="key", log_artifact=kept.append)
-    mirror._keep(file, {"family": "llama"})
-    (artifact,) = kept
-    assert (artifact.type, artifact.name) == ("rotation", "rotations-key")
-    assert artifact.metadata == {"family": "llama"}
-    assert list(artifact.manifest.entries) == ["rotations.safetensors"]
+    record = record_in(tmp_path / "runs", "online")
+    trackers = started(record)
+    trackers.log(0, {"loss": 3.0})
+    layers = {"outliers/before": [7.5, 8.0]}
+    trackers.finish(Outcome(True, {"gap/wiki": 0.5}, layers, artifacts={file: {"family": "llama"}}))
+    assert not trackers.stopped
+    tables = {n: json.loads(body) for n, body in server.files.items() if "media/table/" in n}
+    assert sorted(table["columns"] for table in tables.values()) == [
+        ["layer", "outliers/before"],
+        ["metric", "value"],
+    ]
+    rotations = server.artifacts[f"rotations-{record.key}"]
+    assert rotations["artifactTypeName"] == "rotation"
+    about = json.loads(rotations["metadata"])
+    assert (about["key"], about["experiment"], about["family"]) == (record.key, "custom", "llama")
 
 
 def test_each_point_of_a_sweep_is_a_run_whatever_became_of_the_last(tmp_path, service):
