@@ -62,8 +62,10 @@ def _add_line(path: Path, table: str, block: str) -> list[str]:
         text = text.replace("from spinlab.", "\n".join(imports) + "\nfrom spinlab.", 1)
     start = re.search(rf"^(class )?{table}\b.*$", text, re.M)
     assert start, f"{path} has no {table}"
-    if start[1]:  # a dataclass: before its first method
-        end = text.index("\n\n    def ", start.end())
+    if start[1]:  # a dataclass: before its first method, or at its end
+        found = re.compile(r"\n\n(    def |\n)").search(text, start.end())
+        assert found, table
+        end = found.start()
         text = f"{text[:end]}\n{chr(10).join(entries)}{text[end:]}"
     else:
         text = f"{text[: start.end()]}\n{chr(10).join(entries)}{text[start.end() :]}"
@@ -110,6 +112,10 @@ def test_every_addition_runs_and_its_integers_pass_the_gate(extended):
 def test_additions_do_what_they_say(extended):
     root, found = extended
     assert (root / "r1.npy").stat().st_size > 0
+    (latest,) = (root / "runs").rglob("latest.json")
+    told = json.loads(latest.read_text())
+    assert told["network"] == "fake"
+    assert {"ppl/wiki", "bits/kv"} <= told.keys()
     (signs,) = (m for command, m in found.items() if "signs" in command)
     assert signs["bits/kv/fake"] < 4
     table = [sys.executable, "-c", "from spinlab.report.pages import rebuilt; from pathlib import "]

@@ -27,7 +27,10 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """Choose the mirrors of the record; metrics.jsonl and record.json are always written."""
+    """Choose the mirrors of the record; metrics.jsonl and record.json are always written.
+
+    Each field has a module of its name in `spinlab.track.mirrors`.
+    """
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False

@@ -7,9 +7,10 @@ with it: it is left out from there on, and the record says so.
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
-from spinlab.track.mirrors import MIRRORS
 from spinlab.track.mirrors.base import Outcome, Tracker, Values
 from spinlab.track.record import Record
 
@@ -46,8 +47,9 @@ class Trackers:
     def start(self, record: Record) -> None:
         """Start every tracker that a record's settings ask for; the local one comes first."""
         self._going.append(LocalTracker(record.folder))
-        for start in MIRRORS:
-            if mirror := start(record):
+        for field in fields(record.config.tracker):
+            module = import_module(f"spinlab.track.mirrors.{field.name}")
+            if mirror := module.start(record):
                 self._going.append(mirror)
 
     def log(self, step: int, values: Values) -> None:

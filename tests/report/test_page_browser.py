@@ -6,6 +6,7 @@ Headless Chromium is asked through its debugging pipe, so nothing but the browse
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -92,8 +93,9 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            piece = os.read(self._read, 2**16)
-            assert piece, "the browser is gone"
+            ready, _, _ = select.select([self._read], [], [], 60)
+            piece = os.read(self._read, 2**16) if ready else b""
+            assert piece, "the browser is gone, or does not answer"
             self._rest += piece
         one, _, self._rest = self._rest.partition(b"\0")
         told = json.loads(one)

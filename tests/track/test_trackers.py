@@ -247,6 +247,7 @@ def test_an_offline_run_is_synced_from_where_it_was_moved(tmp_path, service):
     assert (about["key"], about["family"]) == (record.key, "llama")
     media = {name.partition("_")[0]: body for name, body in files.items() if "media/" in name}
     assert b"<td>ppl/a&lt;b/fp<td>9.25" in media["media/html/metrics"]
+    assert b"<th>ppl/wiki<tr><td>fp<td>9.5<tr><td>integer<td>9.5" in media["media/html/results"]
     assert b"<th>outliers/before<tr><td>0<td>7.5" in media["media/html/layers"]
     assert media["media/images/figures/outliers"].startswith(b"\x89PNG")
 
@@ -267,6 +268,7 @@ def test_an_online_run_has_tables_and_keeps_rotations_with_what_they_say(tmp_pat
     record = record_in(tmp_path / "runs", "online")
     trackers = started(record)
     trackers.log(0, {"loss": 3.0})
+    trackers.measured("fp", {"ppl/wiki/fp": 9.5})
     layers = {"outliers/before": [7.5, 8.0]}
     trackers.finish(Outcome(True, {"gap/wiki": 0.5}, layers, artifacts={file: {"family": "llama"}}))
     assert not trackers.stopped
@@ -274,6 +276,7 @@ def test_an_online_run_has_tables_and_keeps_rotations_with_what_they_say(tmp_pat
     assert sorted(table["columns"] for table in tables.values()) == [
         ["layer", "outliers/before"],
         ["metric", "value"],
+        ["network", "ppl/wiki"],
     ]
     rotations = server.artifacts[f"rotations-{record.key}"]
     assert rotations["artifactTypeName"] == "rotation"

@@ -1,5 +1,4 @@
-"""Mirrors of the record: a module for each, which starts it where the settings ask for it."""
+"""Mirrors of the record: every field of `spinlab.config.TrackerConfig` names a module here.
 
-from spinlab.track.mirrors import csv, tensorboard, wandb
-
-MIRRORS = (csv.start, tensorboard.start, wandb.start)
+Its `start` returns the mirror where the settings ask for it, and None elsewhere.
+"""

@@ -49,6 +49,7 @@ class Wandb(Tracker):
         settings, content = record.config.tracker.wandb, record.as_json()
         self._record = record.folder / "record.json"
         self._about = {name: content[name] for name in ("experiment", "key", "model")}
+        self._measured: dict[str, Values] = {}
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -79,6 +80,7 @@ class Wandb(Tracker):
         self._run.log({"learn/step": step, **curves})
 
     def measured(self, place: int, variant: str, values: Values) -> None:
+        self._measured[variant] = values
         found = {f"evaluation/{name}": value for name, value in values.items()}
         self._run.log({"evaluation/place": place, "evaluation/variant": variant, **found})
 
@@ -87,6 +89,9 @@ class Wandb(Tracker):
 
         self._run.summary.update(dict(outcome.metrics))
         self._table("metrics", ["metric", "value"], sorted(outcome.metrics.items()))
+        names = sorted({name for values in self._measured.values() for name in values})
+        rows = [[v, *map(values.get, names)] for v, values in self._measured.items()]
+        self._table("results", ["network", *names], rows)
         if outcome.layers:
             self._table("layers", ["layer", *outcome.layers], outcome.layer_rows)
         for path in outcome.figures:
@@ -150,7 +155,9 @@ def tags(overrides: Iterable[str], more: Iterable[str] = ()) -> list[str]:
 
 def _html(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
-        return f"{value:.6g}" if isinstance(value, float) else html.escape(str(value))
+        if isinstance(value, float):
+            return f"{value:.6g}"
+        return "" if value is None else html.escape(str(value))
 
     lines = ("<tr>" + "".join(f"<td>{cell(value)}" for value in row) for row in rows)
     head = "".join(f"<th>{html.escape(column)}" for column in columns)
