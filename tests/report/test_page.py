@@ -94,7 +94,11 @@ def test_the_page_allows_its_own_style_and_script_and_no_request():
 
 
 def test_a_curve_without_a_finite_value_is_told_as_text(runs):
-    lines = ['{"step": 0, "loss": 2.5}', '{"step": 1, "loss": Infinity}', '{"step": 2, "loss": NaN}']
+    lines = [
+        '{"step": 0, "loss": 2.5}',
+        '{"step": 1, "loss": Infinity}',
+        '{"step": 2, "loss": NaN}',
+    ]
     (runs / "toy" / "key" / "metrics.jsonl").write_text("\n".join(lines))
     (run,) = page_content([runs]).as_json()["runs"]
     assert run["curves"] == {"step": [0, 1, 2], "loss": [2.5, "inf", "nan"]}

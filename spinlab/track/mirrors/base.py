@@ -12,7 +12,8 @@ Values = Mapping[str, float]
 class Outcome:
     """What a run ends with: its final metrics, files worth keeping, and whether it went through.
 
-    layers: name -> a number for each layer. artifacts: file -> what it says of itself, JSON-ready.
+    layers: name -> a number for each layer. figures: PNG files. artifacts: file -> what it says of
+    itself, JSON-ready.
     """
 
     complete: bool

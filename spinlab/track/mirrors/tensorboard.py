@@ -45,8 +45,8 @@ class Tensorboard(Tracker):
             self._scalars("layers", int(layer), dict(zip(outcome.layers, values, strict=True)))
         for path in outcome.figures:
             self._writer.add_image(f"figures/{path.stem}", imread(path), dataformats="HWC")
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in self._settings.items()}
-        self._writer.add_hparams(plain, dict(outcome.metrics), run_name=".")  # logs the metrics too
+        settings = {name: _plain(value) for name, value in self._settings.items()}
+        self._writer.add_hparams(settings, dict(outcome.metrics), run_name=".")  # and the metrics
         self._writer.close()
 
     def abandon(self) -> None:
@@ -56,3 +56,7 @@ class Tensorboard(Tracker):
     def _scalars(self, group: str, step: int, values: Values) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float) else str(value)

@@ -7,7 +7,8 @@ function defaults() {
   const names = allNames();
   const has = (name) => names.includes(name);
   const quality = names.filter((name) => /^ppl\/[^/]+$/.test(name)).reverse();
-  const columns = ["network", ...["model", "seed"].filter(has), ...["bits/weights", "bits/kv"].filter(has), ...quality];
+  const columns = ["network", ...["model", "seed", "bits/weights", "bits/kv"].filter(has), ...quality,
+    ...["zeroshot_mean/accuracy"].filter(has)];
   const differs = (name) => new Set(content.runs.map((run) => shown(field(run, name)))).size > 1;
   return {
     filter: "", variant: "", columns: columns.join(", "), sort: "experiment", down: false,
