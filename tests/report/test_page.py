@@ -22,6 +22,7 @@ def runs(save, tmp_path):
     home = save("runs/toy/key/record.json", Config(), METRICS).parent
     lines = [json.dumps({"step": step, "loss": 3.0 - step / 100}) for step in range(250)]
     (home / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (home / "layers.json").write_text(json.dumps({"outliers/before": [7.5, 8.0]}))
     (home / "figures").mkdir()
     (home / "figures" / "outliers.png").write_bytes(PNG)
     (home / "wandb").mkdir()
@@ -42,6 +43,7 @@ def test_a_run_is_shown_with_its_curves_figures_and_settings(runs):
     steps, loss = run["curves"]["step"], run["curves"]["loss"]
     assert len(steps) == len(loss) <= content._POINTS
     assert (steps[0], steps[-1], loss[-1]) == (0, 249, 3.0 - 2.49)
+    assert run["layers"] == {"outliers/before": [7.5, 8.0]}
     assert [figure["name"] for figure in run["figures"]] == ["outliers"]
 
 
@@ -59,6 +61,7 @@ def test_what_is_broken_unfinished_or_foreign_is_named(runs, save, monkeypatch):
     (runs / "torn" / "record.json").write_text('{"schema": 3, ')
     with (home / "metrics.jsonl").open("a") as file:
         file.write('{"step": 250, "lo')
+    (home / "layers.json").write_text("[1, 2]")
     (home / "figures" / "foreign.png").write_bytes(b"<svg onload=alert(1)>")
     (home / "figures" / "large.png").write_bytes(PNG + b"0" * content._FIGURE_BYTES)
     found = page_content([runs])
@@ -68,6 +71,7 @@ def test_what_is_broken_unfinished_or_foreign_is_named(runs, save, monkeypatch):
     assert left["runs/toy/failed/record.json"].startswith("not complete")
     assert left["runs/torn/record.json"].startswith("broken")
     assert left["runs/toy/key/record.json: metrics.jsonl"].startswith("broken behind 250 steps")
+    assert left["runs/toy/key/record.json: layers.json"].startswith("broken")
     assert left["runs/toy/key/figures/foreign.png"] == "no PNG"
     assert left["runs/toy/key/figures/large.png"].startswith("too large")
     monkeypatch.setattr(content, "_FIGURES_BYTES", len(PNG) - 1)

@@ -118,7 +118,8 @@ def run(number: int, **parts: Any) -> dict[str, Any]:
         "id": f"runs/toy/{number}/record.json", "experiment": f"experiment{number}", "key": "k",
         "model": "toy", "command": f"spinlab seed={number % 3}", "settings": settings,
         "environment": {"python": "3.11"}, "metrics": metrics, "stages": [["learn", 3.5, False]],
-        "curves": {"step": [0, 1, 2], "loss": [3.0, None, 2.0]}, "figures": [], **parts,
+        "curves": {"step": [0, 1, 2], "loss": [3.0, None, 2.0]}, "figures": [],
+        "layers": {"outliers/before": [7.5, 8.0, 7.0]}, **parts,
     }  # fmt: skip
 
 
@@ -177,7 +178,9 @@ def test_a_run_shows_curves_and_settings_and_two_show_their_difference(browser, 
     one = "runs/toy/0/record.json"
     browser.open(page([run(0), other]), f"run={one}&a={one}&b=runs/toy/1/record.json")
     assert browser.texts("#run h2") == ["Run experiment0"]
-    assert len(browser.texts("#run .curves svg path.curve")) == 1
+    drawn = "[...document.querySelectorAll('#run .curves svg')].map(e => e.ariaLabel)"
+    assert browser.value(drawn) == ["loss against step", "outliers/before against layer"]
+    assert len(browser.texts("#run path.curve")) == 2
     assert "rotation.r1hadamard" in browser.texts("#run details tr")
     rows = browser.texts("#difference tbody tr")
     assert "rotation.r1hadamardrandom" in rows

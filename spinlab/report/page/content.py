@@ -62,6 +62,7 @@ def _run(record: Record, path: Path, folder: Path, content: Content) -> dict[str
         "metrics": record["metrics"],
         "stages": [[s.get("name"), s.get("seconds"), s.get("cached")] for s in stages],
         "curves": _curves(path, _name(path, folder), content),
+        "layers": _layers(path, _name(path, folder), content),
         "figures": _figures(path, folder, content),
     }
 
@@ -90,6 +91,19 @@ def _curves(path: Path, name: str, content: Content) -> dict[str, list[Any]]:
     chosen = rows[::every] + rows[-1:] * ((len(rows) - 1) % every != 0)
     names = dict.fromkeys(name for row in chosen for name in row)
     return {name: [row.get(name) for row in chosen] for name in names}
+
+
+def _layers(path: Path, name: str, content: Content) -> dict[str, list[Any]]:
+    """Return what a run keeps of every layer beside its record, by name."""
+    file = path.with_name("layers.json")
+    if path.name != "record.json" or not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {str(name): [*values] for name, values in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        content.left_out[f"{name}: layers.json"] = f"broken: {type(error).__name__}: {error}"
+        return {}
 
 
 def _figures(path: Path, folder: Path, content: Content) -> list[dict[str, str]]:

@@ -22,8 +22,13 @@ function table(head, rows, kind = "") {
   };
   const top = head.map((title) => (title instanceof Node ? title : element("th", { scope: "col" }, title)));
   const body = rows.map((row) => element("tr", row.chosen ? { class: "chosen" } : {}, ...row.map(cell)));
-  const made = element("table", { class: kind }, element("thead", {}, element("tr", {}, ...top)), element("tbody", {}, ...body));
-  return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" }, made);
+  const parts = [element("thead", {}, element("tr", {}, ...top)), element("tbody", {}, ...body)];
+  const around = { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" };
+  return element("div", around, element("table", { class: kind }, ...parts));
+}
+
+function note(text) {
+  return element("p", { class: "quiet" }, text);
 }
 
 // A scale from values to places; logarithmic where the values span more than a factor of 20, but
@@ -57,7 +62,8 @@ function logTicks(low, high) {
 function axes(x, y, names, { width, height, left, bottom, top }, ...inside) {
   const label = names.map((name, at) => name + ([x, y][at].log ? " (log)" : ""));
   const down = height - bottom;
-  return shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${label[1]} against ${label[0]}` },
+  const about = { role: "img", "aria-label": `${label[1]} against ${label[0]}` };
+  return shape("svg", { viewBox: `0 0 ${width} ${height}`, ...about },
     shape("path", { class: "axis", fill: "none", d: `M${left} ${top}V${down}H${width - 8}` }),
     ...x.ticks.map((at) => shape("text", { x: x.place(at), y: down + 14, "text-anchor": "middle" }, shown(at))),
     ...y.ticks.map((at) => shape("text", { x: left - 6, y: y.place(at) + 4, "text-anchor": "end" }, shown(at))),
@@ -66,15 +72,15 @@ function axes(x, y, names, { width, height, left, bottom, top }, ...inside) {
     ...inside);
 }
 
-// One curve over its steps; steps without a number are left out.
-function curve(name, steps, values) {
+// One curve over its steps, or layers; those without a number are left out.
+function curve(name, across, steps, values) {
   const size = { width: 320, height: 150, left: 58, bottom: 30, top: 18 };
   const points = steps.map((step, at) => [step, values[at]]).filter((p) => p.every(Number.isFinite));
-  if (!points.length) return element("p", { class: "quiet" }, `${name}: no numbers`);
+  if (!points.length) return note(`${name}: no numbers`);
   const x = scale(points.map(([step]) => step), size.left, size.width - 12, true);
   const y = scale(points.map(([, value]) => value), size.height - size.bottom, size.top + 4);
   const line = points.map(([step, value]) => `${x.place(step).toFixed(1)} ${y.place(value).toFixed(1)}`).join("L");
   const drawn = points.length > 1 ? shape("path", { class: "curve", d: "M" + line })
     : shape("circle", { class: "c0", r: 3, cx: x.place(points[0][0]), cy: y.place(points[0][1]) });
-  return axes(x, y, ["step", name], size, drawn);
+  return axes(x, y, [across, name], size, drawn);
 }

@@ -21,8 +21,8 @@ function field(run, name, variant) {
   return Object.hasOwn(run.settings, name) ? run.settings[name] : undefined;
 }
 
-// Names without a network stand for that of the chosen one.
-function allNames() {
+// All names to ask for, in order; one without a network stands for that of the chosen one.
+const known = (() => {
   const names = new Set([...builtIn, "network"]);
   const end = new RegExp(`/(${content.variants.join("|")})$`);
   for (const run of content.runs) {
@@ -30,12 +30,12 @@ function allNames() {
     for (const name of Object.keys(run.settings)) names.add(name);
   }
   return [...names].sort();
-}
+})();
 
-function matching(pattern, names) {
+function matching(pattern) {
   if (!pattern.includes("*")) return [pattern];
   const escaped = pattern.replace(/[.+?^${}()|[\]\\]/g, "\\$&").replaceAll("*", ".*");
-  return names.filter((name) => new RegExp(`^${escaped}$`).test(name));
+  return known.filter((name) => new RegExp(`^${escaped}$`).test(name));
 }
 
 const compare = {

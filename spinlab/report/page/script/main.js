@@ -4,9 +4,8 @@ const texts = ["filter", "columns", "x", "y", "colour"];
 const choices = ["variant", "a", "b"];
 
 function defaults() {
-  const names = allNames();
-  const has = (name) => names.includes(name);
-  const quality = names.filter((name) => /^ppl\/[^/]+$/.test(name)).reverse();
+  const has = (name) => known.includes(name);
+  const quality = known.filter((name) => /^ppl\/[^/]+$/.test(name)).reverse();
   const columns = ["network", ...["model", "seed", "bits/weights", "bits/kv"].filter(has), ...quality,
     ...["zeroshot_mean/accuracy"].filter(has)];
   const differs = (name) => new Set(content.runs.map((run) => shown(field(run, name)))).size > 1;
@@ -38,7 +37,7 @@ let last = "";
 function show() {
   const view = viewed();
   for (const id of [...texts, ...choices]) {
-    if (place(id) !== document.activeElement || place(id).value.trim() !== view[id].trim()) place(id).value = view[id];
+    if (place(id).value.trim() !== view[id].trim()) place(id).value = view[id]; // else it may be typed in
   }
   const runs = filtered(view);
   place("plot").replaceChildren(...plotted(runs, view));
@@ -46,7 +45,7 @@ function show() {
   const run = byId.get(view.run);
   place("run").replaceChildren(...(run ? oneRun(run, view) : []));
   const [a, b] = [byId.get(view.a), byId.get(view.b)];
-  place("difference").replaceChildren(...(a && b ? difference(a, b) : [element("p", { class: "quiet" }, "Choose two runs.")]));
+  place("difference").replaceChildren(...(a && b ? difference(a, b) : [note("Choose two runs.")]));
   if (run && view.run !== last) place("run").scrollIntoView();
   last = view.run;
 }
@@ -55,19 +54,24 @@ function option(value, text) {
   return element("option", { value }, text);
 }
 
+function change(id) {
+  history.replaceState(null, "", address({ ...viewed(), [id]: place(id).value }));
+  show();
+}
+
 function start() {
-  place("names").append(...allNames().map((name) => option(name, "")));
+  place("names").append(...known.map((name) => option(name, "")));
   place("variant").append(option("", "each run's last"), ...content.variants.map((name) => option(name, name)));
   for (const id of ["a", "b"]) {
-    place(id).append(option("", "none"), ...content.runs.map((run) => option(run.id, `${run.experiment} (${run.id})`)));
+    const runs = content.runs.map((run) => option(run.id, `${run.experiment} (${run.id})`));
+    place(id).append(option("", "none"), ...runs);
   }
   const left = Object.entries(content.left_out);
-  if (left.length) place("left-out").append(element("h2", {}, `Left out: ${left.length}`), table(["file", "reason"], left, "wrap"));
-  for (const id of [...texts, ...choices]) {
-    place(id).addEventListener("input", () => history.replaceState(null, "", address({ ...viewed(), [id]: place(id).value })) ?? show());
-  }
+  const head = element("h2", {}, `Left out: ${left.length}`);
+  if (left.length) place("left-out").append(head, table(["file", "reason"], left, "wrap"));
+  for (const id of [...texts, ...choices]) place(id).addEventListener("input", () => change(id));
   for (const id of ["controls", "pair"]) place(id).addEventListener("submit", (event) => event.preventDefault());
-  for (const change of ["hashchange", "resize"]) addEventListener(change, show);
+  for (const happened of ["hashchange", "resize"]) addEventListener(happened, show);
   show();
 }
 

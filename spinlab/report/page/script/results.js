@@ -8,7 +8,7 @@ function plotted(runs, view) {
   const points = runs
     .map((run) => ({ run, at: [field(run, view.x, view.variant), field(run, view.y, view.variant)] }))
     .filter(({ at }) => at.every((value) => typeof value === "number"));
-  if (!points.length) return [element("p", { class: "quiet" }, `No run here has both ${view.x} and ${view.y}.`)];
+  if (!points.length) return [note(`No run here has both ${view.x} and ${view.y}.`)];
   const x = scale(points.map(({ at }) => at[0]), size.left + 10, size.width - 20);
   const y = scale(points.map(({ at }) => at[1]), size.height - size.bottom - 8, size.top + 8);
   const kinds = [...new Set(points.map(({ run }) => shown(field(run, view.colour, view.variant))))];
@@ -16,7 +16,8 @@ function plotted(runs, view) {
   const dots = points.map(({ run, at }) => {
     const kind = colour(shown(field(run, view.colour, view.variant)));
     const told = `${run.experiment} ${run.id}: ${shown(at[0])}, ${shown(at[1])}`;
-    const dot = shape("circle", { cx: x.place(at[0]), cy: y.place(at[1]), r: 5, class: run.id === view.run ? `${kind} chosen` : kind }, shape("title", {}, told));
+    const look = { r: 5, class: run.id === view.run ? `${kind} chosen` : kind };
+    const dot = shape("circle", { cx: x.place(at[0]), cy: y.place(at[1]), ...look }, shape("title", {}, told));
     return shape("a", { href: address({ ...view, run: run.id }), "aria-label": told }, dot);
   });
   const legend = kinds.slice(0, colours).map((kind, at) => {
@@ -42,12 +43,14 @@ function results(runs, view) {
     return Object.assign(cells, { chosen: run.id === view.run });
   });
   const count = element("h2", {}, `Results: ${runs.length} of ${content.runs.length} runs`);
-  if (!rows.length) return [count, element("p", { class: "quiet" }, content.runs.length ? "No run passes the filter." : "No records were found: `make run` makes one.")];
+  if (!content.runs.length) return [count, note("No records were found: `make run` makes one.")];
+  if (!rows.length) return [count, note("No run passes the filter.")];
   return [count, table(["experiment", ...names].map(title), rows)];
 }
 
 function columnNames(view) {
-  const names = allNames();
   const wanted = view.columns.split(",").map((name) => name.trim()).filter(Boolean);
-  return [...new Set(wanted.flatMap((pattern) => matching(pattern, names)))].filter((name) => name !== "experiment");
+  const found = new Set(wanted.flatMap((pattern) => matching(pattern)));
+  found.delete("experiment"); // which heads every row
+  return [...found];
 }

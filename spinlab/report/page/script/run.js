@@ -8,12 +8,18 @@ function pairs(tree) {
   return table(["name", "value"], Object.entries(tree).sort(([a], [b]) => (a < b ? -1 : 1)), "wrap");
 }
 
+function grid(title, parts) {
+  return parts.length ? [element("h3", {}, title), element("div", { class: "curves" }, ...parts)] : [];
+}
+
 function oneRun(run, view) {
   const { step = [], ...curves } = run.curves;
-  const drawn = Object.keys(curves).map((name) => curve(name, step, curves[name]));
-  const figures = run.figures.map(({ name, data }) =>
-    element("figure", {}, element("img", { alt: `${name} of ${run.experiment}`, src: `data:image/png;base64,${data}` }),
-      element("figcaption", { class: "quiet" }, name)));
+  const drawn = Object.keys(curves).map((name) => curve(name, "step", step, curves[name]));
+  const layers = Object.entries(run.layers).map(([name, values]) => curve(name, "layer", [...values.keys()], values));
+  const figures = run.figures.map(({ name, data }) => {
+    const image = { alt: `${name} of ${run.experiment}`, src: `data:image/png;base64,${data}` };
+    return element("figure", {}, element("img", image), element("figcaption", { class: "quiet" }, name));
+  });
   const stages = run.stages.map(([name, seconds, cached]) => [name, seconds, cached ? "cached" : ""]);
   return [
     element("h2", {}, `Run ${run.experiment}`),
@@ -21,7 +27,8 @@ function oneRun(run, view) {
     element("p", { class: "quiet" }, `${run.id}, key ${run.key}; `,
       element("a", { href: address({ ...view, a: run.id }) }, "first"), " or ",
       element("a", { href: address({ ...view, b: run.id }) }, "second"), " of the difference"),
-    ...(drawn.length ? [element("h3", {}, "Curves"), element("div", { class: "curves" }, ...drawn)] : []),
+    ...grid("Curves", drawn),
+    ...grid("Layers", layers),
     ...figures,
     element("h3", {}, "Metrics"), pairs(run.metrics),
     details("Settings", pairs(run.settings)),
@@ -42,7 +49,7 @@ function difference(a, b) {
     return [name, one, other, both ? other - one : "", both && one ? `${shown(100 * (other / one - 1))} %` : ""];
   });
   const part = (title, head, rows, kind) =>
-    [element("h3", {}, title), rows.length ? table(head, rows, kind) : element("p", { class: "quiet" }, "no difference")];
+    [element("h3", {}, title), rows.length ? table(head, rows, kind) : note("no difference")];
   return [
     ...part("Settings", ["setting", "first", "second"], words("settings"), "wrap"),
     ...part("Metrics", ["metric", "first", "second", "second − first", "relative"], metrics),
