@@ -181,6 +181,7 @@ def test_a_run_shows_curves_and_settings_and_two_show_their_difference(browser, 
     drawn = "[...document.querySelectorAll('#run .curves svg')].map(e => e.ariaLabel)"
     assert browser.value(drawn) == ["loss against step", "outliers/before against layer"]
     assert len(browser.texts("#run path.curve")) == 2
+    assert len(browser.texts("#difference path.curve")) == 4
     assert "rotation.r1hadamard" in browser.texts("#run details tr")
     rows = browser.texts("#difference tbody tr")
     assert "rotation.r1hadamardrandom" in rows

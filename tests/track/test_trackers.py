@@ -64,12 +64,16 @@ class Flaky(Tracker):
     name = "flaky"
 
     def __init__(self) -> None:
-        self.steps, self.broken, self.abandoned = [], False, False
+        self.steps, self.seen, self.broken, self.abandoned = [], [], False, False
 
     def log(self, step, values):
         if self.broken:
             raise ConnectionResetError("Connection lost")
         self.steps.append(step)
+
+    def measured(self, place, variant, values):
+        self.log(-1, {})
+        self.seen.append((place, variant, values))
 
     def finish(self, outcome):
         self.log(-1, {})
@@ -104,6 +108,17 @@ def test_a_mirror_that_fails_at_the_end_is_named_too(tmp_path):
     flaky.broken = True
     trackers.finish(DONE)
     assert record.mirrors["flaky"].startswith("could not finish: ConnectionResetError")
+
+
+def test_a_mirror_that_fails_at_an_evaluation_is_named_by_it(tmp_path):
+    record, flaky = record_in(tmp_path), Flaky()
+    trackers = started(record)
+    trackers._going.append(flaky)
+    trackers.measured("fp", {"ppl/wiki/fp": 9.0})
+    flaky.broken = True
+    trackers.measured("fake", {"ppl/wiki/fake": 18.0})
+    assert flaky.seen == [(0, "fp", {"ppl/wiki": 9.0})]
+    assert record.mirrors["flaky"].startswith("stopped at fake: ConnectionResetError")
 
 
 def test_a_full_disk_stops_the_curves_and_not_the_run(tmp_path, monkeypatch):

@@ -72,15 +72,21 @@ function axes(x, y, names, { width, height, left, bottom, top }, ...inside) {
     ...inside);
 }
 
-// One curve over its steps, or layers; those without a number are left out.
-function curve(name, across, steps, values) {
+// Curves of one name over their steps, or layers: [steps, values] of each run. What has no number is
+// left out.
+function curves(name, across, runs) {
   const size = { width: 320, height: 150, left: 58, bottom: 30, top: 18 };
-  const points = steps.map((step, at) => [step, values[at]]).filter((p) => p.every(Number.isFinite));
+  const lines = runs.map(([steps, values]) =>
+    steps.map((step, at) => [step, values[at]]).filter((point) => point.every(Number.isFinite)));
+  const points = lines.flat();
   if (!points.length) return note(`${name}: no numbers`);
   const x = scale(points.map(([step]) => step), size.left, size.width - 12, true);
   const y = scale(points.map(([, value]) => value), size.height - size.bottom, size.top + 4);
-  const line = points.map(([step, value]) => `${x.place(step).toFixed(1)} ${y.place(value).toFixed(1)}`).join("L");
-  const drawn = points.length > 1 ? shape("path", { class: "curve", d: "M" + line })
-    : shape("circle", { class: "c0", r: 3, cx: x.place(points[0][0]), cy: y.place(points[0][1]) });
-  return axes(x, y, [across, name], size, drawn);
+  const drawn = lines.flatMap((line, at) => {
+    const places = line.map(([step, value]) => `${x.place(step).toFixed(1)} ${y.place(value).toFixed(1)}`);
+    const ends = line.length === 1 ? [[x.place(line[0][0]), y.place(line[0][1])]] : [];
+    return [shape("path", { class: `curve line${at}`, d: places.length ? `M${places.join("L")}` : "" }),
+      ...ends.map(([cx, cy]) => shape("circle", { class: `c${at}`, r: 3, cx, cy }))];
+  });
+  return axes(x, y, [across, name], size, ...drawn);
 }

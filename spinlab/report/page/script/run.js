@@ -12,10 +12,17 @@ function grid(title, parts) {
   return parts.length ? [element("h3", {}, title), element("div", { class: "curves" }, ...parts)] : [];
 }
 
+// What the runs learned and what they keep of every layer; of two, what both have.
+function allCurves(runs) {
+  const names = (part) => Object.keys(runs[0][part]).filter((name) => runs.every((run) => name in run[part]));
+  const steps = names("curves").filter((name) => name !== "step")
+    .map((name) => curves(name, "step", runs.map((run) => [run.curves.step, run.curves[name]])));
+  const layers = names("layers")
+    .map((name) => curves(name, "layer", runs.map((run) => [[...run.layers[name].keys()], run.layers[name]])));
+  return [...grid("Curves", steps), ...grid("Layers", layers)];
+}
+
 function oneRun(run, view) {
-  const { step = [], ...curves } = run.curves;
-  const drawn = Object.keys(curves).map((name) => curve(name, "step", step, curves[name]));
-  const layers = Object.entries(run.layers).map(([name, values]) => curve(name, "layer", [...values.keys()], values));
   const figures = run.figures.map(({ name, data }) => {
     const image = { alt: `${name} of ${run.experiment}`, src: `data:image/png;base64,${data}` };
     return element("figure", {}, element("img", image), element("figcaption", { class: "quiet" }, name));
@@ -27,8 +34,7 @@ function oneRun(run, view) {
     element("p", { class: "quiet" }, `${run.id}, key ${run.key}; `,
       element("a", { href: address({ ...view, a: run.id }) }, "first"), " or ",
       element("a", { href: address({ ...view, b: run.id }) }, "second"), " of the difference"),
-    ...grid("Curves", drawn),
-    ...grid("Layers", layers),
+    ...allCurves([run]),
     ...figures,
     element("h3", {}, "Metrics"), pairs(run.metrics),
     details("Settings", pairs(run.settings)),
@@ -50,9 +56,12 @@ function difference(a, b) {
   });
   const part = (title, head, rows, kind) =>
     [element("h3", {}, title), rows.length ? table(head, rows, kind) : note("no difference")];
+  const drawn = allCurves([a, b]);
   return [
     ...part("Settings", ["setting", "first", "second"], words("settings"), "wrap"),
     ...part("Metrics", ["metric", "first", "second", "second − first", "relative"], metrics),
+    ...drawn,
+    ...(drawn.length ? [note("The first run's lines are whole, the second's dashed.")] : []),
     ...part("Environment", ["fact", "first", "second"], words("environment"), "wrap"),
   ];
 }
