@@ -80,7 +80,7 @@ def test_a_linear_is_asked_for_and_nothing_else_is_given(make_model):
             linear_at(model, path)
 
 
-def test_layers_may_differ_and_what_turns_one_width_then_says_so(make_model):
+def test_layers_may_differ_and_what_needs_one_width_then_says_so(make_model):
     model = make_model()
     mlp = model.model.layers[1].mlp
     for name, shape in (("gate_proj", (24, 16)), ("up_proj", (24, 16)), ("down_proj", (16, 24))):
@@ -90,7 +90,7 @@ def test_layers_may_differ_and_what_turns_one_width_then_says_so(make_model):
     assert [input.width for input in found.inputs if input.name == "down"] == [40, 16]
     assert found.widths.keys() == {"r1", "r2", "r3", "cross_head"}
     assert found.dimensions.intermediate == 40
-    with pytest.raises(InputError, match=r"rotation\.r4 turns one width in all layers"):
+    with pytest.raises(InputError, match=r"rotation\.r4 has one width in all layers"):
         found.width("r4")
 
 
