@@ -15,7 +15,8 @@ from filelock import FileLock
 from spinlab import cache
 from spinlab.cache import PROGRESS, Cache
 from spinlab.errors import InputError
-from spinlab.files import kept_tensors, save_tensors, write_json
+from spinlab.files import write_json
+from spinlab.tensors import kept_tensors, save_tensors
 
 
 @pytest.fixture(autouse=True)
