@@ -239,7 +239,7 @@ def test_a_stage_that_ends_early_leaves_no_lock_behind(tmp_path, error):
 
     with pytest.raises(error):
         Cache(tmp_path).run("s", 1, fail)
-    (path,) = tmp_path.glob("*.lock")
+    (path,) = tmp_path.glob("s-*.lock")
     with FileLock(path, timeout=0):
         pass
 

@@ -1,13 +1,18 @@
 """Records of runs, read for tables: the only source of their numbers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from spinlab.errors import InputError
 
 Record = Mapping[str, Any]
+
+_PARTS = {  # what is read of a record of any run
+    "experiment": str, "key": str, "status": str, "config": dict, "metrics": dict,
+    "overrides": list, "stages": list,
+}  # fmt: skip
 
 
 def read_record(path: Path) -> Record:
@@ -22,6 +27,26 @@ def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
     """Return metrics by the names of today, whatever a record's schema calls its variants."""
     old, new = ("/int4", "/integer") if schema < 3 else ("", "")
     return {name.removesuffix(old) + new * name.endswith(old): v for name, v in metrics.items()}
+
+
+def any_record(path: Path) -> Record | str:
+    """Return the record of a run, however it ended; the reason in place of what is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    if not isinstance(record, dict):
+        return "it is no record of a run"
+    for name, kind in _PARTS.items():
+        if not isinstance(record.get(name), kind):
+            return f"it is no record of a run, or one of another version: it has no {name}"
+    return record
+
+
+def records_below(folder: Path) -> Iterator[tuple[Path, Record | str]]:
+    """Yield what `any_record` makes of every record.json below a folder, in the order of paths."""
+    for path in sorted(folder.rglob("record.json")):
+        yield path, any_record(path)
 
 
 def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:

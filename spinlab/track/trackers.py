@@ -82,7 +82,7 @@ class WandbTracker:
         import wandb
 
         settings = record.config.tracker.wandb
-        self._record = record.folder / "record.json"
+        self._record = record.path
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
