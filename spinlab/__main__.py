@@ -209,7 +209,8 @@ def _command() -> int:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_run)()
         return _ended()
     except KeyboardInterrupt as interrupt:
-        _ended()
+        if sweep.started:
+            sweep.started.end()
         return _interrupted(interrupt)
     except _MISTAKES as error:
         return _fail(error)

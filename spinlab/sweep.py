@@ -54,8 +54,9 @@ class Point:
 
     @property
     def command(self) -> str:
-        """What runs this point alone."""
-        return shlex.join(["spinlab", *self.words])
+        """What runs this point alone, with the settings of its preset if it has one."""
+        preset = any(word.startswith("+sweep=") for word in self.words)
+        return shlex.join(["spinlab", *self.words, *(["hydra.mode=RUN"] if preset else [])])
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def points_of(sweep: Path) -> Path:
 
 
 def own_words(words: Iterable[str]) -> list[str]:
-    """Return the words of one job of a sweep that are not about the sweep."""
-    return [word for word in words if not word.lstrip("+").startswith(("sweep=", "sweep."))]
+    """Return the words of a point but for what is told of all of them."""
+    return [word for word in words if not word.lstrip("+").startswith("sweep.")]
 
 
 def labels(points: list[Point]) -> list[str]:

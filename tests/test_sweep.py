@@ -136,8 +136,9 @@ def test_a_point_is_told_by_the_words_of_its_own():
 def test_the_command_of_a_point_is_no_sweep_and_is_quoted_for_a_shell():
     words = ["rotation=random", "+experiment=toy", "+sweep=seeds", "sweep.metric=a", "x=[a, b]"]
     own = own_words(words)
-    assert own == ["rotation=random", "+experiment=toy", "x=[a, b]"]
-    assert shlex.split(Point(0, own).command) == ["spinlab", *own]
+    assert own == ["rotation=random", "+experiment=toy", "+sweep=seeds", "x=[a, b]"]
+    assert shlex.split(Point(0, own).command) == ["spinlab", *own, "hydra.mode=RUN"]
+    assert shlex.split(Point(0, own[:2]).command) == ["spinlab", *own[:2]]
 
 
 MEASURED = [
@@ -231,7 +232,8 @@ def test_every_point_of_a_preset_composes_with_an_experiment(point):
     composed("+experiment=toy", *point.split(" "))
 
 
-def test_a_preset_is_a_sweep_without_a_flag(tmp_path):
-    words = ["+experiment=toy", "+sweep=seeds", "--cfg", "hydra"]
+@pytest.mark.parametrize(("alone", "mode"), [([], "MULTIRUN"), (["hydra.mode=RUN"], "RUN")])
+def test_a_preset_is_a_sweep_without_a_flag_and_its_points_can_be_run_alone(alone, mode):
+    words = ["+experiment=toy", "+sweep=seeds", *alone, "--cfg", "hydra"]
     shown = subprocess.run([sys.executable, "-m", "spinlab", *words], cwd=ROOT, capture_output=True)
-    assert yaml.safe_load(shown.stdout)["hydra"]["mode"] == "MULTIRUN"
+    assert yaml.safe_load(shown.stdout)["hydra"]["mode"] == mode

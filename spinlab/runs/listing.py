@@ -63,7 +63,8 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
         heads = ["key", *(name for name in columns if name != "key")]
     else:
         words = differing([run.record["overrides"] for run in runs])
-        own = [name for name in dict.fromkeys(k for w in words for k in w) if name != "experiment"]
+        names = dict.fromkeys(name for own in words for name in own)
+        own = [name for name in names if name not in ("experiment", "sweep")]
         metrics = metric_names([run.record["metrics"] for run in runs])
         heads = ["key", "experiment", "state", *own[:_MOST], *metrics]
     rows = [heads]
