@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from spinlab import device, experiment
+from spinlab import device, experiment, sweep
+from spinlab.__main__ import _prepare
 from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, EvalConfig, SweepConfig
 from spinlab.errors import InputError
@@ -25,7 +29,7 @@ from spinlab.sweep import Point, own_words
 ROOT = Path(__file__).parent.parent
 SMALL = [
     *("+experiment=toy", "tracker=none", "eval.tasks=[]", "eval.variants=[fp]", "learn.steps=0"),
-    "eval.max_windows=1",
+    *("eval.max_windows=1", "model=random", "model.architecture.num_hidden_layers=1"),
 ]
 WINDOWS = [*range(16, 60, 4), 9999]  # the model reads 512 tokens
 
@@ -34,7 +38,8 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
     text = folder / "text.txt"
     text.write_text("A text to score, of one window. " * 400)
     paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
-    command = [sys.executable, "-m", "spinlab", "-m", *SMALL, f"data.evaluation=[{text}]", *paths]
+    texts = [f"data.calibration={text}", f"data.evaluation=[{text}]"]
+    command = [sys.executable, "-m", "spinlab", "-m", *SMALL, *texts, *paths]
     return subprocess.Popen(
         [*command, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -50,8 +55,8 @@ def complete(folder: Path) -> dict[Path, int]:
 
 
 def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
-    sweep = f"eval.window={','.join(map(str, WINDOWS))}"
-    process = start(tmp_path, sweep)
+    points = f"eval.window={','.join(map(str, WINDOWS))}"
+    process = start(tmp_path, points)
     deadline = time.monotonic() + 120
     while len(complete(tmp_path)) < 4:
         assert process.poll() is None, process.communicate()[0]
@@ -63,7 +68,7 @@ def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*-*/manifest.json")}
     assert 4 <= len(before) < 11
 
-    process = start(tmp_path, sweep, "sweep.metric=ppl/*")
+    process = start(tmp_path, points, "sweep.metric=ppl/*")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     after = complete(tmp_path)
@@ -71,11 +76,11 @@ def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
     assert before.items() <= after.items()
     assert {path: path.stat().st_mtime_ns for path in made} == made
     (kept,) = tmp_path.glob("runs/sweeps/*/sweep.json")
-    points = json.loads(kept.read_text())["points"]
-    states = [point["state"] for point in points]
+    told = json.loads(kept.read_text())["points"]
+    states = [point["state"] for point in told]
     assert states == ["cached"] * len(before) + ["done"] * (11 - len(before)) + ["failed"]
-    assert all(point["metrics"]["ppl/text.txt/fp"] > 1 for point in points[:-1])
-    command = shlex.join(["spinlab", *points[-1]["words"][:-1]])
+    assert all(point["metrics"]["ppl/text.txt/fp"] > 1 for point in told[:-1])
+    command = shlex.join(["spinlab", *told[-1]["words"]])
     assert "eval.window=9999 failed: eval.window=9999 is longer than the 512 tokens" in output
     assert f"    {command}" in output
     assert "\n| 9999 " in kept.with_name("sweep.md").read_text()
@@ -87,7 +92,7 @@ def made(tmp_path) -> tuple[list[str], Path]:
     """Return the words of a run and its complete record."""
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
-    words = [*SMALL, "model=random", "eval.window=64", "model.architecture.num_hidden_layers=1"]
+    words = [*SMALL, "eval.window=64"]
     words += [f"data.calibration={text}", f"data.evaluation=[{text}]"]
     words += [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     return words, experiment.run(composed(*words), words).path
@@ -139,6 +144,87 @@ def test_the_command_of_a_point_is_no_sweep_and_is_quoted_for_a_shell():
     assert own == ["rotation=random", "+experiment=toy", "+sweep=seeds", "x=[a, b]"]
     assert shlex.split(Point(0, own).command) == ["spinlab", *own, "hydra.mode=RUN"]
     assert shlex.split(Point(0, own[:2]).command) == ["spinlab", *own[:2]]
+
+
+@pytest.fixture
+def announced(tmp_path, monkeypatch):
+    """Return a function that announces a sweep as Hydra does, in this process."""
+    for name in ("SPINLAB_SWEEP", "SPINLAB_SWEEP_PROCESS"):
+        monkeypatch.setenv(name, "")  # to be put back
+    monkeypatch.setattr(sweep, "started", None)
+
+    def announce(*words: str, params: dict | None = None) -> sweep.Sweep:
+        place = f"{tmp_path}/runs/sweeps/${{oc.env:SPINLAB_SWEEP}}"
+        told = {
+            "overrides": {"task": list(words)},
+            "sweeper": {"params": params},
+            "sweep": {"dir": place},
+        }
+        config = OmegaConf.create({"hydra": told, "sweep": {"metric": "ppl/wiki/fake"}})
+        sweep.Start().on_multirun_start(config)
+        assert sweep.started
+        return sweep.started
+
+    return announce
+
+
+def test_a_sweep_is_known_by_what_it_runs_and_not_by_where(announced):
+    one = announced("+experiment=toy", "seed=0,1").folder
+    same = ("paths.runs=x", "tracker=none", "sweep.metric=a", "export.rotations=R.bin")
+    assert all(announced("+experiment=toy", word, "seed=0,1").folder == one for word in same)
+    others = {announced("+experiment=toy", "seed=0,2").folder}
+    others |= {announced("+experiment=toy", params={"seed": v}).folder for v in ("0,1", "0,2")}
+    assert len(others | {one}) == 4
+
+
+def test_states_that_other_processes_left_make_the_table(announced, capsys, tmp_path):
+    started = announced("+experiment=toy", "seed=0,1,2")
+    assert started.end() == []
+    record = {"schema": 2, "experiment": "toy", "key": "a", "status": "complete", "config": {}}
+    record |= {"metrics": {"ppl/wiki/fake": 8.0}, "overrides": [], "stages": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    Point(0, ["seed=0"], "done", str(tmp_path / "record.json")).save(started.folder)
+    Point(1, ["seed=1"], "failed", error="too short", mistake=True).save(started.folder)
+    Point(2, ["seed=2"]).save(started.folder)  # its process is gone
+    assert [point.failed for point in started.end()] == [False, True, True]
+    told = capsys.readouterr().out
+    for line in ("| 0    | done   | 8", "1 done, 1 failed, 1 killed", "seed=1 failed: too short"):
+        assert line in told
+    assert "seed=2 killed: its process ended before it did\n    spinlab seed=2" in told
+    assert (started.folder / "sweep.md").read_text() in told
+    kept = json.loads((started.folder / "sweep.json").read_text())["points"]
+    assert [point["metrics"] for point in kept] == [{"ppl/wiki/fake": 8.0}, {}, {}]
+
+
+def test_states_of_a_command_that_was_killed_are_cleared_away_and_those_of_another_stay(announced):
+    folder = announced("seed=0,1").folder
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getpid(), os.getppid()):
+        (folder / f"points-{process}").mkdir(parents=True)
+    announced("seed=0,1")
+    assert [path.name for path in folder.iterdir()] == [f"points-{os.getppid()}"]
+
+
+def test_a_metric_that_no_point_measured_is_told_with_the_nearest(announced, capsys, tmp_path):
+    started = replace(announced("seed=0"), metric="ppl/wikki/fake")
+    record = {"schema": 2, "experiment": "toy", "key": "a", "status": "complete", "config": {}}
+    record |= {"metrics": {"ppl/wiki/fake": 8.0}, "overrides": [], "stages": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    Point(0, ["seed=0"], "cached", str(tmp_path / "record.json")).save(started.folder)
+    started.end()
+    said = "no point measured sweep.metric=ppl/wikki/fake: did you mean ppl/wiki/fake?"
+    assert said in capsys.readouterr().out
+
+
+def test_a_search_without_a_metric_is_refused():
+    basic, optuna = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "x.OptunaSweeper"
+    launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+    _prepare(SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher), None)
+    search = SimpleNamespace(sweeper={"_target_": optuna}, launcher=launcher)
+    _prepare(search, "ppl/wiki/fake")
+    with pytest.raises(InputError, match=r"sweep\.metric=ppl/wiki/fake"):
+        _prepare(search, None)
 
 
 MEASURED = [
