@@ -10,7 +10,7 @@ from spinlab.errors import InputError
 Record = Mapping[str, Any]
 
 _PARTS = {  # what is read of a record of any run
-    "experiment": str, "key": str, "status": str, "config": dict, "metrics": dict,
+    "schema": int, "experiment": str, "key": str, "status": str, "config": dict, "metrics": dict,
     "overrides": list, "stages": list,
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ def any_record(path: Path) -> Record | str:
     for name, kind in _PARTS.items():
         if not isinstance(record.get(name), kind):
             return f"it is no record of a run, or one of another version: it has no {name}"
-    return record
+    return record | {"metrics": _renamed(record["metrics"], record["schema"])}
 
 
 def records_below(folder: Path) -> Iterator[tuple[Path, Record | str]]:

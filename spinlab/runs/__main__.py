@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "filters",
         nargs="*",
         metavar="NAME=VALUE",
-        help="a setting or metric: seed=0,1  ppl/wiki/fake=..20  learn.lr.r1=1..3  model.name='smo*'",
+        help="a setting or metric: seed=0,1  ppl/wiki/fake=..20  model.name='smo*'",
     )
     listed.add_argument("--sort", metavar="NAME", help="setting or metric, the smallest first")
     listed.add_argument("--reverse", action="store_true", help="turn the order round")

@@ -153,6 +153,11 @@ def test_what_is_no_record_is_named_and_left_out(places, capsys, tmp_path):
     assert "another version: it has no experiment" in lines[1]
 
 
+def test_metrics_of_older_records_have_the_names_of_today(places, capsys):
+    places(record("a", metrics={"ppl/wiki/int4": 5.0}), record("b", schema=3))
+    assert listed(capsys, "ppl/wiki/integer=5") == ["a" * 8]
+
+
 def test_a_run_is_shown_with_settings_stages_and_metrics(places, capsys):
     places(*THREE)
     main(["show", "bb"])
