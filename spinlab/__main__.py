@@ -6,63 +6,110 @@ torchrun --nproc-per-node=2 -m spinlab +experiment=smollm2_135m_w4a4kv4
 """
 
 import logging
+import math
 import os
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from spinlab import sweep
 from spinlab.arguments import prepared
 from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
 from spinlab.errors import InputError
 from spinlab.launch import is_first, launched
+from spinlab.report.points import value_of
+from spinlab.report.records import read_record
 from spinlab.sentences import sentence
 from spinlab.streams import Console, Terminated, end_in_order, keep_streams
+
+log = logging.getLogger(__name__)
 
 _GRACE = 30  # seconds that torchrun's other processes leave the first one to fail
 _MISTAKES = (InputError, HydraException, OmegaConfBaseException)
 
 
 @dataclass
-class _Jobs:
-    """The runs of this command, of which a sweep has several, and the failures among them."""
+class _Job:
+    """The run of this command, where it is one by itself: whether it started, and its failure."""
 
-    process: int = 0
-    started: int = 0
-    failures: list[tuple[str, Exception]] = field(default_factory=list)
-
-
-_jobs = _Jobs()
+    started: bool = False
+    failure: Exception | None = None
 
 
-def _run(composed: DictConfig) -> None:
-    """Run one job; keep its failure for the end, so that a sweep goes on with the others."""
-    _jobs.started += 1
+_job = _Job()
+
+
+def _run(composed: DictConfig) -> float | None:
+    """Run one job. Its failure is kept: for the end or, of a point of a sweep, on the disk."""
     _speak()
-    sweep = _sweeps()
-    words = HydraConfig.get().overrides.task
-    job = " ".join([word for word in words if word not in sys.argv] or words)  # what is its own
-    if sweep and launched() > 1:
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        _job.started = True
+        try:
+            _experiment(composed, list(HydraConfig.get().overrides.task))
+        except Exception as error:
+            _job.failure = error
+        return None
+    if launched() > 1:
         sys.exit(_fail(InputError("torchrun runs one experiment: leave out -m, or torchrun")))
+    return _point(composed)
+
+
+def _point(composed: DictConfig) -> float:
+    """Run a point of a sweep unless it is finished; return its metric for a search."""
+    told, place = HydraConfig.get(), Path(HydraConfig.get().sweep.dir)
+    point = sweep.Point(told.job.num, sweep.own_words(told.overrides.task))
+    point.save(place)
     try:
-        _experiment(composed)
+        _prepare(told, composed.sweep.metric)
+        point.state, point.record, metrics = _finished_or_run(composed, point.words)
+        return value_of(metrics, composed.sweep.metric)
     except Exception as error:
-        if sweep:
-            _tell(f"{job}: {sentence(error)}", error)
-            _let_go(error)
-        if os.getpid() != _jobs.process:  # a launcher runs it elsewhere, and waits for word
-            raise
-        _jobs.failures.append((job, error))
+        point.state, point.error = "failed", sentence(error)
+        point.mistake = isinstance(error, _MISTAKES)
+        own = [word for word in point.words if word not in sys.argv] or point.words
+        _tell(f"{' '.join(own)}: {point.error}", error)
+        _let_go(error)
+        return math.nan
+    except BaseException:
+        point.state, point.error = "interrupted", "the same command goes on with it"
+        raise
+    finally:
+        point.save(place)
+
+
+def _prepare(told: HydraConf, metric: str | None) -> None:
+    """See that a search has something to optimise, and give a worker its own GPU."""
+    if metric is None and not told.sweeper["_target_"].endswith("BasicSweeper"):
+        raise InputError("a search optimises a metric: name one, as in sweep.metric=ppl/wiki/fake")
+    if "joblib" in told.launcher["_target_"]:
+        from spinlab.device import own_one  # torch loads here
+
+        own_one(sweep.points_of(Path(told.sweep.dir)))
+
+
+def _finished_or_run(composed: DictConfig, words: list[str]) -> tuple[str, str, dict[str, float]]:
+    """Return how a point came by its record, where that is, and its metrics."""
+    config = settings(composed)
+    from spinlab.experiment import finished, run  # torch and transformers load here
+
+    if found := finished(config, words):
+        log.info("%-12s cached %s", "point", found)
+        return "cached", str(found), read_record(found)["metrics"]
+    record = run(config, words, sweep=True)
+    return "done", str(record.path), record.metrics
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -74,16 +121,12 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def _sweeps() -> bool:
-    return HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _experiment(composed: DictConfig) -> None:
+def _experiment(composed: DictConfig, words: list[str]) -> None:
     config = settings(composed)
     with resting():  # torch and transformers load here, not for --help
         from spinlab.experiment import run
 
-    run(config, list(HydraConfig.get().overrides.task), _sweeps())
+    run(config, words)
 
 
 def _speak() -> None:
@@ -126,15 +169,16 @@ def _interrupted(error: KeyboardInterrupt) -> int:
 
 
 def _ended() -> int:
-    """Sum up the failures and return the exit status."""
-    if not _jobs.failures:
+    """Tell what failed and return the exit status."""
+    if _job.failure is not None:
+        return _fail(_job.failure)
+    points = sweep.started.end() if sweep.started else []
+    failed = [(p, label) for p, label in zip(points, sweep.labels(points), strict=True) if p.failed]
+    if not failed:
         return 0
-    errors = [error for _, error in _jobs.failures]
-    if _jobs.started == 1:
-        return _fail(errors[0])
-    told = "; ".join(f"{job}: {sentence(error)}" for job, error in _jobs.failures)
-    print(f"spinlab: {len(errors)} of {_jobs.started} failed: {told}", file=sys.stderr)
-    return 2 if all(isinstance(error, _MISTAKES) for error in errors) else 1
+    told = "; ".join(f"{label}: {point.error}" for point, label in failed)
+    print(f"spinlab: {len(failed)} of {len(points)} failed: {told}", file=sys.stderr)
+    return 2 if all(point.mistake for point, _ in failed) else 1
 
 
 def _versions() -> str:
@@ -149,8 +193,8 @@ def _versions() -> str:
 
 def _command() -> int:
     """Run the command line and return its exit status."""
-    global _jobs
-    _jobs = _Jobs(os.getpid())
+    global _job
+    _job, sweep.started = _Job(), None
     if "--version" in sys.argv[1:]:
         print(_versions())
         return 0
@@ -165,11 +209,13 @@ def _command() -> int:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_run)()
         return _ended()
     except KeyboardInterrupt as interrupt:
+        if sweep.started:
+            sweep.started.end()
         return _interrupted(interrupt)
     except _MISTAKES as error:
         return _fail(error)
     except Exception as error:
-        if _jobs.started:
+        if _job.started or _ended():
             return _fail(error)
         # what Hydra cannot even start is a mistake, whatever it raises
         reason = " ".join(str(error).split())

@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from spinlab.compose import CONF, did_you_mean, options_of, setting_names
-from spinlab.errors import InputError
+from spinlab.compose import CONF, options_of, setting_names
+from spinlab.errors import InputError, did_you_mean
 
 # what a value may begin with or hold to have parts, for which only the user knows what is meant
 _STRUCTURE = re.compile(r"^\s*\w+\s*\(|['\"\[\]{}]")
@@ -84,7 +84,7 @@ def _without_value(word: str) -> str:
     name = word.lstrip("+")
     if name in options_of("experiment"):
         return f"{word!r} has no name before it: write +experiment={name}"
-    if name in ("experiment", "method"):
+    if name in ("experiment", "method", "sweep"):
         return f"{word!r} has no value: write +{name}=NAME"
     if name in setting_names():
         return f"{word!r} has no value: write {word}=VALUE"

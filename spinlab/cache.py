@@ -29,8 +29,10 @@ from filelock import FileLock, Timeout
 from spinlab import parallel
 from spinlab.code import code_digest
 from spinlab.collector import leave_modules
+from spinlab.entries import final_of, lock_of, partial_of
 from spinlab.files import content_key, file_digest, is_temporary, sync, write_json, writing
 from spinlab.heartbeat import heartbeat
+from spinlab.held import Hold
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Cache:
     reports: list[StageReport] = field(default_factory=list)
     _at_work: str | None = field(default=None, init=False)
     _works: bool = field(default=True, init=False)
+    _hold: Hold | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         leave_modules()
@@ -94,12 +97,12 @@ class Cache:
         assert self._at_work is None, f"{name} must be asked for before {self._at_work} starts"
         key = content_key({"stage": name, "code": code_digest(work.__module__), "depends": depends})
         key = parallel.share(key)
-        final = self.root / f"{name}-{key}"
+        final = final_of(self.root, name, key)
         if any(report.name == name and report.key == key for report in self.reports):
             return Artifact(final, key)
         if not self._works and not parallel.share(final.is_dir()):
             raise NotCached(name)
-        with writing(self.root, "paths.cache"), self._lock(name, final.name):
+        with writing(self.root, "paths.cache"), self._lock(name, final):
             manifest = parallel.share(_intact(final) if parallel.is_main() else None)
             cached = manifest is not None
             if cached:
@@ -122,17 +125,20 @@ class Cache:
             self._works = before
 
     @contextmanager
-    def _lock(self, name: str, folder: str) -> Iterator[None]:
-        """Keep other runs from this stage; the first process does so for all."""
+    def _lock(self, name: str, final: Path) -> Iterator[None]:
+        """Keep other runs from this stage; the first process does so for all.
+
+        From the first stage on this process holds the cache: what it found there stays.
+        """
         if not parallel.is_main():
             yield
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / f"{folder}.lock")
+        self._hold = self._hold or Hold(self.root)
+        lock = FileLock(lock_of(final))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("%-12s waits for another run of %s", name, folder)
+            log.info("%-12s waits for another run of %s", name, final.name)
             lock.acquire()
         try:
             yield
@@ -143,7 +149,7 @@ class Cache:
         self, name: str, final: Path, work: Callable[[Path], None], together: bool
     ) -> dict[str, Any]:
         """Do the work and return its manifest, the same on all processes."""
-        partial = final.with_name(final.name + ".partial")
+        partial = partial_of(final)
         log.info("%-12s …", name)
         start = time.perf_counter()
         if parallel.is_main():

@@ -1,6 +1,5 @@
 """Compose settings: the schema, and the YAML files under conf/ that hold the differences to it."""
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spinlab.config import Config, plain
 from spinlab.config.values import nodes
-from spinlab.errors import InputError
+from spinlab.errors import InputError, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -47,21 +46,13 @@ def settings(composed: DictConfig) -> Config:
 
 def setting_names() -> list[str]:
     """Return the dotted names of all settings, and the groups that are added with a plus."""
-    return [*dict(nodes(plain(Config()))), "+experiment", "+method"]
+    return [*dict(nodes(plain(Config()))), "+experiment", "+method", "+sweep"]
 
 
 def options_of(group: str) -> list[str]:
     """Return the names of a group's files."""
     folder = CONF / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-
-
-def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
-    """Say which of the known names may have been meant, or what lists them."""
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(known)}" if len(known) < 20 else f"{lists} lists them all"
 
 
 def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:

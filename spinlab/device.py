@@ -4,14 +4,17 @@ import ctypes
 import os
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from spinlab import parallel
 from spinlab.config import RuntimeConfig
 from spinlab.errors import InputError
 
 _AMPERE = (8, 0)  # compute capability: asynchronous copies, int8 products of 16 x 32
+_owned: list[FileLock] = []  # held as long as this process lives
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -46,6 +49,28 @@ def _own_device(name: str) -> torch.device:
             "--nproc-per-node, or use runtime.device=cpu"
         )
     return torch.device("cuda", parallel.local_rank())
+
+
+def own_one(folder: Path) -> None:
+    """Make one of this machine's CUDA devices the only one that this process sees, if any.
+
+    It is the first that no other process owns by the folder, and is owned until this process ends.
+    Must be called before CUDA is in use. Raises InputError where there are more processes.
+    """
+    if _owned or not (count := torch.cuda.device_count()):
+        return
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    for name in names.split(",")[:count]:
+        lock = FileLock(folder / f"cuda-{name}.lock")
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            _owned.append(lock)
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            return
+    raise InputError(
+        f"each worker takes a CUDA device of its own, and this machine has {count}: use "
+        f"hydra.launcher.n_jobs={count}"
+    )
 
 
 def choose_backend(name: str, device: torch.device) -> str:

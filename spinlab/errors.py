@@ -1,5 +1,7 @@
 """What ends a run with a sentence: a mistake of the user's, or a result that cannot be right."""
 
+import difflib
+
 
 class InputError(Exception):
     """Report what a user asked for that cannot be done, with the limit and the fix.
@@ -14,3 +16,11 @@ class ResultError(Exception):
     Nothing of it is cached, and the run fails with status 1. Not an assertion, which `python -O`
     would leave out.
     """
+
+
+def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
+    """Say which of the known names may have been meant, or what lists them."""
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(known)}" if len(known) < 20 else f"{lists} lists them all"

@@ -12,11 +12,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from spinlab import parallel
-from spinlab.config import Config
+from spinlab.cache import NotCached
+from spinlab.code import code_digest
+from spinlab.config import Config, plain
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.base import Subject, write_exports
 from spinlab.files import replacing, writing
 from spinlab.finite import check_finite
+from spinlab.held import Hold
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
@@ -57,7 +60,7 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
     with memory_told():
         pipeline = Pipeline(config, trackers.log)
         preflight(pipeline, () if sweep else overrides)
-        facts = environment() | {"backend": pipeline.run.backend}
+        facts = environment() | {"backend": pipeline.run.backend, "code": code_digest(__name__)}
         model = describe_model(config.model, pipeline.original.shape)
         record = Record(config, overrides, facts, pipeline.identity, model, sweep=sweep)
         record.mirrors = trackers.stopped
@@ -69,11 +72,29 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
     return record
 
 
+def finished(config: Config, overrides: list[str]) -> Path | None:
+    """Return the complete record of these settings, inputs and code; None where there is none.
+
+    No model is loaded. What is exported is no part of a record: only a run writes that.
+    """
+    disable_progress_bar()
+    pipeline = Pipeline(config)
+    try:
+        with pipeline.run.cache.only_cached():
+            identity = pipeline.identity
+    except NotCached:
+        return None
+    record = Record(config, overrides, {"code": code_digest(__name__)}, identity)
+    exports = any(plain(config.export).values())
+    return record.path if record.kept() and not exports else None
+
+
 def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
     """Go through the stages; save the record and close trackers and log however they end."""
     kept: dict[str, Any] = {"figures": [], "artifacts": {}, "layers": {}}  # for the trackers
-    journal = Journal(record.folder / "run.log", record.overrides)
+    journal, hold = Journal(record.folder / "run.log", record.overrides), Hold(record.folder)
     with ExitStack() as end:  # the last is done first, and each of them whatever another raises
+        end.callback(hold.release)
         end.callback(journal.close)
         end.callback(_finish, record, trackers, kept)
         end.callback(_save, pipeline, record)
@@ -228,4 +249,4 @@ def _show(record: Record, seconds: float) -> None:
     if "bits/weights/integer" in metrics:
         weights, kv = metrics["bits/weights/integer"], metrics["bits/kv/integer"]
         print(f"effective bits: weights {weights:.2f}, KV cache {kv:.2f}")
-    print(f"record: {record.folder / 'record.json'}   ({seconds:.0f} s)")
+    print(f"record: {record.path}   ({seconds:.0f} s)")

@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spinlab import config
 from spinlab.arguments import quoted
-from spinlab.compose import did_you_mean, options_of, setting_names
-from spinlab.errors import InputError
+from spinlab.compose import options_of, setting_names
+from spinlab.errors import InputError, did_you_mean
 
 _PLUGINS = {
     "launcher/submitit": "hydra-submitit-launcher",
@@ -75,7 +75,7 @@ def _in_list(whole: str, name: str, kind: str) -> str:
 def _second(group: str) -> str:
     if group == "method":
         return "this experiment has a method already: write method=NAME, without a plus"
-    plus = "+" if group == "experiment" else ""
+    plus = "+" if group in ("experiment", "sweep") else ""
     return f"{group} is chosen already: write {plus}{group}=NAME, once"
 
 
@@ -95,6 +95,10 @@ _SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     (
         r"Could not override 'method'",
         lambda: "write +method=NAME after +experiment=NAME: a method is added to the defaults",
+    ),
+    (
+        r"Could not override 'sweep'",
+        lambda: "write +sweep=NAME after +experiment=NAME: a sweep is added to the defaults",
     ),
     (r"Multiple values for (\w+)\b", _second),
     (r"^([\w/]+) appears more than once", _second),

@@ -15,7 +15,8 @@ from filelock import FileLock
 from spinlab import cache
 from spinlab.cache import PROGRESS, Cache
 from spinlab.errors import InputError
-from spinlab.files import kept_tensors, save_tensors, write_json
+from spinlab.files import write_json
+from spinlab.tensors import kept_tensors, save_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +239,7 @@ def test_a_stage_that_ends_early_leaves_no_lock_behind(tmp_path, error):
 
     with pytest.raises(error):
         Cache(tmp_path).run("s", 1, fail)
-    (path,) = tmp_path.glob("*.lock")
+    (path,) = tmp_path.glob("s-*.lock")
     with FileLock(path, timeout=0):
         pass
 

@@ -135,6 +135,10 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "rotation.load=R.pt"], ["must end in .safetensors or .bin"]),
         (["+experiment=toy", "method=quarot"], ["+method=NAME"]),
         (["+experiment=paper", "+method=quarot"], ["method=NAME, without a plus"]),
+        (["+experiment=toy", "sweep=seeds"], ["+sweep=NAME"]),
+        (["+experiment=toy", "+sweep=sedes"], ["unknown sweep 'sedes'", "did you mean seeds"]),
+        (["+experiment=toy", "+sweep=search"], ["pip install hydra-optuna-sweeper"]),
+        ([*TOY, "sweep.metric=ppl/wiki/fp"], ["sweep.metric is not read with one run alone"]),
         ([*TOY, "rotation.load=R.bin", "rotation.online=false"], ["brings its rotations"]),
         ([*TOY, "rotation=duquant", "rotation.online=false"], ["runs online"]),
         ([*TOY, "rotation.r4=random", "rotation.r4_block=64"], ["rotation.r4=random"]),
@@ -182,6 +186,7 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "~learn.steps"], ["cannot be deleted"]),
         ([*TOY, "name=../x"], ["name='../x'", "no .."]),
         (["-m", *TOY, "hydra/launcher=submitit_slurm"], ["pip install hydra-submitit-launcher"]),
+        (["-m", *TOY, "hydra/launcher=joblib"], ["pip install hydra-joblib-launcher"]),
         (["-m", *TOY, "hydra/sweeper=optuna"], ["pip install hydra-optuna-sweeper"]),
         (["-m", *TOY, "hydra/launcher=basci"], ["unknown hydra/launcher 'basci'", "basic"]),
         ([*TOY, "hydra.run.dir=/proc/x"], ["/proc/x"]),
@@ -234,12 +239,13 @@ def sweep(monkeypatch, capsys, tmp_path):
     def run(failing: dict[int, Exception], *arguments: str) -> tuple[int, list[int], list[str]]:
         seeds = []
 
-        def experiment(composed):
+        def experiment(composed, words):
             seeds.append(composed.seed)
             if composed.seed in failing:
                 raise failing[composed.seed]
+            return "done", str(tmp_path / "record.json"), {}
 
-        monkeypatch.setattr("spinlab.__main__._experiment", experiment)
+        monkeypatch.setattr("spinlab.__main__._finished_or_run", experiment)
         words = ["-m", *TOY, f"paths.runs={tmp_path}", *arguments]
         monkeypatch.setattr(sys, "argv", ["spinlab", *words])
         GlobalHydra.instance().clear()
@@ -273,7 +279,7 @@ def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch, tmp_path):
 
     networks, alive = weakref.WeakSet(), []
 
-    def experiment(composed):
+    def experiment(composed, words):
         alive.append(len(networks))
         network = Network()
         networks.add(network)
@@ -282,7 +288,7 @@ def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch, tmp_path):
         except RuntimeError as error:
             raise InputError("a smaller batch") from error
 
-    monkeypatch.setattr("spinlab.__main__._experiment", experiment)
+    monkeypatch.setattr("spinlab.__main__._finished_or_run", experiment)
     monkeypatch.setattr(
         sys, "argv", ["spinlab", "-m", *TOY, f"paths.runs={tmp_path}", "seed=0,1,2"]
     )
@@ -313,7 +319,7 @@ def test_a_fault_in_a_sweep_is_status_1_with_its_trace(sweep):
     ids=["mistake", "fault", "ctrl-c", "sigterm", "sighup"],
 )
 def test_an_end_has_one_line_and_its_own_status(monkeypatch, capsys, error, status, said):
-    def experiment(composed):
+    def experiment(composed, words):
         raise error
 
     monkeypatch.setattr("spinlab.__main__._experiment", experiment)

@@ -12,7 +12,13 @@ from spinlab.config.eval import VARIANTS, EvalConfig
 from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
-from spinlab.config.outputs import ExportConfig, PathsConfig, TrackerConfig, WandbConfig
+from spinlab.config.outputs import (
+    ExportConfig,
+    PathsConfig,
+    SweepConfig,
+    TrackerConfig,
+    WandbConfig,
+)
 from spinlab.config.quant import KINDS, FormatChange, Override, QuantConfig, TensorQuant
 from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
@@ -44,6 +50,7 @@ __all__ = [
     "RotationConfig",
     "RuntimeConfig",
     "StatisticsConfig",
+    "SweepConfig",
     "TensorQuant",
     "TrackerConfig",
     "WandbConfig",
@@ -70,6 +77,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         self._check_name()
@@ -86,6 +94,16 @@ class Config:
             self._check_columns()
         if "integer" in self.eval.variants:
             self._check_integers()
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        """Refuse a sweep's metric of a variant that is not measured."""
+        variant = (self.sweep.metric or "").rpartition("/")[2]
+        if variant in set(VARIANTS) - set(self.eval.variants):
+            raise InputError(
+                f"sweep.metric={self.sweep.metric} is of a variant that is not measured: add "
+                f"{variant} to eval.variants=[{','.join(self.eval.variants)}]"
+            )
 
     def _check_name(self) -> None:
         """Refuse a name that is no folder, or leads out of the folder of all runs."""

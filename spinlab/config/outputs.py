@@ -44,6 +44,13 @@ class PathsConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Choose what a sweep tells of its points; it changes none of them."""
+
+    metric: str | None = None  # a name, or a pattern of names with *; what a search optimises
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Name what to write once the rotations are there; null writes nothing.
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.evaluate.perplexity import See
-from spinlab.files import write_tensors
 from spinlab.model.modules import head_of
+from spinlab.tensors import write_tensors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import ClipSearch, LearnConfig, QuantConfig
-from spinlab.files import kept_tensors, save_tensors
 from spinlab.learn.divergence import DivergenceCheck
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.optim import make_optimizer, rate_at
@@ -28,6 +27,7 @@ from spinlab.model.load import cast_model, exact_norms
 from spinlab.model.modules import decoder_of, head_of
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
+from spinlab.tensors import kept_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ left out; so is what would be averaged with records that were made otherwise.
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _SCHEMAS = (1, 2, 3)
-_PARTS = ("schema", "experiment", "config", "metrics", "status")
+_PARTS = {"schema": int, "experiment": str, "status": str, "config": dict, "metrics": dict}
+_OF_ANY_RUN = {**_PARTS, "key": str, "overrides": list, "stages": list}
 # one function: the emulation, and the integer kernels
 TWINS: Mapping[str, tuple[str, ...]] = {"fake": ("fake", "integer")}
 # what may differ between the runs whose mean a table has
@@ -52,12 +53,39 @@ class Records:
 
 def read_record(path: Path) -> Record:
     """Return a record; raise InputError for what is none, or of a run that did not end well."""
+    record = _read(path, _PARTS)
+    reason = record if isinstance(record, str) else _refused(record)
+    if isinstance(record, str) or reason:
+        raise InputError(f"{path}: {reason}")
+    return record
+
+
+def any_record(path: Path) -> Record | str:
+    """Return the record of a run, however it ended; the reason in place of what is none."""
+    return _read(path, _OF_ANY_RUN)
+
+
+def records_below(folder: Path) -> Iterator[tuple[Path, Record | str]]:
+    """Yield what `any_record` makes of every record.json below a folder, in the order of paths."""
+    for path in sorted(folder.rglob("record.json")):
+        yield path, any_record(path)
+
+
+def _read(path: Path, parts: Mapping[str, type]) -> Record | str:
+    """Return a record with these parts, in the names of today; the reason in place of what is none.
+
+    A reason begins with the words that it is counted by.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: broken: {type(error).__name__}: {error}") from error
-    if reason := _refused(record):
-        raise InputError(f"{path}: {reason}")
+        return f"broken: {type(error).__name__}: {error}"
+    if not isinstance(record, dict) or not parts.keys() <= record.keys():
+        return "no record of a run"
+    if record["schema"] not in _SCHEMAS:
+        return f"of another schema: {record['schema']!r}, and {_SCHEMAS} are read"
+    if wrong := [name for name, kind in parts.items() if not isinstance(record[name], kind)]:
+        return f"broken: {wrong[0]} is no {parts[wrong[0]].__name__}"
     return record | {"metrics": _renamed(record["metrics"], record["schema"])}
 
 
@@ -67,17 +95,10 @@ def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
     return {name.removesuffix(old) + new * name.endswith(old): v for name, v in metrics.items()}
 
 
-def _refused(record: Any) -> str:
-    """Return why content is not a record to make tables of, in the words of a count."""
-    if not isinstance(record, dict) or not set(_PARTS) <= record.keys():
-        return "no record of a run"
-    if record["schema"] not in _SCHEMAS:
-        return f"of another schema: {record['schema']!r}, and {_SCHEMAS} are read"
+def _refused(record: Record) -> str:
+    """Return why no table is made of a record."""
     if record["status"] != "complete":
         return f"not complete: its status is {record['status']!r}; run it again, or take it away"
-    parts = (record["config"], record["metrics"])
-    if not all(isinstance(part, dict) for part in parts):
-        return "broken: settings and metrics are no mappings"
     for name, value in record["metrics"].items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             return f"broken: {name} is {value}, which is no number"

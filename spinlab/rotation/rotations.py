@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from spinlab.files import write_tensors
 from spinlab.model.map import Site
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
+from spinlab.tensors import write_tensors
 
 _FUSED = ("r1", "r2")
 ONLINE = ("r3", "r4", "cross_head")

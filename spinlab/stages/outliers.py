@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from spinlab.cache import Artifact
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.files import write_tensors
 from spinlab.finite import check_finite
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.modules import map_of
@@ -18,6 +17,7 @@ from spinlab.stages.original import Original
 from spinlab.stages.rotations import gate_ids, networks_of, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
+from spinlab.tensors import write_tensors
 
 _FILE = "peaks.safetensors"
 

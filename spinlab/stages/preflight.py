@@ -44,7 +44,9 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     """
     _check_places(pipeline.config)
     config = pipeline.config
-    unread = *unread_by_codecs(config.kv), *unread_by_optimizer(config.learn.optimizer)
+    unread = [*unread_by_codecs(config.kv), *unread_by_optimizer(config.learn.optimizer)]
+    if overrides:
+        unread.append(("one run alone, without -m,", ["sweep"]))
     check_read(config, overrides, pipeline.given.transformed, unread)
     _read_texts(pipeline)
     check_questions(pipeline.config.eval)

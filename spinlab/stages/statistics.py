@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 
 from spinlab.cache import Artifact
 from spinlab.config import plain
-from spinlab.files import write_tensors
 from spinlab.finite import check_finite
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
@@ -14,6 +13,7 @@ from spinlab.stages.original import Original
 from spinlab.stages.rotations import networks_of
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
+from spinlab.tensors import write_tensors
 
 _FILE = "statistics.safetensors"
 

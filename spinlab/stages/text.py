@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from spinlab.cache import Artifact
 from spinlab.data.text import Text, fixed_windows, random_windows, tokenize
 from spinlab.errors import InputError
-from spinlab.files import write_tensors
 from spinlab.model.load import tokenizer_digest, vocabulary
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
+from spinlab.tensors import write_tensors
 
 _FILE = "tokens.safetensors"
 

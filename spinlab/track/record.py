@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 3  # 1 had no identity; 2 called the variant `integer` int4
 _PRIVATE = ("paths.", "export.", "rotation.load=", "model.path=")  # overrides that name places
-_NOT_IN_KEY = ("paths", "tracker", "runtime", "export")
+_NOT_IN_KEY = ("paths", "tracker", "runtime", "export", "sweep")
 _PLACES = {  # settings that say where something lies: the identity says what it is
     "model": ("name", "path", "package", "file", "hub", "revision"),
     "data": ("calibration", "evaluation"),
@@ -106,6 +106,10 @@ class Record:
         return Path(self.config.paths.runs) / self.config.name / self.key
 
     @property
+    def path(self) -> Path:
+        return self.folder / "record.json"
+
+    @property
     def model_name(self) -> str:
         """What the model that ran is called: a local folder by its name, or as the command says.
 
@@ -123,7 +127,7 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         settings = _settings(self.config)
-        del settings["paths"], settings["export"]
+        del settings["paths"], settings["export"], settings["sweep"]
         settings["model"]["name"] = self.model_name
         overrides = [o for o in self.overrides if not o.lstrip("+~").startswith(_PRIVATE)]
         content = {
@@ -142,13 +146,24 @@ class Record:
         }
         return without_folders(content)
 
+    def kept(self) -> bool:
+        """Tell whether a complete record stands here of the same settings, made by the same code.
+
+        Its inputs are the same, for they are in its key.
+        """
+        if _status(self.path) != "complete":
+            return False
+        saved, own = json.loads(self.path.read_text(encoding="utf-8")), self.as_json()
+        code = saved.get("environment", {}).get("code")
+        return saved.get("config") == own["config"] and code == own["environment"]["code"]
+
     def save(self) -> Path:
         """Write record.json and return its path; of several processes only the first one writes.
 
         A complete record is only replaced by a complete one: until then a run that repeats it
         writes unfinished.json beside it. Raises InputError where the system refuses to write.
         """
-        path, unfinished = self.folder / "record.json", self.folder / "unfinished.json"
+        path, unfinished = self.path, self.folder / "unfinished.json"
         if not parallel.is_main():
             return path
         with writing(self.folder, "paths.runs"):

@@ -18,11 +18,11 @@ from spinlab.fakequant.insert import (
     rounded_sites,
     token_quantizer,
 )
-from spinlab.files import kept_tensors, save_tensors
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, ends_of, linear_at, map_of
+from spinlab.tensors import kept_tensors, save_tensors
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.gptq import Hessian, error_spread, gptq

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from spinlab.files import write_tensors
 from spinlab.formats import FORMATS, Format, Parameters, name_of
+from spinlab.tensors import write_tensors
 
 
 @dataclass(frozen=True)

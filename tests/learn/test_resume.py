@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from spinlab.compose import composed
-from spinlab.files import read_tensors
 from spinlab.learn import RotationLearner
 from spinlab.stages import learn as learning
 from spinlab.stages.pipeline import Pipeline
+from spinlab.tensors import read_tensors
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8

@@ -47,7 +47,7 @@ class Wandb(Tracker):
         import wandb
 
         settings, content = record.config.tracker.wandb, record.as_json()
-        self._record = record.folder / "record.json"
+        self._record = record.path
         self._about = {name: content[name] for name in ("experiment", "key", "model")}
         self._measured: dict[str, Values] = {}
         self._run = wandb.init(

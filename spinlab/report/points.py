@@ -1,0 +1,58 @@
+"""The points of a sweep side by side: where they differ, how they ended, what they measured."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from spinlab.config import VARIANTS
+from spinlab.report.formats import markdown
+
+Metrics = Mapping[str, float]
+
+
+def differing(points: Iterable[Sequence[str]]) -> list[dict[str, str]]:
+    """Return of every point's words (`key=value`) those that are not the same in all of them."""
+    split = [dict(word.lstrip("+").split("=", 1) for word in p if "=" in word) for p in points]
+    keys = dict.fromkeys(key for words in split for key in words)
+    told = [key for key in keys if len({words.get(key) for words in split}) > 1]
+    return [{key: words[key] for key in told if key in words} for words in split]
+
+
+def metric_names(measured: Sequence[Metrics], wanted: str | None = None) -> list[str]:
+    """Return the names that follow a pattern; by default each text's perplexity at the end.
+
+    That is the perplexity of the last variant that all have measured, of those that measured any.
+    """
+    names = sorted({name for metrics in measured for name in metrics})
+    if wanted is not None:
+        return [name for name in names if fnmatchcase(name, wanted)]
+    perplexities = [{n for n in metrics if n.startswith("ppl/")} for metrics in measured if metrics]
+    for variant in reversed(VARIANTS):
+        of_variant = [name for name in names if name.startswith("ppl/") and name.endswith(variant)]
+        if of_variant and all(names & set(of_variant) for names in perplexities):
+            return of_variant
+    return []
+
+
+def value_of(metrics: Metrics, wanted: str | None) -> float:
+    """Return the one metric whose name follows a pattern; NaN where none or several do."""
+    names = [] if wanted is None else metric_names([metrics], wanted)
+    return metrics[names[0]] if len(names) == 1 else math.nan
+
+
+def points_table(points: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+    """Return a table with a row for every point, of its `words`, `state` and `metrics`."""
+    own = differing([point["words"] for point in points])
+    keys = list(dict.fromkeys(key for words in own for key in words))
+    names = metric_names([point["metrics"] for point in points], wanted)
+    rows = [[*keys, "state", *names]]
+    for point, words in zip(points, own, strict=True):
+        cells = [words.get(key, "") for key in keys]
+        rows.append([*cells, point["state"], *(number(point["metrics"].get(n)) for n in names)])
+    return markdown(rows)
+
+
+def number(value: float | None) -> str:
+    """Format a metric to six digits; nothing where there is none."""
+    return "" if value is None else f"{value:.6g}"

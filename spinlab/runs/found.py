@@ -1,0 +1,72 @@
+"""Runs found by their records, as names and values that can be filtered and compared."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spinlab.config.values import values_of
+from spinlab.errors import InputError
+from spinlab.held import is_held
+from spinlab.report.records import Record, records_below
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder and its record."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def state(self) -> str:
+        """complete, running, killed, interrupted or failed."""
+        status = self.record["status"].partition(":")[0]
+        return "killed" if status == "running" and not is_held(self.folder) else status
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """What it can be found by: settings, then names that its command chose, then metrics."""
+        record = self.record
+        own = {"experiment": record["experiment"], "key": record["key"], "state": self.state}
+        settings = values_of(record["config"])
+        chosen = {k: v for k, v in self.words.items() if k not in settings}
+        return chosen | settings | own | record["metrics"]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The words of its command, by the names before the equals sign."""
+        words = (word.lstrip("+").partition("=") for word in self.record["overrides"])
+        return {name: value for name, equals, value in words if equals}
+
+
+def find(folder: Path) -> tuple[list[Run], dict[Path, str]]:
+    """Return the runs below a folder, the latest last, and why other records are left out."""
+    runs: list[Run] = []
+    left: dict[Path, str] = {}
+    for path, record in records_below(folder):
+        if isinstance(record, str):
+            left[path] = record
+        else:
+            runs.append(Run(path.parent, record))
+    return sorted(runs, key=lambda run: (run.folder / "record.json").stat().st_mtime), left
+
+
+def one(runs: list[Run], start: str) -> Run:
+    """Return the run whose key has this start. Raises InputError unless there is one."""
+    found = [run for run in runs if run.record["key"].startswith(start)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise InputError(f"no run has a key that starts with {start!r}: list them without a word")
+    names = ", ".join(str(run.folder) for run in found)
+    raise InputError(f"{len(found)} runs have keys that start with {start!r}: {names}")
+
+
+def text(value: Any) -> str:
+    """Return a value as a command line has it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(text, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

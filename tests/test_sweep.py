@@ -1,0 +1,325 @@
+"""Sweeps: what is finished is not done again, what fails is named, and presets compose."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from spinlab import device, experiment, sweep
+from spinlab.__main__ import _prepare
+from spinlab.compose import CONF, composed, options_of
+from spinlab.config import Config, EvalConfig, SweepConfig
+from spinlab.errors import InputError
+from spinlab.experiment import finished
+from spinlab.report.points import differing, metric_names, points_table, value_of
+from spinlab.sweep import Point, own_words
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("+experiment=toy", "tracker=none", "eval.tasks=[]", "eval.variants=[fp]", "learn.steps=0"),
+    *("eval.max_windows=1", "model=random", "model.architecture.num_hidden_layers=1"),
+]
+WINDOWS = [*range(16, 60, 4), 9999]  # the model reads 512 tokens
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    text = folder / "text.txt"
+    text.write_text("A text to score, of one window. " * 400)
+    paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
+    texts = [f"data.calibration={text}", f"data.evaluation=[{text}]"]
+    command = [sys.executable, "-m", "spinlab", "-m", *SMALL, *texts, *paths]
+    return subprocess.Popen(
+        [*command, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def complete(folder: Path) -> dict[Path, int]:
+    """Return the complete records, with the times at which they were written."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.glob("runs/toy/*/record.json")
+        if json.loads(path.read_text())["status"] == "complete"
+    }
+
+
+def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
+    points = f"eval.window={','.join(map(str, WINDOWS))}"
+    process = start(tmp_path, points)
+    deadline = time.monotonic() + 120
+    while len(complete(tmp_path)) < 4:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = complete(tmp_path)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*-*/manifest.json")}
+    assert 4 <= len(before) < 11
+
+    process = start(tmp_path, points, "sweep.metric=ppl/*")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    after = complete(tmp_path)
+    assert len(after) == 11
+    assert before.items() <= after.items()
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    (kept,) = tmp_path.glob("runs/sweeps/*/sweep.json")
+    told = json.loads(kept.read_text())["points"]
+    states = [point["state"] for point in told]
+    assert states == ["cached"] * len(before) + ["done"] * (11 - len(before)) + ["failed"]
+    assert all(point["metrics"]["ppl/text.txt/fp"] > 1 for point in told[:-1])
+    command = shlex.join(["spinlab", *told[-1]["words"]])
+    assert "eval.window=9999 failed: eval.window=9999 is longer than the 512 tokens" in output
+    assert f"    {command}" in output
+    assert "\n| 9999 " in kept.with_name("sweep.md").read_text()
+    assert not list(kept.parent.glob("points-*"))
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[list[str], Path]:
+    """Return the words of a run and its complete record."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
+    words = [*SMALL, "eval.window=64"]
+    words += [f"data.calibration={text}", f"data.evaluation=[{text}]"]
+    words += [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    return words, experiment.run(composed(*words), words).path
+
+
+def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_code(
+    made, tmp_path, monkeypatch
+):
+    words, path = made
+    assert finished(composed(*words), words) == path
+    assert finished(composed(*words, "sweep.metric=ppl/*"), words) == path
+    for other in (
+        "seed=1",
+        "tracker=offline",
+        "runtime.threads=1",
+        f"export.rotations={tmp_path}/R.safetensors",
+    ):
+        assert finished(composed(*words, other), words) is None, other
+    whole = path.read_text()
+    for status in ("running", "interrupted", "failed: ValueError: no"):
+        path.write_text(json.dumps(json.loads(whole) | {"status": status}))
+        assert finished(composed(*words), words) is None
+    path.write_text(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "code_digest", lambda module: "other code")
+        assert finished(composed(*words), words) is None
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text() + "more")
+    assert finished(composed(*words), words) is None
+
+
+def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
+    words, path = made
+    path.write_text(path.read_text()[:100])
+    assert finished(composed(*words), words) is None
+    assert "record.json is damaged" in caplog.text
+    assert path.with_name("record.json.damaged").exists()
+
+
+def test_a_point_is_told_by_the_words_of_its_own():
+    points = [["+experiment=toy", "seed=0", "a.b=1"], ["+experiment=toy", "seed=1", "+method=x"]]
+    assert differing(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
+    assert differing([["seed=0"]]) == [{}]
+
+
+def test_the_command_of_a_point_is_no_sweep_and_is_quoted_for_a_shell():
+    words = ["rotation=random", "+experiment=toy", "+sweep=seeds", "sweep.metric=a", "x=[a, b]"]
+    own = own_words(words)
+    assert own == ["rotation=random", "+experiment=toy", "+sweep=seeds", "x=[a, b]"]
+    assert shlex.split(Point(0, own).command) == ["spinlab", *own, "hydra.mode=RUN"]
+    assert shlex.split(Point(0, own[:2]).command) == ["spinlab", *own[:2]]
+
+
+@pytest.fixture
+def announced(tmp_path, monkeypatch):
+    """Return a function that announces a sweep as Hydra does, in this process."""
+    for name in ("SPINLAB_SWEEP", "SPINLAB_SWEEP_PROCESS"):
+        monkeypatch.setenv(name, "")  # to be put back
+    monkeypatch.setattr(sweep, "started", None)
+
+    def announce(*words: str, params: dict | None = None) -> sweep.Sweep:
+        place = f"{tmp_path}/runs/sweeps/${{oc.env:SPINLAB_SWEEP}}"
+        told = {
+            "overrides": {"task": list(words)},
+            "sweeper": {"params": params},
+            "sweep": {"dir": place},
+        }
+        config = OmegaConf.create({"hydra": told, "sweep": {"metric": "ppl/wiki/fake"}})
+        sweep.Start().on_multirun_start(config)
+        assert sweep.started
+        return sweep.started
+
+    return announce
+
+
+def test_a_sweep_is_known_by_what_it_runs_and_not_by_where(announced):
+    one = announced("+experiment=toy", "seed=0,1").folder
+    same = ("paths.runs=x", "tracker=none", "sweep.metric=a", "export.rotations=R.bin")
+    assert all(announced("+experiment=toy", word, "seed=0,1").folder == one for word in same)
+    others = {announced("+experiment=toy", "seed=0,2").folder}
+    others |= {announced("+experiment=toy", params={"seed": v}).folder for v in ("0,1", "0,2")}
+    assert len(others | {one}) == 4
+
+
+def test_states_that_other_processes_left_make_the_table(announced, capsys, tmp_path):
+    started = announced("+experiment=toy", "seed=0,1,2")
+    assert started.end() == []
+    record = {"schema": 2, "experiment": "toy", "key": "a", "status": "complete", "config": {}}
+    record |= {"metrics": {"ppl/wiki/fake": 8.0}, "overrides": [], "stages": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    Point(0, ["seed=0"], "done", str(tmp_path / "record.json")).save(started.folder)
+    Point(1, ["seed=1"], "failed", error="too short", mistake=True).save(started.folder)
+    Point(2, ["seed=2"]).save(started.folder)  # its process is gone
+    assert [point.failed for point in started.end()] == [False, True, True]
+    told = capsys.readouterr().out
+    for line in ("| 0    | done   | 8", "1 done, 1 failed, 1 killed", "seed=1 failed: too short"):
+        assert line in told
+    assert "seed=2 killed: its process ended before it did\n    spinlab seed=2" in told
+    assert (started.folder / "sweep.md").read_text() in told
+    kept = json.loads((started.folder / "sweep.json").read_text())["points"]
+    assert [point["metrics"] for point in kept] == [{"ppl/wiki/fake": 8.0}, {}, {}]
+
+
+def test_states_of_a_command_that_was_killed_are_cleared_away_and_those_of_another_stay(announced):
+    folder = announced("seed=0,1").folder
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getpid(), os.getppid()):
+        (folder / f"points-{process}").mkdir(parents=True)
+    announced("seed=0,1")
+    assert [path.name for path in folder.iterdir()] == [f"points-{os.getppid()}"]
+
+
+def test_a_metric_that_no_point_measured_is_told_with_the_nearest(announced, capsys, tmp_path):
+    started = replace(announced("seed=0"), metric="ppl/wikki/fake")
+    record = {"schema": 2, "experiment": "toy", "key": "a", "status": "complete", "config": {}}
+    record |= {"metrics": {"ppl/wiki/fake": 8.0}, "overrides": [], "stages": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    Point(0, ["seed=0"], "cached", str(tmp_path / "record.json")).save(started.folder)
+    started.end()
+    said = "no point measured sweep.metric=ppl/wikki/fake: did you mean ppl/wiki/fake?"
+    assert said in capsys.readouterr().out
+
+
+def test_a_search_without_a_metric_is_refused():
+    basic, optuna = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "x.OptunaSweeper"
+    launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+    _prepare(SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher), None)
+    search = SimpleNamespace(sweeper={"_target_": optuna}, launcher=launcher)
+    _prepare(search, "ppl/wiki/fake")
+    with pytest.raises(InputError, match=r"sweep\.metric=ppl/wiki/fake"):
+        _prepare(search, None)
+
+
+MEASURED = [
+    {"ppl/c4/fp": 3.0, "ppl/wiki/fp": 2.0, "ppl/wiki/fake": 4.0, "ppl/c4/fake": 5.0},
+    {"ppl/c4/fp": 3.0, "ppl/wiki/fp": 2.0, "ppl/wiki/fake": 6.0, "gap/wiki": 0.1},
+    {},
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        (None, ["ppl/c4/fake", "ppl/wiki/fake"]),
+        ("gap/wiki", ["gap/wiki"]),
+        ("ppl/*/fp", ["ppl/c4/fp", "ppl/wiki/fp"]),
+        ("ppl/wikki/fp", []),
+    ],
+)
+def test_the_metric_asked_for_or_the_last_perplexity(wanted, names):
+    assert metric_names(MEASURED, wanted) == names
+
+
+def test_a_search_gets_the_one_metric_that_a_pattern_names():
+    assert value_of(MEASURED[0], "ppl/wiki/fake") == 4.0
+    assert value_of(MEASURED[0], "*wiki/fake") == 4.0
+    for wanted in (None, "ppl/*", "gap/*"):
+        assert value_of(MEASURED[0], wanted) != value_of(MEASURED[0], wanted)  # NaN
+
+
+def test_a_table_has_every_point_with_its_state():
+    states = ("done", "cached", "failed")
+    points = [
+        {"words": ["a=1", f"seed={i}"], "state": state, "metrics": metrics}
+        for i, (state, metrics) in enumerate(zip(states, MEASURED, strict=True))
+    ]
+    assert points_table(points, "ppl/wiki/fake").splitlines() == [
+        "| seed | state  | ppl/wiki/fake |",
+        "|------|--------|---------------|",
+        "| 0    | done   | 4             |",
+        "| 1    | cached | 6             |",
+        "| 2    | failed |               |",
+    ]
+
+
+def test_a_metric_of_a_variant_that_is_not_measured_is_refused():
+    with pytest.raises(InputError, match=r"add rtn to eval\.variants=\[fp\]"):
+        Config(sweep=SweepConfig("ppl/wiki/rtn"), eval=EvalConfig(variants=["fp"]))
+    Config(sweep=SweepConfig("ppl/wiki/*"), eval=EvalConfig(variants=["fp"]))
+
+
+def test_each_process_owns_a_device_and_one_too_many_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    locks = []
+    for name in ("3", "GPU-ab"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+        monkeypatch.setattr(device, "_owned", [])  # of another process
+        device.own_one(tmp_path)
+        device.own_one(tmp_path)  # for its next point: the same
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == name
+        locks += device._owned
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    monkeypatch.setattr(device, "_owned", [])
+    with pytest.raises(InputError, match=r"hydra\.launcher\.n_jobs=2"):
+        device.own_one(tmp_path)
+    assert len(locks) == 2
+
+
+def presets() -> list[str]:
+    """Return every value of every preset by itself, the others of its sweep at their first."""
+    found = []
+    for name in options_of("sweep"):
+        params = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())["hydra"]["sweeper"]
+        read = OverridesParser.create().parse_override
+        axes = []
+        for key, values in params["params"].items():
+            override = read(f"{key}={values}")
+            if override.is_discrete_sweep():
+                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            elif not override.is_sweep_override():
+                axes.append([f"{key}={values}"])
+            else:
+                axes.append([f"{key}=1"])  # of a range
+        axes = [[axis[0], *axis[1:-1], axis[-1]] if len(axis) < 10 else axis[:1] for axis in axes]
+        found += [" ".join(point) for point in product(*axes)]
+    return found
+
+
+@pytest.mark.parametrize("point", presets())
+def test_every_point_of_a_preset_composes_with_an_experiment(point):
+    composed("+experiment=toy", *point.split(" "))
+
+
+@pytest.mark.parametrize(("alone", "mode"), [([], "MULTIRUN"), (["hydra.mode=RUN"], "RUN")])
+def test_a_preset_is_a_sweep_without_a_flag_and_its_points_can_be_run_alone(alone, mode):
+    words = ["+experiment=toy", "+sweep=seeds", *alone, "--cfg", "hydra"]
+    shown = subprocess.run([sys.executable, "-m", "spinlab", *words], cwd=ROOT, capture_output=True)
+    assert yaml.safe_load(shown.stdout)["hydra"]["mode"] == mode
