@@ -21,12 +21,19 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _SCHEMAS = (1, 2, 3)
-_PARTS = {"schema": int, "experiment": str, "status": str, "config": dict, "metrics": dict}
-_OF_ANY_RUN = {**_PARTS, "key": str, "overrides": list, "stages": list}
+_PARTS = {"schema": object, "experiment": object, "status": object, "config": dict, "metrics": dict}
+_OF_ANY_RUN = {
+    **_PARTS,
+    "experiment": str,
+    "status": str,
+    "key": str,
+    "overrides": list,
+    "stages": list,
+}
 # one function: the emulation, and the integer kernels
 TWINS: Mapping[str, tuple[str, ...]] = {"fake": ("fake", "integer")}
 # what may differ between the runs whose mean a table has
-_OF_A_RUN = ("seed", "runtime", "tracker", "name")
+_OF_A_RUN = ("seed", "runtime", "tracker", "sweep", "name")
 
 
 @dataclass

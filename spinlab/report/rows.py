@@ -18,7 +18,7 @@ from spinlab.report.records import TWINS, Record, zeroshot_mean
 
 # settings that say where, how fast and for whom, but change no number beyond noise
 _FREE = (
-    *("name", "seed", "runtime", "tracker", "paths", "export", "eval", "data.evaluation"),
+    *("name", "seed", "runtime", "tracker", "paths", "export", "sweep", "eval", "data.evaluation"),
     *("model.hub", "model.path", "model.package", "model.file", "model.revision", "model.name"),
     *("model.architecture", "model.outlier_channels", "model.outlier_scale"),
     *("learn.micro_batch", "learn.checkpoint", "learn.save_every"),
