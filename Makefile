@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test tables report lint clean
+.PHONY: help setup run test tables notebooks report lint clean
 
 EXPERIMENT ?= smollm2_135m_w4a4kv4
 ARGS ?=
@@ -18,7 +18,7 @@ unexport VIRTUAL_ENV PYTHONHOME
 
 help:  ## list the targets
 	@echo 'make TARGET [NAME=value ...]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.ready  ## make .venv with everything in it (PYTHON=path picks the interpreter); instant when up to date
 
@@ -30,6 +30,9 @@ test: lint  ## lint, then run the tests on all cores; PYTEST_ARGS and ARGS go to
 
 tables: .venv/.ready  ## rebuild every table of the pages from its records
 	@.venv/bin/python -m spinlab.report
+
+notebooks: .venv/.ready  ## run notebooks/*.py and keep them with their outputs as .ipynb
+	@OMP_NUM_THREADS=1 .venv/bin/python notebooks/build.py
 
 report: .venv/.ready  ## write report/index.html, a page to look through all records
 	@.venv/bin/python -m spinlab.report page=report/index.html

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from spinlab import parallel
@@ -17,16 +16,18 @@ from spinlab.code import code_digest
 from spinlab.config import Config, plain
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.base import Subject, write_exports
-from spinlab.files import replacing, writing
+from spinlab.files import replacing, write_json, writing
 from spinlab.finite import check_finite
 from spinlab.held import Hold
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.load import describe_model
-from spinlab.report.figures import draw_outliers
+from spinlab.report.figures.curves import draw_curves
+from spinlab.report.figures.outliers import TITLES, draw_outliers
 from spinlab.report.tables.record import result_table
 from spinlab.rotation.stored import read_about
 from spinlab.stages.measure import PREDICTIONS
+from spinlab.stages.outliers import peak_ratios, worst_layer
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
 from spinlab.stages.rotations import networks_of
@@ -106,8 +107,8 @@ def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
             if parallel.is_main():
                 export(pipeline)
             _evaluations(pipeline, record, trackers)
-            figure, kept["layers"] = _outliers(pipeline, record)
-            kept["figures"].append(figure)
+            kept["layers"] = _layers(pipeline, record)
+            kept["figures"] += _figures(pipeline, record)
             check_finite(record.metrics, "the record cannot be complete")
             record.status = "complete"
         except BaseException as error:
@@ -211,27 +212,32 @@ def _gain(record: Record, text: str) -> None:
         )
 
 
-def _outliers(pipeline: Pipeline, record: Record) -> tuple[Path, dict[str, list[float]]]:
-    """Draw the layer whose input has the worst outliers, before and after rotating.
-
-    Returns the figure, and per network the outliers of every layer.
-    """
-    peaks = pipeline.outliers()
-    ratios = {name: p.amax(1) / p.square().mean(1).sqrt() for name, p in peaks.items()}
+def _layers(pipeline: Pipeline, record: Record) -> dict[str, list[float]]:
+    """Return what is measured of every layer, by name, and keep it beside the record."""
+    ratios = {name: peak_ratios(p) for name, p in pipeline.outliers().items()}
     record.metrics |= {f"outliers/{name}": r.mean().item() for name, r in ratios.items()}
-    layer = int(torch.argmax(next(iter(ratios.values()))))
-    path = record.folder / "figures" / "outliers.png"
-    titles = {
-        "before": "before rotation",
-        "init": "initial rotation",
-        "learned": "learned rotation",
-    }
-    profiles = {titles[name]: p[layer].numpy() for name, p in peaks.items()}
+    found = {f"outliers/{name}": r.tolist() for name, r in ratios.items()}
+    if "fake" in record.config.eval.variants:
+        found["error/fake"] = pipeline.layers("fake")
     if parallel.is_main():
-        title = f"{record.model_name}, attention input of layer {layer}"
         with writing(record.folder, "paths.runs"):
-            draw_outliers(profiles, title, path)
-    return path, {f"outliers/{name}": r.tolist() for name, r in ratios.items()}
+            write_json(record.folder / "layers.json", found)
+    return found
+
+
+def _figures(pipeline: Pipeline, record: Record) -> list[Path]:
+    """Draw the layer whose input has the worst outliers, and how the rotations were learned."""
+    peaks, curve = pipeline.outliers(), _read(pipeline.learned.path / "curve.json", [])
+    if not parallel.is_main():
+        return []
+    layer, folder = worst_layer(peaks), record.folder / "figures"
+    profiles = {TITLES[name]: p[layer].numpy() for name, p in peaks.items()}
+    with writing(record.folder, "paths.runs"):
+        site = f"{record.model_name}, attention input of layer {layer}"
+        found = [draw_outliers(profiles, site).save(folder / "outliers.png")]
+        if curve:
+            found.append(draw_curves({"": curve}).save(folder / "curves.png"))
+    return found
 
 
 def _read(path: Path, default):

@@ -90,7 +90,15 @@ def test_what_a_run_leaves_behind(finished):
     lines = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(48))
     assert record["mirrors"] == {}
-    assert (home / "figures" / "outliers.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("outliers", "curves"):
+        assert (home / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    layers = json.loads((home / "layers.json").read_text())
+    assert set(layers) == {"outliers/before", "outliers/init", "outliers/learned", "error/fake"}
+    assert {len(numbers) for numbers in layers.values()} == {2}
+    assert 0.05 < min(layers["error/fake"]) < max(layers["error/fake"]) < 1
+    for name in ("before", "init", "learned"):
+        mean = sum(layers[f"outliers/{name}"]) / 2
+        assert mean == pytest.approx(record["metrics"][f"outliers/{name}"], rel=1e-6)
     (mirror,) = home.glob("wandb/offline-run-*")
     assert list(mirror.glob("*.wandb"))
     assert (mirror / "files" / "rotations.safetensors").is_file()

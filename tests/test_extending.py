@@ -123,3 +123,7 @@ def test_additions_do_what_they_say(extended):
     env = {**os.environ, "PYTHONPATH": str(root)}
     shown = subprocess.run(table, cwd=root, env=env, capture_output=True, text=True, check=True)
     assert "| eval-fake" in shown.stdout
+    record = next((root / "runs").rglob("record.json"))
+    words = ["figure=stages", f"run={record.parent}", f"out={root / 'stages.pdf'}"]
+    subprocess.run([sys.executable, "-m", "spinlab.report", *words], cwd=root, env=env, check=True)
+    assert (root / "stages.pdf").read_bytes().startswith(b"%PDF")

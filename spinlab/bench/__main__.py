@@ -9,7 +9,6 @@ import torch
 
 from spinlab import parallel
 from spinlab.bench.collect import collect
-from spinlab.bench.figure import draw_ratios
 from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
 from spinlab.config import Config, RuntimeConfig
@@ -51,11 +50,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(record: dict[str, Any], out: Path) -> None:
-    gpu = record["environment"].get("gpu") or "CPU"
-    try:
-        draw_ratios(record["metrics"], f"{record['experiment']}: {gpu}", out.with_suffix(".png"))
-    except ImportError:
-        print("no figure: matplotlib is not installed", file=sys.stderr)
+    """Draw a benchmark's ratios beside its record, which counts more than the figure."""
+    try:  # a GPU node may lack what draws
+        from spinlab.report.figures.bars import draw_ratios, title_of
+
+        draw_ratios(record["metrics"], title_of(record)).save(out.with_suffix(".png"))
+    except (ImportError, InputError) as error:
+        print(f"no figure: {error}", file=sys.stderr)
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -125,7 +125,7 @@ def needs(job: Job) -> list[Need]:
     if job.has("weights") and job.config.rounded_on_text:
         found += _calibrating(job)
     for variant in job.config.eval.variants:
-        if job.has(f"handoff-{variant}", f"eval-{variant}"):
+        if job.has(*(f"{stage}-{variant}" for stage in ("handoff", "eval", "layers"))):
             found.append(_measuring(job, variant))
     return [*_loading(job), *found] if found or job.has("outliers") else []
 

@@ -22,7 +22,7 @@ class ExactNetworks(QuantizedNetworks):
     def _bare(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
-        model = self.fused(rotations)
+        model = self.fused(rotations, weights)
         for site, linear in linears_of(model):
             if site.path in weights:
                 empty_weight(linear, torch.float64)

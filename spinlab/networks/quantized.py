@@ -87,7 +87,7 @@ class QuantizedNetworks(RotatedNetworks):
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
         """Return the rotated model whose linears are about to take these weights."""
-        return self.fused(rotations)
+        return self.fused(rotations, weights)
 
 
 def cache_bits(model: PreTrainedModel) -> float:

@@ -1,6 +1,6 @@
 """Networks with rotations before weights are rounded, and the one that is learned on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -25,11 +25,14 @@ class RotatedNetworks:
     kv: KVConfig
     seed: int = 0
 
-    def fused(self, rotations: RotationSet) -> PreTrainedModel:
-        """Return the rotated model with nothing online: weights as quantizers want them."""
+    def fused(self, rotations: RotationSet, replaced: Collection[str] = ()) -> PreTrainedModel:
+        """Return the rotated model with nothing online: weights as quantizers want them.
+
+        replaced: linears that are about to take other weights (`spinlab.rotation.fuse.fuse`).
+        """
         model = self.original()
         fold_norms(model)
-        fuse(model, rotations)
+        fuse(model, rotations, replaced)
         return model
 
     def stream_rotated(self, rotations: RotationSet) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 python -m spinlab.report                     all pages, from their records: make tables
 python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
+python -m spinlab.report figure=curves run=runs/toy/KEY out=curves.pdf
 python -m spinlab.report page=index.html     all records in one file, to look through: make report
 
 With `table=`: `format=` markdown, latex or csv, and `model=` some of its models, with commas. With
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from spinlab.compose import did_you_mean
 from spinlab.errors import InputError
+from spinlab.report.figures import described, make_figure
 from spinlab.report.formats import FORMATS
 from spinlab.report.page.build import write_page
 from spinlab.report.pages import make_files, pages, rebuilt
@@ -28,18 +30,22 @@ def main(words: list[str] | None = None) -> None:
     """Do what the words say; exit status 2 and one sentence for what a user can mend."""
     logging.basicConfig(format="%(message)s")
     given = sys.argv[1:] if words is None else words
+    figure = any(word.startswith("figure=") for word in given)
     if {"-h", "--help"} & set(given):
         tables = [name for paper in papers().values() for name in paper.tables]
-        print(f"{__doc__}\nPublished tables: {', '.join(tables)}")
+        print(f"{__doc__}\nPublished tables: {', '.join(tables)}\n\n{described()}")
         sys.exit(0)
     try:
+        if figure:
+            print(make_figure(given))
+            return
         asked = _read(given)
         if asked["table"]:
             print(_published(asked))
         elif asked["page"]:
             print(write_page(_folders(asked["records"]), Path(asked["page"]).expanduser()))
         elif given:
-            raise InputError(f"{given[0]} needs a table: write table=NAME")
+            raise InputError(f"{given[0]} needs a table: write table=NAME or figure=KIND")
         else:
             _rebuild()
     except InputError as error:
@@ -53,7 +59,7 @@ def _read(words: list[str]) -> dict[str, str]:
     for word in words:
         key, equals, value = word.partition("=")
         if key not in _WORDS or not equals or not value:
-            raise InputError(f"{word!r} is no key=value: {did_you_mean(key, [*_WORDS])}")
+            raise InputError(f"{word!r} is no key=value: {did_you_mean(key, [*_WORDS, 'figure'])}")
         asked[key] = value
     return asked
 

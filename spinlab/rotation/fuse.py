@@ -5,7 +5,7 @@ products, on float32 weights, serve the learning loop, together with their exact
 (`rotation_gradients`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -104,20 +104,24 @@ def untie(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
 
 
-def fuse(model: PreTrainedModel, rotations: RotationSet) -> None:
+def fuse(model: PreTrainedModel, rotations: RotationSet, replaced: Collection[str] = ()) -> None:
     """Rotate every weight of a model whose norms are folded, in place and in float64.
 
     Afterwards the model computes the same function once its online transforms run. What they rotate
     is already rotated, so R1 and R2 enter first: as in a checkpoint that is saved in between.
+    replaced: linears that are about to take other weights, whose own are left as they are.
     """
-    fuse_stream(model, rotations)
-    fuse_inputs(model, rotations)
+    fuse_stream(model, rotations, replaced)
+    fuse_inputs(model, rotations, replaced)
 
 
-def fuse_stream(model: PreTrainedModel, rotations: RotationSet) -> None:
+def fuse_stream(
+    model: PreTrainedModel, rotations: RotationSet, replaced: Collection[str] = ()
+) -> None:
     """Rotate the residual stream (R1) and the heads (R2): nothing of it is left to run online.
 
-    Raises InputError where the family's function does not survive one of them.
+    replaced: as in `fuse`. Raises InputError where the family's function does not survive one of
+    them.
     """
     for name in ("r1", "r2"):
         if getattr(rotations, name) is not None:
@@ -125,19 +129,23 @@ def fuse_stream(model: PreTrainedModel, rotations: RotationSet) -> None:
     device = model.device
     r1, r2 = (None if r is None else r.to(device) for r in (rotations.r1, rotations.r2))
     for site, linear in linears_of(model):
-        _rotate(linear, *rotations_at(site, r1, r2))
+        _rotate(linear, *rotations_at(site, r1, r2), site.path in replaced)
     if r1 is not None:
         for end in ends_of(model):
             _rotate(end, r1, None)
 
 
-def fuse_inputs(model: PreTrainedModel, rotations: RotationSet) -> None:
+def fuse_inputs(
+    model: PreTrainedModel, rotations: RotationSet, replaced: Collection[str] = ()
+) -> None:
     """Give every weight the inverse of its input's transform: R4, cross-head, scales, DuQuant's.
 
     Scales that are folded leave through what produces the input: the gain of a norm, or the rows
-    of a linear.
+    of a linear. replaced: as in `fuse`.
     """
     for site, linear in linears_of(model):
+        if site.path in replaced:
+            continue
         own, online = rotations.inputs.get(site.key), rotations.online(site)
         for transform in {id(t): t for t in (own, online) if t is not None}.values():
             linear.weight.data = _cast(transform.of_weight(linear.weight.data.double()), linear)
@@ -146,7 +154,7 @@ def fuse_inputs(model: PreTrainedModel, rotations: RotationSet) -> None:
         if path in norms:
             _scale_gain(model, norms[path], scale)
         else:
-            _scale_rows(linear_at(model, path), scale)
+            _scale_rows(linear_at(model, path), scale, path in replaced)
 
 
 def _scale_gain(model: PreTrainedModel, norm: Norm, scale: torch.Tensor) -> None:
@@ -155,9 +163,10 @@ def _scale_gain(model: PreTrainedModel, norm: Norm, scale: torch.Tensor) -> None
     module.weight.data = _cast(gain / scale.to(gain.device) - norm.offset, module)
 
 
-def _scale_rows(linear: nn.Linear, scale: torch.Tensor) -> None:
+def _scale_rows(linear: nn.Linear, scale: torch.Tensor, bias_alone: bool) -> None:
     weight, divisor = linear.weight.data, scale.to(linear.weight.device)
-    linear.weight.data = _cast(weight.double() / divisor[:, None], linear)
+    if not bias_alone:
+        linear.weight.data = _cast(weight.double() / divisor[:, None], linear)
     if linear.bias is not None:
         linear.bias.data = _cast(linear.bias.data.double() / divisor, linear)
 
@@ -174,9 +183,14 @@ def folded_scales(
 
 
 def _rotate(
-    module: nn.Linear | nn.Embedding, reads: torch.Tensor | None, writes: torch.Tensor | None
+    module: nn.Linear | nn.Embedding,
+    reads: torch.Tensor | None,
+    writes: torch.Tensor | None,
+    bias_alone: bool = False,
 ) -> None:
-    module.weight.data = _cast(rotated_weight(module.weight.data.double(), reads, writes), module)
+    if not bias_alone:
+        weight = rotated_weight(module.weight.data.double(), reads, writes)
+        module.weight.data = _cast(weight, module)
     bias = getattr(module, "bias", None)
     if bias is not None and writes is not None:
         bias.data = _cast(rotate_input(bias.data.double()[None], writes)[0], module)

@@ -1,5 +1,6 @@
 """Stage `outliers`: the largest inputs of the attention, before and after rotating."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
 from spinlab.tensors import write_tensors
 
-_FILE = "peaks.safetensors"
+_PEAKS, _INPUTS = "peaks.safetensors", "inputs.safetensors"
 
 
 def outliers(
@@ -31,6 +32,7 @@ def outliers(
 ) -> dict[str, torch.Tensor]:
     """Return per network the largest |attention input| of each layer and channel, as a stage.
 
+    All inputs of the layer with the worst outliers are kept beside them, for figures.
     rotated: the rotations of each network by name; transformed: the model brings some fused, and
     shows nothing of what was before.
     """
@@ -39,31 +41,50 @@ def outliers(
         networks, ids = networks_of(run, original), gate_ids(original, calibration)
         sets = {} if transformed else {"before": RotationSet()}
         sets |= {name: rotations_in(run, made) for name, made in rotated.items()}
-        peaks = {name: channel_peaks(networks.rotated(found), ids) for name, found in sets.items()}
+        seen = {name: attention_inputs(networks.rotated(s), ids) for name, s in sets.items()}
+        peaks = {name: channel_peaks(inputs) for name, inputs in seen.items()}
         check_finite(peaks, "attention inputs on the way to the outlier figure")
-        write_tensors(out / _FILE, peaks)
+        write_tensors(out / _PEAKS, peaks)
+        layer = worst_layer(peaks)
+        shown = {name: inputs[layer] for name, inputs in seen.items()}
+        write_tensors(out / _INPUTS, shown | {"layer": torch.tensor(layer)})
 
     keys = {name: made.key for name, made in rotated.items()}
     depends = [original.identity, calibration.key, keys]
-    return load_file(run.cache.run("outliers", depends, work).path / _FILE)
+    return load_file(run.cache.run("outliers", depends, work).path / _PEAKS)
+
+
+def channel_peaks(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Return the largest of magnitudes (tokens, channels) per layer and channel."""
+    return torch.stack([x.amax(0) for x in inputs])
+
+
+def peak_ratios(peaks: torch.Tensor) -> torch.Tensor:
+    """Return how far each layer's peak stands above its channels (layers, channels): peak / rms."""
+    return peaks.amax(1) / peaks.square().mean(1).sqrt()
+
+
+def worst_layer(peaks: Mapping[str, torch.Tensor]) -> int:
+    """Return the layer whose outliers stand out most in the first of some networks."""
+    return int(torch.argmax(peak_ratios(next(iter(peaks.values())))))
 
 
 @torch.no_grad()
-def channel_peaks(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the largest |input| per layer and channel of the attention: (layers, hidden).
+def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return |input| of each layer's attention: (tokens, hidden), float32 in the host's memory.
 
     ids: (1, tokens). Linears that share their input are read once, at the first of them, behind
     what runs online.
     """
-    peaks: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> None:
         x = module.path(args[0]) if isinstance(module, FakeQuantLinear) else args[0]
-        peaks.append(x.detach().abs().flatten(0, -2).amax(0).float().cpu())
+        inputs.append(x.detach().abs().flatten(0, -2).float().cpu())
 
     with temporary_hooks() as hooks:
         for layer in map_of(model).layers:
             linear = model.get_submodule(layer.attention.queries)
             hooks.append(linear.register_forward_pre_hook(keep))
         model(input_ids=ids.to(model.device), use_cache=False)
-    return torch.stack(peaks)
+    return inputs

@@ -21,6 +21,7 @@ from spinlab.model.load import tokenizer_digest
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.given import Given
 from spinlab.stages.handoff import handoff_error
+from spinlab.stages.layers import layers
 from spinlab.stages.learn import Learning, OnStep, check_batch, learns
 from spinlab.stages.measure import measure, metrics_of
 from spinlab.stages.original import Original
@@ -132,6 +133,10 @@ class Pipeline:
         rotated = {"init": self.initial, "learned": self.learned}
         parts = self.original, self.calibration, rotated, self.given.transformed
         return outliers(self.run, *parts)
+
+    def layers(self, name: str) -> list[float]:
+        """Return the error of the stream behind each layer of a variant, emulated in floats."""
+        return layers(self.run, self.original, self.calibration, self.variant(name))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def stages_of(pipeline: Pipeline) -> list[tuple[str, Callable[[], Any]]]:
         asked.append(("learn", lambda: pipeline.learned))
     for variant in config.eval.variants:
         asked += _of_variant(pipeline, variant)
+    if "fake" in config.eval.variants:
+        asked.append(("layers-fake", lambda: pipeline.layers("fake")))
     return [*asked, ("outliers", pipeline.outliers)]
 
 

@@ -112,6 +112,7 @@ def test_a_stage_that_is_cached_needs_no_memory():
     assert stages("outliers") == {drawn}
     assert stages("eval-fp") == {drawn, "measuring fp"}
     assert stages("handoff-integer") == {drawn, "measuring integer"}
+    assert stages("layers-integer") == {drawn, "measuring integer"}
     assert stages("learn") == {drawn, gate, "learning"}
     assert stages("weights") == {drawn, "GPTQ"}
     assert stages("weights-rtn") == {drawn, "rounding weights"}

@@ -15,7 +15,7 @@ from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.check import first_broken
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
-from spinlab.stages.outliers import channel_peaks
+from spinlab.stages.outliers import attention_inputs
 from spinlab.weights.calibration import LayerInputs
 
 IDS = torch.zeros(1, 4, dtype=torch.long)
@@ -26,7 +26,7 @@ RUNS: dict[str, Callable[[PreTrainedModel], object]] = {
     ),
     "statistics": lambda model: gather_statistics(model, IDS),
     "the gate": lambda model: first_broken(lambda: model, lambda: model, RotationSet(), IDS, 1e-9),
-    "outliers": lambda model: channel_peaks(model, IDS),
+    "outliers": lambda model: attention_inputs(model, IDS),
     "layer inputs": lambda model: LayerInputs(model, IDS, 1),
 }
 

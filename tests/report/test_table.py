@@ -1,11 +1,9 @@
-"""The table and the figure of one record."""
+"""The table of one record."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from spinlab.report.figures import draw_outliers
 from spinlab.report.records import read_record
 from spinlab.report.tables.record import result_table
 
@@ -76,12 +74,3 @@ def test_the_committed_records_keep_their_promises():
         assert metrics["invariance/learned"] < 1e-3
         assert metrics["invariance/integer"] < 1e-6
         assert max(metrics["orthogonality/r1"], metrics["orthogonality/r2"]) < 1e-6
-
-
-def test_a_figure_is_a_png_and_the_same_for_the_same_arrays(tmp_path):
-    profiles = {"before": np.ones(8), "after": np.linspace(0, 1, 8)}
-    for name in ("a.png", "b.png"):
-        draw_outliers(profiles, "layer 3", tmp_path / name)
-    first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
-    assert first.startswith(b"\x89PNG")
-    assert first == second

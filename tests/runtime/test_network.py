@@ -27,7 +27,7 @@ from spinlab.rotation.orthogonal import exact_hadamard
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.stock.linear import IntegerLinear, LinearPart
 from spinlab.stages.measure import stored_bytes
-from spinlab.stages.outliers import channel_peaks
+from spinlab.stages.outliers import attention_inputs, channel_peaks
 from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
 
@@ -261,15 +261,17 @@ def test_a_rotation_flattens_channel_peaks(make_model, ids):
         return model
 
     networks, rotations, _ = prepared(make)
-    before = channel_peaks(make(), ids[:1])
-    after = channel_peaks(networks.rotated(rotations), ids[:1])
+    before = channel_peaks(attention_inputs(make(), ids[:1]))
+    after = channel_peaks(attention_inputs(networks.rotated(rotations), ids[:1]))
     assert before.shape == after.shape == (2, 24)
     hadamard = exact_hadamard(24)[None]
     dual = DualTransform(hadamard, torch.arange(24), torch.eye(24, dtype=torch.float64)[None])
     online = RotationSet(inputs={"0.qkv": ScaledDual(dual=dual)})
-    seen = channel_peaks(networks.rotated(online), ids[:1])
+    seen = channel_peaks(attention_inputs(networks.rotated(online), ids[:1]))
     assert seen[0].amax() < 0.7 * before[0].amax()  # behind what runs online
-    assert torch.allclose(seen[1], channel_peaks(networks.rotated(RotationSet()), ids[:1])[1])
+    assert torch.allclose(
+        seen[1], channel_peaks(attention_inputs(networks.rotated(RotationSet()), ids[:1]))[1]
+    )
     assert (after.amax(1) / after.mean(1) < 0.5 * before.amax(1) / before.mean(1)).all()
 
 

@@ -7,7 +7,7 @@ returns its path.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from spinlab.report.figures import draw_shares
+from spinlab.report.figures import figure_file
 from spinlab.report.tables.ablation import ablation_table
 from spinlab.report.tables.gap import gap_summary, gap_table
 from spinlab.report.tables.methods import methods_table
@@ -24,5 +24,5 @@ KINDS: Mapping[str, Callable[..., str]] = {
 
 FILES: Mapping[str, Callable[..., Path]] = {
     "gap": gap_summary,
-    "shares": draw_shares,
+    "figure": figure_file,
 }

@@ -1,0 +1,289 @@
+"""What figures show is what they were given, and what runs and records hold."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from safetensors.numpy import save_file
+
+from spinlab.errors import InputError
+from spinlab.report import __main__ as report
+from spinlab.report.figures import KINDS, described, figure_file, make_figure
+from spinlab.report.figures.bars import draw_ratios, draw_shares
+from spinlab.report.figures.curves import draw_curves, read_curve
+from spinlab.report.figures.layers import draw_layers, layers
+from spinlab.report.figures.outliers import _pooled, draw_outliers, draw_surfaces
+from spinlab.report.figures.spread import draw_spread, seed_variance
+from spinlab.report.figures.steps import draw_steps, duquant, example
+from spinlab.report.figures.tradeoff import bits, draw_points, speed
+
+EXPERIMENTS = Path(__file__).parent.parent.parent.parent / "experiments"
+
+
+def write_record(path: Path, r1: str, seed: int, ppl: float, **more) -> Path:
+    """A record with what figures read of one."""
+    config = {"seed": seed, "rotation": {"r1": r1}, "model": {"name": "toy"}}
+    metrics = {"ppl/wiki/fake": ppl, "ppl/wiki/fp": 5.0, "bits/weights/fake": 4.0 + seed}
+    record = {
+        "schema": 3, "experiment": "sweeps/toy", "config": config, "metrics": metrics, "stages": [],
+        "status": "complete", **more,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Two kinds of rotations with two seeds each, one run that failed and one that is broken."""
+    folder = tmp_path / "sweep"
+    for number, (r1, seed, ppl) in enumerate(
+        [("random", 0, 9.0), ("random", 1, 8.0), ("hadamard", 0, 6.0), ("hadamard", 1, 7.0)]
+    ):
+        write_record(folder / str(number) / "record.json", r1, seed, ppl)
+    write_record(folder / "4" / "record.json", "random", 2, 99.0, status="failed: InputError")
+    (folder / "5").mkdir()
+    (folder / "5" / "record.json").write_text("{")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> tuple[Path, Path]:
+    """The folder of a run and the cache of its stages."""
+    stages = [{"name": "outliers", "key": "abc"}]
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    write_record(folder / "record.json", "hadamard", 0, 6.0, stages=stages)
+    (cache / "outliers-abc").mkdir(parents=True)
+    peaks = {"before": np.array([[1.0, 2.0], [1.0, 9.0]]), "init": np.ones((2, 2))}
+    save_file(peaks, cache / "outliers-abc" / "peaks.safetensors")
+    inputs = {"before": np.arange(6.0).reshape(3, 2), "layer": np.array(1)}
+    save_file(inputs, cache / "outliers-abc" / "inputs.safetensors")
+    steps = [{"step": n, "loss": 3.0 - n, "lr": 0.1, "orthogonality/r1": 1e-7} for n in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    measured = {
+        "outliers/before": [2.0, 9.0],
+        "outliers/init": [1.0, 1.5],
+        "error/fake": [0.1, 0.2],
+    }
+    (folder / "layers.json").write_text(json.dumps(measured))
+    return folder, cache
+
+
+def lines(axis) -> dict[str, list[float]]:
+    """What the lines of an axis hold, by their labels."""
+    return {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+
+
+def points(axis) -> list[list[float]]:
+    """What is drawn as points that no line joins."""
+    return [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() == "None"]
+
+
+def test_profiles_hold_the_magnitudes_of_their_channels():
+    given = {"before": np.array([1.0, 8.0, 2.0]), "after": np.array([3.0, 3.0, 4.0])}
+    axes = draw_outliers(given, "layer 3").figure.axes
+    for axis, values in zip(axes, given.values(), strict=True):
+        (lines,) = axis.collections
+        ends = [segment.tolist() for segment in lines.get_segments()]
+        assert ends == [[[n, 0], [n, value]] for n, value in enumerate(values)]
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+
+
+@pytest.mark.parametrize("channels", [100, 576, 4096])
+def test_a_single_peak_is_seen_however_many_channels_there_are(channels, tmp_path):
+    magnitudes = np.ones(channels)
+    magnitudes[channels // 3] = 20
+    profiles = {name: magnitudes for name in ("before", "init", "learned")}
+    drawing = draw_outliers(profiles, "layer 3")
+    image = imread(drawing.save(tmp_path / "a.png"))[:, :, :3].mean(2)
+    for axis in drawing.figure.axes:
+        left, top = axis.transData.transform((0, 15))
+        right, _ = axis.transData.transform((channels, 15))
+        row = image[len(image) - int(top), int(left) + 3 : int(right)]
+        assert row.min() < 0.6  # half-way up the peak there is ink
+
+
+def test_a_surface_keeps_every_peak_however_many_cells_there_are():
+    x = np.zeros((1000, 700))
+    x[717, 333] = -50.0
+    tokens, channels, heights = _pooled(np.abs(x))
+    assert heights.shape == (len(tokens), len(channels)) == (64, 96)
+    (row,), (column,) = np.nonzero(heights)
+    assert heights[row, column] == 50
+    assert tokens[row] <= 717 < tokens[row + 1]
+    assert channels[column] <= 333 < channels[column + 1]
+    small = np.random.default_rng(0).random((5, 7))
+    assert np.array_equal(_pooled(small)[2], small)
+    (axis,) = draw_surfaces({"before": x}, "layer 3").figure.axes
+    assert axis.get_zlim() == (0, 50)
+
+
+def test_the_example_of_duquant_shows_its_numbers():
+    steps = list(example().values())
+    assert [round(np.abs(x).max(), 4) for x in steps] == [10.2, 7.3893, 5.8855]
+    axes = duquant().figure.axes
+    for axis, x in zip(axes, steps, strict=True):
+        assert np.array_equal(axis.images[0].get_array(), np.abs(x))
+        assert [t.get_text() for t in axis.texts] == [f"{value:.2f}" for value in x.flatten()]
+    assert "5.89" in axes[-1].get_title()
+
+
+def test_wide_matrices_are_drawn_below_each_other():
+    axes = draw_steps({"a": np.eye(8), "b": 2 * np.eye(8)}).figure.axes
+    assert axes[0].get_subplotspec().rowspan.start < axes[1].get_subplotspec().rowspan.start
+
+
+def test_boxes_span_the_quartiles_and_every_point_is_shown():
+    groups = {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [7.0]}
+    (axis,) = draw_spread(groups, "perplexity").figure.axes
+    box = axis.patches[0].get_path().vertices[:, 1]
+    assert (box.min(), box.max()) == (2.0, 4.0)
+    assert points(axis) == list(groups.values())
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["a\nn = 5", "b\nn = 1"]
+
+
+def test_seed_variance_is_that_of_the_complete_records_of_a_folder(sweep, caplog):
+    (axis,) = seed_variance(str(sweep)).figure.axes
+    assert points(axis) == [[6.0, 7.0], [9.0, 8.0]]  # hadamard, random
+    assert axis.get_ylabel() == "wiki perplexity"
+    assert "not complete" in caplog.text
+    assert "broken" in caplog.text
+
+
+def test_curves_hold_loss_with_its_terms_and_every_rotation():
+    curve = [
+        {"loss": 3.0, "kl": 1.0, "lr": 9.0, "orthogonality/r1": 1e-7, "orthogonality/r2": 2e-7}
+    ]
+    loss, drift = draw_curves({"run": curve * 3}).figure.axes
+    assert lines(loss) == {"loss": [3.0] * 3, "kl": [1.0] * 3}
+    assert lines(drift) == {"r1": [1e-7] * 3, "r2": [2e-7] * 3}
+    loss, drift = draw_curves({"a": curve, "b": curve}).figure.axes
+    assert lines(loss) == {"a": [3.0], "b": [3.0]}
+    assert lines(drift) == {"a": [2e-7], "b": [2e-7]}
+
+
+def test_a_curve_ends_where_a_kill_cut_its_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
+    assert [step["loss"] for step in read_curve(tmp_path)] == [2.0]
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="has no steps"):
+        read_curve(tmp_path)
+
+
+def test_layers_of_a_run_are_those_of_its_file(run):
+    axes = layers(str(run[0])).figure.axes
+    expected = {"before rotation": [2.0, 9.0], "initial rotation": [1.0, 1.5]}
+    assert [lines(axis) for axis in axes] == [expected, {"fake": [0.1, 0.2]}]
+
+
+def test_layers_hold_outliers_and_errors():
+    outliers, errors = {"before": [2.0, 9.0], "after": [1.0, 1.5]}, {"fake": [0.1, 0.2]}
+    axes = draw_layers(outliers, errors).figure.axes
+    assert [lines(axis) for axis in axes] == [outliers, errors]
+
+
+def test_points_are_bits_or_relative_speed_against_quality(sweep, tmp_path):
+    (axis,) = bits(str(sweep), by="rotation.r1").figure.axes
+    found = {line.get_label(): [list(d) for d in line.get_data()] for line in axis.lines}
+    assert found == {"hadamard": [[4, 5], [6, 7]], "random": [[4, 5], [9, 8]]}
+    timed = {"speed/cpu/decode/fp32/seconds_per_token": 0.6, "speed/cpu/decode/int4_kv4": 0.2}
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"config": {"model": "toy"}, "metrics": timed}))
+    (axis,) = speed(str(sweep), str(bench), by="rotation.r1").figure.axes
+    found = {line.get_label(): [list(d) for d in line.get_data()] for line in axis.lines}
+    assert found["original"] == [[1], [5]]
+    assert found["random"] == [[pytest.approx(3)] * 2, [9, 8]]
+    with pytest.raises(InputError, match=r"has no speed/gpu/fp32; there are speed/cpu/decode"):
+        speed(str(sweep), str(bench), case="gpu")
+    bench.write_text(json.dumps({"config": {"model": "llama2_7b"}, "metrics": timed}))
+    with pytest.raises(InputError, match=r"timed llama2_7b, and the records are of toy"):
+        speed(str(sweep), str(bench))
+
+
+def test_many_groups_keep_their_markers_apart():
+    (axis,) = draw_points({str(n): [(n, n)] for n in range(16)}, "x", "y").figure.axes
+    assert len({(line.get_marker(), line.get_fillstyle()) for line in axis.lines}) == 16
+
+
+def test_bars_hold_ratios_by_kind_and_shares_in_percent():
+    metrics = {"speedup/a": 2.0, "speedup/b": 0.5, "ratio/c": 1.5, "speed/a": 9.0}
+    axes = draw_ratios(metrics, "cpu").figure.axes
+    assert [[bar.get_width() for bar in axis.patches] for axis in axes] == [[0.5, 2.0], [1.5]]
+    (axis,) = draw_shares({"norms": 0.25, "products": 0.75}, "a step").figure.axes
+    assert [bar.get_width() for bar in axis.patches] == [25, 75]
+    with pytest.raises(InputError, match="cpu has no ratios"):
+        draw_ratios({"speed/a": 1.0}, "cpu")
+
+
+def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
+    folder, cache = run
+    bench = str(EXPERIMENTS / "bench" / "cpu.json")
+    smollm2 = str(EXPERIMENTS / "methods_smollm2")
+    words = {
+        "outliers": [f"run={folder}", f"cache={cache}"],
+        "surface": [f"run={folder}", f"cache={cache}"],
+        "duquant": [],
+        "seed_variance": [f"records={sweep}", "metric=ppl/wiki/fp", "by=experiment"],
+        "curves": [f"run={folder}"],
+        "layers": [f"run={folder}"],
+        "bits": [f"records={sweep}"],
+        "speed": [f"records={smollm2}", f"bench={bench}"],
+        "ratios": [f"record={bench}"],
+        "shares": [f"record={EXPERIMENTS / 'bench' / 'learn_llama2_7b_h100.json'}"],
+    }
+    assert words.keys() == KINDS.keys()
+    for kind, more in words.items():
+        assert f"figure={kind} " in described()
+        out = tmp_path / "made" / f"{kind}.pdf"
+        report.main([f"figure={kind}", *more, f"out={out}"])
+        assert capsys.readouterr().out.strip() == str(out)
+        assert out.read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["figure=curvs", "out=a.png"], "figure=curvs is unknown: did you mean curves"),
+        (["figure=curves", "out=a.png"], "figure=curves needs run="),
+        (["figure=duquant"], "figure=duquant needs out="),
+        (["figure=curves", "ran=x", "out=a.png"], "curves does not read ran=: did you mean run"),
+        (["figure=duquant", "out="], "'out=' is no key=value"),
+        (["figure=duquant", "out=a.svg"], r"out=a.svg: a figure is written as .png or .pdf"),
+        (["figure=curves", "run=nowhere", "out=a.png"], "run=nowhere has no metrics.jsonl"),
+        (["figure=layers", "run=nowhere", "out=a.png"], "run=nowhere has no layers.json"),
+        (["figure=outliers", "run=nowhere", "out=a.png"], "record.json"),
+        (["figure=bits", "records=nowhere", "out=a.png"], "records=nowhere is no folder"),
+        (["figure=ratios", "record=nowhere", "out=a.png"], "record=nowhere is no record of a"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        report.main(words)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_settings_and_metrics_that_records_lack_are_named(sweep):
+    with pytest.raises(InputError, match=r"by=rotation.r9 is no setting"):
+        seed_variance(str(sweep), by="rotation.r9")
+    with pytest.raises(InputError, match="no record has the metrics ppl/c4/fake"):
+        seed_variance(str(sweep), metric="ppl/c4/fake")
+
+
+def test_a_stage_that_the_cache_lost_is_named(run):
+    folder, cache = run
+    (cache / "outliers-abc" / "peaks.safetensors").unlink()
+    with pytest.raises(InputError, match=r"peaks.safetensors is not there: name the cache"):
+        make_figure(["figure=outliers", f"run={folder}", f"cache={cache}", "out=a.png"])
+
+
+def test_a_page_has_its_figure_beside_the_records(sweep):
+    out = figure_file(sweep, "seed_variance", "spread.png", "by=rotation.r1")
+    assert out == sweep.parent / "spread.png"
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="there is no figure spread"):
+        figure_file(sweep, "spread", "spread.png")
