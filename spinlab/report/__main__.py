@@ -13,8 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
-from spinlab.compose import did_you_mean
-from spinlab.errors import InputError
+from spinlab.errors import InputError, did_you_mean
 from spinlab.report.figures import described, make_figure
 from spinlab.report.formats import FORMATS
 from spinlab.report.page.build import write_page

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from spinlab.compose import did_you_mean
-from spinlab.errors import InputError
+from spinlab.errors import InputError, did_you_mean
 
 PUBLISHED = Path(__file__).parent / "published"
 _T = TypeVar("_T")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import wandb
 from spinlab.config import Config, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.errors import InputError
 from spinlab.report.figures import draw_outliers
