@@ -219,7 +219,10 @@ PLAIN = ["rotation=hadamard", "learn=none"]
 
 @pytest.mark.parametrize("how", LEARNED)
 def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_path, text, how):
-    """Through a file of rotations, and through a checkpoint with its manifest: bit for bit."""
+    """Through a file of rotations, and through a checkpoint with its manifest: bit for bit.
+
+    The checkpoint is its run's original, rotated: a divergence from it has its float noise.
+    """
     settings = LEARNED[how]
     file, folder = tmp_path / "R.safetensors", tmp_path / "t"
     exports = [f"export.rotations={file}", f"export.transformed={folder}"]
@@ -230,13 +233,15 @@ def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_pa
     loaded = pipeline(tmp_path, *text, *PLAIN, *weights, f"rotation.load={file}")
     assert loaded.measure("fake") == expected
     model = ["eval.variants=[fp,fake]", "model.weights=pretrained", f"model.path={folder}"]
-    assert pipeline(tmp_path, *text, *PLAIN, *weights, *model).measure("fake") == expected
+    found = pipeline(tmp_path, *text, *PLAIN, *weights, *model).measure("fake")
+    for of_noise in [name for name in expected if name.startswith("kl")]:
+        assert found.pop(of_noise) == pytest.approx(expected.pop(of_noise), rel=1e-5)
+    assert found == expected
     if "learn.lr.clip=0.3" in settings:  # and it is not the number without them
         forgetful = replace(loaded.rotations("fake"), weight_clips={}, clips={})
         forgetful.save(file)
-        assert (
-            pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}").measure("fake") != expected
-        )
+        found = pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}").measure("fake")
+        assert found["ppl/text.txt/fake"] != expected["ppl/text.txt/fake"]
 
 
 def test_a_loaded_rotation_is_learned_on_in_one_line(tmp_path, text, caplog):

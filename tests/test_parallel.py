@@ -381,7 +381,10 @@ def test_two_processes_leave_one_record_like_that_of_one(job, monkeypatch, tmp_p
     [
         (["-m", "spinlab", *TOY, "learn.stesp=3"], "unknown setting 'learn.stesp'"),
         (["-m", "spinlab", "-m", "seed=0,1", *TOY], "torchrun runs one experiment"),
-        (["-m", "spinlab", *TOY, "data.evaluation=[.gitignore]"], "fewer than one window"),
+        (
+            ["-m", "spinlab", *TOY, "data.evaluation=[conf/runtime/auto.yaml]"],
+            "fewer than one window",
+        ),
     ],
     ids=["at once", "sweep", "in a stage of the first process"],
 )

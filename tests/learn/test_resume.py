@@ -43,7 +43,8 @@ def with_text(folder: Path, *choice: str) -> list[str]:
 
 def start(folder: Path, caches: str, recipes: str, *flags: str) -> subprocess.Popen:
     """Start a run, or with -m one for each pair of a cache and a recipe."""
-    choice = [f"paths.cache={caches}", f"paths.runs={folder / 'runs'}", f"learn={recipes}"]
+    # apart by cache, so that a sweep takes no point for what another cache has made
+    choice = [f"paths.cache={caches}", "paths.runs=${paths.cache}-runs", f"learn={recipes}"]
     command = [sys.executable, "-m", "spinlab", *flags, *with_text(folder, *choice)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import wandb
 from spinlab.config import Config, PathsConfig, TrackerConfig, WandbConfig
 from spinlab.errors import InputError
-from spinlab.report.figures import draw_outliers
+from spinlab.report.figures.outliers import draw_outliers
 from spinlab.track.mirrors.base import Outcome, Tracker
 from spinlab.track.mirrors.wandb import tags
 from spinlab.track.record import Record
@@ -222,13 +222,13 @@ def files_of(folder: Path) -> tuple[Path, Path]:
     folder.mkdir()
     rotations, figure = folder / "rotations.safetensors", folder / "outliers.png"
     rotations.write_bytes(b"r1" * 99)
-    draw_outliers({"before": np.arange(1.0, 9.0)}, "a layer", figure)
+    draw_outliers({"before": np.arange(1.0, 9.0)}, "a layer").save(figure)
     return rotations, figure
 
 
 def test_an_offline_run_is_synced_from_where_it_was_moved(tmp_path, service):
     file, figure = files_of(tmp_path / "cache")
-    record = record_in(tmp_path / "runs", "offline", overrides=["+experiment=toy", "learn.lr=1"])
+    record = record_in(tmp_path / "runs", "offline", overrides=["+experiment=toy", "learn.lr.r1=1"])
     trackers = started(record)
     for step in range(2):
         trackers.log(step, {"loss": 3.0 - step})
