@@ -39,7 +39,8 @@ class Service:
     def sync(self, run: Path) -> subprocess.CompletedProcess[str]:
         """Upload an offline run with W&B's own command."""
         command = [sys.executable, "-m", "wandb", "sync", str(run)]
-        environment = os.environ | self.environment
+        # its log would lie in this folder's wandb/
+        environment = os.environ | self.environment | {"WANDB_DIR": str(run.parent)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
     @property
