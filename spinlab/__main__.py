@@ -30,7 +30,7 @@ from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
 from spinlab.errors import InputError
 from spinlab.launch import is_first, launched
-from spinlab.report.points import value_of
+from spinlab.report.points import searched
 from spinlab.report.records import read_record
 from spinlab.sentences import sentence
 from spinlab.streams import Console, Terminated, end_in_order, keep_streams
@@ -75,7 +75,7 @@ def _point(composed: DictConfig) -> float:
     try:
         _prepare(told, composed.sweep.metric)
         point.state, point.record, metrics = _finished_or_run(composed, point.words)
-        return value_of(metrics, composed.sweep.metric)
+        return searched(metrics, composed.sweep.metric)
     except Exception as error:
         point.state, point.error = "failed", sentence(error)
         point.mistake = isinstance(error, _MISTAKES)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spinlab.errors import did_you_mean
 from spinlab.files import content_key, replacing, write_json
-from spinlab.report.points import differing, metric_names, points_table
+from spinlab.report.points import metric_names, own_of_each, points_table
 from spinlab.report.records import any_record
 
 _DIGEST, _PROCESS = "SPINLAB_SWEEP", "SPINLAB_SWEEP_PROCESS"  # conf/config.yaml reads the first
@@ -130,7 +130,7 @@ def own_words(words: Iterable[str]) -> list[str]:
 
 def labels(points: list[Point]) -> list[str]:
     """Return the words of every point by which it differs from the others."""
-    own = differing([point.words for point in points])
+    own = own_of_each([point.words for point in points])
     told = (" ".join(f"{key}={value}" for key, value in words.items()) for words in own)
     return [label or " ".join(p.words) for label, p in zip(told, points, strict=True)]
 

@@ -23,7 +23,7 @@ from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, EvalConfig, SweepConfig
 from spinlab.errors import InputError
 from spinlab.experiment import finished
-from spinlab.report.points import differing, metric_names, points_table, value_of
+from spinlab.report.points import metric_names, own_of_each, points_table, searched
 from spinlab.sweep import Point, own_words
 
 ROOT = Path(__file__).parent.parent
@@ -134,8 +134,8 @@ def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
 
 def test_a_point_is_told_by_the_words_of_its_own():
     points = [["+experiment=toy", "seed=0", "a.b=1"], ["+experiment=toy", "seed=1", "+method=x"]]
-    assert differing(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
-    assert differing([["seed=0"]]) == [{}]
+    assert own_of_each(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
+    assert own_of_each([["seed=0"]]) == [{}]
 
 
 def test_the_command_of_a_point_is_no_sweep_and_is_quoted_for_a_shell():
@@ -248,10 +248,10 @@ def test_the_metric_asked_for_or_the_last_perplexity(wanted, names):
 
 
 def test_a_search_gets_the_one_metric_that_a_pattern_names():
-    assert value_of(MEASURED[0], "ppl/wiki/fake") == 4.0
-    assert value_of(MEASURED[0], "*wiki/fake") == 4.0
+    assert searched(MEASURED[0], "ppl/wiki/fake") == 4.0
+    assert searched(MEASURED[0], "*wiki/fake") == 4.0
     for wanted in (None, "ppl/*", "gap/*"):
-        assert value_of(MEASURED[0], wanted) != value_of(MEASURED[0], wanted)  # NaN
+        assert searched(MEASURED[0], wanted) != searched(MEASURED[0], wanted)  # NaN
 
 
 def test_a_table_has_every_point_with_its_state():

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spinlab.config.values import values_of
+from spinlab.config.values import values_of, words_of
 from spinlab.errors import InputError
 from spinlab.held import is_held
 from spinlab.report.records import Record, records_below
@@ -30,14 +30,7 @@ class Run:
         record = self.record
         own = {"experiment": record["experiment"], "key": record["key"], "state": self.state}
         settings = values_of(record["config"])
-        chosen = {k: v for k, v in self.words.items() if k not in settings}
-        return chosen | settings | own | record["metrics"]
-
-    @property
-    def words(self) -> dict[str, str]:
-        """The words of its command, by the names before the equals sign."""
-        words = (word.lstrip("+").partition("=") for word in self.record["overrides"])
-        return {name: value for name, equals, value in words if equals}
+        return words_of(record["overrides"]) | settings | own | record["metrics"]
 
 
 def find(folder: Path) -> tuple[list[Run], dict[Path, str]]:
@@ -61,12 +54,3 @@ def one(runs: list[Run], start: str) -> Run:
         raise InputError(f"no run has a key that starts with {start!r}: list them without a word")
     names = ", ".join(str(run.folder) for run in found)
     raise InputError(f"{len(found)} runs have keys that start with {start!r}: {names}")
-
-
-def text(value: Any) -> str:
-    """Return a value as a command line has it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(text, value))}]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from spinlab.config.values import text
 from spinlab.errors import InputError, did_you_mean
-from spinlab.report.formats import markdown
-from spinlab.report.points import differing, metric_names
-from spinlab.runs.found import Run, text
+from spinlab.report.formats import markdown, number
+from spinlab.report.points import metric_names, own_of_each
+from spinlab.runs.found import Run
 
 _MOST = 6  # columns of what differs
 _SHORT = 8  # digits of a key
@@ -62,14 +63,15 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
         check_names(runs, columns)
         heads = ["key", *(name for name in columns if name != "key")]
     else:
-        words = differing([run.record["overrides"] for run in runs])
+        words = own_of_each([run.record["overrides"] for run in runs])
         names = dict.fromkeys(name for own in words for name in own)
         own = [name for name in names if name not in ("experiment", "sweep")]
         metrics = metric_names([run.record["metrics"] for run in runs])
         heads = ["key", "experiment", "state", *own[:_MOST], *metrics]
     rows = [heads]
     for run in runs:
-        cells = [text(run.values.get(name, "")) for name in heads[1:]]
+        values, metrics = run.values, run.record["metrics"]
+        cells = [number(metrics[n]) if n in metrics else text(values.get(n, "")) for n in heads[1:]]
         rows.append([run.record["key"][:_SHORT], *cells])
     return markdown(rows)
 
