@@ -8,21 +8,28 @@ from typing import Any
 from spinlab.config.values import values_of, words_of
 from spinlab.errors import InputError
 from spinlab.held import is_held
-from spinlab.report.records import Record, records_below
+from spinlab.report.records import Record, any_record, records_below
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its folder and its record."""
+    """A run: its folder and its record, and that of a repetition which did not end."""
 
     folder: Path
     record: Record
+    repeated: Record | None = None
 
     @property
     def state(self) -> str:
         """complete, running, killed, interrupted or failed."""
         status = self.record["status"].partition(":")[0]
         return "killed" if status == "running" and not is_held(self.folder) else status
+
+    @property
+    def stages(self) -> set[str]:
+        """The names of the folders that its stages have in a cache."""
+        records = (self.record, *([self.repeated] if self.repeated else []))
+        return {f"{stage['name']}-{stage['key']}" for r in records for stage in r["stages"]}
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -34,14 +41,20 @@ class Run:
 
 
 def find(folder: Path) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs below a folder, the latest last, and why other records are left out."""
+    """Return the runs below a folder, the latest last, and why other records are left out.
+
+    Raises InputError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: name the one that the runs are in, as --runs=…")
     runs: list[Run] = []
     left: dict[Path, str] = {}
     for path, record in records_below(folder):
-        if isinstance(record, str):
-            left[path] = record
-        else:
-            runs.append(Run(path.parent, record))
+        other = path.with_name("unfinished.json")
+        repeated = any_record(other) if other.exists() else None
+        left |= {p: r for p, r in ((path, record), (other, repeated)) if isinstance(r, str)}
+        if not isinstance(record, str):
+            runs.append(Run(path.parent, record, None if isinstance(repeated, str) else repeated))
     return sorted(runs, key=lambda run: (run.folder / "record.json").stat().st_mtime), left
 
 
