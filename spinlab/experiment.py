@@ -65,7 +65,6 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
         model = describe_model(config.model, pipeline.original.shape)
         record = Record(config, overrides, facts, pipeline.identity, model, sweep=sweep)
         record.mirrors = trackers.stopped
-        record.save()
         _recorded(pipeline, record, trackers)
     if parallel.is_main():
         _show(record, time.perf_counter() - start)
@@ -91,11 +90,18 @@ def finished(config: Config, overrides: list[str]) -> Path | None:
 
 
 def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
-    """Go through the stages; save the record and close trackers and log however they end."""
+    """Go through the stages; save the record and close trackers and log however they end.
+
+    The folder is held before the record stands in it: one of a run that nobody holds is cleared
+    away.
+    """
     kept: dict[str, Any] = {"figures": [], "artifacts": {}, "layers": {}}  # for the trackers
-    journal, hold = Journal(record.folder / "run.log", record.overrides), Hold(record.folder)
     with ExitStack() as end:  # the last is done first, and each of them whatever another raises
+        with writing(record.folder, "paths.runs"):
+            hold = Hold(record.folder)
         end.callback(hold.release)
+        record.save()
+        journal = Journal(record.folder / "run.log", record.overrides)
         end.callback(journal.close)
         end.callback(_finish, record, trackers, kept)
         end.callback(_save, pipeline, record)

@@ -21,10 +21,12 @@ from spinlab import device, experiment, sweep
 from spinlab.__main__ import _prepare
 from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, EvalConfig, SweepConfig
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.experiment import finished
+from spinlab.held import is_held
 from spinlab.report.points import metric_names, own_of_each, points_table, searched
 from spinlab.sweep import Point, own_words
+from spinlab.track.record import Record
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -88,14 +90,28 @@ def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
 
 
 @pytest.fixture
-def made(tmp_path) -> tuple[list[str], Path]:
-    """Return the words of a run and its complete record."""
+def words(tmp_path) -> list[str]:
+    """Return the words of a run of a second or two."""
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
     words = [*SMALL, "eval.window=64"]
     words += [f"data.calibration={text}", f"data.evaluation=[{text}]"]
-    words += [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    return [*words, f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def made(words) -> tuple[list[str], Path]:
+    """Return the words of a run and its complete record."""
     return words, experiment.run(composed(*words), words).path
+
+
+def test_a_run_holds_its_folder_before_its_record_says_that_it_runs(words, monkeypatch):
+    def save(record: Record) -> None:
+        raise ResultError(f"held: {is_held(record.folder)}")
+
+    monkeypatch.setattr(Record, "save", save)
+    with pytest.raises(ResultError, match="held: True"):
+        experiment.run(composed(*words), words)
 
 
 def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_code(

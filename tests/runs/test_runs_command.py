@@ -368,19 +368,19 @@ def test_what_a_running_process_holds_stays_until_it_is_killed(places, capsys, t
 
 
 LIST = """
-import sys, time
+import sys
 from spinlab.runs.__main__ import main
 
 main([])
-assert not {"torch", "hydra", "transformers"} & set(sys.modules)
-assert time.process_time() < 1, time.process_time()
+print({"torch", "hydra", "numpy", "omegaconf", "transformers", "yaml"} & set(sys.modules))
 """
 
 
-def test_listing_loads_no_torch_and_takes_well_under_a_second(places):
+def test_listing_loads_no_library_that_takes_longer_than_itself(places):
     places(*THREE)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-c", LIST]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "aaaaaaaa" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
