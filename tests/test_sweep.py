@@ -114,7 +114,7 @@ def test_a_run_holds_its_folder_before_its_record_says_that_it_runs(words, monke
         experiment.run(composed(*words), words)
 
 
-def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_code(
+def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_means(
     made, tmp_path, monkeypatch
 ):
     words, path = made
@@ -135,9 +135,27 @@ def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_an
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "code_digest", lambda module: "other code")
         assert finished(composed(*words), words) is None
+    for name, value in (("backend", "triton"), ("packages", {"geoopt": "0", "lm_eval": "0"})):
+        saved = json.loads(whole)
+        saved["environment"][name] = value
+        path.write_text(json.dumps(saved))
+        assert finished(composed(*words), words) is None, name
+    path.write_text(whole)
+    for file in (path.with_name("layers.json"), path.parent / "figures/outliers.png"):
+        kept = file.rename(tmp_path / file.name)
+        assert finished(composed(*words), words) is None, file
+        kept.rename(file)
+    assert finished(composed(*words), words) == path
     text = tmp_path / "text.txt"
     text.write_text(text.read_text() + "more")
     assert finished(composed(*words), words) is None
+
+
+def test_a_run_that_learned_and_answered_leaves_a_curve_and_answers():
+    measured = EvalConfig(tasks=["piqa"], variants=["fp", "fake"], task_variants=["fp", "rtn"])
+    left = experiment._left(Config(eval=measured), {"learn/first_loss": 1.0})
+    more = {"figures/curves.png", "predictions/fp.json.gz"}
+    assert set(left) == {"layers.json", "figures/outliers.png"} | more
 
 
 def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
