@@ -1,7 +1,7 @@
 """A sweep: a state on the disk for each of its points, and one table at the end.
 
-    runs/sweeps/<digest>/points-<process>/<number>.json   how the points of one command go
-    runs/sweeps/<digest>/sweep.json, sweep.md             how those of the last one went
+    runs/sweeps/<digest>/points-<host>-<process>/<number>.json   how the points of one command go
+    runs/sweeps/<digest>/sweep.json, sweep.md                    how those of the last one went
 
 A launcher may run points in other processes. What they need to know of the sweep they inherit in
 the environment, and what is to be known of them is read from files.
@@ -9,6 +9,7 @@ the environment, and what is to be known of them is read from files.
 
 import json
 import os
+import platform
 import shlex
 import shutil
 from collections import Counter
@@ -110,7 +111,7 @@ class Start(Callback):
         own = [word for word in words if not word.lstrip("+").startswith(_NOT_IN_DIGEST)]
         swept = OmegaConf.select(config, "hydra.sweeper.params")
         digest = content_key([own, OmegaConf.to_container(swept) if swept else {}])
-        os.environ |= {_DIGEST: digest, _PROCESS: str(os.getpid())}
+        os.environ |= {_DIGEST: digest, _PROCESS: f"{_host()}-{os.getpid()}"}
         started = Sweep(Path(config.hydra.sweep.dir), words, config.sweep.metric)
         _clear(started.folder)
 
@@ -136,11 +137,20 @@ def labels(points: list[Point]) -> list[str]:
 
 
 def _clear(sweep: Path) -> None:
-    """Remove the states of commands that were killed, and of one of the same number."""
-    for folder in sweep.glob(f"{_POINTS}*"):
-        process = int(folder.name.removeprefix(_POINTS))
+    """Remove the states of commands that were killed, and of one of the same number.
+
+    Those of other machines, which may share the disk, are theirs to judge.
+    """
+    own = f"{_POINTS}{_host()}-"
+    for folder in sweep.glob(f"{own}*"):
+        process = int(folder.name.removeprefix(own))
         if process == os.getpid() or not psutil.pid_exists(process):
             shutil.rmtree(folder)
+
+
+def _host() -> str:
+    """Return what tells this machine from others, and does not say its name."""
+    return content_key(platform.node())
 
 
 def _metrics(point: Point) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """The points of a sweep side by side: where they differ, how they ended, what they measured."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -34,12 +33,6 @@ def metric_names(measured: Sequence[Metrics], wanted: str | None = None) -> list
         if of_variant and all(names & set(of_variant) for names in perplexities):
             return of_variant
     return []
-
-
-def searched(metrics: Metrics, wanted: str | None) -> float:
-    """Return the one metric whose name follows a pattern; NaN where none or several do."""
-    names = [] if wanted is None else metric_names([metrics], wanted)
-    return metrics[names[0]] if len(names) == 1 else math.nan
 
 
 def points_table(points: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
