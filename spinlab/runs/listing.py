@@ -25,8 +25,8 @@ class Filter:
     @classmethod
     def read(cls, word: str) -> "Filter":
         """Read a word of the command line."""
-        name, equals, wanted = word.partition("=")
-        if not name or not equals or not wanted:
+        name, _, wanted = word.partition("=")
+        if not name or not all(_choices(wanted)):
             raise InputError(
                 f"{word!r} is no condition: write NAME=VALUE, NAME=A,B, NAME=LOW..HIGH with either "
                 "end left out, or NAME='a*'"
@@ -37,8 +37,7 @@ class Filter:
         """Tell whether a run has the value; one without the name has none."""
         if self.name not in run.values:
             return False
-        choices = [self.wanted] if self.wanted.startswith("[") else self.wanted.split(",")
-        return any(_fits(run.values[self.name], choice) for choice in choices)
+        return any(_fits(run.values[self.name], choice) for choice in _choices(self.wanted))
 
 
 def chosen(runs: Sequence[Run], filters: Sequence[Filter]) -> list[Run]:
@@ -83,6 +82,11 @@ def check_names(runs: Sequence[Run], names: Sequence[str]) -> None:
         if runs and name not in known:
             near = did_you_mean(name, known, "show KEY")
             raise InputError(f"no run has {name!r}, a setting or a metric: {near}")
+
+
+def _choices(wanted: str) -> list[str]:
+    """Return the values of which a run may have any; a list is one value."""
+    return [wanted] if wanted.startswith("[") else wanted.split(",")
 
 
 def _fits(value: Any, wanted: str) -> bool:

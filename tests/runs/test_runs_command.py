@@ -137,6 +137,7 @@ def test_numbers_are_compared_as_numbers_and_words_as_patterns(tmp_path):
         ),
         (["seed"], "'seed' is no condition: write NAME=VALUE"),
         (["seed="], "is no condition"),
+        (["seed=7,"], "'seed=7,' is no condition"),
         (["show", "d"], "no run has a key that starts with 'd'"),
         (["show", ""], "3 runs have keys that start with ''"),
         (["clean", "all"], "clean all: clean runs, stages, or both"),
