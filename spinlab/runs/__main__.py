@@ -121,7 +121,7 @@ def _clean(arguments: argparse.Namespace, runs: list[Run], left: Left) -> None:
     if not arguments.yes and not _agreed():
         raise InputError("nothing was removed: agree, or add --yes")
     kept = clean.remove_runs(away)
-    kept += clean.remove_stages(cache, stages) if stages else []
+    kept += clean.remove_stages(cache, stages, Path(arguments.runs)) if stages else []
     if kept:
         raise InputError(f"not removed: {'; '.join(kept)}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from spinlab.entries import entries, lock_of
 from spinlab.held import unused
 from spinlab.report.records import any_record
-from spinlab.runs.found import Run
+from spinlab.runs.found import Run, find
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,19 @@ def remove_runs(away: Iterable[Waste]) -> list[str]:
     return [f"{folder}: {reason}" for folder, reason in told if reason]
 
 
-def remove_stages(cache: Path, stages: Iterable[Waste]) -> list[str]:
-    """Remove stages unless a process took the cache up meanwhile; return which stay, and why."""
+def remove_stages(cache: Path, stages: Iterable[Waste], runs: Path) -> list[str]:
+    """Remove stages unless a process took the cache up meanwhile; return which stay, and why.
+
+    runs: the folder of the runs. It is read again, for a run may have ended since it was read, and
+    one that was to go may have stayed.
+    """
     gone = {waste.folder for waste in stages}
     try:
         with unused(cache) as free:
             if not free:
                 return [f"the stages in {cache}: in use by now"]
-            told = [(p, _stage_stays(p, final)) for p, final in entries(cache) if p in gone]
+            named = {name for run in find(runs)[0] for name in run.stages}
+            told = [(p, _stage_stays(p, final, named)) for p, final in entries(cache) if p in gone]
     except OSError as error:  # its lock cannot be written
         return [f"{cache}: {error.strerror}"]
     return [f"{path}: {reason}" for path, reason in told if reason]
@@ -88,8 +93,10 @@ def _run_stays(folder: Path) -> str | None:
         return error.strerror
 
 
-def _stage_stays(folder: Path, final: Path) -> str | None:
+def _stage_stays(folder: Path, final: Path, named: set[str]) -> str | None:
     """Remove a stage's folder and its lock; return why it stays."""
+    if folder.name in named:
+        return "named by a record"
     reason = _folder_stays(folder)
     if reason is None:
         lock_of(final).unlink(missing_ok=True)  # of nobody: all hold the cache first

@@ -286,6 +286,25 @@ def test_a_repetition_that_did_not_end_keeps_its_stages(places, capsys, tmp_path
     assert stages_left(tmp_path / ".cache/spinlab") == {"a", "b"}
 
 
+def test_stages_stay_whose_run_stays_or_ended_meanwhile(places, capsys, monkeypatch, tmp_path):
+    places(*(record(key, status="interrupted") for key in "abc"))
+    cache, folder = tmp_path / ".cache/spinlab", tmp_path / "runs/toy"
+    shutil.rmtree(folder / ("b" * 16))
+
+    def agreed() -> bool:
+        """Start the first run again and let the second one end, while the user thinks."""
+        (folder / ("a" * 16) / "record.json").write_text(json.dumps(record("a")))
+        places(record("b"))
+        return True
+
+    monkeypatch.setattr("spinlab.runs.__main__._agreed", agreed)
+    with pytest.raises(SystemExit):
+        clean()
+    said = capsys.readouterr().err
+    assert "aaaa: in use by now" in said and "learn-bbbbbbbbbbbbbbbb: named by a record" in said
+    assert stages_left(cache) == {path.name[0] for path in folder.iterdir()} == {"a", "b"}
+
+
 def split(line: str) -> list[str]:
     return line.split("|")
 
@@ -321,7 +340,7 @@ def test_what_the_system_keeps_is_named_and_the_rest_goes(places, capsys, tmp_pa
     assert f"not removed: runs/toy/{'b' * 16}: Permission denied; " in line
     assert line.endswith(f"learn-{'d' * 16}: Permission denied")
     assert {path.name[0] for path in kept.parent.iterdir()} == {"a", "b"}
-    assert stages_left(cache) == {"a", "d", "e"}
+    assert stages_left(cache) == {"a", "b", "d", "e"}  # b: of the run that stays
 
 
 HOLDER = """
