@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("keys", nargs=2, metavar="KEY", help=key)
     both.set_defaults(run=_compare)
 
-    told = "remove runs that did not end well, and cached stages that no other record names"
+    told = "remove runs that did not end well, and cached stages that no other run of --runs names"
     away = commands.add_parser("clean", parents=[places], help=told, description=told)
     away.add_argument("parts", nargs="*", metavar="runs|stages", help="which of them (both)")
     away.add_argument("--cache", default=PathsConfig().cache, help="its folder (%(default)s)")
