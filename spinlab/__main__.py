@@ -30,7 +30,6 @@ from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
 from spinlab.errors import InputError
 from spinlab.launch import is_first, launched
-from spinlab.report.points import value_of
 from spinlab.report.records import read_record
 from spinlab.sentences import sentence
 from spinlab.streams import Console, Terminated, end_in_order, keep_streams
@@ -75,7 +74,7 @@ def _point(composed: DictConfig) -> float:
     try:
         _prepare(told, composed.sweep.metric)
         point.state, point.record, metrics = _finished_or_run(composed, point.words)
-        return value_of(metrics, composed.sweep.metric)
+        return metrics.get(composed.sweep.metric, math.nan)
     except Exception as error:
         point.state, point.error = "failed", sentence(error)
         point.mistake = isinstance(error, _MISTAKES)
@@ -92,8 +91,12 @@ def _point(composed: DictConfig) -> float:
 
 def _prepare(told: HydraConf, metric: str | None) -> None:
     """See that a search has something to optimise, and give a worker its own GPU."""
-    if metric is None and not told.sweeper["_target_"].endswith("BasicSweeper"):
-        raise InputError("a search optimises a metric: name one, as in sweep.metric=ppl/wiki/fake")
+    searches = not told.sweeper["_target_"].endswith("BasicSweeper")
+    if searches and (metric is None or set("*?[") & set(metric)):
+        given = "none is given" if metric is None else f"{metric} is a pattern"
+        raise InputError(
+            f"a search optimises one metric, and {given}: name it, as in sweep.metric=ppl/wiki/fake"
+        )
     if "joblib" in told.launcher["_target_"]:
         from spinlab.device import own_one  # torch loads here
 
@@ -172,7 +175,18 @@ def _ended() -> int:
     """Tell what failed and return the exit status."""
     if _job.failure is not None:
         return _fail(_job.failure)
-    points = sweep.started.end() if sweep.started else []
+    if not sweep.started:
+        return 0
+    points = sweep.started.end()
+    if not points:
+        told = "the states of all points are gone: run it again, which goes on with what is done"
+        print(f"spinlab: {sweep.started.folder}: {told}", file=sys.stderr)
+        return 1
+    return _of_points(points)
+
+
+def _of_points(points: list[sweep.Point]) -> int:
+    """Tell which points of a sweep failed and return the exit status."""
     failed = [(p, label) for p, label in zip(points, sweep.labels(points), strict=True) if p.failed]
     if not failed:
         return 0
@@ -215,7 +229,7 @@ def _command() -> int:
     except _MISTAKES as error:
         return _fail(error)
     except Exception as error:
-        if _job.started or _ended():
+        if _job.started or (sweep.started and _of_points(sweep.started.end())):
             return _fail(error)
         # what Hydra cannot even start is a mistake, whatever it raises
         reason = " ".join(str(error).split())

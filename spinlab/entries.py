@@ -24,7 +24,10 @@ def lock_of(final: Path) -> Path:
 
 
 def entries(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the folders that stages made in a cache, each with that of its result, in order."""
+    """Yield the folders that stages made in a cache, each with that of its result, in order.
+
+    A link to a folder is none: what it leads to is somebody else's.
+    """
     for path in sorted(root.iterdir()) if root.is_dir() else ():
-        if path.is_dir() and _ENTRY.fullmatch(path.name):
+        if path.is_dir() and not path.is_symlink() and _ENTRY.fullmatch(path.name):
             yield path, path.with_name(path.name.removesuffix(_PARTIAL))

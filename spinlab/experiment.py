@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
 from spinlab.stages.rotations import networks_of
 from spinlab.stages.weights import weights_in
-from spinlab.track.environment import environment
+from spinlab.track.environment import environment, packages
 from spinlab.track.journal import Journal
 from spinlab.track.mirrors.base import Outcome
 from spinlab.track.record import Record
@@ -41,6 +42,7 @@ from spinlab.track.trackers import Trackers
 log = logging.getLogger(__name__)
 
 _SMALL_GAIN = 0.05  # of perplexity, either way
+_ANSWERS = "predictions/{}.json.gz"  # of a variant
 # the metric of each variant's hand-off gate; invariance/init is the rotated model's own
 _HANDOFF = {v: f"invariance/{v}" for v in ("rtn", "fake", "integer")} | {"init": "handoff/init"}
 
@@ -61,11 +63,10 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
     with memory_told():
         pipeline = Pipeline(config, trackers.log)
         preflight(pipeline, () if sweep else overrides)
-        facts = environment() | {"backend": pipeline.run.backend, "code": code_digest(__name__)}
+        facts = environment() | _means(pipeline)
         model = describe_model(config.model, pipeline.original.shape)
         record = Record(config, overrides, facts, pipeline.identity, model, sweep=sweep)
         record.mirrors = trackers.stopped
-        record.save()
         _recorded(pipeline, record, trackers)
     if parallel.is_main():
         _show(record, time.perf_counter() - start)
@@ -74,9 +75,10 @@ def run(config: Config, overrides: list[str], sweep: bool = False) -> Record:
 
 
 def finished(config: Config, overrides: list[str]) -> Path | None:
-    """Return the complete record of these settings, inputs and code; None where there is none.
+    """Return the complete record of these settings, inputs and means; None where there is none.
 
-    No model is loaded. What is exported is no part of a record: only a run writes that.
+    No model is loaded. What is exported is no part of a record: only a run writes that. Nor is a
+    run finished that lacks a file beside its record.
     """
     disable_progress_bar()
     pipeline = Pipeline(config)
@@ -85,17 +87,42 @@ def finished(config: Config, overrides: list[str]) -> Path | None:
             identity = pipeline.identity
     except NotCached:
         return None
-    record = Record(config, overrides, {"code": code_digest(__name__)}, identity)
-    exports = any(plain(config.export).values())
-    return record.path if record.kept() and not exports else None
+    record = Record(config, overrides, {"packages": packages()} | _means(pipeline), identity)
+    saved = record.kept()
+    if saved is None or any(plain(config.export).values()):
+        return None
+    whole = all((record.folder / name).is_file() for name in _left(config, saved["metrics"]))
+    return record.path if whole else None
+
+
+def _means(pipeline: Pipeline) -> dict[str, str]:
+    """Return what makes the numbers of settings and inputs."""
+    return {"backend": pipeline.run.backend, "code": code_digest(__name__)}
+
+
+def _left(config: Config, metrics: dict[str, float]) -> Iterator[str]:
+    """Yield the files that a complete run has beside its record and its log."""
+    yield from ("layers.json", "figures/outliers.png")
+    if "learn/first_loss" in metrics:
+        yield "figures/curves.png"
+    if config.eval.tasks:
+        scored = (v for v in config.eval.variants if v in config.eval.task_variants)
+        yield from map(_ANSWERS.format, scored)
 
 
 def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
-    """Go through the stages; save the record and close trackers and log however they end."""
+    """Go through the stages; save the record and close trackers and log however they end.
+
+    The folder is held before the record stands in it: one of a run that nobody holds is cleared
+    away.
+    """
     kept: dict[str, Any] = {"figures": [], "artifacts": {}, "layers": {}}  # for the trackers
-    journal, hold = Journal(record.folder / "run.log", record.overrides), Hold(record.folder)
     with ExitStack() as end:  # the last is done first, and each of them whatever another raises
+        with writing(record.folder, "paths.runs"):
+            hold = Hold(record.folder)
         end.callback(hold.release)
+        record.save()
+        journal = Journal(record.folder / "run.log", record.overrides)
         end.callback(journal.close)
         end.callback(_finish, record, trackers, kept)
         end.callback(_save, pipeline, record)
@@ -180,7 +207,7 @@ def _keep_predictions(pipeline: Pipeline, record: Record, variant: str) -> None:
     answers = pipeline.measured(variant).path / PREDICTIONS
     if not answers.exists() or not parallel.is_main():
         return
-    place = record.folder / "predictions" / f"{variant}.json.gz"
+    place = record.folder / _ANSWERS.format(variant)
     with writing(record.folder, "paths.runs"):
         place.parent.mkdir(exist_ok=True)
         with replacing(place) as temporary:

@@ -1,7 +1,7 @@
 """A sweep: a state on the disk for each of its points, and one table at the end.
 
-    runs/sweeps/<digest>/points-<process>/<number>.json   how the points of one command go
-    runs/sweeps/<digest>/sweep.json, sweep.md             how those of the last one went
+    runs/sweeps/<digest>/points-<host>-<process>/<number>.json   how the points of one command go
+    runs/sweeps/<digest>/sweep.json, sweep.md                    how those of the last one went
 
 A launcher may run points in other processes. What they need to know of the sweep they inherit in
 the environment, and what is to be known of them is read from files.
@@ -9,6 +9,7 @@ the environment, and what is to be known of them is read from files.
 
 import json
 import os
+import platform
 import shlex
 import shutil
 from collections import Counter
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spinlab.errors import did_you_mean
 from spinlab.files import content_key, replacing, write_json
-from spinlab.report.points import differing, metric_names, points_table
+from spinlab.report.points import metric_names, own_of_each, points_table
 from spinlab.report.records import any_record
 
 _DIGEST, _PROCESS = "SPINLAB_SWEEP", "SPINLAB_SWEEP_PROCESS"  # conf/config.yaml reads the first
@@ -110,7 +111,7 @@ class Start(Callback):
         own = [word for word in words if not word.lstrip("+").startswith(_NOT_IN_DIGEST)]
         swept = OmegaConf.select(config, "hydra.sweeper.params")
         digest = content_key([own, OmegaConf.to_container(swept) if swept else {}])
-        os.environ |= {_DIGEST: digest, _PROCESS: str(os.getpid())}
+        os.environ |= {_DIGEST: digest, _PROCESS: f"{_host()}-{os.getpid()}"}
         started = Sweep(Path(config.hydra.sweep.dir), words, config.sweep.metric)
         _clear(started.folder)
 
@@ -130,17 +131,26 @@ def own_words(words: Iterable[str]) -> list[str]:
 
 def labels(points: list[Point]) -> list[str]:
     """Return the words of every point by which it differs from the others."""
-    own = differing([point.words for point in points])
+    own = own_of_each([point.words for point in points])
     told = (" ".join(f"{key}={value}" for key, value in words.items()) for words in own)
     return [label or " ".join(p.words) for label, p in zip(told, points, strict=True)]
 
 
 def _clear(sweep: Path) -> None:
-    """Remove the states of commands that were killed, and of one of the same number."""
-    for folder in sweep.glob(f"{_POINTS}*"):
-        process = int(folder.name.removeprefix(_POINTS))
+    """Remove the states of commands that were killed, and of one of the same number.
+
+    Those of other machines, which may share the disk, are theirs to judge.
+    """
+    own = f"{_POINTS}{_host()}-"
+    for folder in sweep.glob(f"{own}*"):
+        process = int(folder.name.removeprefix(own))
         if process == os.getpid() or not psutil.pid_exists(process):
             shutil.rmtree(folder)
+
+
+def _host() -> str:
+    """Return what tells this machine from others, and does not say its name."""
+    return content_key(platform.node())
 
 
 def _metrics(point: Point) -> dict[str, float]:

@@ -271,6 +271,13 @@ def test_every_failure_of_a_sweep_is_told_and_summed_up(sweep):
     ]
 
 
+def test_a_sweep_of_which_nothing_is_known_is_no_success(sweep, monkeypatch):
+    monkeypatch.setattr("spinlab.sweep.Point.save", lambda point, place: None)
+    status, _, lines = sweep({}, "seed=0,1")
+    assert status == 1
+    assert "the states of all points are gone: run it again" in lines[0]
+
+
 def test_a_failed_job_of_a_sweep_keeps_nothing_alive(monkeypatch, tmp_path):
     """Its frames hold networks, and the next job needs their room."""
 

@@ -9,7 +9,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from spinlab.compose import composed, options_of
+from spinlab.config import plain
 from spinlab.config.unread import check_read, unread
+from spinlab.config.values import text, values_of, words_of
 from spinlab.errors import InputError
 from spinlab.learn import unread_by_optimizer
 
@@ -239,7 +241,7 @@ def documented() -> list[list[str]]:
     found = []
     pages = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
     texts = [page.read_text(encoding="utf-8") for page in pages]
-    for block in [block for text in texts for block in text.split("```")[1::2]]:
+    for block in [block for page in texts for block in page.split("```")[1::2]]:
         for line in block.splitlines():
             *command, arguments = line.rpartition("spinlab +experiment=")
             settings = "=" in line.partition(" ")[0]  # for an experiment with a batch to cut
@@ -263,3 +265,15 @@ def test_what_the_pages_say_composes_and_is_read(arguments):
 
 def test_the_pages_are_understood():
     assert len(documented()) > 15
+
+
+def test_a_value_as_text_is_the_value_once_it_is_typed_again():
+    override = "quant.overrides=[{pattern:*.layers.0.*,weights:{bits:8}}]"
+    words = ["weights.clip.search=true", "learn.lr.r2=null", "learn.lr.r1=0.1234567891"]
+    words += ["eval.variants=[fp,fake]", override]
+    settings = values_of(plain(composed("+experiment=toy", *words)))
+    names = list(words_of(words))
+    again = [f"{name}={text(settings[name])}" for name in names]
+    assert again[:4] == words[:4]
+    assert values_of(plain(composed("+experiment=toy", *again))) == settings
+    assert [text(value) for value in (1.5, 2.0, 1e-5, 3)] == ["1.5", "2", "1e-05", "3"]

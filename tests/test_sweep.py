@@ -21,10 +21,12 @@ from spinlab import device, experiment, sweep
 from spinlab.__main__ import _prepare
 from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, EvalConfig, SweepConfig
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.experiment import finished
-from spinlab.report.points import differing, metric_names, points_table, value_of
+from spinlab.held import is_held
+from spinlab.report.points import metric_names, own_of_each, points_table
 from spinlab.sweep import Point, own_words
+from spinlab.track.record import Record
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -88,17 +90,31 @@ def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path):
 
 
 @pytest.fixture
-def made(tmp_path) -> tuple[list[str], Path]:
-    """Return the words of a run and its complete record."""
+def words(tmp_path) -> list[str]:
+    """Return the words of a run of a second or two."""
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
     words = [*SMALL, "eval.window=64"]
     words += [f"data.calibration={text}", f"data.evaluation=[{text}]"]
-    words += [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    return [*words, f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def made(words) -> tuple[list[str], Path]:
+    """Return the words of a run and its complete record."""
     return words, experiment.run(composed(*words), words).path
 
 
-def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_code(
+def test_a_run_holds_its_folder_before_its_record_says_that_it_runs(words, monkeypatch):
+    def save(record: Record) -> None:
+        raise ResultError(f"held: {is_held(record.folder)}")
+
+    monkeypatch.setattr(Record, "save", save)
+    with pytest.raises(ResultError, match="held: True"):
+        experiment.run(composed(*words), words)
+
+
+def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_and_means(
     made, tmp_path, monkeypatch
 ):
     words, path = made
@@ -119,9 +135,27 @@ def test_a_point_is_finished_by_a_complete_record_of_the_same_settings_inputs_an
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "code_digest", lambda module: "other code")
         assert finished(composed(*words), words) is None
+    for name, value in (("backend", "triton"), ("packages", {"geoopt": "0", "lm_eval": "0"})):
+        saved = json.loads(whole)
+        saved["environment"][name] = value
+        path.write_text(json.dumps(saved))
+        assert finished(composed(*words), words) is None, name
+    path.write_text(whole)
+    for file in (path.with_name("layers.json"), path.parent / "figures/outliers.png"):
+        kept = file.rename(tmp_path / file.name)
+        assert finished(composed(*words), words) is None, file
+        kept.rename(file)
+    assert finished(composed(*words), words) == path
     text = tmp_path / "text.txt"
     text.write_text(text.read_text() + "more")
     assert finished(composed(*words), words) is None
+
+
+def test_a_run_that_learned_and_answered_leaves_a_curve_and_answers():
+    measured = EvalConfig(tasks=["piqa"], variants=["fp", "fake"], task_variants=["fp", "rtn"])
+    left = experiment._left(Config(eval=measured), {"learn/first_loss": 1.0})
+    more = {"figures/curves.png", "predictions/fp.json.gz"}
+    assert set(left) == {"layers.json", "figures/outliers.png"} | more
 
 
 def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
@@ -134,8 +168,8 @@ def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
 
 def test_a_point_is_told_by_the_words_of_its_own():
     points = [["+experiment=toy", "seed=0", "a.b=1"], ["+experiment=toy", "seed=1", "+method=x"]]
-    assert differing(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
-    assert differing([["seed=0"]]) == [{}]
+    assert own_of_each(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
+    assert own_of_each([["seed=0"]]) == [{}]
 
 
 def test_the_command_of_a_point_is_no_sweep_and_is_quoted_for_a_shell():
@@ -196,14 +230,24 @@ def test_states_that_other_processes_left_make_the_table(announced, capsys, tmp_
     assert [point["metrics"] for point in kept] == [{"ppl/wiki/fake": 8.0}, {}, {}]
 
 
-def test_states_of_a_command_that_was_killed_are_cleared_away_and_those_of_another_stay(announced):
+def test_states_of_a_command_that_was_killed_are_cleared_away_and_those_of_others_stay(
+    announced, monkeypatch
+):
     folder = announced("seed=0,1").folder
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for process in (ended.pid, os.getpid(), os.getppid()):
-        (folder / f"points-{process}").mkdir(parents=True)
+    kept = []
+    for node in ("this", "another"):
+        with monkeypatch.context() as patch:
+            patch.setattr("platform.node", lambda: node)  # noqa: B023
+            for process in (ended.pid, os.getpid(), os.getppid()):
+                place = folder / f"points-{sweep._host()}-{process}"
+                place.mkdir(parents=True)
+                if node == "another" or process == os.getppid():
+                    kept.append(place.name)
+    monkeypatch.setattr("platform.node", lambda: "this")
     announced("seed=0,1")
-    assert [path.name for path in folder.iterdir()] == [f"points-{os.getppid()}"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(kept)
 
 
 def test_a_metric_that_no_point_measured_is_told_with_the_nearest(announced, capsys, tmp_path):
@@ -217,14 +261,17 @@ def test_a_metric_that_no_point_measured_is_told_with_the_nearest(announced, cap
     assert said in capsys.readouterr().out
 
 
-def test_a_search_without_a_metric_is_refused():
+def test_a_search_without_one_metric_is_refused():
     basic, optuna = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "x.OptunaSweeper"
     launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
     _prepare(SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher), None)
     search = SimpleNamespace(sweeper={"_target_": optuna}, launcher=launcher)
     _prepare(search, "ppl/wiki/fake")
-    with pytest.raises(InputError, match=r"sweep\.metric=ppl/wiki/fake"):
-        _prepare(search, None)
+    for metric in (None, "ppl/*", "*wiki/fake", "ppl/wik?/fake", "ppl/[cw]*"):
+        with pytest.raises(InputError, match=r"sweep\.metric=ppl/wiki/fake"):
+            _prepare(search, metric)
+    pattern = SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher)
+    _prepare(pattern, "ppl/*")
 
 
 MEASURED = [
@@ -245,13 +292,6 @@ MEASURED = [
 )
 def test_the_metric_asked_for_or_the_last_perplexity(wanted, names):
     assert metric_names(MEASURED, wanted) == names
-
-
-def test_a_search_gets_the_one_metric_that_a_pattern_names():
-    assert value_of(MEASURED[0], "ppl/wiki/fake") == 4.0
-    assert value_of(MEASURED[0], "*wiki/fake") == 4.0
-    for wanted in (None, "ppl/*", "gap/*"):
-        assert value_of(MEASURED[0], wanted) != value_of(MEASURED[0], wanted)  # NaN
 
 
 def test_a_table_has_every_point_with_its_state():

@@ -12,7 +12,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.quant import KINDS, Levels
-from spinlab.config.values import nodes
+from spinlab.config.values import nodes, words_of
 from spinlab.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check_read(
     the settings only name, beside the ones here.
     """
     found = unread(config, exported, rules)
-    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    given = words_of(overrides)
     for name, reason in found.items():
         # a group's name is no setting: learn=toy chooses a preset
         if any("." in key and (_within(name, key) or _within(key, name)) for key in given):

@@ -1,7 +1,7 @@
 """All settings by their dotted names, and what holds for every value, whatever it means."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from spinlab.errors import InputError
@@ -43,3 +43,22 @@ def nodes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def values_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the single settings of a tree by their dotted names."""
     return {name: v for name, v in nodes(dict(settings)) if not isinstance(v, dict)}
+
+
+def text(value: Any) -> str:
+    """Return a value as a command line has it, a number with the digits that tell it apart."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{name}:{text(item)}' for name, item in value.items())}}}"
+    if isinstance(value, float) and float(short := f"{value:.6g}") == value:
+        return short
+    return str(value)
+
+
+def words_of(words: Iterable[str]) -> dict[str, str]:
+    """Return the values in a command's words (`name=value`, `+name=value`) by their names."""
+    split = (word.lstrip("+").partition("=") for word in words)
+    return {name: value for name, equals, value in split if equals}

@@ -63,6 +63,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def number(value: float | None) -> str:
+    """Format a metric to six digits; nothing where there is none."""
+    return "" if value is None else f"{value:.6g}"
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Format mean ± sample standard deviation; one value, or the same in every run, has none."""
     if len(set(values)) == 1:

@@ -1,19 +1,19 @@
 """The points of a sweep side by side: where they differ, how they ended, what they measured."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from spinlab.config import VARIANTS
-from spinlab.report.formats import markdown
+from spinlab.config.values import words_of
+from spinlab.report.formats import markdown, number
 
 Metrics = Mapping[str, float]
 
 
-def differing(points: Iterable[Sequence[str]]) -> list[dict[str, str]]:
+def own_of_each(points: Iterable[Sequence[str]]) -> list[dict[str, str]]:
     """Return of every point's words (`key=value`) those that are not the same in all of them."""
-    split = [dict(word.lstrip("+").split("=", 1) for word in p if "=" in word) for p in points]
+    split = [words_of(words) for words in points]
     keys = dict.fromkeys(key for words in split for key in words)
     told = [key for key in keys if len({words.get(key) for words in split}) > 1]
     return [{key: words[key] for key in told if key in words} for words in split]
@@ -35,15 +35,9 @@ def metric_names(measured: Sequence[Metrics], wanted: str | None = None) -> list
     return []
 
 
-def value_of(metrics: Metrics, wanted: str | None) -> float:
-    """Return the one metric whose name follows a pattern; NaN where none or several do."""
-    names = [] if wanted is None else metric_names([metrics], wanted)
-    return metrics[names[0]] if len(names) == 1 else math.nan
-
-
 def points_table(points: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
     """Return a table with a row for every point, of its `words`, `state` and `metrics`."""
-    own = differing([point["words"] for point in points])
+    own = own_of_each([point["words"] for point in points])
     keys = list(dict.fromkeys(key for words in own for key in words))
     names = metric_names([point["metrics"] for point in points], wanted)
     rows = [[*keys, "state", *names]]
@@ -51,8 +45,3 @@ def points_table(points: Sequence[Mapping[str, Any]], wanted: str | None) -> str
         cells = [words.get(key, "") for key in keys]
         rows.append([*cells, point["state"], *(number(point["metrics"].get(n)) for n in names)])
     return markdown(rows)
-
-
-def number(value: float | None) -> str:
-    """Format a metric to six digits; nothing where there is none."""
-    return "" if value is None else f"{value:.6g}"

@@ -4,15 +4,17 @@ Nothing that a running process holds is touched (`spinlab.held`): it holds its r
 the whole of its cache, where it goes back to what it found.
 """
 
+import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from spinlab.entries import entries, lock_of
-from spinlab.held import is_held, unused
+from spinlab.held import unused
 from spinlab.report.records import any_record
-from spinlab.runs.found import Run
+from spinlab.runs.found import Run, find
 
 
 @dataclass(frozen=True)
@@ -33,40 +35,83 @@ def unfinished(runs: Iterable[Run]) -> list[Waste]:
     ]
 
 
-def unnamed(cache: Path, runs: Iterable[Run]) -> list[Waste]:
-    """Return the stages in a cache that none of the runs' records names, and what killed ones left.
+def unnamed(cache: Path, staying: Iterable[Run], going: Iterable[Run] = ()) -> list[Waste]:
+    """Return the stages in a cache that no run which stays names, and what killed ones left.
 
-    A cache that a process works in has none: what that has found there is not all recorded yet.
+    The cache must be in nobody's use: what a process has found there is not all recorded yet.
     """
-    if is_held(cache):
-        return []
-    named = {f"{stage['name']}-{stage['key']}" for run in runs for stage in run.record["stages"]}
+    named = {name for run in staying for name in run.stages}
+    of_going = {name for run in going for name in run.stages}
+
+    def reason(path: Path, final: Path) -> str:
+        if path != final:
+            return "progress of a killed stage"
+        return "of a run that goes" if final.name in of_going else "of no record"
+
     return [
-        Waste(path, "of no record" if path == final else "progress of a killed stage", _size(path))
+        Waste(path, reason(path, final), _size(path))
         for path, final in entries(cache)
         if path != final or final.name not in named
     ]
 
 
-def remove_run(waste: Waste) -> bool:
-    """Remove a run's folder unless a process took it up meanwhile; tell whether it is gone."""
-    with unused(waste.folder) as free:
-        record = any_record(waste.folder / "record.json")
-        done = free and not isinstance(record, str) and record["status"] != "complete"
-        if done:
-            shutil.rmtree(waste.folder)
-    return done
+def remove_runs(away: Iterable[Waste]) -> list[str]:
+    """Remove runs unless a process took them up meanwhile; return which stay, and why."""
+    told = ((waste.folder, _run_stays(waste.folder)) for waste in away)
+    return [f"{folder}: {reason}" for folder, reason in told if reason]
 
 
-def remove_stages(cache: Path, stages: Iterable[Waste]) -> bool:
-    """Remove stages unless a process took the cache up meanwhile; tell whether they are gone."""
+def remove_stages(cache: Path, stages: Iterable[Waste], runs: Path) -> list[str]:
+    """Remove stages unless a process took the cache up meanwhile; return which stay, and why.
+
+    runs: the folder of the runs. It is read again, for a run may have ended since it was read, and
+    one that was to go may have stayed.
+    """
     gone = {waste.folder for waste in stages}
-    with unused(cache) as free:
-        for path, final in entries(cache) if free else ():
-            if path in gone:
-                shutil.rmtree(path)
-                lock_of(final).unlink(missing_ok=True)  # of nobody: all hold the cache first
-    return free
+    try:
+        with unused(cache) as free:
+            if not free:
+                return [f"the stages in {cache}: in use by now"]
+            named = {name for run in find(runs)[0] for name in run.stages}
+            told = [(p, _stage_stays(p, final, named)) for p, final in entries(cache) if p in gone]
+    except OSError as error:  # its lock cannot be written
+        return [f"{cache}: {error.strerror}"]
+    return [f"{path}: {reason}" for path, reason in told if reason]
+
+
+def _run_stays(folder: Path) -> str | None:
+    """Remove a run's folder; return why it stays."""
+    if not folder.is_dir():
+        return None
+    try:
+        with unused(folder) as free:
+            record = any_record(folder / "record.json")
+            if not free or isinstance(record, str) or record["status"] == "complete":
+                return "in use by now"
+            return _folder_stays(folder)
+    except OSError as error:  # its lock cannot be written
+        return error.strerror
+
+
+def _stage_stays(folder: Path, final: Path, named: set[str]) -> str | None:
+    """Remove a stage's folder and its lock; return why it stays."""
+    if folder.name in named:
+        return "named by a record"
+    reason = _folder_stays(folder)
+    if reason is None:
+        lock_of(final).unlink(missing_ok=True)  # of nobody: all hold the cache first
+    return reason
+
+
+def _folder_stays(folder: Path) -> str | None:
+    """Remove a folder; return why the system refuses that."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:  # somebody else removed it
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _is_own(run: Run) -> bool:
@@ -75,4 +120,10 @@ def _is_own(run: Run) -> bool:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir())
+    """Return the bytes of what can be looked at below a folder."""
+    size = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError, PermissionError):
+                size += os.lstat(os.path.join(place, name)).st_size
+    return size

@@ -1,12 +1,12 @@
 """One run in full, and two runs side by side."""
 
+import shlex
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.config.values import values_of
-from spinlab.report.formats import markdown
-from spinlab.report.points import number
-from spinlab.runs.found import Run, text
+from spinlab.config.values import text, values_of
+from spinlab.report.formats import markdown, number
+from spinlab.runs.found import Run
 
 
 def shown(run: Run) -> str:
@@ -23,7 +23,7 @@ def shown(run: Run) -> str:
         for s in record["stages"]
     ]
     metrics = [[name, number(value)] for name, value in record["metrics"].items()]
-    head = f"{run.folder}\nspinlab {' '.join(record['overrides'])}\n{record['status']}"
+    head = f"{run.folder}\n{shlex.join(['spinlab', *record['overrides']])}\n{record['status']}"
     parts = [head if run.state != "killed" else f"{head} (its process ended)"]
     for heads, rows in (
         (["setting", "value"], settings),

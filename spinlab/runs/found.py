@@ -5,18 +5,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spinlab.config.values import values_of
+from spinlab.config.values import values_of, words_of
 from spinlab.errors import InputError
 from spinlab.held import is_held
-from spinlab.report.records import Record, records_below
+from spinlab.report.records import Record, any_record, records_below
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its folder and its record."""
+    """A run: its folder and its record, and that of a repetition which did not end."""
 
     folder: Path
     record: Record
+    repeated: Record | None = None
 
     @property
     def state(self) -> str:
@@ -24,31 +25,36 @@ class Run:
         status = self.record["status"].partition(":")[0]
         return "killed" if status == "running" and not is_held(self.folder) else status
 
+    @property
+    def stages(self) -> set[str]:
+        """The names of the folders that its stages have in a cache."""
+        records = (self.record, *([self.repeated] if self.repeated else []))
+        return {f"{stage['name']}-{stage['key']}" for r in records for stage in r["stages"]}
+
     @cached_property
     def values(self) -> dict[str, Any]:
         """What it can be found by: settings, then names that its command chose, then metrics."""
         record = self.record
         own = {"experiment": record["experiment"], "key": record["key"], "state": self.state}
         settings = values_of(record["config"])
-        chosen = {k: v for k, v in self.words.items() if k not in settings}
-        return chosen | settings | own | record["metrics"]
-
-    @property
-    def words(self) -> dict[str, str]:
-        """The words of its command, by the names before the equals sign."""
-        words = (word.lstrip("+").partition("=") for word in self.record["overrides"])
-        return {name: value for name, equals, value in words if equals}
+        return words_of(record["overrides"]) | settings | own | record["metrics"]
 
 
 def find(folder: Path) -> tuple[list[Run], dict[Path, str]]:
-    """Return the runs below a folder, the latest last, and why other records are left out."""
+    """Return the runs below a folder, the latest last, and why other records are left out.
+
+    Raises InputError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: name the one that the runs are in, as --runs=…")
     runs: list[Run] = []
     left: dict[Path, str] = {}
     for path, record in records_below(folder):
-        if isinstance(record, str):
-            left[path] = record
-        else:
-            runs.append(Run(path.parent, record))
+        other = path.with_name("unfinished.json")
+        repeated = any_record(other) if other.exists() else None
+        left |= {p: r for p, r in ((path, record), (other, repeated)) if isinstance(r, str)}
+        if not isinstance(record, str):
+            runs.append(Run(path.parent, record, None if isinstance(repeated, str) else repeated))
     return sorted(runs, key=lambda run: (run.folder / "record.json").stat().st_mtime), left
 
 
@@ -61,12 +67,3 @@ def one(runs: list[Run], start: str) -> Run:
         raise InputError(f"no run has a key that starts with {start!r}: list them without a word")
     names = ", ".join(str(run.folder) for run in found)
     raise InputError(f"{len(found)} runs have keys that start with {start!r}: {names}")
-
-
-def text(value: Any) -> str:
-    """Return a value as a command line has it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(text, value))}]"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from spinlab.config.values import text
 from spinlab.errors import InputError, did_you_mean
-from spinlab.report.formats import markdown
-from spinlab.report.points import differing, metric_names
-from spinlab.runs.found import Run, text
+from spinlab.report.formats import markdown, number
+from spinlab.report.points import metric_names, own_of_each
+from spinlab.runs.found import Run
 
 _MOST = 6  # columns of what differs
 _SHORT = 8  # digits of a key
@@ -24,8 +25,8 @@ class Filter:
     @classmethod
     def read(cls, word: str) -> "Filter":
         """Read a word of the command line."""
-        name, equals, wanted = word.partition("=")
-        if not name or not equals or not wanted:
+        name, _, wanted = word.partition("=")
+        if not name or not all(_choices(wanted)):
             raise InputError(
                 f"{word!r} is no condition: write NAME=VALUE, NAME=A,B, NAME=LOW..HIGH with either "
                 "end left out, or NAME='a*'"
@@ -36,8 +37,7 @@ class Filter:
         """Tell whether a run has the value; one without the name has none."""
         if self.name not in run.values:
             return False
-        choices = [self.wanted] if self.wanted.startswith("[") else self.wanted.split(",")
-        return any(_fits(run.values[self.name], choice) for choice in choices)
+        return any(_fits(run.values[self.name], choice) for choice in _choices(self.wanted))
 
 
 def chosen(runs: Sequence[Run], filters: Sequence[Filter]) -> list[Run]:
@@ -62,14 +62,15 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
         check_names(runs, columns)
         heads = ["key", *(name for name in columns if name != "key")]
     else:
-        words = differing([run.record["overrides"] for run in runs])
+        words = own_of_each([run.record["overrides"] for run in runs])
         names = dict.fromkeys(name for own in words for name in own)
         own = [name for name in names if name not in ("experiment", "sweep")]
         metrics = metric_names([run.record["metrics"] for run in runs])
         heads = ["key", "experiment", "state", *own[:_MOST], *metrics]
     rows = [heads]
     for run in runs:
-        cells = [text(run.values.get(name, "")) for name in heads[1:]]
+        values, metrics = run.values, run.record["metrics"]
+        cells = [number(metrics[n]) if n in metrics else text(values.get(n, "")) for n in heads[1:]]
         rows.append([run.record["key"][:_SHORT], *cells])
     return markdown(rows)
 
@@ -81,6 +82,11 @@ def check_names(runs: Sequence[Run], names: Sequence[str]) -> None:
         if runs and name not in known:
             near = did_you_mean(name, known, "show KEY")
             raise InputError(f"no run has {name!r}, a setting or a metric: {near}")
+
+
+def _choices(wanted: str) -> list[str]:
+    """Return the values of which a run may have any; a list is one value."""
+    return [wanted] if wanted.startswith("[") else wanted.split(",")
 
 
 def _fits(value: Any, wanted: str) -> bool:

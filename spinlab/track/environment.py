@@ -19,7 +19,7 @@ def environment() -> dict:
     return {
         "git": _git_state(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": packages(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -30,6 +30,11 @@ def environment() -> dict:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
     }
+
+
+def packages() -> dict[str, str | None]:
+    """Return the versions of what numbers depend on; None for what is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(name: str) -> str | None:

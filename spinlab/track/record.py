@@ -146,16 +146,17 @@ class Record:
         }
         return without_folders(content)
 
-    def kept(self) -> bool:
-        """Tell whether a complete record stands here of the same settings, made by the same code.
+    def kept(self) -> dict[str, Any] | None:
+        """Return the complete record that stands here of the same settings, if it is made alike.
 
-        Its inputs are the same, for they are in its key.
+        Its inputs are the same, for they are in its key. Made alike: by what the keys of stages
+        name, which are this code, the back end and the versions of two packages.
         """
         if _status(self.path) != "complete":
-            return False
+            return None
         saved, own = json.loads(self.path.read_text(encoding="utf-8")), self.as_json()
-        code = saved.get("environment", {}).get("code")
-        return saved.get("config") == own["config"] and code == own["environment"]["code"]
+        alike = _means(saved.get("environment", {})) == _means(own["environment"])
+        return saved if saved.get("config") == own["config"] and alike else None
 
     def save(self) -> Path:
         """Write record.json and return its path; of several processes only the first one writes.
@@ -175,6 +176,13 @@ class Record:
                 write_json(path, self.as_json())
                 unfinished.unlink(missing_ok=True)
         return path
+
+
+def _means(environment: dict[str, Any]) -> list[Any]:
+    """Return what stages name in their keys of that which made a record."""
+    packages = environment.get("packages", {})
+    versions = [packages.get(name) for name in ("geoopt", "lm_eval")]
+    return [environment.get("code"), environment.get("backend"), *versions]
 
 
 def _status(path: Path) -> str | None:
