@@ -46,7 +46,7 @@ print(*sorted(path.name for path in learned.iterdir()), sep="\n")
 # %%
 record = read_record(learned / "record.json")
 print(record["experiment"], record["status"], record["overrides"])
-print(result_table(record["metrics"]))
+print(result_table(record))
 
 # %% [markdown]
 # `fp` is the original and `rtn` has no rotation; `init` starts with a Hadamard rotation and `fake`

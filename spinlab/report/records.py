@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from spinlab.config import ACCURACIES, accuracy_of_mean
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
@@ -202,20 +203,19 @@ def zeroshot_mean(
 ) -> float | None:
     """Return a variant's mean accuracy over tasks in percent; None unless all were measured.
 
-    chosen: task -> acc or acc_norm (`eval.task_metrics`); else acc_norm where there is one. The
-    emulation has the logits of the integer kernels, and is not always asked again.
+    chosen: by task, the accuracy that enters the mean (`accuracy_of_mean`). The emulation has the
+    logits of the integer kernels, and is not always asked again.
     """
     for one in TWINS.get(variant, (variant,)):
-        found = [_accuracy(metrics, task, chosen.get(task), one) for task in tasks]
-        known = [value for value in found if value is not None]
-        if known and len(known) == len(found):
-            return 100 * mean(known)
+        kinds = {task: accuracy_in(metrics, task, chosen, one) for task in tasks}
+        if kinds and None not in kinds.values():
+            return 100 * mean(metrics[f"zeroshot/{t}/{kind}/{one}"] for t, kind in kinds.items())
     return None
 
 
-def _accuracy(
-    metrics: Mapping[str, float], task: str, chosen: str | None, variant: str
-) -> float | None:
-    kinds = (chosen,) if chosen else ("acc_norm", "acc")
-    values = (metrics.get(f"zeroshot/{task}/{kind}/{variant}") for kind in kinds)
-    return next((value for value in values if value is not None), None)
+def accuracy_in(
+    metrics: Mapping[str, float], task: str, chosen: Mapping[str, str], variant: str
+) -> str | None:
+    """Return which of the accuracies among metrics is a task's share of a variant's mean."""
+    known = [kind for kind in ACCURACIES if f"zeroshot/{task}/{kind}/{variant}" in metrics]
+    return accuracy_of_mean(task, chosen, known)
