@@ -19,6 +19,7 @@ from spinlab.report.formats import FORMATS
 from spinlab.report.page.build import write_page
 from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
+from spinlab.report.records import folders_of
 from spinlab.report.tables.paper import paper_sheet
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -75,10 +76,7 @@ def _folders(places: str) -> list[Path]:
     """Return the folders of records; of the two that are looked into anyway, none need be there."""
     if places == _WORDS["records"]:
         return [Path("runs"), _ROOT / "experiments"]
-    folders = [Path(place).expanduser() for place in places.split(",")]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise InputError(f"records={missing[0]} is no folder")
-    return folders
+    return folders_of(places)
 
 
 def _rebuild() -> None:
