@@ -308,3 +308,5 @@ def test_a_page_has_its_figure_beside_the_records(sweep):
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="there is no figure spread"):
         figure_file(sweep, "spread", "spread.png")
+    with pytest.raises(InputError, match="duquant is made of no record: draw it with figure="):
+        figure_file(sweep, "duquant", "duquant.png")
