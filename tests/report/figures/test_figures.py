@@ -1,6 +1,8 @@
 """What figures show is what they were given, and what runs and records hold."""
 
+import inspect
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from safetensors.numpy import save_file
 
 from spinlab.errors import InputError
 from spinlab.report import __main__ as report
-from spinlab.report.figures import KINDS, described, figure_file, make_figure
+from spinlab.report.figures import KINDS, described, figure_file, make_figure, read_words
 from spinlab.report.figures.bars import draw_ratios, draw_shares
 from spinlab.report.figures.curves import curve_of, draw_curves
 from spinlab.report.figures.groups import group_of
@@ -286,6 +288,18 @@ def test_a_wrong_word_is_one_sentence(words, message, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_readme_draws_records_that_are_committed_or_that_its_first_command_makes():
+    text = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "spinlab.report figure=" in line]
+    assert len(lines) > 2
+    for line in lines:
+        words = read_words(shlex.split(line, comments=True)[3:])
+        known = inspect.signature(KINDS[words["figure"]]).parameters
+        assert words.keys() - known.keys() == {"figure", "out"}
+        place = words.get("records", "runs/toy")
+        assert place == "runs/toy" or (EXPERIMENTS.parent / place).is_dir()
 
 
 def test_settings_and_metrics_that_records_lack_are_named(sweep):
