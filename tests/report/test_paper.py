@@ -73,6 +73,12 @@ OTHERWISE = {
         "data.calibration=c4",
     ),
     "learning": (lambda c: replace(c, learn=replace(c.learn, batch=4)), "learn.batch=4"),
+    "search": (
+        lambda c: replace(
+            c, weights=replace(c.weights, clip=replace(c.weights.clip, search=False))
+        ),
+        "weights.clip.search=false",
+    ),
 }
 
 
