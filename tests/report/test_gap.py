@@ -38,6 +38,13 @@ def test_a_method_or_seed_without_records_is_named():
         gap_summary(folder, "x.json", "quarot", "none")
 
 
+def test_a_deviation_needs_two_seeds(tmp_path):
+    whole = {"schema": 3, "experiment": "a", "status": "complete"}
+    (tmp_path / "a_seed0.json").write_text(json.dumps({**whole, **record(0, 20.0)}))
+    with pytest.raises(InputError, match="a has one seed, which has no deviation"):
+        gap_summary(tmp_path, "x.json", "a", "a")
+
+
 def test_the_committed_summary_is_that_of_its_records():
     summary = json.loads((EXPERIMENTS / "best_smollm2.json").read_text())
     records = read_seeds(EXPERIMENTS / "methods_smollm2")

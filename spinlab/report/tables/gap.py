@@ -56,10 +56,12 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
 def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
     """Write what a method closes of a baseline's gap, with the records behind it, beside a folder.
 
-    Returns the path of the file of that name.
+    Returns the path of the file of that name. Raises InputError for a method of a single seed.
     """
     records = read_seeds(folder)
     runs = {name: _of(name, records) for name in (method, baseline)}
+    if len(runs[method]) < 2:
+        raise InputError(f"{method} has one seed, which has no deviation: run it with another")
     metrics: dict[str, float] = {}
     for text in texts_of(runs[method][0]["metrics"]):
         shares = gap_closed(runs[method], runs[baseline], text)
