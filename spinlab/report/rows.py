@@ -5,6 +5,7 @@ that was measured otherwise, on another text, in other windows, on other questio
 never compared; what differs is named.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -36,7 +37,7 @@ _SIZES = {  # of a model as its record tells them -> in the architecture of its 
 
 def command(table: Table, row: Row, model: str) -> str:
     """Return the command that makes our side of a row; empty where there is none."""
-    return " ".join(("spinlab", *_words(table, row, model))) if row.ours else ""
+    return shlex.join(("spinlab", *_words(table, row, model))) if row.ours else ""
 
 
 def _words(table: Table, row: Row, model: str) -> tuple[str, ...]:
