@@ -15,12 +15,13 @@ from tempfile import TemporaryDirectory
 
 import spinlab
 from spinlab.compose import composed
+from spinlab.config.values import values_of
 from spinlab.experiment import run
-from spinlab.report.figures.curves import draw_curves, read_curve
+from spinlab.report.figures.curves import curve_of, draw_curves
 from spinlab.report.figures.layers import layers
 from spinlab.report.figures.spread import draw_spread
 from spinlab.report.formats import markdown, spread
-from spinlab.report.records import differing, read_record, read_seeds, values_of
+from spinlab.report.records import differing, read_record, read_seeds
 from spinlab.report.tables.record import result_table
 
 folder = TemporaryDirectory()
@@ -46,7 +47,7 @@ print(*sorted(path.name for path in learned.iterdir()), sep="\n")
 # %%
 record = read_record(learned / "record.json")
 print(record["experiment"], record["status"], record["overrides"])
-print(result_table(record["metrics"]))
+print(result_table(record))
 
 # %% [markdown]
 # `fp` is the original and `rtn` has no rotation; `init` starts with a Hadamard rotation and `fake`
@@ -70,7 +71,7 @@ for stage in record["stages"]:
 # ## What was learned, and where the error is
 
 # %%
-draw_curves({"": read_curve(learned)})
+draw_curves({"": curve_of(learned)})
 
 # %%
 layers(str(learned))

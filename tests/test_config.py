@@ -244,16 +244,12 @@ def documented() -> list[list[str]]:
     for block in [block for page in texts for block in page.split("```")[1::2]]:
         for line in block.splitlines():
             *command, arguments = line.rpartition("spinlab +experiment=")
-            settings = "=" in line.partition(" ")[0]  # for an experiment with a batch to cut
+            settings = "=" in line.partition(" ")[0]
             if not any(command) and not settings:
                 continue
             words = shlex.split(arguments, comments=True)
-            if any(command):
-                found.append([f"+experiment={words[0]}", *words[1:]])
-            else:
-                large = "micro_batch" in line
-                base = "smollm2_135m_w4a4kv4_full" if large else "toy"
-                found.append([f"+experiment={base}", *words])
+            base, *more = words if any(command) else ("toy", *words)
+            found.append([f"+experiment={base}", *more])
     return found
 
 

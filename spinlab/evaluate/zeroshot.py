@@ -22,7 +22,7 @@ from spinlab.evaluate.predictions import Predictions, predictions_of
 
 log = logging.getLogger(__name__)
 
-METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+_METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 # LAMBADA's other metric is a perplexity: its standard error is a bootstrap on every core, and its
 # exp overflows for a broken model.
@@ -79,8 +79,15 @@ def zeroshot(
 def check_questions(config: EvalConfig) -> None:
     """Raise `InputError` for a task that is unknown, or whose questions cannot be had.
 
-    Those of the hub are fetched, so that none is missed hours later.
+    So too for an accuracy that a task does not have. Questions of the hub are fetched, so that none
+    is missed hours later.
     """
+    for task, metric in config.task_metrics.items():
+        check_task(task)
+        if metric == "acc_norm" and not TASKS[task].has_norm:
+            raise InputError(
+                f"eval.task_metrics.{task}=acc_norm is not there: {task} has acc alone"
+            )
     for task in config.tasks:
         check_task(task)
         if config.task_source == "packaged":
@@ -163,7 +170,9 @@ def _flatten(report: Any) -> dict[str, float]:
     flat: dict[str, float] = {}
     for task, count in report["n-samples"].items():
         row = report["results"][task]
-        flat |= {f"{task}/{name}": row[f"{name},none"] for name in METRICS if f"{name},none" in row}
+        flat |= {
+            f"{task}/{name}": row[f"{name},none"] for name in _METRICS if f"{name},none" in row
+        }
         flat[f"{task}/n"] = count["effective"]
     return flat
 

@@ -1,14 +1,13 @@
 """Models of a configured shape with random weights, for tests, benchmarks and dry runs."""
 
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.config import ModelConfig
-from spinlab.errors import InputError
+from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
 from spinlab.model.modules import map_of, norm_at, prepare
 from spinlab.model.settings import OURS, config_from, on_meta
@@ -41,8 +40,7 @@ def _check_fields(shape: dict[str, Any]) -> None:
     known = (known - {f.name for f in fields(PreTrainedConfig)}) | {"model_type", *_UNDECLARED}
     for name in shape:
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}"
+            hint = did_you_mean(name, sorted(known), f"transformers' configuration of {model_type}")
             raise InputError(f"model.architecture.{name} is no field of {model_type}: {hint}")
 
 

@@ -14,37 +14,31 @@ import sys
 from pathlib import Path
 
 from spinlab.errors import InputError, did_you_mean
-from spinlab.report.figures import described, make_figure
+from spinlab.report.figures import described, make_figure, read_words
 from spinlab.report.formats import FORMATS
 from spinlab.report.page.build import write_page
 from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
+from spinlab.report.records import folders_of
 from spinlab.report.tables.paper import paper_sheet
 
 _ROOT = Path(__file__).parent.parent.parent
-_WORDS = {"table": "", "page": "", "format": "markdown", "model": "", "records": "runs,experiments"}
+_RECORDS = "runs,experiments"
+# what is made, by the word that asks for it, with the others that are read; figures have their own
+_OUTPUTS = {"table": ("format", "model", "records"), "page": ("records",), "figure": ()}
 
 
 def main(words: list[str] | None = None) -> None:
     """Do what the words say; exit status 2 and one sentence for what a user can mend."""
     logging.basicConfig(format="%(message)s")
     given = sys.argv[1:] if words is None else words
-    figure = any(word.startswith("figure=") for word in given)
     if {"-h", "--help"} & set(given):
         tables = [name for paper in papers().values() for name in paper.tables]
         print(f"{__doc__}\nPublished tables: {', '.join(tables)}\n\n{described()}")
         sys.exit(0)
     try:
-        if figure:
-            print(make_figure(given))
-            return
-        asked = _read(given)
-        if asked["table"]:
-            print(_published(asked))
-        elif asked["page"]:
-            print(write_page(_folders(asked["records"]), Path(asked["page"]).expanduser()))
-        elif given:
-            raise InputError(f"{given[0]} needs a table: write table=NAME or figure=KIND")
+        if given:
+            print(_made(given))
         else:
             _rebuild()
     except InputError as error:
@@ -52,33 +46,46 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _read(words: list[str]) -> dict[str, str]:
-    """Return the words `key=value` over their defaults."""
-    asked = dict(_WORDS)
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in _WORDS or not equals or not value:
-            raise InputError(f"{word!r} is no key=value: {did_you_mean(key, [*_WORDS, 'figure'])}")
-        asked[key] = value
-    return asked
+def _made(words: list[str]) -> str:
+    """Make the one output that words ask for; return it, or say where it is.
+
+    Raises InputError for two outputs, for none, and for a word that the output does not read.
+    """
+    asked = read_words(words)
+    outputs = [name for name in _OUTPUTS if name in asked]
+    if len(outputs) > 1:
+        raise InputError(f"{outputs[0]}= and {outputs[1]}= are two outputs: ask for one at a time")
+    if outputs == ["figure"]:
+        return str(make_figure(words))
+    output = outputs[0] if outputs else ""
+    every = [*_OUTPUTS, *_OUTPUTS["table"]]
+    for name, value in asked.items():
+        if name not in every:
+            raise InputError(f"{name}= is unknown: {did_you_mean(name, every)}")
+        if not output:
+            needed = "table=NAME, page=FILE or figure=KIND"
+            raise InputError(f"{name}={value} needs an output: write {needed}")
+        if name not in (output, *_OUTPUTS[output]):
+            raise InputError(f"{output}= does not read {name}=: leave it out")
+    folders = _folders(asked.get("records", _RECORDS))
+    if output == "page":
+        return write_page(folders, Path(asked["page"]).expanduser())
+    return _published(folders, asked)
 
 
-def _published(asked: dict[str, str]) -> str:
-    if asked["format"] not in FORMATS:
-        raise InputError(f"format={asked['format']} is unknown: choose one of {', '.join(FORMATS)}")
-    models = asked["model"].split(",") if asked["model"] else []
-    sheet = paper_sheet(_folders(asked["records"]), asked["table"], models)
-    return FORMATS[asked["format"]](sheet)
+def _published(folders: list[Path], asked: dict[str, str]) -> str:
+    kind = asked.get("format", "markdown")
+    if kind not in FORMATS:
+        raise InputError(f"format={kind} is unknown: choose one of {', '.join(FORMATS)}")
+    models = asked["model"].split(",") if "model" in asked else []
+    return FORMATS[kind](paper_sheet(folders, asked["table"], models))
 
 
 def _folders(places: str) -> list[Path]:
     """Return the folders of records; of the two that are looked into anyway, none need be there."""
-    if places == _WORDS["records"]:
+    if places == _RECORDS:
         return [Path("runs"), _ROOT / "experiments"]
-    folders = [Path(place).expanduser() for place in places.split(",")]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise InputError(f"records={missing[0]} is no folder")
-    return folders
+    return folders_of(places)
 
 
 def _rebuild() -> None:

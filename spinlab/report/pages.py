@@ -8,6 +8,7 @@ A table is Markdown between its marks; a file is made beside the records, for th
 Kinds are those of `spinlab.report.tables`; paths are relative to the repository.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ _NOT_OURS = ("runs", "node_modules")  # folders whose pages are not the reposito
 def rebuilt(page: str, root: Path) -> str:
     """Return a page with all its tables made anew from the records below `root`.
 
-    Raises InputError for a kind that does not exist.
+    Raises InputError for a kind that does not exist, or does not take the words of its mark.
     """
 
     def table(mark: re.Match[str]) -> str:
@@ -40,9 +41,15 @@ def make_files(page: str, root: Path) -> list[Path]:
 
 
 def _made(kinds: Mapping[str, Callable[..., Any]], mark: re.Match[str], root: Path) -> Any:
-    kind, place, *more = mark["words"].split()
+    kind, *words = mark["words"].split()
+    told = mark[0].splitlines()[0]
     if kind not in kinds:
-        raise InputError(f"{mark[0].splitlines()[0]}: kinds are {', '.join(kinds)}")
+        raise InputError(f"{told}: kinds are {', '.join(kinds)}")
+    try:
+        inspect.signature(kinds[kind]).bind(*words)
+    except TypeError as error:
+        raise InputError(f"{told}: {error}") from error
+    place, *more = words
     return kinds[kind](root / place, *more)
 
 

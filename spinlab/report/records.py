@@ -1,4 +1,4 @@
-"""Records of runs, read for tables: the only source of their numbers, and the only reader of them.
+"""Records, read for tables and figures: the only source of their numbers, and their only reader.
 
 A record of schema 1 has no identity. What is broken, unfinished or no record of a run is named and
 left out; so is what would be averaged with records that were made otherwise.
@@ -7,12 +7,13 @@ left out; so is what would be averaged with records that were made otherwise.
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from spinlab.config import ACCURACIES, accuracy_of_mean
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _SCHEMAS = (1, 2, 3)
+_NAME = "record.json"  # of every run's record
+_FOREIGN = "no record of a run"
 _PARTS = {"schema": object, "experiment": object, "status": object, "config": dict, "metrics": dict}
 _OF_ANY_RUN = {
     **_PARTS,
@@ -43,6 +46,13 @@ class Records:
     kept: dict[Path, Record] = field(default_factory=dict)
     skipped: dict[Path, str] = field(default_factory=dict)
 
+    def add(self, path: Path, record: Record | str) -> None:
+        """Keep a record; leave out what has a reason in its place."""
+        if isinstance(record, str):
+            self.skip(path, record)
+        else:
+            self.kept[path] = record
+
     def skip(self, path: Path, reason: str) -> None:
         """Leave a file out, and say so."""
         log.warning("%s is left out: %s", path, reason)
@@ -60,10 +70,8 @@ class Records:
 
 def read_record(path: Path) -> Record:
     """Return a record; raise InputError for what is none, or of a run that did not end well."""
-    record = _read(path, _PARTS)
-    reason = record if isinstance(record, str) else _refused(record)
-    if isinstance(record, str) or reason:
-        raise InputError(f"{path}: {reason}")
+    if isinstance(record := _complete(path), str):
+        raise InputError(f"{path}: {record}")
     return record
 
 
@@ -73,9 +81,45 @@ def any_record(path: Path) -> Record | str:
 
 
 def records_below(folder: Path) -> Iterator[tuple[Path, Record | str]]:
-    """Yield what `any_record` makes of every record.json below a folder, in the order of paths."""
-    for path in sorted(folder.rglob("record.json")):
-        yield path, any_record(path)
+    """Yield what `any_record` makes of every run's record below a folder, in the order of paths."""
+    for path in record_files(folder):
+        if path.name == _NAME:
+            yield path, any_record(path)
+
+
+def read_benchmark(word: str, place: str) -> Record:
+    """Return the record of a benchmark, as it is. word: what names its file on a command line.
+
+    Raises InputError for what has no metrics, or does not say what was measured, and on what.
+    """
+    found = _object(Path(place).expanduser())
+    if isinstance(found, str):
+        raise InputError(f"{word}={place} is no record of a benchmark: {found}")
+    for name, kind in {"metrics": dict, "experiment": str, "environment": dict}.items():
+        if not isinstance(found.get(name), kind):
+            raise InputError(f"{word}={place} is no record of a benchmark: its {name} is missing")
+    return found
+
+
+def read_curve(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return what a run's metrics.jsonl says of every step, and why it ends early, if it does.
+
+    A kill may cut off its last line.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows.append({**row, "step": row["step"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return rows, f"broken behind {len(rows)} steps: {type(error).__name__}: {error}"
+    return rows, ""
+
+
+def _complete(path: Path) -> Record | str:
+    """Return the record of a run that ended well; the reason in place of any other."""
+    record = _read(path, _PARTS)
+    return record if isinstance(record, str) else _refused(record) or record
 
 
 def _read(path: Path, parts: Mapping[str, type]) -> Record | str:
@@ -83,17 +127,25 @@ def _read(path: Path, parts: Mapping[str, type]) -> Record | str:
 
     A reason begins with the words that it is counted by.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"broken: {type(error).__name__}: {error}"
-    if not isinstance(record, dict) or not parts.keys() <= record.keys():
-        return "no record of a run"
+    record = _object(path)
+    if isinstance(record, str):
+        return record
+    if not parts.keys() <= record.keys():
+        return _FOREIGN
     if record["schema"] not in _SCHEMAS:
         return f"of another schema: {record['schema']!r}, and {_SCHEMAS} are read"
     if wrong := [name for name, kind in parts.items() if not isinstance(record[name], kind)]:
         return f"broken: {wrong[0]} is no {parts[wrong[0]].__name__}"
     return record | {"metrics": _renamed(record["metrics"], record["schema"])}
+
+
+def _object(path: Path) -> dict[str, Any] | str:
+    """Return what a JSON file holds by names; the reason in place of anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"broken: {type(error).__name__}: {error}"
+    return found if isinstance(found, dict) else _FOREIGN
 
 
 def _renamed(metrics: Mapping[str, float], schema: int) -> dict[str, float]:
@@ -113,23 +165,36 @@ def _refused(record: Record) -> str:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """Return the records below a folder: those of runs, and what lies outside of runs' folders.
+    """Return in order what may be records below a folder: of runs, and outside of runs' folders.
 
     A run's record has one name, beside what else the run left; others are called as one likes.
     """
-    files = [*folder.rglob("*.json")]
-    runs = {path.parent for path in files if path.name == "record.json"}
-    return [p for p in files if p.name == "record.json" or runs.isdisjoint(p.parents)]
+    files = sorted(folder.rglob("*.json"))
+    runs = {path.parent for path in files if path.name == _NAME}
+    return [p for p in files if p.name == _NAME or runs.isdisjoint(p.parents)]
 
 
-def read_all(paths: Iterable[Path]) -> Records:
-    """Read the records of files; what is broken or foreign is left out, with a warning."""
+def folders_of(places: str) -> list[Path]:
+    """Return the folders that `records=` names, with commas. Raises InputError for what is none."""
+    folders = [Path(place).expanduser() for place in places.split(",")]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise InputError(f"records={missing[0]} is no folder")
+    return folders
+
+
+def read_below(*folders: Path) -> Records:
+    """Read all records below folders; what is broken or unfinished is left out, with a warning.
+
+    Files that are no record, by their name and by what they hold, are passed over: benchmarks,
+    summaries, and how the points of sweeps went.
+    """
     found = Records()
-    for path in paths:
-        try:
-            found.kept[path] = read_record(path)
-        except InputError as error:
-            found.skip(path, str(error).removeprefix(f"{path}: "))
+    for path in sorted({path for folder in folders for path in record_files(folder)}):
+        record = _complete(path)
+        if record == _FOREIGN and path.name != _NAME:
+            log.info("%s is passed over: %s", path, record)
+        else:
+            found.add(path, record)
     return found
 
 
@@ -139,7 +204,9 @@ def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     What would not make one row with the others of its name is left out, with a warning. Raises
     InputError where there are none.
     """
-    found = read_all(sorted(folder.glob(f"{prefix}*_seed*.json")))
+    found = Records()
+    for path in sorted(folder.glob(f"{prefix}*_seed*.json")):
+        found.add(path, _complete(path))
     named: dict[str, dict[Path, Record]] = {}
     for path, record in found.kept.items():
         name = path.stem.removeprefix(prefix).rpartition("_seed")[0]
@@ -202,20 +269,19 @@ def zeroshot_mean(
 ) -> float | None:
     """Return a variant's mean accuracy over tasks in percent; None unless all were measured.
 
-    chosen: task -> acc or acc_norm (`eval.task_metrics`); else acc_norm where there is one. The
-    emulation has the logits of the integer kernels, and is not always asked again.
+    chosen: by task, the accuracy that enters the mean (`accuracy_of_mean`). The emulation has the
+    logits of the integer kernels, and is not always asked again.
     """
     for one in TWINS.get(variant, (variant,)):
-        found = [_accuracy(metrics, task, chosen.get(task), one) for task in tasks]
-        known = [value for value in found if value is not None]
-        if known and len(known) == len(found):
-            return 100 * mean(known)
+        kinds = {task: accuracy_in(metrics, task, chosen, one) for task in tasks}
+        if kinds and None not in kinds.values():
+            return 100 * mean(metrics[f"zeroshot/{t}/{kind}/{one}"] for t, kind in kinds.items())
     return None
 
 
-def _accuracy(
-    metrics: Mapping[str, float], task: str, chosen: str | None, variant: str
-) -> float | None:
-    kinds = (chosen,) if chosen else ("acc_norm", "acc")
-    values = (metrics.get(f"zeroshot/{task}/{kind}/{variant}") for kind in kinds)
-    return next((value for value in values if value is not None), None)
+def accuracy_in(
+    metrics: Mapping[str, float], task: str, chosen: Mapping[str, str], variant: str
+) -> str | None:
+    """Return which of the accuracies among metrics is a task's share of a variant's mean."""
+    known = [kind for kind in ACCURACIES if f"zeroshot/{task}/{kind}/{variant}" in metrics]
+    return accuracy_of_mean(task, chosen, known)

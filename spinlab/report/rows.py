@@ -5,6 +5,7 @@ that was measured otherwise, on another text, in other windows, on other questio
 never compared; what differs is named.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 
 from spinlab.compose import composed, options_of
 from spinlab.config import Config, plain
-from spinlab.config.values import values_of
+from spinlab.config.values import text, values_of
 from spinlab.report.publications import Measure, Row, Table
 from spinlab.report.records import TWINS, Record, zeroshot_mean
 
@@ -36,7 +37,7 @@ _SIZES = {  # of a model as its record tells them -> in the architecture of its 
 
 def command(table: Table, row: Row, model: str) -> str:
     """Return the command that makes our side of a row; empty where there is none."""
-    return " ".join(("spinlab", *_words(table, row, model))) if row.ours else ""
+    return shlex.join(("spinlab", *_words(table, row, model))) if row.ours else ""
 
 
 def _words(table: Table, row: Row, model: str) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ def differences(record: Record, config: Config, row: Row, measure: Measure) -> l
         return found
     for name, value in values_of(plain(config)).items():
         if not _stands_in(name, _FREE) and (told := recorded.get(name, "missing")) != value:
-            found.append(f"{name}={_word(told)}")
+            found.append(f"{name}={text(told)}")
     return found
 
 
@@ -125,11 +126,11 @@ def _measured_otherwise(
     recorded: Mapping[str, Any], config: Config, measure: Measure
 ) -> Iterator[str]:
     asked = recorded.get("eval", {})
-    kind, _, text = measure.metric.partition("/")
+    kind, _, label = measure.metric.partition("/")
     if kind == "ppl":
         texts = recorded.get("data", {}).get("evaluation", [])
-        if text not in texts:
-            yield f"data.evaluation={_word(texts)}"
+        if label not in texts:
+            yield f"data.evaluation={text(texts)}"
         names = ("window", "max_windows")
     else:
         if missing := [task for task in config.eval.tasks if task not in asked.get("tasks", [])]:
@@ -137,12 +138,8 @@ def _measured_otherwise(
         names = ("limit",)
     for name in names:
         if asked.get(name) != getattr(config.eval, name):
-            yield f"eval.{name}={_word(asked.get(name))}"
+            yield f"eval.{name}={text(asked.get(name))}"
 
 
 def _stands_in(name: str, stems: tuple[str, ...]) -> bool:
     return any(f"{name}.".startswith(f"{stem}.") for stem in stems)
-
-
-def _word(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

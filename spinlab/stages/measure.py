@@ -70,13 +70,18 @@ def measure(
     return run.cache.run(f"eval-{variant.name}", depends, work, together=True)
 
 
-def metrics_of(made: Artifact, name: str, reference: Artifact | None) -> dict[str, float]:
-    """Return the metrics of the variant `name`, compared with the original's where it is given."""
+def metrics_of(
+    made: Artifact, name: str, reference: Artifact | None, chosen: Mapping[str, str]
+) -> dict[str, float]:
+    """Return the metrics of the variant `name`, compared with the original's where it is given.
+
+    chosen: `eval.task_metrics`.
+    """
     metrics = json.loads((made.path / "metrics.json").read_text())
     if predictions := _predictions(made):
-        metrics |= mean_accuracy(predictions)
+        metrics |= mean_accuracy(predictions, chosen)
         if reference is not None:
-            metrics |= paired(_predictions(reference), predictions)
+            metrics |= paired(_predictions(reference), predictions, chosen)
     return {f"{metric}/{name}": value for metric, value in metrics.items()}
 
 

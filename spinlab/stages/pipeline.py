@@ -122,7 +122,8 @@ class Pipeline:
 
     def measure(self, name: str) -> dict[str, float]:
         """Return a variant's metrics."""
-        return metrics_of(self.measured(name), name, self._reference(name))
+        chosen = self.config.eval.task_metrics
+        return metrics_of(self.measured(name), name, self._reference(name), chosen)
 
     def _reference(self, name: str) -> Artifact | None:
         """Return what was kept of the original for a comparison with it."""

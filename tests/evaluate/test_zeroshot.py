@@ -240,7 +240,8 @@ def test_every_task_reports_the_metrics_it_has_as_numbers(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     measured, _ = zeroshot(model, tokenizer, list(TASKS), limit=2, batch_size=8)
-    with_norm = {"piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag"}
+    with_norm = {task for task, known in TASKS.items() if known.has_norm}
+    assert with_norm == {"piqa", "arc_easy", "arc_challenge", "openbookqa", "hellaswag"}
     expected = {f"{task}/{metric}" for task in TASKS for metric in ("acc", "acc_stderr", "n")}
     expected |= {
         f"{task}/{metric}" for task in with_norm for metric in ("acc_norm", "acc_norm_stderr")
@@ -410,6 +411,14 @@ def test_hub_questions_are_looked_for_beforehand_and_at_once(
         check_questions(config)
     assert time.perf_counter() - start < 15
     check_questions(replace(config, task_variants=[]))  # scored on nothing, fetched for nothing
+
+
+def test_an_accuracy_that_a_task_does_not_have_is_refused_beforehand() -> None:
+    check_questions(EvalConfig(tasks=["piqa"], task_metrics={"piqa": "acc", "boolq": "acc"}))
+    with pytest.raises(InputError, match=r"task_metrics.boolq=acc_norm is not there"):
+        check_questions(EvalConfig(tasks=["boolq"], task_metrics={"boolq": "acc_norm"}))
+    with pytest.raises(InputError, match='no zero-shot task is named "pica"'):
+        check_questions(EvalConfig(tasks=["piqa"], task_metrics={"pica": "acc"}))
 
 
 def test_a_tokenizer_without_bos_and_eos_is_an_input_error(

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from spinlab.errors import InputError
 from spinlab.report.records import read_seeds
 from spinlab.report.tables.ablation import ablation_table
-from spinlab.report.tables.gap import gap_closed
+from spinlab.report.tables.gap import gap_closed, gap_summary, gap_table
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
@@ -23,6 +24,25 @@ def test_the_share_of_a_gap_is_taken_in_logarithms_and_seed_by_seed():
     # half-way between 10 and 20, and between 10 and 40, is the geometric mean
     method = [record(0, math.sqrt(200)), record(1, 20.0)]
     assert gap_closed(method, baseline, "wiki") == pytest.approx([0.5, 0.5])
+
+
+def test_a_method_or_seed_without_records_is_named():
+    with pytest.raises(InputError, match=r"seed 2 has no record of the baseline: that has 0, 1"):
+        gap_closed([record(2, 20.0)], [record(0, 20.0), record(1, 20.0)], "wiki")
+    folder = EXPERIMENTS / "methods_smollm2"
+    with pytest.raises(InputError, match=r"no record is of 'quarott': did you mean quarot"):
+        gap_table(folder, "quarott")
+    with pytest.raises(InputError, match=r"no record is of 'none'"):
+        gap_table(folder, "quarot", "none")
+    with pytest.raises(InputError, match=r"no record is of 'none'"):
+        gap_summary(folder, "x.json", "quarot", "none")
+
+
+def test_a_deviation_needs_two_seeds(tmp_path):
+    whole = {"schema": 3, "experiment": "a", "status": "complete"}
+    (tmp_path / "a_seed0.json").write_text(json.dumps({**whole, **record(0, 20.0)}))
+    with pytest.raises(InputError, match="a has one seed, which has no deviation"):
+        gap_summary(tmp_path, "x.json", "a", "a")
 
 
 def test_the_committed_summary_is_that_of_its_records():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_a_committed_record_has_the_figures_that_begin_with_its_name(save, tmp_p
     (tmp_path / "experiments" / "best_outliers.png").write_bytes(PNG)
     (run,) = page_content([tmp_path / "experiments"]).runs
     assert [figure["name"] for figure in run["figures"]] == ["best_outliers"]
+
+
+def test_the_command_of_a_run_can_be_pasted_into_a_shell(save, tmp_path):
+    words = ["+experiment=toy", "quant.overrides=[{layers: [0], weights: {bits: 8}}]"]
+    save("runs/key/record.json", Config(), METRICS, overrides=words)
+    (run,) = page_content([tmp_path / "runs"]).runs
+    assert shlex.split(run["command"]) == ["spinlab", *words]
 
 
 def test_what_is_broken_unfinished_or_foreign_is_named(runs, save, monkeypatch):

@@ -40,6 +40,14 @@ def test_a_kind_that_does_not_exist_is_refused(tmp_path):
         rebuilt("<!-- table: recrod a.json -->\n<!-- end -->", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"), [("gap a", "'baseline'"), ("gap", "'folder'"), ("record a b", "too many")]
+)
+def test_a_mark_with_other_words_than_its_kind_takes_is_refused(tmp_path, words, told):
+    with pytest.raises(InputError, match=f"<!-- table: {words} -->: .*{told}"):
+        rebuilt(f"<!-- table: {words} -->\n<!-- end -->", tmp_path)
+
+
 def test_every_committed_file_of_a_page_is_made_anew_as_it_is():
     marks = [text for page in pages(ROOT) for text in page.read_text("utf-8").splitlines()]
     marked = [line for line in marks if "<!-- file: gap" in line]

@@ -73,6 +73,12 @@ OTHERWISE = {
         "data.calibration=c4",
     ),
     "learning": (lambda c: replace(c, learn=replace(c.learn, batch=4)), "learn.batch=4"),
+    "search": (
+        lambda c: replace(
+            c, weights=replace(c.weights, clip=replace(c.weights.clip, search=False))
+        ),
+        "weights.clip.search=false",
+    ),
 }
 
 
@@ -192,8 +198,13 @@ def test_the_command_line_writes_a_table_in_each_format(save, had, tmp_path, cap
         (["table=spinquant_1", "format=html"], "format=html is unknown: choose one of markdown"),
         (["table=spinquant_1", "model=toy"], "spinquant_1 has no model 'toy': it has llama3_8b"),
         (["table=spinquant_1", "records=nowhere"], "records=nowhere is no folder"),
-        (["tabel=spinquant_1"], "'tabel=spinquant_1' is no key=value: did you mean table?"),
-        (["format=csv"], "format=csv needs a table: write table=NAME"),
+        (["tabel=spinquant_1"], "tabel= is unknown: did you mean table?"),
+        (["table"], "'table' is no key=value: write one like table=…"),
+        (["table=a", "table=b"], "table= is given twice"),
+        (["format=csv"], "format=csv needs an output: write table=NAME, page=FILE or figure=KIND"),
+        (["table=spinquant_1", "page=a.html"], "table= and page= are two outputs"),
+        (["page=a.html", "figure=bits"], "page= and figure= are two outputs"),
+        (["page=a.html", "model=x"], "page= does not read model=: leave it out"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(words, sentence, capsys):

@@ -1,8 +1,9 @@
 """Records are read the same whichever version wrote them."""
 
 import json
+import logging
 
-from spinlab.report.records import read_record, record_files
+from spinlab.report.records import read_below, read_record, record_files
 
 
 def test_a_variant_has_one_name_whatever_the_record_calls_it(tmp_path):
@@ -22,3 +23,23 @@ def test_a_runs_folder_has_one_record_and_hides_none_outside_of_it(tmp_path):
         (tmp_path / name).write_text("{}")
     found = {path.relative_to(tmp_path).as_posix() for path in record_files(tmp_path)}
     assert found == {"a.json", "sweep/key/record.json", "c/d.json"}
+
+
+def test_files_of_another_kind_are_passed_over_and_torn_records_are_told(tmp_path, caplog):
+    whole = {"schema": 3, "experiment": "a", "status": "complete", "config": {}, "metrics": {}}
+    texts = {
+        "kept.json": json.dumps(whole),
+        "sweeps/digest/sweep.json": '{"words": [], "points": []}',
+        "bench/cpu.json": '{"schema": 1, "metrics": {}}',
+        "torn.json": '{"schema": ',
+        "run/key/record.json": "{}",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with caplog.at_level(logging.WARNING):
+        found = read_below(tmp_path, tmp_path / "run")
+    assert [*found.kept] == [tmp_path / "kept.json"]
+    assert {path.name for path in found.skipped} == {"torn.json", "record.json"}
+    assert found.note == "Left out of 3 files: 1 broken; 1 no record of a run."
+    assert "sweep.json" not in caplog.text and "cpu.json" not in caplog.text

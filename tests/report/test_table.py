@@ -19,7 +19,7 @@ def test_rows_are_the_measured_variants_in_order():
         "zeroshot/piqa/acc_stderr/fp": 0.065,
         "zeroshot/piqa/n/fp": 50,
     }
-    lines = result_table(metrics).splitlines()
+    lines = result_table({"metrics": metrics, "config": {}}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["fp", "integer"]
     assert "wiki ppl" in lines[0]
     assert "9.32" in lines[2]
@@ -46,7 +46,7 @@ def test_comparisons_have_columns_where_a_record_has_them():
     }
     head, _, *rows = (
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in result_table(metrics).splitlines()
+        for line in result_table({"metrics": metrics, "config": {}}).splitlines()
     )
     assert head[2:] == [
         "wiki ppl",

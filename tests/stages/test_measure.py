@@ -259,6 +259,7 @@ def test_the_original_by_itself_is_compared_with_nothing(folder):
 
 def test_answers_are_kept_beside_the_record_also_of_a_run_that_is_cached(folder):
     asked = ["eval.tasks=[piqa]", "eval.limit=3", "eval.variants=[fp,rtn,fake]"]
+    asked += ["+eval.task_metrics.piqa=acc"]
     kept = []
     for runs in ("first", "second"):
         wanted = settings(folder, *asked, f"paths.runs={folder / runs}")
@@ -274,7 +275,8 @@ def test_answers_are_kept_beside_the_record_also_of_a_run_that_is_cached(folder)
     difference = metrics["zeroshot/piqa/acc/rtn"] - metrics["zeroshot/piqa/acc/fp"]
     assert metrics["paired/piqa/acc/difference/rtn"] == pytest.approx(difference)
     assert metrics["paired/piqa/n/rtn"] == 3
-    assert "zeroshot_mean/accuracy/fp" in metrics
+    assert metrics["zeroshot_mean/accuracy/rtn"] == metrics["zeroshot/piqa/acc/rtn"]
+    assert metrics["zeroshot_mean/difference/rtn"] == metrics["paired/piqa/acc/difference/rtn"]
     assert not [name for name in metrics if "paired" in name and not name.endswith("/rtn")]
 
 

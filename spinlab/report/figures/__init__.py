@@ -33,18 +33,26 @@ KINDS: Mapping[str, Callable[..., Drawing]] = {
 }
 
 
+def read_words(words: Sequence[str]) -> dict[str, str]:
+    """Return words `name=value` by name; raise InputError for one that is none, or comes twice."""
+    given: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name or not value:
+            raise InputError(f"{word!r} is no key=value: write one like {name or 'key'}=…")
+        if name in given:
+            raise InputError(f"{name}= is given twice: once is enough")
+        given[name] = value
+    return given
+
+
 def make_figure(words: Sequence[str]) -> Path:
     """Draw what the words `name=value` ask for and return the file.
 
     `figure` is the kind, `out` the .png or .pdf, the others are those of the kind. Raises
     InputError for a word that it does not have, or that is missing.
     """
-    given: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or not value:
-            raise InputError(f"{word!r} is no key=value")
-        given[name] = value
+    given = read_words(words)
     kind, out = (given.pop(name, "") for name in ("figure", "out"))
     if kind not in KINDS:
         raise InputError(f"figure={kind} is unknown: {did_you_mean(kind, [*KINDS])}")
@@ -68,7 +76,9 @@ def figure_file(source: Path, kind: str, name: str, *words: str) -> Path:
     """
     if kind not in KINDS:
         raise InputError(f"there is no figure {kind}: {did_you_mean(kind, [*KINDS])}")
-    first = next(iter(inspect.signature(KINDS[kind]).parameters))
+    first = next(iter(inspect.signature(KINDS[kind]).parameters), None)
+    if first is None:
+        raise InputError(f"the figure {kind} is made of no record: draw it with figure={kind}")
     out = source.parent / name
     return make_figure([f"figure={kind}", f"{first}={source}", f"out={out}", *words])
 

@@ -1,12 +1,12 @@
 """Benchmarks as bars: ratios to what they are compared with, and shares of a whole."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spinlab.errors import InputError
 from spinlab.report.figures.style import PAGE, Drawing, blank, series, style
+from spinlab.report.records import read_benchmark
 
 _KINDS = ("speedup/", "peer/best/", "ratio/")
 _BAR = 0.22  # inches
@@ -14,13 +14,13 @@ _BAR = 0.22  # inches
 
 def ratios(record: str) -> Drawing:
     """Draw every ratio of a benchmark's record."""
-    found = _read(record)
+    found = read_benchmark("record", record)
     return draw_ratios(found["metrics"], title_of(found))
 
 
 def shares(record: str) -> Drawing:
     """Draw where the time of a record's learning step goes."""
-    metrics = _read(record)["metrics"]
+    metrics = read_benchmark("record", record)["metrics"]
     found = {k.removeprefix("share/learn/"): v for k, v in metrics.items() if k[:6] == "share/"}
     if not found:
         raise InputError(f"record={record} has no shares of a learning step")
@@ -31,14 +31,6 @@ def shares(record: str) -> Drawing:
 def title_of(record: Mapping[str, Any]) -> str:
     """Say what was timed, and where."""
     return f"{record['experiment']}: {record['environment'].get('gpu') or 'CPU'}"
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        return found | {"metrics": dict(found["metrics"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"record={path} is no record of a benchmark: {error}") from error
 
 
 @style()

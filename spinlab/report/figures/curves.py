@@ -1,11 +1,11 @@
 """Learning curves: the loss with its terms, and how orthogonal the rotations stay."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spinlab.errors import InputError
 from spinlab.report.figures.style import PAGE, Drawing, blank, series, style
+from spinlab.report.records import read_curve
 
 Curve = Sequence[Mapping[str, float]]
 
@@ -15,10 +15,10 @@ _NO_TERMS = ("lr", "grad_norm", "step")
 
 def curves(run: str) -> Drawing:
     """Draw the curves of runs. run: their folders, with commas."""
-    return draw_curves({Path(place).name: read_curve(Path(place)) for place in run.split(",")})
+    return draw_curves({Path(place).name: curve_of(Path(place)) for place in run.split(",")})
 
 
-def read_curve(folder: Path) -> Curve:
+def curve_of(folder: Path) -> Curve:
     """Return what a run said of every step of its learning. Raises InputError if it said nothing.
 
     A line that a kill cut off is left out.
@@ -28,12 +28,7 @@ def read_curve(folder: Path) -> Curve:
         raise InputError(
             f"run={folder} has no metrics.jsonl: is it the folder of a run that learned?"
         )
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+    found, _ = read_curve(path)
     if not found:
         raise InputError(f"run={folder}: its metrics.jsonl has no steps")
     return found

@@ -4,23 +4,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spinlab.config.values import text, values_of
 from spinlab.errors import InputError
-from spinlab.report.records import Record, read_all, values_of
+from spinlab.report.records import Record, folders_of, read_below
 
 log = logging.getLogger(__name__)
 
 
-def records_below(places: str) -> dict[Path, Record]:
+def records_in(places: str) -> dict[Path, Record]:
     """Return the records below folders, with commas between these.
 
     What is broken or unfinished is left out, with a warning. Raises InputError where no record is.
     """
-    folders = [Path(place).expanduser() for place in places.split(",")]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise InputError(f"records={missing[0]} is no folder")
-    files = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
-    named = [path for path in files if path.name == "record.json"]
-    kept = read_all(named or files).kept
+    kept = read_below(*folders_of(places)).kept
     if not kept:
         raise InputError(f"records={places} holds no complete record")
     return kept
@@ -53,10 +49,10 @@ def group_of(record: Record, names: Sequence[str]) -> str:
     settings["experiment"] = str(record["experiment"]).rpartition("/")[2]
     if unknown := [name for name in names if name not in settings]:
         raise InputError(f"by={unknown[0]} is no setting of the records: give one like rotation.r1")
-    return ", ".join(str(settings[name]) for name in names)
+    return ", ".join(text(settings[name]) for name in names)
 
 
-def title_of(metric: str) -> str:
+def axis_label(metric: str) -> str:
     """Return what an axis says of a metric: ppl/wiki/fake is `wiki perplexity`."""
     kind, *rest = metric.split("/")
     kinds = {"ppl": "perplexity", "kl": "KL divergence to the original", "zeroshot": "accuracy"}

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from spinlab.report.figures.groups import grouped, records_below, title_of
+from spinlab.report.figures.groups import axis_label, grouped, records_in
 from spinlab.report.figures.style import PAGE, Drawing, blank, scale_for, series, style
 
 
 def seed_variance(records: str, metric: str = "ppl/wiki/fake", by: str = "rotation.r1") -> Drawing:
     """Draw a metric of the records below a folder, a box for each value of a setting."""
-    groups = grouped(records_below(records), by, metric)
+    groups = grouped(records_in(records), by, metric)
     return draw_spread(
-        {name: [v for (v,) in rows] for name, rows in groups.items()}, title_of(metric)
+        {name: [v for (v,) in rows] for name, rows in groups.items()}, axis_label(metric)
     )
 
 

@@ -1,14 +1,13 @@
 """What quality costs: a metric against effective bits, and against measured speed."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from spinlab.errors import InputError
-from spinlab.report.figures.groups import grouped, records_below, title_of
+from spinlab.report.figures.groups import axis_label, grouped, records_in
 from spinlab.report.figures.style import COLUMN, Drawing, blank, scale_for, series, style
+from spinlab.report.records import read_benchmark
 
 Points = Mapping[str, Sequence[tuple[float, ...]]]
 
@@ -19,8 +18,8 @@ _ENDS = ("", "/seconds_per_token")  # of a timing's name, in seconds
 def bits(records: str, metric: str = "ppl/wiki/fake", by: str = "experiment") -> Drawing:
     """Draw a metric against the effective bits of the weights, a series for each group."""
     variant = metric.rpartition("/")[2]
-    groups = grouped(records_below(records), by, f"bits/weights/{variant}", metric)
-    return draw_points(groups, "effective bits per weight", title_of(metric))
+    groups = grouped(records_in(records), by, f"bits/weights/{variant}", metric)
+    return draw_points(groups, "effective bits per weight", axis_label(metric))
 
 
 def speed(
@@ -37,7 +36,7 @@ def speed(
     variant with the name that it was timed under. Raises InputError where the timings are those of
     another model, or lack one of these names.
     """
-    kept = records_below(records)
+    kept = records_in(records)
     timings = _read_timings(bench, {r["config"]["model"]["name"] for r in kept.values()})
     named = [pair.partition(":")[::2] for pair in pairs.split(",")]
     seconds = {variant: _seconds(timings, bench, f"{case}/{name}") for variant, name in named}
@@ -49,17 +48,12 @@ def speed(
             groups = {"original": [(mean(v for rows in groups.values() for (v,) in rows),)]}
         for name, rows in groups.items():
             points.setdefault(name, []).extend((start / taken, value) for (value,) in rows)
-    return draw_points(points, f"speed of {case}, relative", title_of(f"{metric}/"))
+    return draw_points(points, f"speed of {case}, relative", axis_label(f"{metric}/"))
 
 
 def _read_timings(bench: str, models: set[str]) -> Mapping[str, Any]:
     """Return the metrics of a benchmark; raise InputError if it timed another model."""
-    path = Path(bench).expanduser()
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        metrics = record["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"bench={bench} is no record of timings: {error}") from error
+    record = read_benchmark("bench", bench)
     configs = [part.get("config", {}) for part in (record, *record.get("parts", ()))]
     timed = {config["model"] for config in configs if isinstance(config.get("model"), str)}
     if not timed & models:
@@ -68,7 +62,7 @@ def _read_timings(bench: str, models: set[str]) -> Mapping[str, Any]:
             f"bench={bench} timed {told}, and the records are of {', '.join(sorted(models))}: "
             "quality and speed must be of one model"
         )
-    return metrics
+    return record["metrics"]
 
 
 def _seconds(metrics: Mapping[str, Any], bench: str, name: str) -> float:

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from spinlab.config import VARIANTS
 from spinlab.config.values import values_of
-from spinlab.report.records import Record, read_all, record_files
+from spinlab.report.records import Record, read_below, read_curve
 
 _POINTS = 200  # of a curve: more are not seen
 _FIGURE_BYTES = 500_000  # of one figure
@@ -35,7 +36,7 @@ def page_content(folders: Sequence[Path]) -> Content:
     """Read the records below folders; what is broken, unfinished or foreign is named."""
     content = Content()
     for folder in folders:
-        found = read_all(sorted(record_files(folder)))
+        found = read_below(folder)
         for path, reason in found.skipped.items():
             content.left_out[_name(path, folder)] = reason
         for path, record in found.kept.items():
@@ -56,7 +57,7 @@ def _run(record: Record, path: Path, folder: Path, content: Content) -> dict[str
         "experiment": str(record["experiment"]),
         "key": str(record.get("key", "")),
         "model": str(settings.get("model.name", "")),
-        "command": " ".join(map(str, ["spinlab", *_list(record.get("overrides"))])),
+        "command": shlex.join(map(str, ["spinlab", *_list(record.get("overrides"))])),
         "settings": settings,
         "environment": values_of(facts) if isinstance(facts, Mapping) else {},
         "metrics": record["metrics"],
@@ -79,14 +80,9 @@ def _curves(path: Path, name: str, content: Content) -> dict[str, list[Any]]:
     lines = path.with_name("metrics.jsonl")
     if path.name != "record.json" or not lines.is_file():
         return {}
-    rows: list[dict[str, Any]] = []
-    try:
-        for line in lines.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows.append({**row, "step": row["step"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"broken behind {len(rows)} steps: {type(error).__name__}: {error}"
-        content.left_out[f"{name}: metrics.jsonl"] = reason
+    rows, torn = read_curve(lines)
+    if torn:
+        content.left_out[f"{name}: metrics.jsonl"] = torn
     every = math.ceil(len(rows) / _POINTS) or 1
     chosen = rows[::every] + rows[-1:] * ((len(rows) - 1) % every != 0)
     names = dict.fromkeys(name for row in chosen for name in row)

@@ -1,10 +1,11 @@
 """How much of what quantization costs a method wins back: fractions of a log-perplexity gap."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from spinlab.errors import InputError, did_you_mean
 from spinlab.files import write_json
 from spinlab.report.formats import markdown
 from spinlab.report.records import Record, read_seeds, texts_of
@@ -14,28 +15,38 @@ from spinlab.report.tables.methods import perplexities, titles_of
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
     """Return a table of some methods, with the share of the baseline's gap that each closes."""
     records, titles = read_seeds(folder), titles_of(folder)
-    runs = records[baseline]
+    runs = _of(baseline, records)
     texts = texts_of(runs[0]["metrics"])
     head = ["method", "transform", *(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
     rows = [head, ["", "original", *perplexities(runs, texts, "fp"), *("" for _ in texts)]]
     for method in (baseline, *methods):
-        cells = [method, titles.get(method, ""), *perplexities(records[method], texts, "fake")]
-        shares = [mean(gap_closed(records[method], runs, text)) for text in texts]
+        cells = [method, titles.get(method, ""), *perplexities(_of(method, records), texts, "fake")]
+        shares = [mean(gap_closed(_of(method, records), runs, text)) for text in texts]
         closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
         rows.append([*cells, *closed])
     return markdown(rows)
+
+
+def _of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
+    if method not in records:
+        raise InputError(f"no record is of {method!r}: {did_you_mean(method, [*records])}")
+    return records[method]
 
 
 def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) -> list[float]:
     """Return, seed by seed, the share of the way from the baseline to the original.
 
     (log b - log m) / (log b - log o), for perplexities of the baseline, the method and the
-    original on a text. Records are paired by seed.
+    original on a text. Records are paired by seed. Raises InputError for a seed of the method that
+    the baseline does not have.
     """
     found = []
     of_seed = {record["config"]["seed"]: record for record in baseline}
     for record in method:
-        other = of_seed[record["config"]["seed"]]
+        if (seed := record["config"]["seed"]) not in of_seed:
+            seeds = ", ".join(map(str, of_seed))
+            raise InputError(f"seed {seed} has no record of the baseline: that has {seeds}")
+        other = of_seed[seed]
         ours, theirs = (math.log(r["metrics"][f"ppl/{text}/fake"]) for r in (record, other))
         original = math.log(record["metrics"][f"ppl/{text}/fp"])
         found.append((theirs - ours) / (theirs - original))
@@ -45,18 +56,21 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
 def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
     """Write what a method closes of a baseline's gap, with the records behind it, beside a folder.
 
-    Returns the path of the file of that name.
+    Returns the path of the file of that name. Raises InputError for a method of a single seed.
     """
     records = read_seeds(folder)
+    runs = {name: _of(name, records) for name in (method, baseline)}
+    if len(runs[method]) < 2:
+        raise InputError(f"{method} has one seed, which has no deviation: run it with another")
     metrics: dict[str, float] = {}
-    for text in texts_of(records[method][0]["metrics"]):
-        shares = gap_closed(records[method], records[baseline], text)
+    for text in texts_of(runs[method][0]["metrics"]):
+        shares = gap_closed(runs[method], runs[baseline], text)
         metrics[f"quality/gap_closed/{text}"] = mean(shares)
         metrics[f"quality/gap_closed/{text}/deviation"] = stdev(shares)
     names = [
         f"{folder.name}/{name}_seed{record['config']['seed']}.json"
-        for name in (method, baseline)
-        for record in records[name]
+        for name, of_method in runs.items()
+        for record in of_method
     ]
     path = folder.parent / name
     write_json(path, {"schema": 1, "method": method, "metrics": metrics, "records": names})

@@ -8,7 +8,7 @@ from statistics import mean
 from spinlab.errors import InputError
 from spinlab.report.formats import Sheet, spread
 from spinlab.report.publications import Measure, Row, Table, Tolerance, table_named
-from spinlab.report.records import Records, read_all, record_files, seeds_of
+from spinlab.report.records import Records, read_below, seeds_of
 from spinlab.report.rows import (
     command,
     differences,
@@ -51,7 +51,7 @@ def paper_sheet(folders: Sequence[Path], name: str, models: Sequence[str] = ()) 
     for model in models:
         if model not in table.models:
             raise InputError(f"{name} has no model {model!r}: it has {', '.join(table.models)}")
-    found = read_all(sorted(path for folder in folders for path in record_files(folder)))
+    found = read_below(*folders)
     rows = [
         line
         for model in (models or table.models)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spinlab.config import VARIANTS
 from spinlab.report.formats import MISSING, markdown, percent
-from spinlab.report.records import read_record, texts_of
+from spinlab.report.records import Record, accuracy_in, read_record, texts_of
 
 _TITLES = {
     "fp": "original",
@@ -18,19 +18,22 @@ _TITLES = {
 
 def record_table(path: Path) -> str:
     """Return the table of a record's file."""
-    return result_table(read_record(path)["metrics"])
+    return result_table(read_record(path))
 
 
-def result_table(metrics: Mapping[str, float]) -> str:
+def result_table(record: Record) -> str:
     """Return a Markdown table with one row per variant that was measured.
 
     KL per token in nats, flips and accuracies in percent, these with standard errors; the
-    difference of their mean from the original's has the error of question by question.
+    difference of their mean from the original's has the error of question by question. A task's
+    accuracy is the one that enters the mean.
     """
+    metrics = record["metrics"]
+    chosen = record["config"].get("eval", {}).get("task_metrics", {})
     columns = _columns(metrics)
     rows = [["variant", "network", *columns]]
     for variant in VARIANTS:
-        cells = [_cell(metrics, name, variant) for name in columns.values()]
+        cells = [_cell(metrics, name, chosen, variant) for name in columns.values()]
         if set(cells) != {MISSING}:
             rows.append([variant, _TITLES[variant], *cells])
     return markdown(rows)
@@ -51,9 +54,10 @@ def _columns(metrics: Mapping[str, float]) -> dict[str, str]:
     return {**columns, "MiB": "bytes", "bits": "bits/weights"}
 
 
-def _cell(metrics: Mapping[str, float], name: str, variant: str) -> str:
+def _cell(metrics: Mapping[str, float], name: str, chosen: Mapping[str, str], variant: str) -> str:
     if name.startswith("zeroshot/"):
-        return _of_task(metrics, name, variant)
+        kind = accuracy_in(metrics, name.removeprefix("zeroshot/"), chosen, variant)
+        return _percent(metrics, f"{name}/{kind}/{variant}", f"{name}/{kind}_stderr/{variant}")
     if name.startswith("zeroshot_mean/"):
         error = "stderr" if name.endswith("accuracy") else "difference_stderr"
         return _percent(metrics, f"{name}/{variant}", f"zeroshot_mean/{error}/{variant}")
@@ -64,12 +68,6 @@ def _cell(metrics: Mapping[str, float], name: str, variant: str) -> str:
     if kind == "flips":
         return f"{100 * value:.1f}"
     return f"{value / 2**20:.0f}" if kind == "bytes" else f"{value:.{3 if kind == 'kl' else 2}f}"
-
-
-def _of_task(metrics: Mapping[str, float], name: str, variant: str) -> str:
-    """Format acc_norm where the task has it, else acc."""
-    kind = "acc_norm" if f"{name}/acc_norm/{variant}" in metrics else "acc"
-    return _percent(metrics, f"{name}/{kind}/{variant}", f"{name}/{kind}_stderr/{variant}")
 
 
 def _percent(metrics: Mapping[str, float], name: str, error: str) -> str:

@@ -1,6 +1,8 @@
 """What figures show is what they were given, and what runs and records hold."""
 
+import inspect
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ from safetensors.numpy import save_file
 
 from spinlab.errors import InputError
 from spinlab.report import __main__ as report
-from spinlab.report.figures import KINDS, described, figure_file, make_figure
+from spinlab.report.figures import KINDS, described, figure_file, make_figure, read_words
 from spinlab.report.figures.bars import draw_ratios, draw_shares
-from spinlab.report.figures.curves import draw_curves, read_curve
+from spinlab.report.figures.curves import curve_of, draw_curves
+from spinlab.report.figures.groups import group_of
 from spinlab.report.figures.layers import draw_layers, layers
 from spinlab.report.figures.outliers import _pooled, draw_outliers, draw_surfaces
 from spinlab.report.figures.spread import draw_spread, seed_variance
@@ -152,6 +155,21 @@ def test_seed_variance_is_that_of_the_complete_records_of_a_folder(sweep, caplog
     assert "broken" in caplog.text
 
 
+def test_a_figure_takes_records_of_any_name_and_of_all_folders(sweep, tmp_path, caplog):
+    write_record(tmp_path / "other" / "best_seed0.json", "hadamard", 0, 5.5)
+    write_record(sweep / "kept_seed9.json", "random", 9, 9.5)
+    (sweep / "sweep.json").write_text('{"words": [], "points": []}')
+    (axis,) = seed_variance(f"{sweep},{tmp_path / 'other'}").figure.axes
+    assert points(axis) == [[5.5, 6.0, 7.0], [9.0, 8.0, 9.5]]
+    assert "sweep.json" not in caplog.text
+
+
+def test_groups_are_called_as_a_command_line_has_their_settings():
+    record = {"experiment": "a", "config": {"learn": {"steps": None, "kl": True, "lr": 0.5}}}
+    names = ["learn.steps", "learn.kl", "learn.lr", "experiment"]
+    assert group_of(record, names) == "null, true, 0.5, a"
+
+
 def test_curves_hold_loss_with_its_terms_and_every_rotation():
     curve = [
         {"loss": 3.0, "kl": 1.0, "lr": 9.0, "orthogonality/r1": 1e-7, "orthogonality/r2": 2e-7}
@@ -166,10 +184,10 @@ def test_curves_hold_loss_with_its_terms_and_every_rotation():
 
 def test_a_curve_ends_where_a_kill_cut_its_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
-    assert [step["loss"] for step in read_curve(tmp_path)] == [2.0]
+    assert [step["loss"] for step in curve_of(tmp_path)] == [2.0]
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="has no steps"):
-        read_curve(tmp_path)
+        curve_of(tmp_path)
 
 
 def test_layers_of_a_run_are_those_of_its_file(run):
@@ -190,14 +208,15 @@ def test_points_are_bits_or_relative_speed_against_quality(sweep, tmp_path):
     assert found == {"hadamard": [[4, 5], [6, 7]], "random": [[4, 5], [9, 8]]}
     timed = {"speed/cpu/decode/fp32/seconds_per_token": 0.6, "speed/cpu/decode/int4_kv4": 0.2}
     bench = tmp_path / "bench.json"
-    bench.write_text(json.dumps({"config": {"model": "toy"}, "metrics": timed}))
+    made = {"experiment": "bench", "environment": {}, "metrics": timed}
+    bench.write_text(json.dumps({**made, "config": {"model": "toy"}}))
     (axis,) = speed(str(sweep), str(bench), by="rotation.r1").figure.axes
     found = {line.get_label(): [list(d) for d in line.get_data()] for line in axis.lines}
     assert found["original"] == [[1], [5]]
     assert found["random"] == [[pytest.approx(3)] * 2, [9, 8]]
     with pytest.raises(InputError, match=r"has no speed/gpu/fp32; there are speed/cpu/decode"):
         speed(str(sweep), str(bench), case="gpu")
-    bench.write_text(json.dumps({"config": {"model": "llama2_7b"}, "metrics": timed}))
+    bench.write_text(json.dumps({**made, "config": {"model": "llama2_7b"}}))
     with pytest.raises(InputError, match=r"timed llama2_7b, and the records are of toy"):
         speed(str(sweep), str(bench))
 
@@ -256,6 +275,10 @@ def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
         (["figure=outliers", "run=nowhere", "out=a.png"], "record.json"),
         (["figure=bits", "records=nowhere", "out=a.png"], "records=nowhere is no folder"),
         (["figure=ratios", "record=nowhere", "out=a.png"], "record=nowhere is no record of a"),
+        (
+            ["figure=ratios", f"record={EXPERIMENTS / 'best_smollm2.json'}", "out=a.png"],
+            "best_smollm2.json is no record of a benchmark: its experiment is missing",
+        ),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, message, capsys, tmp_path, monkeypatch):
@@ -265,6 +288,18 @@ def test_a_wrong_word_is_one_sentence(words, message, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_readme_draws_records_that_are_committed_or_that_its_first_command_makes():
+    text = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "spinlab.report figure=" in line]
+    assert len(lines) > 2
+    for line in lines:
+        words = read_words(shlex.split(line, comments=True)[3:])
+        known = inspect.signature(KINDS[words["figure"]]).parameters
+        assert words.keys() - known.keys() == {"figure", "out"}
+        place = words.get("records", "runs/toy")
+        assert place == "runs/toy" or (EXPERIMENTS.parent / place).is_dir()
 
 
 def test_settings_and_metrics_that_records_lack_are_named(sweep):
@@ -287,3 +322,5 @@ def test_a_page_has_its_figure_beside_the_records(sweep):
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="there is no figure spread"):
         figure_file(sweep, "spread", "spread.png")
+    with pytest.raises(InputError, match="duquant is made of no record: draw it with figure="):
+        figure_file(sweep, "duquant", "duquant.png")
