@@ -41,10 +41,9 @@ def with_text(folder: Path, *choice: str) -> list[str]:
     return [*SETTINGS, f"data.calibration={text}", f"data.evaluation=[{text}]", *choice]
 
 
-def start(folder: Path, caches: str, recipes: str, *flags: str) -> subprocess.Popen:
-    """Start a run, or with -m one for each pair of a cache and a recipe."""
-    # apart by cache, so that a sweep takes no point for what another cache has made
-    choice = [f"paths.cache={caches}", "paths.runs=${paths.cache}-runs", f"learn={recipes}"]
+def start(folder: Path, cache: Path, recipes: str, *flags: str) -> subprocess.Popen:
+    """Start a run, or with -m one for each recipe."""
+    choice = [f"paths.cache={cache}", f"paths.runs={cache}-runs", f"learn={recipes}"]
     command = [sys.executable, "-m", "spinlab", *flags, *with_text(folder, *choice)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -63,7 +62,7 @@ def kill_in_the_middle(cache: Path, recipe: str) -> int:
     """Start a recipe, send SIGKILL once two steps are saved, and return how many there are."""
     pattern = "learn-*.partial/progress/learn.safetensors"
     others = set(cache.glob(pattern))
-    process = start(cache.parent, str(cache), recipe)
+    process = start(cache.parent, cache, recipe)
     deadline = time.monotonic() + 120
     while not any(saved_steps(path) >= 2 for path in set(cache.glob(pattern)) - others):
         assert process.poll() is None, process.communicate()[0]
@@ -88,9 +87,10 @@ def caches(tmp_path_factory) -> tuple[Path, Path, list[int], str]:
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
     left = [kill_in_the_middle(killed, recipe) for recipe in RECIPES]
-    process = start(folder, f"{whole},{killed}", ",".join(RECIPES), "-m")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    for cache in (whole, killed):
+        process = start(folder, cache, ",".join(RECIPES), "-m")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
     return whole, killed, left, output
 
 
