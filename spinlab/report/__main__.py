@@ -21,6 +21,7 @@ from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
 from spinlab.report.records import folders_of
 from spinlab.report.tables.paper import paper_sheet
+from spinlab.streams import keep_streams
 
 _ROOT = Path(__file__).parent.parent.parent
 _RECORDS = "runs,experiments"
@@ -98,4 +99,5 @@ def _rebuild() -> None:
 
 
 if __name__ == "__main__":
+    keep_streams()
     main()

@@ -12,6 +12,7 @@ from spinlab.report.formats import markdown
 from spinlab.runs import clean, compare
 from spinlab.runs.found import Run, find, one
 from spinlab.runs.listing import Filter, chosen, in_order, table
+from spinlab.streams import keep_streams
 
 _COMMANDS = ("list", "show", "compare", "clean")
 _PARTS = ("runs", "stages")
@@ -144,4 +145,5 @@ def _mebibytes(size: int) -> str:
 
 
 if __name__ == "__main__":
+    keep_streams()
     main()

@@ -404,3 +404,11 @@ def test_listing_loads_no_library_that_takes_longer_than_itself(places):
     assert done.returncode == 0, done.stderr
     assert "aaaaaaaa" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("command", ["spinlab.runs --help", "spinlab.report --help"])
+def test_a_reader_that_leaves_early_is_no_failure(command):
+    """As `| head` does: what is left unread is not told of."""
+    line = f"set -o pipefail; {sys.executable} -m {command} | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
