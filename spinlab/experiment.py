@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from spinlab import parallel
 from spinlab.cache import NotCached
 from spinlab.code import code_digest
-from spinlab.config import Config, plain
+from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.export.base import Subject, write_exports
 from spinlab.files import replacing, write_json, writing
@@ -89,7 +89,7 @@ def finished(config: Config, overrides: list[str]) -> Path | None:
         return None
     record = Record(config, overrides, {"packages": packages()} | _means(pipeline), identity)
     saved = record.kept()
-    if saved is None or any(plain(config.export).values()):
+    if saved is None or config.export.targets:
         return None
     whole = all((record.folder / name).is_file() for name in _left(config, saved["metrics"]))
     return record.path if whole else None
@@ -131,12 +131,12 @@ def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
                 trackers.start(record)
             rotations = _rotations(pipeline, record, trackers.log)
             kept["artifacts"][rotations] = read_about(rotations)
-            if parallel.is_main():
-                export(pipeline)
             _evaluations(pipeline, record, trackers)
             kept["layers"] = _layers(pipeline, record)
             kept["figures"] += _figures(pipeline, record)
             check_finite(record.metrics, "the record cannot be complete")
+            if parallel.is_main():
+                export(pipeline, record.as_json())
             record.status = "complete"
         except BaseException as error:
             record.end(error)
@@ -173,16 +173,21 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
     return learned / "rotations.safetensors"
 
 
-def export(pipeline: Pipeline) -> None:
-    """Write the files that the settings ask for."""
-    run, rotations = pipeline.run, pipeline.rotations("fake")
+def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
+    """Write the files that the settings ask for. record: what they tell of the run."""
+    config, rotations = pipeline.config, pipeline.rotations("fake")
+    networks = networks_of(pipeline.run, pipeline.original)
+    rounded = config.quant.rounds_weights
     subject = Subject(
+        config,
         rotations,
-        rotated=lambda: networks_of(run, pipeline.original).stream_rotated(rotations),
+        record or {},
+        rotated=lambda: networks.stream_rotated(rotations),
+        fused=lambda replaced: networks.fused(rotations, replaced),
         tokenizer=lambda: pipeline.original.tokenizer,
-        weights=lambda: weights_in(pipeline.weights("fake")),
+        weights=lambda: weights_in(pipeline.weights("fake")) if rounded else {},
     )
-    write_exports(pipeline.config, subject)
+    write_exports(config, subject)
 
 
 def _evaluations(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:

@@ -52,14 +52,28 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Name what to write once the rotations are there; null writes nothing.
+    """Name what to write at the end of a run; null writes nothing.
 
-    Each field has a module of its name in `spinlab.export`.
+    Each of `targets` has a module of its name in `spinlab.export`.
     """
 
     rotations: str | None = None  # .safetensors (all of them) or .bin (R1, R2, SpinQuant's layout)
     transformed: str | None = None  # folder: the rotated checkpoint with its transform manifest
+    artefact: str | None = None  # folder: the quantized network, for spinlab.load
+    checkpoint: str | None = None  # folder: the rotated model in 16 bits, for any other tool
+    compressed_tensors: str | None = None  # folder: the quantized network for vLLM, transformers
+    profile: str = "vllm_w4a8"  # of compressed_tensors: also vllm_w4a4, weights_only
+    gguf: str | None = None  # file: the rotated model for llama.cpp
+    gguf_type: str = "f16"  # of its linears: also q4_0, q8_0
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """What is asked for: its place by the name of its field."""
+        options = ("profile", "gguf_type")
+        return {name: path for name, path in vars(self).items() if path and name not in options}
 
     def __post_init__(self) -> None:
+        choice("export.profile", self.profile, ("vllm_w4a8", "vllm_w4a4", "weights_only"))
+        choice("export.gguf_type", self.gguf_type, ("f16", "q4_0", "q8_0"))
         if self.rotations and not self.rotations.endswith((".safetensors", ".bin")):
             raise InputError(f"export.rotations={self.rotations} must end in .safetensors or .bin")

@@ -1,14 +1,15 @@
 """What an export is made of, and what a module needs to be one.
 
-Every field of `spinlab.config.ExportConfig` names a module of this package that writes what the
-field's path asks for.
+Every target of `spinlab.config.ExportConfig` is a module of this package that writes what is asked
+for there.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,12 +24,17 @@ from spinlab.weights.quantized import QuantizedWeight
 class Subject:
     """Hold what is exported; what takes long is made when an export asks for it.
 
-    rotations: all of them, with what was learned along. rotated: a stock model of its own with R1
-    and R2 fused and nothing quantized. weights: the rounded weights, by linear.
+    rotations: all of them, with what was learned along. record: of the run, ready for JSON. Each
+    model is one of its own, in the run's dtype and without modules of spinlab's: `rotated` has R1
+    and R2 fused and nothing quantized; `fused` has everything fused that is not online, but for
+    linears that are named, whose weights are worth nothing. weights: the rounded ones, by linear.
     """
 
+    config: Config
     rotations: RotationSet
+    record: Mapping[str, Any]
     rotated: Callable[[], PreTrainedModel]
+    fused: Callable[[Collection[str]], PreTrainedModel]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Callable[[], Mapping[str, QuantizedWeight]]
 
@@ -48,6 +54,7 @@ class Export(Protocol):
 
 def check_exports(config: Config) -> None:
     """Raise InputError, before any work is done, for an export that could not be written."""
+    _check_apart(config)
     for name, path, export in _asked_for(config):
         setting = f"export.{name}={path}"
         try:
@@ -63,7 +70,17 @@ def write_exports(config: Config, subject: Subject) -> None:
 
 
 def _asked_for(config: Config) -> Iterator[tuple[str, str, Export]]:
-    for field in fields(config.export):
-        if path := getattr(config.export, field.name):
-            module = import_module(f"spinlab.export.{field.name}")
-            yield field.name, path, cast(Export, module)
+    for name, path in config.export.targets.items():
+        yield name, path, cast(Export, import_module(f"spinlab.export.{name}"))
+
+
+def _check_apart(config: Config) -> None:
+    """Raise InputError where one export lies in the place of another, or below it."""
+    places = {name: place_of(path) for name, path in config.export.targets.items()}
+    for (one, outer), (other, inner) in permutations(places.items(), 2):
+        if inner.is_relative_to(outer):
+            paths = config.export.targets
+            raise InputError(
+                f"export.{other}={paths[other]} lies in export.{one}={paths[one]}: name another "
+                "place"
+            )

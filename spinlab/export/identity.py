@@ -8,24 +8,24 @@ files are no longer those that belong to it. Other tools ignore the entry.
 import json
 import logging
 from os.path import isfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spinlab import parallel
 from spinlab.errors import InputError
 from spinlab.files import content_key, file_digest, write_json
 from spinlab.model.checkpoint import content_digest
-from spinlab.model.files import CONFIG, EXPORTED, MANIFEST
+from spinlab.model.files import CONFIG, EXPORTED, LISTING, MANIFEST, read_json
 from spinlab.rotation.stored import read_about
 
 log = logging.getLogger(__name__)
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder, by its name there, but for the manifest."""
+    """Return the digest of every file in a folder, by its name there, but for a manifest."""
     files = (f for f in sorted(folder.rglob("*")) if f.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
-    return {name: _digest(folder / name) for name in names if name != MANIFEST}
+    return {name: digest_of(folder / name) for name in names if name not in (MANIFEST, LISTING)}
 
 
 def mark(folder: Path) -> None:
@@ -36,8 +36,28 @@ def mark(folder: Path) -> None:
 
 def files_of(folder: Path) -> set[str] | None:
     """Return the names of the files that an export is made of; None if it does not tell."""
+    if is_listed(folder):
+        return {*read_json(folder / LISTING)["files"], LISTING}
     listed = read_about(folder / MANIFEST).get("files")
     return None if listed is None else {*listed, MANIFEST}
+
+
+def is_listed(folder: Path) -> bool:
+    """Tell whether a folder is an export with a list of its files (`spinlab.export.listing`)."""
+    try:
+        listing = read_json(folder / LISTING)
+    except InputError:
+        return False
+    files = listing.get("files")
+    if not isinstance(listing.get("spinlab"), dict) or not isinstance(files, dict):
+        return False
+    return all(is_inside(name) for name in files)
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a file's name in a manifest is that of a file below its folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def warn_of_dtype(manifest: Path, dtype: str) -> None:
@@ -87,12 +107,12 @@ def _fault(folder: Path, expected: dict[str, str | None]) -> str | None:
     for name, digest in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing of what"
-        if _digest(folder / name) != digest:
+        if digest_of(folder / name) != digest:
             return f"{name} changed since"
     return None
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     """Return a file's digest; that of a config leaves out the entry that names the manifest."""
     if path.name != CONFIG:
         return content_digest(path)

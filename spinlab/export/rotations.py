@@ -26,9 +26,6 @@ def check(setting: str, target: Path, config: Config) -> None:
     check_not_read(setting, target, "rotation.load", config.rotation.load)
     if target.exists() and target.stat().st_size and not is_rotations(target):
         raise InputError(f"{setting} is there and no file of rotations: name another")
-    folder = config.export.transformed
-    if folder and target.is_relative_to(place_of(folder)):
-        raise InputError(f"{setting} lies in export.transformed={folder}: name another place")
     try_to_write(target.parent)
     if setting.endswith(".bin"):
         _check_bin(setting, config)

@@ -13,7 +13,6 @@ from tempfile import TemporaryFile
 import psutil
 
 from spinlab.errors import InputError
-from spinlab.model.files import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +20,6 @@ log = logging.getLogger(__name__)
 def place_of(path: str) -> Path:
     """Return the place that a setting names, behind `~` and links."""
     return Path(os.path.realpath(os.path.expanduser(path)))
-
-
-def check_replaceable(setting: str, folder: Path) -> None:
-    """Raise InputError for a folder that holds something, and no earlier export."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise InputError(f"{setting} is there and no earlier export: name another folder")
 
 
 def check_not_read(setting: str, target: Path, source: str, path: str | None) -> None:

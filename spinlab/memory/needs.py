@@ -118,7 +118,7 @@ def needs(job: Job) -> list[Need]:
         found.append(_rotating(job))
     if job.has("learn"):
         found.append(_learning(job))
-    if job.config.export.transformed:  # which is written each time
+    if set(job.config.export.targets) - {"rotations"}:  # written each time
         found.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
     if job.has("weights-rtn") or (job.has("weights") and not job.config.rounded_on_text):
         found += _rounding(job)

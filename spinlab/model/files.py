@@ -9,7 +9,8 @@ from spinlab.errors import InputError
 
 CONFIG = "config.json"
 SETTINGS = (CONFIG, "generation_config.json")
-MANIFEST = "transform.safetensors"  # of an export: what its weights lack
+MANIFEST = "transform.safetensors"  # of a transformed model: what its weights lack
+LISTING = "manifest.json"  # of every other export: what it is, and its files
 EXPORTED = "spinlab"  # entry of an export's config: the manifest that belongs to it
 SINGLE = "model.safetensors"  # comes before an index, as in transformers
 INDEX = "model.safetensors.index.json"

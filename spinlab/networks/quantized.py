@@ -1,6 +1,5 @@
 """Networks with rotations and rounded weights: on integer kernels, emulated, and dequantized."""
 
-import logging
 from collections.abc import Mapping
 
 from transformers import PreTrainedModel
@@ -9,13 +8,11 @@ from spinlab.kv.cache import attach_kv, kv_path_of
 from spinlab.model.modules import linears_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.rotations import RotationSet
-from spinlab.runtime.fused.convert import integer_runtime, slot_layout, why_not_runtime
-from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.choice import run_on_integers
+from spinlab.runtime.fused.convert import slot_layout
 from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
-
-log = logging.getLogger(__name__)
 
 
 class QuantizedNetworks(RotatedNetworks):
@@ -40,23 +37,9 @@ class QuantizedNetworks(RotatedNetworks):
     def integer(
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight], backend: str
     ) -> PreTrainedModel:
-        """Return the quantized network on integer kernels, with a packed KV cache.
-
-        The `triton` back end is a runtime of its own, made of fused GPU kernels; `auto` takes it
-        for the models that it runs, and the exact product for others, with a warning.
-        """
+        """Return the quantized network on integer kernels, with a packed KV cache."""
         model = self._bare(rotations, weights)
-        parts = self.parts(model, rotations, weights)
-        if backend == "auto":
-            reason = why_not_runtime(model, parts.kv)
-            if reason is not None:
-                log.warning("%s: linears multiply by the exact product in torch", reason)
-            backend = "triton" if reason is None else "torch"
-        if backend == "triton":
-            integer_runtime(model, parts, triton_operations())
-            return model
-        insert_integer_linears(model, parts, backend)
-        attach_kv(model, parts.kv, store=True)
+        run_on_integers(model, self.parts(model, rotations, weights), backend)
         return model
 
     def dequantized(
