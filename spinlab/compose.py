@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from spinlab.config import Config, plain
+from spinlab.config.schema import writable_schema
 from spinlab.config.values import nodes
 from spinlab.errors import InputError, did_you_mean
 
@@ -21,7 +22,7 @@ CONF = Path(__file__).parent.parent / "conf"
 @cache
 def register() -> None:
     """Make the schema known to Hydra under the name that conf/config.yaml starts from."""
-    ConfigStore.instance().store(name="schema", node=_schema())
+    ConfigStore.instance().store(name="schema", node=writable_schema(Config))
 
 
 def composed(*overrides: str) -> Config:
@@ -66,20 +67,3 @@ def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield prefix + key
         elif OmegaConf.is_dict(child := node._get_node(key)):
             yield from _unread(cast(DictConfig, child), f"{prefix}{key}.")
-
-
-def _schema() -> DictConfig:
-    """Return the schema as a node that YAML may merge into.
-
-    omegaconf marks nodes of frozen dataclasses read-only, which would forbid every override.
-    """
-
-    def writable(node: DictConfig) -> None:
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            if OmegaConf.is_dict(child := node._get_node(key)):
-                writable(cast(DictConfig, child))
-
-    schema = OmegaConf.structured(Config)
-    writable(schema)
-    return schema

@@ -94,6 +94,8 @@ def shards_of(index: Path) -> list[str]:
 
 def _instead(folder: Path) -> str:
     """Say what the weights of a folder without readable ones may be, and the cure."""
+    if (folder / LISTING).is_file():
+        return "it is an exported network, so load it with spinlab.load, or name its original"
     if (folder / SINGLE).is_symlink():
         return f"{SINGLE} is a link to nothing, so copy or download it again"
     names = [file.name for file in folder.iterdir()]

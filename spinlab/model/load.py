@@ -99,7 +99,7 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
     """
     dtype = getattr(torch, config.dtype)
     if config.weights == "random":
-        return _prepared(random_model(config, seed), dtype)
+        return prepared(random_model(config, seed), dtype)
     checkpoint = checkpoint_of(config, converted)
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(
@@ -113,7 +113,7 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         **OURS,
     )
     check_report(checkpoint.place, checkpoint.config, report)
-    return _prepared(model, dtype)
+    return prepared(model, dtype)
 
 
 def meta_model(config: ModelConfig, converted: Path | None) -> PreTrainedModel:
@@ -121,7 +121,7 @@ def meta_model(config: ModelConfig, converted: Path | None) -> PreTrainedModel:
 
     A packaged model that is not converted yet is described by its own metadata.
     """
-    return _prepared(on_meta(_described(config, converted)), getattr(torch, config.dtype))
+    return prepared(on_meta(_described(config, converted)), getattr(torch, config.dtype))
 
 
 def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
@@ -133,7 +133,7 @@ def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
     return checkpoint_of(config, converted).config
 
 
-def _prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Bring a stock model to what its map names, the numbers to a dtype, and freeze them."""
     prepare(model)
     if dtype == torch.float64:

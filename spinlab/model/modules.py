@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -71,6 +72,13 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 def ends_of(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     """Return embedding and head."""
     return embedding_of(model), head_of(model)
+
+
+def make_rope(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a model on the meta device the frequencies of RoPE, which are in no checkpoint."""
+    path = map_of(model).rope
+    rope = cast(Any, model.get_submodule(path))
+    model.set_submodule(path, type(rope)(config=model.config).to(device))
 
 
 def norm_at(model: PreTrainedModel, path: str) -> Any:

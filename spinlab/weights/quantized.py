@@ -69,9 +69,11 @@ def set_dequantized(module: nn.Linear | nn.Embedding, weight: QuantizedWeight) -
     module.weight = nn.Parameter(dense, requires_grad=False)
 
 
-def empty_weight(linear: nn.Linear, dtype: torch.dtype) -> None:
-    """Leave a module's weight its shape and device, and take its memory."""
-    number = linear.weight.new_zeros((), dtype=dtype)
+def empty_weight(
+    linear: nn.Linear | nn.Embedding, dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    """Take the memory of a module's weight and leave its shape. device: its own unless named."""
+    number = linear.weight.new_zeros((), dtype=dtype, device=device)
     linear.weight = nn.Parameter(number.expand(linear.weight.shape), requires_grad=False)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.kv.cache import KVPath
-from spinlab.model.modules import decoder_of, linears_of, map_of, prepare
+from spinlab.model.modules import decoder_of, linears_of, make_rope, map_of, prepare
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.graphs import GraphRunner, run_on_graphs
@@ -224,6 +224,4 @@ def _materialize(model: PreTrainedModel, device: torch.device) -> None:
             drawn = torch.empty_like(parameter, device=device)
             drawn = drawn.normal_(std=0.02) if parameter.dim() > 1 else drawn.fill_(name != "bias")
             setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    path = map_of(model).rope
-    rope = cast(Any, model.get_submodule(path))
-    model.set_submodule(path, type(rope)(config=model.config).to(device))
+    make_rope(model, device)

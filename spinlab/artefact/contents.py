@@ -1,0 +1,61 @@
+"""What an artefact is made of, beside a model's config, tokenizer and generation config.
+
+weights.safetensors    packed levels, scales and zero points of what was rounded, as
+                       `spinlab.weights.quantized.save_weights` writes them
+rest.safetensors       every other number of the rotated network, in the dtype that it ran in
+rotations.safetensors  what runs online, and learned ranges of inputs; R1 and R2 are in the weights
+manifest.json          `Network`, the record of the run, and the digest of every file
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from spinlab.config import KVConfig, QuantConfig, plain
+from spinlab.config.checks import choice
+from spinlab.config.schema import writable_schema
+from spinlab.errors import InputError
+
+WEIGHTS, REST, ROTATIONS = (f"{name}.safetensors" for name in ("weights", "rest", "rotations"))
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Say how a network computes. dtype: of its floats; seed: of what codecs of the cache draw."""
+
+    dtype: str
+    seed: int
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+
+    def __post_init__(self) -> None:
+        choice("dtype", self.dtype, DTYPES)
+
+    def as_json(self) -> dict[str, Any]:
+        return plain(self)
+
+
+def network_from(place: str, found: Any) -> Network:
+    """Return what `Network.as_json` gave. Raises InputError for anything else.
+
+    place: how sentences call the artefact.
+    """
+    try:
+        names = {f.name for f in fields(Network)}
+        if not isinstance(found, Mapping) or found.keys() != names:
+            raise InputError(f"it must have {', '.join(sorted(names))}")
+        if "${" in json.dumps(found):  # which omegaconf would look up
+            raise InputError("it refers to what lies elsewhere (${...})")
+        given = OmegaConf.create(dict(found))
+        network = OmegaConf.to_object(OmegaConf.merge(writable_schema(Network), given))
+    except Exception as error:  # settings that are none fail in any way
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{place}: the network in its manifest cannot be read: {reason}"
+        ) from error
+    assert isinstance(network, Network)
+    return network

@@ -1,0 +1,83 @@
+"""The weights of an artefact, read one by one, and held against the model before any is."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from spinlab.errors import InputError
+from spinlab.formats import FORMATS, Format
+from spinlab.model.map import ModelMap
+from spinlab.weights.quantized import QuantizedWeight
+
+_KEPT = 4  # weights that stay unpacked: those that read one input are asked for together
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class StoredWeights(Mapping[str, QuantizedWeight]):
+    """Give the weights of a file that `save_weights` wrote, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        told = json.loads((self._file.metadata() or {})["formats"])
+        self.formats: dict[str, tuple[Format, int]] = {
+            name: (FORMATS[kind](bits, symmetric), width)
+            for name, (kind, bits, symmetric, width) in told.items()
+        }
+        self._last: dict[str, QuantizedWeight] = {}
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        if name not in self._last:
+            format, width = self.formats[name]
+            stored = {p: self._file.get_tensor(f"{name}.{p}").clone() for p in parts_of(format)}
+            self._last[name] = QuantizedWeight.from_tensors(stored, format, width)
+            for old in list(self._last)[:-_KEPT]:
+                del self._last[old]
+        return self._last[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.formats)
+
+    def __len__(self) -> int:
+        return len(self.formats)
+
+    def check(self, place: str, model_map: ModelMap, ends: Shapes) -> None:
+        """Raise InputError where a weight is not one of the model's, or its tensors do not fit.
+
+        ends: the shapes of embedding and head, by path.
+        """
+        due = {site.path: (site.out_features, site.in_features) for site in model_map.sites} | ends
+        found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        wanted: set[str] = set()
+        for name, (format, width) in self.formats.items():
+            if name not in due or due[name][1] != width:
+                raise InputError(f"{place}: the model has no linear {name} of {width} inputs")
+            wanted |= {f"{name}.{part}" for part in parts_of(format)}
+        if found.keys() != wanted:
+            raise InputError(
+                f"{place}: {sorted(found.keys() ^ wanted)[0]} is missing among its weights, or has "
+                "no place there"
+            )
+        for name in self.formats:
+            self._check_shapes(place, name, due[name][0])
+
+    def _check_shapes(self, place: str, name: str, rows: int) -> None:
+        format, width = self.formats[name]
+        slices = {part: self._file.get_slice(f"{name}.{part}") for part in parts_of(format)}
+        found = {part: (s.get_dtype(), *s.get_shape()) for part, s in slices.items()}
+        packed = format.pack(torch.full((1, width), format.lowest)).shape[1]
+        groups = found["scale"][-1] if len(found["scale"]) == 3 else 0
+        due = {"levels": ("U8", rows, packed), "scale": ("F32", rows, groups)}
+        due["zero"] = ("I16", rows, groups)
+        for part, tensor in found.items():
+            if tensor != due[part] or groups < 1 or width % groups:
+                raise InputError(f"{place}: {name}.{part} is {tensor}, which does not fit")
+
+
+def parts_of(format: Format) -> list[str]:
+    """Return the names of the tensors that a weight of this format is stored in."""
+    return ["levels", "scale"] if format.symmetric else ["levels", "scale", "zero"]
