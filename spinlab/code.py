@@ -3,7 +3,8 @@
 What is digested are syntax trees without docstrings, so that a comment, a docstring or a line break
 changes nothing, and a statement does. The package `spinlab.config` is followed to the dataclasses
 that a module names, not to its root, which knows all of them: settings enter a key by their values.
-Nor is `spinlab.cache`, which keeps results and makes none.
+Nor is `spinlab.cache`, which keeps results and makes none, nor the root, which names what users
+import.
 """
 
 import ast
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 _ROOT = Path(__file__).parent
-_APART = {"spinlab.config", "spinlab.cache"}
+_APART = {"spinlab", "spinlab.config", "spinlab.cache"}
 _PARTS = ("body", "orelse", "finalbody", "handlers", "cases")  # that hold statements
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from spinlab.artefact.contents import REST, ROTATIONS, WEIGHTS, Network, network_from
 from spinlab.artefact.weights import StoredWeights
 from spinlab.device import choose_backend, choose_device
 from spinlab.errors import InputError
 from spinlab.export.listing import read_listing
+from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network, network_from
 from spinlab.kv.cache import kv_path
 from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.load import prepared

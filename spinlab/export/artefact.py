@@ -4,12 +4,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from spinlab.artefact.contents import REST, ROTATIONS, WEIGHTS, Network
 from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
+from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network
 from spinlab.tensors import write_tensors
 from spinlab.weights.quantized import save_weights
 

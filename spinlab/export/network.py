@@ -1,4 +1,4 @@
-"""What an artefact is made of, beside a model's config, tokenizer and generation config.
+"""What `export.artefact` is made of, beside a config, a tokenizer and a generation config.
 
 weights.safetensors    packed levels, scales and zero points of what was rounded, as
                        `spinlab.weights.quantized.save_weights` writes them
