@@ -182,8 +182,9 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
         config,
         rotations,
         record or {},
+        original=pipeline.original.load,
         rotated=lambda: networks.stream_rotated(rotations),
-        fused=lambda replaced: networks.fused(rotations, replaced),
+        fused=lambda weights: networks.fused(rotations, weights),
         tokenizer=lambda: pipeline.original.tokenizer,
         weights=lambda: weights_in(pipeline.weights("fake")) if rounded else {},
     )

@@ -118,6 +118,10 @@ def _add_kernels(commands: Any) -> None:
     cpu.add_argument("--repeats", type=int, default=100, help="timed calls")
     cpu.add_argument("--threads", type=int, nargs="+", default=[1], help="to decode on")
     cpu.set_defaults(run=_cpu, repeatable=False)
+    artefact = commands.add_parser("artefact", help="load a packed network in a fresh process")
+    _add_place(artefact)
+    _add_model(artefact, "llama2_7b")
+    artefact.set_defaults(run=_artefact, repeatable=False)
     gather = commands.add_parser("collect", help="gather the records of several runs in one")
     gather.add_argument("records", type=Path, nargs="+", help="of two that overlap the last counts")
     gather.add_argument("--out", type=Path, required=True, help="where the record goes")
@@ -184,6 +188,12 @@ def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         raise InputError(f"cpu times a CPU and --device is {device}: use kernels or decode")
     sizes = (arguments.layers, arguments.context, arguments.repeats)
     return bench_cpu(arguments.model, *sizes, arguments.threads)
+
+
+def _artefact(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.artefact import bench_artefact
+
+    return bench_artefact(arguments.model, arguments.layers, device)
 
 
 def _collect(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -89,13 +89,20 @@ class QuantConfig:
     overrides: list[Override] = field(default_factory=list)
     head: TensorQuant = field(default_factory=_off)  # weight only, rounded to nearest
     embedding: TensorQuant = field(default_factory=_off)  # per token of the vocabulary
+    # both in one: the matrix that the original ties, rounded before it is rotated, stored once
+    tied: TensorQuant = field(default_factory=_off)
 
     def __post_init__(self) -> None:
-        for name in ("weights", "activations", "head", "embedding"):
+        for name in ("weights", "activations", "head", "embedding", "tied"):
             getattr(self, name).check(f"quant.{name}")
         for entry in self.overrides:
             for kind in KINDS:
                 self._changed(kind, entry).check(f"quant.overrides[{entry.pattern}].{kind}")
+        if self.tied.quantizes and (self.head.quantizes or self.embedding.quantizes):
+            raise InputError(
+                f"quant.tied.bits={self.tied.bits} is the format of head and embedding: leave "
+                "quant.head.bits=16 and quant.embedding.bits=16"
+            )
 
     def format_at(self, kind: Kind, name: str) -> TensorQuant:
         """Return the format of a linear's weight or input, by the linear's full name."""
@@ -118,4 +125,5 @@ class QuantConfig:
     @property
     def rounds_weights(self) -> bool:
         """Tell whether any weight has fewer than 16 bits, head and embedding among them."""
-        return self.quantizes("weights") or self.head.quantizes or self.embedding.quantizes
+        ends = (self.head, self.embedding, self.tied)
+        return self.quantizes("weights") or any(format.quantizes for format in ends)

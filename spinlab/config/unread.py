@@ -129,7 +129,7 @@ def _of_formats(config: Config) -> Iterator[Rule]:
     quant = config.quant
     rounded = {f"quant.{kind}" for kind in KINDS if quant.quantizes(kind)}
     formats: dict[str, Levels] = {f"kv.{side}": codec for side, codec in config.kv.sides.items()}
-    for name in ("weights", "activations", "head", "embedding"):
+    for name in ("weights", "activations", "head", "embedding", "tied"):
         formats[f"quant.{name}"] = getattr(quant, name)
     for name, format in formats.items():
         if not format.quantizes and name not in rounded:

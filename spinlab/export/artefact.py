@@ -10,6 +10,7 @@ from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network
+from spinlab.model.modules import map_of
 from spinlab.tensors import write_tensors
 from spinlab.weights.quantized import save_weights
 
@@ -28,11 +29,16 @@ def check(setting: str, target: Path, config: Config) -> None:
 
 def write(subject: Subject, path: str) -> None:
     """Write the network that the variants `fake` and `integer` are."""
-    config, weights = subject.config, subject.weights()
+    config, weights, rotations = subject.config, subject.weights(), subject.rotations
     network = Network(config.model.dtype, config.seed, config.quant, config.kv)
     model = subject.fused(weights)
-    own = {f"{name}.weight" for name in weights}
-    rest = {n: t.cpu().contiguous() for n, t in model.state_dict().items() if n not in own}
+    tensors = model.state_dict()
+    if config.quant.tied.quantizes:  # its file needs no head, but what makes one of the embedding
+        gain = f"{map_of(model).final_norm}.weight"
+        tensors[gain] = subject.original().state_dict()[gain]
+    else:
+        rotations = replace(rotations, r1=None)
+    rest = {name: tensors[name].cpu().contiguous() for name in network.rest(model, weights)}
     with new_folder("export.artefact", path) as partial:
         model.config.save_pretrained(partial)
         assert model.generation_config is not None
@@ -40,6 +46,6 @@ def write(subject: Subject, path: str) -> None:
         subject.tokenizer().save_pretrained(partial)
         save_weights(weights, partial / WEIGHTS)
         write_tensors(partial / REST, rest)
-        replace(subject.rotations, r1=None, r2=None).save(partial / ROTATIONS)
+        replace(rotations, r2=None).save(partial / ROTATIONS)
         write_listing(partial, "artefact", subject.record, {"network": network.as_json()})
     log.info("%-12s quantized network in %s", "export", path)

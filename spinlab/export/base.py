@@ -4,7 +4,7 @@ Every target of `spinlab.config.ExportConfig` is a module of this package that w
 for there.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import permutations
@@ -25,16 +25,17 @@ class Subject:
     """Hold what is exported; what takes long is made when an export asks for it.
 
     rotations: all of them, with what was learned along. record: of the run, ready for JSON. Each
-    model is one of its own, in the run's dtype and without modules of spinlab's: `rotated` has R1
-    and R2 fused and nothing quantized; `fused` has everything fused that is not online, but for
-    linears that are named, whose weights are worth nothing. weights: the rounded ones, by linear.
+    model is one of its own, in the run's dtype and without modules of spinlab's: the `original`;
+    `rotated` has R1 and R2 fused and nothing quantized; `fused` has everything fused that is not
+    online, but for the rounded weights that it is given. weights: the rounded ones, by linear.
     """
 
     config: Config
     rotations: RotationSet
     record: Mapping[str, Any]
+    original: Callable[[], PreTrainedModel]
     rotated: Callable[[], PreTrainedModel]
-    fused: Callable[[Collection[str]], PreTrainedModel]
+    fused: Callable[[Mapping[str, QuantizedWeight]], PreTrainedModel]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Callable[[], Mapping[str, QuantizedWeight]]
 

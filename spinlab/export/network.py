@@ -4,20 +4,25 @@ weights.safetensors    packed levels, scales and zero points of what was rounded
                        `spinlab.weights.quantized.save_weights` writes them
 rest.safetensors       every other number of the rotated network, in the dtype that it ran in
 rotations.safetensors  what runs online, and learned ranges of inputs; R1 and R2 are in the weights
+
+Of a tied matrix (`quant.tied`) there is one set of levels, that of the original. What embedding and
+head hold is made of it, by R1 and the gain of the final norm, which are there for that.
 manifest.json          `Network`, the record of the run, and the digest of every file
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import OmegaConf
+from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig, plain
 from spinlab.config.checks import choice
 from spinlab.config.schema import writable_schema
 from spinlab.errors import InputError
+from spinlab.model.modules import map_of
 
 WEIGHTS, REST, ROTATIONS = (f"{name}.safetensors" for name in ("weights", "rest", "rotations"))
 DTYPES = ("float32", "float64", "bfloat16")
@@ -34,6 +39,11 @@ class Network:
 
     def __post_init__(self) -> None:
         choice("dtype", self.dtype, DTYPES)
+
+    def rest(self, model: PreTrainedModel, weights: Collection[str]) -> list[str]:
+        """Return the names of a rotated model's tensors that are in no packed weight."""
+        paths = {*weights, map_of(model).head} if self.quant.tied.quantizes else set(weights)
+        return [name for name in model.state_dict() if name.removesuffix(".weight") not in paths]
 
     def as_json(self) -> dict[str, Any]:
         return plain(self)

@@ -11,7 +11,8 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.choice import run_on_integers
 from spinlab.runtime.fused.convert import slot_layout
 from spinlab.runtime.quantized import Quantized
-from spinlab.runtime.stock.insert import insert_integer_linears, write_ends
+from spinlab.runtime.stock.insert import insert_integer_linears
+from spinlab.weights.ends import write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
 
 
@@ -50,7 +51,7 @@ class QuantizedNetworks(RotatedNetworks):
         A linear holds its floats only while it computes.
         """
         model = self._bare(rotations, weights)
-        write_ends(model, weights)
+        write_ends(model, weights, self.quant)
         self._fake_quant(model, rotations)
         for site, linear in linears_of(model):
             if site.path in weights:

@@ -131,8 +131,24 @@ def fuse_stream(
     for site, linear in linears_of(model):
         _rotate(linear, *rotations_at(site, r1, r2), site.path in replaced)
     if r1 is not None:
-        for end in ends_of(model):
-            _rotate(end, r1, None)
+        _rotate_ends(model, r1)
+
+
+def _rotate_ends(model: PreTrainedModel, r1: torch.Tensor) -> None:
+    for end in ends_of(model):
+        _rotate(end, r1, None)
+
+
+def fuse_ends(model: PreTrainedModel, r1: torch.Tensor | None) -> None:
+    """Do to the ends of a model, in place, what `fold_norms` and `fuse` would.
+
+    The layers between have been fused already; embedding and head hold what the original ties, and
+    the final norm its gain.
+    """
+    (final,) = (norm for norm in map_of(model).norms if norm.path == map_of(model).final_norm)
+    _fold(model, final)
+    if r1 is not None:
+        _rotate_ends(model, r1.to(model.device))
 
 
 def fuse_inputs(

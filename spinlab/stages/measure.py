@@ -112,7 +112,9 @@ def _sizes(
     model: PreTrainedModel,
     weights: Mapping[str, QuantizedWeight] | None,
 ) -> dict[str, float]:
-    sizes: dict[str, float] = {"bytes": stored_bytes(original.shape, weights)}
+    sizes: dict[str, float] = {
+        "bytes": stored_bytes(original.shape, weights, run.config.quant.tied.quantizes)
+    }
     if weights is not None:
         numbers = {site.path: site.numbers for site in map_of(original.shape).sites}
         sizes["bits/weights"] = effective_bits(weights, numbers)
@@ -159,17 +161,20 @@ def _accuracies(
 
 
 def stored_bytes(
-    model: PreTrainedModel, weights: Mapping[str, QuantizedWeight] | None = None
+    model: PreTrainedModel,
+    weights: Mapping[str, QuantizedWeight] | None = None,
+    tied: bool = False,
 ) -> int:
     """Return the bytes of a checkpoint: packed weights, and 16 bits for every other number.
 
-    A quantized model stores embedding and head apart, even where the original ties them.
+    A quantized model stores embedding and head apart, even where the original ties them, unless
+    they are rounded as one (tied).
     """
     numbers = sum(p.numel() for p in model.parameters())
     if weights is None:
         return numbers * _STORED_BYTES
     numbers -= sum(w.levels.numel() for w in weights.values())
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and not tied:
         numbers += embedding_of(model).weight.numel()
     packed = sum(
         t.numel() * t.element_size() for w in weights.values() for t in w.tensors().values()

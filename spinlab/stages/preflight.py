@@ -31,6 +31,7 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import remaining
 from spinlab.stages.rotations import gate_tokens
 from spinlab.stages.text import windows_in
+from spinlab.weights.ends import check_ends
 from spinlab.weights.layerwise import check_samples, check_weight_groups
 from spinlab.weights.methods import check_method
 
@@ -73,6 +74,7 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_context(config, model.config)
     check_method(config.weights)
     check_weight_groups(map_of(model), config.quant)
+    check_ends(model, config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
     kv = kv_path(config.kv, map_of(model).width("r3"))
     if config.rounded_on_text and config.weights.method == "gptq":

@@ -13,6 +13,7 @@ from spinlab.stages.rotations import networks_of, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
 from spinlab.weights.base import Rounding
+from spinlab.weights.ends import quantize_tied
 from spinlab.weights.methods import METHODS
 from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
 
@@ -37,7 +38,8 @@ def round_weights(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        model = networks_of(run, original).fused(rotations)
+        tied = quantize_tied(original.load(), run.config.quant, config.clip)
+        model = networks_of(run, original).fused(rotations, tied)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
@@ -45,6 +47,7 @@ def round_weights(
         weights = method.work(
             Rounding(model, rotations, windows, run.config.quant, config, progress)
         )
+        weights |= tied
         scales = {name: weight.scale for name, weight in weights.items()}
         check_finite(scales, "rounded weights have no scale")
         if parallel.is_main():
@@ -61,4 +64,4 @@ def weights_in(made: Artifact) -> dict[str, QuantizedWeight]:
 def _formats(run: Run) -> list[Any]:
     """Name the weight formats, for keys."""
     quant = run.config.quant
-    return plain([quant.weights, quant.overrides, quant.head, quant.embedding])
+    return plain([quant.weights, quant.overrides, quant.head, quant.embedding, quant.tied])

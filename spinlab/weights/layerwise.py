@@ -21,10 +21,11 @@ from spinlab.fakequant.insert import (
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
 from spinlab.model.map import ModelMap
-from spinlab.model.modules import embedding_of, ends_of, linear_at, map_of
+from spinlab.model.modules import linear_at, map_of
 from spinlab.tensors import kept_tensors, save_tensors
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs, batch_of
+from spinlab.weights.ends import quantize_ends
 from spinlab.weights.gptq import Hessian, error_spread, gptq
 from spinlab.weights.quantized import (
     QuantizedWeight,
@@ -55,27 +56,6 @@ def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
                 f"{setting}.group_size={size} and groups of {of_input} inputs of {site.path} do "
                 "not nest: one must divide the other"
             )
-    for setting, path in {"embedding": model_map.embedding, "head": model_map.head}.items():
-        format: TensorQuant = getattr(quant, setting)
-        if format.quantizes:
-            format_of(format)
-            check_group(f"quant.{setting}.group_size", format.group_size, model_map.hidden, path)
-
-
-def quantize_ends(
-    model: PreTrainedModel, quant: QuantConfig, clip: ClipSearch
-) -> dict[str, QuantizedWeight]:
-    """Return embedding and head, if they have a format, rounded to nearest; set the embedding.
-
-    What reads the embedding then sees the quantized one, as layers see those before them.
-    """
-    paths = map_of(model).embedding, map_of(model).head
-    ends = zip(paths, ends_of(model), (quant.embedding, quant.head), strict=True)
-    rounded = ((path, end.weight, format) for path, end, format in ends if format.quantizes)
-    found = {path: rtn(weight, format, clip).cpu() for path, weight, format in rounded}
-    if paths[0] in found:
-        set_dequantized(embedding_of(model), found[paths[0]])
-    return found
 
 
 def quantize_rtn(

@@ -23,7 +23,8 @@ from spinlab.model.hooks import hidden_states
 from spinlab.model.modules import linear_at, map_of
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
-from spinlab.weights.layerwise import kept_layer, quantize_ends
+from spinlab.weights.ends import quantize_ends
+from spinlab.weights.layerwise import kept_layer
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import round_to_range, search_ratios
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from spinlab.config import (
     ClipSearch,
-    CodecConfig,
     Config,
     EvalConfig,
     KVConfig,
@@ -27,6 +26,7 @@ from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
 
 SHAPE = {
@@ -66,13 +66,15 @@ def export(tmp_path) -> Callable[..., Exported]:
         model_map = map_of(original())
         rotations = change(initial_rotations(rotation or RotationConfig(), model_map, generator))
         rotations = replace(rotations, about={"family": family})
-        weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
+        tied = quantize_tied(original(), quant, ClipSearch())
+        weights = quantize_rtn(networks.fused(rotations, tied), quant, ClipSearch(), {}) | tied
         subject = Subject(
             config,
             rotations,
             RECORD,
+            original=original,
             rotated=lambda: networks.stream_rotated(rotations),
-            fused=lambda replaced: networks.fused(rotations, replaced),
+            fused=lambda weights: networks.fused(rotations, weights),
             tokenizer=byte_tokenizer,
             weights=lambda: weights,
         )
@@ -80,9 +82,3 @@ def export(tmp_path) -> Callable[..., Exported]:
         return tmp_path / name, networks.integer(rotations, weights, backend)
 
     return make
-
-
-@pytest.fixture
-def off() -> KVConfig:
-    """A cache in 16 bits."""
-    return KVConfig(CodecConfig(bits=16), CodecConfig(bits=16))

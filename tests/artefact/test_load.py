@@ -70,6 +70,12 @@ CASES = {
     "bfloat16": {"dtype": "bfloat16"},
     "float64": {"dtype": "float64"},
     "mixed formats": {"quant": MIXED},
+    "tied": {"quant": QuantConfig(tied=ENDS)},
+    "tied in bfloat16": {"quant": QuantConfig(tied=ENDS), "dtype": "bfloat16", "family": "qwen2"},
+    "tied and nothing rotated": {
+        "quant": QuantConfig(tied=ENDS),
+        "change": lambda rotations: RotationSet(),
+    },
     "cache": {"kv": KVConfig(CodecConfig(bits=2, group_size=4), CodecConfig(bits=8))},
     "inputs": {"change": with_inputs},
     "no rotations": {"change": lambda rotations: RotationSet()},
@@ -150,15 +156,21 @@ def test_an_artefact_says_what_it_is_and_where_it_comes_from(export):
     assert tokenizer_of(folder)("abc").input_ids == byte_tokenizer()("abc").input_ids
 
 
-def test_levels_take_their_bits_and_nothing_is_there_twice(export, off):
-    quant = QuantConfig(head=ENDS, embedding=ENDS)
-    folder, _ = export(quant=quant, kv=off)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+@pytest.mark.parametrize("tied", [False, True])
+def test_levels_take_their_bits_and_nothing_is_there_twice(export, tied):
+    quant = QuantConfig(tied=ENDS) if tied else QuantConfig(head=ENDS, embedding=ENDS)
+    folder, _ = export(quant=quant)
+    found = {
+        name: tensor.numel() * tensor.element_size()
+        for file in ("weights", "rest")
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
     linears = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 40)
     rows = 2 * (32 + 16 + 16 + 32 + 40 + 40 + 32)
-    due = linears // 2 + 2 * 260 * 32 + 4 * (rows + 2 * 260) + 4 * 5 * 32  # and the norms
-    headers = 20_000  # names, R3 and R4
-    assert due <= size <= due + headers
+    ends, norms = (1 if tied else 2), 5 * 32
+    assert sum(found.values()) == linears // 2 + ends * 260 * 32 + 4 * (rows + ends * 260 + norms)
+    with safe_open(folder / "rotations.safetensors", framework="pt") as file:
+        assert ("r1" in set(file.keys())) == tied
 
 
 def test_others_say_that_it_is_no_checkpoint(export):

@@ -20,6 +20,7 @@ from spinlab.model.modules import linear_at, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.base import Rounding
+from spinlab.weights.ends import check_ends
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import rtn
@@ -178,6 +179,7 @@ def test_an_override_that_matches_nothing_is_refused(make_model):
 def test_groups_must_divide_what_they_group(make_model, quant, setting):
     with pytest.raises(InputError, match=f"{setting} does not divide 24"):
         check_weight_groups(map_of(make_model()), quant)
+        check_ends(make_model(), quant)
 
 
 def test_groups_of_weights_and_inputs_must_nest_linear_by_linear(make_model):

@@ -25,7 +25,7 @@ from spinlab.runtime.fused.operations import REFERENCE, Operations
 from spinlab.runtime.fused.slots import Layout, SlotPool
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.quantized import Quantized
-from spinlab.runtime.stock.insert import write_ends
+from spinlab.weights.ends import write_ends
 
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
@@ -44,7 +44,7 @@ def integer_runtime(model: PreTrainedModel, parts: Quantized, operations: Operat
     """
     operations = REFERENCE if model.dtype == torch.float64 else operations
     _swap(model, QuantizedMaker(parts.weights, operations), parts)
-    write_ends(model, parts.weights)
+    write_ends(model, parts.weights, parts.quant)
 
 
 def runtime_from_packed(

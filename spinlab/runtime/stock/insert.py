@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.formats import Format
-from spinlab.model.modules import ends_of, linears_of, map_of
+from spinlab.model.modules import linears_of, map_of
 from spinlab.runtime.kernels.matmul import kernel_for
 from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.linear import IntegerLinear, LinearPart, stacked_bias
+from spinlab.weights.ends import write_ends
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 
 
@@ -43,18 +44,7 @@ def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: st
                 model.set_submodule(name, _float(linear, weights.get(name), path))
                 readers += 1
         path.once.readers = readers
-    write_ends(model, weights)
-
-
-def write_ends(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Write head and embedding, where they are quantized, as the floats they stand for.
-
-    Their inputs are 16-bit or indices, so there are no integers to multiply.
-    """
-    paths = map_of(model).embedding, map_of(model).head
-    for path, end in zip(paths, ends_of(model), strict=True):
-        if path in weights:
-            set_dequantized(end, weights[path])
+    write_ends(model, weights, parts.quant)
 
 
 def _stacks(
