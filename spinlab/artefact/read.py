@@ -62,7 +62,7 @@ class Artefact:
         dtype = getattr(torch, self.network.dtype)
         model = prepared(on_meta(self.checkpoint.config), dtype)
         try:
-            parts = self._parts(model)
+            parts = self._parts(model, device)
             self._fill(model, parts, device)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -73,11 +73,11 @@ class Artefact:
         )
         return model
 
-    def _parts(self, model: PreTrainedModel) -> Quantized:
+    def _parts(self, model: PreTrainedModel, device: torch.device) -> Quantized:
         """Return what the model becomes a quantized network with; all of it fits the model."""
         model_map, network = map_of(model), self.network
         rotations = read_stored(self.folder / ROTATIONS, model_map)
-        weights = StoredWeights(self.folder / WEIGHTS)
+        weights = StoredWeights(self.folder / WEIGHTS, device)
         paths = model_map.embedding, model_map.head
         ends = zip(paths, ends_of(model), strict=True)
         weights.check(self.place, model_map, {p: tuple(end.weight.shape) for p, end in ends})

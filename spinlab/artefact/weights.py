@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,34 @@ from spinlab.formats import FORMATS, Format
 from spinlab.model.map import ModelMap
 from spinlab.weights.quantized import QuantizedWeight
 
-_KEPT = 4  # weights that stay unpacked: those that read one input are asked for together
-
 Shapes = dict[str, tuple[int, ...]]
 
 
 class StoredWeights(Mapping[str, QuantizedWeight]):
-    """Give the weights of a file that `save_weights` wrote, each read when it is asked for."""
+    """Give the weights of a file that `save_weights` wrote, each read when it is asked for.
 
-    def __init__(self, path: Path) -> None:
+    They are unpacked on the device, and none is kept.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
         self._file: Any = safe_open(path, framework="pt")
+        self._device = device
         told = json.loads((self._file.metadata() or {})["formats"])
         self.formats: dict[str, tuple[Format, int]] = {
             name: (FORMATS[kind](bits, symmetric), width)
             for name, (kind, bits, symmetric, width) in told.items()
         }
-        self._last: dict[str, QuantizedWeight] = {}
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        if name not in self._last:
-            format, width = self.formats[name]
-            stored = {p: self._file.get_tensor(f"{name}.{p}").clone() for p in parts_of(format)}
-            self._last[name] = QuantizedWeight.from_tensors(stored, format, width)
-            for old in list(self._last)[:-_KEPT]:
-                del self._last[old]
-        return self._last[name]
+        format, width = self.formats[name]
+        stored = {part: self._file.get_tensor(f"{name}.{part}") for part in parts_of(format)}
+        on_device = {part: tensor.to(self._device) for part, tensor in stored.items()}
+        weight = QuantizedWeight.from_tensors(on_device, format, width)
+        # a copy: pages of the file may change with it
+        return replace(weight, scale=weight.scale.clone())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.formats
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.formats)

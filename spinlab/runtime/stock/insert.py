@@ -34,9 +34,10 @@ def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: st
             model.set_submodule(site.path, FakeQuantLinear(linear, InputPath(online, None)))
     for key, linears in inputs.items():
         path, readers = paths[key], 0
-        for names in _stacks(linears, weights, path):
-            stack = [(linears[name], weights[name]) for name in names]
-            for name, twin in zip(names, _integer(stack, path, backend), strict=True):
+        for stack in _stacks(linears, weights, path):
+            for name, twin in zip(
+                stack, _integer(list(stack.values()), path, backend), strict=True
+            ):
                 model.set_submodule(name, twin)
             readers += 1
         for name in linears:
@@ -48,15 +49,15 @@ def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: st
 
 
 def _stacks(
-    names: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight], path: InputPath
-) -> Iterator[list[str]]:
-    """Yield the names of linears with integers to multiply, by the format of their weights."""
+    linears: Mapping[str, nn.Linear], weights: Mapping[str, QuantizedWeight], path: InputPath
+) -> Iterator[dict[str, tuple[nn.Linear, QuantizedWeight]]]:
+    """Yield linears with integers to multiply, by the format of their weights, by name."""
     if path.quantizer is None or not path.quantizer.format.is_int8:
         return
-    formats: dict[tuple[Format, int], list[str]] = {}
-    for name in names:
-        if name in weights and weights[name].format.is_int8:
-            formats.setdefault((weights[name].format, weights[name].groups), []).append(name)
+    formats: dict[tuple[Format, int], dict[str, tuple[nn.Linear, QuantizedWeight]]] = {}
+    for name, linear in linears.items():
+        if name in weights and (weight := weights[name]).format.is_int8:
+            formats.setdefault((weight.format, weight.groups), {})[name] = linear, weight
     yield from formats.values()
 
 
@@ -76,6 +77,8 @@ def _integer(
 
 
 def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    if len(weights) == 1:
+        return weights[0]
     parts = zip(*((w.levels, w.scale, w.zero) for w in weights), strict=True)
     return QuantizedWeight(*(torch.cat(part) for part in parts), format=weights[0].format)
 

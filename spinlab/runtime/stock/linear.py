@@ -13,7 +13,7 @@ from torch import nn
 
 from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.runtime.kernels.formats import into_int8
-from spinlab.runtime.kernels.matmul import Matmul
+from spinlab.runtime.kernels.matmul import KERNELS, Matmul
 from spinlab.weights.quantized import QuantizedWeight
 
 _MOST_ROWS = 16  # of one product for all blocks, each row 0 outside its own
@@ -60,12 +60,11 @@ class IntegerLinear(nn.Module):
         assert coarse % fine == 0, "the groups of weights and inputs do not nest"
         self.block, self.blocks = fine, width // fine
         self.may_sign = path.quantizer.format.bits < 8  # bytes up to 127 are the same signed
-        levels = (weight.levels - shift).to(torch.int8)
+        levels = (weight.levels - shift if shift else weight.levels).to(torch.int8)
         self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
         # all (blocks, out): t, Σ w, u
         self.scale = nn.Buffer(_per_block(weight.scale.to(dtype), self.blocks))
-        sums = levels.unflatten(1, (-1, fine)).sum(2, dtype=torch.int32)
-        self.sums = nn.Buffer(sums.T.contiguous())
+        self.sums = nn.Buffer(_sums(levels, self.blocks))
         zero = None if weight.format.symmetric else (weight.zero - shift).to(torch.int32)
         self.zero = None if zero is None else nn.Buffer(_per_block(zero, self.blocks))
         self.bias = None if bias is None else nn.Buffer(bias.detach().to("cpu", dtype))
@@ -216,6 +215,19 @@ def stacked_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
     rows = (linear.weight.new_zeros(linear.out_features) for linear in linears)
     pairs = zip(rows, linears, strict=True)
     return torch.cat([r if x.bias is None else x.bias.detach() for r, x in pairs])
+
+
+def _sums(levels: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Return Σ w of every block: (blocks, out) int32.
+
+    On a CPU it is a product with ones: summing bytes takes twenty times as long.
+    """
+    rows = levels.view(levels.shape[0] * blocks, -1)
+    if levels.device.type == "cpu":
+        found = KERNELS["cpu"](torch.ones(1, rows.shape[1], dtype=torch.uint8), rows)
+    else:
+        found = rows.sum(1, dtype=torch.int32)
+    return found.view(-1, blocks).T.contiguous()
 
 
 def _per_block(x: torch.Tensor, blocks: int) -> torch.Tensor:
