@@ -79,6 +79,10 @@ def command_line() -> argparse.ArgumentParser:
     forms.add_argument("overrides", nargs="+", help="as for spinlab: +experiment=NAME ...")
     forms.add_argument("--out", type=Path, help="where the record goes")
     forms.set_defaults(run=_forms, device="auto", repeatable=True)
+    exports = commands.add_parser("exports", help="what an experiment exports, read back")
+    exports.add_argument("overrides", nargs="+", help="+experiment=NAME export.artefact=PLACE ...")
+    exports.add_argument("--out", type=Path, help="where the record goes")
+    exports.set_defaults(run=_exports, device="auto", repeatable=True)
     _add_kernels(commands)
     return parser
 
@@ -145,6 +149,12 @@ def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
     from spinlab.bench.forms import bench_forms
 
     return bench_forms(_composed(arguments.overrides))
+
+
+def _exports(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.exports import bench_exports
+
+    return bench_exports(_composed(arguments.overrides), arguments.overrides)
 
 
 def _composed(words: list[str]) -> Config:
