@@ -46,6 +46,6 @@ def write(subject: Subject, path: str) -> None:
         subject.tokenizer().save_pretrained(partial)
         save_weights(weights, partial / WEIGHTS)
         write_tensors(partial / REST, rest)
-        replace(rotations, r2=None).save(partial / ROTATIONS)
+        replace(rotations, r2=None, weight_clips={}).save(partial / ROTATIONS)
         write_listing(partial, "artefact", subject.record, {"network": network.as_json()})
     log.info("%-12s quantized network in %s", "export", path)
