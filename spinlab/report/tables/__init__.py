@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spinlab.report.figures import figure_file
 from spinlab.report.tables.ablation import ablation_table
+from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.gap import gap_summary, gap_table
 from spinlab.report.tables.methods import methods_table
 from spinlab.report.tables.paper import paper_table
@@ -20,6 +21,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "ablation": ablation_table,
     "gap": gap_table,
     "paper": paper_table,
+    "exports": exports_table,
 }
 
 FILES: Mapping[str, Callable[..., Path]] = {
