@@ -1,0 +1,64 @@
+"""A stock checkpoint folder, as transformers of this version and of earlier ones reads it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from spinlab.files import write_json
+from spinlab.model.files import CONFIG, read_json
+from spinlab.model.modules import restore
+
+_GENERATION = "generation_config.json"
+_TOKENIZER = "tokenizer_config.json"
+
+
+def save_stock(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    replaced: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a model with its tokenizer and how text is generated from it. The model is overwritten.
+
+    replaced: what stands in the place of a linear's weight, by the linear's stock name and the
+    tensor's own. settings: further entries of the config.
+    """
+    restore(model)
+    model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    state = None
+    if replaced is not None:
+        state = model.state_dict()
+        for name, tensors in replaced.items():
+            state.pop(f"{name}.weight", None)
+            state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    said, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder, state_dict=state)
+    if said is not None:  # as the original says it: some are refused by their own validation
+        said.to_json_file(folder / _GENERATION)
+    tokenizer.save_pretrained(folder)
+    _write_for_earlier_versions(folder, settings or {})
+
+
+def _write_for_earlier_versions(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say again, in transformers 4's words, what its readers would take a default for.
+
+    It knows RoPE by two entries, and tokenizers that are no family's own by another class.
+    """
+    config = {**read_json(folder / CONFIG), **settings}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # not where it differs between kinds of layers
+        apart = {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
+        scaling = {name: value for name, value in rope.items() if name not in apart}
+        plain = scaling.get("rope_type", "default") == "default"
+        config |= {**apart, "rope_scaling": None if plain else scaling}
+    write_json(folder / CONFIG, {**config, "torch_dtype": config.get("dtype")})
+    tokenizer = read_json(folder / _TOKENIZER)
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how it was loaded here
+        tokenizer.pop(name, None)
+    write_json(folder / _TOKENIZER, tokenizer)
