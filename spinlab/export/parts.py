@@ -15,6 +15,8 @@ from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.export.targets import place_of
 from spinlab.model.files import MANIFEST
+from spinlab.model.load import meta_model
+from spinlab.model.modules import map_of
 from spinlab.rotation.ranges import with_fitting_ranges
 from spinlab.rotation.rotations import ONLINE, RotationSet
 from spinlab.rotation.stored import read_about
@@ -45,7 +47,7 @@ def check_settings(setting: str, form: str, cannot: Collection[str], config: Con
     setting: as the user wrote it. form: what is written, as sentences call it. cannot: what it
     cannot hold, by names of PARTS. A file that cannot be read is left to who reads it.
     """
-    _refuse(setting, form, [name for name in cannot if name in _of_settings(config)])
+    _refuse(setting, form, of_settings(config, cannot))
     source = _source(config)
     if source is None:
         return
@@ -81,7 +83,8 @@ def _refuse(setting: str, form: str, lost: Collection[str], where: str = "") -> 
     )
 
 
-def _of_settings(config: Config) -> set[str]:
+def of_settings(config: Config, among: Collection[str] = tuple(PARTS)) -> list[str]:
+    """Return which parts settings ask for; what files bring is not told by them."""
     rotation, learn = config.rotation, config.learn
     there = {"weight_clips": learn.steps and learn.lr.clip}
     there["clips"] = learn.steps and learn.lr.input_clip
@@ -89,7 +92,14 @@ def _of_settings(config: Config) -> set[str]:
         kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
         there |= {name: kind != "identity" for name, kind in kinds.items()}
         there["inputs"] = rotation.inputs != "none"
-    return {name for name, found in there.items() if found}
+        there["scales"] = rotation.smooth is not None and _runs_online(config)
+    return [name for name in among if there.get(name)]
+
+
+def _runs_online(config: Config) -> bool:
+    """Tell whether a scale of smoothing has nowhere to go: no norm or linear takes all of it."""
+    inputs = map_of(meta_model(config.model, None)).inputs
+    return any(not i.folds for i in inputs if i.name in config.rotation.smooth_groups)
 
 
 def _source(config: Config) -> tuple[str, Path] | None:

@@ -1,6 +1,6 @@
 """A stock checkpoint folder, as transformers of this version and of earlier ones reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,18 @@ def save_stock(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    replaced: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    further: Mapping[str, torch.Tensor] | None = None,
+    without: Collection[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a model with its tokenizer and how text is generated from it. The model is overwritten.
 
-    replaced: what stands in the place of a linear's weight, by the linear's stock name and the
-    tensor's own. settings: further entries of the config.
+    further: tensors beside the model's own. without: names of its own that are left out. settings:
+    further entries of the config.
     """
     restore(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    state = None
-    if replaced is not None:
-        state = model.state_dict()
-        for name, tensors in replaced.items():
-            state.pop(f"{name}.weight", None)
-            state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    state = {n: t for n, t in model.state_dict().items() if n not in without} | dict(further or {})
     said, model.generation_config = model.generation_config, GenerationConfig()
     model.save_pretrained(folder, state_dict=state)
     if said is not None:  # as the original says it: some are refused by their own validation

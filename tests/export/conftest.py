@@ -18,10 +18,7 @@ from spinlab.weights.layerwise import quantize_rtn
 
 @pytest.fixture
 def make_subject(make_family_model) -> Callable[..., Subject]:
-    """Return a maker of subjects: float32 models of a family, rotated and rounded to nearest.
-
-    In float32 norms are the stock ones, as in what others load.
-    """
+    """Return a maker of subjects: float32 models of a family, rotated and rounded to nearest."""
 
     def make(model_type: str, config: Config, seed: int = 0, **changes) -> Subject:
         def original():
