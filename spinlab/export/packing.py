@@ -44,7 +44,7 @@ def check_installed(setting: str) -> None:
     except ImportError as error:
         raise InputError(
             f"{setting} needs the package compressed-tensors: "
-            "pip install 'spinlab[compressed-tensors]'"
+            "pip install -e '.[compressed-tensors]'"
         ) from error
 
 

@@ -104,7 +104,9 @@ REFUSED = {
         "rotation=no_had",
         "rotation.cross_head=hadamard",
     ],
-    "transforms of single inputs: set .*rotation.inputs=none": ["+method=duquant"],
+    "R3, online transforms of single inputs, online scales of inputs: set rotation.r3=none": [
+        "+method=duquant"
+    ],
     "ranges of weights: set learn.lr.clip=0": ["rotation=no_had", "learn=two_cores"],
     "ranges of inputs, learned ranges of weights: set learn.lr.input_clip=0 learn.lr.clip=0": [
         *("rotation=no_had", "learn=two_cores", "learn.lr.input_clip=0.01"),
