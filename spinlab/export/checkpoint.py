@@ -32,7 +32,7 @@ def write(subject: Subject, path: str) -> None:
     """Write the fused model, rounded once from the run's dtype to 16 bits."""
     check_made(f"export.checkpoint={path}", _FORM, tuple(PARTS), subject.rotations)
     dtype = subject.dtype()
-    model = cast_model(subject.fused(()), dtype)
+    model = cast_model(subject.fused({}), dtype)
     check_finite(dict(model.named_parameters()), f"weights do not fit into {dtype}")
     with new_folder("export.checkpoint", path) as partial:
         save_stock(model, subject.tokenizer(), partial)

@@ -125,7 +125,7 @@ def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]
                 yield fault
     if quant.o_proj_per_head and quant.quantizes("activations"):
         yield _Fault("quant.o_proj_per_head", True, False)
-    for name in ("head", "embedding"):
+    for name in ("head", "embedding", "tied"):
         if (found := getattr(quant, name)).quantizes:
             yield _Fault(f"quant.{name}.bits", found.bits, 16)
 

@@ -11,7 +11,6 @@ from spinlab.files import write_json
 from spinlab.model.files import CONFIG, read_json
 from spinlab.model.modules import restore
 
-_GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer_config.json"
 
 
@@ -33,10 +32,14 @@ def save_stock(
     state = {n: t for n, t in model.state_dict().items() if n not in without} | dict(further or {})
     said, model.generation_config = model.generation_config, GenerationConfig()
     model.save_pretrained(folder, state_dict=state)
-    if said is not None:  # as the original says it: some are refused by their own validation
-        said.to_json_file(folder / _GENERATION)
+    save_generation(said or GenerationConfig(), folder)
     tokenizer.save_pretrained(folder)
     _write_for_earlier_versions(folder, settings or {})
+
+
+def save_generation(settings: GenerationConfig, folder: Path) -> None:
+    """Save how text is generated as the original says it: transformers refuses to save some."""
+    settings.to_json_file(folder / "generation_config.json")
 
 
 def _write_for_earlier_versions(folder: Path, settings: Mapping[str, Any]) -> None:

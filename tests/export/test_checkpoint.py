@@ -33,7 +33,7 @@ def test_any_tool_computes_the_originals_function(
     subject = make_subject(model_type, FUSED, **FAMILIES[model_type])
     checkpoint.write(subject, str(tmp_path / "c"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
-    fused = subject.fused(())
+    fused = subject.fused({})
     restore(fused)
     assert model.dtype == torch.bfloat16
     for name, tensor in fused.state_dict().items():  # rounded once
