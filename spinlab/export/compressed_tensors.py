@@ -7,8 +7,8 @@ range that it chooses (`spinlab.export.profiles`), and ties are rounded its way.
 
 R1 and R2 are in the weights, R4 is the reader's to apply (`transform_config`): vLLM does, on one
 GPU, transformers leaves it out. Weights were rounded behind the exact R4. So where its matrix is
-not one of signs, inputs are turned by one that 16 bits hold, and are off by 2^-9 of their length at
-most, as they are where 16 bits hold them.
+not one of signs, inputs are turned by one that 16 bits hold, which leaves them off by about 2^-10
+of their length: no more than 16 bits do to them anyway.
 """
 
 import logging
@@ -31,7 +31,14 @@ from spinlab.export.packing import (
     transform_of,
 )
 from spinlab.export.parts import check_made, check_settings
-from spinlab.export.profiles import CANNOT, FORM, check_profile, schemes_of
+from spinlab.export.profiles import (
+    CANNOT,
+    FORM,
+    PROFILES,
+    check_profile,
+    ranges_differ,
+    schemes_of,
+)
 from spinlab.export.stock import save_stock
 from spinlab.finite import check_finite
 from spinlab.model.load import cast_model, meta_model
@@ -73,7 +80,20 @@ def write(subject: Subject, path: str) -> None:
         save_stock(model, subject.tokenizer(), partial, tensors, own, settings)
         told = {"profile": subject.config.export.profile}
         write_listing(partial, "compressed_tensors", subject.record, told)
-    log.info("%-12s %s in %s", "export", subject.config.export.profile, path)
+    _tell(setting, subject.config, transform)
+
+
+def _tell(setting: str, config: Config, transform: Transform | None) -> None:
+    """Say what was written, and what its readers do otherwise."""
+    profile = config.export.profile
+    log.info("%-12s %s as %s", "export", setting, profile)
+    if ranges_differ(config.quant):
+        log.warning(
+            "%s: readers choose the range of inputs, and transformers another than this run: "
+            "quant=%s has its own",
+            setting,
+            PROFILES[profile].preset,
+        )
     if transform is not None:
         log.warning(
             "%s has an online R4, which vLLM applies and transformers leaves out: docs/serving.md "

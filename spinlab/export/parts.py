@@ -49,10 +49,12 @@ def check_settings(setting: str, form: str, cannot: Collection[str], config: Con
     """
     _refuse(setting, form, of_settings(config, cannot))
     source = _source(config)
-    if source is None:
-        return
-    lost = [name for name in cannot if name in _of_file(source[1], config)]
-    _refuse(setting, form, lost, f"which {source[0]} brings")
+    brought = [] if source is None else _of_file(source[1], config)
+    if source is not None and (lost := [name for name in cannot if name in brought]):
+        raise InputError(
+            f"{setting}: {form} cannot hold {_names(lost)}, which {source[0]} brings: use "
+            "export.transformed, which keeps them, or rotations without them"
+        )
 
 
 def check_made(setting: str, form: str, cannot: Collection[str], rotations: RotationSet) -> None:
@@ -70,17 +72,14 @@ def parts_of(rotations: RotationSet) -> set[str]:
     return {name for name, found in there.items() if found}
 
 
-def _refuse(setting: str, form: str, lost: Collection[str], where: str = "") -> None:
-    if not lost:
-        return
-    parts = [PARTS[name] for name in lost]
-    names, cures = ", ".join(p.name for p in parts), " ".join(p.cure for p in parts)
-    if where:
-        cures = "export.transformed, which keeps them, or rotations without them"
-    raise InputError(
-        f"{setting}: {form} cannot hold {names}{where and f', {where}'}: "
-        f"{'use' if where else 'set'} {cures}"
-    )
+def _refuse(setting: str, form: str, lost: Collection[str]) -> None:
+    if lost:
+        cures = " ".join(PARTS[name].cure for name in lost)
+        raise InputError(f"{setting}: {form} cannot hold {_names(lost)}: set {cures}")
+
+
+def _names(parts: Collection[str]) -> str:
+    return ", ".join(PARTS[part].name for part in parts)
 
 
 def of_settings(config: Config, among: Collection[str] = tuple(PARTS)) -> list[str]:

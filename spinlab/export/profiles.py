@@ -14,9 +14,9 @@ from spinlab.export.parts import PARTS, of_settings
 from spinlab.fakequant.insert import check_patterns, weight_format
 from spinlab.model.map import ModelMap
 
-# of inputs, by their bits: no clipping, as spinlab has it by default, or the range of the package's
-# own reader, whose scale is max|x| / (2^(b-1) - 1/2), a part of spinlab's max|x| / (2^(b-1) - 1)
-RATIOS = {8: (254 / 255, 1.0), 4: (14 / 15, 1.0)}
+# clip ratios of inputs, by their bits: that of the package's reader, whose scale is max|x| over
+# 2^(b-1) - 1/2, where spinlab's is over 2^(b-1) - 1; and none, which is spinlab's default
+_RATIOS = {8: (254 / 255, 1.0), 4: (14 / 15, 1.0)}
 _CLOSE = 1e-6
 
 
@@ -74,10 +74,15 @@ def check_profile(setting: str, config: Config) -> None:
     others = [other for other, p in PROFILES.items() if p.inputs == bits != profile.inputs]
     raise InputError(
         f"{setting}: export.profile={name} has no place for {', '.join(found)}: set "
-        f"{' '.join(nearest)} "
-        f"(quant={profile.preset} kv=kv16 fit it)"
+        f"{' '.join(nearest)} (quant={profile.preset} kv=kv16 fit it)"
         + "".join(f", or export.profile={other}" for other in others)
     )
+
+
+def ranges_differ(quant: QuantConfig) -> bool:
+    """Tell whether inputs have another range than the package's reader gives them."""
+    inputs = (f for f in quant.formats("activations") if f.quantizes)
+    return any(abs(f.clip_ratio - _RATIOS[f.bits][0]) > _CLOSE for f in inputs)
 
 
 def schemes_of(setting: str, model_map: ModelMap, quant: QuantConfig) -> dict[str, Scheme]:
@@ -160,7 +165,7 @@ def _faults_of_inputs(name: str, inputs: TensorQuant, bits: tuple[int, ...]) -> 
     yield from _faults_of_kind(name, inputs)
     if inputs.group_size:
         yield _Fault(f"{name}.group_size", inputs.group_size, 0)
-    ratios = RATIOS.get(inputs.bits, (1.0,))
+    ratios = _RATIOS.get(inputs.bits, (1.0,))
     if all(abs(inputs.clip_ratio - ratio) > _CLOSE for ratio in ratios):
         yield _Fault(f"{name}.clip_ratio", inputs.clip_ratio, _nearest(inputs.clip_ratio, ratios))
 

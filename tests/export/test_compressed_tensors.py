@@ -112,7 +112,7 @@ R4 = {
     "hadamard": ([], 64, 1e-5),
     "hadamard in blocks": (["rotation.r4_block=16"], 16, 1e-5),
     "random-hadamard": ([], 96, 1e-5),  # 12·8: no power of two; the signs are exact
-    # a matrix of any numbers is rounded to bfloat16: inputs of two layers are off by 2^-9
+    # a matrix of any numbers is rounded to bfloat16: inputs of two layers are off by 2^-10
     "random-hadamard of any kind": (["rotation.r4=random"], 64, 2**-8),
 }
 
@@ -204,6 +204,20 @@ def test_inputs_have_the_range_of_the_packages_reader_but_for_ties():
         assert between[differ].max() < 1 / 1000 and differ.float().mean() < 0.01
 
 
+def test_what_readers_do_otherwise_is_said(make_subject, tmp_path, caplog):
+    turned = "transformers leaves out"
+    ranges = "transformers another than this run: quant=w4a4_vllm has its own"
+    for settings, said in (
+        ([], [turned]),
+        (["rotation.r4=none"], []),
+        (["rotation.r4=none", "quant.activations.clip_ratio=1.0"], [ranges]),
+    ):
+        caplog.clear()
+        subject = make_subject("llama", config_of("vllm_w4a4", *settings), **SHAPE)
+        export.write(subject, str(tmp_path / "c"))
+        assert [text for text in (turned, ranges) if text in caplog.text] == said
+
+
 REFUSED = {
     "quant.activations.bits=4.*: set quant.activations.bits=8 .*, or export.profile=vllm_w4a4": [
         "quant=w4a4_vllm"
@@ -229,6 +243,7 @@ REFUSED = {
     "quant.head.bits=8, quant.embedding.bits=8: set quant.head.bits=16 quant.embedding.bits=16": [
         *("quant.head.bits=8", "quant.embedding.bits=8")
     ],
+    "quant.tied.bits=8: set quant.tied.bits=16": ["quant.tied.bits=8"],
     "kv.keys.bits=4, kv.values.bits=4: set kv.keys.bits=16 kv.values.bits=16": ["kv=kv4"],
     "has no place for R3: set rotation.r3=none": ["rotation.r3=hadamard"],
     "has no place for the rotation across heads: set rotation.cross_head=none": [
