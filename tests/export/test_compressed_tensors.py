@@ -12,7 +12,6 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from compressed_tensors.transform import TransformConfig, apply_transform_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -25,6 +24,7 @@ from spinlab.evaluate.perplexity import perplexity
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
 from spinlab.export.listing import read_listing
+from spinlab.export.served import load_served
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer
@@ -49,14 +49,7 @@ def config_in(folder) -> dict[str, Any]:
 
 
 def served(folder) -> PreTrainedModel:
-    """Load a folder through transformers, with the online transforms that it leaves out."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if "transform_config" in (said := config_in(folder)):
-        apply_transform_config(model, TransformConfig.model_validate(said["transform_config"]))
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            if name.endswith("R4_input.weight"):  # which all linears share
-                model.get_parameter(name).data = tensor.float()
-    return model
+    return load_served(folder, torch.float32)
 
 
 def emulated(subject: Subject) -> PreTrainedModel:
