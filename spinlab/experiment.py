@@ -22,7 +22,7 @@ from spinlab.finite import check_finite
 from spinlab.held import Hold
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
-from spinlab.model.load import describe_model
+from spinlab.model.load import describe_model, file_dtype
 from spinlab.report.figures.curves import draw_curves
 from spinlab.report.figures.outliers import TITLES, draw_outliers
 from spinlab.report.tables.record import result_table
@@ -187,6 +187,7 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
         fused=lambda weights: networks.fused(rotations, weights),
         tokenizer=lambda: pipeline.original.tokenizer,
         weights=lambda: weights_in(pipeline.weights("fake")) if rounded else {},
+        dtype=lambda: file_dtype(config.model, pipeline.original.converted),
     )
     write_exports(config, subject)
 

@@ -124,6 +124,8 @@ def test_every_seed_of_64_bits_is_taken():
         (["eval.tasks=[]", "eval.limit=9"], "eval.limit"),
         (["eval.variants=[fake]", "eval.tasks=[piqa]"], "eval.tasks"),
         (["eval.variants=[fake]", "eval.paired=false"], "eval.paired"),
+        (["export.profile=weights_only"], "export.profile"),
+        (["export.gguf_type=q8_0"], "export.gguf_type"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -16,7 +16,10 @@ OPTIONS = [
     for option in options_of(group)
     if (group, option) not in NEED_A_PACKAGE
 ]
-NEEDED = {"learn=inputs": ["rotation=duquant"]}  # the transforms that it learns
+NEEDED = {
+    "learn=inputs": ["rotation=duquant"],  # the transforms that it learns
+    "quant=w4a16": ["learn=two_cores"],  # rounded weights, the only thing that depends on rotations
+}
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
 RUN = [
     *("rotation=identity", "rotation=block_r4"),

@@ -103,7 +103,7 @@ def _write(name: str, layers: int | None, place: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     rotations = initial_rotations(RotationConfig(), map_of(model), generator)
     unused = cast(Any, None)
-    parts = (unused, unused, lambda given: model, byte_tokenizer, lambda: weights)
+    parts = (unused, unused, lambda given: model, byte_tokenizer, lambda: weights, unused)
     write(Subject(config, rotations, {}, *parts), str(place))
     return {"quant": plain(config.quant), "kv": plain(config.kv)}
 

@@ -1,6 +1,5 @@
 """Programs that read exports, each as a model of transformers would be called."""
 
-import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinlab.artefact.read import load
 from spinlab.config import Config
+from spinlab.export.served import load_served
 
-_ONLINE = "R4_input.weight"  # what compressed-tensors applies while the network runs
 Reader = Callable[[Path, Config], Any]
 
 
@@ -62,19 +60,7 @@ def _stock(place: Path, config: Config, **more: Any) -> PreTrainedModel:
 
 def _compressed(place: Path, config: Config) -> PreTrainedModel:
     """Add by the format's own package what transformers does not read: R4."""
-    model = _stock(place, config)
-    said = json.loads((place / "config.json").read_text())["quantization_config"]
-    if not said.get("transform_config"):
-        return model
-    from compressed_tensors.transform import TransformConfig, apply_transform_config
-
-    apply_transform_config(model, TransformConfig.model_validate(said["transform_config"]))
-    for file in place.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith(_ONLINE):
-                    model.get_parameter(name).data = tensors.get_tensor(name).to(model.dtype)
-    return model
+    return load_served(place, getattr(torch, config.model.dtype)).eval()
 
 
 def _gguf(place: Path, config: Config) -> PreTrainedModel:

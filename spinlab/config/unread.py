@@ -73,6 +73,9 @@ def _rules(config: Config, exported: bool) -> Iterator[Rule]:
     else:
         yield from _of_rotations(config)
     yield from _of_measures(config)
+    for target, option in {"compressed_tensors": "profile", "gguf": "gguf_type"}.items():
+        if getattr(config.export, target) is None:
+            yield f"export.{target}=null", [f"export.{option}"]
 
 
 def _of_model(config: Config) -> Iterator[Rule]:

@@ -10,6 +10,7 @@ from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network
+from spinlab.export.stock import save_generation
 from spinlab.model.modules import map_of
 from spinlab.tensors import write_tensors
 from spinlab.weights.quantized import save_weights
@@ -42,7 +43,7 @@ def write(subject: Subject, path: str) -> None:
     with new_folder("export.artefact", path) as partial:
         model.config.save_pretrained(partial)
         assert model.generation_config is not None
-        model.generation_config.save_pretrained(partial)
+        save_generation(model.generation_config, partial)
         subject.tokenizer().save_pretrained(partial)
         save_weights(weights, partial / WEIGHTS)
         write_tensors(partial / REST, rest)

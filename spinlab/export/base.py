@@ -11,6 +11,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.config import Config
@@ -28,6 +29,7 @@ class Subject:
     model is one of its own, in the run's dtype and without modules of spinlab's: the `original`;
     `rotated` has R1 and R2 fused and nothing quantized; `fused` has everything fused that is not
     online, but for the rounded weights that it is given. weights: the rounded ones, by linear.
+    dtype: of 16 bits, which the original declares, for files in 16 bits.
     """
 
     config: Config
@@ -38,6 +40,7 @@ class Subject:
     fused: Callable[[Mapping[str, QuantizedWeight]], PreTrainedModel]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Callable[[], Mapping[str, QuantizedWeight]]
+    dtype: Callable[[], torch.dtype]
 
 
 class Export(Protocol):

@@ -9,15 +9,14 @@ together, so neither is forgotten.
 import logging
 from dataclasses import replace
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder as check
 from spinlab.export.folder import new_folder
 from spinlab.export.identity import digests_of, mark
+from spinlab.export.stock import save_stock
 from spinlab.model.files import MANIFEST
-from spinlab.model.modules import restore
 from spinlab.rotation.rotations import RotationSet
 
 __all__ = ["check", "save_transformed", "write"]
@@ -43,11 +42,8 @@ def save_transformed(
     """
     about = rotations.about or {}
     fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
-    restore(model)
-    model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     with new_folder("export.transformed", path) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_stock(model, tokenizer, partial)
         about = {**about, "fused": [*about.get("fused", []), *fused], "files": digests_of(partial)}
         replace(rotations, r1=None, r2=None, about=about).save(partial / MANIFEST)
         mark(partial)

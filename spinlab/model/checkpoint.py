@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spinlab import parallel
@@ -54,6 +55,13 @@ class Checkpoint:
         config = config_from(f"{file}: ", settings)
         config.name_or_path = self.origin.get("hub", "")  # some tokenizers are known by it
         return config
+
+    @property
+    def half(self) -> torch.dtype:
+        """The dtype of 16 bits that the config declares; bfloat16 where it declares another."""
+        settings = read_json(self.folder / CONFIG)
+        declared = settings.get("dtype", settings.get("torch_dtype"))
+        return torch.float16 if declared == "float16" else torch.bfloat16
 
     @cached_property
     def weights(self) -> list[Path]:

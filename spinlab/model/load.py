@@ -201,6 +201,13 @@ def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTok
     return tokenizer
 
 
+def file_dtype(config: ModelConfig, converted: Path | None) -> torch.dtype:
+    """Return the dtype of files in 16 bits: what the checkpoint declares, else bfloat16."""
+    if config.weights == "random":
+        return torch.bfloat16
+    return checkpoint_of(config, converted).half
+
+
 def vocabulary(config: ModelConfig, converted: Path | None) -> int:
     """Return how many tokens the model knows."""
     return _described(config, converted).vocab_size

@@ -77,6 +77,7 @@ def export(tmp_path) -> Callable[..., Exported]:
             fused=lambda weights: networks.fused(rotations, weights),
             tokenizer=byte_tokenizer,
             weights=lambda: weights,
+            dtype=lambda: torch.bfloat16,
         )
         write(subject, str(tmp_path / name))
         return tmp_path / name, networks.integer(rotations, weights, backend)

@@ -1,0 +1,40 @@
+"""The rotated model as a stock checkpoint in 16 bits, for any other tool.
+
+It computes the original's function, with nothing that runs online: R1, R2 and folded scales are in
+the weights, and what weights cannot hold is refused. `spinlab.export.transformed` writes such
+parts beside its weights, in a manifest that only spinlab reads.
+"""
+
+import logging
+from pathlib import Path
+
+from spinlab.config import Config
+from spinlab.export.base import Subject
+from spinlab.export.folder import check_folder, new_folder
+from spinlab.export.listing import write_listing
+from spinlab.export.parts import PARTS, check_made, check_settings
+from spinlab.export.stock import save_stock
+from spinlab.finite import check_finite
+from spinlab.model.load import cast_model
+
+log = logging.getLogger(__name__)
+
+_FORM = "a checkpoint in 16 bits"
+
+
+def check(setting: str, target: Path, config: Config) -> None:
+    """Raise InputError for rotations that such a file cannot hold, and as `check_folder` does."""
+    check_settings(setting, _FORM, tuple(PARTS), config)
+    check_folder(setting, target, config)
+
+
+def write(subject: Subject, path: str) -> None:
+    """Write the fused model, rounded once from the run's dtype to 16 bits."""
+    check_made(f"export.checkpoint={path}", _FORM, tuple(PARTS), subject.rotations)
+    dtype = subject.dtype()
+    model = cast_model(subject.fused({}), dtype)
+    check_finite(dict(model.named_parameters()), f"weights do not fit into {dtype}")
+    with new_folder("export.checkpoint", path) as partial:
+        save_stock(model, subject.tokenizer(), partial)
+        write_listing(partial, "checkpoint", subject.record)
+    log.info("%-12s rotated model in 16 bits in %s", "export", path)

@@ -1,0 +1,132 @@
+"""Parts of a run's rotations that stock weights cannot hold, and the refusal of what would be lost.
+
+Settings tell of most before any work is done, and of the rest the file that rotations come from;
+what was made tells of all.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from spinlab.config import Config
+from spinlab.errors import InputError
+from spinlab.export.targets import place_of
+from spinlab.model.files import MANIFEST
+from spinlab.model.load import meta_model
+from spinlab.model.modules import map_of
+from spinlab.rotation.ranges import with_fitting_ranges
+from spinlab.rotation.rotations import ONLINE, RotationSet
+from spinlab.rotation.stored import read_about
+
+
+@dataclass(frozen=True)
+class Part:
+    """Name a part as sentences do, and the setting that leaves it out."""
+
+    name: str
+    cure: str
+
+
+PARTS: Mapping[str, Part] = {
+    "r3": Part("R3", "rotation.r3=none"),
+    "r4": Part("R4", "rotation.r4=none"),
+    "cross_head": Part("the rotation across heads", "rotation.cross_head=none"),
+    "inputs": Part("online transforms of single inputs", "rotation.inputs=none"),
+    "scales": Part("online scales of inputs", "rotation.smooth_groups=[qkv,gate_up]"),
+    "clips": Part("learned ranges of inputs", "learn.lr.input_clip=0"),
+    "weight_clips": Part("learned ranges of weights", "learn.lr.clip=0"),
+}
+
+
+def check_settings(setting: str, form: str, cannot: Collection[str], config: Config) -> None:
+    """Raise InputError for parts that settings, or a file that they name, let expect.
+
+    setting: as the user wrote it. form: what is written, as sentences call it. cannot: what it
+    cannot hold, by names of PARTS. A file that cannot be read is left to who reads it.
+    """
+    _refuse(setting, form, of_settings(config, cannot))
+    source = _source(config)
+    brought = [] if source is None else _of_file(source[1], config)
+    if source is not None and (lost := [name for name in cannot if name in brought]):
+        raise InputError(
+            f"{setting}: {form} cannot hold {_names(lost)}, which {source[0]} brings: use "
+            "export.transformed, which keeps them, or rotations without them"
+        )
+
+
+def check_made(setting: str, form: str, cannot: Collection[str], rotations: RotationSet) -> None:
+    """Raise InputError for parts that rotations have, however they came by them."""
+    _refuse(setting, form, [name for name in cannot if name in parts_of(rotations)])
+
+
+def parts_of(rotations: RotationSet) -> set[str]:
+    """Return the names of the parts that there are."""
+    online = [t for t in rotations.inputs.values() if t.is_online]
+    there: dict[str, Any] = {name: getattr(rotations, name) is not None for name in ONLINE}
+    there["inputs"] = any(t.dual is not None for t in online)
+    there["scales"] = any(t.scale is not None and not t.folded for t in online)
+    there |= {"clips": rotations.clips, "weight_clips": rotations.weight_clips}
+    return {name for name, found in there.items() if found}
+
+
+def _refuse(setting: str, form: str, lost: Collection[str]) -> None:
+    if lost:
+        cures = " ".join(PARTS[name].cure for name in lost)
+        raise InputError(f"{setting}: {form} cannot hold {_names(lost)}: set {cures}")
+
+
+def _names(parts: Collection[str]) -> str:
+    return ", ".join(PARTS[part].name for part in parts)
+
+
+def of_settings(config: Config, among: Collection[str] = tuple(PARTS)) -> list[str]:
+    """Return which parts settings ask for; what files bring is not told by them."""
+    rotation, learn = config.rotation, config.learn
+    there = {"weight_clips": learn.steps and learn.lr.clip}
+    there["clips"] = learn.steps and learn.lr.input_clip
+    if _source(config) is None:
+        kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
+        there |= {name: kind != "identity" for name, kind in kinds.items()}
+        there["inputs"] = rotation.inputs != "none"
+        there["scales"] = rotation.smooth is not None and _runs_online(config)
+    return [name for name in among if there.get(name)]
+
+
+def _runs_online(config: Config) -> bool:
+    """Tell whether a scale of smoothing has nowhere to go: no norm or linear takes all of it."""
+    inputs = map_of(meta_model(config.model, None)).inputs
+    return any(not i.folds for i in inputs if i.name in config.rotation.smooth_groups)
+
+
+def _source(config: Config) -> tuple[str, Path] | None:
+    """Return the file that brings all rotations, after the setting that names it."""
+    load, model = config.rotation.load, config.model.path
+    if model and (manifest := place_of(model) / MANIFEST).is_file():
+        return f"model.path={model}", manifest
+    if load and load.endswith(".safetensors"):
+        return f"rotation.load={load}", place_of(load)
+    return None
+
+
+def _of_file(path: Path, config: Config) -> set[str]:
+    """Return the parts in a file of rotations, by the names of its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        about = read_about(path)
+    except (OSError, SafetensorError, InputError):
+        return set()  # who reads it says what is wrong with it
+    parts = {name for name in ONLINE if f"{name}.left" in names}
+    ends = {n.rpartition(".")[2] for n in names if n.startswith("inputs.")}
+    parts |= {part for end, part in {"first": "inputs", "scale": "scales"}.items() if end in ends}
+    if config.learn.steps:
+        return parts  # ranges are learned anew
+    ranges = RotationSet(
+        clips={n: 1.0 for n in names if n.startswith("clip.")},
+        weight_clips=dict.fromkeys((n for n in names if n.startswith("weight_clip.")), None),  # pyright: ignore[reportArgumentType]
+        about=about,
+    )
+    return parts | parts_of(with_fitting_ranges(ranges, config.quant, config.weights.method))

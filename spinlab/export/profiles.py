@@ -1,0 +1,198 @@
+"""Profiles of compressed-tensors: the formats that its readers run, and which settings fit them.
+
+What a profile cannot carry is refused, with the nearest setting that it can.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from spinlab.config import Config, QuantConfig, TensorQuant
+from spinlab.errors import InputError
+from spinlab.export.parts import PARTS, of_settings
+from spinlab.fakequant.insert import check_patterns, weight_format
+from spinlab.model.map import ModelMap
+
+# clip ratios of inputs, by their bits: that of the package's reader, whose scale is max|x| over
+# 2^(b-1) - 1/2, where spinlab's is over 2^(b-1) - 1; and none, which is spinlab's default
+_RATIOS = {8: (254 / 255, 1.0), 4: (14 / 15, 1.0)}
+_CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Describe what most linears have; quant.overrides may give single ones what `_OTHERS` has.
+
+    weights, inputs: bits, of which inputs of 16 are floats. preset: of conf/quant, which fits.
+    """
+
+    weights: tuple[int, ...]
+    inputs: int
+    preset: str
+
+
+PROFILES = {
+    "vllm_w4a8": Profile((4,), 8, "w4a8_vllm"),
+    "vllm_w4a4": Profile((4,), 4, "w4a4_vllm"),
+    "weights_only": Profile((4, 8), 16, "w4a16"),
+}
+_OTHERS = (4, 8, 16)  # bits of weights, and of inputs
+_GROUPS = (0, 128, 64, 32)  # that vLLM's kernels take; 0: per channel
+FORM = "compressed-tensors"
+CANNOT = ("r3", "cross_head", "inputs", "scales", "clips")  # parts of rotations
+
+
+class Scheme(NamedTuple):
+    """Describe a quantized linear: bits of its weight in groups (0: per channel), and of inputs."""
+
+    weights: int
+    group_size: int
+    inputs: int
+
+
+class _Fault(NamedTuple):
+    """Name a setting that does not fit, its value, and the nearest that does."""
+
+    name: str
+    found: Any
+    nearest: Any
+
+
+def check_profile(setting: str, config: Config) -> None:
+    """Raise InputError for settings that the profile cannot carry: for all of them at once."""
+    name = config.export.profile
+    profile = PROFILES[name]
+    faults = [*_faults_of_formats(profile, config.quant), *_faults_elsewhere(config)]
+    parts = [PARTS[part] for part in of_settings(config, CANNOT)]
+    if not faults and not parts:
+        return
+    found = [f"{fault.name}={_said(fault.found)}" for fault in faults]
+    nearest = [f"{fault.name}={_said(fault.nearest)}" for fault in faults]
+    found, nearest = [*found, *(p.name for p in parts)], [*nearest, *(p.cure for p in parts)]
+    bits = config.quant.activations.bits
+    others = [other for other, p in PROFILES.items() if p.inputs == bits != profile.inputs]
+    raise InputError(
+        f"{setting}: export.profile={name} has no place for {', '.join(found)}: set "
+        f"{' '.join(nearest)} (quant={profile.preset} kv=kv16 fit it)"
+        + "".join(f", or export.profile={other}" for other in others)
+    )
+
+
+def ranges_differ(quant: QuantConfig) -> bool:
+    """Tell whether inputs have another range than the package's reader gives them."""
+    inputs = (f for f in quant.formats("activations") if f.quantizes)
+    return any(abs(f.clip_ratio - _RATIOS[f.bits][0]) > _CLOSE for f in inputs)
+
+
+def schemes_of(setting: str, model_map: ModelMap, quant: QuantConfig) -> dict[str, Scheme]:
+    """Return the scheme of every linear that is quantized, by its path.
+
+    Raises InputError for what settings alone do not tell: an input that is rounded before a weight
+    that is not, and linears with a common input, which readers fuse, of different schemes.
+    """
+    check_patterns(model_map, quant)
+    found: dict[str, Scheme] = {}
+    shared: dict[str, Scheme | None] = {}
+    for site in model_map.sites:
+        weight, inputs = weight_format(site, quant), quant.format_at("activations", site.path)
+        if weight is None and site.quantized and inputs.quantizes:
+            raise InputError(
+                f"{setting}: {site.path} has a weight of 16 bits and an input of {inputs.bits}, "
+                "which the format cannot express: give quant.overrides both or neither"
+            )
+        scheme = weight and Scheme(weight.bits, weight.group_size, inputs.bits)
+        if shared.setdefault(site.key, scheme) != scheme:
+            raise InputError(
+                f"{setting}: {site.path} has another format than the linears that share its "
+                "input, with which readers fuse it: give quant.overrides the same for all of them"
+            )
+        if scheme is not None:
+            found[site.path] = scheme
+    if not found:
+        raise InputError(f"{setting}: no linear has a weight of fewer than 16 bits")
+    return found
+
+
+def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]:
+    """Yield what does not fit of the formats of linears, embedding and head.
+
+    What an override has of the formats that it changes is told once.
+    """
+    kinds = quant.formats("weights"), quant.formats("activations")
+    usual = _faults_of("quant", profile.weights, (profile.inputs,), kinds[0][0], kinds[1][0])
+    yield from (told := list(usual))
+    known = {(fault.name.removeprefix("quant"), fault.found) for fault in told}
+    for entry, *formats in zip(quant.overrides, kinds[0][1:], kinds[1][1:], strict=True):
+        place = f"quant.overrides[{entry.pattern}]"
+        for fault in _faults_of(place, _OTHERS, _OTHERS, *formats):
+            if (fault.name.removeprefix(place), fault.found) not in known:
+                yield fault
+    if quant.o_proj_per_head and quant.quantizes("activations"):
+        yield _Fault("quant.o_proj_per_head", True, False)
+    for name in ("head", "embedding", "tied"):
+        if (found := getattr(quant, name)).quantizes:
+            yield _Fault(f"quant.{name}.bits", found.bits, 16)
+
+
+def _faults_of(
+    place: str,
+    weight_bits: tuple[int, ...],
+    input_bits: tuple[int, ...],
+    weights: TensorQuant,
+    inputs: TensorQuant,
+) -> Iterator[_Fault]:
+    yield from _faults_of_weights(f"{place}.weights", weights, weight_bits)
+    yield from _faults_of_inputs(f"{place}.activations", inputs, input_bits)
+
+
+def _faults_of_weights(name: str, weights: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Fault]:
+    if weights.bits not in bits:
+        yield _Fault(f"{name}.bits", weights.bits, _nearest(weights.bits, bits))
+    if not weights.quantizes:
+        return
+    yield from _faults_of_kind(name, weights)
+    if weights.group_size not in _GROUPS:
+        size = weights.group_size
+        yield _Fault(f"{name}.group_size", size, _nearest(size, _GROUPS[1:]))
+
+
+def _faults_of_inputs(name: str, inputs: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Fault]:
+    if inputs.bits not in bits:
+        yield _Fault(f"{name}.bits", inputs.bits, _nearest(inputs.bits, bits))
+    if not inputs.quantizes:
+        return
+    yield from _faults_of_kind(name, inputs)
+    if inputs.group_size:
+        yield _Fault(f"{name}.group_size", inputs.group_size, 0)
+    ratios = _RATIOS.get(inputs.bits, (1.0,))
+    if all(abs(inputs.clip_ratio - ratio) > _CLOSE for ratio in ratios):
+        yield _Fault(f"{name}.clip_ratio", inputs.clip_ratio, _nearest(inputs.clip_ratio, ratios))
+
+
+def _faults_of_kind(name: str, format: TensorQuant) -> Iterator[_Fault]:
+    if format.format != "integer":
+        yield _Fault(f"{name}.format", format.format, "integer")
+    if not format.symmetric:
+        yield _Fault(f"{name}.symmetric", False, True)
+
+
+def _faults_elsewhere(config: Config) -> Iterator[_Fault]:
+    for side, codec in config.kv.sides.items():
+        if codec.quantizes:
+            yield _Fault(f"kv.{side}.bits", codec.bits, 16)
+
+
+def _nearest(found: float, choices: tuple[Any, ...]) -> Any:
+    return min(choices, key=lambda choice: abs(choice - found))
+
+
+def _said(value: Any) -> str:
+    """Write a value as a command does."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def by_scheme(schemes: Mapping[str, Scheme]) -> list[tuple[Scheme, list[str]]]:
+    """Return the schemes, the most common first, each with the paths of its linears."""
+    counted = Counter(schemes.values()).most_common()
+    return [(scheme, [p for p, s in schemes.items() if s == scheme]) for scheme, _ in counted]

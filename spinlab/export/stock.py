@@ -1,0 +1,63 @@
+"""A stock checkpoint folder, as transformers of this version and of earlier ones reads it."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from spinlab.files import write_json
+from spinlab.model.files import CONFIG, read_json
+from spinlab.model.modules import restore
+
+_TOKENIZER = "tokenizer_config.json"
+
+
+def save_stock(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    further: Mapping[str, torch.Tensor] | None = None,
+    without: Collection[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a model with its tokenizer and how text is generated from it. The model is overwritten.
+
+    further: tensors beside the model's own. without: names of its own that are left out. settings:
+    further entries of the config.
+    """
+    restore(model)
+    model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
+    state = {n: t for n, t in model.state_dict().items() if n not in without} | dict(further or {})
+    said, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(folder, state_dict=state)
+    save_generation(said or GenerationConfig(), folder)
+    tokenizer.save_pretrained(folder)
+    _write_for_earlier_versions(folder, settings or {})
+
+
+def save_generation(settings: GenerationConfig, folder: Path) -> None:
+    """Save how text is generated as the original says it: transformers refuses to save some."""
+    settings.to_json_file(folder / "generation_config.json")
+
+
+def _write_for_earlier_versions(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say again, in transformers 4's words, what its readers would take a default for.
+
+    It knows RoPE by two entries, and tokenizers that are no family's own by another class.
+    """
+    config = {**read_json(folder / CONFIG), **settings}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # not where it differs between kinds of layers
+        apart = {n: rope[n] for n in ("rope_theta", "partial_rotary_factor") if n in rope}
+        scaling = {name: value for name, value in rope.items() if name not in apart}
+        plain = scaling.get("rope_type", "default") == "default"
+        config |= {**apart, "rope_scaling": None if plain else scaling}
+    write_json(folder / CONFIG, {**config, "torch_dtype": config.get("dtype")})
+    tokenizer = read_json(folder / _TOKENIZER)
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how it was loaded here
+        tokenizer.pop(name, None)
+    write_json(folder / _TOKENIZER, tokenizer)

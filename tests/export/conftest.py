@@ -1,0 +1,47 @@
+"""What exports are given, made of tiny models."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spinlab.config import Config
+from spinlab.export.base import Subject
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.load import cast_model
+from spinlab.model.modules import map_of
+from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation.initial import initial_rotations
+from spinlab.weights.layerwise import quantize_rtn
+
+
+@pytest.fixture
+def make_subject(make_family_model) -> Callable[..., Subject]:
+    """Return a maker of subjects: float32 models of a family, rotated and rounded to nearest."""
+
+    def make(model_type: str, config: Config, seed: int = 0, **changes) -> Subject:
+        def original():
+            return cast_model(make_family_model(model_type, seed, **changes), torch.float32)
+
+        generator = torch.Generator().manual_seed(seed)
+        rotations = initial_rotations(config.rotation, map_of(original()), generator)
+        networks = QuantizedNetworks(original, config.quant, config.kv)
+
+        def weights():
+            model = networks.fused(rotations)
+            return quantize_rtn(model, config.quant, config.weights.clip, {})
+
+        return Subject(
+            config,
+            replace(rotations, about={"family": model_type}),
+            {"name": "tiny"},
+            original=original,
+            rotated=lambda: networks.stream_rotated(rotations),
+            fused=lambda rounded: networks.fused(rotations, rounded),
+            tokenizer=byte_tokenizer,
+            weights=weights,
+            dtype=lambda: torch.bfloat16,
+        )
+
+    return make

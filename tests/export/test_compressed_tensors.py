@@ -1,0 +1,301 @@
+"""compressed-tensors: what other readers compute is the run's own network, or a sentence."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from spinlab import experiment
+from spinlab.compose import composed
+from spinlab.config import Config, ModelConfig
+from spinlab.data.text import TEXTS
+from spinlab.errors import InputError
+from spinlab.evaluate.perplexity import perplexity
+from spinlab.export import compressed_tensors as export
+from spinlab.export.base import Subject, check_exports
+from spinlab.export.listing import read_listing
+from spinlab.export.served import load_served
+from spinlab.fakequant.insert import insert_fake_quant
+from spinlab.formats import format_of
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.model.load import check_model
+from spinlab.model.modules import linears_of
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.text import windows_in
+from spinlab.weights.quantized import set_dequantized
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+FIT = ["+experiment=toy", "learn=none", "kv=kv16", "rotation.r3=none", "eval.variants=[fp,fake]"]
+
+
+def config_of(profile: str, *settings: str) -> Config:
+    presets = {"vllm_w4a8": "w4a8_vllm", "vllm_w4a4": "w4a4_vllm", "weights_only": "w4a16"}
+    quant = [f"quant={presets[profile]}", "quant.weights.group_size=32"]
+    return composed(*FIT, *quant, f"export.profile={profile}", *settings)
+
+
+def config_in(folder) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def served(folder) -> PreTrainedModel:
+    return load_served(folder, torch.float32)
+
+
+def emulated(subject: Subject) -> PreTrainedModel:
+    """Return the run's network of dequantized floats, rounded to 16 bits where the file is."""
+    weights = {
+        name: replace(weight, scale=weight.scale.bfloat16().float())
+        for name, weight in subject.weights().items()
+    }
+    model = subject.fused(weights)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    insert_fake_quant(model, subject.rotations, subject.config.quant)
+    for site, linear in linears_of(model):
+        if site.path in weights:
+            set_dequantized(linear, weights[site.path])
+    return model
+
+
+def by_package(quantizer: TokenQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """Quantize and dequantize inputs (..., tokens, width) with the package's own functions."""
+    args = QuantizationArgs(
+        num_bits=quantizer.format.bits, symmetric=True, strategy="token", dynamic=True
+    )
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    return fake_quantize(x, scale, zero, args)
+
+
+@pytest.fixture
+def as_package_rounds(monkeypatch):
+    """Quantize the run's inputs with the package's functions, whose ties float noise breaks."""
+    monkeypatch.setattr(TokenQuantizer, "round_trip", by_package)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("profile", ["vllm_w4a8", "vllm_w4a4", "weights_only"])
+def test_transformers_computes_the_runs_network(
+    make_subject, as_package_rounds, tmp_path, ids, model_type, profile
+):
+    """With every bit here; another order of additions would leave float noise."""
+    subject = make_subject(model_type, config_of(profile), **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    expected, model = emulated(subject)(ids).logits, served(tmp_path / "c")
+    assert difference(model(ids).logits, expected) < 1e-5
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.float32)
+    assert difference(alone(ids).logits, expected) > 0.1  # without R4
+
+
+R4 = {
+    "hadamard": ([], 64, 1e-5),
+    "hadamard in blocks": (["rotation.r4_block=16"], 16, 1e-5),
+    "random-hadamard": ([], 96, 1e-5),  # 12·8: no power of two; the signs are exact
+    # a matrix of any numbers is rounded to bfloat16: inputs of two layers are off by 2^-10
+    "random-hadamard of any kind": (["rotation.r4=random"], 64, 2**-8),
+}
+
+
+@pytest.mark.parametrize("kind", R4)
+def test_what_turns_inputs_online_travels_with_its_blocks(make_subject, tmp_path, ids, kind):
+    settings, width, bound = R4[kind]
+    shape = {**SHAPE, "intermediate_size": 64 if width == 16 else width}
+    subject = make_subject("llama", config_of("weights_only", *settings), **shape)
+    export.write(subject, str(tmp_path / "c"))
+    said = config_in(tmp_path / "c")["transform_config"]["config_groups"]["R4"]
+    assert (said["type"], said["head_dim"]) == (kind.split()[0], width)
+    stored = load_file(tmp_path / "c" / "model.safetensors")
+    turning = [name for name in stored if "R4" in name]
+    assert turning == ["model.layers.0.mlp.down_proj.R4_input.weight"]
+    assert stored[turning[0]].shape == (width, width)
+    found = difference(served(tmp_path / "c")(ids).logits, emulated(subject)(ids).logits)
+    assert found < bound
+    assert (found > 1e-5) == ("any" in kind)
+
+
+def test_a_model_without_r4_needs_nothing_but_transformers_in_a_process_of_its_own(
+    make_subject, tmp_path, ids
+):
+    subject = make_subject("qwen2", config_of("weights_only", "rotation.r4=none"), **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    load = "AutoModelForCausalLM.from_pretrained('c', dtype='float32')"
+    script = (
+        "from safetensors.torch import load_file, save_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"ids, model = load_file('ids.safetensors')['ids'], {load}\n"
+        "save_file({'logits': model(ids).logits.detach()}, 'logits.safetensors')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    assert difference(found, emulated(subject)(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_levels_are_the_runs_own_and_scales_are_rounded_to_the_files_dtype(
+    make_subject, tmp_path, model_type
+):
+    subject = make_subject(model_type, config_of("vllm_w4a8"), **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    stored, weights = load_file(tmp_path / "c" / "model.safetensors"), subject.weights()
+    linears = [name.removesuffix(".weight_packed") for name in stored if "packed" in name]
+    assert len(linears) == (8 if model_type == "phi3" else 14)
+    for name in linears:
+        shape = stored[f"{name}.weight_shape"]
+        levels = unpack_from_int32(stored[f"{name}.weight_packed"], 4, torch.Size(shape))
+        parts = [w for path, w in weights.items() if path == name or path.startswith(f"{name}.")]
+        assert torch.equal(levels.short(), torch.cat([part.levels for part in parts]))
+        scale = torch.cat([part.scale for part in parts])
+        assert torch.equal(stored[f"{name}.weight_scale"], scale.bfloat16())
+        assert f"{name}.weight" not in stored
+
+
+def test_single_linears_have_groups_of_their_own_or_none(
+    make_subject, as_package_rounds, tmp_path, ids
+):
+    eight = '{pattern: "*.mlp.*", weights: {bits: 8, group_size: 0}, '
+    eight += "activations: {bits: 8, clip_ratio: 1.0}}"
+    off = '{pattern: "*.layers.0.mlp.down_proj", weights: {bits: 16}, activations: {bits: 16}}'
+    config = config_of("vllm_w4a4", f"quant.overrides=[{eight},{off}]")
+    subject = make_subject("llama", config, **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    said = config_in(tmp_path / "c")
+    QuantizationConfig.model_validate(said)
+    groups = said["config_groups"].values()
+    assert sorted(len(group["targets"]) for group in groups) == [5, 8]
+    assert "Linear" not in {target for group in groups for target in group["targets"]}
+    assert said["ignore"] == ["model.layers.0.mlp.down_proj", "lm_head"]
+    found = served(tmp_path / "c")(ids).logits
+    assert difference(found, emulated(subject)(ids).logits) < 1e-5
+
+
+def test_inputs_have_the_range_of_the_packages_reader_but_for_ties():
+    """Which are half-way between levels, as every row's largest number is where it is negative."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))[None]
+    for profile, bits in (("vllm_w4a4", 4), ("vllm_w4a8", 8)):
+        settings = config_of(profile).quant.activations
+        quantizer = TokenQuantizer(format_of(settings), 0, settings.clip_ratio)
+        ours, theirs = quantizer.round_trip(x), by_package(quantizer, x)
+        scale = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+        differ = (ours - theirs).abs() > scale / 2
+        between = ((x / scale).remainder(1) - 0.5).abs()
+        assert (ours - theirs).abs().max() < 1.01 * scale.max()
+        assert between[differ].max() < 1 / 1000 and differ.float().mean() < 0.01
+
+
+def test_what_readers_do_otherwise_is_said(make_subject, tmp_path, caplog):
+    turned = "transformers leaves out"
+    ranges = "transformers another than this run: quant=w4a4_vllm has its own"
+    for settings, said in (
+        ([], [turned]),
+        (["rotation.r4=none"], []),
+        (["rotation.r4=none", "quant.activations.clip_ratio=1.0"], [ranges]),
+    ):
+        caplog.clear()
+        subject = make_subject("llama", config_of("vllm_w4a4", *settings), **SHAPE)
+        export.write(subject, str(tmp_path / "c"))
+        assert [text for text in (turned, ranges) if text in caplog.text] == said
+
+
+REFUSED = {
+    "quant.activations.bits=4.*: set quant.activations.bits=8 .*, or export.profile=vllm_w4a4": [
+        "quant=w4a4_vllm"
+    ],
+    "quant.activations.symmetric=false: set quant.activations.symmetric=true": [
+        "quant.activations.symmetric=false"
+    ],
+    "quant.activations.group_size=32: set quant.activations.group_size=0": [
+        "quant.activations.group_size=32"
+    ],
+    "quant.activations.clip_ratio=0.9: set quant.activations.clip_ratio=0.996": [
+        "quant.activations.clip_ratio=0.9"
+    ],
+    "quant.o_proj_per_head=true: set quant.o_proj_per_head=false": ["quant.o_proj_per_head=true"],
+    "quant.weights.bits=3: set quant.weights.bits=4": ["quant.weights.bits=3"],
+    "quant.weights.symmetric=false: set quant.weights.symmetric=true": [
+        "quant.weights.symmetric=false"
+    ],
+    "quant.weights.group_size=48: set quant.weights.group_size=64": ["quant.weights.group_size=48"],
+    r"quant.overrides\[\*.down_proj\].weights.bits=3: set .*bits=4": [
+        'quant.overrides=[{pattern: "*.down_proj", weights: {bits: 3}}]'
+    ],
+    "quant.head.bits=8, quant.embedding.bits=8: set quant.head.bits=16 quant.embedding.bits=16": [
+        *("quant.head.bits=8", "quant.embedding.bits=8")
+    ],
+    "quant.tied.bits=8: set quant.tied.bits=16": ["quant.tied.bits=8"],
+    "kv.keys.bits=4, kv.values.bits=4: set kv.keys.bits=16 kv.values.bits=16": ["kv=kv4"],
+    "has no place for R3: set rotation.r3=none": ["rotation.r3=hadamard"],
+    "has no place for the rotation across heads: set rotation.cross_head=none": [
+        "rotation.cross_head=hadamard"
+    ],
+    "has no place for learned ranges of inputs: set learn.lr.input_clip=0": [
+        *("learn=two_cores", "learn.lr.input_clip=0.01")
+    ],
+    "has a weight of 16 bits and an input of 8": [
+        'quant.overrides=[{pattern: "*.down_proj", weights: {bits: 16}}]'
+    ],
+    "k_proj has another format than the linears that share its input": [
+        'quant.overrides=[{pattern: "*.q_proj", weights: {bits: 8}}]'
+    ],
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_a_profile_cannot_carry_is_refused_with_what_it_can(tmp_path, sentence):
+    config = config_of("vllm_w4a8", *REFUSED[sentence], f"export.compressed_tensors={tmp_path}/c")
+    with pytest.raises(InputError, match=sentence):
+        check_exports(config)
+
+
+def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[compressed-tensors\]'"):
+        check_exports(config_of("vllm_w4a8", f"export.compressed_tensors={tmp_path}/c"))
+
+
+def test_an_export_is_refused_as_a_model_and_replaced_by_a_new_one(make_subject, tmp_path):
+    for seed in (0, 1):
+        subject = make_subject("llama", config_of("vllm_w4a8"), seed, **SHAPE)
+        export.write(subject, str(tmp_path / "c"))
+    assert read_listing("it", tmp_path / "c", "compressed_tensors")["profile"] == "vllm_w4a8"
+    assert (tmp_path / "c" / "generation_config.json").is_file()
+    settings = ModelConfig(weights="pretrained", path=str(tmp_path / "c"))
+    with pytest.raises(InputError, match=r"stored quantized \(compressed-tensors\).*was made from"):
+        check_model(settings)
+
+
+SMOLLM2 = [
+    *("+experiment=smollm2_135m_w4a4kv4", "learn=none", "quant=w4a8_vllm", "kv=kv16"),
+    *("rotation=block_r4", "rotation.r3=none", "eval.variants=[fp,fake]", "eval.tasks=[]"),
+    *("eval.window=512", "eval.max_windows=2", "tracker=none"),
+]
+
+
+@pytest.mark.slow
+def test_the_real_model_is_served_with_the_records_perplexity(tmp_path):
+    """Between them are ties of inputs and scales of 16 bits: 0.1 % here, less than 1 % anywhere."""
+    paths = [f"paths.{name}={tmp_path}/{name}" for name in ("cache", "runs")]
+    config = composed(*SMOLLM2, *paths, f"export.compressed_tensors={tmp_path}/c")
+    pipeline = Pipeline(config)
+    experiment.export(pipeline)
+    recorded = pipeline.measure("fake")["ppl/wiki/fake"]
+    windows = windows_in(pipeline.evaluation)["wiki"]
+    found = perplexity(served(tmp_path / "c"), windows, 1, "served")
+    assert abs(found / recorded - 1) < 0.01
+    text = TEXTS["wiki"]()[1][:400]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
+    assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]
