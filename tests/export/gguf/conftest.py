@@ -1,5 +1,6 @@
 """Tiny models of every family, rotated and rounded, as an export is given them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from spinlab.config import (
     ClipSearch,
@@ -122,3 +139,97 @@ def changed() -> Callable[..., Config]:
         return replace(config, **{part: replace(getattr(config, part), **values)})
 
     return change
+
+
+SAMPLE = """Rotations of a stream: x·R1, and 1234 of 56789 heads. It's WE'LL they've done.
+Größe, façade, naïve über-große Drehungen   mit   Lücken\tund Tabs
+旋转矩阵让离群值消失。日本語のテキスト、한국어 텍스트
+Вращения делают выбросы меньше; στροφή, دوران
+def f(x):\n    return x**2  # ½ of ²
+
+the theatre then thesaurus in the other there rotation rotate rotating 🌀🙂"""
+
+
+@pytest.fixture
+def sample() -> str:
+    """Return text of many scripts, with runs of digits, spaces and line breaks."""
+    return SAMPLE
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Return a maker of tokenizers, trained on a sample, of the kind that llama.cpp names so."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    patterns = dict.fromkeys(("llama-bpe", "smaug-bpe"), words + r"\p{N}{1,3}" + rest)
+    patterns["qwen2"] = words + r"\p{N}" + rest
+
+    def make(name: str) -> PreTrainedTokenizerFast:
+        if name in ("llama", "llama-legacy"):
+            return sentencepiece(name == "llama-legacy")
+        tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+        cut: list[Any] = [pre_tokenizers.ByteLevel(False, use_regex=name not in patterns)]
+        if name in patterns:
+            cut.insert(0, pre_tokenizers.Split(Regex(patterns[name]), "isolated"))
+        if name == "smollm":
+            cut.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        tokenizer.pre_tokenizer = cut[0] if len(cut) == 1 else pre_tokenizers.Sequence(cut)
+        tokenizer.normalizer = normalizers.NFC() if name == "qwen2" else None
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator([SAMPLE] * 2, trainer)
+        return finished(tokenizer, first=name == "llama-bpe")
+
+    return make
+
+
+def sentencepiece(legacy: bool) -> PreTrainedTokenizerFast:
+    """Return a tokenizer as Llama-2's: merges of characters, bytes for the rest.
+
+    legacy: spaces are written by a normalizer, one before the text whatever it begins with.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, limit_alphabet=60, show_progress=False
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    tokenizer.train_from_iterator([SAMPLE] * 2, trainer)
+    definition = {**json.loads(tokenizer.to_str()), "pre_tokenizer": None}
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] == "<unk>"]
+    model = definition["model"]
+    made = dict.fromkeys(left + right for left, right in model["merges"])
+    # all ways to a token, at its first place, as a conversion of SentencePiece's has them
+    vocab = model["vocab"]
+    model["merges"] = [
+        [token[:i], token[i:]]
+        for token in made
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    ]
+    tokenizer = Tokenizer.from_str(json.dumps(definition))
+    if legacy:
+        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return finished(tokenizer, first=True, unk_token="<unk>")
+
+
+def finished(tokenizer: Tokenizer, first: bool, **more: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with special tokens, one of them before each text where `first` is."""
+    tokenizer.add_tokens([AddedToken("<own>", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<s>", "</s>")])
+    if first:
+        place = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=place)
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", **more
+    )
+    found.chat_template = "{{ messages[0].content }}"
+    return found
