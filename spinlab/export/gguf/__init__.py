@@ -58,8 +58,10 @@ def write(subject: Subject, path: str) -> None:
     """Write the file, in place of what an earlier export wrote there."""
     config, setting = subject.config, f"export.gguf={path}"
     kind = config.export.gguf_type
-    weights = {} if kind == "f16" else subject.weights()
+    weights = {} if kind == "f16" else dict(subject.weights())
     model = subject.fused(weights) if weights else subject.rotated()
+    if config.quant.tied.quantizes:  # rounded before it was rotated: what it became is in the model
+        weights.pop(map_of(model).embedding, None)
     described = describe(setting, model)
     vocabulary = vocabulary_of(setting, subject.tokenizer(), embedding_of(model).num_embeddings)
     writer = Writer(described.architecture.name)

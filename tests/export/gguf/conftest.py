@@ -45,6 +45,7 @@ from spinlab.model.load import load_model
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
+from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
 
 SHAPE = {
@@ -98,13 +99,16 @@ def make_subject() -> Callable[..., Subject]:
         rotations = initial_rotations(config.rotation, map_of(original(config)), generator)
         weights = {}
         if config.quant.rounds_weights:
-            weights = quantize_rtn(networks.fused(rotations), config.quant, ClipSearch(), {})
+            tied = quantize_tied(original(config), config.quant, ClipSearch())
+            model = networks.fused(rotations, tied)
+            weights = {**quantize_rtn(model, config.quant, ClipSearch(), {}), **tied}
         return Subject(
             config,
             rotations,
             {"key": "0123", "metrics": {"ppl": 1.5}, "stages": []},
+            original=lambda: original(config),
             rotated=lambda: networks.stream_rotated(rotations),
-            fused=lambda replaced: networks.fused(rotations, replaced),
+            fused=lambda weights: networks.fused(rotations, weights),
             tokenizer=lambda: tokenizer or byte_tokenizer(),
             weights=lambda: weights,
         )

@@ -168,11 +168,32 @@ def test_scales_that_norms_took_over_are_in_the_file(make_subject, make_settings
     """SmoothQuant's scales lie in gains and weights: blocks belong to those gains."""
     path = str(tmp_path / "m.gguf")
     subject = make_subject(make_settings("q4_0", path))
-    model = subject.fused(())
+    model = subject.fused({})
     norm = model.get_submodule("model.layers.0.input_layernorm")
     norm.weight.data = torch.rand(64) + 0.5
-    write(replace(subject, fused=lambda replaced: model), path)
+    write(replace(subject, fused=lambda weights: model), path)
     assert np.array_equal(tensors(path)["blk.0.attn_norm.weight"], norm.weight.numpy())
+
+
+def test_a_tied_matrix_that_was_rounded_before_it_is_rotated_is_in_float16(
+    make_subject, make_settings, changed, read_back, tmp_path, ids
+):
+    path = str(tmp_path / "m.gguf")
+    tied = TensorQuant(bits=3, symmetric=True)
+    config = changed(make_settings("q8_0", path), "quant", tied=tied)
+    check_exports(config)
+    subject = make_subject(config)
+    write(subject, path)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.attn_v.weight"]) == ("F16", "Q8_0")
+    weights = subject.weights()
+    model = subject.fused(weights)
+    for name, weight in weights.items():
+        if "embed" not in name:
+            model.get_submodule(name).weight.data = weight.dequantize()
+    expected = model(ids).logits
+    found = read_back(tmp_path / "m.gguf")(ids).logits
+    assert (found - expected).abs().max() < 16 * HALF * expected.abs().max()
 
 
 def test_a_file_tells_its_shape_and_its_run(make_subject, make_settings, tmp_path):

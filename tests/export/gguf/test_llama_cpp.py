@@ -103,7 +103,7 @@ def test_blocks_are_the_rounded_network_but_for_inputs_of_8_bits(
     config = make_settings(kind, str(file), model_type=family, **FAMILIES[family])
     subject = make_subject(config)
     write(subject, str(file))
-    model = subject.fused(())
+    model = subject.fused({})
     before = model(torch.tensor([IDS])).logits[0]
     for name, weight in subject.weights().items():
         model.get_submodule(name).weight.data = weight.dequantize()
