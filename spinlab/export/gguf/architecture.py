@@ -1,6 +1,6 @@
 """What llama.cpp calls a family, and what its graph of that name computes: the rest is refused.
 
-As read in llama.cpp of October 2026 (src/models, in llama-cpp-python 0.3.36).
+As read in src/models of llama.cpp 0.5.0, which is in llama-cpp-python 0.3.36.
 """
 
 from collections.abc import Iterator
