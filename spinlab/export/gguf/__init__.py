@@ -79,7 +79,8 @@ def write(subject: Subject, path: str) -> None:
         _check_replaceable(setting, target)
         os.replace(file, target)
         sync(target.parent)
-    log.info("%-12s %s model for llama.cpp in %s", "export", kind, path)
+    what = "weights that are not quantized" if kind == "f16" else f"rounded weights ({kind})"
+    log.info("%-12s %s for llama.cpp in %s", "export", what, path)
 
 
 def _check_replaceable(setting: str, target: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import gguf
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
@@ -125,7 +124,8 @@ def _faults(
             if name not in architecture.biases and linear_at(model, path).bias is not None:
                 yield f"bias of {path}"
         every = architecture.unturned
-        if layer.attention.rope == (every and (index + 1) % every == 0):
+        unturned = every > 0 and (index + 1) % every == 0
+        if layer.attention.rope == unturned:
             yield f"RoPE like that of {layer.path}"
     if head_of(model).bias is not None:
         yield f"bias of {model_map.head}"
@@ -138,13 +138,18 @@ def _faults(
 
 
 def _linears(layer: Layer) -> Iterator[tuple[str, str]]:
-    parts = (layer.attention, layer.mlp)
-    names = (*_QKV, "out", "gate", "up", "down")
-    yield from ((n, getattr(p, n)) for p in parts if p for n in names if hasattr(p, n))
+    """Yield the name and path of every linear of a layer."""
+    for part in (layer.attention, layer.mlp):
+        for name in (*_QKV, "out", "gate", "up", "down"):
+            if hasattr(part, name):
+                yield name, getattr(part, name)
 
 
 def _sizes(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float | str]:
-    """Return widths and counts. There are no windows: texts end where the smallest begins."""
+    """Return widths and counts.
+
+    No graph has windows: a text may be as long as the smallest one, up to which they are the same.
+    """
     widths, config = model_map.dimensions, model.config
     windows = [a.window for a in (layer.attention for layer in model_map.layers) if a.window]
     return {
@@ -162,6 +167,7 @@ def _sizes(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float
 
 
 def _rope(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float | str]:
+    """Return what RoPE is but for the factors of single frequencies."""
     found: dict[str, int | float | str] = {
         "rope.dimension_count": _turned(model),
         "rope.freq_base": float(_base(model)),
@@ -174,8 +180,8 @@ def _rope(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float 
 
 
 def _rope_module(model: PreTrainedModel) -> Any:
-    module: nn.Module = model.get_submodule(map_of(model).rope)
-    return module
+    """Return what holds the frequencies: `inv_freq`, (turned width / 2,)."""
+    return model.get_submodule(map_of(model).rope)
 
 
 def _turned(model: PreTrainedModel) -> int:
@@ -184,4 +190,5 @@ def _turned(model: PreTrainedModel) -> int:
 
 
 def _base(model: PreTrainedModel) -> float:
+    """Return the base whose powers the frequencies of plain RoPE are."""
     return model.config.rope_parameters["rope_theta"]

@@ -40,6 +40,7 @@ ROPES = {
     "llama3": ("llama", LLAMA3),
     "linear": ("qwen2", {}),
     "yarn": ("llama", {"original_max_position_embeddings": 32}),
+    "default": ("phi3", {"partial_rotary_factor": 0.5}),  # of a part of each head
 }
 
 
@@ -88,7 +89,8 @@ def test_rope_is_scaled_alike(
 ):
     file, (family, more) = tmp_path / "m.gguf", ROPES[kind]
     rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0, **more}
-    config = make_settings("f16", str(file), model_type=family, rope_parameters=rope)
+    shape = {**FAMILIES[family], "model_type": family, "rope_parameters": rope}
+    config = make_settings("f16", str(file), **shape)
     write(make_subject(config), str(file))
     expected = make_original(config)(torch.tensor([IDS])).logits[0]
     assert difference(logits_of(open_file(file), IDS), expected) < HALF
