@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spinlab.compose import composed, options_of
-from spinlab.config import FormatChange, Override, RotationConfig, TensorQuant
+from spinlab.config import FormatChange, ModelConfig, Override, RotationConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.evaluate.perplexity import perplexity
 from spinlab.experiment import run
@@ -17,7 +17,9 @@ from spinlab.export.base import check_exports
 from spinlab.export.gguf import architecture, write
 from spinlab.export.gguf.blocks import packed
 from spinlab.export.gguf.writer import MARK
+from spinlab.export.transformed import save_transformed
 from spinlab.formats import IntegerFormat
+from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.modules import restore
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
@@ -405,6 +407,28 @@ def test_what_a_loaded_file_runs_online_is_refused(make_settings, changed, tmp_p
             continue
         with pytest.raises(InputError, match=r"no r4 of rotation\.load=.*made without it"):
             check_exports(replace(config, rotation=load))
+
+
+@pytest.mark.parametrize("r4", ["none", "hadamard"])
+def test_an_exported_model_is_taken_without_what_runs_online(
+    make_subject, make_original, make_settings, changed, read_back, tmp_path, ids, r4
+):
+    file = tmp_path / "m.gguf"
+    config = changed(make_settings("f16", str(file)), "rotation", r4=r4)
+    subject = make_subject(config)
+    about = {"family": "llama"}
+    parts = (subject.rotated(), byte_tokenizer(), replace(subject.rotations, about=about))
+    save_transformed(*parts, str(tmp_path / "t"))
+    exported = ModelConfig(path=str(tmp_path / "t"))
+    config = replace(make_settings("f16", str(file)), model=exported, rotation=RotationConfig())
+    if r4 == "hadamard":
+        with pytest.raises(InputError, match=r"no r4 of model\.path=.*made without it"):
+            check_exports(config)
+        return
+    check_exports(config)
+    write(replace(subject, config=config), str(file))
+    logits = make_original(make_settings())(ids).logits
+    assert (read_back(file)(ids).logits - logits).abs().max() < 8 * HALF * logits.abs().max()
 
 
 def test_only_an_earlier_export_is_replaced(make_subject, make_settings, tmp_path):
