@@ -3,6 +3,7 @@
 As read in src/models of llama.cpp 0.5.0, which is in llama-cpp-python 0.3.36.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from spinlab.model.map import Layer, ModelMap
 from spinlab.model.modules import head_of, linear_at, map_of
 
 _QKV = ("queries", "keys", "values")
-_ROPES = ("default", "linear")
+_ROPES = ("default", "linear", "yarn")
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # what its graphs take for granted
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Architecture:
     partial: bool = False
     biases: tuple[str, ...] = ()
     ropes: tuple[str, ...] = _ROPES
+    factors: bool = False
     unturned: int = 0
 
 
@@ -45,7 +48,8 @@ _LLAMA = Architecture(
     neighbours=True,
     wide_heads=True,
     biases=(*_QKV, "out", "gate", "up", "down"),
-    ropes=(*_ROPES, "llama3", "yarn"),
+    ropes=(*_ROPES, "llama3"),
+    factors=True,
 )
 _ARCHITECTURES = {
     "llama": _LLAMA,
@@ -93,15 +97,15 @@ def describe(setting: str, model: PreTrainedModel) -> Described:
             f"{setting}: llama.cpp's {architecture.name} has no {fault}, which this model has: use "
             "export.checkpoint"
         )
-    return Described(architecture, {**_sizes(model, model_map), **_rope(model, model_map)})
+    return Described(architecture, {**_sizes(model, model_map), **_rope(architecture, model)})
 
 
-def rope_factors(model: PreTrainedModel) -> torch.Tensor | None:
+def rope_factors(architecture: Architecture, model: PreTrainedModel) -> torch.Tensor | None:
     """Return what divides the frequencies of plain RoPE: (turned width / 2,) float32.
 
-    None where they are plain, or a common factor is among the settings.
+    None where they are plain, or follow from the settings.
     """
-    if map_of(model).rope_kind in _ROPES:
+    if not architecture.factors or map_of(model).rope_kind in ("default", "linear"):
         return None
     frequencies = _rope_module(model).inv_freq.double().cpu()
     steps = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
@@ -135,6 +139,10 @@ def _faults(
         yield f"RoPE on {turned} of {head} numbers of a head"
     if model_map.rope_kind not in architecture.ropes:
         yield f"RoPE of the kind {model_map.rope_kind}"
+    if model_map.rope_kind == "yarn" and not architecture.factors:
+        said = model.config.rope_parameters
+        for name in (n for n, value in _YARN.items() if said.get(n) not in (None, value)):
+            yield f"RoPE of the kind yarn with {name}={said[name]}"
 
 
 def _linears(layer: Layer) -> Iterator[tuple[str, str]]:
@@ -166,16 +174,22 @@ def _sizes(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float
     }
 
 
-def _rope(model: PreTrainedModel, model_map: ModelMap) -> dict[str, int | float | str]:
-    """Return what RoPE is but for the factors of single frequencies."""
+def _rope(architecture: Architecture, model: PreTrainedModel) -> dict[str, int | float | str]:
+    """Return what RoPE is but for the factors of single frequencies.
+
+    Where its settings say YaRN, llama.cpp makes queries and keys longer by itself.
+    """
+    kind, said = map_of(model).rope_kind, model.config.rope_parameters
+    length = float(getattr(_rope_module(model), "attention_scaling", 1.0))
     found: dict[str, int | float | str] = {
         "rope.dimension_count": _turned(model),
         "rope.freq_base": float(_base(model)),
     }
-    if model_map.rope_kind == "linear":
-        factor = float(model.config.rope_parameters["factor"])
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
-    length = float(getattr(_rope_module(model), "attention_scaling", 1.0))
+    if kind in ("linear", "yarn") and not (kind == "yarn" and architecture.factors):
+        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(said["factor"])}
+    if kind == "yarn" and not architecture.factors:
+        found["rope.scaling.original_context_length"] = said["original_max_position_embeddings"]
+        length /= 1 + 0.1 * math.log(said["factor"])
     return found if length == 1 else {**found, "rope.scaling.attn_factor": length}
 
 

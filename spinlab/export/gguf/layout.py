@@ -70,7 +70,7 @@ def tensors_of(
                 bias = _ordered(torch.cat(list[torch.Tensor](biases)), stack.heads)
                 found.append(_vector(f"{name}.bias", bias))
     found += [_vector(f"{name}.weight", norm_at(model, p).weight) for name, p in _norms(model_map)]
-    factors = rope_factors(model)
+    factors = rope_factors(architecture, model)
     return found if factors is None else [*found, _vector("rope_freqs.weight", factors)]
 
 

@@ -234,15 +234,16 @@ def test_overrides_give_a_linear_another_type(make_subject, make_settings, chang
     assert kinds["blk.1.attn_output.weight"] == "Q4_0"
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
 def rope(kind: str, **more) -> dict:
     return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0, **more}}
 
 
 def test_frequencies_of_llama3_are_in_the_file(make_subject, make_settings, tmp_path):
     path = str(tmp_path / "m.gguf")
-    scaled = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaled["original_max_position_embeddings"] = 32
-    write(make_subject(make_settings("f16", path, **rope("llama3", **scaled))), path)
+    write(make_subject(make_settings("f16", path, **rope("llama3", **LLAMA3))), path)
     factors = tensors(path)["rope_freqs.weight"]
     wavelengths = 2 * np.pi * 10000.0 ** (np.arange(8) / 8)
     smooth = ((32 / wavelengths - 1) / 3).clip(0, 1)
@@ -271,8 +272,19 @@ def test_a_factor_and_a_length_of_rope_are_among_the_settings(
     [
         (rope("dynamic"), "llama.cpp's llama has no RoPE of the kind dynamic"),
         (
-            {"model_type": "qwen2", **rope("yarn", original_max_position_embeddings=32)},
-            "qwen2 has no RoPE of the kind yarn",
+            {
+                "model_type": "qwen3",
+                "head_dim": 16,
+                **rope("llama3", **LLAMA3),
+            },
+            "qwen3 has no RoPE of the kind llama3",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                **rope("yarn", original_max_position_embeddings=32, beta_fast=16),
+            },
+            "qwen2 has no RoPE of the kind yarn with beta_fast=16",
         ),
         (
             {"model_type": "qwen3", "attention_bias": True, "head_dim": 16},
@@ -288,7 +300,7 @@ def test_a_factor_and_a_length_of_rope_are_among_the_settings(
             r"smollm3 has no RoPE like that of model\.layers\.0",
         ),
     ],
-    ids=["dynamic", "yarn", "bias", "gelu", "heads", "layers"],
+    ids=["dynamic", "llama3", "yarn", "bias", "gelu", "heads", "layers"],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(make_settings, tmp_path, shape, message):
     with pytest.raises(InputError, match=message):

@@ -5,6 +5,7 @@ to blocks of 8 bits before blocks. So logits differ by the noise of that, which 
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ BYTE_LEVEL = ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2"]
 ROPES = {
     "llama3": ("llama", LLAMA3),
     "linear": ("qwen2", {}),
-    "yarn": ("llama", {"original_max_position_embeddings": 32}),
+    "yarn": ("llama", {"original_max_position_embeddings": 32, "beta_fast": 16}),
+    "yarn in its own words": ("qwen2", {"original_max_position_embeddings": 32}),
+    "yarn, not lengthened": (
+        "qwen3",
+        {"original_max_position_embeddings": 32, "attention_factor": 1.0},
+    ),
     "default": ("phi3", {"partial_rotary_factor": 0.5}),  # of a part of each head
 }
 
@@ -83,12 +89,12 @@ def test_f16_is_the_original_function(
     assert difference(logits_of(open_file(file), IDS), expected) < HALF
 
 
-@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("case", ROPES)
 def test_rope_is_scaled_alike(
-    make_subject, make_original, make_settings, open_file, tmp_path, kind
+    make_subject, make_original, make_settings, open_file, tmp_path, case
 ):
-    file, (family, more) = tmp_path / "m.gguf", ROPES[kind]
-    rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0, **more}
+    file, (family, more) = tmp_path / "m.gguf", ROPES[case]
+    rope = {"rope_theta": 10000.0, "rope_type": re.split("[ ,]", case)[0], "factor": 4.0, **more}
     shape = {**FAMILIES[family], "model_type": family, "rope_parameters": rope}
     config = make_settings("f16", str(file), **shape)
     write(make_subject(config), str(file))
