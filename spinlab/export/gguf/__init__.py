@@ -18,10 +18,11 @@ from spinlab.errors import InputError
 from spinlab.export.base import Subject
 from spinlab.export.gguf.architecture import describe
 from spinlab.export.gguf.layout import tensors_of
-from spinlab.export.gguf.settings import check_settings
+from spinlab.export.gguf.settings import FORM, ONLINE, check_settings
 from spinlab.export.gguf.tokens import vocabulary_of
 from spinlab.export.gguf.writer import MARK, Writer, is_export
 from spinlab.export.listing import about_export
+from spinlab.export.parts import check_made
 from spinlab.export.targets import place_of, sole_writer, try_to_write
 from spinlab.files import sync, writing
 from spinlab.model.load import check_model, load_tokenizer, meta_model
@@ -58,6 +59,7 @@ def write(subject: Subject, path: str) -> None:
     """Write the file, in place of what an earlier export wrote there."""
     config, setting = subject.config, f"export.gguf={path}"
     kind = config.export.gguf_type
+    check_made(setting, FORM, ONLINE, subject.rotations)
     weights = {} if kind == "f16" else dict(subject.weights())
     model = subject.fused(weights) if weights else subject.rotated()
     if config.quant.tied.quantizes:  # rounded before it was rotated: what it became is in the model

@@ -1,20 +1,17 @@
 """Which settings a GGUF file can hold: what runs online is refused, and what blocks cannot hold."""
 
 from collections.abc import Iterator
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from spinlab.config import Config
 from spinlab.errors import InputError
+from spinlab.export import parts
 from spinlab.export.gguf.architecture import architecture_of
 from spinlab.export.gguf.blocks import BLOCK, fits
 from spinlab.export.gguf.layout import stacks_of
-from spinlab.export.identity import manifest_of
-from spinlab.export.targets import place_of
 from spinlab.model.map import ModelMap
 
-_ONLINE_PARTS = ("first", "second", "permutation", "scale")  # of a transform of a single input
+FORM = "a GGUF file"
+ONLINE = ("r4", "cross_head", "inputs", "scales")  # names of `parts.PARTS`
 
 
 def check_settings(setting: str, config: Config, model_map: ModelMap) -> None:
@@ -22,8 +19,7 @@ def check_settings(setting: str, config: Config, model_map: ModelMap) -> None:
 
     R3 turns queries and keys alike and cancels: without a quantized cache it is left out.
     """
-    for what, cure in _online(config, model_map):
-        raise InputError(f"{setting}: llama.cpp runs no {what} in front of a linear: {cure}")
+    parts.check_settings(setting, FORM, ONLINE, config)
     kind = config.export.gguf_type
     if kind == "f16":
         return
@@ -72,37 +68,3 @@ def _check_joined(setting: str, config: Config, model_map: ModelMap) -> None:
                     f"{setting}: {', '.join(stack.paths)} lie in one tensor: let quant.overrides "
                     "give them one format"
                 )
-
-
-def _online(config: Config, model_map: ModelMap) -> Iterator[tuple[str, str]]:
-    """Yield what runs online before a linear, and how to do without it."""
-    rotation = config.rotation
-    manifest = manifest_of(config.model.path)
-    if manifest is not None or (rotation.load or "").endswith(".safetensors"):
-        file = manifest or place_of(rotation.load or "")
-        source = f"model.path={config.model.path}" if manifest else f"rotation.load={rotation.load}"
-        for what in _online_in(file):
-            yield f"{what} of {source}", "use rotations that were made without it"
-        return
-    for name in {"r4", "cross_head"} & set(rotation.used):
-        kind = getattr(rotation, name)
-        yield f"rotation.{name}={kind}", f"set rotation.{name}=none"
-    if rotation.inputs != "none":
-        yield f"rotation.inputs={rotation.inputs}", "set rotation=no_had"
-    if rotation.smooth is not None:
-        for input in model_map.inputs:
-            if input.name in rotation.smooth_groups and not input.folds:
-                groups = f"rotation.smooth_groups=[{','.join(rotation.smooth_groups)}]"
-                yield f"scales of {input.name} inputs ({groups})", f"leave out {input.name}"
-
-
-def _online_in(file: Path) -> list[str]:
-    """Name what a file of rotations brings that runs online before a linear."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            names = [name.split(".") for name in stored.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return []  # who reads it says what is wrong with it
-    found = {name[0] for name in names if name[0] in ("r4", "cross_head")}
-    inputs = any(name[0] == "inputs" and name[-1] in _ONLINE_PARTS for name in names)
-    return [*sorted(found), *(["transforms of single inputs"] if inputs else [])]

@@ -111,6 +111,7 @@ def make_subject() -> Callable[..., Subject]:
             fused=lambda weights: networks.fused(rotations, weights),
             tokenizer=lambda: tokenizer or byte_tokenizer(),
             weights=lambda: weights,
+            dtype=lambda: torch.bfloat16,
         )
 
     return make
