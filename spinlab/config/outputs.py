@@ -77,3 +77,5 @@ class ExportConfig:
         choice("export.gguf_type", self.gguf_type, ("f16", "q4_0", "q8_0"))
         if self.rotations and not self.rotations.endswith((".safetensors", ".bin")):
             raise InputError(f"export.rotations={self.rotations} must end in .safetensors or .bin")
+        if self.gguf and not self.gguf.endswith(".gguf"):
+            raise InputError(f"export.gguf={self.gguf} must end in .gguf")

@@ -29,9 +29,14 @@ def write_listing(
     kind: the name of its setting, without `export.`. record: of the run, as `Subject` has it. told:
     what else belongs into it, ready for JSON.
     """
-    kept = {name: record[name] for name in _OF_RECORD if name in record}
-    about = {"export": kind, "version": VERSION, "record": kept, **(told or {})}
+    about = {**about_export(kind, record), **(told or {})}
     write_json(folder / LISTING, {"spinlab": about, "files": digests_of(folder)})
+
+
+def about_export(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an export says of itself: its kind, the version of its form, its run."""
+    kept = {name: record[name] for name in _OF_RECORD if name in record}
+    return {"export": kind, "version": VERSION, "record": kept}
 
 
 def read_listing(place: str, folder: Path, kind: str) -> dict[str, Any]:
