@@ -1,5 +1,7 @@
 """The manifest.json of an export: what it is, the digests of its files, the run that it comes from.
 
+Beside it lies a README.md that tells a reader the same (`spinlab.export.card`).
+
 A file that changed, is missing or lies elsewhere makes it another export: `read_listing` refuses it
 with a sentence, before anything else of it is read.
 """
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from spinlab.errors import InputError
+from spinlab.export.card import card
 from spinlab.export.identity import digest_of, digests_of, is_inside
 from spinlab.files import write_json
 from spinlab.model.files import LISTING, read_json
 
+CARD = "README.md"
 VERSION = 1  # of the form of every kind of export
 # how a record came to be is left out: its stages, trackers and status
 _OF_RECORD = (
@@ -24,13 +28,14 @@ _OF_RECORD = (
 def write_listing(
     folder: Path, kind: str, record: Mapping[str, Any], told: Mapping[str, Any] | None = None
 ) -> None:
-    """List what an export is made of, once all other files of it are there.
+    """Write the card of an export and list what it is made of, once all other files are there.
 
     kind: the name of its setting, without `export.`. record: of the run, as `Subject` has it. told:
     what else belongs into it, ready for JSON.
     """
     kept = {name: record[name] for name in _OF_RECORD if name in record}
     about = {"export": kind, "version": VERSION, "record": kept, **(told or {})}
+    (folder / CARD).write_text(card(kind, record), encoding="utf-8")
     write_json(folder / LISTING, {"spinlab": about, "files": digests_of(folder)})
 
 
