@@ -39,20 +39,22 @@ def write_listing(
     write_json(folder / LISTING, {"spinlab": about, "files": digests_of(folder)})
 
 
-def read_listing(place: str, folder: Path, kind: str) -> dict[str, Any]:
+def read_listing(place: str, folder: Path, kind: str | None = None) -> dict[str, Any]:
     """Return what a whole and unaltered export says of itself: what `write_listing` was told.
 
-    place: how sentences call the folder. Raises InputError for any other folder.
+    place: how sentences call the folder. kind: that it must have; None takes any. Raises InputError
+    for any other folder.
     """
+    wanted = f"export.{kind}" if kind else "an export"
     if not folder.is_dir():
-        raise InputError(f"{place} is no folder: name one that export.{kind} wrote")
+        raise InputError(f"{place} is no folder: name one that {wanted} wrote")
     if not (folder / LISTING).is_file():
-        raise InputError(f"{place} holds no {LISTING}: name a folder that export.{kind} wrote")
+        raise InputError(f"{place} holds no {LISTING}: name a folder that {wanted} wrote")
     listing = read_json(folder / LISTING)
     about, files = listing.get("spinlab"), listing.get("files")
     if not isinstance(about, dict) or not isinstance(files, dict):
         raise InputError(f"{place}: its {LISTING} is none of spinlab's")
-    if about.get("export") != kind:
+    if kind and about.get("export") != kind:
         raise InputError(f"{place} was written by export.{about.get('export')}, not export.{kind}")
     if about.get("version") != VERSION:
         raise InputError(

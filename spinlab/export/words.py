@@ -61,7 +61,7 @@ def rotations(config: Tree) -> str:
         start += f", with SmoothQuant's scales (alpha {rotation['smooth']})"
     if not learn["steps"]:
         return f"{start}; none of it is learned."
-    learned = ", ".join(_TITLES.get(name, name) for name in learn["rotations"])
+    learned = ", ".join(_TITLES.get(str(name), str(name)) for name in learn["rotations"])
     ranges = ", with the ranges of weights" if learn["lr"]["clip"] else ""
     return f"{start}; {learned or 'ranges'} learned in {learn['steps']} steps{ranges}."
 
