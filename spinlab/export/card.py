@@ -145,7 +145,7 @@ def _origin(model: Mapping[str, Any]) -> str:
 
 
 def _numbers(about: _Kind, record: Mapping[str, Any]) -> Iterator[str]:
-    metrics = record.get("metrics", {})
+    metrics = record.get("metrics", {}) if "config" in record else {}
     own = next((v for v in about.variants if any(n.endswith(f"/{v}") for n in metrics)), None)
     columns = {"original (`fp`)": "fp"}
     if own:
