@@ -38,7 +38,9 @@ def formats(config: Tree) -> Iterator[str]:
         changes = {kind: _given(entry[kind]) for kind in ("weights", "activations")}
         told = ", ".join(f"{kind} {text}" for kind, text in changes.items() if text)
         yield f"Where a linear's name matches `{entry['pattern']}`: {told}."
-    for end in ("embedding", "head"):
+    if quant["tied"]["bits"] < 16:
+        yield f"Embedding and head, one matrix: {_levels(quant['tied'], 'per row')}."
+    for end in ("embedding", "head") if quant["tied"]["bits"] >= 16 else ():
         yield f"{end.capitalize()}: {_levels(quant[end], 'per row')}."
     for side, settings in kv.items():
         if side != "queries" or settings["bits"] < 16:

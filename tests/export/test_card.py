@@ -14,6 +14,7 @@ from spinlab.export.listing import read_listing, write_listing
 
 ROOT = Path(__file__).parent.parent.parent
 RECORD = json.loads((ROOT / "experiments" / "smollm2_135m_w4a4kv4.json").read_text())
+RECORD["config"]["quant"]["tied"] = RECORD["config"]["quant"]["head"]  # which is younger
 KINDS = ("artefact", "checkpoint", "compressed_tensors")
 
 
