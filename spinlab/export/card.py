@@ -35,6 +35,17 @@ class _Kind:
     quantized: bool = True
 
 
+_STOCK = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+_NO_R4 = (
+    "transformers leaves out R4, which runs online here: what it computes without is another "
+    "network, and a wrong one."
+)
+_OTHER = _Kind("An export of one run.", "spinlab", "As spinlab's documentation of it says.")
 _KINDS: Mapping[str, _Kind] = {
     "artefact": _Kind(
         "The quantized network itself: packed integer weights, every other number in the dtype "
@@ -59,12 +70,7 @@ python -m spinlab.evaluate FOLDER  # measures again, and compares with the numbe
         "quantizes by itself. It is not quantized: the formats below are those that its rotations "
         "were made for.",
         "transformers",
-        """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```""",
+        _STOCK,
         caveat="These are the original's numbers. Without quantization the rotated model computes "
         "the same function up to rounding; what another tool makes of it was not measured.",
         quantized=False,
@@ -73,16 +79,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
         "The quantized network in the format of compressed-tensors, which vLLM and transformers "
         "read.",
         "transformers",
-        """```sh
-vllm serve FOLDER --tensor-parallel-size 1
-```
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")  # needs the package compressed-tensors
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```""",
+        "```sh\nvllm serve FOLDER --tensor-parallel-size 1\n```",
         tags=("compressed-tensors", "vllm"),
         variants=("integer", "fake"),
         caveat="They were measured with these weights and formats on spinlab's own runtime; what "
@@ -91,13 +88,13 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 }
 
 
-def card(kind: str, record: Mapping[str, Any]) -> str:
+def card(kind: str, record: Mapping[str, Any], told: Mapping[str, Any] | None = None) -> str:
     """Return the text of an export's README.md.
 
-    kind: as `spinlab.export.listing.write_listing` has it. record: of the run, whose `model` may
-    have a `license` (`spinlab.model.license`).
+    kind, told: as `spinlab.export.listing.write_listing` has them. record: of the run, whose
+    `model` may have a `license` (`spinlab.model.license`).
     """
-    about = _KINDS[kind]
+    about = _KINDS.get(kind, _OTHER)
     config, model = record.get("config", {}), record.get("model", {})
     name = config.get("model", {}).get("name", "a model")
     bits = precision(config) if config else ""
@@ -108,14 +105,25 @@ def card(kind: str, record: Mapping[str, Any]) -> str:
         f"{about.what} Made from {_origin(model)} by spinlab, which learns rotations for the "
         "quantization of language models.",
     ]
+    if profile := (told or {}).get("profile"):
+        parts.append(f"Its profile is `{profile}`.")
     if config:
         sentences = "\n".join(f"- {line}" for line in (*formats(config), rotations(config)))
         parts += ["## Formats", sentences]
     parts += ["## Numbers", *_numbers(about, record)]
     if record.get("overrides") is not None:
         parts += ["## Made by", *_made_by(kind, record)]
-    parts += ["## Load", about.load, "## License", _license(model)]
+    parts += ["## Load", about.load]
+    if kind == "compressed_tensors":
+        parts.append(_NO_R4 if _turns_online(config) else _STOCK)
+    parts += ["## License", _license(model)]
     return "\n\n".join(parts) + "\n"
+
+
+def _turns_online(config: Mapping[str, Any]) -> bool:
+    """Tell whether R4 may be in the network, whose half of inputs a reader has to apply."""
+    rotation = config.get("rotation", {})
+    return bool(rotation.get("load")) or (rotation.get("online") and rotation["r4"] != "none")
 
 
 def _head(about: _Kind, model: Mapping[str, Any], bits: str) -> str:

@@ -35,7 +35,7 @@ def write_listing(
     """
     kept = {name: record[name] for name in _OF_RECORD if name in record}
     about = {"export": kind, "version": VERSION, "record": kept, **(told or {})}
-    (folder / CARD).write_text(card(kind, record), encoding="utf-8")
+    (folder / CARD).write_text(card(kind, record, told), encoding="utf-8")
     write_json(folder / LISTING, {"spinlab": about, "files": digests_of(folder)})
 
 

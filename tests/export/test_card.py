@@ -87,6 +87,21 @@ def test_where_nothing_was_measured_that_is_said(record, kind, variants):
     assert "Nothing was measured" in card(kind, {})  # of an export without a run
 
 
+def test_transformers_is_named_where_it_computes_the_network_and_not_where_it_leaves_r4_out(record):
+    text = card("compressed_tensors", record, {"profile": "vllm_w4a4"})
+    assert "vllm serve FOLDER" in text and "profile is `vllm_w4a4`" in text
+    assert "transformers leaves out R4" in text and "from_pretrained" not in text
+    record["config"]["rotation"]["r4"] = "none"
+    text = card("compressed_tensors", record)
+    assert "from_pretrained" in text and "leaves out R4" not in text
+
+
+def test_an_export_of_a_kind_that_has_no_words_here_tells_its_run_all_the_same(record):
+    text = card("numpy", record)
+    assert "spinlab +experiment=smollm2_135m_w4a4kv4 export.numpy=FOLDER" in text
+    assert rows(text)["metric"] == ["original (`fp`)"]
+
+
 def test_the_command_names_no_place_and_nobody(record):
     record["overrides"] = [
         "+experiment=toy",
