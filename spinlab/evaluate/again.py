@@ -32,6 +32,10 @@ class Again:
     limit: int | None = None
     texts: Sequence[str] = ()  # files that the record measured, which it keeps no path of
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 2:
+            raise InputError(f"--limit {self.limit} leaves no standard error: ask at least 2")
+
     def measure(self) -> tuple[list[Compared], list[str]]:
         """Return every metric beside the record's, and in what the machine is not the record's.
 

@@ -17,7 +17,7 @@ from spinlab.report.formats import MISSING, markdown, number
 VARIANTS = ("integer", "fake")  # what an artefact is; the first that was measured counts
 _NOISE = 0.02  # of a perplexity
 # what of the environment makes sums
-_MEANS = ("backend", "cpu", "cpu_capability", "gpu", "cuda", "threads")
+_MEANS = ("backend", "cpu", "cpu_capability", "gpu", "cuda", "threads", "processes")
 _PACKAGES = ("torch", "transformers")
 
 

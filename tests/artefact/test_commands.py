@@ -138,7 +138,7 @@ def test_what_is_not_what_was_measured_is_refused(place, artefact, altered, tmp_
         ((artefact, "--texts", str(one)), "text mine.txt is not the one that the record measured"),
         ((artefact, *texts, "--tasks", "arc_easy"), "the record has it, and it is asked anyway"),
         ((artefact, *texts, "--tasks", "mmlu"), "no zero-shot task is named"),
-        ((artefact, *texts, "--limit", "1"), "eval.limit=1 must be"),
+        ((artefact, *texts, "--limit", "1"), "--limit 1 leaves no standard error"),
         ((str(place / "runs"),), "holds no manifest.json: name a folder that export.artefact"),
     ):
         assert told in mistake(evaluate, *words, capsys=capsys)
@@ -336,3 +336,19 @@ def test_likelihoods_are_those_of_the_network(artefact):
         assert likelihood == pytest.approx(expected, rel=1e-4)
     with pytest.raises(InputError, match="--model_args dtype: an artefact does not read it"):
         get_model("spinlab")(pretrained=artefact, dtype="float16")
+
+
+def test_lm_eval_generates_what_transformers_does_in_batches_too(artefact):
+    register()
+    prompts = ("The city", "In the year of")
+    model, tokenizer = spinlab.load(artefact), tokenizer_of(artefact)
+    harness = get_model("spinlab")(pretrained=artefact, batch_size=2)
+    asked = {"until": ["@"], "max_gen_toks": 16}
+    requests = [
+        Instance("generate_until", {}, (prompt, dict(asked)), n) for n, prompt in enumerate(prompts)
+    ]
+    found = harness.generate_until(requests, disable_tqdm=True)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        expected = model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)
+        assert text == tokenizer.decode(expected[0, ids.shape[1] :])
