@@ -79,7 +79,7 @@ def command(module: str, *words: str, given: str | None = None) -> subprocess.Co
         stdin=subprocess.DEVNULL if given is None else None,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
 
