@@ -145,6 +145,18 @@ def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
+def _piped() -> str | None:
+    """Return what stdin holds, without its last line feed; None where it is a terminal."""
+    if sys.stdin is None:  # it is closed
+        return ""
+    if sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is no UTF-8 (byte {error.start}): convert it first") from error
+
+
 def _run(given: argparse.Namespace) -> None:
     sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p, given.seed)
     model, tokenizer = load(given.folder, given.backend, given.device), tokenizer_of(given.folder)
@@ -152,9 +164,7 @@ def _run(given: argparse.Namespace) -> None:
     if given.chat and not templated:
         raise InputError(f"--chat: {given.folder} has no chat template: leave the option out")
     chat = templated if given.chat is None else given.chat
-    prompt = given.prompt
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().rstrip("\n")
+    prompt = _piped() if given.prompt is None else given.prompt
     torch.manual_seed(sampling.seed)
     writer = Writer(model, tokenizer, sampling, chat)
     if prompt is None:

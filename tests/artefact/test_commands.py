@@ -220,6 +220,19 @@ def test_a_prompt_is_continued_as_transformers_does(artefact, capsys, monkeypatc
     assert capsys.readouterr().out == text + "\n"
 
 
+@pytest.mark.parametrize(
+    ("stdin", "told"),
+    [
+        (None, "the prompt is empty"),
+        (io.StringIO("\n"), "the prompt is empty"),
+        (io.TextIOWrapper(io.BytesIO(b"ab\xff")), "stdin is no UTF-8 (byte 2): convert it first"),
+    ],
+)
+def test_a_pipe_without_text_is_a_mistake(artefact, capsys, monkeypatch, stdin, told):
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert told in mistake(generate.main, artefact, capsys=capsys)
+
+
 def test_sampling_repeats_itself_by_its_seed(artefact, capsys):
     said = []
     for seed in ("1", "1", "2"):
