@@ -55,15 +55,17 @@ class Again:
         others = differing(record["environment"], environment() | {"backend": backend})
         tokenizer, model = artefact.checkpoint.tokenizer(), artefact.model(device, backend)
         now: dict[str, float] = {}
+        tokens: dict[str, int] = {}
         for text in texts:
             ids = tokenize(text.text, tokenizer)
             windows = fixed_windows(ids, asked.window, asked.max_windows, text.label)
+            tokens[text.label] = windows[:, 1:].numel()
             now[f"ppl/{text.label}"] = perplexity(model, windows, asked.batch, text.label)
         # apart from each other, as a batch holds questions of all tasks that are asked at once
         further = _accuracies(model, tokenizer, replace(asked, tasks=list(self.tasks)))
         further.pop("zeroshot_mean/accuracy", None)
         now |= _accuracies(model, tokenizer, asked) | further
-        return list(compared(record, now, not others, asked.limit)), others
+        return list(compared(record, now, tokens, not others, asked.limit)), others
 
     def _record(self, artefact: Artefact) -> Mapping[str, Any]:
         """Return the record of a run that measured the artefact's network."""

@@ -93,7 +93,7 @@ def protocol(record: Tree, variants: Collection[str]) -> Iterator[str]:
         )
     if "bits" in has:
         yield (
-            "MiB: packed weights, and 16 bits for every other number. Bits: of a weight, scales "
+            "MiB: packed weights, every other number counted at 16 bits. Bits: of a weight, scales "
             "and zero points included."
         )
 
@@ -101,7 +101,7 @@ def protocol(record: Tree, variants: Collection[str]) -> Iterator[str]:
 def _levels(settings: Tree, per: str) -> str:
     """Say how finely numbers are told apart, and which of them share a scale."""
     if settings["bits"] >= 16:
-        return "16 bits, not quantized"
+        return "not quantized"
     size, ratio = settings["group_size"], settings["clip_ratio"]
     shared = f"per group of {size}" if size else per
     signs = "symmetric" if settings["symmetric"] else "with zero points"

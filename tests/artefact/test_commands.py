@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,7 @@ def test_a_number_that_is_not_the_network_s_is_found(place, altered, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate(words)
     assert end.value.code == 1
-    assert "differs (within 0.02 expected)" in capsys.readouterr().out
+    assert re.search(r"ppl/wiki .* differs \(within 0\.\d+ expected\)", capsys.readouterr().out)
 
 
 def test_what_is_not_what_was_measured_is_refused(place, artefact, altered, tmp_path, capsys):
@@ -166,7 +167,10 @@ def test_settings_of_another_version_are_not_guessed(altered, capsys):
 RECORD = {
     "metrics": {
         **{"ppl/wiki/integer": 10.0, "ppl/c4/integer": 20.0, "ppl/wiki/fake": 9.9},
-        **{"gap/wiki": 0.03, "zeroshot/piqa/acc/integer": 0.5, "zeroshot/piqa/n/integer": 4},
+        **{"ppl/b/integer": 1.0, "ppl/d/integer": 1.0, "kl/b/integer": 1e-6},
+        **{"kl/c4/integer": 1.0},
+        **{"kl/wiki/integer": 1e-6, "gap/wiki": 0.03},
+        **{"zeroshot/piqa/acc/integer": 0.5, "zeroshot/piqa/n/integer": 4},
         **{"zeroshot/piqa/acc_stderr/integer": 0.1, "zeroshot_mean/stderr/integer": 0.2},
         "zeroshot_mean/accuracy/integer": 0.5,
     },
@@ -177,21 +181,26 @@ RECORD = {
 @pytest.mark.parametrize(
     ("metric", "now", "agrees"),
     [
-        ("ppl/wiki", 10.59, True),  # twice its gap
-        ("ppl/wiki", 10.61, False),
-        ("ppl/c4", 19.61, True),  # 2 %
-        ("ppl/c4", 20.41, False),
+        ("ppl/wiki", 10.618, True),  # twice its gap: exp(0.06)
+        ("ppl/wiki", 10.619, False),
+        ("ppl/c4", 20.816, True),  # exp(4·sqrt(1 / 10000))
+        ("ppl/c4", 20.817, False),
+        ("ppl/b", 1.00501, True),  # exp(0.005)
+        ("ppl/b", 1.00502, False),
+        ("ppl/d", 1.0512, True),  # exp(0.05)
+        ("ppl/d", 1.0513, False),
         ("zeroshot/piqa/acc", 0.75, True),  # one question
         ("zeroshot/piqa/acc", 0.0, False),
-        ("zeroshot_mean/accuracy", 0.69, True),
-        ("zeroshot_mean/accuracy", 0.71, False),
+        ("zeroshot_mean/accuracy", 0.89, True),
+        ("zeroshot_mean/accuracy", 0.91, False),
         ("ppl/other", 5.0, None),
     ],
 )
 def test_another_machine_agrees_within_what_rounding_moves(metric, now, agrees):
-    (row,) = compared(RECORD, {metric: now}, same=False, limit=4)
+    tokens = {metric.partition("/")[2]: 10_000}
+    (row,) = compared(RECORD, {metric: now}, tokens, same=False, limit=4)
     assert row.agrees is agrees
-    (row,) = compared(RECORD, {metric: now}, same=True, limit=4)
+    (row,) = compared(RECORD, {metric: now}, tokens, same=True, limit=4)
     assert row.agrees is (None if agrees is None else False)
     assert agree([row]) == (agrees is None)
 
