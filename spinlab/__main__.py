@@ -29,7 +29,7 @@ from spinlab.arguments import prepared
 from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
 from spinlab.errors import InputError
-from spinlab.launch import is_first, launched
+from spinlab.launch import is_first, launched, repeat_sums
 from spinlab.report.records import read_record
 from spinlab.sentences import sentence
 from spinlab.streams import Console, Terminated, end_in_order, keep_streams
@@ -140,8 +140,7 @@ def _speak() -> None:
         os.environ["TQDM_DISABLE"] = "1"
     elif not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a file needs no moving bar
-    # bit-equal results whatever the alignment of memory; MKL reads it when torch is imported
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    repeat_sums()
 
 
 def _tell(text: str, error: BaseException) -> None:

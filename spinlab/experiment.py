@@ -22,6 +22,7 @@ from spinlab.finite import check_finite
 from spinlab.held import Hold
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
+from spinlab.model.license import with_license
 from spinlab.model.load import describe_model, file_dtype
 from spinlab.report.figures.curves import draw_curves
 from spinlab.report.figures.outliers import TITLES, draw_outliers
@@ -175,13 +176,16 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 
 def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
     """Write the files that the settings ask for. record: what they tell of the run."""
-    config, rotations = pipeline.config, pipeline.rotations("fake")
+    config = pipeline.config
+    if not config.export.targets:
+        return
+    rotations = pipeline.rotations("fake")
     networks = networks_of(pipeline.run, pipeline.original)
     rounded = config.quant.rounds_weights
     subject = Subject(
         config,
         rotations,
-        record or {},
+        with_license(record or {}, config.model, pipeline.original.converted),
         original=pipeline.original.load,
         rotated=lambda: networks.stream_rotated(rotations),
         fused=lambda weights: networks.fused(rotations, weights),

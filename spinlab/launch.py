@@ -1,6 +1,6 @@
-"""What torchrun tells each process that it starts, in environment variables.
+"""What must be known or set before torch is imported, in environment variables.
 
-Nothing here imports torch: the command line asks before torch is there.
+Most of it is what torchrun tells each process that it starts. Nothing here imports torch.
 """
 
 import os
@@ -45,6 +45,11 @@ def local_rank() -> int:
 def is_first() -> bool:
     """Tell whether this process speaks."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def repeat_sums() -> None:
+    """Ask MKL for the same bits whatever the alignment of memory: it listens when torch loads."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def _number(name: str, default: int) -> int:

@@ -27,6 +27,7 @@ class Lasting:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.has_reader = True
 
     def write(self, text: str) -> int:
         try:
@@ -42,12 +43,17 @@ class Lasting:
             self._drop()
 
     def _drop(self) -> None:
+        self.has_reader = False
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class ReaderLeft(Exception):
+    """End what is only worth doing for a reader, who went away."""
 
 
 class Console(logging.StreamHandler):
@@ -77,6 +83,12 @@ def keep_streams() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
+
+
+def check_reader() -> None:
+    """Raise ReaderLeft where nobody reads standard output any more."""
+    if not getattr(sys.stdout, "has_reader", True):
+        raise ReaderLeft
 
 
 def end_in_order() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from spinlab.config import GPTQConfig
 from spinlab.errors import ResultError
-from spinlab.evaluate.zeroshot import _score
 from spinlab.finite import check_finite
+from spinlab.metrics.zeroshot import _score
 from spinlab.weights.gptq import error_spread
 
 

@@ -23,10 +23,10 @@ from spinlab.cache import Cache
 from spinlab.config import GPTQConfig, ModelConfig, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.device import choose_device
 from spinlab.errors import InputError
-from spinlab.evaluate.divergence import Divergence
-from spinlab.evaluate.perplexity import perplexity
-from spinlab.evaluate.states import States
 from spinlab.fakequant.insert import insert_fake_quant
+from spinlab.metrics.divergence import Divergence
+from spinlab.metrics.perplexity import perplexity
+from spinlab.metrics.states import States
 from spinlab.model.load import load_model
 from spinlab.model.modules import linear_at
 from spinlab.rotation.rotations import RotationSet

@@ -9,9 +9,9 @@ import torch
 from spinlab.bench.readers import readers_of
 from spinlab.config import Config, plain
 from spinlab.errors import InputError
-from spinlab.evaluate.perplexity import perplexity
 from spinlab.experiment import run
 from spinlab.export.targets import place_of
+from spinlab.metrics.perplexity import perplexity
 from spinlab.rotation.check import logits_error, logits_of
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import gate_ids

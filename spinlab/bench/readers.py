@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spinlab.artefact.read import load
 from spinlab.config import Config
 from spinlab.export.served import load_served
+from spinlab.rotation.check import GATE_TOKENS
 
 Reader = Callable[[Path, Config], Any]
 
@@ -32,7 +33,7 @@ class LlamaCpp:
         from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
         self.device = torch.device("cpu")
-        context = config.eval.window
+        context = max(config.eval.window, GATE_TOKENS)  # all that is asked at once
         self._model = Llama(
             str(place), n_ctx=context, n_batch=context, logits_all=True, verbose=False
         )

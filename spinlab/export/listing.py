@@ -1,5 +1,7 @@
 """The manifest.json of an export: what it is, the digests of its files, the run that it comes from.
 
+Beside it lies a README.md that tells a reader the same (`spinlab.export.card`).
+
 A file that changed, is missing or lies elsewhere makes it another export: `read_listing` refuses it
 with a sentence, before anything else of it is read.
 """
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from spinlab.errors import InputError
+from spinlab.export.card import card
 from spinlab.export.identity import digest_of, digests_of, is_inside
 from spinlab.files import write_json
 from spinlab.model.files import LISTING, read_json
 
+CARD = "README.md"
 VERSION = 1  # of the form of every kind of export
 # how a record came to be is left out: its stages, trackers and status
 _OF_RECORD = (
@@ -24,12 +28,13 @@ _OF_RECORD = (
 def write_listing(
     folder: Path, kind: str, record: Mapping[str, Any], told: Mapping[str, Any] | None = None
 ) -> None:
-    """List what an export is made of, once all other files of it are there.
+    """Write the card of an export and list what it is made of, once all other files are there.
 
     kind: the name of its setting, without `export.`. record: of the run, as `Subject` has it. told:
     what else belongs into it, ready for JSON.
     """
     about = {**about_export(kind, record), **(told or {})}
+    (folder / CARD).write_text(card(kind, record, told), encoding="utf-8")
     write_json(folder / LISTING, {"spinlab": about, "files": digests_of(folder)})
 
 
@@ -39,20 +44,22 @@ def about_export(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"export": kind, "version": VERSION, "record": kept}
 
 
-def read_listing(place: str, folder: Path, kind: str) -> dict[str, Any]:
+def read_listing(place: str, folder: Path, kind: str | None = None) -> dict[str, Any]:
     """Return what a whole and unaltered export says of itself: what `write_listing` was told.
 
-    place: how sentences call the folder. Raises InputError for any other folder.
+    place: how sentences call the folder. kind: that it must have; None takes any. Raises InputError
+    for any other folder.
     """
+    wanted = f"export.{kind}" if kind else "an export"
     if not folder.is_dir():
-        raise InputError(f"{place} is no folder: name one that export.{kind} wrote")
+        raise InputError(f"{place} is no folder: name one that {wanted} wrote")
     if not (folder / LISTING).is_file():
-        raise InputError(f"{place} holds no {LISTING}: name a folder that export.{kind} wrote")
+        raise InputError(f"{place} holds no {LISTING}: name a folder that {wanted} wrote")
     listing = read_json(folder / LISTING)
     about, files = listing.get("spinlab"), listing.get("files")
     if not isinstance(about, dict) or not isinstance(files, dict):
         raise InputError(f"{place}: its {LISTING} is none of spinlab's")
-    if about.get("export") != kind:
+    if kind and about.get("export") != kind:
         raise InputError(f"{place} was written by export.{about.get('export')}, not export.{kind}")
     if about.get("version") != VERSION:
         raise InputError(

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import Config
-from spinlab.evaluate.divergence import CHUNK
 from spinlab.fakequant.insert import rounded_sites
 from spinlab.learn import estimate_of
+from spinlab.metrics.divergence import CHUNK
 from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS

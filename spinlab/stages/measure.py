@@ -7,7 +7,7 @@ ppl/<text>                   perplexity
 kl/<text>, kl_p99/<text>     KL(original || variant) per token in nats: mean and 99th percentile
 flips/<text>                 share of tokens whose likeliest next token is not the original's
 zeroshot/<task>/<metric>     accuracy, `<metric>_stderr`, and `n` questions
-zeroshot_mean/…              mean over tasks and its comparison (`spinlab.evaluate.paired`)
+zeroshot_mean/…              mean over tasks and its comparison (`spinlab.metrics.paired`)
 paired/<task>/…              comparison with the original's answers (there too)
 bytes, bits/weights, bits/kv checkpoint; effective bits, scales and zero points included
 """
@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.cache import Artifact
 from spinlab.data.questions import identities
-from spinlab.evaluate.divergence import Divergence
-from spinlab.evaluate.paired import mean_accuracy, paired
-from spinlab.evaluate.perplexity import perplexity
-from spinlab.evaluate.predictions import Predictions, read_predictions, write_predictions
-from spinlab.evaluate.states import States
-from spinlab.evaluate.zeroshot import zeroshot
 from spinlab.files import write_json
 from spinlab.finite import check_finite
+from spinlab.metrics.divergence import Divergence
+from spinlab.metrics.paired import mean_accuracy, paired
+from spinlab.metrics.perplexity import perplexity
+from spinlab.metrics.predictions import Predictions, read_predictions, write_predictions
+from spinlab.metrics.states import States
+from spinlab.metrics.zeroshot import zeroshot
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.networks.quantized import cache_bits
 from spinlab.stages.original import Original

@@ -13,7 +13,6 @@ from pathlib import Path
 from spinlab.config import Config, plain
 from spinlab.config.unread import check_read
 from spinlab.data.text import check_length
-from spinlab.evaluate.zeroshot import check_questions, check_tokenizer
 from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
@@ -22,6 +21,7 @@ from spinlab.kv.codecs import unread_by_codecs
 from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
+from spinlab.metrics.zeroshot import check_questions, check_tokenizer
 from spinlab.model.context import check_context
 from spinlab.model.modules import map_of
 from spinlab.rotation.initial import check_rotations

@@ -20,7 +20,6 @@ from spinlab.compose import composed
 from spinlab.config import Config, ModelConfig
 from spinlab.data.text import TEXTS
 from spinlab.errors import InputError
-from spinlab.evaluate.perplexity import perplexity
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
 from spinlab.export.listing import read_listing
@@ -28,6 +27,7 @@ from spinlab.export.served import load_served
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.metrics.perplexity import perplexity
 from spinlab.model.load import check_model
 from spinlab.model.modules import linears_of
 from spinlab.stages.pipeline import Pipeline

@@ -15,8 +15,8 @@ import spinlab.memory.check as check
 import spinlab.runtime.stock.insert as network
 from spinlab.compose import composed
 from spinlab.errors import InputError, ResultError
-from spinlab.evaluate.perplexity import perplexity
-from spinlab.evaluate.predictions import read_predictions
+from spinlab.metrics.perplexity import perplexity
+from spinlab.metrics.predictions import read_predictions
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.stages.handoff import BrokenHandoff
 from spinlab.stages.original import Original

@@ -1,11 +1,11 @@
 """The table of one record: what each variant of the network costs and scores."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from spinlab.config import VARIANTS
-from spinlab.report.formats import MISSING, markdown, percent
-from spinlab.report.records import Record, accuracy_in, read_record, texts_of
+from spinlab.report.cells import cells_of
+from spinlab.report.formats import MISSING, markdown
+from spinlab.report.records import Record, read_record
 
 _TITLES = {
     "fp": "original",
@@ -22,53 +22,11 @@ def record_table(path: Path) -> str:
 
 
 def result_table(record: Record) -> str:
-    """Return a Markdown table with one row per variant that was measured.
-
-    KL per token in nats, flips and accuracies in percent, these with standard errors; the
-    difference of their mean from the original's has the error of question by question. A task's
-    accuracy is the one that enters the mean.
-    """
-    metrics = record["metrics"]
-    chosen = record["config"].get("eval", {}).get("task_metrics", {})
-    columns = _columns(metrics)
-    rows = [["variant", "network", *columns]]
+    """Return a Markdown table of `cells_of` with one row per variant that was measured."""
+    rows: list[list[str]] = []
     for variant in VARIANTS:
-        cells = [_cell(metrics, name, chosen, variant) for name in columns.values()]
-        if set(cells) != {MISSING}:
-            rows.append([variant, _TITLES[variant], *cells])
+        cells = cells_of(record, variant)
+        rows = rows or [["variant", "network", *cells]]
+        if set(cells.values()) != {MISSING}:
+            rows.append([variant, _TITLES[variant], *cells.values()])
     return markdown(rows)
-
-
-def _columns(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Map column titles to metrics: perplexity, what is compared, zero-shot, sizes."""
-    texts, has = texts_of(metrics), {name.split("/")[0] for name in metrics}
-    tasks = sorted({k.split("/")[1] for k in metrics if k.startswith("zeroshot/")})
-    columns = {f"{text} ppl": f"ppl/{text}" for text in texts}
-    for kind, title in {"kl": "KL", "flips": "flips"}.items():
-        columns |= {f"{text} {title}": f"{kind}/{text}" for text in texts if kind in has}
-    columns |= {task: f"zeroshot/{task}" for task in tasks}
-    if "zeroshot_mean" in has:
-        columns |= {"mean": "zeroshot_mean/accuracy"}
-    if "paired" in has:
-        columns |= {"difference": "zeroshot_mean/difference"}
-    return {**columns, "MiB": "bytes", "bits": "bits/weights"}
-
-
-def _cell(metrics: Mapping[str, float], name: str, chosen: Mapping[str, str], variant: str) -> str:
-    if name.startswith("zeroshot/"):
-        kind = accuracy_in(metrics, name.removeprefix("zeroshot/"), chosen, variant)
-        return _percent(metrics, f"{name}/{kind}/{variant}", f"{name}/{kind}_stderr/{variant}")
-    if name.startswith("zeroshot_mean/"):
-        error = "stderr" if name.endswith("accuracy") else "difference_stderr"
-        return _percent(metrics, f"{name}/{variant}", f"zeroshot_mean/{error}/{variant}")
-    value = metrics.get(f"{name}/{variant}")
-    if value is None:
-        return MISSING
-    kind = name.split("/")[0]
-    if kind == "flips":
-        return f"{100 * value:.1f}"
-    return f"{value / 2**20:.0f}" if kind == "bytes" else f"{value:.{3 if kind == 'kl' else 2}f}"
-
-
-def _percent(metrics: Mapping[str, float], name: str, error: str) -> str:
-    return percent(metrics[name], metrics.get(error, 0.0)) if name in metrics else MISSING

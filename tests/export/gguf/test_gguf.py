@@ -11,7 +11,6 @@ import torch
 from spinlab.compose import composed, options_of
 from spinlab.config import FormatChange, ModelConfig, Override, RotationConfig, TensorQuant
 from spinlab.errors import InputError
-from spinlab.evaluate.perplexity import perplexity
 from spinlab.experiment import run
 from spinlab.export.base import check_exports
 from spinlab.export.gguf import architecture, write
@@ -19,6 +18,7 @@ from spinlab.export.gguf.blocks import packed
 from spinlab.export.gguf.writer import MARK
 from spinlab.export.transformed import save_transformed
 from spinlab.formats import IntegerFormat
+from spinlab.metrics.perplexity import perplexity
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.modules import restore
 from spinlab.rotation.online import hadamard_rotation

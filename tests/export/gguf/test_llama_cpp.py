@@ -16,9 +16,9 @@ import torch
 
 from spinlab.compose import composed
 from spinlab.data.text import TEXTS
-from spinlab.evaluate.perplexity import perplexity
 from spinlab.experiment import run
 from spinlab.export.gguf import write
+from spinlab.metrics.perplexity import perplexity
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.text import windows_in
@@ -149,7 +149,7 @@ def test_bytes_are_the_same(make_subject, make_settings, open_file, sample, tmp_
 
 
 def perplexity_of(model: Any, windows: torch.Tensor) -> float:
-    """Return what spinlab.evaluate.perplexity does, from llama.cpp's logits."""
+    """Return what spinlab.metrics.perplexity does, from llama.cpp's logits."""
     losses = [
         torch.nn.functional.cross_entropy(logits_of(model, ids.tolist())[:-1], ids[1:]).double()
         for ids in windows

@@ -6,8 +6,8 @@ import logging
 import numpy as np
 import pytest
 
-from spinlab.evaluate.paired import mean_accuracy, paired
-from spinlab.evaluate.predictions import Predictions, read_predictions, write_predictions
+from spinlab.metrics.paired import mean_accuracy, paired
+from spinlab.metrics.predictions import Predictions, read_predictions, write_predictions
 from spinlab.report.records import zeroshot_mean
 from spinlab.report.tables.record import result_table
 

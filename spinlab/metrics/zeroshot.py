@@ -18,7 +18,7 @@ from spinlab.config import EvalConfig
 from spinlab.data.hub import hub_or_cache
 from spinlab.data.questions import TASKS, check_task, digest, load_questions
 from spinlab.errors import InputError, ResultError
-from spinlab.evaluate.predictions import Predictions, predictions_of
+from spinlab.metrics.predictions import Predictions, predictions_of
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
-from spinlab.evaluate import divergence
-from spinlab.evaluate.divergence import Divergence, compare
-from spinlab.evaluate.perplexity import perplexity
-from spinlab.evaluate.states import States
+from spinlab.metrics import divergence
+from spinlab.metrics.divergence import Divergence, compare
+from spinlab.metrics.perplexity import perplexity
+from spinlab.metrics.states import States
 from spinlab.model.modules import head_of
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spinlab.config import ACCURACIES, accuracy_of_mean
-from spinlab.evaluate.predictions import Answers, Predictions
+from spinlab.metrics.predictions import Answers, Predictions
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.evaluate.perplexity import See
+from spinlab.metrics.perplexity import See
 from spinlab.model.modules import head_of
 from spinlab.tensors import write_tensors
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spinlab import parallel
-from spinlab.evaluate.states import States
+from spinlab.metrics.states import States
 
 CHUNK = 2**24  # logits of the original that are there at once
 

@@ -23,7 +23,7 @@ from spinlab.config import EvalConfig
 from spinlab.data import hub
 from spinlab.data.questions import TASKS, load_questions
 from spinlab.errors import InputError
-from spinlab.evaluate.zeroshot import check_questions, check_tokenizer, load_tasks, zeroshot
+from spinlab.metrics.zeroshot import check_questions, check_tokenizer, load_tasks, zeroshot
 
 # task: (prompt, answers, index of the right one) of its first question, as lm-eval words it.
 FIRST_QUESTIONS = {
@@ -273,7 +273,7 @@ def test_a_question_is_known_by_what_is_asked_and_not_by_its_place(
 ) -> None:
     _, forward = zeroshot(model, tokenizer, ["piqa"], limit=3, batch_size=1)
     rows = load_questions("piqa")[:3]
-    monkeypatch.setattr("spinlab.evaluate.zeroshot.load_questions", lambda task: rows[::-1])
+    monkeypatch.setattr("spinlab.metrics.zeroshot.load_questions", lambda task: rows[::-1])
     _, backward = zeroshot(model, tokenizer, ["piqa"], limit=3, batch_size=1)
     assert len({answer["digest"] for answer in forward["piqa"]}) == 3
     for before, after in zip(forward["piqa"], backward["piqa"][::-1], strict=True):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spinlab.evaluate.perplexity import perplexity
+from spinlab.metrics.perplexity import perplexity
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -1,0 +1,1 @@
+"""Say how good a model is: perplexity of text, accuracy on zero-shot questions."""

@@ -1,0 +1,113 @@
+"""What a model says of its license, for the cards of what is made of it.
+
+Fields are those of a model card on the hub: `license`, for one without a short name there also
+`license_name` and `license_link`.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # of httpx or httpx2, by version  # pyright: ignore[reportPrivateImportUsage]
+    OfflineModeIsEnabled,
+)
+from yaml import YAMLError
+
+from spinlab.config import ModelConfig
+from spinlab.model.checkpoint import checkpoint_of
+from spinlab.model.gguf import gguf_of
+
+log = logging.getLogger(__name__)
+
+_CARD, _FILES = "README.md", ("LICENSE", "LICENSE.txt", "LICENSE.md")
+_FIELDS = ("license", "license_name", "license_link")
+_PATIENCE = 10.0  # seconds for the hub to answer, once
+_HEAD = 200  # characters in which a license says what it is
+# how licenses begin, by their short name on the hub
+_BEGINNINGS = {
+    "apache-2.0": r"apache license,? version 2\.0",
+    "mit": r"mit license|permission is hereby granted, free of charge",
+    **{f"llama3.{n}": rf"llama 3\.{n} community license" for n in (1, 2, 3)},
+    "llama3": r"llama 3 community license",
+    "llama2": r"llama 2 community license",
+}
+
+
+def license_of(config: ModelConfig, converted: Path | None = None) -> dict[str, str]:
+    """Return the fields of a pretrained model's license; none where it does not tell.
+
+    A packaged GGUF tells in its metadata. Of a folder the head of its README.md counts, else the
+    text of its LICENSE, where that is one of a few that are known. The hub is asked where neither
+    is in its local cache. converted: as of `spinlab.model.load.load_model`.
+    """
+    if config.weights == "random":
+        return {}
+    if config.is_gguf:
+        return _of_gguf(gguf_of(config))
+    checkpoint = checkpoint_of(config, converted)
+    found = _of_card(checkpoint.folder / _CARD) or _of_text(checkpoint.folder)
+    if found or "hub" not in checkpoint.origin:
+        return found
+    return _of_hub(checkpoint.origin["hub"], checkpoint.origin["commit"])
+
+
+def with_license(
+    record: Mapping[str, Any], config: ModelConfig, converted: Path | None
+) -> dict[str, Any]:
+    """Return what a run's record tells, and of its model the license, which exports pass on."""
+    model = {**record.get("model", {}), "license": license_of(config, converted)}
+    return {**record, "model": model}
+
+
+def _of_gguf(file: Path) -> dict[str, str]:
+    fields = GGUFReader(file).fields
+    found = {name: fields.get(f"general.{name.replace('_', '.')}") for name in _FIELDS}
+    return _chosen({name: field and field.contents() for name, field in found.items()})
+
+
+def _of_card(file: Path) -> dict[str, str]:
+    """Return what the head of a README.md says; nothing where it has none."""
+    if not file.is_file():
+        return {}
+    try:
+        return _chosen(metadata_load(file) or {})
+    except (YAMLError, ValueError) as error:
+        log.warning("%s: its head cannot be read, and so its license is not known: %s", file, error)
+        return {}
+
+
+def _of_text(folder: Path) -> dict[str, str]:
+    """Return the license whose text lies in a folder, if it begins as one that is known."""
+    for file in (folder / name for name in _FILES if (folder / name).is_file()):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        head = " ".join(text.lower().split())[:_HEAD]
+        for name, beginning in _BEGINNINGS.items():
+            if re.search(beginning, head):
+                return {"license": name}
+    return {}
+
+
+def _of_hub(hub: str, commit: str) -> dict[str, str]:
+    """Ask the hub once; nothing where it does not answer."""
+    try:
+        card = HfApi().model_info(hub, revision=commit, timeout=_PATIENCE).card_data
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+        log.warning("the hub does not tell the license of %s: %s", hub, error)
+        return {}
+    return _chosen(card.to_dict() if card else {})
+
+
+def _chosen(told: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a license that are told; a link to a file beside it leads nowhere."""
+    found = {name: told[name] for name in _FIELDS if isinstance(told.get(name), str)}
+    if not found.get("license"):
+        return {}
+    if not found.get("license_link", "https://").startswith("https://"):
+        del found["license_link"]
+    return found
