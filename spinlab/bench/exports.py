@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spinlab.bench.readers import readers_of
-from spinlab.config import Config, plain
+from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.experiment import run
 from spinlab.export.targets import place_of
@@ -33,7 +33,7 @@ def bench_exports(config: Config, overrides: list[str]) -> dict[str, Any]:
     targets = {name: path for name, path in config.export.targets.items() if readers_of(name)}
     if not targets:
         raise InputError("name at least one export that is a model: export.artefact=FOLDER ...")
-    run(config, overrides)
+    of_run = run(config, overrides).as_json()
     pipeline = Pipeline(config)
     metrics: dict[str, float] = {"bytes/original": pipeline.measure("fp")["bytes/fp"]}
     for name, path in targets.items():
@@ -41,13 +41,16 @@ def bench_exports(config: Config, overrides: list[str]) -> dict[str, Any]:
         metrics[f"bytes/{name}"] = _bytes(place)
         metrics[f"ratio/bytes/{name}"] = metrics[f"bytes/{name}"] / metrics["bytes/original"]
         metrics |= _measured(pipeline, name, place)
-    kept = (word for word in overrides if not word.startswith(("paths.", "tracker")))
+    export = config.export
+    options = {"compressed_tensors": ("profile",), "gguf": ("gguf_type",)}
+    asked = (o for name in targets for o in options.get(name, ()))
+    words = [word for word in of_run["overrides"] if not word.startswith("tracker")]
     return {
         "schema": SCHEMA,
         "experiment": f"bench/exports/{config.name}",
         "environment": environment(),
-        "overrides": [word for word in kept if word.partition("=")[2] not in targets.values()],
-        "config": {k: v for k, v in plain(config).items() if k not in ("paths", "export")},
+        "overrides": [*words, *(f"export.{option}={getattr(export, option)}" for option in asked)],
+        "config": of_run["config"],
         "metrics": metrics,
     }
 
