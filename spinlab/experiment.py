@@ -136,8 +136,7 @@ def _recorded(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:
             kept["layers"] = _layers(pipeline, record)
             kept["figures"] += _figures(pipeline, record)
             check_finite(record.metrics, "the record cannot be complete")
-            if parallel.is_main():
-                export(pipeline, record.as_json())
+            export(pipeline, record.as_json())
             record.status = "complete"
         except BaseException as error:
             record.end(error)
@@ -175,13 +174,17 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
 
 
 def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
-    """Write the files that the settings ask for. record: what they tell of the run."""
+    """Write the files that the settings ask for. record: what they tell of the run.
+
+    Of several processes the first one writes, once all have done the stages that it needs.
+    """
     config = pipeline.config
-    if not config.export.targets:
+    rounds = config.export.rounded and config.quant.rounds_weights
+    made = pipeline.weights("fake") if rounds else None
+    if not config.export.targets or not parallel.is_main():
         return
     rotations = pipeline.rotations("fake")
     networks = networks_of(pipeline.run, pipeline.original)
-    rounded = config.quant.rounds_weights
     subject = Subject(
         config,
         rotations,
@@ -190,10 +193,11 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
         rotated=lambda: networks.stream_rotated(rotations),
         fused=lambda weights: networks.fused(rotations, weights),
         tokenizer=lambda: pipeline.original.tokenizer,
-        weights=lambda: weights_in(pipeline.weights("fake")) if rounded else {},
+        weights=lambda: {} if made is None else weights_in(made),
         dtype=lambda: file_dtype(config.model, pipeline.original.converted),
     )
-    write_exports(config, subject)
+    with parallel.alone():
+        write_exports(config, subject)
 
 
 def _evaluations(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:

@@ -139,7 +139,7 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
     loaded = pipeline(tmp_path, *path, "learn=none")
     assert set(loaded.outliers()) == {"init", "learned"}  # it has no "before"
     manifest = tmp_path / "t" / "transform.safetensors"
-    with pytest.raises(InputError, match=r"has r1, r2 in its weights: give the model's folder"):
+    with pytest.raises(InputError, match=r"has r1, r2 in its weights: take a file of"):
         _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
 
 

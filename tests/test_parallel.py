@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import spinlab
 from spinlab import parallel
 from spinlab.__main__ import main
 from spinlab.cache import Cache
@@ -87,7 +88,8 @@ def measure(out: Path) -> None:
 
 def toy(out: Path) -> list[str]:
     paths = [f"paths.cache={out / 'toy'}", f"paths.runs={out / 'runs'}"]
-    return [*TOY, *FEW, "weights.gptq.sequence_length=64", *paths]
+    export = f"export.artefact={out / 'artefact'}"
+    return [*TOY, *FEW, "weights.gptq.sequence_length=64", export, *paths]
 
 
 def network(dtype: str) -> PreTrainedModel:
@@ -369,6 +371,7 @@ def test_two_processes_leave_one_record_like_that_of_one(job, monkeypatch, tmp_p
         noise = {"rel": 1e-6} if exact else {"rel": 2e-3, "abs": 2e-3}
         assert two["metrics"][name] == pytest.approx(value, **noise), name
     assert not list(job[0].glob("toy/*.partial"))
+    assert spinlab.load(job[0] / "artefact", device="cpu").config.model_type == "llama"
     assert output.count("| fp ") == output.count("record: ") == 1
     assert output.count("learn        done") == 1
     assert len(re.findall("learning (hardly moved|made)", output)) <= 2  # one warning for each text

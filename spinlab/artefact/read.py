@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from spinlab.export.listing import read_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, network_from
 from spinlab.kv.cache import kv_path
 from spinlab.model.checkpoint import Checkpoint
+from spinlab.model.files import CONFIG, GENERATION, TOKENIZER, read_json
 from spinlab.model.load import prepared
 from spinlab.model.modules import ends_of, make_rope, map_of
 from spinlab.model.settings import on_meta
@@ -30,6 +31,8 @@ from spinlab.runtime.quantized import Quantized
 from spinlab.weights.quantized import empty_weight, set_dequantized
 
 KIND = "artefact"  # of the export
+_NEEDS = (CONFIG, GENERATION, WEIGHTS, REST, ROTATIONS)
+_READS = (*TOKENIZER, "additional_chat_templates/*")
 
 
 def load(folder: str | Path, backend: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -49,7 +52,7 @@ class Artefact:
 
     def __init__(self, folder: str | Path) -> None:
         self.place, self.folder = str(folder), Path(folder).expanduser()
-        self.about = read_listing(self.place, self.folder, KIND)
+        self.about = read_listing(self.place, self.folder, KIND, _NEEDS, _READS)
         self.network = network_from(self.place, self.about.get("network"))
 
     @property
@@ -62,15 +65,16 @@ class Artefact:
         dtype = getattr(torch, self.network.dtype)
         model = prepared(on_meta(self.checkpoint.config), dtype)
         try:
+            generation = GenerationConfig.from_dict(read_json(self.folder / GENERATION))
             parts = self._parts(model, device)
             self._fill(model, parts, device)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except InputError:
+            raise
+        except Exception as error:  # files that are no artefact's fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"{self.place} cannot be read: {reason:.200}") from error
         run_on_integers(model, parts, backend)
-        model.generation_config = GenerationConfig.from_pretrained(
-            self.folder, local_files_only=True
-        )
+        model.generation_config = generation
         return model
 
     def _parts(self, model: PreTrainedModel, device: torch.device) -> Quantized:
@@ -112,6 +116,8 @@ class Artefact:
             has, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, due[name]))
             if has != wanted:
                 raise InputError(f"{self.place}: {name} is {has}, and the model has {wanted}")
+            if not tensor.isfinite().all():
+                raise InputError(f"{self.place}: {name} holds numbers that are not finite")
         return found
 
 

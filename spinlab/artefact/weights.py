@@ -27,10 +27,7 @@ class StoredWeights(Mapping[str, QuantizedWeight]):
         self._file: Any = safe_open(path, framework="pt")
         self._device = device
         told = json.loads((self._file.metadata() or {})["formats"])
-        self.formats: dict[str, tuple[Format, int]] = {
-            name: (FORMATS[kind](bits, symmetric), width)
-            for name, (kind, bits, symmetric, width) in told.items()
-        }
+        self.formats = {name: _format(*words) for name, words in told.items()}
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         format, width = self.formats[name]
@@ -77,9 +74,20 @@ class StoredWeights(Mapping[str, QuantizedWeight]):
         groups = found["scale"][-1] if len(found["scale"]) == 3 else 0
         due = {"levels": ("U8", rows, packed), "scale": ("F32", rows, groups)}
         due["zero"] = ("I16", rows, groups)
+        scale = self._file.get_tensor(f"{name}.scale")
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise InputError(f"{place}: {name}.scale holds what is no scale")
         for part, tensor in found.items():
             if tensor != due[part] or groups < 1 or width % groups:
                 raise InputError(f"{place}: {name}.{part} is {tensor}, which does not fit")
+
+
+def _format(kind: str, bits: int, symmetric: bool, width: int) -> tuple[Format, int]:
+    """Return the format of a weight and its inputs. Raises ValueError for words that are none."""
+    types = [type(word) for word in (bits, symmetric, width)]
+    if kind not in FORMATS or types != [int, bool, int] or not 2 <= bits < 16 or width < 1:
+        raise ValueError(f"{kind!r} of {bits!r} bits for {width!r} inputs is no format")
+    return FORMATS[kind](bits, symmetric), width
 
 
 def parts_of(format: Format) -> list[str]:

@@ -72,6 +72,12 @@ class ExportConfig:
         options = ("profile", "gguf_type")
         return {name: path for name, path in vars(self).items() if path and name not in options}
 
+    @property
+    def rounded(self) -> bool:
+        """Tell whether anything that is asked for holds rounded weights."""
+        blocks = self.gguf is not None and self.gguf_type != "f16"
+        return bool(self.artefact or self.compressed_tensors or blocks)
+
     def __post_init__(self) -> None:
         choice("export.profile", self.profile, ("vllm_w4a8", "vllm_w4a4", "weights_only"))
         choice("export.gguf_type", self.gguf_type, ("f16", "q4_0", "q8_0"))

@@ -4,6 +4,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+
 from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.export.base import Subject
@@ -12,6 +15,7 @@ from spinlab.export.listing import write_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network
 from spinlab.export.stock import save_generation
 from spinlab.model.modules import map_of
+from spinlab.rotation.rotations import RotationSet
 from spinlab.tensors import write_tensors
 from spinlab.weights.quantized import save_weights
 
@@ -32,13 +36,11 @@ def write(subject: Subject, path: str) -> None:
     """Write the network that the variants `fake` and `integer` are."""
     config, weights, rotations = subject.config, subject.weights(), subject.rotations
     network = Network(config.model.dtype, config.seed, config.quant, config.kv)
-    model = subject.fused(weights)
-    tensors = model.state_dict()
+    gains: dict[str, torch.Tensor] = {}
     if config.quant.tied.quantizes:  # its file needs no head, but what makes one of the embedding
-        gain = f"{map_of(model).final_norm}.weight"
-        tensors[gain] = subject.original().state_dict()[gain]
-    else:
-        rotations = replace(rotations, r1=None)
+        gains = _final_gain(subject.original())
+    model = subject.fused(weights)
+    tensors = model.state_dict() | gains
     rest = {name: tensors[name].cpu().contiguous() for name in network.rest(model, weights)}
     with new_folder("export.artefact", path) as partial:
         model.config.save_pretrained(partial)
@@ -47,6 +49,22 @@ def write(subject: Subject, path: str) -> None:
         subject.tokenizer().save_pretrained(partial)
         save_weights(weights, partial / WEIGHTS)
         write_tensors(partial / REST, rest)
-        replace(rotations, r2=None, weight_clips={}).save(partial / ROTATIONS)
+        _what_is_left(rotations, tied=bool(gains)).save(partial / ROTATIONS)
         write_listing(partial, "artefact", subject.record, {"network": network.as_json()})
     log.info("%-12s quantized network in %s", "export", path)
+
+
+def _final_gain(original: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the gain of a model's last norm, by name."""
+    name = f"{map_of(original).final_norm}.weight"
+    return {name: original.state_dict()[name].clone()}
+
+
+def _what_is_left(rotations: RotationSet, tied: bool) -> RotationSet:
+    """Return what is not in the weights already. tied: R1 is still to be given to the ends."""
+    about = rotations.about or {}
+    fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
+    fused += ["weight ranges"] if rotations.weight_clips else []
+    about = {**about, "fused": [*about.get("fused", []), *fused]}
+    r1 = rotations.r1 if tied else None
+    return replace(rotations, r1=r1, r2=None, weight_clips={}, about=about)

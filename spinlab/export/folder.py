@@ -4,15 +4,15 @@ In the place of an earlier export its files are replaced and others stay.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from spinlab.config import Config
 from spinlab.errors import InputError
-from spinlab.export.identity import files_of, is_listed
+from spinlab.export.identity import UNFINISHED, files_of, is_listed
 from spinlab.export.targets import check_not_read, place_of, sole_writer, try_to_write
-from spinlab.files import sync, writing
+from spinlab.files import sync, write_json, writing
 from spinlab.model.files import CONFIG, LISTING, MANIFEST
 
 
@@ -56,9 +56,13 @@ def _install(partial: Path, folder: Path, setting: str) -> None:
         os.replace(partial, folder)
         return
     old = {Path(name) for name in files_of(folder) or ()} or _files_of_earlier_version(folder, new)
-    for name in new:
+    for name in {*new, *old}:
         if (folder / name).exists() and name not in old:
             raise InputError(f"{setting} holds {name}, which is not of the earlier export: move it")
+        if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{setting} holds a link in the place of {name.parent}: take it away")
+    if Path(LISTING) in new:
+        _announce(folder, {*old, *new})
     # the config names the new manifest: until that is there too, the folder is no export
     order = {Path(CONFIG): 0, Path(MANIFEST): 2, Path(LISTING): 2}
     for name in sorted(new, key=lambda name: (order.get(name, 1), name)):
@@ -66,6 +70,16 @@ def _install(partial: Path, folder: Path, setting: str) -> None:
         os.replace(partial / name, folder / name)
     for name in old - set(new):
         (folder / name).unlink(missing_ok=True)
+
+
+def _announce(folder: Path, names: Collection[Path]) -> None:
+    """List what is an export's own in a folder from now on, finished or not.
+
+    Where the files of two exports lie beside each other, after a kill, the next one knows them.
+    """
+    listed = dict.fromkeys(sorted(map(Path.as_posix, names)), "")
+    listed.pop(LISTING, None)
+    write_json(folder / LISTING, {"spinlab": UNFINISHED, "files": listed})
 
 
 def _files_of_earlier_version(folder: Path, new: list[Path]) -> set[Path]:

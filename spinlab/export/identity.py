@@ -20,6 +20,8 @@ from spinlab.rotation.stored import read_about
 
 log = logging.getLogger(__name__)
 
+UNFINISHED = {"export": "unfinished", "version": 0}  # what a folder says while it is written over
+
 
 def digests_of(folder: Path) -> dict[str, str]:
     """Return the digest of every file in a folder, by its name there, but for a manifest."""
@@ -48,10 +50,11 @@ def is_listed(folder: Path) -> bool:
         listing = read_json(folder / LISTING)
     except InputError:
         return False
-    files = listing.get("files")
-    if not isinstance(listing.get("spinlab"), dict) or not isinstance(files, dict):
+    about, files = listing.get("spinlab"), listing.get("files")
+    if not isinstance(about, dict) or not isinstance(files, dict):
         return False
-    return all(is_inside(name) for name in files)
+    ours = isinstance(about.get("export"), str) and isinstance(about.get("version"), int)
+    return ours and all(is_inside(name) for name in files)
 
 
 def is_inside(name: str) -> bool:

@@ -6,16 +6,16 @@ A file that changed, is missing or lies elsewhere makes it another export: `read
 with a sentence, before anything else of it is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from spinlab.errors import InputError
 from spinlab.export.card import card
-from spinlab.export.identity import digest_of, digests_of, is_inside
+from spinlab.export.identity import UNFINISHED, digest_of, digests_of, is_inside
 from spinlab.files import write_json
-from spinlab.model.files import LISTING, read_json
+from spinlab.model.files import LISTING, files_like, read_json
 
 CARD = "README.md"
 VERSION = 1  # of the form of every kind of export
@@ -44,11 +44,18 @@ def about_export(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"export": kind, "version": VERSION, "record": kept}
 
 
-def read_listing(place: str, folder: Path, kind: str | None = None) -> dict[str, Any]:
+def read_listing(
+    place: str,
+    folder: Path,
+    kind: str | None = None,
+    needs: Iterable[str] = (),
+    reads: Iterable[str] = (),
+) -> dict[str, Any]:
     """Return what a whole and unaltered export says of itself: what `write_listing` was told.
 
-    place: how sentences call the folder. kind: that it must have; None takes any. Raises InputError
-    for any other folder.
+    place: how sentences call the folder. kind: that it must have; None takes any. needs: files that
+    must be listed. reads: patterns of files that are read if they are there, and listed then.
+    Raises InputError for any other folder.
     """
     wanted = f"export.{kind}" if kind else "an export"
     if not folder.is_dir():
@@ -59,6 +66,10 @@ def read_listing(place: str, folder: Path, kind: str | None = None) -> dict[str,
     about, files = listing.get("spinlab"), listing.get("files")
     if not isinstance(about, dict) or not isinstance(files, dict):
         raise InputError(f"{place}: its {LISTING} is none of spinlab's")
+    if about == UNFINISHED:
+        raise InputError(f"{place} was being written over when that was cut off: export it again")
+    if not isinstance(about.get("export"), str) or not isinstance(about.get("record"), dict):
+        raise InputError(f"{place}: its {LISTING} does not say what was exported, of which run")
     if kind and about.get("export") != kind:
         raise InputError(f"{place} was written by export.{about.get('export')}, not export.{kind}")
     if about.get("version") != VERSION:
@@ -66,6 +77,11 @@ def read_listing(place: str, folder: Path, kind: str | None = None) -> dict[str,
             f"{place} has the form {about.get('version')!r}, and this version of spinlab reads "
             f"{VERSION}: install the version that wrote it, or export it again"
         )
+    if missing := [name for name in needs if name not in files]:
+        raise InputError(f"{place}: its {LISTING} does not list {missing[0]}: export it again")
+    names = {file.relative_to(folder).as_posix() for file in files_like(folder, reads)}
+    if unknown := sorted(names - files.keys()):
+        raise InputError(f"{place} holds {unknown[0]}, which is not of the export: take it away")
     _check_files(place, folder, files)
     return about
 

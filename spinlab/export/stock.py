@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.files import write_json
-from spinlab.model.files import CONFIG, read_json
+from spinlab.model.files import CONFIG, GENERATION, read_json
 from spinlab.model.modules import restore
 
 _TOKENIZER = "tokenizer_config.json"
@@ -39,7 +39,7 @@ def save_stock(
 
 def save_generation(settings: GenerationConfig, folder: Path) -> None:
     """Save how text is generated as the original says it: transformers refuses to save some."""
-    settings.to_json_file(folder / "generation_config.json")
+    settings.to_json_file(folder / GENERATION)
 
 
 def _write_for_earlier_versions(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -119,7 +119,9 @@ def needs(job: Job) -> list[Need]:
     if job.has("learn"):
         found.append(_learning(job))
     if set(job.config.export.targets) - {"rotations"}:  # written each time
-        found.append(Need("export", 0, job.untied * job.size + job.fusing, job.cure()))
+        # rounded weights are there unpacked, then packed as well
+        levels = 2 * job.levels if job.config.export.rounded else 0
+        found.append(Need("export", levels, job.untied * job.size + job.fusing, job.cure()))
     if job.has("weights-rtn") or (job.has("weights") and not job.config.rounded_on_text):
         found += _rounding(job)
     if job.has("weights") and job.config.rounded_on_text:

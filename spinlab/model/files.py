@@ -8,7 +8,8 @@ from typing import Any
 from spinlab.errors import InputError
 
 CONFIG = "config.json"
-SETTINGS = (CONFIG, "generation_config.json")
+GENERATION = "generation_config.json"
+SETTINGS = (CONFIG, GENERATION)
 MANIFEST = "transform.safetensors"  # of a transformed model: what its weights lack
 LISTING = "manifest.json"  # of every other export: what it is, and its files
 EXPORTED = "spinlab"  # entry of an export's config: the manifest that belongs to it

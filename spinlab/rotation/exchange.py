@@ -48,8 +48,8 @@ def read_rotations(path: Path, model_map: ModelMap, manifest: bool = False) -> R
     fused = (found.about or {}).get("fused")
     if fused and not manifest:
         raise InputError(
-            f"{path} is the manifest of a transformed model, which has {', '.join(fused)} in its "
-            "weights: give the model's folder as model.path"
+            f"{path} belongs to an exported model, which has {', '.join(fused)} in its weights: "
+            "take a file of export.rotations, or the folder of export.transformed as model.path"
         )
     made_for = (found.about or {}).get("family", family)
     if made_for != family:

@@ -1,6 +1,7 @@
 """An artefact is the very network that was exported, and nothing that was tampered with."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,14 @@ from spinlab.config import (
     TensorQuant,
 )
 from spinlab.errors import InputError
+from spinlab.export.identity import digest_of
 from spinlab.files import file_digest, write_json
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.files import LISTING
 from spinlab.model.load import check_model
+from spinlab.model.modules import map_of
 from spinlab.rotation.duquant import DualTransform
+from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.rotation.rotations import RotationSet
@@ -196,6 +200,19 @@ def forged(folder: Path, file: str, change) -> None:
     reword(folder, lambda listing: listing["files"].update({file: file_digest(folder / file)}))
 
 
+def rewritten(folder: Path, file: str, change) -> None:
+    """Change a file of JSON, and let the manifest agree."""
+    write_json(folder / file, change(json.loads((folder / file).read_text())))
+    reword(folder, lambda listing: listing["files"].update({file: digest_of(folder / file)}))
+
+
+def retold(folder: Path, formats) -> None:
+    """Change what a file says of the formats of its weights, and let the manifest agree."""
+    file = folder / "weights.safetensors"
+    save_file(load_file(file), file, {"formats": json.dumps(formats)})
+    reword(folder, lambda listing: listing["files"].update({file.name: file_digest(file)}))
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
 
@@ -234,20 +251,11 @@ WRONG = {
         "names /etc/passwd, which is not in the folder",
     ),
     "another family": (
-        lambda f: (
-            write_json(
-                f / "config.json",
-                {**json.loads((f / "config.json").read_text()), "model_type": "qwen2"},
-            ),
-            reword(f, lambda m: m["files"].pop("config.json")),
-        ),
+        lambda f: rewritten(f, "config.json", lambda c: {**c, "model_type": "qwen2"}),
         "is missing in rest.safetensors, or has no place there",
     ),
     "an unknown family": (
-        lambda f: (
-            write_json(f / "config.json", {"model_type": "mamba"}),
-            reword(f, lambda m: m["files"].pop("config.json")),
-        ),
+        lambda f: rewritten(f, "config.json", lambda c: {"model_type": "mamba"}),
         "mamba",
     ),
     "an unknown dtype": (
@@ -284,6 +292,41 @@ WRONG = {
         ),
         r"model.norm.weight is \(33,\) torch.float32, and the model has \(32,\)",
     ),
+    "a norm that is none": (
+        lambda f: forged(
+            f, "rest.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan"))
+        ),
+        "model.norm.weight holds numbers that are not finite",
+    ),
+    "a scale that is none": (
+        lambda f: forged(f, "weights.safetensors", lambda t: t[SCALE].fill_(float("inf"))),
+        "up_proj.scale holds what is no scale",
+    ),
+    "formats of no kind": (lambda f: retold(f, {"x": ["integer", 99, True, 8]}), "99 bits"),
+    "formats as a list": (lambda f: retold(f, [1]), "cannot be read: AttributeError"),
+    "another way to generate": (
+        lambda f: rewritten(f, "generation_config.json", lambda c: [c]),
+        "holds a list, not settings by name",
+    ),
+    "no way to generate": (
+        lambda f: (
+            (f / "generation_config.json").unlink(),
+            reword(f, lambda m: m["files"].pop("generation_config.json")),
+        ),
+        "does not list generation_config.json",
+    ),
+    "an empty list": (
+        lambda f: reword(f, lambda m: m.update(files={})),
+        "does not list config.json",
+    ),
+    "another's template": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 1 }}"),
+        "holds chat_template.jinja, which is not of the export",
+    ),
+    "no record": (
+        lambda f: reword(f, lambda m: m["spinlab"].update(record=[1])),
+        "does not say what was exported, of which run",
+    ),
     "a norm of another dtype": (
         lambda f: forged(
             f, "rest.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(32).half()})
@@ -309,7 +352,41 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(export)
     _, meant = export("qwen2")
     assert torch.equal(spinlab.load(folder, device="cpu")(IDS).logits, meant(IDS).logits)
     assert (folder / "notes.txt").read_text() == "mine"
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "mine.txt").write_text("mine")
+    (folder / "sub").symlink_to(outside)
+    reword(folder, lambda listing: listing["files"].update({"sub/mine.txt": "0"}))
+    with pytest.raises(InputError, match="holds a link in the place of sub"):
+        export()
+    assert (outside / "mine.txt").read_text() == "mine"
     (folder.parent / "other").mkdir()
     (folder.parent / "other" / "manifest.json").write_text('{"name": "an extension"}')
     with pytest.raises(InputError, match="is there and no earlier export"):
         export(name="other")
+
+
+def test_an_export_over_another_that_is_cut_off_can_be_repeated(export, monkeypatch):
+    folder, _ = export()
+    replaced, left = os.replace, iter(range(3))
+
+    def killed(source, target):
+        if Path(target).parent == folder and Path(source).parent != folder:
+            next(left)  # StopIteration stands for a kill behind the third file
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        export("qwen2")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="was being written over when that was cut off"):
+        spinlab.load(folder)
+    _, meant = export("qwen2")
+    assert torch.equal(spinlab.load(folder, device="cpu")(IDS).logits, meant(IDS).logits)
+
+
+def test_its_rotations_are_not_taken_for_all_there_are(export):
+    folder, model = export(quant=QuantConfig(tied=ENDS))
+    for file in (folder / "rotations.safetensors",):
+        with pytest.raises(InputError, match="belongs to an exported model, which has r1, r2"):
+            read_rotations(file, map_of(model))
