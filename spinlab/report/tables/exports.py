@@ -32,7 +32,8 @@ def _texts(metrics: dict[str, float]) -> Iterator[str]:
 
 def _rows(record: Record, texts: list[str]) -> Iterator[list[str]]:
     metrics: dict[str, float] = record["metrics"]
-    settings = " ".join(f"`{word}`" for word in record["overrides"])
+    words = (word for word in record["overrides"] if not word.startswith("eval."))
+    settings = " ".join(f"`{word}`" for word in words)
     for name in (name for name in metrics if name.startswith("logits_error/")):
         export, reader = name.split("/")[1:]
         cells = (f"ppl/{text}/{export}/{of}" for text in texts for of in ("network", reader))
