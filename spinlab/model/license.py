@@ -60,9 +60,17 @@ def license_of(config: ModelConfig, converted: Path | None = None) -> dict[str, 
 def with_license(
     record: Mapping[str, Any], config: ModelConfig, converted: Path | None
 ) -> dict[str, Any]:
-    """Return what a run's record tells, and of its model the license, which exports pass on."""
-    model = {**record.get("model", {}), "license": license_of(config, converted)}
-    return {**record, "model": model}
+    """Return what a run's record tells, and of its model the license, which exports pass on.
+
+    Whatever keeps it from being looked up is logged: a run is finished by then, and stays so.
+    """
+    try:
+        found = license_of(config, converted)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("the license of the model cannot be looked up: %.200s", reason)
+        found = {}
+    return {**record, "model": {**record.get("model", {}), "license": found}}
 
 
 def _of_gguf(file: Path) -> dict[str, str]:

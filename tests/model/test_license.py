@@ -100,3 +100,13 @@ def test_a_record_gets_its_model_s_license_and_stays_as_it_is(tmp_path):
     assert told == {"model": {"family": "llama", "license": {"license": "mit"}}}
     assert record == {"model": {"family": "llama"}}
     assert license_of(ModelConfig(weights="random")) == {}
+
+
+def test_whatever_keeps_a_license_from_being_looked_up_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("of a client's making")
+
+    monkeypatch.setattr(licenses, "license_of", fails)
+    with caplog.at_level(logging.WARNING):
+        assert with_license({}, local(tmp_path), None) == {"model": {"license": {}}}
+    assert "cannot be looked up: RuntimeError: of a client's making" in caplog.text
