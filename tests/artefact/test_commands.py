@@ -26,7 +26,7 @@ from spinlab import generate
 from spinlab.artefact.read import tokenizer_of
 from spinlab.errors import InputError
 from spinlab.evaluate.__main__ import main as evaluate
-from spinlab.evaluate.verdict import agree, compared, differing
+from spinlab.evaluate.verdict import Compared, agree, compared, differing
 from spinlab.files import file_digest
 from spinlab.generate import Sampling, Writer, converse
 from spinlab.lm_eval import register
@@ -157,11 +157,51 @@ def test_without_a_record_there_is_nothing_to_repeat(altered, capsys, gone):
     assert "there is nothing to repeat" in mistake(evaluate, folder, capsys=capsys)
 
 
-def test_settings_of_another_version_are_not_guessed(altered, capsys):
-    folder = altered(lambda record: record["config"]["eval"].update({"new": 1}))
-    assert "install the version of spinlab that wrote it" in mistake(
-        evaluate, folder, capsys=capsys
-    )
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("config.eval.new", 1, "Key 'new' not in 'EvalConfig'"),
+        ("config.eval.window", "long", "Value 'long' of type 'str' could not be converted"),
+        ("config.eval.window", "${oc.env:HOME}", "it refers to what lies elsewhere"),
+        ("config.eval", [], "it is no list of names and values"),
+        ("identity.evaluation", None, "identity.evaluation"),
+        ("identity.evaluation.wiki", {"part": "whole"}, "identity.evaluation"),
+        ("identity.questions", [], "identity.questions"),
+        ("environment.threads", "x", "environment.threads"),
+        ("environment.packages", 1, "environment.packages"),
+        ("metrics.ppl/wiki/integer", "low", "metrics"),
+    ],
+)
+def test_a_record_of_another_form_is_not_guessed(altered, capsys, part, value, told):
+    *parents, name = part.split(".")
+
+    def change(record: dict) -> None:
+        for parent in parents:
+            record = record[parent]
+        record[name] = value
+
+    said = mistake(evaluate, altered(change), capsys=capsys)
+    assert f"cannot be read ({told}" in said
+    assert "install the version of spinlab that wrote it" in said
+
+
+def test_where_nothing_is_compared_nothing_agrees(place, artefact, altered, capsys):
+    """The record of a run that measured the original alone; and other questions alone."""
+
+    def of_the_original(record: dict) -> None:
+        own = ("/integer", "/fake")
+        record["metrics"] = {n: v for n, v in record["metrics"].items() if not n.endswith(own)}
+        del record["identity"]["evaluation"]["mine.txt"]
+
+    words = ["--json", "--backend", "torch"]
+    with pytest.raises(SystemExit) as end:
+        evaluate([altered(of_the_original), *words])
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert json.loads(said.out)["agrees"] is None
+    assert "nothing was compared, as its record has none of these numbers" in said.err
+    other = compared(RECORD, {"zeroshot/piqa/acc": 0.5}, {}, same=True, limit=2)
+    assert agree(list(other)) is None and agree([]) is None
 
 
 RECORD = {
@@ -198,11 +238,13 @@ RECORD = {
 )
 def test_another_machine_agrees_within_what_rounding_moves(metric, now, agrees):
     tokens = {metric.partition("/")[2]: 10_000}
+    compares_not = Compared("ppl/new", None, 2.0, None)
     (row,) = compared(RECORD, {metric: now}, tokens, same=False, limit=4)
     assert row.agrees is agrees
     (row,) = compared(RECORD, {metric: now}, tokens, same=True, limit=4)
     assert row.agrees is (None if agrees is None else False)
-    assert agree([row]) == (agrees is None)
+    assert agree([row]) is row.agrees
+    assert agree([row, compares_not]) is row.agrees
 
 
 def test_a_machine_is_the_same_where_sums_are():
