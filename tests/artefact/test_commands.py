@@ -15,20 +15,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from transformers import GenerationConfig
 
 import spinlab
-from spinlab import generate
 from spinlab.artefact.read import tokenizer_of
 from spinlab.errors import InputError
 from spinlab.evaluate.__main__ import main as evaluate
 from spinlab.evaluate.verdict import Compared, agree, compared, differing
 from spinlab.files import file_digest
-from spinlab.generate import Sampling, Writer, converse
+from spinlab.generate.__main__ import converse
+from spinlab.generate.__main__ import main as generate
+from spinlab.generate.sampling import Sampling
+from spinlab.generate.writer import Writer
 from spinlab.lm_eval import register
 from spinlab.model.files import LISTING
 from spinlab.streams import Lasting, ReaderLeft
@@ -264,10 +268,10 @@ def test_a_prompt_is_continued_as_transformers_does(artefact, capsys, monkeypatc
     ids = torch.tensor([tokenizer("The city of")["input_ids"]])
     expected = model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
-    generate.main([artefact, "--max-new-tokens", "20", "The city of"])
+    generate([artefact, "--max-new-tokens", "20", "The city of"])
     assert capsys.readouterr().out == text + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("The city of\n"))
-    generate.main([artefact, "--max-new-tokens", "20"])
+    generate([artefact, "--max-new-tokens", "20"])
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -281,16 +285,65 @@ def test_a_prompt_is_continued_as_transformers_does(artefact, capsys, monkeypatc
 )
 def test_a_pipe_without_text_is_a_mistake(artefact, capsys, monkeypatch, stdin, told):
     monkeypatch.setattr("sys.stdin", stdin)
-    assert told in mistake(generate.main, artefact, capsys=capsys)
+    assert told in mistake(generate, artefact, capsys=capsys)
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_sums_repeat_themselves_before_torch_is_there_to_listen(name):
+    code = f"""
+import os, sys
+from spinlab.{name}.__main__ import main
+assert "torch" not in sys.modules
+class Listener:
+    def find_spec(name, *_):
+        if name == "torch":
+            sys.exit(os.environ.get("MKL_CBWR"))
+sys.meta_path.insert(0, Listener)
+main(["."])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "AUTO,STRICT\n"
 
 
 def test_sampling_repeats_itself_by_its_seed(artefact, capsys):
     said = []
     for seed in ("1", "1", "2"):
         options = ["--temperature", "0.9", "--top-p", "0.9", "--seed", seed]
-        generate.main([artefact, "In the year", "--max-new-tokens", "30", *options])
+        generate([artefact, "In the year", "--max-new-tokens", "30", *options])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_how_tokens_are_chosen_is_not_the_model_s_own_affair(artefact, capsys, temperature):
+    model, tokenizer = spinlab.load(artefact), tokenizer_of(artefact)
+    tokens = model.generation_config.eos_token_id
+    said = []
+    for own in (
+        {},
+        {"repetition_penalty": 5.0, "min_p": 0.9, "do_sample": True},
+        {"num_beams": 4, "num_return_sequences": 2, "stop_strings": ["e"]},
+        {"penalty_alpha": 0.6, "top_k": 4, "use_cache": False, "max_time": 0.0},
+    ):
+        model.generation_config = GenerationConfig(eos_token_id=tokens, **own)
+        torch.manual_seed(0)
+        writer = Writer(model, tokenizer, Sampling(12, temperature), chat=False)
+        said.append(writer.answer("In the year"))
+    assert len(set(said)) == 1 and said[0]
+    assert model.generation_config.eos_token_id == tokens
+
+
+def test_a_line_that_is_no_text_is_told_and_the_next_is_asked(capsys):
+    def ask(prompt: str) -> str:
+        raise lines.pop(0)
+
+    lines = [UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "no"), EOFError()]
+    converse(cast(Any, None), ask)
+    told = "spinlab.generate: the prompt is no UTF-8 (byte 2): convert it first\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_conversation_goes_on_in_the_template(artefact, capsys):
@@ -321,7 +374,7 @@ def test_nobody_reading_ends_the_writing(artefact, monkeypatch):
         answered = Writer(spinlab.load(artefact), tokenizer_of(artefact), Sampling(400), False)
         with pytest.raises(ReaderLeft):
             answered.answer("The")
-        generate.main([artefact, "The"])
+        generate([artefact, "The"])
 
 
 def test_an_interrupt_ends_it_quietly(artefact):
@@ -344,11 +397,14 @@ def test_an_interrupt_ends_it_quietly(artefact):
         (("x", "--max-new-tokens", "0"), "--max-new-tokens 0 must be at least 1"),
         (("x", "--temperature", "-1"), "--temperature -1.0 must be 0 (greedy) or more"),
         (("x", "--top-p", "0"), "--top-p 0.0 must lie above 0"),
+        (("x", "--seed", str(2**70)), f"--seed {2**70} is out of range: it goes from 0 to"),
+        (("x", "--seed", "-1"), "--seed -1 is out of range"),
+        (("x\udcff",), "the prompt is no UTF-8 (character 1): convert it first"),
         (("x", "--backend", "triton"), "runtime.backend=triton needs a CUDA device"),
     ],
 )
 def test_a_mistake_is_one_sentence(artefact, capsys, words, told):
-    assert told in mistake(generate.main, artefact, *words, capsys=capsys)
+    assert told in mistake(generate, artefact, *words, capsys=capsys)
 
 
 # lm-eval -----------------------------------------------------------------------------------------
