@@ -50,12 +50,34 @@ def test_the_head_of_a_readme_tells(tmp_path, head, found):
         ("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", {"license": "llama3.2"}),
         ("LLAMA 2 COMMUNITY LICENSE AGREEMENT", {"license": "llama2"}),
         ("All rights reserved." + 30 * " Words." + APACHE, {}),
+        ("# License\n\nThe MIT License (MIT)\n\nCopyright (c) 2024", {"license": "mit"}),
+        (
+            "Copyright (c) 2024 A\n\nPermission is hereby granted, free of charge, to any person\n"
+            "obtaining a copy of this software",
+            {"license": "mit"},
+        ),
+        ("Copyright 2018 A. All rights reserved.\n" + APACHE, {"license": "apache-2.0"}),
+        ("Apache License, Version 2.0\n", {"license": "apache-2.0"}),
+        ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT\t\n", {"license": "llama3"}),
+        ("This is not the MIT License but something else. All rights reserved.", {}),
+        ("GNU LESSER; parts under the MIT License", {}),
+        ("MIT License with a clause that forbids selling", {}),
+        ("Apache License, Version 2.0, with exceptions", {}),
+        ("Permission is hereby granted, free of charge, to any person or organization", {}),
+        ("Copyright (c) 2024 A\nNot the MIT License", {}),
     ],
 )
 def test_a_license_is_known_by_how_its_text_begins(tmp_path, text, found):
     (tmp_path / "README.md").write_text("# A model without a head\n")
     (tmp_path / "LICENSE").write_text(text)
     assert license_of(local(tmp_path)) == found
+
+
+@pytest.mark.parametrize("head", ["license: [mit, apache-2.0]", "license_name: own"])
+def test_a_head_that_names_no_single_license_is_not_overruled_by_a_text(tmp_path, head):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    (tmp_path / "LICENSE").write_text("MIT License")
+    assert license_of(local(tmp_path)) == {}
 
 
 def test_a_head_that_is_none_is_told_of(tmp_path, caplog):
