@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
     subject = Subject(
         config,
         rotations,
-        cache(lambda: with_license(record or {}, config.model, pipeline.original.converted)),
+        lambda: with_license(record or {}, config.model, pipeline.original.converted),
         original=pipeline.original.load,
         rotated=lambda: networks.stream_rotated(rotations),
         fused=lambda weights: networks.fused(rotations, weights),

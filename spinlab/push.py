@@ -78,7 +78,7 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
 
 
 def _message(about: Mapping[str, Any]) -> str:
-    record = about.get("record", {})
+    record = about["record"]
     told = {"experiment", "key"} <= record.keys()
     of_run = f" of {record['experiment']} ({record['key']})" if told else ""
     return f"Upload the {about['export']}{of_run}"

@@ -70,7 +70,7 @@ class Again:
 
     def _record(self, artefact: Artefact) -> Mapping[str, Any]:
         """Return the record of a run that measured the artefact's network."""
-        record = artefact.about.get("record", {})
+        record = artefact.about["record"]
         parts = ("metrics", "identity", "config", "environment")
         if not all(isinstance(record.get(name), dict) for name in parts):
             raise InputError(f"{self.folder} has no record of a run: there is nothing to repeat")

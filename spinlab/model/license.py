@@ -7,6 +7,7 @@ Fields are those of a model card on the hub: `license`, for one without a short 
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def _beginning(text: str) -> str:
     return "\n".join([*kept[:3], ""])
 
 
+@cache
 def _of_hub(hub: str, commit: str) -> dict[str, str]:
-    """Ask the hub once; nothing where it does not answer."""
+    """Ask the hub, once for all exports; nothing where it does not answer."""
     try:
         card = HfApi().model_info(hub, revision=commit, timeout=_PATIENCE).card_data
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:

@@ -35,6 +35,7 @@ from spinlab.generate.sampling import Sampling
 from spinlab.generate.writer import Writer
 from spinlab.lm_eval import register
 from spinlab.model.files import LISTING
+from spinlab.model.modules import ends_of
 from spinlab.streams import Lasting, ReaderLeft
 
 TEXT = "It was the best of times, it was the worst of times. " * 60
@@ -444,6 +445,9 @@ def test_likelihoods_are_those_of_the_network(artefact):
     register()
     register()  # a second time changes nothing
     harness = get_model("spinlab")(pretrained=artefact, device="cuda:0", batch_size=2)
+    embedding, head = ends_of(harness.model)  # which HFLM ties where the config says so
+    assert embedding.weight.shape == head.weight.shape
+    assert not torch.equal(embedding.weight, head.weight)
     requests = [
         Instance("loglikelihood", {}, ("The city of", answer), 0) for answer in (" London", " qz")
     ]

@@ -105,11 +105,14 @@ def test_the_hub_is_asked_where_the_cache_does_not_tell(tmp_path, monkeypatch, c
     told = SimpleNamespace(card_data=ModelCardData(license="llama2"))
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: told)
     assert license_of(config) == {"license": "llama2"}
+    monkeypatch.setattr(HfApi, "model_info", None)
+    assert license_of(config) == {"license": "llama2"}  # it is asked once
 
     def offline(*_, **__):
         raise OfflineModeIsEnabled("off")
 
     monkeypatch.setattr(HfApi, "model_info", offline)
+    checkpoint.origin["commit"] = "d" * 40
     with caplog.at_level(logging.WARNING):
         assert license_of(config) == {}
     assert "the hub does not tell the license of owner/name" in caplog.text
