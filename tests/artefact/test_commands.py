@@ -34,6 +34,7 @@ from spinlab.generate.__main__ import main as generate
 from spinlab.generate.sampling import Sampling
 from spinlab.generate.writer import Writer
 from spinlab.lm_eval import register
+from spinlab.lm_eval.__main__ import main as lm_eval
 from spinlab.model.files import LISTING
 from spinlab.model.modules import ends_of
 from spinlab.streams import Lasting, ReaderLeft
@@ -411,7 +412,7 @@ def test_a_mistake_is_one_sentence(artefact, capsys, words, told):
 # lm-eval -----------------------------------------------------------------------------------------
 
 
-def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path):
+def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path, monkeypatch):
     rows = [
         {"question": "The city of", "choices": ["London", "qzxj"], "answer": 0},
         {"question": "He was a", "choices": ["zzjq", "member"], "answer": 1},
@@ -429,12 +430,13 @@ def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path):
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    done = command(
-        *("spinlab.lm_eval", "--model", "spinlab", "--model_args", f"pretrained={artefact}"),
+    words = (
+        *("--model", "spinlab", "--model_args", f"pretrained={artefact}"),
         *("--include_path", str(tmp_path), "--tasks", "tiny_choice"),
         *("--output_path", str(tmp_path / "out")),
     )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    lm_eval()
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())
     assert found["results"]["tiny_choice"]["acc,none"] == 1.0
