@@ -188,7 +188,7 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
     subject = Subject(
         config,
         rotations,
-        with_license(record or {}, config.model, pipeline.original.converted),
+        lambda: with_license(record or {}, config.model, pipeline.original.converted),
         original=pipeline.original.load,
         rotated=lambda: networks.stream_rotated(rotations),
         fused=lambda weights: networks.fused(rotations, weights),

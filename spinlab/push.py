@@ -2,15 +2,16 @@
 
 Only a whole and unaltered export is uploaded, and of its folder only the files that it lists, in
 one commit. A repository is made where there is none; one that holds an earlier export is brought to
-this one; any other is left alone.
+this one; any other is left alone, also one that became another while it was looked at.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -23,9 +24,12 @@ from huggingface_hub.errors import (
 from spinlab.errors import InputError
 from spinlab.export.identity import files_of, is_listed
 from spinlab.export.listing import read_listing
-from spinlab.model.files import LISTING
+from spinlab.model.files import LISTING, MANIFEST
 from spinlab.streams import keep_streams
 
+_PUSHED = (
+    "export.artefact, export.checkpoint and export.compressed_tensors write what can be pushed"
+)
 _OF_THE_HUB = {".gitattributes"}  # which every repository begins with
 
 
@@ -37,7 +41,11 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
     else, and where the hub refuses or cannot be reached.
     """
     place, folder = str(folder), Path(folder).expanduser()
-    about = read_listing(place, folder)
+    if folder.is_file():
+        raise InputError(f"{place} is a file: {_PUSHED}")
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"{place} was written by export.transformed: {_PUSHED}")
+    message = _message(read_listing(place, folder))
     files = files_of(folder) or set()
     if get_token() is None:
         raise InputError(
@@ -46,35 +54,43 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
     api = HfApi()
     with _sentences(name):
         api.create_repo(name, private=private, exist_ok=True)
-        if private and not api.repo_info(name).private:
+        branch = revision or "main"
+        made = api.revision_exists(name, branch)
+        there = api.repo_info(name, revision=branch if made else None)
+        if private and not there.private:
             raise InputError(
                 f"{name} is there and public: name another repository, or leave out --private"
             )
-        branch = revision or "main"
-        made = api.revision_exists(name, branch)
-        old = _files_there(api, name, branch if made else "main")
+        assert there.sha is not None  # of what is looked at, and of nothing else
+        old = _files_there(api, name, there.sha)
         if not made:
-            api.create_branch(name, branch=branch)
+            api.create_branch(name, branch=branch, revision=there.sha)
         added = [CommitOperationAdd(file, folder / file) for file in sorted(files)]
         gone = [CommitOperationDelete(file) for file in sorted(old - files)]
-        record = about.get("record", {})
-        of_run = f" of {record['experiment']} ({record['key']})" if "key" in record else ""
         done = api.create_commit(
             name,
             [*added, *gone],
-            commit_message=f"Upload the {about['export']}{of_run}",
+            commit_message=message,
             revision=branch,
+            parent_commit=there.sha,
         )
     return done.commit_url
 
 
-def _files_there(api: HfApi, name: str, branch: str) -> set[str]:
-    """Return the files of the export that a branch holds; InputError where it holds others."""
-    there = set(api.list_repo_files(name, revision=branch)) - _OF_THE_HUB
+def _message(about: Mapping[str, Any]) -> str:
+    record = about["record"]
+    told = {"experiment", "key"} <= record.keys()
+    of_run = f" of {record['experiment']} ({record['key']})" if told else ""
+    return f"Upload the {about['export']}{of_run}"
+
+
+def _files_there(api: HfApi, name: str, commit: str) -> set[str]:
+    """Return the files of the export that a commit holds; InputError where it holds others."""
+    there = set(api.list_repo_files(name, revision=commit)) - _OF_THE_HUB
     own: set[str] = set()
     if LISTING in there:
         with TemporaryDirectory() as temporary:
-            api.hf_hub_download(name, LISTING, revision=branch, local_dir=temporary)
+            api.hf_hub_download(name, LISTING, revision=commit, local_dir=temporary)
             if is_listed(Path(temporary)):
                 own = files_of(Path(temporary)) or set()
     if foreign := sorted(there - own):
@@ -105,6 +121,10 @@ def _sentences(name: str) -> Iterator[None]:
         if status in (403, 404):
             raise InputError(
                 f"this token may not write to {name}: use one with write access, or another owner"
+            ) from error
+        if status == 412:
+            raise InputError(
+                f"{name} was changed by someone else meanwhile: run it again to look at it anew"
             ) from error
         said = (error.server_message or "").partition("\n")[0]
         reason = f"{status}, {said}" if said else str(status)

@@ -143,6 +143,13 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
         _ = pipeline(tmp_path, "learn=none", f"rotation.load={manifest}").initial
 
 
+def test_an_export_that_does_not_tell_of_its_run_looks_up_no_license(tmp_path, monkeypatch):
+    monkeypatch.setattr("spinlab.experiment.with_license", None)
+    files = (f"export.transformed={tmp_path / 't'}", f"export.rotations={tmp_path / 'r.bin'}")
+    export(pipeline(tmp_path, "learn=none", *files))
+    assert (tmp_path / "t").is_dir() and (tmp_path / "r.bin").is_file()
+
+
 def test_an_exported_model_is_exported_again_with_all_that_it_brought(tmp_path, text):
     export(pipeline(tmp_path, *text, "learn=none", f"export.transformed={tmp_path / 't'}"))
     model = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}", *text]

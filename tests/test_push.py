@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -28,7 +29,10 @@ RECORD = {"experiment": "toy", "key": "0123456789abcdef"}
 
 
 class Hub(ThreadingHTTPServer):
-    """Keep what is committed, by branch; refuse everything where `status` is set."""
+    """Keep what is committed, by branch; refuse everything where `status` is set.
+
+    meanwhile: done once, when files begin to come.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -36,7 +40,17 @@ class Hub(ThreadingHTTPServer):
         self.private = False
         self.messages: list[str] = []
         self.status = 0
+        self.meanwhile: Callable[[], object] = lambda: None
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def commit_of(self, branch: str) -> str:
+        """Return the name of what a branch holds, by which it is found too."""
+        return sha1(repr(sorted(self.branches[branch].items())).encode()).hexdigest()
+
+    def files(self, revision: str) -> dict[str, bytes] | None:
+        """Return what a branch or a commit holds; None for neither."""
+        commits = {self.commit_of(branch): branch for branch in self.branches}
+        return self.branches.get(commits.get(revision, revision))
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -60,14 +74,21 @@ class Answer(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self._send(200, {"errors": [], "warnings": []})
         elif "/branch/" in path:
-            hub.branches[words[-1]] = dict(hub.branches["main"])
+            start = hub.files(json.loads(body)["startingPoint"])
+            assert start is not None
+            hub.branches[words[-1]] = dict(start)
             self._send(200, {})
         elif "/preupload/" in path:
+            hub.meanwhile()
             names = [file["path"] for file in json.loads(body)["files"]]
             how = {"uploadMode": "regular", "shouldIgnore": False}
             self._send(200, {"files": [{"path": name, **how} for name in names]})
         elif "/commit/" in path:
-            self._commit(words[-1], [json.loads(line) for line in body.splitlines()])
+            lines = [json.loads(line) for line in body.splitlines()]
+            if lines[0]["value"]["parentCommit"] != hub.commit_of(words[-1]):
+                self._send(412, {"error": "not on top of that"})
+                return
+            self._commit(words[-1], lines)
             self._send(200, {"commitUrl": f"{hub.url}/{NAME}/commit/c", "commitOid": "c" * 40})
         else:
             self._send(404, {"error": path})
@@ -91,21 +112,27 @@ class Answer(BaseHTTPRequestHandler):
         found = re.fullmatch(rf"/api/models/{NAME}(?:/(revision|tree)/(.+))?", path)
         file = re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path)
         branch = (found and found[2]) or (file and file[1]) or "main"
+        held = hub.files(branch)
         if hub.status:
             self._send(hub.status, {"error": "not for you"})
-        elif branch not in hub.branches:
+        elif held is None:
             self._send(404, {"error": "none"}, {"X-Error-Code": "RevisionNotFound"})
         elif file:
             headers = {"ETag": f'"{len(hub.messages)}"', "X-Repo-Commit": "c" * 40}
-            self._send(200, hub.branches[branch][file[2]], headers)
+            self._send(200, held[file[2]], headers)
         elif found and found[1] == "tree":
-            files = hub.branches[branch].items()
             self._send(
-                200, [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in files]
+                200,
+                [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in held.items()],
             )
         else:
-            names = [{"rfilename": name} for name in hub.branches[branch]]
-            about = {"id": NAME, "sha": "c" * 40, "private": hub.private, "siblings": names}
+            names = [{"rfilename": name} for name in held]
+            about = {
+                "id": NAME,
+                "sha": hub.commit_of(branch),
+                "private": hub.private,
+                "siblings": names,
+            }
             self._send(200, about)
 
     def _body(self) -> bytes:
@@ -133,7 +160,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -213,6 +240,14 @@ def test_a_repository_with_something_else_is_left_alone(hub, folder):
         push(folder, NAME, private=True)
 
 
+def test_a_repository_that_becomes_another_meanwhile_is_left_alone(hub, folder):
+    hub.branches["main"] = {}
+    hub.meanwhile = lambda: hub.branches["main"].update({"model.safetensors": b"of another"})
+    with pytest.raises(InputError, match=f"{NAME} was changed by someone else meanwhile: run it"):
+        push(folder, NAME)
+    assert on(hub, "main") == {"model.safetensors": b"of another"} and not hub.messages
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -251,6 +286,20 @@ def test_what_is_no_name_is_told_so(folder, name):
         push(folder, name)
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"key": "k"}, "Upload the artefact"),
+        ({}, "Upload the artefact"),
+        ({"key": "k", "experiment": "toy"}, "Upload the artefact of toy (k)"),
+    ],
+)
+def test_an_export_says_of_its_run_what_it_knows(hub, folder, record, told):
+    write_listing(folder, "artefact", record)
+    push(folder, NAME)
+    assert hub.messages == [told]
+
+
 def test_only_a_whole_export_is_pushed(monkeypatch, folder, tmp_path):
     monkeypatch.setattr("spinlab.push.HfApi", None)  # it is not asked for anything
     (tmp_path / "other").mkdir()
@@ -258,11 +307,17 @@ def test_only_a_whole_export_is_pushed(monkeypatch, folder, tmp_path):
     (altered / "weights.safetensors").write_bytes(b"other numbers")
     cut = shutil.copytree(folder, tmp_path / "cut")
     (cut / "README.md").unlink()
+    rotated = shutil.copytree(folder, tmp_path / "rotated")
+    (rotated / "manifest.json").unlink()
+    (rotated / "transform.safetensors").write_bytes(b"rotations")
+    able = "export.artefact, export.checkpoint and export.compressed_tensors write what can be"
     for place, words in (
         ("missing", "is no folder: name one that an export wrote"),
         ("other", r"holds no manifest\.json: name a folder that an export wrote"),
         ("altered", r"weights\.safetensors changed since it was exported"),
         ("cut", r"lacks README\.md"),
+        ("rotated", f"was written by export.transformed: {able} pushed"),
+        ("export/notes.txt", f"is a file: {able} pushed"),
     ):
         with pytest.raises(InputError, match=words):
             push(tmp_path / place, NAME)

@@ -93,7 +93,7 @@ def test_an_artefact_has_the_bits_of_its_network_and_a_third_of_its_bytes(smollm
     subject = Subject(
         Config(model=MODEL, quant=built.quant, eval=EvalConfig(variants=["fake"], tasks=[])),
         rotations,
-        record={},
+        record=dict,
         dtype=lambda: torch.bfloat16,
         original=built.original,
         rotated=lambda: built.stream_rotated(rotations),

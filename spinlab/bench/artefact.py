@@ -104,7 +104,7 @@ def _write(name: str, layers: int | None, place: Path) -> dict[str, Any]:
     rotations = initial_rotations(RotationConfig(), map_of(model), generator)
     unused = cast(Any, None)
     parts = (unused, unused, lambda given: model, byte_tokenizer, lambda: weights, unused)
-    write(Subject(config, rotations, {}, *parts), str(place))
+    write(Subject(config, rotations, dict, *parts), str(place))
     return {"quant": plain(config.quant), "kv": plain(config.kv)}
 
 

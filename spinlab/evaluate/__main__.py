@@ -2,7 +2,7 @@
 
 Perplexities and accuracies are measured by the code of runs, on the record's texts, windows and
 questions. Divergences, flips and differences compare with the original, which an artefact has not:
-they are left out. Status 0: all agree; 1: something differs; 2: a mistake.
+they are left out. Status 0: all agree; 1: something differs; 2: a mistake, or nothing was compared.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _LEFT_OUT = "left out, as they need the original: KL, flips, and differences of 
 def _run(given: argparse.Namespace) -> int:
     repeat_sums()
     from spinlab.evaluate.again import Again  # torch and transformers load here
-    from spinlab.evaluate.verdict import agree, as_json, shown
+    from spinlab.evaluate.verdict import VARIANTS, agree, as_json, shown
 
     again = Again(given.folder, given.backend, given.device, given.tasks, given.limit, given.texts)
     rows, others = again.measure()
@@ -30,7 +30,13 @@ def _run(given: argparse.Namespace) -> int:
         print(shown(rows))
         print(f"\nnot the record's machine: {'; '.join(others)}" if others else "")
         print(_LEFT_OUT)
-    return 0 if agree(rows) else 1
+    agreed = agree(rows)
+    if agreed is None:
+        raise InputError(
+            f"{given.folder}: nothing was compared, as its record has none of these numbers: "
+            f"measure {' or '.join(VARIANTS)} in the run (eval.variants), and leave out --limit"
+        )
+    return 0 if agreed else 1
 
 
 def _parser() -> argparse.ArgumentParser:

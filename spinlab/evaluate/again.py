@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.artefact.read import Artefact
 from spinlab.config import DataConfig, EvalConfig, RuntimeConfig
+from spinlab.config.schema import stored
 from spinlab.data.files import read_file
 from spinlab.data.questions import identities
 from spinlab.data.text import TEXTS, Text, fixed_windows, read_texts, tokenize
@@ -51,7 +52,7 @@ class Again:
         check_questions(replace(asked, tasks=[*asked.tasks, *self.tasks]))
         device = choose_device(self.device)
         backend = choose_backend(self.backend, device)
-        set_arithmetic(RuntimeConfig(threads=record["environment"].get("threads") or 0))
+        set_arithmetic(RuntimeConfig(threads=record["environment"].get("threads", 0)))
         others = differing(record["environment"], environment() | {"backend": backend})
         tokenizer, model = artefact.checkpoint.tokenizer(), artefact.model(device, backend)
         now: dict[str, float] = {}
@@ -69,27 +70,50 @@ class Again:
 
     def _record(self, artefact: Artefact) -> Mapping[str, Any]:
         """Return the record of a run that measured the artefact's network."""
-        record = artefact.about.get("record", {})
+        record = artefact.about["record"]
         parts = ("metrics", "identity", "config", "environment")
         if not all(isinstance(record.get(name), dict) for name in parts):
             raise InputError(f"{self.folder} has no record of a run: there is nothing to repeat")
+        for what, is_there in _forms(record).items():
+            if not is_there:
+                raise self._unreadable(what)
         return record
+
+    def _unreadable(self, what: object) -> InputError:
+        return InputError(
+            f"{self.folder}: how its record was measured cannot be read ({what}): install the "
+            "version of spinlab that wrote it"
+        )
 
     def _asked(self, record: Mapping[str, Any]) -> EvalConfig:
         """Return how the record was measured, with the tasks that this network was asked."""
         try:
-            asked = EvalConfig(**record["config"]["eval"])
-        except (TypeError, KeyError) as error:
-            raise InputError(
-                f"{self.folder}: how its record was measured cannot be read ({error}): install the "
-                "version of spinlab that wrote it"
-            ) from error
+            asked = stored(EvalConfig, record["config"].get("eval"))
+        except InputError as error:
+            raise self._unreadable(error) from error
         limit = asked.limit if self.limit is None else self.limit
         metrics = record["metrics"]
         tasks = [task for task in asked.tasks if recorded(metrics, f"zeroshot/{task}/n")]
         if again := sorted(set(tasks) & set(self.tasks)):
             raise InputError(f"--tasks {again[0]}: the record has it, and it is asked anyway")
         return replace(asked, tasks=tasks, limit=limit)
+
+
+def _forms(record: Mapping[str, Any]) -> dict[str, bool]:
+    """Tell by name whether parts of a record have the form in which they are read."""
+    identity, facts = record["identity"], record["environment"]
+    texts, packages = identity.get("evaluation"), facts.get("packages", {})
+    return {
+        "metrics": all(isinstance(value, int | float) for value in record["metrics"].values()),
+        "identity.questions": isinstance(identity.get("questions"), dict),
+        "identity.evaluation": isinstance(texts, dict) and all(map(_is_told, texts.values())),
+        "environment.packages": isinstance(packages, dict),
+        "environment.threads": isinstance(facts.get("threads", 0), int),
+    }
+
+
+def _is_told(text: Any) -> bool:
+    return isinstance(text, dict) and all(isinstance(text.get(n), str) for n in ("part", "digest"))
 
 
 def _text(label: str, told: Mapping[str, str], files: Sequence[str]) -> Text:

@@ -119,6 +119,7 @@ def as_json(rows: list[Compared], others: list[str]) -> dict[str, Any]:
     return {"agrees": agree(rows), "metrics": metrics, "differs": others}
 
 
-def agree(rows: list[Compared]) -> bool:
-    """Tell whether nothing that is compared differs."""
-    return all(row.agrees is not False for row in rows)
+def agree(rows: list[Compared]) -> bool | None:
+    """Tell whether all that is compared agrees; None where nothing is."""
+    verdicts = [row.agrees for row in rows if row.agrees is not None]
+    return all(verdicts) if verdicts else None

@@ -50,7 +50,7 @@ def write(subject: Subject, path: str) -> None:
         save_weights(weights, partial / WEIGHTS)
         write_tensors(partial / REST, rest)
         _what_is_left(rotations, tied=bool(gains)).save(partial / ROTATIONS)
-        write_listing(partial, "artefact", subject.record, {"network": network.as_json()})
+        write_listing(partial, "artefact", subject.record(), {"network": network.as_json()})
     log.info("%-12s quantized network in %s", "export", path)
 
 

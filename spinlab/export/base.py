@@ -25,16 +25,17 @@ from spinlab.weights.quantized import QuantizedWeight
 class Subject:
     """Hold what is exported; what takes long is made when an export asks for it.
 
-    rotations: all of them, with what was learned along. record: of the run, ready for JSON. Each
-    model is one of its own, in the run's dtype and without modules of spinlab's: the `original`;
-    `rotated` has R1 and R2 fused and nothing quantized; `fused` has everything fused that is not
-    online, but for the rounded weights that it is given. weights: the rounded ones, by linear.
-    dtype: of 16 bits, which the original declares, for files in 16 bits.
+    rotations: all of them, with what was learned along. record: of the run, ready for JSON, and
+    its model's license, of which the hub may be asked. Each model is one of its own, in the run's
+    dtype and without modules of spinlab's: the `original`; `rotated` has R1 and R2 fused and
+    nothing quantized; `fused` has everything fused that is not online, but for the rounded weights
+    that it is given. weights: the rounded ones, by linear. dtype: of 16 bits, which the original
+    declares, for files in 16 bits.
     """
 
     config: Config
     rotations: RotationSet
-    record: Mapping[str, Any]
+    record: Callable[[], Mapping[str, Any]]
     original: Callable[[], PreTrainedModel]
     rotated: Callable[[], PreTrainedModel]
     fused: Callable[[Mapping[str, QuantizedWeight]], PreTrainedModel]

@@ -108,22 +108,23 @@ def card(kind: str, record: Mapping[str, Any], told: Mapping[str, Any] | None = 
     if profile := (told or {}).get("profile"):
         parts.append(f"Its profile is `{profile}`.")
     if config:
-        sentences = "\n".join(f"- {line}" for line in (*formats(config), rotations(config)))
+        sentences = "\n".join(f"- {line}" for line in (*formats(config), rotations(record)))
         parts += ["## Formats", sentences]
     parts += ["## Numbers", *_numbers(about, record)]
     if record.get("overrides") is not None:
         parts += ["## Made by", *_made_by(kind, record)]
     parts += ["## Load", about.load]
     if kind == "compressed_tensors":
-        parts.append(_NO_R4 if _turns_online(config) else _STOCK)
+        parts.append(_NO_R4 if _turns_online(record) else _STOCK)
     parts += ["## License", _license(model)]
     return "\n\n".join(parts) + "\n"
 
 
-def _turns_online(config: Mapping[str, Any]) -> bool:
+def _turns_online(record: Mapping[str, Any]) -> bool:
     """Tell whether R4 may be in the network, whose half of inputs a reader has to apply."""
-    rotation = config.get("rotation", {})
-    return bool(rotation.get("load")) or (rotation.get("online") and rotation["r4"] != "none")
+    rotation = record.get("config", {}).get("rotation", {})
+    from_file = bool(record.get("identity", {}).get("rotations"))
+    return from_file or (rotation.get("online") and rotation["r4"] != "none")
 
 
 def _head(about: _Kind, model: Mapping[str, Any], bits: str) -> str:
@@ -186,11 +187,12 @@ def _made_by(kind: str, record: Mapping[str, Any]) -> Iterator[str]:
     yield f"```sh\n{command}\n```"
     facts = record.get("environment", {})
     packages = (f"{n} {v}" for n, v in facts.get("packages", {}).items() if v)
-    commit = (facts.get("git") or {}).get("commit")
+    git = facts.get("git") or {}
+    changed = " with changes that are not in it" if git.get("dirty") else ""
     told = [
         *([f"key of the record {record['key']}"] if "key" in record else []),
         *packages,
-        *([f"commit {commit[:12]}"] if commit else []),
+        *([f"commit {git['commit'][:12]}{changed}"] if git.get("commit") else []),
         *([f"back end {facts['backend']}"] if facts.get("backend") else []),
         facts.get("gpu") or facts.get("cpu") or "",
     ]

@@ -36,5 +36,5 @@ def write(subject: Subject, path: str) -> None:
     check_finite(dict(model.named_parameters()), f"weights do not fit into {dtype}")
     with new_folder("export.checkpoint", path) as partial:
         save_stock(model, subject.tokenizer(), partial)
-        write_listing(partial, "checkpoint", subject.record)
+        write_listing(partial, "checkpoint", subject.record())
     log.info("%-12s rotated model in 16 bits in %s", "export", path)

@@ -79,7 +79,7 @@ def write(subject: Subject, path: str) -> None:
         settings = {"quantization_config": stored}
         save_stock(model, subject.tokenizer(), partial, tensors, own, settings)
         told = {"profile": subject.config.export.profile}
-        write_listing(partial, "compressed_tensors", subject.record, told)
+        write_listing(partial, "compressed_tensors", subject.record(), told)
     _tell(setting, subject.config, transform)
 
 

@@ -11,17 +11,15 @@ head hold is made of it, by R1 and the gain of the final norm, which are there f
 manifest.json          `Network`, the record of the run, and the digest of every file
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig, plain
 from spinlab.config.checks import choice
-from spinlab.config.schema import writable_schema
+from spinlab.config.schema import stored
 from spinlab.errors import InputError
 from spinlab.model.modules import map_of
 
@@ -59,14 +57,6 @@ def network_from(place: str, found: Any) -> Network:
         names = {f.name for f in fields(Network)}
         if not isinstance(found, Mapping) or found.keys() != names:
             raise InputError(f"it must have {', '.join(sorted(names))}")
-        if "${" in json.dumps(found):  # which omegaconf would look up
-            raise InputError("it refers to what lies elsewhere (${...})")
-        given = OmegaConf.create(dict(found))
-        network = OmegaConf.to_object(OmegaConf.merge(writable_schema(Network), given))
-    except Exception as error:  # settings that are none fail in any way
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{place}: the network in its manifest cannot be read: {reason}"
-        ) from error
-    assert isinstance(network, Network)
-    return network
+        return stored(Network, found)
+    except InputError as error:
+        raise InputError(f"{place}: the network in its manifest cannot be read: {error}") from error

@@ -11,7 +11,15 @@ _TEXTS = {  # of `spinlab.data.text`
     "wikitext2": "the published WikiText-2, raw",
 }
 _ROUNDING = {"rtn": "to nearest", "gptq": "by GPTQ"}
-_TITLES = {"r1": "R1", "r2": "R2", "r3": "R3", "r4": "R4", "cross_head": "a rotation across heads"}
+_TITLES = {
+    **{"r1": "R1", "r2": "R2", "r3": "R3", "r4": "R4", "cross_head": "a rotation across heads"},
+    "inputs": "transforms of inputs",
+}
+_RATES = {  # of what is learned along
+    "scale": "scales of inputs",
+    "clip": "ranges of weights",
+    "input_clip": "ranges of inputs",
+}
 
 
 def precision(config: Tree) -> str:
@@ -48,24 +56,47 @@ def formats(config: Tree) -> Iterator[str]:
             yield f"{side.capitalize()}: {_levels(settings, 'per token and head')}{codec}."
 
 
-def rotations(config: Tree) -> str:
-    """Return which rotations there are, how they start, and what is learned, in a sentence."""
+def rotations(record: Tree) -> str:
+    """Return which rotations there are, how they start, and what is learned, in a sentence.
+
+    What a file of rotations was made by, its record does not tell, and so nothing is said of it.
+    """
+    config = record["config"]
     rotation, learn = config["rotation"], config["learn"]
-    names = ["r1", "r2", *(("r3", "r4", "cross_head") if rotation["online"] else ())]
+    given, names = _given_rotations(record)
     kinds = {name: rotation[name] for name in names if rotation[name] != "none"}
-    told = [f"{_TITLES[name]} ({kind})" for name, kind in kinds.items()]
+    told = [*given, *(f"{_TITLES[name]} ({kind})" for name, kind in kinds.items())]
     if rotation["inputs"] != "none":
         told.append(f"a transform of each input of linears ({rotation['inputs']})")
-    if rotation["load"]:
-        told = [f"those of the file {rotation['load']}"]
     start = f"Rotations: {', '.join(told)}" if told else "No rotations"
     if rotation["smooth"] is not None:
         start += f", with SmoothQuant's scales (alpha {rotation['smooth']})"
-    if not learn["steps"]:
-        return f"{start}; none of it is learned."
-    learned = ", ".join(_TITLES.get(str(name), str(name)) for name in learn["rotations"])
-    ranges = ", with the ranges of weights" if learn["lr"]["clip"] else ""
-    return f"{start}; {learned or 'ranges'} learned in {learn['steps']} steps{ranges}."
+    if learn["steps"]:
+        further = " further" if given else ""
+        return f"{start}; {', '.join(_learned(learn))} learned{further} in {learn['steps']} steps."
+    if given:
+        return f"{start}; not learned in this run. Whether they were before is not known here."
+    return f"{start}; none of it is learned."
+
+
+def _given_rotations(record: Tree) -> tuple[list[str], list[str]]:
+    """Return in words which rotations a file brought, and the names of those that settings made."""
+    rotation = record["config"]["rotation"]
+    online = ["r3", "r4", "cross_head"] if rotation["online"] else []
+    if (file := rotation["load"] or "").endswith(".bin"):
+        return [f"R1 and R2 of the file {file}"], online
+    if file:
+        return [f"those of the file {file}"], []
+    if record.get("identity", {}).get("rotations"):
+        return ["those that the model came with, which was rotated before"], []
+    return [], ["r1", "r2", *online]
+
+
+def _learned(learn: Tree) -> Iterator[str]:
+    yield from (_TITLES.get(str(name), str(name)) for name in learn["rotations"])
+    for rate, what in _RATES.items():
+        if learn["lr"].get(rate):
+            yield what
 
 
 def protocol(record: Tree, variants: Collection[str]) -> Iterator[str]:

@@ -36,9 +36,7 @@ class ArtefactLM(HFLM):
         on = choose_device("auto" if device == _UNNAMED else device)
         artefact = Artefact(pretrained)
         model = artefact.model(on, choose_backend(backend, on))
-        # HFLM would tie a head that was untied to be rotated, and keep a cache to score with
-        vars(model)["tie_weights"] = lambda *args, **kwargs: None
-        model.config.use_cache = False  # generate asks for one by itself
+        model.config.use_cache = False  # to score with; generate asks for one by itself
         tokenizer = artefact.checkpoint.tokenizer()
         wrap: Any = super().__init__  # lm-eval's decorators hide the signature
         wrap(model, backend="causal", tokenizer=tokenizer, **options)

@@ -71,7 +71,7 @@ def export(tmp_path) -> Callable[..., Exported]:
         subject = Subject(
             config,
             rotations,
-            RECORD,
+            lambda: RECORD,
             original=original,
             rotated=lambda: networks.stream_rotated(rotations),
             fused=lambda weights: networks.fused(rotations, weights),

@@ -15,22 +15,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from transformers import GenerationConfig
 
 import spinlab
-from spinlab import generate
 from spinlab.artefact.read import tokenizer_of
 from spinlab.errors import InputError
 from spinlab.evaluate.__main__ import main as evaluate
-from spinlab.evaluate.verdict import agree, compared, differing
+from spinlab.evaluate.verdict import Compared, agree, compared, differing
 from spinlab.files import file_digest
-from spinlab.generate import Sampling, Writer, converse
+from spinlab.generate.__main__ import converse
+from spinlab.generate.__main__ import main as generate
+from spinlab.generate.sampling import Sampling
+from spinlab.generate.writer import Writer
 from spinlab.lm_eval import register
+from spinlab.lm_eval.__main__ import main as lm_eval
 from spinlab.model.files import LISTING
+from spinlab.model.modules import ends_of
 from spinlab.streams import Lasting, ReaderLeft
 
 TEXT = "It was the best of times, it was the worst of times. " * 60
@@ -157,11 +163,51 @@ def test_without_a_record_there_is_nothing_to_repeat(altered, capsys, gone):
     assert "there is nothing to repeat" in mistake(evaluate, folder, capsys=capsys)
 
 
-def test_settings_of_another_version_are_not_guessed(altered, capsys):
-    folder = altered(lambda record: record["config"]["eval"].update({"new": 1}))
-    assert "install the version of spinlab that wrote it" in mistake(
-        evaluate, folder, capsys=capsys
-    )
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("config.eval.new", 1, "Key 'new' not in 'EvalConfig'"),
+        ("config.eval.window", "long", "Value 'long' of type 'str' could not be converted"),
+        ("config.eval.window", "${oc.env:HOME}", "it refers to what lies elsewhere"),
+        ("config.eval", [], "it is no list of names and values"),
+        ("identity.evaluation", None, "identity.evaluation"),
+        ("identity.evaluation.wiki", {"part": "whole"}, "identity.evaluation"),
+        ("identity.questions", [], "identity.questions"),
+        ("environment.threads", "x", "environment.threads"),
+        ("environment.packages", 1, "environment.packages"),
+        ("metrics.ppl/wiki/integer", "low", "metrics"),
+    ],
+)
+def test_a_record_of_another_form_is_not_guessed(altered, capsys, part, value, told):
+    *parents, name = part.split(".")
+
+    def change(record: dict) -> None:
+        for parent in parents:
+            record = record[parent]
+        record[name] = value
+
+    said = mistake(evaluate, altered(change), capsys=capsys)
+    assert f"cannot be read ({told}" in said
+    assert "install the version of spinlab that wrote it" in said
+
+
+def test_where_nothing_is_compared_nothing_agrees(place, artefact, altered, capsys):
+    """The record of a run that measured the original alone; and other questions alone."""
+
+    def of_the_original(record: dict) -> None:
+        own = ("/integer", "/fake")
+        record["metrics"] = {n: v for n, v in record["metrics"].items() if not n.endswith(own)}
+        del record["identity"]["evaluation"]["mine.txt"]
+
+    words = ["--json", "--backend", "torch"]
+    with pytest.raises(SystemExit) as end:
+        evaluate([altered(of_the_original), *words])
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert json.loads(said.out)["agrees"] is None
+    assert "nothing was compared, as its record has none of these numbers" in said.err
+    other = compared(RECORD, {"zeroshot/piqa/acc": 0.5}, {}, same=True, limit=2)
+    assert agree(list(other)) is None and agree([]) is None
 
 
 RECORD = {
@@ -198,11 +244,13 @@ RECORD = {
 )
 def test_another_machine_agrees_within_what_rounding_moves(metric, now, agrees):
     tokens = {metric.partition("/")[2]: 10_000}
+    compares_not = Compared("ppl/new", None, 2.0, None)
     (row,) = compared(RECORD, {metric: now}, tokens, same=False, limit=4)
     assert row.agrees is agrees
     (row,) = compared(RECORD, {metric: now}, tokens, same=True, limit=4)
     assert row.agrees is (None if agrees is None else False)
-    assert agree([row]) == (agrees is None)
+    assert agree([row]) is row.agrees
+    assert agree([row, compares_not]) is row.agrees
 
 
 def test_a_machine_is_the_same_where_sums_are():
@@ -222,10 +270,10 @@ def test_a_prompt_is_continued_as_transformers_does(artefact, capsys, monkeypatc
     ids = torch.tensor([tokenizer("The city of")["input_ids"]])
     expected = model.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
-    generate.main([artefact, "--max-new-tokens", "20", "The city of"])
+    generate([artefact, "--max-new-tokens", "20", "The city of"])
     assert capsys.readouterr().out == text + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("The city of\n"))
-    generate.main([artefact, "--max-new-tokens", "20"])
+    generate([artefact, "--max-new-tokens", "20"])
     assert capsys.readouterr().out == text + "\n"
 
 
@@ -239,16 +287,65 @@ def test_a_prompt_is_continued_as_transformers_does(artefact, capsys, monkeypatc
 )
 def test_a_pipe_without_text_is_a_mistake(artefact, capsys, monkeypatch, stdin, told):
     monkeypatch.setattr("sys.stdin", stdin)
-    assert told in mistake(generate.main, artefact, capsys=capsys)
+    assert told in mistake(generate, artefact, capsys=capsys)
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_sums_repeat_themselves_before_torch_is_there_to_listen(name):
+    code = f"""
+import os, sys
+from spinlab.{name}.__main__ import main
+assert "torch" not in sys.modules
+class Listener:
+    def find_spec(name, *_):
+        if name == "torch":
+            sys.exit(os.environ.get("MKL_CBWR"))
+sys.meta_path.insert(0, Listener)
+main(["."])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "AUTO,STRICT\n"
 
 
 def test_sampling_repeats_itself_by_its_seed(artefact, capsys):
     said = []
     for seed in ("1", "1", "2"):
         options = ["--temperature", "0.9", "--top-p", "0.9", "--seed", seed]
-        generate.main([artefact, "In the year", "--max-new-tokens", "30", *options])
+        generate([artefact, "In the year", "--max-new-tokens", "30", *options])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_how_tokens_are_chosen_is_not_the_model_s_own_affair(artefact, capsys, temperature):
+    model, tokenizer = spinlab.load(artefact), tokenizer_of(artefact)
+    tokens = model.generation_config.eos_token_id
+    said = []
+    for own in (
+        {},
+        {"repetition_penalty": 5.0, "min_p": 0.9, "do_sample": True},
+        {"num_beams": 4, "num_return_sequences": 2, "stop_strings": ["e"]},
+        {"penalty_alpha": 0.6, "top_k": 4, "use_cache": False, "max_time": 0.0},
+    ):
+        model.generation_config = GenerationConfig(eos_token_id=tokens, **own)
+        torch.manual_seed(0)
+        writer = Writer(model, tokenizer, Sampling(12, temperature), chat=False)
+        said.append(writer.answer("In the year"))
+    assert len(set(said)) == 1 and said[0]
+    assert model.generation_config.eos_token_id == tokens
+
+
+def test_a_line_that_is_no_text_is_told_and_the_next_is_asked(capsys):
+    def ask(prompt: str) -> str:
+        raise lines.pop(0)
+
+    lines = [UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "no"), EOFError()]
+    converse(cast(Any, None), ask)
+    told = "spinlab.generate: the prompt is no UTF-8 (byte 2): convert it first\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_conversation_goes_on_in_the_template(artefact, capsys):
@@ -279,7 +376,7 @@ def test_nobody_reading_ends_the_writing(artefact, monkeypatch):
         answered = Writer(spinlab.load(artefact), tokenizer_of(artefact), Sampling(400), False)
         with pytest.raises(ReaderLeft):
             answered.answer("The")
-        generate.main([artefact, "The"])
+        generate([artefact, "The"])
 
 
 def test_an_interrupt_ends_it_quietly(artefact):
@@ -302,17 +399,20 @@ def test_an_interrupt_ends_it_quietly(artefact):
         (("x", "--max-new-tokens", "0"), "--max-new-tokens 0 must be at least 1"),
         (("x", "--temperature", "-1"), "--temperature -1.0 must be 0 (greedy) or more"),
         (("x", "--top-p", "0"), "--top-p 0.0 must lie above 0"),
+        (("x", "--seed", str(2**70)), f"--seed {2**70} is out of range: it goes from 0 to"),
+        (("x", "--seed", "-1"), "--seed -1 is out of range"),
+        (("x\udcff",), "the prompt is no UTF-8 (character 1): convert it first"),
         (("x", "--backend", "triton"), "runtime.backend=triton needs a CUDA device"),
     ],
 )
 def test_a_mistake_is_one_sentence(artefact, capsys, words, told):
-    assert told in mistake(generate.main, artefact, *words, capsys=capsys)
+    assert told in mistake(generate, artefact, *words, capsys=capsys)
 
 
 # lm-eval -----------------------------------------------------------------------------------------
 
 
-def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path):
+def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path, monkeypatch):
     rows = [
         {"question": "The city of", "choices": ["London", "qzxj"], "answer": 0},
         {"question": "He was a", "choices": ["zzjq", "member"], "answer": 1},
@@ -330,12 +430,13 @@ def test_lm_eval_s_command_line_takes_an_artefact(artefact, tmp_path):
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    done = command(
-        *("spinlab.lm_eval", "--model", "spinlab", "--model_args", f"pretrained={artefact}"),
+    words = (
+        *("--model", "spinlab", "--model_args", f"pretrained={artefact}"),
         *("--include_path", str(tmp_path), "--tasks", "tiny_choice"),
         *("--output_path", str(tmp_path / "out")),
     )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    lm_eval()
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())
     assert found["results"]["tiny_choice"]["acc,none"] == 1.0
@@ -346,6 +447,9 @@ def test_likelihoods_are_those_of_the_network(artefact):
     register()
     register()  # a second time changes nothing
     harness = get_model("spinlab")(pretrained=artefact, device="cuda:0", batch_size=2)
+    embedding, head = ends_of(harness.model)  # which HFLM ties where the config says so
+    assert embedding.weight.shape == head.weight.shape
+    assert not torch.equal(embedding.weight, head.weight)
     requests = [
         Instance("loglikelihood", {}, ("The city of", answer), 0) for answer in (" London", " qz")
     ]

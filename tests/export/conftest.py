@@ -35,7 +35,7 @@ def make_subject(make_family_model) -> Callable[..., Subject]:
         return Subject(
             config,
             replace(rotations, about={"family": model_type}),
-            {"name": "tiny"},
+            lambda: {"name": "tiny"},
             original=original,
             rotated=lambda: networks.stream_rotated(rotations),
             fused=lambda rounded: networks.fused(rotations, rounded),

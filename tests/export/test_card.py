@@ -94,6 +94,8 @@ def test_transformers_is_named_where_it_computes_the_network_and_not_where_it_le
     record["config"]["rotation"]["r4"] = "none"
     text = card("compressed_tensors", record)
     assert "from_pretrained" in text and "leaves out R4" not in text
+    record["identity"]["rotations"] = "0" * 64  # of a file, which may hold an R4
+    assert "leaves out R4" in card("compressed_tensors", record)
 
 
 def test_an_export_of_a_kind_that_has_no_words_here_tells_its_run_all_the_same(record):
@@ -115,6 +117,53 @@ def test_the_command_names_no_place_and_nobody(record):
         "spinlab +experiment=toy learn.steps=3 quant.weights.bits=3 "
         "model.path=FOLDER_OF_THE_MODEL export.artefact=FOLDER"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "R4 (hadamard); R1, R2, ranges of weights learned in 22 steps."),
+        (
+            {"learn.lr": {"clip": 0, "input_clip": 0.1, "scale": 0.1}},
+            "; R1, R2, scales of inputs, ranges of inputs learned in 22 steps.",
+        ),
+        (
+            {"learn.rotations": [], "learn.lr": {"input_clip": 0.1}},
+            "; ranges of inputs learned in 22 steps.",
+        ),
+        ({"learn.steps": 0}, "R4 (hadamard); none of it is learned."),
+        (
+            {"learn.steps": 0, "rotation.load": "learned.safetensors"},
+            "- Rotations: those of the file learned.safetensors; not learned in this run. Whether "
+            "they were before is not known here.",
+        ),
+        (
+            {"rotation.load": "R.bin"},
+            "- Rotations: R1 and R2 of the file R.bin, R3 (hadamard), R4 (hadamard); R1, R2, "
+            "ranges of weights learned further in 22 steps.",
+        ),
+        (
+            {"learn.steps": 0, "rotations": "0" * 64},
+            "- Rotations: those that the model came with, which was rotated before; not learned in "
+            "this run. Whether they were before is not known here.",
+        ),
+    ],
+)
+def test_what_is_learned_is_said_and_nothing_of_what_a_file_brought(record, settings, told):
+    for name, value in settings.items():
+        part, _, setting = name.partition(".")
+        (record["config"][part] if setting else record["identity"])[setting or part] = value
+    text = card("artefact", record)
+    assert told in text
+    brings_all = "rotations" in settings or "learned.safetensors" in settings.values()
+    assert ("hadamard" in text) != brings_all
+
+
+def test_a_commit_that_had_changes_is_not_passed_off_as_what_ran(record):
+    git = record["environment"]["git"] = {"commit": "0" * 40, "dirty": False}
+    assert "commit 000000000000, " in card("artefact", record)
+    git["dirty"] = True
+    assert "commit 000000000000 with changes that are not in it, " in card("artefact", record)
 
 
 def test_a_card_belongs_to_the_files_of_its_export(record, tmp_path):

@@ -50,12 +50,34 @@ def test_the_head_of_a_readme_tells(tmp_path, head, found):
         ("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", {"license": "llama3.2"}),
         ("LLAMA 2 COMMUNITY LICENSE AGREEMENT", {"license": "llama2"}),
         ("All rights reserved." + 30 * " Words." + APACHE, {}),
+        ("# License\n\nThe MIT License (MIT)\n\nCopyright (c) 2024", {"license": "mit"}),
+        (
+            "Copyright (c) 2024 A\n\nPermission is hereby granted, free of charge, to any person\n"
+            "obtaining a copy of this software",
+            {"license": "mit"},
+        ),
+        ("Copyright 2018 A. All rights reserved.\n" + APACHE, {"license": "apache-2.0"}),
+        ("Apache License, Version 2.0\n", {"license": "apache-2.0"}),
+        ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT\t\n", {"license": "llama3"}),
+        ("This is not the MIT License but something else. All rights reserved.", {}),
+        ("GNU LESSER; parts under the MIT License", {}),
+        ("MIT License with a clause that forbids selling", {}),
+        ("Apache License, Version 2.0, with exceptions", {}),
+        ("Permission is hereby granted, free of charge, to any person or organization", {}),
+        ("Copyright (c) 2024 A\nNot the MIT License", {}),
     ],
 )
 def test_a_license_is_known_by_how_its_text_begins(tmp_path, text, found):
     (tmp_path / "README.md").write_text("# A model without a head\n")
     (tmp_path / "LICENSE").write_text(text)
     assert license_of(local(tmp_path)) == found
+
+
+@pytest.mark.parametrize("head", ["license: [mit, apache-2.0]", "license_name: own"])
+def test_a_head_that_names_no_single_license_is_not_overruled_by_a_text(tmp_path, head):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    (tmp_path / "LICENSE").write_text("MIT License")
+    assert license_of(local(tmp_path)) == {}
 
 
 def test_a_head_that_is_none_is_told_of(tmp_path, caplog):
@@ -83,11 +105,14 @@ def test_the_hub_is_asked_where_the_cache_does_not_tell(tmp_path, monkeypatch, c
     told = SimpleNamespace(card_data=ModelCardData(license="llama2"))
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: told)
     assert license_of(config) == {"license": "llama2"}
+    monkeypatch.setattr(HfApi, "model_info", None)
+    assert license_of(config) == {"license": "llama2"}  # it is asked once
 
     def offline(*_, **__):
         raise OfflineModeIsEnabled("off")
 
     monkeypatch.setattr(HfApi, "model_info", offline)
+    checkpoint.origin["commit"] = "d" * 40
     with caplog.at_level(logging.WARNING):
         assert license_of(config) == {}
     assert "the hub does not tell the license of owner/name" in caplog.text
@@ -100,3 +125,13 @@ def test_a_record_gets_its_model_s_license_and_stays_as_it_is(tmp_path):
     assert told == {"model": {"family": "llama", "license": {"license": "mit"}}}
     assert record == {"model": {"family": "llama"}}
     assert license_of(ModelConfig(weights="random")) == {}
+
+
+def test_whatever_keeps_a_license_from_being_looked_up_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("of a client's making")
+
+    monkeypatch.setattr(licenses, "license_of", fails)
+    with caplog.at_level(logging.WARNING):
+        assert with_license({}, local(tmp_path), None) == {"model": {"license": {}}}
+    assert "cannot be looked up: RuntimeError: of a client's making" in caplog.text

@@ -67,7 +67,7 @@ def write(subject: Subject, path: str) -> None:
     described = describe(setting, model)
     vocabulary = vocabulary_of(setting, subject.tokenizer(), embedding_of(model).num_embeddings)
     writer = Writer(described.architecture.name)
-    writer.add_string(MARK, json.dumps(about_export("gguf", subject.record), sort_keys=True))
+    writer.add_string(MARK, json.dumps(about_export("gguf", subject.record()), sort_keys=True))
     writer.add_type("model")
     writer.add_name(config.model.name)
     writer.add_file_type(_FILE_TYPES[kind])

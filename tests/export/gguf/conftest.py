@@ -105,7 +105,7 @@ def make_subject() -> Callable[..., Subject]:
         return Subject(
             config,
             rotations,
-            {"key": "0123", "metrics": {"ppl": 1.5}, "stages": []},
+            lambda: {"key": "0123", "metrics": {"ppl": 1.5}, "stages": []},
             original=lambda: original(config),
             rotated=lambda: networks.stream_rotated(rotations),
             fused=lambda weights: networks.fused(rotations, weights),

@@ -1,0 +1,5 @@
+"""Text from an artefact.
+
+sampling   how tokens are chosen
+writer     prompts, or a conversation, continued with a model
+"""
