@@ -1,6 +1,7 @@
 """compressed-tensors: what other readers compute is the run's own network, or a sentence."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,7 +231,7 @@ REFUSED = {
         "quant.weights.symmetric=false"
     ],
     "quant.weights.group_size=48: set quant.weights.group_size=64": ["quant.weights.group_size=48"],
-    r"quant.overrides\[\*.down_proj\].weights.bits=3: set .*bits=4": [
+    r"quant.overrides\[\*.down_proj\].weights.bits=3: set 'quant.overrides=.*bits:4}}\]'": [
         'quant.overrides=[{pattern: "*.down_proj", weights: {bits: 3}}]'
     ],
     "quant.head.bits=8, quant.embedding.bits=8: set quant.head.bits=16 quant.embedding.bits=16": [
@@ -252,6 +253,37 @@ REFUSED = {
         'quant.overrides=[{pattern: "*.q_proj", weights: {bits: 8}}]'
     ],
 }
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "fits"),
+    [
+        ("symmetric: false", "", ["weights: {symmetric: true}"]),
+        ("bits: 3, group_size: 48", "", ["weights: {bits: 4, group_size: 64}"]),
+        (
+            "bits: 8",
+            "clip_ratio: 0.9",
+            ["weights: {bits: 8}", f"activations: {{clip_ratio: {254 / 255}}}"],
+        ),
+        ("", "bits: 4, symmetric: false, group_size: 8", None),
+    ],
+    ids=str,
+)
+def test_overrides_that_fit_are_said_as_they_are_typed(tmp_path, weights, inputs, fits):
+    """As one list, in which entries that fit stay: single ones have no name in settings."""
+    first = '{pattern: "*.layers.0.*", weights: {group_size: 0}}'
+    kinds = {"weights": weights, "activations": inputs}
+    given = [f"{kind}: {{{words}}}" for kind, words in kinds.items() if words]
+    odd = f'{{pattern: "*.layers.[01].*", {", ".join(given)}}}'
+    settings = ["quant.activations.clip_ratio=1.0", f"export.compressed_tensors={tmp_path}/c"]
+    with pytest.raises(InputError, match=r"\[\*\.layers\.\[01\]\.\*\]\.") as found:
+        check_exports(config_of("vllm_w4a8", *settings, f"quant.overrides=[{first},{odd}]"))
+    words = shlex.split(str(found.value).partition(": set ")[2].partition(" (quant=")[0])
+    config = config_of("vllm_w4a8", *settings, *words)
+    check_exports(config)
+    if fits is not None:
+        wanted = f'quant.overrides=[{first},{{pattern: "*.layers.[01].*", {", ".join(fits)}}}]'
+        assert config.quant.overrides == composed("+experiment=toy", wanted).quant.overrides
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

@@ -11,7 +11,7 @@ from gguf import MODEL_TENSOR as T
 from transformers import PreTrainedModel
 
 from spinlab.export.gguf.architecture import Architecture, rope_factors
-from spinlab.export.gguf.blocks import BLOCK, TYPES, half, packed
+from spinlab.export.gguf.blocks import BLOCK, half, packed, type_of
 from spinlab.export.gguf.writer import FileTensor
 from spinlab.model.map import Layer, ModelMap
 from spinlab.model.modules import linear_at, map_of, norm_at
@@ -102,7 +102,7 @@ def _matrix(
     if rounded:
         assert len(rounded) == len(paths) and len({w.format for w in rounded}) == 1
         rows, width = sum(w.levels.shape[0] for w in rounded), rounded[0].levels.shape[1]
-        kind = TYPES[rounded[0].format.bits]
+        kind = type_of(name, rounded[0])
         row = width // BLOCK * gguf.GGML_QUANT_SIZES[kind][1]
         make = partial(_blocks, name, rounded, heads)
         return FileTensor(f"{name}.weight", (rows, row), np.uint8, kind, make)

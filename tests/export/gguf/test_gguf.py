@@ -1,6 +1,7 @@
 """GGUF files: read back by transformers and gguf they hold the rotated weights, bit for bit."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import gguf
@@ -368,6 +369,64 @@ def test_a_quantized_cache_and_odd_overrides_are_refused(make_settings, changed,
     entry = Override("*.up_proj", activations=FormatChange(bits=8))
     with pytest.raises(InputError, match=r"set quant\.overrides=\[\]$"):
         check_exports(changed(config, "quant", overrides=[entry]))
+    both = [replace(entry, weights=FormatChange(bits=4)), Override("*.0.*", FormatChange(bits=16))]
+    with pytest.raises(InputError, match=r"set 'quant\.overrides=\[.*\]'$") as found:
+        check_exports(changed(config, "quant", overrides=both))
+    word = shlex.split(str(found.value))[-1]
+    assert composed("+experiment=toy", "eval.variants=[fp,fake]", word).quant.overrides == [
+        replace(both[0], activations=FormatChange()),
+        both[1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        ({"symmetric": False}, {"symmetric": True}),
+        ({"group_size": 16}, {"group_size": 32}),
+        ({"group_size": 64, "bits": 16}, None),
+        ({"format": "float4", "bits": 4}, {"format": "integer", "bits": 4}),
+        ({"bits": 7, "symmetric": False}, {"bits": 8, "symmetric": True}),
+        ({"bits": 2}, {"bits": 4}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pattern", ["*.layers.[01].*.down_proj", "*.layers.?.*.down_proj"])
+def test_overrides_count_where_their_patterns_match(
+    make_settings, changed, tmp_path, pattern, given, fits
+):
+    """A class of characters does not match itself: what counts is what it gives linears."""
+    config = make_settings("q4_0", str(tmp_path / "m.gguf"))
+    first = Override("*.up_proj", weights=FormatChange(bits=8))
+    odd = [first, Override(pattern, weights=FormatChange(**given))]
+    if fits is None:
+        return check_exports(changed(config, "quant", overrides=odd))
+    with pytest.raises(
+        InputError, match=r"overrides\[\*\.layers.* must give weights 4, 8"
+    ) as found:
+        check_exports(changed(config, "quant", overrides=odd))
+    said = composed("+experiment=toy", shlex.split(str(found.value))[-1]).quant.overrides
+    assert said == [first, Override(pattern, weights=FormatChange(**fits))]
+    check_exports(changed(config, "quant", overrides=said))
+    # the last that matches counts
+    later = [*odd, Override("*.down_proj", weights=FormatChange(bits=8))]
+    check_exports(changed(config, "quant", overrides=later))
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "bits", "groups", "words"),
+    [
+        (False, 4, 2, r"integer of 4 bits in groups of 32 inputs"),
+        (True, 4, 1, r"symmetric integer of 4 bits in groups of 64 inputs"),
+        (True, 3, 2, r"symmetric integer of 3 bits in groups of 32 inputs"),
+    ],
+)
+def test_levels_that_are_no_blocks_are_not_written_as_such(symmetric, bits, groups, words):
+    scale = torch.ones(4, groups)
+    format = IntegerFormat(bits, symmetric)
+    weight = QuantizedWeight(torch.ones(4, 64).short(), scale, torch.ones_like(scale), format)
+    with pytest.raises(InputError, match=f"w is {words}, and blocks of GGUF are symmetric"):
+        packed("w", weight)
 
 
 def test_linears_of_one_tensor_have_one_type(make_settings, changed, tmp_path):
