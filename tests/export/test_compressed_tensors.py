@@ -212,6 +212,23 @@ def test_what_readers_do_otherwise_is_said(make_subject, tmp_path, caplog):
         assert [text for text in (turned, ranges) if text in caplog.text] == said
 
 
+@pytest.mark.parametrize("value", [1e5, 2e-8])
+def test_scales_that_16_bits_do_not_hold_are_refused(make_subject, tmp_path, value):
+    subject = make_subject("llama", config_of("vllm_w4a8"), **SHAPE)
+    weights = dict(subject.weights())
+    name = next(name for name in weights if name.endswith("down_proj"))
+    scale = weights[name].scale.clone()
+    scale[3] = value
+    weights[name] = replace(weights[name], scale=scale)
+    odd = replace(subject, weights=lambda: weights)
+    export.write(odd, str(tmp_path / "c"))  # bfloat16 holds both
+    half = replace(odd, dtype=lambda: torch.float16)
+    message = rf"the scale of {name} holds {value:.3g}, which torch\.float16 stores as (inf|0)"
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        export.write(half, str(tmp_path / "h"))
+    assert not (tmp_path / "h").exists()
+
+
 REFUSED = {
     "quant.activations.bits=4.*: set quant.activations.bits=8 .*, or export.profile=vllm_w4a4": [
         "quant=w4a4_vllm"

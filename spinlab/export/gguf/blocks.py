@@ -11,6 +11,7 @@ import torch
 
 from spinlab.config import TensorQuant
 from spinlab.errors import InputError
+from spinlab.export.scales import stored_scale
 from spinlab.formats import IntegerFormat, name_of
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -54,7 +55,7 @@ def packed(name: str, weight: QuantizedWeight) -> np.ndarray:
     Raises InputError for what blocks, or their scales, do not hold.
     """
     kind, rows = type_of(name, weight), weight.levels.shape[0]
-    scales = half(f"the scale of {name}", weight.scale)[..., None].view(np.uint8)
+    scales = stored_scale(name, weight, torch.float16).numpy()[..., None].view(np.uint8)
     levels = weight.levels.cpu().unflatten(1, (-1, BLOCK)).numpy()
     if kind == TYPES[4]:
         low, high = np.split((levels + 8).astype(np.uint8), 2, axis=-1)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from spinlab.export.gguf.architecture import Architecture, rope_factors
 from spinlab.export.gguf.blocks import BLOCK, half, packed, type_of
 from spinlab.export.gguf.writer import FileTensor
+from spinlab.finite import check_finite
 from spinlab.model.map import Layer, ModelMap
 from spinlab.model.modules import linear_at, map_of, norm_at
 from spinlab.weights.quantized import QuantizedWeight
@@ -124,10 +125,15 @@ def _blocks(name: str, weights: list[QuantizedWeight], heads: int) -> np.ndarray
 
 def _vector(name: str, numbers: torch.Tensor) -> FileTensor:
     """Return a norm's gains, a bias or factors: GGUF holds them in float32."""
-    shape = tuple(numbers.shape)
     return FileTensor(
-        name, shape, np.float32, _FLOAT, lambda: numbers.detach().float().cpu().numpy()
+        name, tuple(numbers.shape), np.float32, _FLOAT, partial(_floats, name, numbers)
     )
+
+
+def _floats(name: str, numbers: torch.Tensor) -> np.ndarray:
+    floats = numbers.detach().float().cpu()
+    check_finite({name: floats}, "numbers do not fit into float32")
+    return floats.numpy()
 
 
 def _ordered(rows: torch.Tensor, heads: int) -> torch.Tensor:

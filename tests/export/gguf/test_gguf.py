@@ -1,6 +1,7 @@
 """GGUF files: read back by transformers and gguf they hold the rotated weights, bit for bit."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 
 from spinlab.compose import composed, options_of
 from spinlab.config import FormatChange, ModelConfig, Override, RotationConfig, TensorQuant
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.experiment import run
 from spinlab.export.base import check_exports
 from spinlab.export.gguf import architecture, write
@@ -123,8 +124,19 @@ def test_a_block_holds_every_level(bits):
     found = gguf.quants.dequantize(packed("w", weight), kind)
     expected = replace(weight, scale=scale.half().float()).dequantize()
     assert torch.equal(torch.from_numpy(found), expected)
-    with pytest.raises(InputError, match=r"the scale of w holds 1e\+05, and GGUF stores float16"):
-        packed("w", replace(weight, scale=torch.full_like(scale, 1e5)))
+    refused = "the scale of w holds {}, which torch.float16 stores as {}: use export.artefact"
+    for value, stored in (("1e+05", "inf"), ("2e-08", "0")):
+        with pytest.raises(InputError, match=re.escape(refused.format(value, stored))):
+            packed("w", replace(weight, scale=torch.full_like(scale, float(value))))
+
+
+def test_norms_without_numbers_are_refused(make_subject, make_settings, tmp_path):
+    subject = make_subject(make_settings("f16", str(tmp_path / "m.gguf")))
+    model = subject.rotated()
+    model.get_submodule("model.norm").weight.data[0] = torch.inf
+    with pytest.raises(ResultError, match=r"output_norm.weight has 1 of 64 numbers that are nan"):
+        write(replace(subject, rotated=lambda: model), str(tmp_path / "m.gguf"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_float16_are_refused(make_subject, make_settings, tmp_path):
