@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spinlab import experiment
+from spinlab.bench.served import load_served
 from spinlab.compose import composed
 from spinlab.config import Config, ModelConfig
 from spinlab.data.text import TEXTS
@@ -24,7 +25,6 @@ from spinlab.errors import InputError
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
 from spinlab.export.listing import read_listing
-from spinlab.export.served import load_served
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer

@@ -21,6 +21,7 @@ from spinlab.export.gguf.writer import MARK
 from spinlab.export.transformed import save_transformed
 from spinlab.formats import IntegerFormat
 from spinlab.metrics.perplexity import perplexity
+from spinlab.model import license as licenses
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.modules import restore
 from spinlab.rotation.online import hadamard_rotation
@@ -128,6 +129,22 @@ def test_a_block_holds_every_level(bits):
     for value, stored in (("1e+05", "inf"), ("2e-08", "0")):
         with pytest.raises(InputError, match=re.escape(refused.format(value, stored))):
             packed("w", replace(weight, scale=torch.full_like(scale, float(value))))
+
+
+def test_the_originals_license_is_passed_on(make_subject, make_settings, monkeypatch, tmp_path):
+    path = str(tmp_path / "m.gguf")
+    subject = make_subject(make_settings("f16", path))
+    link = "https://example.org/license"
+    own = {"license": "other", "license_name": "own-1.0", "license_link": link}
+    write(replace(subject, record={"model": {"license": own}}), path)
+    assert {f"general.{n.replace('_', '.')}": v for n, v in own.items()}.items() <= fields(
+        path
+    ).items()
+    monkeypatch.setattr(licenses, "gguf_of", lambda config: path)
+    packaged = ModelConfig(weights="pretrained", package="p", file="m.gguf")
+    assert licenses.license_of(packaged) == own  # where spinlab looks for it
+    write(subject, path)
+    assert not [name for name in fields(path) if name.startswith("general.license")]
 
 
 def test_norms_without_numbers_are_refused(make_subject, make_settings, tmp_path):
