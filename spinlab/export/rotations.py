@@ -1,6 +1,7 @@
 """A file of rotations, ours or SpinQuant's, that appears at once and whole."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from spinlab.config import Config
@@ -53,13 +54,22 @@ def save_rotations(rotations: RotationSet, path: str) -> None:
 def _check_bin(setting: str, config: Config) -> None:
     """Refuse what an R.bin has no place for, and rotations without those that it is made of."""
     check_settings(setting, _FORM, _CANNOT, config)
-    source = source_of(config)
+    source, rotation = source_of(config), config.rotation
+    found = _FUSED if rotation.load else rotation.used
     if source is not None:
-        found = tensors_in(source[1])
-        off = [name.upper() for name in _FUSED if found and name not in found]
-        why = f"{source[0]} does not bring {' and '.join(off)}"
-    else:
-        off = [n for n in _FUSED if config.rotation.load is None and n not in config.rotation.used]
-        why = f"of a run with {' '.join(f'rotation.{name}=none' for name in off)} there is no such"
+        found = tensors_in(source[1]) or _FUSED  # who reads it says what is wrong with it
+    off = [name for name in _FUSED if name not in found]
+    if off and source is not None:
+        raise InputError(
+            f"{setting}: an R.bin is R1 and R2, and {source[0]} does not bring "
+            f"{' and '.join(map(str.upper, off))}: use .safetensors"
+        )
     if off:
-        raise InputError(f"{setting}: an R.bin is R1 and R2, and {why}: use .safetensors")
+        raise InputError(
+            f"{setting}: an R.bin is R1 and R2, which {_set(off, 'none')} leaves out: "
+            f"set {_set(off, 'hadamard')} (or use .safetensors)"
+        )
+
+
+def _set(names: Sequence[str], kind: str) -> str:
+    return " ".join(f"rotation.{name}={kind}" for name in names)

@@ -136,8 +136,14 @@ def test_a_folder_without_permission_is_refused(tmp_path):
             {"learn": LearnConfig(quantize_weights=True, lr=RatesConfig(input_clip=0.2))},
             "cannot hold learned ranges of inputs: set learn.lr.input_clip=0",
         ),
-        ({"rotation": RotationConfig(r1="none")}, "a run with rotation.r1=none"),
-        ({"rotation": RotationConfig(r2="none")}, "a run with rotation.r2=none"),
+        (
+            {"rotation": RotationConfig(r1="none")},
+            "which rotation.r1=none leaves out: set rotation.r1=hadamard (or",
+        ),
+        (
+            {"rotation": RotationConfig(r2="none")},
+            "which rotation.r2=none leaves out: set rotation.r2=hadamard (or",
+        ),
         (
             {"rotation": RotationConfig(r4="random")},
             "cannot hold an R4 that is no exact Hadamard: set rotation.r4=hadamard",

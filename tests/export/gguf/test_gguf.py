@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spinlab.compose import composed, options_of
+from spinlab.compose import composed
 from spinlab.config import FormatChange, ModelConfig, Override, RotationConfig, TensorQuant
 from spinlab.errors import InputError, ResultError
 from spinlab.experiment import run
@@ -585,24 +585,6 @@ def test_the_run_may_have_any_dtype(make_subject, make_settings, changed, tmp_pa
     write(subject, path)
     head = subject.rotated().get_submodule("lm_head").weight.detach()
     assert np.array_equal(tensors(path)["output.weight"], head.half().float().numpy())
-
-
-@pytest.mark.parametrize("kind", ["f16", "q4_0"])
-@pytest.mark.parametrize("method", [m for m in options_of("method") if "/" not in m])
-def test_every_method_is_exported_or_refused_with_a_reason(method, kind, tmp_path):
-    words = ["+experiment=toy", f"+method={method}", f"export.gguf={tmp_path / 'm.gguf'}"]
-    if kind == "q4_0":
-        words += ["quant.activations.bits=16", "quant.weights.group_size=32", "kv=kv16"]
-        words += ["export.gguf_type=q4_0", "learn=none"]
-    if "gptq" in method and kind == "q4_0":
-        words.append("weights.gptq.static_groups=true")
-    config = composed(*words)
-    if config.rotation.inputs == "none" and not {"r4", "cross_head"} & set(config.rotation.used):
-        check_exports(config)
-        return
-    reason = r"a GGUF file cannot hold (R4|the rotation across|R4, the rotation|online transforms)"
-    with pytest.raises(InputError, match=reason):
-        check_exports(config)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0"])
