@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinlab.artefact.read import load
+from spinlab.bench.served import load_served
 from spinlab.config import Config
-from spinlab.export.served import load_served
 from spinlab.rotation.check import GATE_TOKENS
 
 Reader = Callable[[Path, Config], Any]

@@ -106,10 +106,15 @@ class QuantConfig:
 
     def format_at(self, kind: Kind, name: str) -> TensorQuant:
         """Return the format of a linear's weight or input, by the linear's full name."""
-        for entry in reversed(self.overrides):
+        place = self.override_at(kind, name)
+        return getattr(self, kind) if place is None else self._changed(kind, self.overrides[place])
+
+    def override_at(self, kind: Kind, name: str) -> int | None:
+        """Return the place of the override that gives a linear its format; None without one."""
+        for place, entry in reversed(list(enumerate(self.overrides))):
             if getattr(entry, kind).given and fnmatchcase(name, entry.pattern):
-                return self._changed(kind, entry)
-        return getattr(self, kind)
+                return place
+        return None
 
     def formats(self, kind: Kind) -> list[TensorQuant]:
         """Return all formats of weights or inputs that may occur in the decoder layers."""

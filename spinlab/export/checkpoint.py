@@ -12,25 +12,27 @@ from spinlab.config import Config
 from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
-from spinlab.export.parts import PARTS, check_made, check_settings
+from spinlab.export.parts import check_made, check_settings
 from spinlab.export.stock import save_stock
 from spinlab.finite import check_finite
 from spinlab.model.load import cast_model
+from spinlab.rotation.rotations import ONLINE
 
 log = logging.getLogger(__name__)
 
 _FORM = "a checkpoint in 16 bits"
+_CANNOT = (*ONLINE, "inputs", "scales", "clips", "weight_clips")  # names of `parts.PARTS`
 
 
 def check(setting: str, target: Path, config: Config) -> None:
     """Raise InputError for rotations that such a file cannot hold, and as `check_folder` does."""
-    check_settings(setting, _FORM, tuple(PARTS), config)
+    check_settings(setting, _FORM, _CANNOT, config)
     check_folder(setting, target, config)
 
 
 def write(subject: Subject, path: str) -> None:
     """Write the fused model, rounded once from the run's dtype to 16 bits."""
-    check_made(f"export.checkpoint={path}", _FORM, tuple(PARTS), subject.rotations)
+    check_made(f"export.checkpoint={path}", _FORM, _CANNOT, subject.rotations)
     dtype = subject.dtype()
     model = cast_model(subject.fused({}), dtype)
     check_finite(dict(model.named_parameters()), f"weights do not fit into {dtype}")

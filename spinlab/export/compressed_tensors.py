@@ -71,9 +71,9 @@ def write(subject: Subject, path: str) -> None:
         parts[names[place]].append(weights[place])
     transform, tensors = _transform(model, subject.rotations.r4, dtype)
     for name, some in parts.items():
-        tensors |= {f"{name}.{n}": t for n, t in packed(some, dtype).items()}
+        tensors |= {f"{name}.{n}": t for n, t in packed(name, some, dtype).items()}
     stored = quantization_config(tuple(dict.fromkeys(names.values())), schemes, transform)
-    check_finite(dict(model.named_parameters()), f"weights do not fit into {dtype}")
+    check_finite({**dict(model.named_parameters()), **tensors}, f"weights do not fit into {dtype}")
     with new_folder("export.compressed_tensors", path) as partial:
         own = [f"{name}.weight" for name in schemes]
         settings = {"quantization_config": stored}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.export.profiles import Scheme, by_scheme
+from spinlab.export.scales import stored_scale
 from spinlab.model.split import SplitLinear
 from spinlab.rotation.hadamard import hadamard_matrix
 from spinlab.rotation.online import OnlineRotation
@@ -60,14 +61,19 @@ def stock_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: whole.get(name, name) for name in linears}
 
 
-def packed(parts: Sequence[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the tensors of a linear whose rows are those of the parts, one after another."""
+def packed(
+    name: str, parts: Sequence[QuantizedWeight], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a linear whose rows are those of the parts, one after another.
+
+    Raises InputError for scales that the dtype does not hold.
+    """
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     levels = torch.cat([part.levels for part in parts]).to(torch.int8).cpu()
     return {
         "weight_packed": pack_to_int32(levels, parts[0].format.bits),
-        "weight_scale": torch.cat([part.scale for part in parts]).to(dtype).cpu().contiguous(),
+        "weight_scale": torch.cat([stored_scale(name, part, dtype) for part in parts]),
         "weight_shape": torch.tensor(levels.shape),
     }
 

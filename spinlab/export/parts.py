@@ -17,9 +17,14 @@ from spinlab.export.targets import place_of
 from spinlab.model.files import MANIFEST
 from spinlab.model.load import meta_model
 from spinlab.model.modules import map_of
+from spinlab.rotation.exchange import made_again
 from spinlab.rotation.ranges import with_fitting_ranges
 from spinlab.rotation.rotations import ONLINE, RotationSet
-from spinlab.rotation.stored import read_about
+from spinlab.rotation.stored import read_about, read_stored
+
+_MADE_AGAIN = ("identity", "hadamard", "exact_hadamard")  # kinds that settings alone tell all of
+# how tensors of an input's transform are called, by the parts that they make
+_ENDS = {"inputs": {"first"}, "scales": {"scale"}, "smoothing": {"scale", "folded_scale"}}
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,13 @@ class Part:
 
 
 PARTS: Mapping[str, Part] = {
+    "drawn_r3": Part("an R3 that is no exact Hadamard", "rotation.r3=hadamard"),
+    "drawn_r4": Part("an R4 that is no exact Hadamard", "rotation.r4=hadamard"),
     "r3": Part("R3", "rotation.r3=none"),
     "r4": Part("R4", "rotation.r4=none"),
     "cross_head": Part("the rotation across heads", "rotation.cross_head=none"),
     "inputs": Part("online transforms of single inputs", "rotation.inputs=none"),
+    "smoothing": Part("scales of inputs", "rotation.smooth=null"),
     "scales": Part("online scales of inputs", "rotation.smooth_groups=[qkv,gate_up]"),
     "clips": Part("learned ranges of inputs", "learn.lr.input_clip=0"),
     "weight_clips": Part("learned ranges of weights", "learn.lr.clip=0"),
@@ -48,7 +56,7 @@ def check_settings(setting: str, form: str, cannot: Collection[str], config: Con
     cannot hold, by names of PARTS. A file that cannot be read is left to who reads it.
     """
     _refuse(setting, form, of_settings(config, cannot))
-    source = _source(config)
+    source = source_of(config)
     brought = [] if source is None else _of_file(source[1], config)
     if source is not None and (lost := [name for name in cannot if name in brought]):
         raise InputError(
@@ -68,6 +76,8 @@ def parts_of(rotations: RotationSet) -> set[str]:
     there: dict[str, Any] = {name: getattr(rotations, name) is not None for name in ONLINE}
     there["inputs"] = any(t.dual is not None for t in online)
     there["scales"] = any(t.scale is not None and not t.folded for t in online)
+    there["smoothing"] = any(t.scale is not None for t in rotations.inputs.values())
+    there |= {f"drawn_{name}": not made_again(rotations, name) for name in ("r3", "r4")}
     there |= {"clips": rotations.clips, "weight_clips": rotations.weight_clips}
     return {name for name, found in there.items() if found}
 
@@ -82,16 +92,18 @@ def _names(parts: Collection[str]) -> str:
     return ", ".join(PARTS[part].name for part in parts)
 
 
-def of_settings(config: Config, among: Collection[str] = tuple(PARTS)) -> list[str]:
+def of_settings(config: Config, among: Collection[str]) -> list[str]:
     """Return which parts settings ask for; what files bring is not told by them."""
     rotation, learn = config.rotation, config.learn
-    there = {"weight_clips": learn.steps and learn.lr.clip}
+    there: dict[str, Any] = {"weight_clips": learn.steps and learn.lr.clip}
     there["clips"] = learn.steps and learn.lr.input_clip
-    if _source(config) is None:
+    if source_of(config) is None:
         kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
         there |= {name: kind != "identity" for name, kind in kinds.items()}
+        there |= {f"drawn_{name}": kind not in _MADE_AGAIN for name, kind in kinds.items()}
         there["inputs"] = rotation.inputs != "none"
-        there["scales"] = rotation.smooth is not None and _runs_online(config)
+        there["smoothing"] = rotation.smooth is not None
+        there["scales"] = rotation.smooth is not None and "scales" in among and _runs_online(config)
     return [name for name in among if there.get(name)]
 
 
@@ -101,7 +113,7 @@ def _runs_online(config: Config) -> bool:
     return any(not i.folds for i in inputs if i.name in config.rotation.smooth_groups)
 
 
-def _source(config: Config) -> tuple[str, Path] | None:
+def source_of(config: Config) -> tuple[str, Path] | None:
     """Return the file that brings all rotations, after the setting that names it."""
     load, model = config.rotation.load, config.model.path
     if model and (manifest := place_of(model) / MANIFEST).is_file():
@@ -111,17 +123,25 @@ def _source(config: Config) -> tuple[str, Path] | None:
     return None
 
 
-def _of_file(path: Path, config: Config) -> set[str]:
-    """Return the parts in a file of rotations, by the names of its tensors."""
+def tensors_in(path: Path) -> list[str]:
+    """Return the names of the tensors in a file; none where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []  # who reads it says what is wrong with it
+
+
+def _of_file(path: Path, config: Config) -> set[str]:
+    """Return the parts in a file of rotations, most of them by the names of its tensors."""
+    names = tensors_in(path)
+    try:
         about = read_about(path)
-    except (OSError, SafetensorError, InputError):
-        return set()  # who reads it says what is wrong with it
-    parts = {name for name in ONLINE if f"{name}.left" in names}
+    except InputError:
+        return set()  # as above
+    parts = {name for name in ONLINE if f"{name}.left" in names} | _online_in(path, config)
     ends = {n.rpartition(".")[2] for n in names if n.startswith("inputs.")}
-    parts |= {part for end, part in {"first": "inputs", "scale": "scales"}.items() if end in ends}
+    parts |= {part for part, those in _ENDS.items() if ends & those}
     if config.learn.steps:
         return parts  # ranges are learned anew
     ranges = RotationSet(
@@ -130,3 +150,11 @@ def _of_file(path: Path, config: Config) -> set[str]:
         about=about,
     )
     return parts | parts_of(with_fitting_ranges(ranges, config.quant, config.weights.method))
+
+
+def _online_in(path: Path, config: Config) -> set[str]:
+    """Return what runs online in a file; of R1, which may be large, no number is read."""
+    try:
+        return parts_of(read_stored(path, map_of(meta_model(config.model, None)), ONLINE))
+    except InputError:
+        return set()  # as above

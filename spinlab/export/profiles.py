@@ -4,12 +4,14 @@ What a profile cannot carry is refused, with the nearest setting that it can.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from spinlab.config import Config, QuantConfig, TensorQuant
+from spinlab.config.quant import KINDS, Kind
 from spinlab.errors import InputError
+from spinlab.export.overrides import changed, typed, value_typed
 from spinlab.export.parts import PARTS, of_settings
 from spinlab.fakequant.insert import check_patterns, weight_format
 from spinlab.model.map import ModelMap
@@ -51,12 +53,24 @@ class Scheme(NamedTuple):
     inputs: int
 
 
-class _Fault(NamedTuple):
-    """Name a setting that does not fit, its value, and the nearest that does."""
+_Found = tuple[str, Any, Any]  # a setting of a format, its value, and the nearest that fits
 
-    name: str
+
+class _Fault(NamedTuple):
+    """Name a setting that does not fit, its value, and the nearest that does.
+
+    entry: of the override whose format it is, by its place in the list.
+    """
+
+    place: str
+    field: str
     found: Any
     nearest: Any
+    entry: tuple[int, Kind] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.place}.{self.field}"
 
 
 def check_profile(setting: str, config: Config) -> None:
@@ -67,9 +81,9 @@ def check_profile(setting: str, config: Config) -> None:
     parts = [PARTS[part] for part in of_settings(config, CANNOT)]
     if not faults and not parts:
         return
-    found = [f"{fault.name}={_said(fault.found)}" for fault in faults]
-    nearest = [f"{fault.name}={_said(fault.nearest)}" for fault in faults]
-    found, nearest = [*found, *(p.name for p in parts)], [*nearest, *(p.cure for p in parts)]
+    found = [f"{fault.name}={value_typed(fault.found)}" for fault in faults]
+    found, nearest = [*found, *(p.name for p in parts)], list(_nearest_settings(config, faults))
+    nearest += [p.cure for p in parts]
     bits = config.quant.activations.bits
     others = [other for other, p in PROFILES.items() if p.inputs == bits != profile.inputs]
     raise InputError(
@@ -114,82 +128,84 @@ def schemes_of(setting: str, model_map: ModelMap, quant: QuantConfig) -> dict[st
     return found
 
 
+def _nearest_settings(config: Config, faults: Sequence[_Fault]) -> Iterator[str]:
+    """Yield settings as a user would type them: overrides as a whole, since they are one list."""
+    changes: dict[tuple[int, Kind], dict[str, Any]] = {}
+    for fault in faults:
+        if fault.entry is None:
+            yield f"{fault.name}={value_typed(fault.nearest)}"
+        else:
+            changes.setdefault(fault.entry, {})[fault.field] = fault.nearest
+    if changes:
+        yield typed(changed(config.quant.overrides, changes))
+
+
 def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]:
     """Yield what does not fit of the formats of linears, embedding and head.
 
     What an override has of the formats that it changes is told once.
     """
-    kinds = quant.formats("weights"), quant.formats("activations")
-    usual = _faults_of("quant", profile.weights, (profile.inputs,), kinds[0][0], kinds[1][0])
-    yield from (told := list(usual))
-    known = {(fault.name.removeprefix("quant"), fault.found) for fault in told}
-    for entry, *formats in zip(quant.overrides, kinds[0][1:], kinds[1][1:], strict=True):
-        place = f"quant.overrides[{entry.pattern}]"
-        for fault in _faults_of(place, _OTHERS, _OTHERS, *formats):
-            if (fault.name.removeprefix(place), fault.found) not in known:
-                yield fault
+    usual = {
+        "weights": list(_faults_of_weights(quant.weights, profile.weights)),
+        "activations": list(_faults_of_inputs(quant.activations, (profile.inputs,))),
+    }
+    yield from (_Fault(f"quant.{kind}", *fault) for kind in KINDS for fault in usual[kind])
+    others = {"weights": _faults_of_weights, "activations": _faults_of_inputs}
+    for kind in KINDS:
+        known = {fault[:2] for fault in usual[kind]}
+        formats = zip(quant.overrides, quant.formats(kind)[1:], strict=True)
+        for i, (entry, format) in enumerate(formats):
+            given = getattr(entry, kind).given
+            for fault in others[kind](format, _OTHERS) if given else ():
+                if fault[0] in given or fault[:2] not in known:
+                    place = f"quant.overrides[{entry.pattern}].{kind}"
+                    yield _Fault(place, *fault, entry=(i, kind))
     if quant.o_proj_per_head and quant.quantizes("activations"):
-        yield _Fault("quant.o_proj_per_head", True, False)
+        yield _Fault("quant", "o_proj_per_head", True, False)
     for name in ("head", "embedding", "tied"):
         if (found := getattr(quant, name)).quantizes:
-            yield _Fault(f"quant.{name}.bits", found.bits, 16)
+            yield _Fault(f"quant.{name}", "bits", found.bits, 16)
 
 
-def _faults_of(
-    place: str,
-    weight_bits: tuple[int, ...],
-    input_bits: tuple[int, ...],
-    weights: TensorQuant,
-    inputs: TensorQuant,
-) -> Iterator[_Fault]:
-    yield from _faults_of_weights(f"{place}.weights", weights, weight_bits)
-    yield from _faults_of_inputs(f"{place}.activations", inputs, input_bits)
-
-
-def _faults_of_weights(name: str, weights: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Fault]:
+def _faults_of_weights(weights: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Found]:
     if weights.bits not in bits:
-        yield _Fault(f"{name}.bits", weights.bits, _nearest(weights.bits, bits))
+        yield "bits", weights.bits, _nearest(weights.bits, bits)
     if not weights.quantizes:
         return
-    yield from _faults_of_kind(name, weights)
+    yield from _faults_of_kind(weights)
     if weights.group_size not in _GROUPS:
         size = weights.group_size
-        yield _Fault(f"{name}.group_size", size, _nearest(size, _GROUPS[1:]))
+        yield "group_size", size, _nearest(size, _GROUPS[1:])
 
 
-def _faults_of_inputs(name: str, inputs: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Fault]:
+def _faults_of_inputs(inputs: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Found]:
     if inputs.bits not in bits:
-        yield _Fault(f"{name}.bits", inputs.bits, _nearest(inputs.bits, bits))
+        yield "bits", inputs.bits, _nearest(inputs.bits, bits)
     if not inputs.quantizes:
         return
-    yield from _faults_of_kind(name, inputs)
+    yield from _faults_of_kind(inputs)
     if inputs.group_size:
-        yield _Fault(f"{name}.group_size", inputs.group_size, 0)
+        yield "group_size", inputs.group_size, 0
     ratios = _RATIOS.get(inputs.bits, (1.0,))
     if all(abs(inputs.clip_ratio - ratio) > _CLOSE for ratio in ratios):
-        yield _Fault(f"{name}.clip_ratio", inputs.clip_ratio, _nearest(inputs.clip_ratio, ratios))
+        yield "clip_ratio", inputs.clip_ratio, _nearest(inputs.clip_ratio, ratios)
 
 
-def _faults_of_kind(name: str, format: TensorQuant) -> Iterator[_Fault]:
+def _faults_of_kind(format: TensorQuant) -> Iterator[_Found]:
     if format.format != "integer":
-        yield _Fault(f"{name}.format", format.format, "integer")
+        yield "format", format.format, "integer"
     if not format.symmetric:
-        yield _Fault(f"{name}.symmetric", False, True)
+        yield "symmetric", False, True
 
 
 def _faults_elsewhere(config: Config) -> Iterator[_Fault]:
     for side, codec in config.kv.sides.items():
         if codec.quantizes:
-            yield _Fault(f"kv.{side}.bits", codec.bits, 16)
+            yield _Fault(f"kv.{side}", "bits", codec.bits, 16)
 
 
 def _nearest(found: float, choices: tuple[Any, ...]) -> Any:
     return min(choices, key=lambda choice: abs(choice - found))
-
-
-def _said(value: Any) -> str:
-    """Write a value as a command does."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def by_scheme(schemes: Mapping[str, Scheme]) -> list[tuple[Scheme, list[str]]]:

@@ -1,22 +1,23 @@
 """A file of rotations, ours or SpinQuant's, that appears at once and whole."""
 
 import logging
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.export.base import Subject
+from spinlab.export.parts import check_settings, source_of, tensors_in
 from spinlab.export.targets import check_not_read, place_of, try_to_write
 from spinlab.files import replacing, writing
 from spinlab.rotation.exchange import is_rotations, write_bin
-from spinlab.rotation.rotations import ONLINE, RotationSet
+from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
 
-_HADAMARD = ("none", "identity", "hadamard", "exact_hadamard")  # kinds that a setting makes again
+_FORM = "an R.bin, unlike a .safetensors,"
+_CANNOT = ("drawn_r3", "drawn_r4", "inputs", "smoothing", "clips", "weight_clips")  # of PARTS
+_FUSED = ("r1", "r2")  # all that it holds: what settings make again is left out
 
 
 def check(setting: str, target: Path, config: Config) -> None:
@@ -51,34 +52,24 @@ def save_rotations(rotations: RotationSet, path: str) -> None:
 
 
 def _check_bin(setting: str, config: Config) -> None:
-    """Refuse what an R.bin has no place for, as far as settings and a loaded file tell."""
-    learn, rotation = config.learn, config.rotation
-    lost = {
-        "learn.lr.clip": learn.steps and learn.lr.clip,
-        "learn.lr.input_clip": learn.steps and learn.lr.input_clip,
-        "rotation.inputs": rotation.inputs != "none",
-        "rotation.smooth": rotation.smooth is not None,
-        "rotation.load": learn.steps == 0 and _carries_more(rotation.load),
-    }
-    if rotation.load is None:
-        lost |= {f"rotation.{name}": getattr(rotation, name) == "none" for name in ("r1", "r2")}
-    if rotation.online and not (rotation.load or "").endswith(".safetensors"):
-        online = (name for name in ONLINE if getattr(rotation, name) not in _HADAMARD)
-        lost |= {f"rotation.{name}": True for name in online}
-    for name, there in lost.items():
-        if there:
-            raise InputError(
-                f"{setting}: an R.bin holds R1 and R2 and nothing else, which does not go with "
-                f"{name}={attrgetter(name)(config)}: use .safetensors"
-            )
+    """Refuse what an R.bin has no place for, and rotations without those that it is made of."""
+    check_settings(setting, _FORM, _CANNOT, config)
+    source, rotation = source_of(config), config.rotation
+    found = _FUSED if rotation.load else rotation.used
+    if source is not None:
+        found = tensors_in(source[1]) or _FUSED  # who reads it says what is wrong with it
+    off = [name for name in _FUSED if name not in found]
+    if off and source is not None:
+        raise InputError(
+            f"{setting}: an R.bin is R1 and R2, and {source[0]} does not bring "
+            f"{' and '.join(map(str.upper, off))}: use .safetensors"
+        )
+    if off:
+        raise InputError(
+            f"{setting}: an R.bin is R1 and R2, which {_set(off, 'none')} leaves out: "
+            f"set {_set(off, 'hadamard')} (or use .safetensors)"
+        )
 
 
-def _carries_more(path: str | None) -> bool:
-    """Tell whether a file of rotations has transforms of inputs or learned ranges."""
-    if not path or path.endswith(".bin"):
-        return False
-    try:
-        with safe_open(place_of(path), framework="pt") as file:
-            return any(n.startswith(("inputs.", "clip.", "weight_clip.")) for n in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False  # who reads it says what is wrong with it
+def _set(names: Sequence[str], kind: str) -> str:
+    return " ".join(f"rotation.{name}={kind}" for name in names)

@@ -65,7 +65,7 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
     """
     lost = {"transforms of inputs": rotations.inputs, "clip ratios of inputs": rotations.clips}
     lost |= {"learned weight ranges": rotations.weight_clips}
-    lost |= {f"{n} that is no exact Hadamard": not _made_again(rotations, n) for n in ONLINE}
+    lost |= {f"{n} that is no exact Hadamard": not made_again(rotations, n) for n in ONLINE}
     for what, there in lost.items():
         if there:
             raise InputError(
@@ -90,13 +90,16 @@ def is_rotations(path: Path) -> bool:
     return True
 
 
-def _made_again(rotations: RotationSet, name: str) -> bool:
+def made_again(rotations: RotationSet, name: str) -> bool:
     """Tell whether the settings alone make an online rotation: it is off, or Hadamard's."""
     online: OnlineRotation | None = getattr(rotations, name)
     if online is None or name == "cross_head":  # across heads there is no other kind
         return True
     size = online.width // online.blocks
-    expected = hadamard_rotation(online.width, size if size & (size - 1) == 0 else 0)
+    try:
+        expected = hadamard_rotation(online.width, size if size & (size - 1) == 0 else 0)
+    except InputError:  # there is none of this width
+        return False
     pairs = [(online.left, expected.left), (online.right, expected.right)]
     return online.blocks == expected.blocks and all(torch.equal(a, b) for a, b in pairs)
 

@@ -5,7 +5,7 @@ read, then the numbers, then what the file says of itself.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,12 @@ class Rule:
     dtypes: tuple[str, ...] = _FLOATS
 
 
-def read_stored(path: Path, model_map: ModelMap) -> RotationSet:
+def read_stored(
+    path: Path, model_map: ModelMap, parts: Collection[str] | None = None
+) -> RotationSet:
     """Read a file that `RotationSet.save` wrote, now or in an earlier version, for such a model.
 
+    parts: how the names of tensors begin whose numbers are read; all of them without it.
     Raises InputError, naming the tensor and what is wrong with it, for any other file.
     """
     rules = rules_of(model_map)
@@ -63,7 +66,8 @@ def read_stored(path: Path, model_map: ModelMap) -> RotationSet:
                 if found.get_dtype() not in rules[name].dtypes:
                     wanted = " or ".join(rules[name].dtypes)
                     raise InputError(f"{path}: {name} is {found.get_dtype()}, not {wanted}")
-            tensors = {name: file.get_tensor(name) for name in names}
+            read = [n for n in names if parts is None or n.partition(".")[0] in parts]
+            tensors = {name: file.get_tensor(name) for name in read}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is no file of rotations: {error}") from error
     for name, tensor in tensors.items():

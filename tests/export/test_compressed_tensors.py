@@ -1,6 +1,7 @@
 """compressed-tensors: what other readers compute is the run's own network, or a sentence."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from spinlab import experiment
+from spinlab.bench.served import load_served
 from spinlab.compose import composed
 from spinlab.config import Config, ModelConfig
 from spinlab.data.text import TEXTS
@@ -23,7 +25,6 @@ from spinlab.errors import InputError
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
 from spinlab.export.listing import read_listing
-from spinlab.export.served import load_served
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer
@@ -211,6 +212,23 @@ def test_what_readers_do_otherwise_is_said(make_subject, tmp_path, caplog):
         assert [text for text in (turned, ranges) if text in caplog.text] == said
 
 
+@pytest.mark.parametrize("value", [1e5, 2e-8])
+def test_scales_that_16_bits_do_not_hold_are_refused(make_subject, tmp_path, value):
+    subject = make_subject("llama", config_of("vllm_w4a8"), **SHAPE)
+    weights = dict(subject.weights())
+    name = next(name for name in weights if name.endswith("down_proj"))
+    scale = weights[name].scale.clone()
+    scale[3] = value
+    weights[name] = replace(weights[name], scale=scale)
+    odd = replace(subject, weights=lambda: weights)
+    export.write(odd, str(tmp_path / "c"))  # bfloat16 holds both
+    half = replace(odd, dtype=lambda: torch.float16)
+    message = rf"the scale of {name} holds {value:.3g}, which torch\.float16 stores as (inf|0)"
+    with pytest.raises(InputError, match=message.replace("+", r"\+")):
+        export.write(half, str(tmp_path / "h"))
+    assert not (tmp_path / "h").exists()
+
+
 REFUSED = {
     "quant.activations.bits=4.*: set quant.activations.bits=8 .*, or export.profile=vllm_w4a4": [
         "quant=w4a4_vllm"
@@ -230,7 +248,7 @@ REFUSED = {
         "quant.weights.symmetric=false"
     ],
     "quant.weights.group_size=48: set quant.weights.group_size=64": ["quant.weights.group_size=48"],
-    r"quant.overrides\[\*.down_proj\].weights.bits=3: set .*bits=4": [
+    r"quant.overrides\[\*.down_proj\].weights.bits=3: set 'quant.overrides=.*bits:4}}\]'": [
         'quant.overrides=[{pattern: "*.down_proj", weights: {bits: 3}}]'
     ],
     "quant.head.bits=8, quant.embedding.bits=8: set quant.head.bits=16 quant.embedding.bits=16": [
@@ -252,6 +270,37 @@ REFUSED = {
         'quant.overrides=[{pattern: "*.q_proj", weights: {bits: 8}}]'
     ],
 }
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "fits"),
+    [
+        ("symmetric: false", "", ["weights: {symmetric: true}"]),
+        ("bits: 3, group_size: 48", "", ["weights: {bits: 4, group_size: 64}"]),
+        (
+            "bits: 8",
+            "clip_ratio: 0.9",
+            ["weights: {bits: 8}", f"activations: {{clip_ratio: {254 / 255}}}"],
+        ),
+        ("", "bits: 4, symmetric: false, group_size: 8", None),
+    ],
+    ids=str,
+)
+def test_overrides_that_fit_are_said_as_they_are_typed(tmp_path, weights, inputs, fits):
+    """As one list, in which entries that fit stay: single ones have no name in settings."""
+    first = '{pattern: "*.layers.0.*", weights: {group_size: 0}}'
+    kinds = {"weights": weights, "activations": inputs}
+    given = [f"{kind}: {{{words}}}" for kind, words in kinds.items() if words]
+    odd = f'{{pattern: "*.layers.[01].*", {", ".join(given)}}}'
+    settings = ["quant.activations.clip_ratio=1.0", f"export.compressed_tensors={tmp_path}/c"]
+    with pytest.raises(InputError, match=r"\[\*\.layers\.\[01\]\.\*\]\.") as found:
+        check_exports(config_of("vllm_w4a8", *settings, f"quant.overrides=[{first},{odd}]"))
+    words = shlex.split(str(found.value).partition(": set ")[2].partition(" (quant=")[0])
+    config = config_of("vllm_w4a8", *settings, *words)
+    check_exports(config)
+    if fits is not None:
+        wanted = f'quant.overrides=[{first},{{pattern: "*.layers.[01].*", {", ".join(fits)}}}]'
+        assert config.quant.overrides == composed("+experiment=toy", wanted).quant.overrides
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

@@ -1,6 +1,7 @@
 """Where an export may go: what can be known is said before any work, nothing is half written."""
 
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,23 @@ from spinlab.config import (
     ExportConfig,
     LearnConfig,
     ModelConfig,
+    QuantConfig,
     RatesConfig,
     RotationConfig,
+    WeightsConfig,
 )
 from spinlab.errors import InputError
 from spinlab.experiment import run
 from spinlab.export.base import check_exports
 from spinlab.export.rotations import save_rotations
 from spinlab.export.targets import sole_writer
+from spinlab.export.transformed import save_transformed
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.load import load_model
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
+from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
 GONE = 2**22 + 1  # no process has an id above the kernel's limit
@@ -33,6 +42,11 @@ def rotations(seed: int = 0, **changes) -> RotationSet:
     g = torch.Generator().manual_seed(seed)
     r2 = torch.stack([random_orthogonal(4, g) for _ in range(2)])
     return RotationSet(random_orthogonal(12, g), r2, **changes)
+
+
+def random_rotation(width: int) -> OnlineRotation:
+    g = torch.Generator().manual_seed(1)
+    return OnlineRotation(torch.ones(1, 1).double(), random_orthogonal(width, g))
 
 
 def check(rotations=None, transformed=None, **changes) -> None:
@@ -112,46 +126,124 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "setting"),
+    ("changes", "words"),
     [
         (
             {"learn": LearnConfig(quantize_weights=True, lr=RatesConfig(clip=0.1))},
-            r"learn\.lr\.clip=0\.1",
+            "cannot hold learned ranges of weights: set learn.lr.clip=0",
         ),
         (
             {"learn": LearnConfig(quantize_weights=True, lr=RatesConfig(input_clip=0.2))},
-            r"learn\.lr\.input_clip=0\.2",
+            "cannot hold learned ranges of inputs: set learn.lr.input_clip=0",
         ),
-        ({"rotation": RotationConfig(r1="none")}, r"rotation\.r1=none"),
-        ({"rotation": RotationConfig(r2="none")}, r"rotation\.r2=none"),
-        ({"rotation": RotationConfig(r4="random")}, r"rotation\.r4=random"),
-        ({"rotation": RotationConfig(r2="none", smooth=0.5, r1="none")}, r"rotation\.smooth=0\.5"),
+        (
+            {"rotation": RotationConfig(r1="none")},
+            "which rotation.r1=none leaves out: set rotation.r1=hadamard (or",
+        ),
+        (
+            {"rotation": RotationConfig(r2="none")},
+            "which rotation.r2=none leaves out: set rotation.r2=hadamard (or",
+        ),
+        (
+            {"rotation": RotationConfig(r4="random")},
+            "cannot hold an R4 that is no exact Hadamard: set rotation.r4=hadamard",
+        ),
+        (
+            {"rotation": RotationConfig(r3="random")},
+            "cannot hold an R3 that is no exact Hadamard: set rotation.r3=hadamard",
+        ),
+        (
+            {"rotation": RotationConfig(r2="none", smooth=0.5, r1="none")},
+            "cannot hold scales of inputs: set rotation.smooth=null",
+        ),
+        (
+            {"rotation": RotationConfig("none", "none", r4="none", inputs="duquant")},
+            "cannot hold online transforms of single inputs: set rotation.inputs=none",
+        ),
     ],
     ids=str,
 )
-def test_what_an_r_bin_would_lose_is_known_from_the_settings(tmp_path, changes, setting):
-    with pytest.raises(InputError, match=f"does not go with {setting}: use .safetensors"):
+def test_what_an_r_bin_would_lose_is_known_from_the_settings(tmp_path, changes, words):
+    with pytest.raises(InputError, match=re.escape(words)) as found:
         check(rotations=tmp_path / "R.bin", **changes)
+    assert "an R.bin" in str(found.value) and ".safetensors" in str(found.value)
     check(rotations=tmp_path / "R.safetensors", **changes)
     assert not list(tmp_path.iterdir())
 
 
+def test_exact_hadamards_are_no_loss_of_an_r_bin(tmp_path):
+    for kind in ("hadamard", "exact_hadamard", "identity", "none"):
+        check(rotations=tmp_path / "R.bin", rotation=RotationConfig(r3=kind, r4=kind))
+    off = RotationConfig(r4="random", online=False)
+    check(rotations=tmp_path / "R.bin", rotation=replace(off, cross_head="hadamard"))
+
+
+MODEL = ModelConfig(
+    architecture={
+        **{"hidden_size": 12, "intermediate_size": 20, "head_dim": 4, "vocab_size": 256},
+        **{"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    }
+)
+UNLEARNED = {"learn": LearnConfig(steps=0), "model": MODEL}
+
+
 def test_what_an_r_bin_would_lose_is_known_from_a_loaded_file(place):
-    for name, fits in (("R", True), ("ranged", False)):
-        load = {"rotation": RotationConfig(load=str(place / f"{name}.safetensors"))}
-        check(rotations=place / "new.bin", **load)  # ranges are learned anew, or dropped
-        still = {**load, "learn": LearnConfig(steps=0)}
-        if fits:
-            check(rotations=place / "new.bin", **still)
+    formats = {"trained": {"formats": formats_of(QuantConfig())}}
+    files = {
+        "R": (rotations(), None),
+        "exact": (rotations(r4=hadamard_rotation(20)), None),
+        "r4": (rotations(r4=random_rotation(20)), "an R4 that is no exact Hadamard"),
+        "ranged": (
+            rotations(weight_clips={"model.layers.0.mlp.up_proj": torch.ones(20, 1, 1)}),
+            None,
+        ),  # for formats that it does not name: they are dropped
+        "fits": (
+            rotations(
+                weight_clips={"model.layers.0.mlp.up_proj": torch.ones(20, 1, 1)}, about=formats
+            ),
+            "learned ranges of weights",
+        ),
+        "clips": (rotations(clips={"0.qkv": 0.5}), "learned ranges of inputs"),
+        "folded": (rotations(inputs={"0.qkv": ScaledDual(torch.ones(12))}), "scales of inputs"),
+    }
+    for name, (made, lost) in files.items():
+        file = place / f"{name}.safetensors"
+        made.save(file)
+        settings = {**UNLEARNED, "weights": WeightsConfig(method="rtn")}
+        settings["rotation"] = RotationConfig(load=str(file))
+        if lost is None:
+            check(rotations=place / "new.bin", **settings)
             continue
-        with pytest.raises(InputError, match=r"does not go with rotation\.load="):
-            check(rotations=place / "new.bin", **still)
+        with pytest.raises(
+            InputError, match=rf"cannot hold {lost}, which rotation\.load=.* brings"
+        ):
+            check(rotations=place / "new.bin", **settings)
+        if name in ("fits", "clips"):  # which are learned anew
+            check(rotations=place / "new.bin", **{**settings, "learn": LearnConfig(steps=1)})
+
+
+def test_an_r_bin_of_a_file_without_r1_or_of_a_transformed_model_is_refused(place):
+    replace(rotations(), r1=None).save(place / "half.safetensors")
+    load = RotationConfig(load=str(place / "half.safetensors"))
+    with pytest.raises(
+        InputError, match=r"R1 and R2, and rotation\.load=.* does not bring R1: use"
+    ):
+        check(rotations=place / "new.bin", rotation=load, **UNLEARNED)
+    model = replace(MODEL, path=str(place / "t"), weights="pretrained")
+    (place / "t").mkdir()
+    for made, words in (
+        (RotationSet(r4=random_rotation(20)), "R4 that is no exact Hadamard, which model.path="),
+        (RotationSet(r4=hadamard_rotation(20)), "does not bring R1 and R2: use .safetensors"),
+    ):
+        save_transformed(load_model(MODEL, None, 0), byte_tokenizer(), made, str(place / "t"))
+        with pytest.raises(InputError, match=re.escape(words)):
+            check(rotations=place / "new.bin", **{**UNLEARNED, "model": model})
 
 
 def test_a_run_says_so_before_its_first_stage(tmp_path):
     paths = [f"paths.{name}={tmp_path / name}" for name in ("cache", "runs")]
     settings = ["learn.steps=2", "learn.lr.clip=0.1", f"export.rotations={tmp_path / 'R.bin'}"]
-    with pytest.raises(InputError, match=r"does not go with learn\.lr\.clip=0\.1"):
+    with pytest.raises(InputError, match=r"an R\.bin.* set learn\.lr\.clip=0$"):
         run(composed("+experiment=toy", *settings, *paths), [])
     missing = f"rotation.load={tmp_path / 'R.safetensors'}"
     with pytest.raises(InputError, match=r"R\.safetensors does not exist"):

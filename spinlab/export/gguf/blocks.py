@@ -11,6 +11,8 @@ import torch
 
 from spinlab.config import TensorQuant
 from spinlab.errors import InputError
+from spinlab.export.scales import stored_scale
+from spinlab.formats import IntegerFormat, name_of
 from spinlab.weights.quantized import QuantizedWeight
 
 BLOCK = 32
@@ -34,12 +36,28 @@ def half(name: str, numbers: torch.Tensor) -> np.ndarray:
     return rounded.numpy()
 
 
+def type_of(name: str, weight: QuantizedWeight) -> gguf.GGMLQuantizationType:
+    """Return the type of blocks that hold a weight; raise InputError where none does."""
+    format, width = weight.format, weight.levels.shape[1] // weight.groups
+    symmetric = isinstance(format, IntegerFormat) and format.symmetric
+    if not symmetric or format.bits not in TYPES or width != BLOCK:
+        kind = f"{'symmetric ' if format.symmetric else ''}{name_of(format)}"
+        raise InputError(
+            f"{name} is {kind} of {format.bits} bits in groups of {width} inputs, and blocks of "
+            f"GGUF are symmetric integers of 4 or 8 bits in groups of {BLOCK}: use another export"
+        )
+    return TYPES[format.bits]
+
+
 def packed(name: str, weight: QuantizedWeight) -> np.ndarray:
-    """Return a weight (out, in) as blocks: (out, bytes of a row) uint8."""
-    rows = weight.levels.shape[0]
-    scales = half(f"the scale of {name}", weight.scale)[..., None].view(np.uint8)
+    """Return a weight (out, in) as blocks: (out, bytes of a row) uint8.
+
+    Raises InputError for what blocks, or their scales, do not hold.
+    """
+    kind, rows = type_of(name, weight), weight.levels.shape[0]
+    scales = stored_scale(name, weight, torch.float16).numpy()[..., None].view(np.uint8)
     levels = weight.levels.cpu().unflatten(1, (-1, BLOCK)).numpy()
-    if weight.format.bits == 4:
+    if kind == TYPES[4]:
         low, high = np.split((levels + 8).astype(np.uint8), 2, axis=-1)
         numbers = low | high << 4
     else:

@@ -11,8 +11,9 @@ from gguf import MODEL_TENSOR as T
 from transformers import PreTrainedModel
 
 from spinlab.export.gguf.architecture import Architecture, rope_factors
-from spinlab.export.gguf.blocks import BLOCK, TYPES, half, packed
+from spinlab.export.gguf.blocks import BLOCK, half, packed, type_of
 from spinlab.export.gguf.writer import FileTensor
+from spinlab.finite import check_finite
 from spinlab.model.map import Layer, ModelMap
 from spinlab.model.modules import linear_at, map_of, norm_at
 from spinlab.weights.quantized import QuantizedWeight
@@ -102,7 +103,7 @@ def _matrix(
     if rounded:
         assert len(rounded) == len(paths) and len({w.format for w in rounded}) == 1
         rows, width = sum(w.levels.shape[0] for w in rounded), rounded[0].levels.shape[1]
-        kind = TYPES[rounded[0].format.bits]
+        kind = type_of(name, rounded[0])
         row = width // BLOCK * gguf.GGML_QUANT_SIZES[kind][1]
         make = partial(_blocks, name, rounded, heads)
         return FileTensor(f"{name}.weight", (rows, row), np.uint8, kind, make)
@@ -124,10 +125,15 @@ def _blocks(name: str, weights: list[QuantizedWeight], heads: int) -> np.ndarray
 
 def _vector(name: str, numbers: torch.Tensor) -> FileTensor:
     """Return a norm's gains, a bias or factors: GGUF holds them in float32."""
-    shape = tuple(numbers.shape)
     return FileTensor(
-        name, shape, np.float32, _FLOAT, lambda: numbers.detach().float().cpu().numpy()
+        name, tuple(numbers.shape), np.float32, _FLOAT, partial(_floats, name, numbers)
     )
+
+
+def _floats(name: str, numbers: torch.Tensor) -> np.ndarray:
+    floats = numbers.detach().float().cpu()
+    check_finite({name: floats}, "numbers do not fit into float32")
+    return floats.numpy()
 
 
 def _ordered(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,13 +1,17 @@
 """Which settings a GGUF file can hold: what runs online is refused, and what blocks cannot hold."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from spinlab.config import Config
+from spinlab.config import Config, FormatChange, QuantConfig
+from spinlab.config.quant import Kind
 from spinlab.errors import InputError
 from spinlab.export import parts
 from spinlab.export.gguf.architecture import architecture_of
-from spinlab.export.gguf.blocks import BLOCK, fits
+from spinlab.export.gguf.blocks import BLOCK, TYPES, fits
 from spinlab.export.gguf.layout import stacks_of
+from spinlab.export.overrides import changed, of_weights, typed
+from spinlab.fakequant.insert import rounded_sites
 from spinlab.model.map import ModelMap
 
 FORM = "a GGUF file"
@@ -29,12 +33,7 @@ def check_settings(setting: str, config: Config, model_map: ModelMap) -> None:
             f"{setting} with export.gguf_type={kind} holds rounded weights alone, symmetric "
             f"integers of {bits} bits in groups of {BLOCK} inputs: set {' '.join(changes)}"
         )
-    for entry in config.quant.overrides:
-        if not fits(config.quant.format_at("weights", entry.pattern)):
-            raise InputError(
-                f"{setting}: quant.overrides[{entry.pattern}] must give weights 4, 8 or 16 bits, "
-                f"symmetric, in groups of {BLOCK}"
-            )
+    _check_overrides(setting, config.quant, model_map)
     _check_joined(setting, config, model_map)
 
 
@@ -50,10 +49,35 @@ def _changes(config: Config, bits: int) -> Iterator[str]:
             yield f"quant.{name}.bits=16"
     if quant.activations.quantizes:
         yield "quant.activations.bits=16"
-    elif quant.quantizes("activations"):
-        yield "quant.overrides=[]"
+    if any((entry.activations.bits or 16) < 16 for entry in quant.overrides):
+        yield typed(of_weights(quant.overrides))
     if any(side.quantizes for side in config.kv.sides.values()):
         yield "kv=kv16"
+
+
+def _check_overrides(setting: str, quant: QuantConfig, model_map: ModelMap) -> None:
+    """Refuse overrides that give a linear what no block holds, where the others' format fits."""
+    sites = [site for site, format in rounded_sites(model_map, quant) if not fits(format)]
+    changes: dict[tuple[int, Kind], dict[str, Any]] = {}
+    for site in sites:
+        place = quant.override_at("weights", site.path)
+        assert place is not None
+        changes[place, "weights"] = _nearest(quant.overrides[place].weights)
+    if changes:
+        patterns = ", ".join(quant.overrides[place].pattern for place, _ in changes)
+        raise InputError(
+            f"{setting}: quant.overrides[{patterns}] must give weights 4, 8 or 16 bits, "
+            f"symmetric, in groups of {BLOCK}: set {typed(changed(quant.overrides, changes))}"
+        )
+
+
+def _nearest(change: FormatChange) -> dict[str, Any]:
+    """Return what a change must be instead, where it says something that blocks do not hold."""
+    wanted = {"format": "integer", "symmetric": True, "group_size": BLOCK}
+    nearest = {name: value for name, value in wanted.items() if name in change.given}
+    if (bits := change.bits) is not None and bits not in TYPES:
+        nearest["bits"] = min(TYPES, key=lambda known: abs(known - bits))
+    return nearest
 
 
 def _check_joined(setting: str, config: Config, model_map: ModelMap) -> None:

@@ -1,6 +1,8 @@
 """GGUF files: read back by transformers and gguf they hold the rotated weights, bit for bit."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 
 import gguf
@@ -8,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from spinlab.compose import composed, options_of
+from spinlab.compose import composed
 from spinlab.config import FormatChange, ModelConfig, Override, RotationConfig, TensorQuant
-from spinlab.errors import InputError
+from spinlab.errors import InputError, ResultError
 from spinlab.experiment import run
 from spinlab.export.base import check_exports
 from spinlab.export.gguf import architecture, write
@@ -19,6 +21,7 @@ from spinlab.export.gguf.writer import MARK
 from spinlab.export.transformed import save_transformed
 from spinlab.formats import IntegerFormat
 from spinlab.metrics.perplexity import perplexity
+from spinlab.model import license as licenses
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.modules import restore
 from spinlab.rotation.online import hadamard_rotation
@@ -122,8 +125,35 @@ def test_a_block_holds_every_level(bits):
     found = gguf.quants.dequantize(packed("w", weight), kind)
     expected = replace(weight, scale=scale.half().float()).dequantize()
     assert torch.equal(torch.from_numpy(found), expected)
-    with pytest.raises(InputError, match=r"the scale of w holds 1e\+05, and GGUF stores float16"):
-        packed("w", replace(weight, scale=torch.full_like(scale, 1e5)))
+    refused = "the scale of w holds {}, which torch.float16 stores as {}: use export.artefact"
+    for value, stored in (("1e+05", "inf"), ("2e-08", "0")):
+        with pytest.raises(InputError, match=re.escape(refused.format(value, stored))):
+            packed("w", replace(weight, scale=torch.full_like(scale, float(value))))
+
+
+def test_the_originals_license_is_passed_on(make_subject, make_settings, monkeypatch, tmp_path):
+    path = str(tmp_path / "m.gguf")
+    subject = make_subject(make_settings("f16", path))
+    link = "https://example.org/license"
+    own = {"license": "other", "license_name": "own-1.0", "license_link": link}
+    write(replace(subject, record={"model": {"license": own}}), path)
+    assert {f"general.{n.replace('_', '.')}": v for n, v in own.items()}.items() <= fields(
+        path
+    ).items()
+    monkeypatch.setattr(licenses, "gguf_of", lambda config: path)
+    packaged = ModelConfig(weights="pretrained", package="p", file="m.gguf")
+    assert licenses.license_of(packaged) == own  # where spinlab looks for it
+    write(subject, path)
+    assert not [name for name in fields(path) if name.startswith("general.license")]
+
+
+def test_norms_without_numbers_are_refused(make_subject, make_settings, tmp_path):
+    subject = make_subject(make_settings("f16", str(tmp_path / "m.gguf")))
+    model = subject.rotated()
+    model.get_submodule("model.norm").weight.data[0] = torch.inf
+    with pytest.raises(ResultError, match=r"output_norm.weight has 1 of 64 numbers that are nan"):
+        write(replace(subject, rotated=lambda: model), str(tmp_path / "m.gguf"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_beyond_float16_are_refused(make_subject, make_settings, tmp_path):
@@ -368,6 +398,64 @@ def test_a_quantized_cache_and_odd_overrides_are_refused(make_settings, changed,
     entry = Override("*.up_proj", activations=FormatChange(bits=8))
     with pytest.raises(InputError, match=r"set quant\.overrides=\[\]$"):
         check_exports(changed(config, "quant", overrides=[entry]))
+    both = [replace(entry, weights=FormatChange(bits=4)), Override("*.0.*", FormatChange(bits=16))]
+    with pytest.raises(InputError, match=r"set 'quant\.overrides=\[.*\]'$") as found:
+        check_exports(changed(config, "quant", overrides=both))
+    word = shlex.split(str(found.value))[-1]
+    assert composed("+experiment=toy", "eval.variants=[fp,fake]", word).quant.overrides == [
+        replace(both[0], activations=FormatChange()),
+        both[1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        ({"symmetric": False}, {"symmetric": True}),
+        ({"group_size": 16}, {"group_size": 32}),
+        ({"group_size": 64, "bits": 16}, None),
+        ({"format": "float4", "bits": 4}, {"format": "integer", "bits": 4}),
+        ({"bits": 7, "symmetric": False}, {"bits": 8, "symmetric": True}),
+        ({"bits": 2}, {"bits": 4}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pattern", ["*.layers.[01].*.down_proj", "*.layers.?.*.down_proj"])
+def test_overrides_count_where_their_patterns_match(
+    make_settings, changed, tmp_path, pattern, given, fits
+):
+    """A class of characters does not match itself: what counts is what it gives linears."""
+    config = make_settings("q4_0", str(tmp_path / "m.gguf"))
+    first = Override("*.up_proj", weights=FormatChange(bits=8))
+    odd = [first, Override(pattern, weights=FormatChange(**given))]
+    if fits is None:
+        return check_exports(changed(config, "quant", overrides=odd))
+    with pytest.raises(
+        InputError, match=r"overrides\[\*\.layers.* must give weights 4, 8"
+    ) as found:
+        check_exports(changed(config, "quant", overrides=odd))
+    said = composed("+experiment=toy", shlex.split(str(found.value))[-1]).quant.overrides
+    assert said == [first, Override(pattern, weights=FormatChange(**fits))]
+    check_exports(changed(config, "quant", overrides=said))
+    # the last that matches counts
+    later = [*odd, Override("*.down_proj", weights=FormatChange(bits=8))]
+    check_exports(changed(config, "quant", overrides=later))
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "bits", "groups", "words"),
+    [
+        (False, 4, 2, r"integer of 4 bits in groups of 32 inputs"),
+        (True, 4, 1, r"symmetric integer of 4 bits in groups of 64 inputs"),
+        (True, 3, 2, r"symmetric integer of 3 bits in groups of 32 inputs"),
+    ],
+)
+def test_levels_that_are_no_blocks_are_not_written_as_such(symmetric, bits, groups, words):
+    scale = torch.ones(4, groups)
+    format = IntegerFormat(bits, symmetric)
+    weight = QuantizedWeight(torch.ones(4, 64).short(), scale, torch.ones_like(scale), format)
+    with pytest.raises(InputError, match=f"w is {words}, and blocks of GGUF are symmetric"):
+        packed("w", weight)
 
 
 def test_linears_of_one_tensor_have_one_type(make_settings, changed, tmp_path):
@@ -497,24 +585,6 @@ def test_the_run_may_have_any_dtype(make_subject, make_settings, changed, tmp_pa
     write(subject, path)
     head = subject.rotated().get_submodule("lm_head").weight.detach()
     assert np.array_equal(tensors(path)["output.weight"], head.half().float().numpy())
-
-
-@pytest.mark.parametrize("kind", ["f16", "q4_0"])
-@pytest.mark.parametrize("method", [m for m in options_of("method") if "/" not in m])
-def test_every_method_is_exported_or_refused_with_a_reason(method, kind, tmp_path):
-    words = ["+experiment=toy", f"+method={method}", f"export.gguf={tmp_path / 'm.gguf'}"]
-    if kind == "q4_0":
-        words += ["quant.activations.bits=16", "quant.weights.group_size=32", "kv=kv16"]
-        words += ["export.gguf_type=q4_0", "learn=none"]
-    if "gptq" in method and kind == "q4_0":
-        words.append("weights.gptq.static_groups=true")
-    config = composed(*words)
-    if config.rotation.inputs == "none" and not {"r4", "cross_head"} & set(config.rotation.used):
-        check_exports(config)
-        return
-    reason = r"a GGUF file cannot hold (R4|the rotation across|R4, the rotation|online transforms)"
-    with pytest.raises(InputError, match=reason):
-        check_exports(config)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0"])
