@@ -129,11 +129,12 @@ def _loaded(folder: Path, device: str) -> dict[str, float]:
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
+    held = _held()
     found = {
         "speed/artefact/load/seconds": seconds,
         "speed/artefact/digests/seconds": digests,
-        "bytes/artefact/load/host": float(max(peak[0], _held()) - before),
-        "bytes/artefact/loaded/host": float(_held() - before),
+        "bytes/artefact/load/host": float(max(peak[0], held) - before),
+        "bytes/artefact/loaded/host": float(held - before),
     }
     if model.device.type == "cuda":
         found["bytes/artefact/load/device"] = float(torch.cuda.max_memory_allocated(model.device))

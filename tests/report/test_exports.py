@@ -19,7 +19,8 @@ METRICS = {
 
 
 def test_every_reader_of_an_export_has_a_row(tmp_path):
-    record = {"experiment": "bench/exports/x", "environment": {}, "overrides": ["eval.tasks=[]", "kv=kv16"]}
+    words = ["eval.tasks=[]", "kv=kv16"]
+    record = {"experiment": "bench/exports/x", "environment": {}, "overrides": words}
     write_json(tmp_path / "a.json", {**record, "metrics": METRICS})
     *_, llama, stock = exports_table(tmp_path).splitlines()
     cells = [cell.strip() for cell in llama.split("|")[1:-1]]

@@ -67,10 +67,11 @@ def write(subject: Subject, path: str) -> None:
     described = describe(setting, model)
     vocabulary = vocabulary_of(setting, subject.tokenizer(), embedding_of(model).num_embeddings)
     writer = Writer(described.architecture.name)
-    writer.add_string(MARK, json.dumps(about_export("gguf", subject.record()), sort_keys=True))
+    record = subject.record()
+    writer.add_string(MARK, json.dumps(about_export("gguf", record), sort_keys=True))
     writer.add_type("model")
     writer.add_name(config.model.name)
-    for name, value in subject.record.get("model", {}).get("license", {}).items():
+    for name, value in record.get("model", {}).get("license", {}).items():
         writer.add_string(f"general.{name.replace('_', '.')}", value)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
