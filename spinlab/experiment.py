@@ -24,6 +24,7 @@ from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
 from spinlab.model.license import with_license
 from spinlab.model.load import describe_model, file_dtype
+from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.report.figures.curves import draw_curves
 from spinlab.report.figures.outliers import TITLES, draw_outliers
 from spinlab.report.tables.record import result_table
@@ -32,7 +33,6 @@ from spinlab.stages.measure import PREDICTIONS
 from spinlab.stages.outliers import peak_ratios, worst_layer
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
-from spinlab.stages.rotations import networks_of
 from spinlab.stages.weights import weights_in
 from spinlab.track.environment import environment, packages
 from spinlab.track.journal import Journal
@@ -184,7 +184,7 @@ def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
     if not config.export.targets or not parallel.is_main():
         return
     rotations = pipeline.rotations("fake")
-    networks = networks_of(pipeline.run, pipeline.original)
+    networks = QuantizedNetworks(pipeline.original.load, config.quant, config.kv, config.seed)
     subject = Subject(
         config,
         rotations,

@@ -88,7 +88,7 @@ def test_an_artefact_has_the_bits_of_its_network_and_a_third_of_its_bytes(smollm
     folder, rotations, ids = smollm2
     plain, tied = ClipSearch(search=False), TensorQuant(bits=8, symmetric=True)
     built = replace(networks(folder), quant=QuantConfig(tied=tied))
-    weights = quantize_tied(built.original(), built.quant, plain)
+    weights = quantize_tied(built.original, built.quant, plain)
     weights |= quantize_rtn(built.fused(rotations, weights), built.quant, plain, {})
     subject = Subject(
         Config(model=MODEL, quant=built.quant, eval=EvalConfig(variants=["fake"], tasks=[])),

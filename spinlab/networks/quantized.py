@@ -1,6 +1,6 @@
 """Networks with rotations and rounded weights: on integer kernels, emulated, and dequantized."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from transformers import PreTrainedModel
 
@@ -12,7 +12,7 @@ from spinlab.runtime.choice import run_on_integers
 from spinlab.runtime.fused.convert import slot_layout
 from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.insert import insert_integer_linears
-from spinlab.weights.ends import write_ends
+from spinlab.weights.ends import with_tied, write_ends
 from spinlab.weights.quantized import QuantizedWeight, dequantize_in_calls
 
 
@@ -57,6 +57,15 @@ class QuantizedNetworks(RotatedNetworks):
             if site.path in weights:
                 dequantize_in_calls(linear, weights[site.path])
         return model
+
+    def fused(
+        self, rotations: RotationSet, replaced: Collection[str] | Mapping[str, QuantizedWeight] = ()
+    ) -> PreTrainedModel:
+        """Do what rotated networks do; a tied matrix among the weights is there from the start."""
+        original = self.original
+        if isinstance(replaced, Mapping):
+            original = with_tied(original, replaced, self.quant)
+        return RotatedNetworks(original, self.quant, self.kv, self.seed).fused(rotations, replaced)
 
     def parts(
         self,

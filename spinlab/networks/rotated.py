@@ -1,6 +1,6 @@
 """Networks with rotations before weights are rounded, and the one that is learned on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -11,8 +11,6 @@ from spinlab.kv.cache import KVPath, attach_kv, kv_path
 from spinlab.model.modules import map_of
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights.ends import set_tied
-from spinlab.weights.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,14 @@ class RotatedNetworks:
     kv: KVConfig
     seed: int = 0
 
-    def fused(
-        self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight] | None = None
-    ) -> PreTrainedModel:
+    def fused(self, rotations: RotationSet, replaced: Collection[str] = ()) -> PreTrainedModel:
         """Return the rotated model with nothing online: weights as quantizers want them.
 
-        weights: that linears are about to take, whose own are worth nothing in the result. A tied
-        matrix among them is there from the start.
+        replaced: linears that are about to take other weights (`spinlab.rotation.fuse.fuse`).
         """
         model = self.original()
-        if weights and self.quant.tied.quantizes:
-            set_tied(model, weights)
         fold_norms(model)
-        fuse(model, rotations, weights or ())
+        fuse(model, rotations, replaced)
         return model
 
     def stream_rotated(self, rotations: RotationSet) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Stage `weights`: the rotated weights, rounded by the method of the settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from spinlab.stages.rotations import networks_of, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
 from spinlab.weights.base import Rounding
-from spinlab.weights.ends import quantize_tied
+from spinlab.weights.ends import quantize_tied, with_tied
 from spinlab.weights.methods import METHODS
 from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
 
@@ -38,8 +39,9 @@ def round_weights(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        tied = quantize_tied(original.load(), run.config.quant, config.clip)
-        model = networks_of(run, original).fused(rotations, tied)
+        tied = quantize_tied(original.load, run.config.quant, config.clip)
+        start = with_tied(original.load, tied, run.config.quant)
+        model = replace(networks_of(run, original), original=start).fused(rotations)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )

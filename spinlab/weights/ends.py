@@ -5,7 +5,7 @@ rotated. What embedding and head then hold differs, by the gain of the final nor
 set of levels: a file needs no second one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from transformers import PreTrainedModel
 
@@ -54,20 +54,34 @@ def quantize_ends(
 
 
 def quantize_tied(
-    original: PreTrainedModel, quant: QuantConfig, clip: ClipSearch
+    original: Callable[[], PreTrainedModel], quant: QuantConfig, clip: ClipSearch
 ) -> dict[str, QuantizedWeight]:
     """Return what an original ties, if that has a format, rounded to nearest, as the embedding."""
     if not quant.tied.quantizes:
         return {}
-    weight = embedding_of(original).weight.detach()
-    return {map_of(original).embedding: rtn(weight, quant.tied, clip).cpu()}
+    model = original()
+    weight = embedding_of(model).weight.detach()
+    return {map_of(model).embedding: rtn(weight, quant.tied, clip).cpu()}
 
 
-def set_tied(model: PreTrainedModel, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Give an original that is tied the floats of its rounded matrix, in place."""
-    embedding = embedding_of(model)
-    set_dequantized(embedding, weights[map_of(model).embedding])
-    head_of(model).weight = embedding.weight
+def with_tied(
+    original: Callable[[], PreTrainedModel],
+    weights: Mapping[str, QuantizedWeight],
+    quant: QuantConfig,
+) -> Callable[[], PreTrainedModel]:
+    """Return what makes an original with its rounded matrix, as floats, in place of what it ties.
+
+    Where nothing tied is rounded that is the original.
+    """
+
+    def make() -> PreTrainedModel:
+        model = original()
+        embedding = embedding_of(model)
+        set_dequantized(embedding, weights[map_of(model).embedding])
+        head_of(model).weight = embedding.weight
+        return model
+
+    return make if weights and quant.tied.quantizes else original
 
 
 def write_ends(

@@ -66,7 +66,7 @@ def export(tmp_path) -> Callable[..., Exported]:
         model_map = map_of(original())
         rotations = change(initial_rotations(rotation or RotationConfig(), model_map, generator))
         rotations = replace(rotations, about={"family": family})
-        tied = quantize_tied(original(), quant, ClipSearch())
+        tied = quantize_tied(original, quant, ClipSearch())
         weights = quantize_rtn(networks.fused(rotations, tied), quant, ClipSearch(), {}) | tied
         subject = Subject(
             config,

@@ -17,7 +17,7 @@ TIED = QuantConfig(tied=EIGHT)
 
 
 def test_both_ends_are_made_of_one_set_of_levels(make_model):
-    weights = quantize_tied(make_model(), TIED, ClipSearch())
+    weights = quantize_tied(make_model, TIED, ClipSearch())
     (levels,) = weights.values()
     original, r1 = make_model(), random_orthogonal(24, torch.Generator().manual_seed(0))
     gain = original.get_submodule(map_of(original).final_norm).weight.detach().double()
@@ -37,7 +37,7 @@ def test_a_model_without_ties_has_nothing_to_share(make_model):
     with pytest.raises(InputError, match=r"quant.tied.bits=8: this model has a head of its own"):
         check_ends(apart, TIED)
     check_ends(make_model(), TIED)
-    assert quantize_tied(make_model(), QuantConfig(), ClipSearch()) == {}
+    assert quantize_tied(make_model, QuantConfig(), ClipSearch()) == {}
 
 
 def test_one_matrix_has_one_format():
@@ -47,6 +47,6 @@ def test_one_matrix_has_one_format():
 
 def test_a_tied_matrix_counts_once(make_model):
     model = make_model()
-    weights = quantize_tied(model, TIED, ClipSearch(search=False))
+    weights = quantize_tied(lambda: model, TIED, ClipSearch(search=False))
     rest = sum(p.numel() for p in model.parameters()) - 64 * 24
     assert stored_bytes(model, weights, tied=True) == 2 * rest + 64 * 24 + 4 * 64

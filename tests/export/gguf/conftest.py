@@ -99,7 +99,7 @@ def make_subject() -> Callable[..., Subject]:
         rotations = initial_rotations(config.rotation, map_of(original(config)), generator)
         weights = {}
         if config.quant.rounds_weights:
-            tied = quantize_tied(original(config), config.quant, ClipSearch())
+            tied = quantize_tied(lambda: original(config), config.quant, ClipSearch())
             model = networks.fused(rotations, tied)
             weights = {**quantize_rtn(model, config.quant, ClipSearch(), {}), **tied}
         return Subject(

@@ -136,7 +136,7 @@ def test_the_originals_license_is_passed_on(make_subject, make_settings, monkeyp
     subject = make_subject(make_settings("f16", path))
     link = "https://example.org/license"
     own = {"license": "other", "license_name": "own-1.0", "license_link": link}
-    write(replace(subject, record={"model": {"license": own}}), path)
+    write(replace(subject, record=lambda: {"model": {"license": own}}), path)
     assert {f"general.{n.replace('_', '.')}": v for n, v in own.items()}.items() <= fields(
         path
     ).items()
