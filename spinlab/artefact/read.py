@@ -39,10 +39,10 @@ def load(folder: str | Path, backend: str = "auto", device: str = "auto") -> Pre
     """Return the quantized network of an artefact as a transformers model, in evaluation mode.
 
     forward() and generate() are transformers' own; keys and values are cached packed. backend and
-    device are chosen as by `runtime.backend` and `runtime.device`: on the same ones, with as many
-    threads and MKL asked to repeat its sums (`MKL_CBWR`), logits have the bits of the run that wrote
-    the artefact. Raises InputError for a folder that is not whole, was altered, or comes from a
-    version that this one does not read.
+    device are chosen as by `runtime.backend` and `runtime.device`. On the same ones, with as many
+    threads and MKL asked to repeat its sums (`MKL_CBWR`), logits have the bits of the run that
+    wrote the artefact. Raises InputError for a folder that is not whole, was altered, or comes from
+    a version that this one does not read.
     """
     on = choose_device(device)
     return Artefact(folder).model(on, choose_backend(backend, on))
