@@ -40,7 +40,7 @@ def formats(config: Tree) -> Iterator[str]:
     yield f"Weights of the decoder's linears: {weights}{rounded}."
     inputs = _levels(quant["activations"], "per token")
     per_head = quant["o_proj_per_head"] and quant["activations"]["bits"] < 16
-    apart = "; that of `o_proj` has one per token and head" if per_head else ""
+    apart = "; what heads put out has one per token and head" if per_head else ""
     yield f"Their inputs: {inputs}{apart}."
     for entry in quant["overrides"]:
         changes = {kind: _given(entry[kind]) for kind in ("weights", "activations")}
