@@ -103,14 +103,15 @@ def test_a_fresh_process_loads_it_with_no_network(export):
         "socket.socket.connect = lambda *a: sys.exit('a connection was asked for')\n"
         "import spinlab; assert 'torch' not in sys.modules, 'torch came with the package'\n"
         "import torch; model = spinlab.load(sys.argv[1], device='cpu')\n"
-        "ids = torch.arange(20)[None]; torch.save(model(ids).logits, sys.argv[2])\n"
+        "from safetensors.torch import save_file\n"
+        "save_file({'logits': model(torch.arange(20)[None]).logits}, sys.argv[2])\n"
     )
-    out = folder.parent / "logits.pt"
+    out = folder.parent / "logits.safetensors"
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(out), meant(torch.arange(20)[None]).logits)
+    assert torch.equal(load_file(out)["logits"], meant(torch.arange(20)[None]).logits)
 
 
 def test_the_runtime_of_fused_kernels_takes_it_too(export, monkeypatch):
