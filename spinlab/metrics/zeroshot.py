@@ -1,4 +1,4 @@
-"""Zero-shot accuracy: lm-eval's prompts and scoring, on questions held in memory."""
+"""Zero-shot accuracy: lm-eval's prompts and metrics, on questions held in memory."""
 
 import copy
 import logging
@@ -18,6 +18,7 @@ from spinlab.config import EvalConfig
 from spinlab.data.hub import hub_or_cache
 from spinlab.data.questions import TASKS, check_task, digest, load_questions
 from spinlab.errors import InputError, ResultError
+from spinlab.metrics.likelihood import Answer, Request, likelihoods
 from spinlab.metrics.predictions import Predictions, predictions_of
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ def zeroshot(
             report = harness.evaluate(
                 lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1
             )
-    assert report is not None, "lm-eval reports on rank 0 only, and this is the only rank"
-    return Scored(_flatten(report), predictions_of(report["samples"], loaded["tasks"]))
+        assert report is not None, "lm-eval reports on rank 0 only, and this is the only rank"
+        return Scored(_flatten(report), predictions_of(report["samples"], loaded["tasks"]))
 
 
 def check_questions(config: EvalConfig) -> None:
@@ -149,15 +150,15 @@ def _splits(task: str, limit: int | None, **_: Any) -> dict[str, Any]:
     return {TASKS[task].split: Dataset.from_list(load_questions(task)[:limit])}
 
 
-def _score(lm: Any, requests: list[Any], **options: Any) -> Any:
-    """Return lm-eval's likelihoods, if they are numbers; raise ResultError where they are not.
+def _score(lm: Any, requests: list[Request], **_: Any) -> list[Answer]:
+    """Return the likelihoods of answers, if they are numbers; raise ResultError if they are not.
 
-    Warn once if beginnings of prompts do not fit the model; lm-eval logs one line for each.
+    Warn once if beginnings of prompts do not fit the model.
     """
     cut = sum(len(prompt) + len(answer) > lm.max_length + 1 for _, prompt, answer in requests)
     if cut:
         log.warning("%d of %d prompts are cut to %d tokens", cut, len(requests), lm.max_length)
-    scores = type(lm)._loglikelihood_tokens(lm, requests, **options)
+    scores = likelihoods(lm.model, requests, batch=lm.batch_size, longest=lm.max_length)
     if wrong := sum(math.isnan(likelihood) for likelihood, _ in scores):
         raise ResultError(  # an argmax over them would be an accuracy like any other
             f"the network is broken: {wrong} of {len(scores)} answers have a likelihood of nan"

@@ -23,7 +23,9 @@ from spinlab.config import EvalConfig
 from spinlab.data import hub
 from spinlab.data.questions import TASKS, load_questions
 from spinlab.errors import InputError
+from spinlab.metrics.likelihood import likelihoods
 from spinlab.metrics.zeroshot import check_questions, check_tokenizer, load_tasks, zeroshot
+from spinlab.model.modules import map_of
 
 # task: (prompt, answers, index of the right one) of its first question, as lm-eval words it.
 FIRST_QUESTIONS = {
@@ -280,6 +282,56 @@ def test_a_question_is_known_by_what_is_asked_and_not_by_its_place(
         assert {**before, "id": 2 - before["id"]} == after
 
 
+def test_likelihoods_are_those_that_lm_eval_computes(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Answers of one and more tokens, shared and cut prompts; the greedy answer among them."""
+    from lm_eval.models.huggingface import HFLM
+
+    model = model.eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 256, (n,), generator=generator).tolist() for n in (3, 9, 9, 40)]
+    prompts.append([*prompts[1], 7])  # what it ends on is another request's answer
+    requests = [
+        (None, prompt, torch.randint(1, 256, (n,), generator=generator).tolist())
+        for prompt in prompts
+        for n in (1, 1, 2, 6)
+    ]
+    with torch.no_grad():
+        likeliest = model(torch.tensor([prompts[0]])).logits[0, -1].argmax().item()
+    requests += [(None, prompts[0], [likeliest]), (None, prompts[1], [7])]
+    model.config.max_position_embeddings = 30
+    harness: Any = HFLM
+    lm = harness(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
+    lm.tokenizer.pad_token = lm.tokenizer.eos_token
+    expected = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    measured = likelihoods(model, requests, batch=3, longest=30)
+    assert [greedy for _, greedy in measured] == [greedy for _, greedy in expected]
+    assert [greedy for _, greedy in measured].count(True) >= 1
+    np.testing.assert_allclose(
+        *([s for s, _ in found] for found in (measured, expected)), rtol=1e-5
+    )
+
+
+def test_sequences_that_share_all_but_the_last_token_pass_once(model: LlamaForCausalLM) -> None:
+    passed: list[tuple[int, ...]] = []
+    read: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, named: passed.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
+    requests = [(None, [1, 2, 3], [answer]) for answer in (4, 5, 6)] + [(None, [1, 2], [7, 8])]
+    likelihoods(model.eval(), requests, batch=8, longest=100)
+    assert passed == [(2, 3)]
+    assert read == [(1, 3 + 2, 64)]  # the places that predict an answer, and no other
+    assert len(model.lm_head._forward_pre_hooks) == 1
+
+
+def test_an_answer_longer_than_the_model_is_an_input_error(model: LlamaForCausalLM) -> None:
+    with pytest.raises(InputError, match="an answer of 5 tokens is longer than the model reads"):
+        likelihoods(model, [(None, [1], [2, 3, 4, 5, 6])], batch=1, longest=4)
+
+
 def test_batch_size_does_not_change_the_accuracies(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -298,6 +350,7 @@ def test_model_tokenizer_and_generators_are_left_as_they_were(
     model.config.tie_word_embeddings = True  # as a tied model's that was untied to be rotated
     training = [module.training for module in model.modules()]
     weights = copy.deepcopy(model.state_dict())
+    map_of(model)  # kept with the model from the first look on
     attributes = set(vars(model))
     generators = all_generators()
     caplog.set_level(logging.INFO, logger="lm_eval")
@@ -360,7 +413,8 @@ def test_packaged_questions_need_no_network_and_write_no_file(
     assert events == [("open", str(tmp_path / "file"))]
     output, progress = capfd.readouterr()
     assert output == ""
-    assert progress.count("100%|") == 1  # one bar, for the forward passes
+    assert "100%|" in progress
+    assert progress.count("\n") == 1  # one bar, for the forward passes
 
 
 def test_prompts_longer_than_the_model_are_reported_once(
