@@ -48,6 +48,20 @@ def parameters_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, 
 
 
 @triton.jit
+def levels_of(
+    x, clip, STEP: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    SYMMETRIC: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Return the levels of rows x (STEP, BLOCK), with scale and zero (STEP,)."""
+    lowest, highest = tl.min(x, 1), tl.max(x, 1)
+    scale, zero = parameters_of(lowest, highest, clip, HIGH, SYMMETRIC, HALF)
+    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
+    levels = _even(on_ties(parts)) + zero[:, None]
+    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+    return levels, scale, zero
+
+
+@triton.jit
 def round_kernel(
     x_ptr, out_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, KNOWN: tl.constexpr,
@@ -63,17 +77,41 @@ def round_kernel(
     inside = (row < rows) & (column < WIDTH)
     place = row * WIDTH + column
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    lowest, highest = tl.min(x, 1), tl.max(x, 1)
-    scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, HALF)
-    parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
-    scale, zero = scale[:, None], zero[:, None]
-    levels = _even(on_ties(parts)) + zero
-    levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
-    found = (levels - zero) * scale
+    levels, scale, zero = levels_of(  # pyright: ignore[reportGeneralTypeIssues]
+        x, ratio, STEP, BLOCK, LOW, HIGH, SYMMETRIC, HALF
+    )
+    found = (levels - zero[:, None]) * scale[:, None]
     if ERROR:
         found = found - x
     found = tl.where(tl.abs(x) < float("inf"), found, x)  # NaN stays NaN
     tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def encode_kernel(
+    x_ptr, levels_ptr, scale_ptr, zero_ptr, rows, clip, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
+    KNOWN: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Code STEP rows of WIDTH numbers; the arguments are those of `encode_rows`.
+
+    clip is a number where it is KNOWN, else a pointer to one.
+    """
+    ratio = clip if KNOWN else tl.load(clip)
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    place = row * WIDTH + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    levels, scale, zero = levels_of(  # pyright: ignore[reportGeneralTypeIssues]
+        x, ratio, STEP, BLOCK, LOW, HIGH, SYMMETRIC, HALF
+    )
+    # what is no number has no level: the scale says it of the whole row
+    broken = tl.max(tl.where(tl.abs(x) < float("inf"), 0.0, 1.0), 1) > 0
+    tl.store(levels_ptr + place, (levels - LOW).to(tl.uint8), mask=inside)
+    scale = tl.where(broken, float("nan"), scale)
+    tl.store(scale_ptr + row, scale[:, None], mask=row < rows)
+    tl.store(zero_ptr + row, (zero - LOW)[:, None].to(tl.int32), mask=row < rows)
 
 
 @triton.jit

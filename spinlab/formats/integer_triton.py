@@ -1,4 +1,4 @@
-"""A round trip through the integer format in one pass over memory, and its gradient, for CUDA.
+"""The integer format in one pass over memory, there and back and its gradient, for CUDA.
 
 `spinlab.formats.integer` and `spinlab.formats.gradient` are the definition: kernels give the same
 values bit for bit (exact division, rounding to even, no fused multiply-add), and gradients that
@@ -48,6 +48,36 @@ def round_rows(
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
+
+
+def encode_rows(
+    x: torch.Tensor,
+    format: IntegerFormat,
+    group_size: int,
+    clip_ratio: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the levels of x as bytes from 0 on, (..., C/g, g), and scale and zero (..., C/g, 1).
+
+    Arguments are those of `round_rows`, of a format that is_int8. Levels are uint8, scales float32,
+    zero points int32. A row that holds what is no number has the scale NaN.
+    """
+    x = x.contiguous()
+    width, rows, block, step = _tiles(x, group_size, _TILE)
+    levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, width))
+    scale = torch.empty_like(levels[..., :1], dtype=torch.float32)
+    zero = torch.empty_like(scale, dtype=torch.int32)
+    known = not isinstance(clip_ratio, torch.Tensor)
+    if x.numel():
+        from spinlab.formats.integer_kernels import encode_kernel
+
+        launch: Any = encode_kernel[(_ceil(rows, step),)]
+        launch(
+            x, levels, scale, zero, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width,
+            BLOCK=block, STEP=step, LOW=format.lowest, HIGH=format.highest,
+            SYMMETRIC=format.symmetric, KNOWN=known, HALF=format.half_scale,
+            num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
+        )  # fmt: skip
+    return levels, scale, zero
 
 
 def pull_back_rows(

@@ -47,6 +47,8 @@ class TokenQuantizer:
 
         Levels are uint8, zero points, moved as well, int32.
         """
+        if encode_rows := twin_of(self.format, x).encode_rows:
+            return Encoded(*encode_rows(x, self.format, self.group_size, self.clip_ratio))
         levels, scale, zero = self.encode(x)
         if lowest := self.format.lowest:
             levels, zero = levels - lowest, zero - lowest

@@ -21,6 +21,7 @@ class Twin:
 
     takes: Callable[[torch.Tensor], bool]
     round_rows: Callable[..., torch.Tensor] | None = None
+    encode_rows: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
     pull_back_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     few_levels: Callable[..., Any] | None = None
 
@@ -36,6 +37,7 @@ TWINS: Mapping[tuple[type, str], Twin] = {
     (IntegerFormat, "cuda"): Twin(
         integer_triton.has_kernel,
         round_rows=integer_triton.round_rows,
+        encode_rows=integer_triton.encode_rows,
         pull_back_rows=integer_triton.pull_back_rows,
     ),
 }

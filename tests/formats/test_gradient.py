@@ -221,10 +221,20 @@ for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
             quantizer = TokenQuantizer(half, group, ratio.item())
             value = quantizer.decode(quantizer.encode(x))
             assert torch.equal(fused.round_rows(x, half, group, ratio.item()), value)
+            for kind in (grid, half):
+                coded = TokenQuantizer(kind, group, ratio.item()).to_bytes(x)
+                for given in (ratio, ratio.item()):
+                    there = fused.encode_rows(x, kind, group, given)
+                    for ours, theirs in zip(there, coded):
+                        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), kind
             found = fused.pull_back_rows(x, upstream, ratio, grid, group)
             wanted = ranged.pull_back(x, upstream, ratio, grid, group, settled)
             for ours, theirs in zip((found[0], found[1].sum()), (wanted[0], wanted[1].sum())):
                 assert torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6), (shape, grid, ratio)
+x = torch.ones(3, 4)
+x[0, 1], x[2, 2] = float("nan"), float("-inf")
+scales = fused.encode_rows(x, IntegerFormat(4, True), 0, 1.0)[1].flatten()
+assert scales.isnan().tolist() == [True, False, True]
 """
 
 
@@ -250,6 +260,10 @@ def test_cuda_kernels_do_what_torch_does(grid, shape, dtype):
         quantizer = TokenQuantizer(grid, group, ratio)
         value = quantizer.decode(quantizer.encode(x)).to(dtype)
         assert torch.equal(round_rows(x, grid, group, clip), value)
+        coded = quantizer.to_bytes(x)
+        by_definition = quantizer.to_bytes(x.cpu())
+        for ours, theirs in zip(coded, by_definition, strict=True):
+            assert torch.equal(ours.cpu(), theirs)
         of_x, of_log = pull_back_rows(x, upstream, clip, grid, group)
         of_x_there, of_log_there = pull_back(x, upstream, clip, grid, group, settled)
         unit = torch.finfo(dtype).eps

@@ -499,9 +499,11 @@ def test_a_runtime_from_packed_weights_is_the_one_from_quantized_weights(make_mo
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 def test_the_padded_integer_product_is_exact(shape, dtype):
     """Oracle: int64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, width, out = shape
     levels, weight = (torch.randint(-128, 128, (n, width)) for n in (tokens, out))
     levels = levels.to(torch.int8) if dtype == torch.int8 else (levels + 128).to(torch.uint8)
     weight = weight.to(torch.int8)
     expected = levels.long() @ weight.long().T
-    assert torch.equal(cublas.matmul(levels, weight).long(), expected)
+    found = cublas.matmul(levels.to(device), weight.to(device))
+    assert torch.equal(found.cpu().long(), expected)

@@ -69,7 +69,7 @@ def test_integers_of_every_variant_are_the_numbers_they_stand_for(folder, varian
 
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_wrong_integers_of_any_variant_are_refused_and_not_cached(folder, variant, monkeypatch):
-    monkeypatch.setattr(network, "kernel_for", lambda backend, grid: saturating)
+    monkeypatch.setattr(network, "kernel_for", lambda backend, grid, device: saturating)
     with pytest.raises(BrokenHandoff, match=rf"{variant}'s integers.*runtime.backend=torch"):
         pipeline(folder).handoff_error(variant)
     assert not list((folder / "cache").glob("handoff-*/manifest.json"))
@@ -105,7 +105,7 @@ try:
     print("taken")
 except ResultError as error:
     print(error)
-tests.network.kernel_for = lambda backend, grid: tests.saturating
+tests.network.kernel_for = lambda backend, grid, device: tests.saturating
 try:
     tests.pipeline(Path({folder!r})).handoff_error("integer")
     print("passed")

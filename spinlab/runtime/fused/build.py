@@ -20,7 +20,7 @@ from spinlab.runtime.fused.modules import GateReader, IntegerMLP, NormReader, Pr
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.products import PackedProduct, SeparateProducts, stack
 from spinlab.runtime.kernels.formats import PackedWeight, pack_weight
-from spinlab.runtime.kernels.matmul import KERNELS, Matmul, cublas
+from spinlab.runtime.kernels.matmul import kernel_for
 from spinlab.runtime.quantized import Quantized
 from spinlab.runtime.stock.linear import IntegerLinear, stacked_bias
 from spinlab.weights.quantized import QuantizedWeight, set_dequantized
@@ -114,11 +114,8 @@ class QuantizedMaker(Maker):
             set_dequantized(linear, weight)
             return FakeQuantLinear(linear, path)
         dtype, device = linear.weight.dtype, linear.weight.device
-        return IntegerLinear(weight, linear.bias, path, self._matmul(device), dtype).to(device)
-
-    def _matmul(self, device: torch.device) -> Matmul:
-        on_device = self.operations.on_device and device.type == "cuda"
-        return cublas.matmul if on_device else KERNELS["torch"]
+        matmul = kernel_for("torch", weight.format, device)
+        return IntegerLinear(weight, linear.bias, path, matmul, dtype).to(device)
 
 
 class LayerBuilder:

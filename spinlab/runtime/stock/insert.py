@@ -67,7 +67,7 @@ def _integer(
     """Return the twins of linears that read one input by weights of one format."""
     linears, weights = zip(*stack, strict=True)
     dtype, device = linears[0].weight.dtype, linears[0].weight.device
-    matmul = kernel_for(backend, weights[0].format)
+    matmul = kernel_for(backend, weights[0].format, device)
     whole = IntegerLinear(_stacked(weights), stacked_bias(linears), path, matmul, dtype)
     whole.to(device)
     if len(stack) == 1:

@@ -15,6 +15,7 @@ from spinlab.runtime.kernels.matmul import KERNELS, cpu, kernel_for, reference
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.weights.rtn import rtn
 
+CPU = torch.device("cpu")
 STOCK = torch._int_mm
 
 
@@ -104,13 +105,15 @@ def test_the_fastest_way_that_is_right_is_taken(int_mm, caplog):
 def test_weights_of_few_bits_are_multiplied_as_narrow_ones():
     """Their levels, moved into int8, stay within what the product was tried with."""
     for bits in (2, 4, 6):
-        assert kernel_for("cpu", IntegerFormat(bits, False)) is cpu.matmul_narrow
+        assert kernel_for("cpu", IntegerFormat(bits, False), CPU) is cpu.matmul_narrow
         assert (
             max(IntegerFormat(bits, False).highest, -IntegerFormat(bits, True).lowest)
             <= cpu._NARROW
         )
-    assert kernel_for("cpu", IntegerFormat(8, True)) is cpu.matmul
-    assert kernel_for("torch", IntegerFormat(4, True)) is KERNELS["torch"]
+    assert kernel_for("cpu", IntegerFormat(8, True), CPU) is cpu.matmul
+    assert kernel_for("torch", IntegerFormat(4, True), CPU) is KERNELS["torch"]
+    on_gpu = kernel_for("torch", IntegerFormat(4, True), torch.device("cuda"))
+    assert on_gpu is KERNELS["cublas"]
 
 
 @pytest.mark.parametrize(("width", "group"), [(1, 0), (12, 1)])

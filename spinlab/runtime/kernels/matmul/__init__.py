@@ -11,13 +11,23 @@ from collections.abc import Callable, Mapping
 import torch
 
 from spinlab.formats import Format
-from spinlab.runtime.kernels.matmul import cpu, reference
+from spinlab.runtime.kernels.matmul import cpu, cublas, reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-KERNELS: Mapping[str, Matmul] = {"torch": reference.matmul, "cpu": cpu.matmul}
+KERNELS: Mapping[str, Matmul] = {
+    "torch": reference.matmul,
+    "cublas": cublas.matmul,
+    "cpu": cpu.matmul,
+}
 
 
-def kernel_for(backend: str, format: Format) -> Matmul:
-    """Return a back end's product for weights of a format, whose levels are moved into int8."""
+def kernel_for(backend: str, format: Format, device: torch.device) -> Matmul:
+    """Return a back end's product for weights of a format, whose levels are moved into int8.
+
+    All give the same integers. On a GPU torch's is cuBLAS's: the one in floats reads the largest
+    level back to the host before each product.
+    """
+    if backend == "torch" and device.type == "cuda":
+        return KERNELS["cublas"]
     return cpu.matmul_narrow if backend == "cpu" and format.bits <= 6 else KERNELS[backend]
