@@ -63,7 +63,9 @@ class IntegerFormat(Format):
         scale = span / torch.full_like(span, self.highest)
         scale = scale.clamp_(min=smallest_scale(scale.dtype))
         if self.half_scale:
-            scale = scale.clamp_(min=SMALLEST_HALF).to(torch.float16).to(span.dtype)
+            # from float64 by way of float32 everywhere: some devices round once, some twice
+            half = scale.clamp_(min=SMALLEST_HALF).to(torch.float32).to(torch.float16)
+            scale = half.to(span.dtype)
         if self.symmetric:
             return Parameters(scale, torch.zeros_like(scale))
         zero = settled(-lowest, scale)

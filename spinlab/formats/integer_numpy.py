@@ -91,7 +91,8 @@ def _parameters(
     span = np.maximum(highest, -lowest) if format.symmetric else highest - lowest
     scale = np.maximum(span / format.highest, smallest)
     if format.half_scale:
-        scale = np.maximum(scale, SMALLEST_HALF).astype(np.float16).astype(span.dtype)
+        half = np.maximum(scale, SMALLEST_HALF).astype(np.float32).astype(np.float16)
+        scale = half.astype(span.dtype)
     if format.symmetric:
         return scale, np.zeros_like(scale)[()]
     zero = _settled(-lowest, scale)

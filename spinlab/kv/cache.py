@@ -6,7 +6,8 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 """
 
 from dataclasses import dataclass
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -189,7 +190,30 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(layer.attention.path) for layer in map_of(model).layers]
 
 
-def _attention(module: nn.Module, query: torch.Tensor, *args, **kwargs):
+def _attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args, **kwargs):
     """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
     path: KVPath = getattr(module, _KV_PATH)
-    return sdpa_attention_forward(module, path.turn_queries(query), *args, **kwargs)
+    query = path.turn_queries(query)
+    if _has_fused_kernel_ungrouped(query, key):
+        return attend_ungrouped(module, query, key, *args, **kwargs)
+    return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+
+def attend_ungrouped(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+):
+    """Attend with every head's own copy of the keys and values that it shares with others."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (rows.repeat_interleave(groups, dim=1) for rows in (key, value))
+    alone: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return sdpa_attention_forward(alone, query, key, value, *args, **kwargs)
+
+
+def _has_fused_kernel_ungrouped(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Tell whether torch has a fused kernel for a head's own keys, but none for shared ones.
+
+    So it is for several tokens in float32 on a GPU; it would store all scores, (batch, heads,
+    tokens, tokens), several times over.
+    """
+    shared = query.shape[1] > key.shape[1]
+    return shared and query.is_cuda and query.dtype == torch.float32 and query.shape[2] > 1

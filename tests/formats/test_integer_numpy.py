@@ -66,6 +66,14 @@ def test_few_rows_are_coded_as_many_are(grid, dtype, monkeypatch):
     assert torch.equal(found, codec.encode(x))
 
 
+def test_scales_of_float64_are_rounded_to_float16_in_the_same_way():
+    """From just above a tie of float16, which float32 takes for the tie itself."""
+    x = torch.tensor([[0, 15 * (1 + 2**-11 + 2**-40)]], dtype=torch.float64)
+    quantizer = TokenQuantizer(IntegerFormat(4, False, half_scale=True))
+    for one in (quantizer.encode(x).scale, torch.as_tensor(quantizer.few(x).scale)):
+        assert one.item() == 1
+
+
 def test_few_is_a_matter_of_numbers_and_place():
     assert few.are_few(torch.ones(1, 2048))
     assert not few.are_few(torch.ones(0, 8))

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from spinlab.config import CodecConfig, KVConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.kv.cache import CodedCache, KVPath, attach_kv, kv_path
+from spinlab.kv.cache import CodedCache, KVPath, attach_kv, attend_ungrouped, kv_path
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()
@@ -25,6 +26,46 @@ def test_r3_alone_does_not_change_the_model(make_model, ids):
     model, original = make_model(), make_model()
     coded(model, None)
     assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-10, rtol=0)
+
+
+def test_keys_repeated_for_each_head_are_attended_as_shared_ones_are():
+    """Oracle: torch's grouped attention, in float64, with its gradients."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    rows = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    found = attend_ungrouped(module, *rows, None, scaling=0.3)[0]
+    expected = scaled_dot_product_attention(*rows, is_causal=True, scale=0.3, enable_gqa=True)
+    assert torch.allclose(found, expected.transpose(1, 2))
+    upstream = torch.randn(found.shape, generator=g, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(out, rows, weight)
+        for out, weight in ((found, upstream), (expected, upstream.transpose(1, 2)))
+    )
+    assert all(torch.allclose(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_attention_on_a_gpu_is_repeatable_and_exact_in_float32(make_model):
+    """Forward and backward, for heads that share their keys; oracle: the same on a CPU."""
+    model = make_model(torch.float32).requires_grad_()
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    attach_kv(model, KVPath(), store=False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, 200), generator=generator)
+
+    def gradient(device: str) -> torch.Tensor:
+        model.to(device).zero_grad()
+        model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
+        return model.get_submodule("model.layers.0.self_attn.k_proj").weight.grad.cpu()
+
+    expected = gradient("cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found = [gradient("cuda") for _ in range(3)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.allclose(found[0], expected, atol=1e-6 * expected.abs().max().item(), rtol=1e-3)
 
 
 def test_storing_and_not_storing_are_the_same_function(make_model, ids):
