@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spinlab.data.text import TEXTS, random_windows, tokenize
+from spinlab.data.text import calibration_split, random_windows, tokenize
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.modules import embedding_of, linear_at, map_of, norm_at
 
@@ -114,7 +114,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     model = untrained_toy()
-    text = "\n\n".join(TEXTS[name]()[0] for name in _TEXTS)
+    text = "\n\n".join(calibration_split(name) for name in _TEXTS)
     train(model, tokenize(text, tokenizer), torch.Generator().manual_seed(0))
     plant_outliers(model)
     model.half().save_pretrained(folder, max_shard_size="190KB")

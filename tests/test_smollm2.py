@@ -10,6 +10,7 @@ import spinlab
 from spinlab.config import (
     ClipSearch,
     Config,
+    DataConfig,
     EvalConfig,
     KVConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from spinlab.config import (
     RotationConfig,
     TensorQuant,
 )
-from spinlab.data.text import TEXTS, fixed_windows, tokenize
+from spinlab.data.text import fixed_windows, read_texts, tokenize
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
 from spinlab.model.gguf import convert_gguf
@@ -45,7 +46,7 @@ def smollm2(tmp_path_factory):
         map_of(load_model(MODEL, folder, 0)),
         torch.Generator().manual_seed(0),
     )
-    text = TEXTS["wiki"]()[1][:4000]
+    text = read_texts(DataConfig())[1][0].text[:4000]
     ids = fixed_windows(tokenize(text, load_tokenizer(MODEL, folder)), 128, 1, "wiki")
     return folder, rotations, ids
 

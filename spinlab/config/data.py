@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from spinlab.config.checks import at_least, count, filled
+from spinlab.config.checks import at_least, choice, count, filled
+
+HELD_OUT = ("evaluation", "development")
 
 
 @dataclass(frozen=True)
@@ -12,12 +14,18 @@ class DataConfig:
 
     A file is plain text, or .json, .jsonl, .parquet with a field `text`. It is used whole, unless
     it both calibrates and is evaluated: then the first 90 % calibrate, the rest is evaluated.
+
+    held_out: which part of a text is measured. Settings are chosen on `development`, the tenth
+    before the one that is reported on; calibration then ends before it, and metrics are called
+    `<text>_dev`.
     """
 
     calibration: str = "wiki"
     evaluation: list[str] = field(default_factory=lambda: ["wiki", "c4"])
+    held_out: str = "evaluation"
 
     def __post_init__(self) -> None:
+        choice("data.held_out", self.held_out, HELD_OUT)
         filled("data.evaluation", self.evaluation)
 
 

@@ -2,13 +2,15 @@
 
 `wiki` and `c4` are packaged excerpts, not the published WikiText-2 or C4 splits, and are never
 called by those names. `wikitext2` is the published split, from the hub. A file is called by its
-name, with the suffix.
+name, with the suffix. What is held out for choices is neither calibration nor evaluation text, and
+its label ends in `_dev`.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,28 @@ from spinlab.errors import InputError
 _PACKAGE = "exllamav3"
 _FOLDER = "exllamav3/conversion/standard_cal_data"
 _SHORTEST_ARTICLE = 200  # characters; shorter ones are stubs
-_C4_HELD_OUT = (300_000, 420_000)  # characters
+_C4_LENGTH, _C4_END = 120_000, 420_000  # what is held out, and where the last of it ends
+_DEVELOPMENT = "_dev"
+
+
+class _Cut(NamedTuple):
+    """Say where a text is cut: tenths that calibrate, the next one is held out, and their names."""
+
+    tenths: int
+    parts: tuple[str, str]
+    c4: int  # the first character that is held out
+    wikitext2: str  # the published split that is held out
+
+    def places(self, length: int) -> tuple[int, int]:
+        """Return where calibration ends and where what is held out ends."""
+        return length * self.tenths // 10, length * (self.tenths + 1) // 10
+
+
+_CUTS = {
+    "evaluation": _Cut(9, ("first 90 %", "last 10 %"), 300_000, "test"),
+    "development": _Cut(8, ("first 80 %", "80 to 90 %"), 180_000, "validation"),
+}
+Parts = tuple[str, str]  # what calibrates, what is held out
 
 
 @dataclass(frozen=True)
@@ -43,21 +66,21 @@ def _packaged(name: str) -> str:
     return packaged_file(_PACKAGE, f"{_FOLDER}/{name}.utf8").read_text(encoding="utf-8")
 
 
-def _wiki() -> tuple[str, str]:
-    """Split by articles: the first 90 % calibrate, the last 10 % are held out."""
+def _wiki(at: _Cut) -> Parts:
+    """Split by articles."""
     blocks = (block.strip() for block in _packaged("wiki").split("</doc>"))
     articles = [block.partition("\n")[2].strip() for block in blocks]  # the first line is a tag
     articles = [a for a in articles if len(a) > _SHORTEST_ARTICLE]
-    cut = len(articles) * 9 // 10
-    return "\n\n".join(articles[:cut]), "\n\n".join(articles[cut:])
+    cut, end = at.places(len(articles))
+    return "\n\n".join(articles[:cut]), "\n\n".join(articles[cut:end])
 
 
-def _c4() -> tuple[str, str]:
-    text, (start, end) = _packaged("c4"), _C4_HELD_OUT
-    return text[:start] + text[end:], text[start:end]
+def _c4(at: _Cut) -> Parts:
+    text, start = _packaged("c4"), at.c4
+    return text[:start] + text[_C4_END:], text[start : start + _C4_LENGTH]
 
 
-def _wikitext2() -> tuple[str, str]:
+def _wikitext2(at: _Cut) -> Parts:
     from datasets import load_dataset
 
     def join(split: str) -> str:
@@ -72,10 +95,10 @@ def _wikitext2() -> tuple[str, str]:
         return "\n\n".join(rows["text"])
 
     with hub_or_cache():
-        return join("train"), join("test")
+        return join("train"), join(at.wikitext2)
 
 
-TEXTS: Mapping[str, Callable[[], tuple[str, str]]] = {
+TEXTS: Mapping[str, Callable[[_Cut], Parts]] = {
     "wiki": _wiki,
     "c4": _c4,
     "wikitext2": _wikitext2,
@@ -83,33 +106,46 @@ TEXTS: Mapping[str, Callable[[], tuple[str, str]]] = {
 
 
 def read_texts(config: DataConfig) -> tuple[Text, list[Text]]:
-    """Return the calibration text and the evaluation texts.
+    """Return the calibration text and the texts that are measured.
 
     A named text has a part for either role. A file is used whole; one that plays both roles, known
-    by its content, is cut at 90 % of its characters. Raises InputError for unknown names, missing
+    by its content, is cut in tenths of its characters. Raises InputError for unknown names, missing
     packages, files without text, and texts that would be called alike.
     """
     check_labels(config)
+    at = _CUTS[config.held_out]
     names = dict.fromkeys((config.calibration, *config.evaluation))
-    splits = {name: TEXTS[name]() for name in names if name in TEXTS}
+    splits = {name: TEXTS[name](at) for name in names if name in TEXTS}
     whole = {name: read_file(_path(name)) for name in names if name not in TEXTS}
-    evaluated = {whole[name] for name in config.evaluation if name in whole}
+    both = {whole[n] for n in config.evaluation if n in whole} & {whole.get(config.calibration)}
 
     def text(name: str, role: int) -> Text:
+        called = label(name) + (_DEVELOPMENT if role and config.held_out == "development" else "")
         if name in splits:
-            return Text(name, ("calibration split", "evaluation split")[role], splits[name][role])
+            part = f"{('calibration', config.held_out)[role]} split"
+            return Text(called, part, splits[name][role])
         content = whole[name]
-        if content != whole.get(config.calibration) or content not in evaluated:
+        if content not in both:
             return Text(label(name), "whole", content)
-        cut = len(content) * 9 // 10
-        part = (content[:cut], content[cut:])[role]
-        return Text(label(name), ("first 90 %", "last 10 %")[role], part)
+        cut, end = at.places(len(content))
+        return Text(called, at.parts[role], (content[:cut], content[cut:end])[role])
 
     return text(config.calibration, 0), [text(name, 1) for name in config.evaluation]
 
 
+def calibration_split(name: str) -> str:
+    """Return the part of a named text that calibrates before anything is reported."""
+    return TEXTS[name](_CUTS["evaluation"])[0]
+
+
+def source_of(label: str) -> tuple[str, str]:
+    """Return what a label of a text with parts tells: the text's name, and what is held out."""
+    name = label.removesuffix(_DEVELOPMENT)
+    return name, "evaluation" if name == label else "development"
+
+
 def label(name: str) -> str:
-    """Return how a text is called in metrics: its name, or a file's name without folders."""
+    """Return how a whole text is called in metrics: its name, or a file's without folders."""
     return name if name in TEXTS else _path(name).name
 
 

@@ -12,7 +12,7 @@ from spinlab.config import DataConfig, EvalConfig, RuntimeConfig
 from spinlab.config.schema import stored
 from spinlab.data.files import read_file
 from spinlab.data.questions import identities
-from spinlab.data.text import TEXTS, Text, fixed_windows, read_texts, tokenize
+from spinlab.data.text import TEXTS, Text, fixed_windows, read_texts, source_of, tokenize
 from spinlab.device import choose_backend, choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.evaluate.verdict import Compared, compared, differing, recorded
@@ -118,15 +118,16 @@ def _is_told(text: Any) -> bool:
 
 def _text(label: str, told: Mapping[str, str], files: Sequence[str]) -> Text:
     """Return a text that the record measured. Raises InputError where it is another, or missing."""
-    path = next((file for file in files if Path(file).name == label), None)
-    if label in TEXTS:
-        found = read_texts(DataConfig(label, [label]))[1][0]
+    name, held_out = source_of(label)
+    path = next((file for file in files if Path(file).name in (label, name)), None)
+    if name in TEXTS:
+        found = read_texts(DataConfig(name, [name], held_out))[1][0]
     elif path is None:
         raise InputError(f"the record measured a file {label}: name it, as --texts {label}")
     elif told["part"] == "whole":
         found = Text(label, told["part"], read_file(Path(path).expanduser()))
     else:  # the file calibrated too
-        found = read_texts(DataConfig(path, [path]))[1][0]
+        found = read_texts(DataConfig(path, [path], held_out))[1][0]
     if found.digest != told["digest"]:
         raise InputError(
             f"text {label} is not the one that the record measured (sha256 {found.digest[:16]}… "

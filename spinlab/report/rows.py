@@ -19,7 +19,8 @@ from spinlab.report.records import TWINS, Record, zeroshot_mean
 
 # settings that say where, how fast and for whom, but change no number beyond noise
 _FREE = (
-    *("name", "seed", "runtime", "tracker", "paths", "export", "sweep", "eval", "data.evaluation"),
+    *("name", "seed", "runtime", "tracker", "paths", "export", "sweep", "eval"),
+    *("data.evaluation", "data.held_out"),
     *("model.hub", "model.path", "model.package", "model.file", "model.revision", "model.name"),
     *("model.architecture", "model.outlier_channels", "model.outlier_scale"),
     *("learn.micro_batch", "learn.checkpoint", "learn.save_every"),
@@ -128,9 +129,11 @@ def _measured_otherwise(
     asked = recorded.get("eval", {})
     kind, _, label = measure.metric.partition("/")
     if kind == "ppl":
-        texts = recorded.get("data", {}).get("evaluation", [])
-        if label not in texts:
-            yield f"data.evaluation={text(texts)}"
+        data = recorded.get("data", {})
+        if label not in data.get("evaluation", []):
+            yield f"data.evaluation={text(data.get('evaluation', []))}"
+        if (held_out := data.get("held_out", config.data.held_out)) != config.data.held_out:
+            yield f"data.held_out={held_out}"
         names = ("window", "max_windows")
     else:
         if missing := [task for task in config.eval.tasks if task not in asked.get("tasks", [])]:

@@ -5,7 +5,6 @@ import torch
 
 from spinlab.config import DataConfig
 from spinlab.data.text import (
-    TEXTS,
     Text,
     check_length,
     fixed_windows,
@@ -21,8 +20,13 @@ def roles(calibration: object, *evaluation: object) -> tuple[Text, list[Text]]:
     return read_texts(DataConfig(str(calibration), [str(name) for name in evaluation]))
 
 
+def both_roles(name: object, held_out: str = "evaluation") -> tuple[Text, Text]:
+    calibration, (measured,) = read_texts(DataConfig(str(name), [str(name)], held_out))
+    return calibration, measured
+
+
 def test_calibration_and_evaluation_share_no_article():
-    calibration, held_out = TEXTS["wiki"]()
+    calibration, held_out = (t.text for t in both_roles("wiki"))
     articles = [a for a in held_out.split("\n\n") if len(a) > 300]
     assert len(articles) > 30
     assert not any(article in calibration for article in articles)
@@ -31,7 +35,7 @@ def test_calibration_and_evaluation_share_no_article():
 
 
 def test_c4_is_held_out_by_characters():
-    calibration, held_out = TEXTS["c4"]()
+    calibration, held_out = (t.text for t in both_roles("c4"))
     assert len(held_out) == 120_000
     assert held_out[:500] not in calibration
 
@@ -54,6 +58,39 @@ def test_a_file_that_plays_both_roles_is_cut_at_nine_tenths(tmp_path):
         calibration, (evaluation,) = roles(path, other)
         assert (calibration.text, calibration.part) == ("0123456789" * 9, "first 90 %")
         assert (evaluation.text, evaluation.part) == ("0123456789", "last 10 %")
+
+
+@pytest.mark.parametrize("name", ["wiki", "c4"])
+def test_what_choices_are_made_on_is_neither_calibration_nor_reported(name):
+    final, reported = both_roles(name)
+    calibration, development = both_roles(name, "development")
+    assert (development.label, development.part) == (f"{name}_dev", "development split")
+    assert (calibration.label, reported.label) == (name, name)
+    pieces = [development.text[n : n + 300] for n in range(0, len(development.text) - 300, 3000)]
+    assert len(pieces) > 30
+    for piece in pieces:
+        assert piece not in calibration.text and piece not in reported.text
+        assert piece in final.text  # the last run may learn from it
+    reports = [reported.text[n : n + 300] for n in range(0, len(reported.text) - 300, 3000)]
+    assert not any(piece in calibration.text for piece in reports)
+    assert len(development.text) > 100_000
+
+
+def test_choices_on_a_file_of_both_roles_leave_its_last_tenth_alone(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("0123456789" * 8 + "abcdefghij" + "ABCDEFGHIJ")
+    calibration, measured = both_roles(path, "development")
+    assert (calibration.text, calibration.part) == ("0123456789" * 8, "first 80 %")
+    assert measured == Text("mine.txt_dev", "80 to 90 %", "abcdefghij")
+    other = tmp_path / "other.txt"  # brought for choices: whole, under its own name
+    other.write_text("abc")
+    (whole,) = read_texts(DataConfig(str(path), [str(other)], "development"))[1]
+    assert whole == Text("other.txt", "whole", "abc")
+
+
+def test_what_is_held_out_is_one_of_two_parts():
+    with pytest.raises(InputError, match=r"data.held_out=test is unknown: choose one of eval"):
+        DataConfig(held_out="test")
 
 
 def test_a_file_is_called_by_its_name_and_never_as_a_named_text(tmp_path):

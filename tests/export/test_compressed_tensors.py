@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from spinlab import experiment
 from spinlab.bench.served import load_served
 from spinlab.compose import composed
-from spinlab.config import Config, ModelConfig
-from spinlab.data.text import TEXTS
+from spinlab.config import Config, DataConfig, ModelConfig
+from spinlab.data.text import read_texts
 from spinlab.errors import InputError
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
@@ -345,6 +345,6 @@ def test_the_real_model_is_served_with_the_records_perplexity(tmp_path):
     windows = windows_in(pipeline.evaluation)["wiki"]
     found = perplexity(served(tmp_path / "c"), windows, 1, "served")
     assert abs(found / recorded - 1) < 0.01
-    text = TEXTS["wiki"]()[1][:400]
+    text = read_texts(DataConfig())[1][0].text[:400]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]

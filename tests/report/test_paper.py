@@ -161,6 +161,14 @@ def test_what_is_broken_older_or_foreign_is_named_and_never_averaged(save, had, 
     assert note.startswith("Left out of 10 files: 3 broken; 1 no record of a run; 1 not complete")
 
 
+def test_what_choices_were_made_on_is_never_compared(save, had, tmp_path):
+    choosing = replace(had, data=replace(had.data, held_out="development"))
+    save("a/record.json", choosing, {"ppl/wikitext2/fake": 5.9})
+    line = lines(tmp_path, "spinquant_1", "SpinQuant had")[1]
+    assert line["verdict"] == "not compared"
+    assert "data.held_out=development" in line["note"]
+
+
 def test_settings_under_older_names_are_no_row_of_todays(save, had, tmp_path):
     path = save("a/record.json", had, {"ppl/wikitext2/fake": 5.9})
     record = json.loads(path.read_text())

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from spinlab.compose import composed
-from spinlab.data.text import TEXTS
+from spinlab.config import DataConfig
+from spinlab.data.text import read_texts
 from spinlab.experiment import run
 from spinlab.export.gguf import write
 from spinlab.metrics.perplexity import perplexity
@@ -178,7 +179,7 @@ def test_smollm2_has_the_perplexity_of_its_record(open_file, read_back, cache, t
     found = perplexity_of(open_file(file, 512), windows)
     expected = record.metrics[f"ppl/wiki/{'fp' if kind == 'f16' else 'fake'}"]
     tokens = Pipeline(config).original.tokenizer
-    text = TEXTS["wiki"]()[1][:4000]
+    text = read_texts(DataConfig())[1][0].text[:4000]
     assert open_file(file, 512).tokenize(text.encode(), add_bos=True) == tokens(text).input_ids
     exact = perplexity(read_back(file), windows, 1, "gguf")
     assert exact == pytest.approx(expected, rel=1e-3)
