@@ -6,7 +6,6 @@ this one; any other is left alone, also one that became another while it was loo
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from spinlab.errors import InputError
 from spinlab.export.identity import files_of, is_listed
 from spinlab.export.listing import read_listing
 from spinlab.model.files import LISTING, MANIFEST
-from spinlab.streams import keep_streams
+from spinlab.streams import ending, keep_streams
 
 _PUSHED = (
     "export.artefact, export.checkpoint and export.compressed_tensors write what can be pushed"
@@ -145,11 +144,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make it for its owner alone")
     parser.add_argument("--revision", metavar="R", help="branch, made if it is missing (main)")
     given = parser.parse_args(words)
-    try:
+    with ending("spinlab.push"):
         print(push(given.folder, given.name, given.private, given.revision))
-    except InputError as error:
-        print(f"spinlab.push: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Standard streams that do not end a run, and signals that end it in order."""
+"""Standard streams that do not end a run, and how commands end: in order, with a sentence."""
 
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from spinlab.errors import InputError
 from spinlab.launch import is_first
 
 
@@ -83,6 +86,22 @@ def keep_streams() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
+
+
+@contextmanager
+def ending(command: str) -> Iterator[None]:
+    """End a command as a user expects: one sentence and status 2 for what can be mended.
+
+    Ctrl-C ends it with 130, as a shell would tell it, and without a traceback.
+    """
+    try:
+        yield
+    except InputError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the ^C
+        sys.exit(130)
 
 
 def check_reader() -> None:

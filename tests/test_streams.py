@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spinlab import streams
+from spinlab.errors import InputError
+
 ROOT = Path(__file__).parent.parent
 START = """
 import logging, sys, time
@@ -95,3 +98,14 @@ def test_a_log_line_stands_above_the_bar(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert any(line.strip() == "a line" for line in done.stderr.replace("\r", "\n").splitlines())
+
+
+def test_commands_end_with_a_sentence_or_as_interrupted(capsys):
+    with pytest.raises(SystemExit) as ended, streams.ending("spinlab.some"):
+        raise InputError("mend it")
+    assert (ended.value.code, capsys.readouterr().err) == (2, "spinlab.some: mend it\n")
+    with pytest.raises(SystemExit) as ended, streams.ending("spinlab.some"):
+        raise KeyboardInterrupt
+    assert (ended.value.code, capsys.readouterr().err) == (130, "\n")
+    with pytest.raises(ZeroDivisionError), streams.ending("spinlab.some"):
+        _ = 1 / 0  # a fault of ours keeps its traceback

@@ -15,6 +15,7 @@ from spinlab.config import Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
+from spinlab.streams import ending
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
@@ -23,11 +24,8 @@ _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 def main(words: list[str] | None = None) -> None:
     """Parse the command line, run, print the metrics and keep the record."""
     arguments = command_line().parse_args(words)
-    try:
+    with ending("spinlab.bench"):
         _run(arguments)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from spinlab.errors import InputError
 from spinlab.launch import repeat_sums
-from spinlab.streams import keep_streams
+from spinlab.streams import ending, keep_streams
 
 _LEFT_OUT = "left out, as they need the original: KL, flips, and differences of accuracies"
 
@@ -61,13 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 2 and one sentence for what a user can mend."""
     given = _parser().parse_args(words)
-    try:
+    with ending("spinlab.evaluate"):
         status = _run(given)
-    except InputError as error:
-        print(f"spinlab.evaluate: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
     if status:
         sys.exit(status)
 

@@ -7,12 +7,13 @@ one after the other. Tokens are shown as they come.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from spinlab.errors import InputError
 from spinlab.generate.sampling import Sampling
 from spinlab.launch import repeat_sums
-from spinlab.streams import ReaderLeft, keep_streams
+from spinlab.streams import ReaderLeft, ending, keep_streams
 
 if TYPE_CHECKING:
     from spinlab.generate.writer import Writer
@@ -104,16 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 2 and one sentence for what a user can mend."""
-    try:
+    with ending("spinlab.generate"), suppress(ReaderLeft):
         _run(_parser().parse_intermixed_args(words))
-    except InputError as error:
-        print(f"spinlab.generate: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ReaderLeft:
-        return
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 python -m spinlab.lm_eval --model spinlab --model_args pretrained=FOLDER --tasks arc_easy
 """
 
-import sys
-
-from spinlab.errors import InputError
 from spinlab.launch import repeat_sums
 from spinlab.lm_eval import register
-from spinlab.streams import keep_streams
+from spinlab.streams import ending, keep_streams
 
 
 def main() -> None:
@@ -17,11 +14,8 @@ def main() -> None:
     register()
     from lm_eval.__main__ import cli_evaluate
 
-    try:
+    with ending("spinlab.lm_eval"):
         cli_evaluate()
-    except InputError as error:
-        print(f"spinlab.lm_eval: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
 from spinlab.report.records import folders_of
 from spinlab.report.tables.paper import paper_sheet
-from spinlab.streams import keep_streams
+from spinlab.streams import ending, keep_streams
 
 _ROOT = Path(__file__).parent.parent.parent
 _RECORDS = "runs,experiments"
@@ -37,14 +37,11 @@ def main(words: list[str] | None = None) -> None:
         tables = [name for paper in papers().values() for name in paper.tables]
         print(f"{__doc__}\nPublished tables: {', '.join(tables)}\n\n{described()}")
         sys.exit(0)
-    try:
+    with ending("spinlab.report"):
         if given:
             print(_made(given))
         else:
             _rebuild()
-    except InputError as error:
-        print(f"spinlab.report: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _made(words: list[str]) -> str:

@@ -12,7 +12,7 @@ from spinlab.report.formats import markdown
 from spinlab.runs import clean, compare
 from spinlab.runs.found import Run, find, one
 from spinlab.runs.listing import Filter, chosen, in_order, table
-from spinlab.streams import keep_streams
+from spinlab.streams import ending, keep_streams
 
 _COMMANDS = ("list", "show", "compare", "clean")
 _PARTS = ("runs", "stages")
@@ -26,14 +26,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if not any(word in (*_COMMANDS, "-h", "--help") for word in words[:1]):
         words.insert(0, "list")
     arguments = _parser().parse_args(words)
-    try:
+    with ending("spinlab.runs"):
         runs, left = find(Path(arguments.runs))
         for path, reason in left.items():
             print(f"{path} is left out: {reason}", file=sys.stderr)
         arguments.run(arguments, runs, left)
-    except InputError as error:
-        print(f"spinlab.runs: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
