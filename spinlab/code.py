@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 _ROOT = Path(__file__).parent
 _APART = {"spinlab", "spinlab.config", "spinlab.cache"}
@@ -21,19 +22,21 @@ _PARTS = ("body", "orelse", "finalbody", "handlers", "cases")  # that hold state
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
+class _Code(NamedTuple):
+    """Hold what is asked of a module: trees are large, and each garbage collection walks them."""
+
+    digest: str  # of its statements
+    imports: list[ast.Import | ast.ImportFrom]  # at any depth
+    shown: list[ast.ImportFrom]  # of the module itself
+
+
 @cache
 def code_digest(module: str) -> str:
     """Digest the code behind an imported module, with the libraries that it computes on."""
     sha = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
     for name in sorted(closure(module)):
-        sha.update(f"{name} {_syntax(name)}\n".encode())
+        sha.update(f"{name} {_code(name).digest}\n".encode())
     return sha.hexdigest()
-
-
-@cache
-def _syntax(module: str) -> str:
-    """Digest one module."""
-    return hashlib.sha256(ast.dump(_tree(module)).encode()).hexdigest()
 
 
 @cache
@@ -62,25 +65,30 @@ def _is_ours(module: str) -> bool:
 
 
 @cache
-def _tree(module: str) -> ast.Module:
-    """Return a module's syntax without docstrings; comments and places are none of it."""
+def _code(module: str) -> _Code:
+    """Read a module's syntax without docstrings; comments and places are none of it."""
     file = _file(module) or sys.modules[module].__file__
     assert file is not None, module
     tree = ast.parse(Path(file).read_bytes())
-    for node in (tree, *_statements(tree)):
+    statements = list(_statements(tree))
+    for node in (tree, *statements):
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    return tree
+    return _Code(
+        hashlib.sha256(ast.dump(tree).encode()).hexdigest(),
+        [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)],
+        [node for node in tree.body if isinstance(node, ast.ImportFrom)],
+    )
 
 
 @cache
 def imports_of(module: str) -> frozenset[str]:
     """Return the modules of spinlab that a module imports, inside of its functions too."""
     found: set[str] = set()
-    for node in _statements(_tree(module)):
+    for node in _code(module).imports:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if _file(alias.name)}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             found |= {origin for alias in node.names for origin in _origins(node, alias.name)}
     return frozenset(found)
 
@@ -103,7 +111,7 @@ def _origins(node: ast.ImportFrom, name: str) -> Iterator[str]:
     if _file(f"{module}.{name}") is not None:
         yield f"{module}.{name}"
         return
-    shown = [n for n in _tree(module).body if isinstance(n, ast.ImportFrom) and _binds(n, name)]
+    shown = [node for node in _code(module).shown if _binds(node, name)]
     if not shown or not str(_file(module)).endswith("__init__.py"):
         yield module
     for face in shown:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,14 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory) -> list[str]:
+    """Settings of a text of 10 000 letters: cutting the packaged ones into tokens takes seconds."""
+    text: Path = tmp_path_factory.mktemp("short") / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
+    return [f"data.calibration={text}", f"data.evaluation=[{text}]"]
 
 
 @pytest.fixture

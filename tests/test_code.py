@@ -1,5 +1,6 @@
 """What changes the key of a stage: statements of the code behind it, and nothing else."""
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import spinlab
+from spinlab import code
 from spinlab.code import closure, code_digest
 
 STAGES = ["spinlab.stages.rotate", "spinlab.stages.learn", "spinlab.stages.weights"]
@@ -89,3 +91,14 @@ def test_a_stage_does_not_depend_on_what_comes_after_it_or_beside_it():
     assert not rooms("weights") & {"learn", "runtime", "evaluate"}
     assert not rooms("rotate") & {"learn", "weights", "runtime"}
     assert not rooms("text") & {"rotation", "formats", "learn"}
+
+
+def test_no_syntax_tree_is_kept_for_every_collection_to_walk():
+    """A run's code has some 200 thousand nodes."""
+    for kept in (code_digest, closure, code.imports_of, code._code):
+        kept.cache_clear()
+    gc.collect()
+    before = len(gc.get_objects())
+    code_digest("spinlab.experiment")
+    gc.collect()
+    assert len(gc.get_objects()) - before < 20_000

@@ -40,6 +40,14 @@ def run(folder: Path, *overrides: str) -> tuple[dict, str]:
     return json.loads(path.read_text()), output
 
 
+def run_here(folder: Path, *overrides: str) -> dict:
+    """Run to the end in this process, which has imported everything; return the record."""
+    words = ["+experiment=toy", *overrides]
+    paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
+    record = experiment.run(composed(*words, *paths), words)
+    return json.loads(record.path.read_text())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict, str]:
     folder = tmp_path_factory.mktemp("toy")
@@ -116,12 +124,13 @@ def test_nothing_about_the_machines_owner_is_recorded(finished):
     assert "paths" not in record["config"]
 
 
-def test_a_second_run_finds_every_stage_and_the_same_numbers(finished):
+def test_a_second_run_finds_every_stage_and_the_same_numbers(finished, caplog):
     folder, record, _ = finished
-    again, output = run(folder, "tracker=none")
+    with caplog.at_level("INFO"):
+        again = run_here(folder, "tracker=none")
     assert all(stage["cached"] for stage in again["stages"])
     assert again["metrics"] == record["metrics"]
-    assert "done in" not in output
+    assert "learn        cached" in caplog.text and "done in" not in caplog.text
 
 
 def test_the_same_seed_gives_the_same_record_from_scratch(finished, tmp_path):
@@ -131,11 +140,12 @@ def test_the_same_seed_gives_the_same_record_from_scratch(finished, tmp_path):
     assert again["metrics"] == record["metrics"]
 
 
-def test_another_evaluation_does_not_learn_again(finished):
+def test_another_evaluation_does_not_learn_again(finished, caplog):
     folder, _, _ = finished
-    _, output = run(folder, *FAST, "eval.window=64", "eval.batch=2", "eval.variants=[fp,fake]")
-    assert "learn        cached" in output
-    assert "eval-fake    done" in output
+    with caplog.at_level("INFO"):
+        run_here(folder, *FAST, "eval.window=64", "eval.batch=2", "eval.variants=[fp,fake]")
+    assert "learn        cached" in caplog.text
+    assert "eval-fake    done" in caplog.text
 
 
 def test_a_torn_cache_entry_is_computed_again_with_a_warning(finished):
@@ -160,36 +170,23 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(
-    ("pattern", "overrides", "trace"),
-    [
-        (
-            "cache/learn-*.partial/progress/learn.safetensors",
-            ["learn.steps=24"],
-            "learning resumes",
-        ),
-        (
-            "cache/weights-*.partial/progress/layer-001.safetensors",
-            ["weights=gptq", "weights.gptq.samples=96", "weights.gptq.sequence_length=96",
-             "model=random", "model.architecture.num_hidden_layers=4",
-             "eval.variants=[fake,integer]"],
-            "",
-        ),
-    ],
-    ids=["learning", "gptq"],
-)  # fmt: skip
-def test_a_killed_run_continues_and_ends_with_the_same_numbers(tmp_path, pattern, overrides, trace):
-    whole, _ = run(tmp_path / "whole", *FAST, *overrides)
-    process = start(tmp_path / "killed", *FAST, *overrides)
-    kill_when(process, tmp_path / "killed", pattern)
+def test_a_run_killed_in_gptq_continues_and_ends_with_the_same_numbers(tmp_path, short_text):
+    """Learning that is killed is the subject of learn/test_resume.py."""
+    pattern = "cache/weights-*.partial/progress/layer-001.safetensors"
+    gptq = ["weights=gptq", "weights.gptq.samples=96", "weights.gptq.sequence_length=96"]
+    model = ["model=random", "model.architecture.num_hidden_layers=4"]
+    words = [*FAST, *gptq, *model, *short_text, "learn=none", "eval.variants=[fake,integer]"]
+    whole, _ = run(tmp_path / "whole", *words)
+    kill_when(start(tmp_path / "killed", *words), tmp_path / "killed", pattern)
     assert list((tmp_path / "killed").glob(pattern))  # progress survived
-    resumed, output = run(tmp_path / "killed", *FAST, *overrides)
-    assert trace in output
+    resumed, _ = run(tmp_path / "killed", *words)
     assert resumed["metrics"] == whole["metrics"]
 
 
-def test_an_interrupted_run_says_so_and_the_next_one_goes_on(tmp_path, monkeypatch, caplog):
-    settings = [*FAST, "eval.variants=[fp]", "learn.steps=4", "learn.save_every=1"]
+def test_an_interrupted_run_says_so_and_the_next_one_goes_on(
+    tmp_path, short_text, monkeypatch, caplog
+):
+    settings = [*FAST, *short_text, "eval.variants=[fp]", "learn.steps=4", "learn.save_every=1"]
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     config = composed("+experiment=toy", *settings, *paths)
     with monkeypatch.context() as patch:
@@ -224,16 +221,18 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_else(tmp_pat
             experiment.run(config, [])
 
 
-def test_two_processes_share_one_cache(tmp_path):
-    processes = [start(tmp_path, *FAST, "eval.variants=[fp,fake]") for _ in range(2)]
+def test_two_processes_share_one_cache(tmp_path, short_text):
+    words = [*FAST, *short_text, "eval.variants=[fp,fake]"]
+    processes = [start(tmp_path, *words) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("learn        done" in output for output in outputs) == 1
     assert not list(tmp_path.glob("cache/*.partial"))
 
 
-def test_a_sweep_leaves_one_record_per_seed(tmp_path):
-    process = start(tmp_path, "-m", *FAST, "seed=0,1", "eval.variants=[fp]", "learn.steps=0")
+def test_a_sweep_leaves_one_record_per_seed(tmp_path, short_text):
+    words = [*FAST, *short_text, "seed=0,1", "eval.variants=[fp]", "learn.steps=0"]
+    process = start(tmp_path, "-m", *words)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/toy/*/record.json")]
@@ -241,15 +240,14 @@ def test_a_sweep_leaves_one_record_per_seed(tmp_path):
     assert all(record["status"] == "complete" for record in records)
 
 
-def test_a_failed_stage_keeps_what_was_finished(tmp_path):
+def test_a_failed_stage_keeps_what_was_finished(tmp_path, short_text):
     far = [
         "learn.lr.r1=1e30",
         "learn.optimizer.cap_step=false",
         "learn.optimizer.max_grad_norm=null",
     ]
-    process = start(tmp_path, *FAST, *far)
-    process.communicate(timeout=120)
-    assert process.returncode == 2
+    with pytest.raises(InputError, match="learning diverged"):
+        run_here(tmp_path, *FAST, *short_text, *far)
     (path,) = (tmp_path / "runs").glob("toy/*/record.json")
     record = json.loads(path.read_text())
     assert record["status"].startswith("failed: InputError: learning diverged")
@@ -259,7 +257,6 @@ def test_a_failed_stage_keeps_what_was_finished(tmp_path):
 def test_settings_that_leave_nothing_to_learn_or_round_still_run(tmp_path):
     """rotation=none with the default learning, and 16-bit weights and activations."""
     off = ["quant.weights.bits=16", "quant.activations.bits=16", "eval.variants=[fp,fake]"]
-    record, _ = run(tmp_path, *FAST, "rotation=none", "kv=kv16", *off)
-    metrics = record["metrics"]
+    metrics = run_here(tmp_path, *FAST, "rotation=none", "kv=kv16", *off)["metrics"]
     assert metrics["ppl/wiki/fake"] == pytest.approx(metrics["ppl/wiki/fp"], rel=1e-4)
     assert metrics["bits/weights/fake"] == 16

@@ -1,4 +1,4 @@
-"""Learning runs that are killed at some step and started again end with the same bits."""
+"""Learning runs that are killed at some step and started again end with the same numbers."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 RECIPES = ("two_cores", "spinquant")  # rounded weights and learned clip ratios; 16-bit weights
 SETTINGS = [
-    *("+experiment=toy", "tracker=none", "eval.tasks=[]", "eval.variants=[fp]", "eval.window=64"),
+    *("+experiment=toy", "tracker=none", "eval.tasks=[]", "eval.variants=[fake]", "eval.window=64"),
     *(
         f"learn.steps={STEPS}",
         "learn.save_every=1",
@@ -34,17 +35,10 @@ SETTINGS = [
 ]
 
 
-def with_text(folder: Path, *choice: str) -> list[str]:
-    """Return all settings, with a short text in the folder: packaged ones take seconds to read."""
-    text = folder / "text.txt"
-    text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
-    return [*SETTINGS, f"data.calibration={text}", f"data.evaluation=[{text}]", *choice]
-
-
-def start(folder: Path, cache: Path, recipes: str, *flags: str) -> subprocess.Popen:
+def start(cache: Path, text: list[str], recipes: str, *flags: str) -> subprocess.Popen:
     """Start a run, or with -m one for each recipe."""
     choice = [f"paths.cache={cache}", f"paths.runs={cache}-runs", f"learn={recipes}"]
-    command = [sys.executable, "-m", "spinlab", *flags, *with_text(folder, *choice)]
+    command = [sys.executable, "-m", "spinlab", *flags, *SETTINGS, *text, *choice]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -58,11 +52,11 @@ def saved_steps(path: Path) -> int:
         return 0
 
 
-def kill_in_the_middle(cache: Path, recipe: str) -> int:
+def kill_in_the_middle(cache: Path, text: list[str], recipe: str) -> int:
     """Start a recipe, send SIGKILL once two steps are saved, and return how many there are."""
     pattern = "learn-*.partial/progress/learn.safetensors"
     others = set(cache.glob(pattern))
-    process = start(cache.parent, cache, recipe)
+    process = start(cache, text, recipe)
     deadline = time.monotonic() + 120
     while not any(saved_steps(path) >= 2 for path in set(cache.glob(pattern)) - others):
         assert process.poll() is None, process.communicate()[0]
@@ -82,13 +76,13 @@ def learned(cache: Path, name: str) -> tuple[dict[str, torch.Tensor], list]:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory) -> tuple[Path, Path, list[int], str]:
+def caches(tmp_path_factory, short_text) -> tuple[Path, Path, list[int], str]:
     """Return the cache of unbroken runs, and that of killed ones with the steps that they left."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
-    left = [kill_in_the_middle(killed, recipe) for recipe in RECIPES]
+    left = [kill_in_the_middle(killed, short_text, recipe) for recipe in RECIPES]
     for cache in (whole, killed):
-        process = start(folder, cache, ",".join(RECIPES), "-m")
+        process = start(cache, short_text, ",".join(RECIPES), "-m")
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
     return whole, killed, left, output
@@ -113,24 +107,40 @@ def test_killed_runs_end_with_the_bits_of_unbroken_ones(caches):
         assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
+def test_killed_runs_end_with_the_records_of_unbroken_ones(caches):
+    def records(cache: Path) -> dict[str, dict[str, float]]:
+        made = Path(f"{cache}-runs").glob("toy/*/record.json")
+        return {path.parent.name: json.loads(path.read_text())["metrics"] for path in made}
+
+    whole, killed, *_ = caches
+    assert len(records(whole)) == len(RECIPES)
+    assert all("ppl/text.txt/fake" in metrics for metrics in records(whole).values())
+    assert records(killed) == records(whole)
+
+
 class Killed(BaseException):
     """Stand for a kill in this process."""
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Pipeline:
+def unbroken(tmp_path_factory, short_text) -> Pipeline:
     """Return a pipeline that has learned from its start to its end."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    found = short(folder)
+    found = three_steps(tmp_path_factory.mktemp("unbroken"), short_text)
     found.learned  # noqa: B018
     return found
 
 
-def short(folder: Path) -> Pipeline:
+def three_steps(folder: Path, text: list[str]) -> Pipeline:
     """Return a pipeline of three steps that are saved after the second one and the last."""
     choice = ["learn=two_cores", f"paths.cache={folder / 'cache'}", "learn.optimizer.warmup=0"]
     steps = ["learn.steps=3", "learn.save_every=2"]
-    return Pipeline(composed(*with_text(folder, *choice, *steps)))
+    return Pipeline(composed(*SETTINGS, *text, *choice, *steps))
+
+
+@pytest.fixture
+def again(tmp_path, short_text) -> Callable[[], Pipeline]:
+    """Return a maker of pipelines that share a cache and learn what `unbroken` did."""
+    return lambda: three_steps(tmp_path, short_text)
 
 
 def break_off(monkeypatch, pipeline: Pipeline) -> Path:
@@ -173,19 +183,21 @@ def same(found: tuple[dict, list], expected: tuple[dict, list]) -> bool:
     )
 
 
-def test_a_kill_behind_the_last_step_costs_no_step(unbroken, tmp_path, monkeypatch):
-    assert len(read_tensors(break_off(monkeypatch, short(tmp_path)))[1]) == 3
+def test_a_kill_behind_the_last_step_costs_no_step(unbroken, again, monkeypatch):
+    assert len(read_tensors(break_off(monkeypatch, again()))[1]) == 3
     steps = counted(monkeypatch)
-    assert same(bits(short(tmp_path)), bits(unbroken))
+    assert same(bits(again()), bits(unbroken))
     assert steps == []
 
 
-def test_damaged_progress_is_dropped_and_learned_again(unbroken, tmp_path, monkeypatch, caplog):
-    path = break_off(monkeypatch, short(tmp_path))
+def test_damaged_progress_is_dropped_and_learned_again(
+    unbroken, again, tmp_path, monkeypatch, caplog
+):
+    path = break_off(monkeypatch, again())
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     steps = counted(monkeypatch)
-    assert same(bits(short(tmp_path)), bits(unbroken))
+    assert same(bits(again()), bits(unbroken))
     assert steps == [0, 1, 2]
     assert "the progress in learn.safetensors is damaged and is dropped" in caplog.text
     assert not list(tmp_path.glob("cache/learn-*/progress"))

@@ -37,6 +37,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+CASES = [(False, False), (False, True), (True, False)]  # rounded in the loop, layers recomputed
 WINDOWS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(2))
 OBJECTIVE = ObjectiveConfig(kl=1.0, layer_mse=0.5, kurtosis=0.1)
 
@@ -79,28 +80,32 @@ def learned(rounded: bool, recompute: bool) -> dict:
     }
 
 
-def _process(rank: int, port: int, case: tuple[bool, bool], folder: Path) -> None:
+def _process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     parallel.start("cpu")
-    torch.save(learned(*case), folder / f"{rank}.pt")
+    torch.save([learned(*case) for case in CASES], folder / f"{rank}.pt")
     parallel.stop()
 
 
-def two_processes(case: tuple[bool, bool], folder: Path) -> list[dict]:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[tuple[dict, dict]]:
+    """What both processes learn in each case; most of the time goes into their imports."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (port, case, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    mp.spawn(_process, (port, folder), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return list(zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("case", [(False, False), (False, True), (True, False)])
-def test_two_processes_learn_what_one_learns(case, tmp_path):
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(case, two_processes):
     """Only the order of summation differs, and float64 leaves it nothing to flip."""
     rounded, _ = case
-    alone, (first, second) = learned(*case), two_processes(case, tmp_path)
+    alone, (first, second) = learned(*case), two_processes[CASES.index(case)]
     for found in (first, second):
         for ours, expected in zip(found["curve"], alone["curve"], strict=True):
             assert ours == pytest.approx(expected, rel=1e-8, abs=1e-12)
