@@ -1,6 +1,7 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spinlab.compose import composed
 from spinlab.config import ModelConfig
 from spinlab.model.load import exact_norms, load_model
+from spinlab.stages.pipeline import Pipeline
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -34,6 +37,21 @@ def short_text(tmp_path_factory) -> list[str]:
     text: Path = tmp_path_factory.mktemp("short") / "text.txt"
     text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
     return [f"data.calibration={text}", f"data.evaluation=[{text}]"]
+
+
+@pytest.fixture(scope="session")
+def toy_tokens(tmp_path_factory) -> Path:
+    """A cache with no more than the packaged texts, as tokens of the toy."""
+    folder = tmp_path_factory.mktemp("tokens")
+    run = Pipeline(composed("+experiment=toy", "eval.max_windows=1", f"paths.cache={folder}"))
+    assert run.calibration and run.evaluation
+    return folder
+
+
+@pytest.fixture
+def toy_cache(tmp_path, toy_tokens) -> Path:
+    """A copy of it for a test of its own."""
+    return Path(shutil.copytree(toy_tokens, tmp_path / "cache"))
 
 
 @pytest.fixture

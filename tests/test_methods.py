@@ -19,6 +19,7 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of
 from spinlab.track.record import Record
 
+pytestmark = pytest.mark.usefixtures("toy_cache")
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SMALL = [
@@ -58,11 +59,8 @@ def pipeline(folder: Path, *overrides: str) -> Pipeline:
 
 
 @pytest.fixture
-def text(tmp_path) -> list[str]:
-    """Return settings for a text that is read in no time."""
-    file = tmp_path / "text.txt"
-    file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
-    return [f"data.calibration={file}", f"data.evaluation=[{file}]", "eval.window=64"]
+def text(short_text) -> list[str]:
+    return [*short_text, "eval.window=64"]
 
 
 @pytest.mark.parametrize("method", METHODS)

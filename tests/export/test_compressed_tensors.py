@@ -14,13 +14,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spinlab import experiment
 from spinlab.bench.served import load_served
 from spinlab.compose import composed
-from spinlab.config import Config, DataConfig, ModelConfig
-from spinlab.data.text import read_texts
+from spinlab.config import Config, ModelConfig
 from spinlab.errors import InputError
 from spinlab.export import compressed_tensors as export
 from spinlab.export.base import Subject, check_exports
@@ -28,11 +26,8 @@ from spinlab.export.listing import read_listing
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.metrics.perplexity import perplexity
 from spinlab.model.load import check_model
 from spinlab.model.modules import linears_of
-from spinlab.stages.pipeline import Pipeline
-from spinlab.stages.text import windows_in
 from spinlab.weights.quantized import set_dequantized
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
@@ -325,26 +320,3 @@ def test_an_export_is_refused_as_a_model_and_replaced_by_a_new_one(make_subject,
     settings = ModelConfig(weights="pretrained", path=str(tmp_path / "c"))
     with pytest.raises(InputError, match=r"stored quantized \(compressed-tensors\).*was made from"):
         check_model(settings)
-
-
-SMOLLM2 = [
-    *("+experiment=smollm2_135m_w4a4kv4", "learn=none", "quant=w4a8_vllm", "kv=kv16"),
-    *("rotation=block_r4", "rotation.r3=none", "eval.variants=[fp,fake]", "eval.tasks=[]"),
-    *("eval.window=512", "eval.max_windows=2", "tracker=none"),
-]
-
-
-@pytest.mark.slow
-def test_the_real_model_is_served_with_the_records_perplexity(tmp_path):
-    """Between them are ties of inputs and scales of 16 bits: 0.1 % here, less than 1 % anywhere."""
-    paths = [f"paths.{name}={tmp_path}/{name}" for name in ("cache", "runs")]
-    config = composed(*SMOLLM2, *paths, f"export.compressed_tensors={tmp_path}/c")
-    pipeline = Pipeline(config)
-    experiment.export(pipeline)
-    recorded = pipeline.measure("fake")["ppl/wiki/fake"]
-    windows = windows_in(pipeline.evaluation)["wiki"]
-    found = perplexity(served(tmp_path / "c"), windows, 1, "served")
-    assert abs(found / recorded - 1) < 0.01
-    text = read_texts(DataConfig())[1][0].text[:400]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
-    assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]

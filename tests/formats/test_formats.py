@@ -134,6 +134,7 @@ def test_the_range_of_a_format_learns_by_the_gradient_that_it_brings(ratio):
     )
 
 
+@pytest.mark.usefixtures("toy_cache")
 def test_the_whole_pipeline_takes_it(tmp_path: Path):
     """Learned with rounded weights and learned ranges; integer kernels leave it to floats."""
     changes = [

@@ -155,6 +155,7 @@ CHANNELS = ["kv.keys.codec=channels", "kv.keys.bits=3", "kv.keys.group_size=16"]
 @pytest.mark.parametrize(
     ("settings", "bits"), [(SIGNS, 1 + 16 / 16), (CHANNELS, 3 + 24 / 16)], ids=["rows", "layers"]
 )
+@pytest.mark.usefixtures("toy_cache")
 def test_a_new_codec_runs_the_toy_and_says_its_bits(tmp_path, settings, bits):
     """Learned through, emulated and stored; `fake` and `integer` are one function."""
     run = pipeline(tmp_path, *settings, "learn.steps=2", "eval.variants=[fake,integer]")

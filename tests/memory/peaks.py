@@ -40,17 +40,19 @@ def main(folder: str, *overrides: str) -> None:
     work = {"the gate of the rotated model, in float32,": lambda: run.initial}
     if run.config.learn.steps:
         work["learning"] = lambda: run.learned
-    gptq = run.config.weights.method == "gptq"
-    work["GPTQ" if gptq else "rounding weights"] = lambda: run.weights("integer")
+    work["rounding weights"] = lambda: run.weights("integer")
+    gptq = Pipeline(composed(*overrides, "weights=gptq", f"paths.cache={folder}"))
+    work["GPTQ"] = lambda: gptq.weights("integer")
     for variant in run.config.eval.variants:
         work[f"measuring {variant}"] = lambda v=variant: (
             v == "fp" or run.handoff_error(v),
             run.measure(v),
         )
     expected: dict[str, int] = {}
-    names = {name for name, _ in stages_of(run)}
-    for need in needs(Job(run.config, run.original.shape, run.run.device, names)):
-        expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
+    for asked in (run, gptq):
+        names = {name for name, _ in stages_of(asked)}
+        for need in needs(Job(asked.config, run.original.shape, run.run.device, names)):
+            expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)
     print(json.dumps({name: [expected[name], peak(call)] for name, call in work.items()}))
 
 

@@ -112,9 +112,9 @@ def test_fewer_calibration_windows_than_processes_are_refused_before_any_stage(
     )
 
 
-def test_windows_that_nothing_reads_are_refused_for_nothing(tmp_path, monkeypatch):
+def test_windows_that_nothing_reads_are_refused_for_nothing(tmp_path, short_text, monkeypatch):
     monkeypatch.setattr(preflight_, "check_samples", None)
-    gptq = ["model=random", "weights=gptq", "weights.gptq.sequence_length=513"]
+    gptq = ["model=random", "weights=gptq", "weights.gptq.sequence_length=513", *short_text]
     for variants in ("fp", "fp,rtn"):
         preflight(pipeline(tmp_path, *gptq, f"eval.variants=[{variants}]"))
 
@@ -172,13 +172,14 @@ def test_a_window_longer_than_the_calibration_text_is_refused_before_it_is_used(
     assert begun(run) == {"check", "calibration", "evaluation"}
 
 
-def test_gates_look_at_no_more_than_the_models_context(tmp_path):
+def test_gates_look_at_no_more_than_the_models_context(tmp_path, short_text):
     short = ["model=random", "model.architecture.max_position_embeddings=64", "eval.window=64"]
     for settings, length in ((short, 64), ([], 256)):
-        run = pipeline(tmp_path, *settings)
+        run = pipeline(tmp_path, *settings, *short_text)
         assert gate_ids(run.original, run.calibration).shape == (1, length)
 
 
+@pytest.mark.usefixtures("toy_cache")
 def test_a_sentence_does_not_depend_on_what_is_cached(tmp_path):
     groups = ["quant.weights.group_size=12"]
     run = pipeline(tmp_path, *groups, "quant.o_proj_per_head=false")

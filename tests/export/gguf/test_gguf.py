@@ -588,6 +588,7 @@ def test_the_run_may_have_any_dtype(make_subject, make_settings, changed, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0"])
+@pytest.mark.usefixtures("toy_cache")
 def test_a_run_writes_a_file_with_its_perplexity(read_back, tmp_path, kind):
     file = tmp_path / "toy.gguf"
     paths = [f"paths.{name}={tmp_path / name}" for name in ("cache", "runs")]
