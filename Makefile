@@ -26,7 +26,8 @@ run: .venv/.ready  ## run an experiment: EXPERIMENT=name, and Hydra overrides in
 	@.venv/bin/python -m spinlab '+experiment=$(EXPERIMENT)' $(ARGS)
 
 test: lint  ## lint, then run the tests on all cores; PYTEST_ARGS and ARGS go to pytest
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS) $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
+		--no-loadscope-reorder $(PYTEST_ARGS) $(ARGS)
 
 tables: .venv/.ready  ## rebuild every table of the pages from its records
 	@.venv/bin/python -m spinlab.report

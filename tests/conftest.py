@@ -31,6 +31,21 @@ ARCHITECTURE = {
 }
 
 
+# at least 20 s each, the longest first
+LONG = [
+    *("test_smollm2.py", "test_experiment.py", "test_grid.py", "test_parallel.py"),
+    *("test_notebooks.py", "test_methods.py", "test_resume.py", "test_sweep.py", "test_cli.py"),
+    *("test_extending.py", "test_commands.py", "test_measure.py", "test_options.py"),
+    *("test_config.py", "test_toy.py", "test_needs.py", "test_inputs.py"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest: no process then works on after the others have ended."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def short_text(tmp_path_factory) -> list[str]:
     """Settings of a text of 10 000 letters: cutting the packaged ones into tokens takes seconds."""
