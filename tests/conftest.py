@@ -13,8 +13,10 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spinlab.collector import leave_modules
 from spinlab.compose import composed
 from spinlab.config import ModelConfig
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.load import exact_norms, load_model
 from spinlab.stages.pipeline import Pipeline
 
@@ -44,6 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with what takes longest: no process then works on after the others have ended."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    leave_modules()  # each garbage collection would walk them, and all tests
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +110,23 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
         return load_model(ModelConfig(architecture=shape, dtype="float64"), None, seed)
 
     return make
+
+
+@pytest.fixture
+def by_package() -> Callable[[TokenQuantizer, torch.Tensor], torch.Tensor]:
+    """Return what quantizes and dequantizes inputs with compressed-tensors' own functions."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    def round_trip(quantizer: TokenQuantizer, x: torch.Tensor) -> torch.Tensor:
+        args = QuantizationArgs(
+            num_bits=quantizer.format.bits, symmetric=True, strategy="token", dynamic=True
+        )
+        scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+        return fake_quantize(x, scale, zero, args)
+
+    return round_trip
 
 
 @pytest.fixture

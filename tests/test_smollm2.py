@@ -25,6 +25,7 @@ from spinlab.data.text import fixed_windows, read_texts, tokenize
 from spinlab.experiment import export
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.metrics.perplexity import perplexity
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
@@ -34,6 +35,7 @@ from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.text import windows_in
+from spinlab.stages.weights import weights_in
 from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
 
@@ -118,22 +120,42 @@ def test_an_artefact_has_the_bits_of_its_network_and_a_third_of_its_bytes(smollm
 
 SERVED = [
     *("+experiment=smollm2_135m_w4a4kv4", "learn=none", "quant=w4a8_vllm", "kv=kv16"),
-    *("rotation=block_r4", "rotation.r3=none", "eval.variants=[fake]", "eval.tasks=[]"),
-    *("eval.window=512", "eval.max_windows=2", "data.evaluation=[wiki]"),
+    *("rotation=block_r4", "rotation.r3=none", "weights.clip.search=false"),
+    *("eval.variants=[fake]", "eval.tasks=[]", "data.evaluation=[wiki]"),
+    *("eval.window=512", "eval.max_windows=1"),
 ]
 
 
 @pytest.mark.slow
-def test_the_real_model_is_served_with_the_records_perplexity(smollm2, tmp_path):
-    """Between them are ties of inputs and scales of 16 bits: 0.5 % here, less than 1 % anywhere."""
+@torch.no_grad()
+def test_the_real_model_is_served_as_the_run_computes_it(
+    smollm2, by_package, tmp_path, monkeypatch
+):
+    """Bit for bit, once the run's ties of inputs and scales of weights are those of its readers.
+
+    These two make other samples of the rounding noise, in which 500 tokens tell a percent or two.
+    """
     model = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}"]
     export_to = f"export.compressed_tensors={tmp_path}/c"
     pipeline = Pipeline(composed(*SERVED, *model, export_to, f"paths.cache={tmp_path}/cache"))
     export(pipeline)
+    served = load_served(tmp_path / "c", torch.float32)
+    ids = windows_in(pipeline.evaluation)["wiki"]
     recorded = pipeline.measure("fake")["ppl/wiki/fake"]
-    windows = windows_in(pipeline.evaluation)["wiki"]
-    found = perplexity(load_served(tmp_path / "c", torch.float32), windows, 1, "served")
-    assert abs(found / recorded - 1) < 0.01
+    assert perplexity(served, ids, 1, "served") == pytest.approx(recorded, rel=0.05)
+
+    monkeypatch.setattr(TokenQuantizer, "round_trip", by_package)
+    weights = {
+        name: replace(weight, scale=weight.scale.bfloat16().float())
+        for name, weight in weights_in(pipeline.weights("fake")).items()
+    }
+    config, load = pipeline.config, pipeline.original.load
+    built = QuantizedNetworks(load, config.quant, config.kv, config.seed)
+    network = built.dequantized(pipeline.rotations("fake"), weights)
+    for parameter in network.parameters():  # embedding, head and norms rest in 16 bits too
+        parameter.data = parameter.bfloat16().float()
+    assert torch.equal(network(ids).logits, served(ids).logits)
+
     text = read_texts(DataConfig())[1][0].text[:400]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]

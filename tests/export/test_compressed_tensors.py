@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -64,17 +62,8 @@ def emulated(subject: Subject) -> PreTrainedModel:
     return model
 
 
-def by_package(quantizer: TokenQuantizer, x: torch.Tensor) -> torch.Tensor:
-    """Quantize and dequantize inputs (..., tokens, width) with the package's own functions."""
-    args = QuantizationArgs(
-        num_bits=quantizer.format.bits, symmetric=True, strategy="token", dynamic=True
-    )
-    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
-    return fake_quantize(x, scale, zero, args)
-
-
 @pytest.fixture
-def as_package_rounds(monkeypatch):
+def as_package_rounds(by_package, monkeypatch):
     """Quantize the run's inputs with the package's functions, whose ties float noise breaks."""
     monkeypatch.setattr(TokenQuantizer, "round_trip", by_package)
 
@@ -179,7 +168,7 @@ def test_single_linears_have_groups_of_their_own_or_none(
     assert difference(found, emulated(subject)(ids).logits) < 1e-5
 
 
-def test_inputs_have_the_range_of_the_packages_reader_but_for_ties():
+def test_inputs_have_the_range_of_the_packages_reader_but_for_ties(by_package):
     """Which are half-way between levels, as every row's largest number is where it is negative."""
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))[None]
     for profile, bits in (("vllm_w4a4", 4), ("vllm_w4a8", 8)):
