@@ -14,11 +14,9 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spinlab.collector import leave_modules
-from spinlab.compose import composed
 from spinlab.config import ModelConfig
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.load import exact_norms, load_model
-from spinlab.stages.pipeline import Pipeline
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -63,6 +61,9 @@ def short_text(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="session")
 def toy_tokens(tmp_path_factory) -> Path:
     """A cache with no more than the packaged texts, as tokens of the toy."""
+    from spinlab.compose import composed  # Hydra loads here: a GPU node may lack it
+    from spinlab.stages.pipeline import Pipeline
+
     folder = tmp_path_factory.mktemp("tokens")
     run = Pipeline(composed("+experiment=toy", "eval.max_windows=1", f"paths.cache={folder}"))
     assert run.calibration and run.evaluation
