@@ -4,6 +4,7 @@ import gc
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def digests(tmp_path_factory):
     )
     words = f"from spinlab.code import code_digest as d; print(*map(d, {STAGES}))"
 
+    @cache  # the digests of an unchanged copy are asked for by most tests
     def found(file: str, edit=lambda text: text) -> list[str]:
         path = root / "spinlab" / file
         text = path.read_text(encoding="utf-8")
