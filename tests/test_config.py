@@ -70,6 +70,7 @@ def test_numbers_are_finite(name, value):
         ("learn.lr.r1=true", "learn.lr.r1"),
         ("seed=1.5", "seed"),
         ("eval.variants=fp", "eval.variants"),
+        ("kv.key_bias=none", "kv.key_bias=none is unknown: choose one of apart, coded"),
     ],
 )
 def test_hostile_values_are_one_sentence(override, words):

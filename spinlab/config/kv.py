@@ -1,9 +1,12 @@
 """Settings of the KV cache: what keys, values and queries go through, one type for the three."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from spinlab.config.checks import choice
 from spinlab.config.quant import Levels
+
+KEY_BIAS = ("apart", "coded")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class KVConfig:
     keys: CodecConfig = field(default_factory=CodecConfig)
     values: CodecConfig = field(default_factory=CodecConfig)
     queries: CodecConfig = field(default_factory=lambda: CodecConfig(bits=16))
+    # what the linear of the keys adds to all of them (Qwen2): apart, or coded with each key
+    key_bias: str = "apart"
 
     def __post_init__(self) -> None:
         for side, settings in self.sides.items():
             settings.check(f"kv.{side}")
+        choice("kv.key_bias", self.key_bias, KEY_BIAS)
 
     @property
     def sides(self) -> dict[str, CodecConfig]:
         """The settings of keys, values and queries by these names."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"keys": self.keys, "values": self.values, "queries": self.queries}

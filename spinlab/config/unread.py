@@ -137,6 +137,8 @@ def _of_formats(config: Config) -> Iterator[Rule]:
     for name, format in formats.items():
         if not format.quantizes and name not in rounded:
             yield f"{name}.bits=16", _others(format, name, "bits")
+    if not config.kv.keys.quantizes:
+        yield "kv.keys.bits=16", ["kv.key_bias"]
     if not quant.quantizes("activations"):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
 

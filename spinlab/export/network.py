@@ -57,6 +57,9 @@ def network_from(place: str, found: Any) -> Network:
         names = {f.name for f in fields(Network)}
         if not isinstance(found, Mapping) or found.keys() != names:
             raise InputError(f"it must have {', '.join(sorted(names))}")
+        kv = found["kv"]
+        if isinstance(kv, Mapping):  # of a version that coded every bias, and did not say so
+            found = {**found, "kv": {"key_bias": "coded", **kv}}
         return stored(Network, found)
     except InputError as error:
         raise InputError(f"{place}: the network in its manifest cannot be read: {error}") from error

@@ -50,7 +50,8 @@ def formats(config: Tree) -> Iterator[str]:
         yield f"Embedding and head, one matrix: {_levels(quant['tied'], 'per row')}."
     for end in ("embedding", "head") if quant["tied"]["bits"] >= 16 else ():
         yield f"{end.capitalize()}: {_levels(quant[end], 'per row')}."
-    for side, settings in kv.items():
+    for side in ("keys", "values", "queries"):
+        settings = kv[side]
         if side != "queries" or settings["bits"] < 16:
             codec = "" if settings["codec"] == "affine" else f" by the codec `{settings['codec']}`"
             yield f"{side.capitalize()}: {_levels(settings, 'per token and head')}{codec}."

@@ -5,7 +5,8 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 `store` off, so the two paths cannot differ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from spinlab.config import KVConfig
 from spinlab.errors import InputError
 from spinlab.kv.base import CacheLayer, Codec, RowCodec
+from spinlab.kv.bias import KeyBias, KeyBiases, Positions, RopeWatch, WavesAt, take_key_biases
 from spinlab.kv.codecs import make_codec
 from spinlab.kv.layers import RowLayer, rounded
 from spinlab.model.modules import decoder_of, map_of
@@ -33,12 +35,16 @@ class KVPath:
     """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
 
     Queries are rotated by R3 as keys do, and may make a round trip through a codec of their own.
+    apart: biases of keys do not go through the codec (`spinlab.kv.bias`); biases: those that
+    `taken_apart` took out of a model for that.
     """
 
     r3: OnlineRotation | None = None
     keys: Codec | None = None
     values: RowCodec | None = None
     queries: RowCodec | None = None
+    apart: bool = False
+    biases: KeyBiases = ()
 
     def turn_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Return queries as they meet the keys of the cache: (batch, heads, tokens, head_dim)."""
@@ -67,9 +73,12 @@ class KVPath:
 class CodedLayer(DynamicLayer):
     """Turn keys by R3 on their way into a layer of the cache, as transformers calls one."""
 
-    def __init__(self, path: KVPath, store: bool) -> None:
+    def __init__(
+        self, path: KVPath, store: bool, bias: KeyBias | None, positions: Positions
+    ) -> None:
         super().__init__()
         self.r3, self.store, self.kept = path.r3, store, path.new_layer()
+        self.bias, self.positions = bias, positions
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
@@ -82,10 +91,13 @@ class CodedLayer(DynamicLayer):
         """Rotate and code new keys and values, (batch, kv_heads, tokens, head_dim), return all."""
         if self.r3 is not None:
             key_states = self.r3(key_states)
-        if not self.store:
-            return self.kept.round(key_states, value_states)
-        self.is_initialized = True
-        return self.kept.append(key_states, value_states)
+        self.is_initialized |= self.store
+        pass_on = self.kept.append if self.store else self.kept.round
+        keys, values = pass_on(key_states, value_states)
+        if self.bias is not None:
+            assert self.positions.waves is not None, "RoPE turned this pass's tokens before"
+            keys = self.bias.added(keys, self.positions.waves)
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.kept.tokens
@@ -105,25 +117,45 @@ class CodedLayer(DynamicLayer):
         if self.kept.tokens:
             self.kept.reorder(beam_idx)
 
+
+class CodedCache(Cache):
+    """A cache of CodedLayers. Pass it to `generate` or let `attach_kv` insert it.
+
+    path: `kv_path_of` the model.
+    """
+
+    def __init__(self, path: KVPath, layers: int, store: bool = True) -> None:
+        self.biases, self.store, self.positions = path.biases, store, Positions()
+        biases = path.biases or (None,) * layers
+        super().__init__(layers=[CodedLayer(path, store, b, self.positions) for b in biases])
+
+    def turned(self, positions: torch.Tensor, waves_at: WavesAt) -> None:
+        """Take the positions of a pass's tokens (batch or 1, tokens), before they are stored."""
+        self.positions.add(positions, self.get_seq_length(), waves_at, keep=self.store)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Give every sequence the past of the one at beam_idx: (batch,), for beam search."""
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        self.positions.reorder(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        self.reorder_cache(torch.arange(self.kept.sequences).repeat_interleave(repeats))
+        if self._sequences:
+            self.reorder_cache(torch.arange(self._sequences).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some sequences, in this order."""
-        if self.kept.tokens:
-            self.reorder_cache(torch.arange(self.kept.sequences)[indices.cpu()])
+        if self._sequences:
+            self.reorder_cache(torch.arange(self._sequences)[indices.cpu()])
 
-
-class CodedCache(Cache):
-    """A cache of CodedLayers. Pass it to `generate` or let `attach_kv` insert it."""
-
-    def __init__(self, path: KVPath, layers: int, store: bool = True) -> None:
-        super().__init__(layers=[CodedLayer(path, store) for _ in range(layers)])
+    @property
+    def _sequences(self) -> int:
+        return cast(CodedLayer, self.layers[0]).kept.sequences
 
     def stored_bytes(self) -> int:
-        """Return the bytes that all layers take."""
-        return sum(layer.kept.bytes for layer in cast(list[CodedLayer], self.layers))
+        """Return the bytes that all layers take, and positions where they are stored."""
+        layers = cast(list[CodedLayer], self.layers)
+        return sum(layer.kept.bytes for layer in layers) + self.positions.bytes
 
 
 def kv_path(
@@ -138,7 +170,8 @@ def kv_path(
         for side, settings in config.sides.items()
     }
     values, queries = (_of_rows(f"kv.{side}", made[side]) for side in ("values", "queries"))
-    return KVPath(r3, made["keys"], values, queries)
+    apart = made["keys"] is not None and config.key_bias == "apart"
+    return KVPath(r3, made["keys"], values, queries, apart)
 
 
 def _of_rows(name: str, codec: Codec | None) -> RowCodec | None:
@@ -149,30 +182,53 @@ def _of_rows(name: str, codec: Codec | None) -> RowCodec | None:
     )
 
 
+def taken_apart(model: PreTrainedModel, path: KVPath) -> KVPath:
+    """Return a path with the biases that it keeps apart, which the model's linears lose."""
+    return replace(path, biases=take_key_biases(model, path.r3)) if path.apart else path
+
+
 def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     """Make a model rotate its queries and keys and code its cache, in place.
 
     With `store` a forward pass fills a CodedCache as `generate` needs it; without, keys and
-    values only make the round trip. A CodedCache that the caller passes is used as it is.
+    values only make the round trip. A CodedCache that the caller passes is used as it is. Linears
+    that hold biases in forms of their own are put in afterwards.
     """
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
+    path = taken_apart(model, path)
     set_kv_path(model, path)
+    watch = RopeWatch(model) if path.biases else None
     # what the hook holds, instead of the model: that would keep itself alive
-    count, first = len(map_of(model).layers), _attention_modules(model)[0]
+    first = _attention_modules(model)[0]
+    insert = partial(_insert, first, len(map_of(model).layers), store, watch)
+    decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
 
-    def insert(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, CodedCache):
-            return args, kwargs
+
+def _insert(
+    first: nn.Module,
+    layers: int,
+    store: bool,
+    watch: RopeWatch | None,
+    decoder: nn.Module,
+    args: tuple,
+    kwargs: dict,
+) -> tuple[tuple, dict]:
+    """Give a pass of the decoder a CodedCache. first: any attention, which knows the path."""
+    cache, path = kwargs.get("past_key_values"), cast(KVPath, getattr(first, _KV_PATH))
+    if not isinstance(cache, CodedCache):
         if cache is not None and cache.get_seq_length():
             raise InputError(f"a filled {type(cache).__name__} cannot be coded: begin without one")
-        keep = store and kwargs.get("use_cache") is not False
-        path: KVPath = getattr(first, _KV_PATH)
-        return args, {**kwargs, "past_key_values": CodedCache(path, count, keep)}
-
-    decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
+        cache = CodedCache(path, layers, store and kwargs.get("use_cache") is not False)
+    elif cache.biases != path.biases:
+        raise InputError(
+            "the cache does not have the key biases of this model: begin with "
+            "CodedCache(kv_path_of(model), layers)"
+        )
+    if watch is not None:
+        watch.begin(cache)
+    return args, {**kwargs, "past_key_values": cache}
 
 
 def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:

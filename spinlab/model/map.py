@@ -96,6 +96,8 @@ class Attention:
     """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
 
     window: how far back a token looks, or None. query_norm, key_norm: norms of single heads.
+    key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
+    turns number d of a head with number d + rotary_dim/2.
     """
 
     path: str
@@ -110,6 +112,7 @@ class Attention:
     window: int | None
     query_norm: str | None = None
     key_norm: str | None = None
+    key_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,18 @@ class ModelMap:
     def norm_at(self) -> dict[str, Norm]:
         """The norms by their paths."""
         return {norm.path: norm for norm in self.norms}
+
+    @property
+    def moving_rope(self) -> bool:
+        """Tell whether RoPE's frequencies depend on how long a text is."""
+        return "dynamic" in self.rope_kind or self.rope_kind == "longrope"
+
+    @cached_property
+    def key_biases(self) -> frozenset[int]:
+        """The layers whose keys have a bias that their positions alone tell."""
+        layers = enumerate(self.layers)
+        biased = frozenset(index for index, layer in layers if layer.attention.key_bias)
+        return frozenset() if self.moving_rope else biased
 
     @cached_property
     def dimensions(self) -> Dimensions:

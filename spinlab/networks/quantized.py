@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping
 
 from transformers import PreTrainedModel
 
+from spinlab.kv.bias import POSITION_BITS
 from spinlab.kv.cache import attach_kv, kv_path_of
-from spinlab.model.modules import linears_of
+from spinlab.model.modules import linears_of, map_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.choice import run_on_integers
@@ -31,8 +32,8 @@ class QuantizedNetworks(RotatedNetworks):
         """
         model = self._bare(rotations, weights)
         parts = self.parts(model, rotations, weights)
+        attach_kv(model, parts.kv, store=False)  # before linears hold their biases together
         insert_integer_linears(model, parts, "torch")
-        attach_kv(model, parts.kv, store=False)
         return model
 
     def integer(
@@ -86,7 +87,12 @@ class QuantizedNetworks(RotatedNetworks):
 def cache_bits(model: PreTrainedModel) -> float:
     """Return the stored bits per cached number of a quantized network, as its runtime keeps them.
 
-    Where nothing is stored it is what the codecs of its round trip would take.
+    Where nothing is stored it is what the codecs of its round trip would take. The positions that
+    biases come back by, where they are apart, are shared by all layers and heads.
     """
     layout = slot_layout(model)
-    return kv_path_of(model).bits if layout is None else layout.bits
+    if layout is not None:
+        return layout.bits
+    path, sizes = kv_path_of(model), map_of(model).dimensions
+    numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim  # of a token
+    return path.bits + (POSITION_BITS / numbers if path.biases else 0)

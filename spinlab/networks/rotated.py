@@ -43,10 +43,13 @@ class RotatedNetworks:
         return model
 
     def rotated(self, rotations: RotationSet) -> PreTrainedModel:
-        """Return the rotated model with R3 and R4 online and nothing quantized."""
+        """Return the rotated model with R3 and R4 online and nothing quantized.
+
+        Biases of keys are apart where they can be, so that a gate sees that they come back.
+        """
         model = self.fused(rotations)
         insert_fake_quant(model, rotations, None)
-        attach_kv(model, KVPath(rotations.r3), store=False)
+        attach_kv(model, KVPath(rotations.r3, apart=True), store=False)
         return model
 
     def learnable(self, rotations: RotationSet, inputs: bool = False) -> PreTrainedModel:

@@ -95,15 +95,20 @@ def first_broken(
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run a model and return every rotated linear's output by path."""
+    """Run a model and return every rotated linear's output by path; keys' without their bias.
+
+    The rotated model may keep that apart.
+    """
     kept: dict[str, torch.Tensor] = {}
+    keys = {layer.attention.keys for layer in map_of(model).layers}
     with temporary_hooks() as hooks:
         for site, linear in linears_of(model):
 
             def keep(
                 module: nn.Module, args: tuple, out: torch.Tensor, at: str = site.path
             ) -> None:
-                kept[at] = out
+                bias = module.bias if at in keys else None
+                kept[at] = out if bias is None else out - bias  # type: ignore[operator]
 
             hooks.append(linear.register_forward_hook(keep))
         model(input_ids=ids, use_cache=False)

@@ -28,5 +28,5 @@ def run_on_integers(model: PreTrainedModel, parts: Quantized, backend: str) -> N
     if backend == "triton":
         integer_runtime(model, parts, triton_operations())
         return
+    attach_kv(model, parts.kv, store=True)  # before linears hold their biases together
     insert_integer_linears(model, parts, backend)
-    attach_kv(model, parts.kv, store=True)

@@ -86,7 +86,7 @@ class Learning:
         settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
         quant = config.quant
         inputs = [o for o in quant.overrides if o.activations.given]
-        formats = [quant.activations, quant.o_proj_per_head, inputs, config.kv]
+        formats = [quant.activations, quant.o_proj_per_head, inputs, self.original.kv_settings]
         if config.learn.quantize_weights:
             formats += [quant.weights, quant.overrides, config.weights.clip]
         depends = [self.initial.key, self.calibration.key, settings, plain(formats), config.seed]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.cache import NotCached
-from spinlab.config import ModelConfig
+from spinlab.config import ModelConfig, plain
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_model,
@@ -22,6 +22,7 @@ from spinlab.model.load import (
     meta_model,
     source_digest,
 )
+from spinlab.model.modules import map_of
 from spinlab.stages.run import Run
 
 
@@ -64,6 +65,15 @@ class Original:
         with suppress(NotCached), self.run.cache.only_cached():
             converted = self.converted  # a packaged model's own metadata take seconds to read
         return meta_model(self.settings, converted)
+
+    @property
+    def kv_settings(self) -> dict[str, Any]:
+        """Name the settings of the KV cache that this model's numbers depend on, for keys."""
+        kv = self.run.config.kv
+        found = plain(kv)
+        if not (kv.keys.quantizes and map_of(self.shape).key_biases):
+            del found["key_bias"]
+        return found
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -7,11 +7,11 @@ is long enough. Every check lives in the package of its subject.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from spinlab.config import Config, plain
-from spinlab.config.unread import check_read
+from spinlab.config import Config, KVConfig, plain
+from spinlab.config.unread import Rule, check_read
 from spinlab.data.text import check_length
 from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
@@ -46,6 +46,7 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_places(pipeline.config)
     config = pipeline.config
     unread = [*unread_by_codecs(config.kv), *unread_by_optimizer(config.learn.optimizer)]
+    unread += _unread_by_model(pipeline)
     if overrides:
         unread.append(("one run alone, without -m,", ["sweep"]))
     check_read(config, overrides, pipeline.given.transformed, unread)
@@ -59,6 +60,13 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.original.tokenizer)
     _check_windows(pipeline)
+
+
+def _unread_by_model(pipeline: Pipeline) -> Iterator[Rule]:
+    """Yield, as `spinlab.config.unread` does, what the model does not read."""
+    apart = pipeline.config.kv.key_bias == KVConfig().key_bias
+    if not apart and not map_of(pipeline.original.shape).key_biases:
+        yield "a model whose keys have no bias that could be kept apart", ["kv.key_bias"]
 
 
 def _check_places(config: Config) -> None:

@@ -46,7 +46,7 @@ class Variant:
         if self.is_original:
             return depends
         depends += [made and made.key for made in (self.weights, self.rotated)]
-        depends += [plain(run.config.quant), plain(run.config.kv)]
+        depends += [plain(run.config.quant), original.kv_settings]
         return depends if self.is_emulated else [*depends, run.backend]
 
     def parts(self, run: Run) -> tuple[RotationSet, Mapping[str, QuantizedWeight]]:

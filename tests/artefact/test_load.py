@@ -347,6 +347,16 @@ def test_what_is_not_whole_and_its_own_is_refused_in_a_sentence(export, wrong):
     assert "\n" not in str(caught.value)
 
 
+def test_an_artefact_that_says_nothing_of_key_biases_has_them_coded(export):
+    """It is of a version that knew nothing else."""
+    folder, meant = export("qwen2", kv=KVConfig(key_bias="coded"))
+    _, apart = export("qwen2", name="apart")
+    reword(folder, lambda m: m["spinlab"]["network"]["kv"].pop("key_bias"))
+    found = spinlab.load(folder, device="cpu")(IDS).logits
+    assert torch.equal(found, meant(IDS).logits)
+    assert not torch.equal(found, apart(IDS).logits)
+
+
 def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(export):
     folder, _ = export()
     (folder / "notes.txt").write_text("mine")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from spinlab.config import Config, plain
 from spinlab.errors import InputError
 from spinlab.export.card import card
 from spinlab.export.listing import read_listing, write_listing
+from spinlab.export.words import formats
 
 ROOT = Path(__file__).parent.parent.parent
 RECORD = json.loads((ROOT / "experiments" / "smollm2_135m_w4a4kv4.json").read_text())
@@ -27,6 +29,11 @@ def rows(text: str) -> dict[str, list[str]]:
     """Return the cells of a card's table by the first of their row."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
+
+
+def test_all_settings_of_today_have_their_words():
+    told = list(formats(plain(Config())))
+    assert sum(t.startswith(("Keys: ", "Values: ")) for t in told) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

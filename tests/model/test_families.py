@@ -29,6 +29,7 @@ SHAPES = [
     ("qwen3", {"head_dim": 16}),
     ("qwen3", {"attention_bias": True, **SOME_LAYERS_SLIDE, **MULTI_HEAD, **UNTIED}),
     ("smollm3", {"no_rope_layers": [1, 0]}),
+    ("smollm3", {"attention_bias": True, "no_rope_layers": [0, 1], **UNTIED}),
     ("smollm3", {"head_dim": 16, **SLIDES_WITHOUT_ROPE, **UNTIED}),
     ("phi3", {"head_dim": None, "hidden_size": 48}),
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
@@ -116,10 +117,10 @@ def test_scales_move_between_an_input_and_its_producer(make_family_model, ids, f
 def test_generation_with_the_coded_cache_is_stock_generation(
     make_family_model, ids, family, changes
 ):
-    """A left-padded batch, longer than every sliding window, step by step."""
+    """A left-padded batch, longer than every sliding window, step by step; biases are apart."""
     original, coded = (make_family_model(family, **changes) for _ in range(2))
     r3 = hadamard_rotation(map_of(coded).width("r3"))
-    attach_kv(coded, KVPath(r3), store=True)
+    attach_kv(coded, KVPath(r3, apart=True), store=True)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     settings = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12, "pad_token_id": 0}

@@ -32,12 +32,17 @@ SETTINGS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 def make_runtime(make_model):
     """Return a maker of runtime models that take graphs: real ones on a GPU, else the stub's."""
 
-    def original(seed):
-        return make_model(torch.float32, seed, **SHAPE).cuda() if CUDA else make_model(seed=seed)
+    def original(seed, changes):
+        shape = (torch.float32, seed) if CUDA else (torch.float64, seed)
+        model = make_model(*shape, **(SHAPE if CUDA else {}), **changes)
+        for name, bias in model.named_parameters():
+            if name.endswith("k_proj.bias"):
+                bias.data.copy_(torch.linspace(-30, 20, len(bias)))
+        return model.cuda() if CUDA else model
 
-    def make(seed=0):
+    def make(seed=0, **changes):
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
-        networks = QuantizedNetworks(lambda: original(seed), quant, KVConfig())
+        networks = QuantizedNetworks(lambda: original(seed, changes), quant, KVConfig())
         fused = networks.fused(RotationSet())
         weights = quantize_rtn(fused, quant, ClipSearch(), {})
         operations = triton_operations() if CUDA else REFERENCE
@@ -125,6 +130,18 @@ def test_generate_runs_on_graphs_unless_they_are_off(model, ids, captures):
     graph_runner(model).enabled = False
     assert torch.equal(model.generate(padded, attention_mask=mask, **SETTINGS), found)
     assert captures == [2]
+
+
+@torch.no_grad()
+def test_replayed_steps_know_the_positions_of_keys_whose_bias_is_apart(make_runtime, ids, captures):
+    """Of a padded batch, whose sequences differ in them; oracle: without graphs."""
+    model = make_runtime(attention_bias=True)
+    padded, mask = ids[:, :8].clone(), torch.ones_like(ids[:, :8])
+    padded[1, :3] = mask[1, :3] = 0
+    found = model.generate(padded, attention_mask=mask, **SETTINGS)
+    assert captures == [2]
+    graph_runner(model).enabled = False
+    assert torch.equal(model.generate(padded, attention_mask=mask, **SETTINGS), found)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -77,6 +77,41 @@ def test_what_does_not_fit_the_model_is_refused_before_any_stage(tmp_path, overr
     assert words in refused(tmp_path, *overrides)
 
 
+QWEN = ["model=random", "+model.architecture.model_type=qwen2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ([], "a model whose keys have no bias that could be kept apart"),
+        ([*QWEN, "kv.keys.bits=16"], "kv.keys.bits=16"),
+    ],
+    ids=["no bias", "16-bit keys"],
+)
+def test_a_place_for_biases_that_are_not_there_is_refused(tmp_path, overrides, reason):
+    overrides = [*overrides, "kv.key_bias=coded"]
+    run = pipeline(tmp_path, *overrides)
+    with pytest.raises(InputError, match=rf"kv\.key_bias is not read with {reason}: "):
+        preflight(run, overrides)
+    assert not begun(run)
+
+
+def test_where_biases_are_kept_is_part_of_keys_where_it_counts(tmp_path):
+    """As it is for keys of a model that has none, or in 16 bits, keys stay those of before."""
+
+    def keys(*overrides: str) -> list[str]:
+        run = pipeline(tmp_path, "weights=rtn", "eval.variants=[fp,fake]", *overrides)
+        measured = [run.measured(variant).key for variant in ("fp", "fake")]
+        return [*measured, run.weights("fake").key, str("key_bias" in run.original.kv_settings)]
+
+    for settings in (["model=random"], [*QWEN, "kv.keys.bits=16"]):
+        assert keys(*settings) == keys(*settings, "kv.key_bias=coded")
+        assert keys(*settings)[-1] == "False"
+    apart, coded = keys(*QWEN), keys(*QWEN, "kv.key_bias=coded")
+    assert [a == b for a, b in zip(apart, coded, strict=True)] == [True, False, True, True]
+    assert apart[-1] == "True"
+
+
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_rotations_of_another_size_are_refused_before_any_stage(tmp_path, suffix):
     file = tmp_path / f"R.{suffix}"

@@ -92,6 +92,10 @@ class _LayerReader:
         linear: Any = self.block.get_submodule(name)
         return tuple(linear.weight.shape)
 
+    def _has_bias(self, name: str) -> bool:
+        linear: Any = self.block.get_submodule(name)
+        return linear.bias is not None
+
     def sites(self) -> list[Site]:
         """Return the linears, in the order in which they are computed."""
         names = self.names
@@ -166,6 +170,7 @@ class _LayerReader:
             window=self._window(),
             query_norm=at(names.query_norm) if names.query_norm in of_heads else None,
             key_norm=at(names.key_norm) if names.key_norm in of_heads else None,
+            key_bias=self._has_bias(names.keys) and names.key_norm not in of_heads,
         )
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
         return Layer(self.path, attention, GatedMLP(*parts, self.config.hidden_act))

@@ -2,7 +2,8 @@
 
 Keys and values meet the queries after the round trip that the cache gives them, in the pass that
 stores them as in later ones. One new token per sequence attends to the packed rows themselves;
-more of them attend to floats.
+more of them attend to floats, and so does one to keys whose bias is apart, where the operation
+takes none.
 """
 
 from dataclasses import replace
@@ -11,16 +12,15 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from spinlab.kv.bias import BiasScores
 from spinlab.kv.cache import KVPath
+from spinlab.kv.rope import Angles, rotary
 from spinlab.model.map import Attention
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.modules import NormReader, Reader
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.slots import PlainRows
-from spinlab.runtime.kernels.kv.reference import rotary
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
-
-Angles = tuple[torch.Tensor, torch.Tensor]  # cos, sin: (batch or 1, tokens, rotary_dim)
 
 
 class IntegerAttention(nn.Module):
@@ -38,6 +38,7 @@ class IntegerAttention(nn.Module):
         super().__init__()
         self.qkv, self.out = readers
         self.layer, self.path, self.operations = layer, path, operations
+        self.bias = path.biases[layer] if path.biases else None
         self.behind_store = replace(path, r3=None)  # which rotates queries itself
         self.heads, self.kv_heads = described.heads, described.kv_heads
         self.head_dim, self.rope = described.head_dim, described.rope
@@ -86,14 +87,21 @@ class IntegerAttention(nn.Module):
             q, k, v, *angles, self.path.r3, keys, values, slots.position, round_trip
         )
         query = self.behind_store.turn_queries(query)
-        if tokens == 1:
-            return self.operations.attend(
-                query, keys, values, slots.start, slots.length, self.scaling
-            )
+        if tokens == 1 and (self.bias is None or self.operations.biased):
+            filled = slots.start, slots.length
+            bias = self._of_bias(query, cache)
+            return self.operations.attend(query, keys, values, *filled, self.scaling, bias)
         if k_round is None or v_round is None:  # a pass that meets earlier tokens
-            length = cache.filled + tokens
+            length = cache.visible
             k_round, v_round = (dequantize(rows, length, q.dtype) for rows in (keys, values))
         return self._floats(query, k_round, v_round, cache)
+
+    def _of_bias(self, query: torch.Tensor, cache: IntegerCache) -> BiasScores | None:
+        """Return what a bias that is apart adds to the scores of one token."""
+        if self.bias is None:
+            return None
+        assert cache.waves is not None, "RoPE turned this pass's tokens before"
+        return self.bias.scores(query, cache.waves)
 
     def _plain(
         self,
@@ -117,6 +125,9 @@ class IntegerAttention(nn.Module):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: IntegerCache
     ) -> torch.Tensor:
         mask = cache.mask()
+        if self.bias is not None:
+            assert cache.waves is not None, "RoPE turned this pass's tokens before"
+            keys = self.bias.added(keys, cache.waves)
         return scaled_dot_product_attention(
             query,
             keys,

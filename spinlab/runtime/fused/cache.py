@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from spinlab.errors import InputError
+from spinlab.kv.bias import WavesAt
 from spinlab.runtime.fused.slots import SlotPool, Slots
 
 _STEP = 256  # a cache that must grow, or whose need is not known, has a multiple of this
@@ -25,6 +26,7 @@ class IntegerCache(Cache):
         self.filled, self.tokens = 0, 0  # slots of past passes, and of this one
         self.padded = False
         self.all_padding = False  # in some sequence: a later mask says where it begins
+        self.waves: torch.Tensor | None = None  # RoPE's, of all that this pass sees
         self._mask: torch.Tensor | None = None
         self._slots: list[Slots] = []
         weakref.finalize(self, pool.give_back, self._slots).atexit = False
@@ -100,9 +102,19 @@ class IntegerCache(Cache):
             self._mask = (valid & (column <= row))[:, None]
         return self._mask
 
+    def turned(self, positions: torch.Tensor, waves_at: WavesAt) -> None:
+        """Take the positions of this pass's tokens: (batch or 1, tokens)."""
+        kept = self.slots.positions
+        assert kept is not None, "only a layout that keeps positions asks for them"
+        slots = self.slots.position + torch.arange(self.tokens, device=kept.device)
+        new = positions.to(torch.int32).expand(len(kept), -1)
+        kept.index_copy_(2, slots, new[:, None])
+        self.waves = waves_at(kept[:, 0, : self.visible])
+
     def end(self) -> None:
         """Count the tokens of a pass as past."""
         self.filled, self.tokens, self._mask = self.filled + self.tokens, 0, None
+        self.waves = None
 
     def rewind(self, filled: int) -> None:
         """Forget all tokens from a slot on."""

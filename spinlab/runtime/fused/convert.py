@@ -6,7 +6,9 @@ packed weights, without float ones. new_cache(model, capacity) makes a cache.
 """
 
 import inspect
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
-from spinlab.kv.cache import KVPath
+from spinlab.kv.bias import RopeWatch
+from spinlab.kv.cache import KVPath, taken_apart
 from spinlab.model.modules import decoder_of, linears_of, make_rope, map_of, prepare
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
@@ -27,10 +30,13 @@ from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.quantized import Quantized
 from spinlab.weights.ends import write_ends
 
+log = logging.getLogger(__name__)
+
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
 _SILU = ("silu", "swish")
 _LAYERS = "the codec of kv.keys keeps whole layers, where the integer runtime keeps rows"
+_APART = "keys whose bias is apart: new tokens attend in torch, outside the 4-bit kernels"
 _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
 
@@ -127,9 +133,12 @@ def graph_runner(model: PreTrainedModel) -> GraphRunner:
 
 def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
     check_runtime(model, parts.kv)
+    parts = replace(parts, kv=taken_apart(model, parts.kv))
     layout = _layout(model, parts.kv)
     LayerBuilder(model, maker, parts).build()
     maker.report()
+    if layout.positions and layout.packed and not maker.operations.biased:
+        log.warning(_APART)
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
     setattr(model, _POOL, pool)
@@ -138,14 +147,8 @@ def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
     prepare = partial(_prepare_cache, model)
     setattr(model, "_prepare_cache_for_generation", prepare)  # noqa: B010 - a method of the class
     on_cuda = maker.operations.on_device and model.device.type == "cuda"
-    runner = run_on_graphs(model, pool, on_cuda and not _moving_rope(model))
+    runner = run_on_graphs(model, pool, on_cuda and not map_of(model).moving_rope)
     setattr(model, _RUNNER, runner)
-
-
-def _moving_rope(model: PreTrainedModel) -> bool:
-    """Tell whether RoPE reads positions back to the host, to choose its frequencies."""
-    kind = map_of(model).rope_kind
-    return "dynamic" in kind or kind == "longrope"
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
@@ -161,6 +164,7 @@ def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
         window=_window(model),
         dtype=model.dtype,
         device=model.device,
+        positions=bool(path.biases),
     )
 
 
@@ -173,11 +177,14 @@ def _window(model: PreTrainedModel) -> int | None:
 def _insert_cache(model: PreTrainedModel, pool: SlotPool) -> None:
     """Open the runtime's cache before the decoder's passes and close it behind them."""
     decoder = decoder_of(model)
-    decoder.register_forward_pre_hook(partial(_begin, pool), with_kwargs=True)
+    watch = RopeWatch(model) if pool.layout.positions else None
+    decoder.register_forward_pre_hook(partial(_begin, pool, watch), with_kwargs=True)
     decoder.register_forward_hook(_end, with_kwargs=True)
 
 
-def _begin(pool: SlotPool, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _begin(
+    pool: SlotPool, watch: RopeWatch | None, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
     kwargs = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, IntegerCache):
@@ -193,6 +200,8 @@ def _begin(pool: SlotPool, module: nn.Module, args: tuple, kwargs: dict) -> tupl
     if mask is not None and mask.dim() != 2:
         raise InputError("the integer runtime takes attention masks (batch, tokens) only")
     cache.begin(batch, tokens, mask)
+    if watch is not None:
+        watch.begin(cache)
     return (), {**kwargs, "past_key_values": cache, "attention_mask": None}
 
 

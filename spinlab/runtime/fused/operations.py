@@ -20,10 +20,12 @@ class Operations:
     """Hold one implementation of every operation; each `reference` defines one.
 
     on_device: nothing is read back by the host, so that a CUDA graph can hold a whole step
+    biased: `attend` takes what biases of keys add to scores (`spinlab.kv.bias.BiasScores`)
     """
 
     name: str
     on_device: bool
+    biased: bool
     linear: Callable[..., torch.Tensor]
     linear16: Callable[..., torch.Tensor]
     quantize: Callable[[torch.Tensor, TokenQuantizer], TokenLevels]
@@ -70,6 +72,7 @@ REFERENCE = _bundle(
     kv,
     attention,
     on_device=False,
+    biased=True,
     rotates=_any,
     why_not=_nothing,
 )
@@ -89,6 +92,7 @@ def triton_operations() -> Operations:
         kv,
         attention,
         on_device=True,
+        biased=False,  # the kernel does, but has run in Triton's interpreter alone
         rotates=producers.has_rotation_kernel,
         why_not=linear.why_not,
     )

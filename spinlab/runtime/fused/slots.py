@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from spinlab.kv.base import PackedLayout, RowCodec
+from spinlab.kv.bias import POSITION_BITS
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 
@@ -40,7 +41,8 @@ Rows = PackedRows | PlainRows
 class Layout:
     """Say what a model keeps of a token: heads and their width, and a codec each (None = floats).
 
-    window: how far back a token may look, or None
+    window: how far back a token may look, or None. positions: they are kept, for biases of keys
+    that are apart (`spinlab.kv.bias`).
     """
 
     layers: int
@@ -51,6 +53,7 @@ class Layout:
     window: int | None
     dtype: torch.dtype
     device: torch.device
+    positions: bool = False
 
     @property
     def packed(self) -> tuple[PackedLayout, PackedLayout] | None:
@@ -62,9 +65,11 @@ class Layout:
 
     @property
     def bits(self) -> float:
-        """Return stored bits per number, the mean of keys and values."""
+        """Return stored bits per number, the mean of keys and values, and of positions."""
         kept = self.packed or (self.keys, self.values)
-        return sum(16.0 if side is None else side.bits for side in kept) / 2
+        numbers = 2 * self.layers * self.kv_heads * self.head_dim  # of a token
+        shared = POSITION_BITS / numbers if self.positions else 0
+        return sum(16.0 if side is None else side.bits for side in kept) / 2 + shared
 
     def rows(self, batch: int, capacity: int) -> tuple[Rows, Rows]:
         """Return empty rows of one layer, for keys and for values."""
@@ -90,6 +95,7 @@ class Slots:
     start     (batch,) int32: first valid slot of a sequence, behind its padding
     position  (1,) int64: slot of the first token of this pass
     length    (1,) int64: slots in use, those of this pass counted
+    positions (batch, 1, capacity) int32: of the tokens in the slots, where the layout keeps them
     """
 
     def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
@@ -101,10 +107,15 @@ class Slots:
             self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
             self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
+            self.positions = None
+            if layout.positions:
+                shape = (batch, 1, capacity)
+                self.positions = torch.zeros(shape, dtype=torch.int32, device=layout.device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what is stored per slot; slots are dimension 2."""
-        return [t for pair in self.rows for rows in pair for t in rows.tensors]
+        shared = [] if self.positions is None else [self.positions]
+        return [t for pair in self.rows for rows in pair for t in rows.tensors] + shared
 
 
 @dataclass

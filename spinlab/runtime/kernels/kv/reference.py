@@ -4,6 +4,7 @@ import torch
 
 from spinlab.formats.pack import pack_levels
 from spinlab.kv.base import PackedLayout
+from spinlab.kv.rope import rotary
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
 
@@ -36,17 +37,6 @@ def store(
     v_round = _write(values, v.transpose(1, 2), position)
     queries = queries.contiguous()
     return (queries, k_round, v_round) if round_trip else (queries, None, None)
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (d, d + rotary_dim/2) of x: (batch, heads, tokens, head_dim).
-
-    Every product and the sum are rounded to x's dtype, as stock transformers models do.
-    """
-    turning, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turning.chunk(2, dim=-1)
-    across = torch.cat((-second, first), dim=-1)
-    return torch.cat((turning * cos[:, None] + across * sin[:, None], rest), dim=-1)
 
 
 def _write(rows: PackedRows, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
