@@ -10,6 +10,9 @@ import torch
 
 from spinlab.formats import IntegerFormat
 from spinlab.kv.base import PackedLayout
+from spinlab.kv.bias import KeyBias
+from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.runtime.kernels.attention import launch as gpu
 from spinlab.runtime.kernels.attention import reference
 from spinlab.runtime.kernels.attention.launch import Plan
@@ -17,6 +20,11 @@ from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 # Triton's interpreter cuts bfloat16 off where a GPU rounds
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def random_r3(width) -> OnlineRotation:
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return OnlineRotation(one, random_orthogonal(width, torch.Generator().manual_seed(0)))
 
 
 def random_rows(batch, heads, capacity, grid, width, device, seed) -> PackedRows:
@@ -38,8 +46,11 @@ def poison(rows: PackedRows, start, length) -> None:
             rows.packed[sequence, :, outside] = 255
 
 
-def brute_force(query, keys, values, start, length, scaling):
-    """One sequence and head at a time, in float64, from levels read one by one."""
+def brute_force(query, keys, values, start, length, scaling, known=None):
+    """One sequence and head at a time, in float64, from levels read one by one.
+
+    known: what is added to keys, (batch or 1, kv_heads, slots, head_dim).
+    """
     out = torch.zeros(query.shape, dtype=torch.float64)
     group = query.shape[1] // keys.packed.shape[1]
     half = query.shape[3] // 2
@@ -56,6 +67,8 @@ def brute_force(query, keys, values, start, length, scaling):
             slots = range(int(start[b]), length)
             k = torch.stack([numbers(keys, b, h // group, n) for n in slots])
             v = torch.stack([numbers(values, b, h // group, n) for n in slots])
+            if known is not None:
+                k += known[b % len(known), h // group, int(start[b]) : length]
             weights = (k @ query[b, h, 0].double().cpu() * scaling).softmax(0)
             out[b, h, 0] = weights @ v
     return out
@@ -96,12 +109,86 @@ def test_the_kernel_attends_as_exact_arithmetic_does(name, dtype, device):
     tensor = torch.tensor([length], device=device)
     exact = brute_force(query, *rows, start, length, scaling)
     wanted = reference.attend(query, *rows, start, tensor, scaling)
-    found = gpu.attend(query, *rows, start, tensor, scaling, plan)
+    found = gpu.attend(query, *rows, start, tensor, scaling, plan=plan)
     assert found.shape == query.shape and found.dtype == dtype
     errors = [(x.cpu().double() - exact).abs().max().item() for x in (found, wanted)]
     # weights and queries pass through float16
     noise = 2e-6 if dtype == torch.float32 else 2.0**-11
     assert errors[0] <= 2 * errors[1] + noise * exact.abs().max()
+
+
+# of a case's heads: rotary_dim, whether sequences share positions, R3
+BIASED = {
+    "grouped": (64, False, hadamard_rotation(64)),
+    "ungrouped": (16, True, None),
+    "three_to_one": (80, False, hadamard_rotation(80)),
+    "wide_group": (72, True, hadamard_rotation(96)),
+    "two_parts": (32, True, random_r3(32)),
+    "llama": (128, True, hadamard_rotation(128)),
+    "one_slot": (32, False, None),
+}
+
+
+def waves_of(rotary, capacity, batch, seed) -> torch.Tensor:
+    """Cosines and sines of RoPE at any positions: (batch, capacity, rotary), float32."""
+    g = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 4000, (batch, capacity, 1), generator=g)
+    angle = positions * 1e4 ** (-torch.arange(rotary // 2) / (rotary // 2))
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def known_to(bias, waves) -> torch.Tensor:
+    """What a bias adds to keys, in float64: (batch or 1, kv_heads, slots, head_dim)."""
+    kv_heads, width = bias.bias.shape
+    shape = (len(waves), kv_heads, waves.shape[1], width)
+    return bias.added(torch.zeros(shape, dtype=torch.float64), waves.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BIASED)
+def test_the_kernel_adds_a_long_bias_of_keys_to_their_scores(name, dtype, device):
+    """Oracle: rows and bias summed to keys in float64; positions are of any order."""
+    (batch, heads, kv_heads, width), capacity, length, start, plan = CASES[name]
+    rotary, shared, r3 = BIASED[name]
+    seed = list(CASES).index(name)
+    rows = [
+        random_rows(batch, kv_heads, capacity, IntegerFormat(4, bool(i)), width, device, seed + i)
+        for i in range(2)
+    ]
+    start = torch.tensor(start, dtype=torch.int32, device=device)
+    for part in rows:
+        poison(part, start, length)
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, 1, width, generator=g).to(device, dtype)
+    drawn = torch.randn(kv_heads, width, generator=g)
+    bias = KeyBias(600 * drawn / drawn.norm(dim=1, keepdim=True), True, r3)
+    waves = waves_of(rotary, capacity, 1 if shared else batch, seed)
+    known = known_to(bias, waves)
+    scaling, tensor = 1 / math.sqrt(width), torch.tensor([length], device=device)
+    exact = brute_force(query, *rows, start, length, scaling, known)
+    scores = bias.scores(query, waves.to(device))
+    wanted = reference.attend(query, *rows, start, tensor, scaling, scores)
+    found = gpu.attend(query, *rows, start, tensor, scaling, scores, plan)
+    # what does not turn is left out of scores, and softmax of the oracle does not see it
+    errors = [(x.cpu().double() - exact).abs().max().item() for x in (found, wanted)]
+    noise = 2e-6 if dtype == torch.float32 else 2.0**-11
+    assert errors[0] <= 2 * errors[1] + noise * exact.abs().max()
+    assert errors[1] <= (1e-3 if dtype == torch.float32 else 1e-2) * exact.abs().max()
+    without = reference.attend(query, *rows, start, tensor, scaling)
+    assert length == 1 or (without.cpu().double() - exact).abs().max() > 0.1 * exact.abs().max()
+
+
+def test_a_bias_of_keys_without_rope_adds_nothing_to_scores(device):
+    """It adds the same to all scores of a query."""
+    rows = [random_rows(1, 2, 12, IntegerFormat(4, False), 32, "cpu", i) for i in range(2)]
+    query = torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(5)).double()
+    drawn = torch.randn(2, 32, generator=torch.Generator().manual_seed(6)).double()
+    bias, waves = KeyBias(drawn, False, hadamard_rotation(32)), waves_of(32, 12, 1, 0)
+    assert bias.scores(query, waves) is None
+    start, length = torch.zeros(1, dtype=torch.int32), torch.tensor([12])
+    known = known_to(bias, waves)
+    exact = brute_force(query, *rows, start, 12, 0.2, known)
+    assert torch.allclose(reference.attend(query, *rows, start, length, 0.2), exact, rtol=1e-9)
 
 
 def test_the_definition_is_exact_in_float64(device):
@@ -123,7 +210,7 @@ def test_values_of_any_size_keep_their_precision(factor, device):
     start = torch.zeros(1, dtype=torch.int32, device=device)
     length = torch.tensor([48], device=device)
     exact = reference.attend(query.double(), *rows, start, length, 0.05)
-    found = gpu.attend(query, *rows, start, length, 0.05, Plan(16, 2, 1, 1))
+    found = gpu.attend(query, *rows, start, length, 0.05, plan=Plan(16, 2, 1, 1))
     assert (found.double() - exact).abs().max() <= 2.0**-9 * exact.abs().max() + 2.0**-24
 
 
@@ -132,7 +219,7 @@ def test_a_sequence_without_slots_gives_zeros(device):
     query = torch.randn(2, 1, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start = torch.tensor([0, 8], dtype=torch.int32, device=device)
     length = torch.tensor([8], device=device)
-    for attend in (reference.attend, lambda *a: gpu.attend(*a, Plan(16, 2, 1, 1))):
+    for attend in (reference.attend, lambda *a: gpu.attend(*a, plan=Plan(16, 2, 1, 1))):
         found = attend(query, *rows, start, length, 1.0)
         assert not found[1].any() and found[0].isfinite().all()
 
@@ -150,7 +237,7 @@ def test_slots_that_were_never_written_count_as_zeros(device):
     ]
     query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start, length = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([20])
-    found = gpu.attend(query, *rows, start, length.to(device), 1.0, Plan(16, 1, 1, 1))
+    found = gpu.attend(query, *rows, start, length.to(device), 1.0, plan=Plan(16, 1, 1, 1))
     assert not found.any()
 
 
@@ -164,15 +251,16 @@ from spinlab.runtime.kernels.attention.triton import attend_kernel
 
 types = dict.fromkeys(attend_kernel.arg_names, "i32")
 types |= dict.fromkeys(("sums_ptr", "most_ptr", "total_ptr"), "*fp32")
+types |= dict.fromkeys(("vectors_ptr", "waves_ptr"), "*fp32")
 types |= {"k_ptr": "*u16", "v_ptr": "*u16", "k_scale_ptr": "*fp16", "v_scale_ptr": "*fp16",
           "k_zero_ptr": "*u8", "v_zero_ptr": "*u8", "start_ptr": "*i32", "length_ptr": "*i64",
           "query_ptr": "*bf16", "out_ptr": "*bf16", "factor": "fp32"}
 constants = {"GROUP": 4, "HEADS": 8, "D": 128, "PAIRS": 32, "BLOCK": 64, "WHOLE": False,
              "K_MIDDLE": -1, "V_MIDDLE": -1, "WIDE": False, "EVEN": True, "FAST": True,
-             "PDL": True}
+             "ROTARY": ROTARY, "WAVES": ROTARY // 2, "PDL": True}
 types |= dict.fromkeys(constants, "constexpr")
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types)
-           if types[n][0] == "*" or n == "capacity"}
+           if types[n][0] == "*" or n in ("capacity", "wave_batch")}
 source = ASTSource(attend_kernel, types, constexprs=constants, attrs=aligned)
 options = {"num_warps": 2, "num_stages": 3}
 ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
@@ -182,12 +270,15 @@ copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
 assert copies and set(copies) == {"0x10"}, copies
 assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
 assert "cvt.rn.f16.u16" not in ptx  # no level is converted one by one
+assert ("tf32" in ptx) == bool(ROTARY)
 """
 
 
-def test_a_compiled_kernel_unpacks_what_the_tensor_cores_take(tmp_path) -> None:
+@pytest.mark.parametrize("rotary", [0, 128])
+def test_a_compiled_kernel_unpacks_what_the_tensor_cores_take(tmp_path, rotary) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    code = f"ROTARY = {rotary}\n{COMPILED}"
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr

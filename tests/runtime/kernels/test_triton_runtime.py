@@ -1,6 +1,7 @@
 """The Triton runtime gives the reference's logits."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, Te
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import graph_runner, integer_runtime, new_cache
 from spinlab.runtime.fused.operations import REFERENCE, triton_operations
@@ -69,6 +71,44 @@ def test_triton_gives_the_logits_of_the_reference(make_model, ids, device, quant
     # float noise moves a few levels
     error = (triton - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@torch.no_grad()
+def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
+    make_model, ids, device, dtype, caplog
+):
+    """In torch, with a warning, and on the kernel: a padded prefill, a chunk, and steps."""
+
+    def make():
+        model = make_model(dtype, attention_bias=True, **SHAPE)
+        for name, bias in model.named_parameters():
+            if name.endswith("k_proj.bias"):
+                bias.data.copy_(torch.linspace(-30, 20, len(bias)))
+        return model.to(device)
+
+    quant, rotations = QuantConfig(weights=SYMMETRIC), RotationSet(r3=hadamard_rotation(64))
+    networks = QuantizedNetworks(make, quant, KVConfig())
+    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
+    ids, found = ids[:, :9].to(device), []
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    triton = triton_operations()
+    for operations in (REFERENCE, triton, replace(triton, biased=True)):
+        caplog.clear()
+        model = networks.fused(rotations)
+        integer_runtime(model, networks.parts(model, rotations, weights), operations)
+        assert ("bias is apart: new tokens attend" in caplog.text) == (not operations.biased)
+        cache, passes = new_cache(model, 9), []
+        for begin, end in ((0, 5), (5, 7), (7, 8), (8, 9)):
+            told = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+            passes.append(model(input_ids=ids[:, begin:end], past_key_values=cache, **told).logits)
+        found.append(torch.cat(passes, 1).double()[mask.bool()])
+    for other in found[1:]:
+        error = (other - found[0]).norm() / found[0].norm()
+        assert error < (1e-2 if dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("group", [0, 64])

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from spinlab.kv.bias import BiasScores
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import launch, power_of_two
 
@@ -28,6 +29,7 @@ def attend(
     start: torch.Tensor,
     length: torch.Tensor,
     scaling: float,
+    bias: BiasScores | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Do what `reference.attend` does. float64 is not supported.
@@ -51,9 +53,11 @@ def attend(
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
     sums = query.new_empty(batch * heads, splits, width if splits > 1 else 0, dtype=torch.float32)
     most, total = query.new_empty(2, batch * heads, splits, dtype=torch.float32)
+    of_bias, wave_batch, rotary_dim = _of_bias(bias, query)
     arguments = (
-        query, *_tensors(keys), *_tensors(values), start, length, sums, most, total, out,
+        query, *_tensors(keys), *_tensors(values), start, length, sums, most, total, out, *of_bias,
         scaling * _LOG2_E, keys.capacity, splits, kv_heads, query.stride(0), query.stride(1),
+        wave_batch,
     )  # fmt: skip
     constants = {
         "GROUP": group,
@@ -67,6 +71,8 @@ def attend(
         "WIDE": query.dtype == torch.float32,
         "EVEN": keys.capacity % block == 0,
         "FAST": query.is_cuda,
+        "ROTARY": rotary_dim,
+        "WAVES": max(16, power_of_two(rotary_dim // 2)) if rotary_dim else 0,
     }
     grid = (owners, splits)
     launch(attend_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
@@ -75,6 +81,20 @@ def attend(
         constants = {"D": width, "BLOCK_D": power_of_two(width), "BLOCK": power_of_two(splits)}
         launch(combine_kernel, (batch * heads,), arguments, constants, num_warps=4)
     return out
+
+
+def _of_bias(
+    bias: BiasScores | None, query: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], int, int]:
+    """Return vectors and waves, how far those of two sequences are apart, and rotary_dim.
+
+    Without a bias tensors are anything and numbers 0.
+    """
+    if bias is None:
+        return (query, query), 0, 0
+    vectors, waves = (part.contiguous() for part in bias)
+    assert vectors.dtype == waves.dtype == torch.float32, "kernels compute in float32"
+    return (vectors, waves), waves.stride(0) if len(waves) > 1 else 0, waves.shape[2]
 
 
 def plan_of(owners: int, capacity: int, device: torch.device) -> Plan:

@@ -94,6 +94,30 @@ def _queries(ptr, pair, taken, factor, D: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _vectors(ptr, row, taken, factor, ROTARY: tl.constexpr, WAVES: tl.constexpr):
+    """Return what biases of keys multiply cosines and sines with: (WAVES, HEADS) each, float32."""
+    wave = tl.arange(0, WAVES)[:, None]
+    inside = (wave < ROTARY // 2) & taken[None, :]
+    ptr += row[None, :] * ROTARY + wave
+    of_cos = tl.load(ptr, mask=inside, other=0) * factor
+    of_sin = tl.load(ptr + ROTARY // 2, mask=inside, other=0) * factor
+    return of_cos, of_sin
+
+
+@triton.jit
+def _of_bias(waves_ptr, slot, there, vectors, ROTARY: tl.constexpr, WAVES: tl.constexpr):
+    """Return what biases add to scores of slots: (BLOCK, HEADS)."""
+    wave = tl.arange(0, WAVES)[None, :]
+    inside = there[:, None] & (wave < ROTARY // 2)
+    waves_ptr += slot[:, None] * ROTARY + wave
+    cos = tl.load(waves_ptr, mask=inside, other=0)
+    sin = tl.load(waves_ptr + ROTARY // 2, mask=inside, other=0)
+    # scores of a long bias are large: their error has to be that of float32
+    found = tl.dot(cos, vectors[0], input_precision="tf32x3")
+    return tl.dot(sin, vectors[1], found, input_precision="tf32x3")
+
+
+@triton.jit
 def _product(k, q, WIDE: tl.constexpr, FAST: tl.constexpr):
     """Return the products of levels (BLOCK, PAIRS) with queries: (BLOCK, HEADS)."""
     found = tl.dot(_nibbles(k, 0, WIDE, FAST), q[0], input_precision="tf32x3")
@@ -139,10 +163,11 @@ def _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def _over_slots(
-    k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, first, begin, end, capacity,
-    q, query_sum, factors, D: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, WIDE: tl.constexpr,
-    EVEN: tl.constexpr, FAST: tl.constexpr,
+    k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, waves_ptr, first, begin, end,
+    capacity, q, query_sum, factors, vectors, D: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr,
+    WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ROTARY: tl.constexpr,
+    WAVES: tl.constexpr,
 ):  # fmt: skip
     """Sum over begin..end-1; the largest weight times its scale is 2^_ROOM.
 
@@ -177,6 +202,8 @@ def _over_slots(
         found = _product(k, q, WIDE, FAST) - zk[:, None] * query_sum[None, :]
         valid = (slot >= first) & (slot < end)
         found = found * (sk[:, None] * factors[None, :])
+        if WAVES > 0:
+            found += _of_bias(waves_ptr, slot, there & valid, vectors, ROTARY, WAVES)
         scores = tl.where(valid[:, None], found, -float("inf"))
         size = tl.log2(tl.maximum(sv, _SMALLEST_SCALE))
         new = tl.maximum(most, tl.max(scores + size[:, None], 0) - _ROOM)
@@ -194,17 +221,19 @@ def _over_slots(
 @triton.jit(do_not_specialize=["splits"])
 def attend_kernel(
     query_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, start_ptr,
-    length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, factor, capacity, splits, kv_heads,
-    query_batch, query_head, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr,
-    V_MIDDLE: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, vectors_ptr, waves_ptr, factor,
+    capacity, splits, kv_heads, query_batch, query_head, wave_batch, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr, ROTARY: tl.constexpr, WAVES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to HEADS of the GROUP query heads of a KV head to one part of its slots.
 
     WHOLE: the part is all there is, and the result is written. Otherwise each of the splits writes
     its weighted sum (in the order of nibbles), its maximum and its sum of weights.
-    factor: scaling·log2(e). Slots are rows of matrices and query heads their columns: a product
+    factor: scaling·log2(e). WAVES: a power of two from ROTARY/2 on where biases of keys add to
+    scores, else 0. Slots are rows of matrices and query heads their columns: a product
     with 8 columns wastes least.
     """
     wait_for_inputs(PDL)
@@ -218,12 +247,16 @@ def attend_kernel(
     base = owner.to(tl.int64) * capacity
     query_ptr += batch.to(tl.int64) * query_batch + (head * GROUP + member)[None, :] * query_head
     q, query_sum, factors = _queries(query_ptr, pair, taken, factor, D, WIDE)
+    row = owner * GROUP + member
+    vectors = q
+    if WAVES > 0:
+        vectors = _vectors(vectors_ptr, row.to(tl.int64), member < GROUP, factor, ROTARY, WAVES)
     out, most, total = _over_slots(
         k_ptr + base * (D // 4), k_scale_ptr + base, k_zero_ptr + base, v_ptr + base * (D // 4),
-        v_scale_ptr + base, v_zero_ptr + base, *slots, capacity, q, query_sum, factors,
-        D, HEADS, PAIRS, BLOCK, K_MIDDLE, V_MIDDLE, WIDE, EVEN, FAST,
+        v_scale_ptr + base, v_zero_ptr + base, waves_ptr + batch.to(tl.int64) * wave_batch, *slots,
+        capacity, q, query_sum, factors, vectors, D, HEADS, PAIRS, BLOCK, K_MIDDLE, V_MIDDLE, WIDE,
+        EVEN, FAST, ROTARY, WAVES,
     )  # fmt: skip
-    row = owner * GROUP + member
     if WHOLE:
         norm = (1 / tl.maximum(total, _NOTHING))[None, :]
         kind = out_ptr.dtype.element_ty
