@@ -19,9 +19,13 @@ NAMES = {
     "methods_smollm2": "methods_smollm2/spinquant_had",
     **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
 }
+WINDOWS = (
+    *(f"weights.{method}" for method in ("gptq", "gptaq", "qronos", "lwc")),
+    "rotation.statistics",
+)
 TINY = [
-    *(f"{part}.samples=2" for part in ("weights.gptq", "weights.lwc", "rotation.statistics")),
-    *(f"{p}.sequence_length=16" for p in ("weights.gptq", "weights.lwc", "rotation.statistics")),
+    *(f"{part}.samples=2" for part in WINDOWS),
+    *(f"{part}.sequence_length=16" for part in WINDOWS),
     *("weights.lwc.epochs=1", "rotation.duquant.steps=1", "rotation.duquant.block_size=8"),
     *("learn.micro_batch=1", "learn.batch=1", "learn.sequence_length=16"),
     *("learn.optimizer.warmup=0", "model.dtype=float64"),

@@ -22,9 +22,10 @@ from spinlab.track.record import Record
 pytestmark = pytest.mark.usefixtures("toy_cache")
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+CALIBRATED = ("gptq", "gptaq", "qronos", "lwc")
 SMALL = [
-    *(f"weights.{method}.samples=3" for method in ("gptq", "lwc")),
-    *(f"weights.{method}.sequence_length=64" for method in ("gptq", "lwc")),
+    *(f"weights.{method}.samples=3" for method in CALIBRATED),
+    *(f"weights.{method}.sequence_length=64" for method in CALIBRATED),
     "rotation.statistics.samples=3",
     "rotation.statistics.sequence_length=64",
     "rotation.duquant.steps=8",

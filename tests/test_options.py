@@ -28,7 +28,8 @@ RUN = [
 ]
 SMALL = [
     *("learn=none", "eval.max_windows=1", "model.architecture.num_hidden_layers=1"),
-    *("weights.gptq.samples=2", "weights.gptq.sequence_length=64"),
+    *(f"weights.{method}.samples=2" for method in ("gptq", "gptaq", "qronos")),
+    *(f"weights.{method}.sequence_length=64" for method in ("gptq", "gptaq", "qronos")),
     *("weights.lwc.samples=2", "weights.lwc.sequence_length=64", "weights.lwc.epochs=1"),
     *("rotation.statistics.samples=2", "rotation.statistics.sequence_length=64"),
     *("rotation.duquant.steps=4", "rotation.duquant.block_size=16"),

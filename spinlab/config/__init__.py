@@ -23,7 +23,15 @@ from spinlab.config.quant import KINDS, FormatChange, Override, QuantConfig, Ten
 from spinlab.config.rotation import DuQuantConfig, RotationConfig, StatisticsConfig
 from spinlab.config.runtime import RuntimeConfig
 from spinlab.config.values import check_values
-from spinlab.config.weights import ClipSearch, GPTQConfig, LWCConfig, WeightsConfig
+from spinlab.config.weights import (
+    KEEP_RANGES,
+    ClipSearch,
+    GPTAQConfig,
+    GPTQConfig,
+    LWCConfig,
+    QronosConfig,
+    WeightsConfig,
+)
 from spinlab.errors import InputError
 
 __all__ = [
@@ -37,6 +45,7 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "FormatChange",
+    "GPTAQConfig",
     "GPTQConfig",
     "KVConfig",
     "LWCConfig",
@@ -46,6 +55,7 @@ __all__ = [
     "OptimizerConfig",
     "Override",
     "PathsConfig",
+    "QronosConfig",
     "QuantConfig",
     "RatesConfig",
     "RotationConfig",
@@ -85,15 +95,16 @@ class Config:
         self._check_name()
         check_values(plain(self))
         quantized = self.learn.quantize_weights and self.quant.weights.quantizes
-        if self.learn.lr.clip > 0 and not (quantized and self.weights.method == "rtn"):
+        if self.learn.lr.clip > 0 and not (quantized and self.weights.keeps_ranges):
             raise InputError(
-                f"learn.lr.clip={self.learn.lr.clip} learns the ranges that RTN keeps: it needs "
-                "learn.quantize_weights=true, weights of fewer than 16 bits and weights=rtn"
+                f"learn.lr.clip={self.learn.lr.clip} learns the ranges of rounded weights: it "
+                "needs learn.quantize_weights=true, weights of fewer than 16 bits and a method "
+                f"that keeps them: weights={', '.join(KEEP_RANGES)}"
             )
         if self.learn.steps:
             self._check_learning()
-        if self.weights.method == "gptq":
-            self._check_columns()
+        if columns := self.weights.by_columns:
+            self._check_columns(columns)
         if "integer" in self.eval.variants:
             self._check_integers()
         self._check_metric()
@@ -118,13 +129,13 @@ class Config:
                     "200 bytes, with / between them, and no .., ~ or backslash"
                 )
 
-    def _check_columns(self) -> None:
-        """Refuse ranges of groups that GPTQ could not take as it reaches them."""
-        gptq, groups = self.weights.gptq, [t.group_size for t in self.quant.formats("weights")]
-        if gptq.act_order and not gptq.static_groups and any(groups):
+    def _check_columns(self, columns: GPTQConfig) -> None:
+        """Refuse ranges of groups that cannot be taken as their columns are reached."""
+        groups, place = [t.group_size for t in self.quant.formats("weights")], columns.place
+        if columns.act_order and not columns.static_groups and any(groups):
             raise InputError(
-                f"weights.gptq.act_order with quant.weights.group_size={max(groups)} needs "
-                "weights.gptq.static_groups=true: groups are runs of columns, act-order does not "
+                f"{place}.act_order with quant.weights.group_size={max(groups)} needs "
+                f"{place}.static_groups=true: groups are runs of columns, act-order does not "
                 "visit them in turn"
             )
 

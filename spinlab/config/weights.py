@@ -48,8 +48,22 @@ class GPTQConfig(WindowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count("weights.gptq.block_size", self.block_size)
-        positive("weights.gptq.percdamp", self.percdamp)
+        count(f"{self.place}.block_size", self.block_size)
+        positive(f"{self.place}.percdamp", self.percdamp)
+
+
+@dataclass(frozen=True)
+class GPTAQConfig(GPTQConfig):
+    """Set GPTAQ (Li et al. 2025), which has what GPTQ has."""
+
+    place: ClassVar[str] = "weights.gptaq"
+
+
+@dataclass(frozen=True)
+class QronosConfig(GPTQConfig):
+    """Set Qronos (Zhang et al. 2025), which has what GPTQ has."""
+
+    place: ClassVar[str] = "weights.qronos"
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,10 @@ class LWCConfig(WindowsConfig):
         positive("weights.lwc.lr", self.lr)
 
 
+# methods that round in ranges learned with the rotations; others find their own
+KEEP_RANGES = ("rtn", "gptaq", "qronos")
+
+
 @dataclass(frozen=True)
 class WeightsConfig:
     """Choose the method that rounds weights; of the parts below, its own is read."""
@@ -73,12 +91,24 @@ class WeightsConfig:
     method: str = "rtn"  # by its name in spinlab.weights.methods
     clip: ClipSearch = field(default_factory=ClipSearch)
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
+    gptaq: GPTAQConfig = field(default_factory=GPTAQConfig)
+    qronos: QronosConfig = field(default_factory=QronosConfig)
     lwc: LWCConfig = field(default_factory=LWCConfig)
 
     @property
     def own(self) -> Any:
         """The settings of the chosen method; None where it has none."""
         return vars(self).get(self.method)
+
+    @property
+    def keeps_ranges(self) -> bool:
+        """Tell whether the chosen method rounds in learned ranges where there are some."""
+        return self.method in KEEP_RANGES
+
+    @property
+    def by_columns(self) -> GPTQConfig | None:
+        """The settings of a method that rounds one column after another; None for others."""
+        return self.own if isinstance(self.own, GPTQConfig) else None
 
     @property
     def windows(self) -> WindowsConfig | None:

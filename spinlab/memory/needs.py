@@ -21,6 +21,7 @@ from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
+from spinlab.weights.methods import METHODS
 
 _FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
 _MORE = "a machine with more memory"
@@ -190,16 +191,22 @@ def _rounding(job: Job) -> Iterator[Need]:
 
 
 def _calibrating(job: Job) -> Iterator[Need]:
-    """GPTQ holds all windows at one layer, and a Hessian twice in float64 while it is factored."""
-    method, windows, d = job.config.weights.method, job.config.weights.windows, job.dimensions
+    """All windows are there at one layer, twice where the original's are beside them.
+
+    Methods that go by columns hold a Hessian twice in float64 while it is factored.
+    """
+    config, d = job.config.weights, job.dimensions
+    method, windows, name = METHODS[config.method], config.windows, config.method.upper()
     weights = job.untied * job.size
     assert windows is not None
-    gptq, name, length = method == "gptq", method.upper(), windows.sequence_length
     yield Need(name, 0, weights + job.fusing, job.cure())
-    samples = -(-windows.samples // parallel.launched()) if gptq else windows.samples
-    states = samples * length * d.hidden * job.size * (1 if gptq else 2)
-    layer = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
-    work = max(layer, (2 * _FLOAT64 + _FLOAT32) * d.intermediate**2) if gptq else layer
+    length = windows.sequence_length
+    samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
+    streams = 2 if method.reads_inputs else 1
+    states = samples * length * d.hidden * job.size * streams
+    work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
+    if config.by_columns:
+        work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * d.intermediate**2)
     host = job.levels + windows.samples * length * _INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from spinlab.config import QuantConfig, plain
+from spinlab.config.weights import KEEP_RANGES
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,10 @@ def _lost(rotations: RotationSet, quant: QuantConfig, method: str) -> dict[str, 
     if "inputs" not in found and "activations" in trained:  # a file of an earlier version
         found = {**found, "inputs": [trained["activations"], *used["inputs"][1:]]}
     lost: dict[str, str] = {}
-    if rotations.weight_clips and method != "rtn":
+    if rotations.weight_clips and method not in KEEP_RANGES:
         lost["weight_clips"] = (
             f"weight ranges learned for rounding to nearest, and weights={method} finds its own: "
-            "they are not used; weights=rtn uses them"
+            f"they are not used; weights={', '.join(KEEP_RANGES)} use them"
         )
     elif rotations.weight_clips and found.get("weights") != used["weights"]:
         lost["weight_clips"] = (

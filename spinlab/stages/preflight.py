@@ -85,8 +85,8 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_ends(model, config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
     kv = kv_path(config.kv, map_of(model).width("r3"))
-    if config.rounded_on_text and config.weights.method == "gptq":
-        check_samples(config.weights.gptq.samples)
+    if config.rounded_on_text and (columns := config.weights.by_columns):
+        check_samples(columns.samples, config.weights)
     if pipeline.run.backend == "triton":
         check_runtime(model, kv)
 

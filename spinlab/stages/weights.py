@@ -36,18 +36,22 @@ def round_weights(
         depends += [calibration.key, run.config.seed]
     if method.reads_inputs:
         depends.append(plain(run.config.quant))
+    if method.reads_kv:
+        depends.append(plain(run.config.kv))
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
         tied = quantize_tied(original.load, run.config.quant, config.clip)
         start = with_tied(original.load, tied, run.config.quant)
-        model = replace(networks_of(run, original), original=start).fused(rotations)
+        networks = replace(networks_of(run, original), original=start)
+        model = networks.fused(rotations)
+        kv = networks.kv_path(model, rotations)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
         progress = out / PROGRESS
         weights = method.work(
-            Rounding(model, rotations, windows, run.config.quant, config, progress)
+            Rounding(model, rotations, windows, run.config.quant, config, progress, kv)
         )
         weights |= tied
         scales = {name: weight.scale for name, weight in weights.items()}

@@ -64,9 +64,14 @@ class LayerInputs:
         """Return what the current layer is called with beside a batch x."""
         return self._arguments[x.shape[0]][self.index]
 
-    @torch.no_grad()
     def visit(self, linear: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
-        """Call `see` with what a linear of the current layer is given, batch after batch.
+        """Call `see` with what a linear of the current layer is given, batch after batch."""
+        for x in self.batches:
+            self.show(x, linear, see)
+
+    @torch.no_grad()
+    def show(self, x: torch.Tensor, linear: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
+        """Call `see` with what a linear of the current layer is given in a batch x.
 
         What the layer computes after the linear is left out.
         """
@@ -75,11 +80,9 @@ class LayerInputs:
             see(args[0])
             raise _Stop
 
-        with temporary_hooks() as hooks:
+        with temporary_hooks() as hooks, suppress(_Stop):
             hooks.append(linear.register_forward_pre_hook(stop))
-            for x in self.batches:
-                with suppress(_Stop):
-                    self.layer(x, **self.arguments(x))
+            self.layer(x, **self.arguments(x))
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -19,21 +19,24 @@ from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range
 
 
-class Hessian:
-    """Gather H = 2/n Σ xᵀx of a linear's input rows, in float32 with TF32 off."""
+class Moment:
+    """Gather 2/n Σ yᵀx over pairs of input rows of a linear, in float32 with TF32 off.
+
+    With y = x it is the Hessian H.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.sum = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.rows = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add input rows x: (..., width)."""
-        rows = x.detach().flatten(0, -2).float()
-        self.sum.addmm_(rows.mT, rows)
-        self.rows += rows.shape[0]
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add rows y and x: (..., width) each."""
+        left, right = (rows.detach().flatten(0, -2).float() for rows in (y, x))
+        self.sum.addmm_(left.mT, right)
+        self.rows += right.shape[0]
 
     def value(self) -> torch.Tensor:
-        """Return H of the rows that all processes have added."""
+        """Return the moment of the rows that all processes have added."""
         rows = int(parallel.sum_(torch.tensor(self.rows)))
         return parallel.sum_(self.sum * (2 / max(rows, 1)))
 
@@ -43,13 +46,15 @@ class ErrorSpread:
     """What a sweep needs to know of a Hessian; it serves all weights that read the same inputs.
 
     order: (in,) the columns as they are rounded; dead: (in,) those without any input.
-    rows: (in, in) float32, in that order. Row c tells how the error of column c is spread over
+    rows, R: (in, in) float32, in that order. Row c tells how the error of column c is spread over
     the later ones: the upper Cholesky factor of H⁻¹, every row divided by its diagonal entry.
+    squares, s: (in,) float32, these entries squared, so that H⁻¹ = Rᵀ diag(s) R.
     """
 
     order: torch.Tensor
     dead: torch.Tensor
     rows: torch.Tensor
+    squares: torch.Tensor
 
 
 def error_spread(hessian: torch.Tensor, config: GPTQConfig) -> ErrorSpread:
@@ -65,13 +70,13 @@ def error_spread(hessian: torch.Tensor, config: GPTQConfig) -> ErrorSpread:
     if config.act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     damped = diagonal + config.percdamp * diagonal.mean()
-    return ErrorSpread(order, dead, _spread(hessian, damped, order, config.percdamp))
+    return ErrorSpread(order, dead, *_spread(hessian, damped, order, config))
 
 
 def _spread(
-    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, percdamp: float
-) -> torch.Tensor:
-    """Return `ErrorSpread.rows` of H with this diagonal.
+    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, config: GPTQConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rows` and `squares` of an ErrorSpread of H with this diagonal.
 
     With columns in reverse order H = L Lᵀ. Reversed again, L⁻¹ is upper triangular and
     H⁻¹ = (L⁻¹)ᵀ L⁻¹: it is the factor of the inverse, at the price of one factorization.
@@ -83,66 +88,88 @@ def _spread(
     if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
         raise InputError(
             f"the Hessian of a linear's inputs is not positive definite at "
-            f"weights.gptq.percdamp={percdamp}: raise it, or calibrate on more text "
-            "(weights.gptq.samples)"
+            f"{config.place}.percdamp={config.percdamp}: raise it, or calibrate on more text "
+            f"({config.place}.samples)"
         )
     matrix.zero_().diagonal().fill_(1)  # what is solved for is written over what is no longer used
     inverse = matrix.mT  # a symmetric matrix, in the layout that is solved in place
     torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
     del factor
-    inverse.div_(inverse.diagonal().clone()[:, None])
-    return inverse.flip(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    entries = inverse.diagonal().clone()
+    inverse.div_(entries[:, None])
+    rows = inverse.flip(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return rows, entries.square_().flip(0).float()
 
 
 @torch.no_grad()
 def gptq(
-    weight: torch.Tensor, spread: ErrorSpread, settings: TensorQuant, config: WeightsConfig
+    weight: torch.Tensor,
+    spread: ErrorSpread,
+    settings: TensorQuant,
+    config: WeightsConfig,
+    ratios: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight (out, in) so that its outputs on the calibration inputs change least.
 
     Rows do not meet: weights with the same inputs may be stacked. Columns with no input are set to
     zero. Without groups, or with static ones, the ranges are those of RTN and the two differ in
     rounding only; else a group's range is taken from its columns as updated when it is reached.
+    ratios: (out, in/g, 1), those of learned ranges, which stay as they are.
     """
     weight = weight.detach().float().masked_fill(spread.dead, 0)
-    ranges = search_range(weight, settings, config.clip)
-    sweep = _Sweep(weight, spread, ranges, settings, config)
-    levels = sweep.run()[torch.argsort(spread.order)].T.contiguous()
-    return QuantizedWeight(
-        levels, sweep.scale.T.contiguous(), sweep.zero.T.contiguous(), sweep.format
-    )
+    sweep = Sweep(weight[:, spread.order], spread, settings, config)
+    return sweep.rounded(weight, ratios)
 
 
-class _Sweep:
-    """Round the columns of one weight; all matrices are transposed: (in, out), (groups, out)."""
+class Sweep:
+    """Round the columns of one weight; all matrices are transposed: (in, out), (groups, out).
+
+    columns: (out, in) in the order of rounding, what is to be rounded. first: (out,) what the
+    first of them is rounded from, if it is not itself; its error counts from the column. ahead:
+    (in, in) in that order, how much of a column, as it is when reached, goes to the later ones.
+    """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        columns: torch.Tensor,
         spread: ErrorSpread,
-        ranges: Parameters,
         settings: TensorQuant,
         config: WeightsConfig,
+        *,
+        first: torch.Tensor | None = None,
+        ahead: torch.Tensor | None = None,
     ) -> None:
-        self.columns = weight[:, spread.order].T.contiguous()
-        self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges)
-        self.rows, self.format, self.config = spread.rows, format_of(settings), config
-        self.settings = replace(settings, group_size=0)
-        self.size = weight.shape[1] // self.scale.shape[0]
-        self.group_of = (spread.order // self.size).tolist()
-        self.live = self.scale.shape[0] > 1 and not config.gptq.static_groups
-        assert not (self.live and config.gptq.act_order), "act-order does not visit groups in turn"
+        assert config.by_columns is not None
+        self.columns = columns.T.contiguous()
+        self.spread, self.settings, self.clip = spread, settings, config.clip
+        self.own, self.format = config.by_columns, format_of(settings)
+        self.aims, self.ahead = {} if first is None else {0: first}, ahead
 
-    def run(self) -> torch.Tensor:
+    def rounded(self, weight: torch.Tensor, ratios: torch.Tensor | None) -> QuantizedWeight:
+        """Return the rounded weight, its columns as they lie in the model.
+
+        weight: (out, in), laid out so too, what ranges are taken from. ratios: (out, in/g, 1),
+        those of its ranges that are kept, where they are known; groups then keep their ranges.
+        """
+        ranges = search_range(weight, self.settings, self.clip, ratios)
+        self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges)
+        self.size = len(self.columns) // len(self.scale)
+        self.group_of = (self.spread.order // self.size).tolist()
+        self.live = len(self.scale) > 1 and not self.own.static_groups and ratios is None
+        assert not (self.live and self.own.act_order), "act-order does not visit groups in turn"
+        levels = self._run()[torch.argsort(self.spread.order)].T.contiguous()
+        ranges = self.scale.T.contiguous(), self.zero.T.contiguous()
+        return QuantizedWeight(levels, *ranges, self.format)
+
+    def _run(self) -> torch.Tensor:
         """Return the levels, int16, in the order of rounding."""
         levels = torch.empty(self.columns.shape, dtype=torch.int16, device=self.columns.device)
-        width, block = self.columns.shape[0], self.config.gptq.block_size
-        errors = torch.empty_like(self.columns[:block])
-        for begin in range(0, width, block):
-            end = min(begin + block, width)
+        errors = torch.empty_like(self.columns[: self.own.block_size])
+        for begin in range(0, len(self.columns), self.own.block_size):
+            end = min(begin + self.own.block_size, len(self.columns))
             done = errors[: end - begin]
             levels[begin:end] = self._round_block(begin, end, done)
-            self.columns[end:].addmm_(self.rows[begin:end, end:].mT, done, alpha=-1)
+            self._pass_on(self.columns[end:], slice(begin, end), slice(end, None), done)
         return levels
 
     def _round_block(self, begin: int, end: int, errors: torch.Tensor) -> torch.Tensor:
@@ -154,11 +181,21 @@ class _Sweep:
                 self._take_range(column, end, errors[: column - begin])
             group, exact = self.group_of[column], self.columns[column]
             parameters = Parameters(scales[group], zeros[group])
-            levels.append(self.format.encode(exact, parameters, nearest))
+            levels.append(self.format.encode(self.aims.get(column, exact), parameters, nearest))
             torch.sub(exact, self.format.decode(levels[-1], parameters), out=error)
-            later = self.rows[column, column + 1 : end]
-            self.columns[column + 1 : end].addr_(later, error, alpha=-1)
+            later = slice(column + 1, end)
+            self.columns[later].addr_(self.spread.rows[column, later], error, alpha=-1)
+            if self.ahead is not None:
+                self.columns[later].addr_(self.ahead[column, later], exact)
         return torch.stack(levels)
+
+    def _pass_on(
+        self, target: torch.Tensor, done: slice, later: slice, errors: torch.Tensor
+    ) -> None:
+        """Add to `target`, the columns `later`, what the columns `done` leave to them."""
+        target.addmm_(self.spread.rows[done, later].mT, errors, alpha=-1)
+        if self.ahead is not None:
+            target.addmm_(self.ahead[done, later].mT, self.columns[done])
 
     def _take_range(self, column: int, end: int, errors: torch.Tensor) -> None:
         """Set the range of the group that begins at a column from the columns as they stand.
@@ -168,8 +205,9 @@ class _Sweep:
         stop = column + self.size
         ahead = self.columns[column:stop].clone()
         if stop > end:
-            begin = column - errors.shape[0]
-            ahead[end - column :] -= self.rows[begin:column, end:stop].mT @ errors
-        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.config.clip)
+            done = slice(column - errors.shape[0], column)
+            self._pass_on(ahead[end - column :], done, slice(end, stop), errors)
+        one = replace(self.settings, group_size=0)
+        scale, zero = search_range(ahead.T.contiguous(), one, self.clip)
         group = self.group_of[column]
         self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

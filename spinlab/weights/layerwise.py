@@ -1,15 +1,15 @@
-"""Quantize all rotated linears of a fused model: RTN at once, GPTQ layer by layer."""
+"""Quantize all rotated linears of a fused model: RTN at once, others layer by layer."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import ClipSearch, QuantConfig, TensorQuant
+from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import (
     FakeQuantLinear,
@@ -20,20 +20,23 @@ from spinlab.fakequant.insert import (
 )
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
+from spinlab.kv.cache import KVPath, attach_kv, set_kv_path
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import linear_at, map_of
 from spinlab.tensors import kept_tensors, save_tensors
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.ends import quantize_ends
-from spinlab.weights.gptq import Hessian, error_spread, gptq
+from spinlab.weights.gptq import ErrorSpread, Moment, error_spread, gptq
+from spinlab.weights.mismatch import Mismatch, gptaq, mismatch, qronos
+from spinlab.weights.pairs import PairedInputs
 from spinlab.weights.quantized import (
     QuantizedWeight,
     from_stored_form,
     set_dequantized,
     stored_form,
 )
-from spinlab.weights.rtn import round_to_nearest, rtn
+from spinlab.weights.rtn import round_to_nearest, rtn, search_ratios
 
 
 def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
@@ -84,30 +87,92 @@ def quantize_gptq(rounding: Rounding) -> dict[str, QuantizedWeight]:
 
     Activations stay unquantized while Hessians are gathered. A linear sees inputs from already
     quantized layers and, within its layer, from the already quantized readers of earlier inputs.
-    Finished layers are kept in `progress`; a later call takes them from there and continues with
-    the same bits. Embedding and head are rounded to nearest.
-
-    Of several processes each takes its part of the windows and adds to common Hessians; all end
-    with the weights of the first, which alone writes.
     """
-    assert rounding.windows is not None
-    check_samples(len(rounding.windows))
     insert_fake_quant(rounding.model, rounding.rotations, None)
     found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
-    mine = parallel.part(rounding.windows)
-    inputs = LayerInputs(rounding.model, mine, batch_of(rounding.model.device, mine.shape[1]))
-    for index in tqdm(range(len(inputs.layers)), desc="gptq"):
-        found |= kept_layer(rounding, index, partial(_quantize_layer, rounding, inputs))
+    inputs = _windows_in(rounding)
+
+    def spread(linear: FakeQuantLinear) -> ErrorSpread:
+        return error_spread(gather(inputs, linear), rounding.config.gptq)
+
+    return found | _layer_by_layer(rounding, inputs, spread, gptq)
+
+
+def quantize_gptaq(rounding: Rounding) -> dict[str, QuantizedWeight]:
+    """Do what `_quantize_paired` does, by GPTAQ."""
+    return _quantize_paired(rounding, gptaq)
+
+
+def quantize_qronos(rounding: Rounding) -> dict[str, QuantizedWeight]:
+    """Do what `_quantize_paired` does, by Qronos."""
+    return _quantize_paired(rounding, qronos)
+
+
+def _quantize_paired(rounding: Rounding, sweep: "Sweeping[Mismatch]") -> dict[str, QuantizedWeight]:
+    """Return every weight of fewer than 16 bits, rounded towards the original's outputs.
+
+    The model is overwritten. The network that a linear is rounded for has its inputs, keys, values
+    and queries rounded from the start, as both papers have it, and weights as GPTQ meets them. The
+    original is the model as it is given: a tied matrix (`quant.tied`) is rounded in both, embedding
+    and head of their own in the quantized network alone.
+    """
+    model, kv = rounding.model, rounding.kv
+    insert_fake_quant(model, rounding.rotations, rounding.quant)
+    attach_kv(model, KVPath(kv.r3), store=False)
+    original = _windows_in(rounding)
+    found = quantize_ends(model, rounding.quant, rounding.config.clip)
+    set_kv_path(model, kv)
+    pairs = PairedInputs(model, original, _windows_in(rounding), kv)
+    config = rounding.config.by_columns
+    assert config is not None
+
+    def lack(linear: FakeQuantLinear) -> Mismatch:
+        return mismatch(*gather_pairs(pairs, linear), config)
+
+    return found | _layer_by_layer(rounding, pairs, lack, sweep)
+
+
+Factors = TypeVar("Factors", ErrorSpread, Mismatch)
+Sweeping = Callable[
+    [torch.Tensor, Factors, TensorQuant, WeightsConfig, torch.Tensor | None], QuantizedWeight
+]
+
+
+def _layer_by_layer(
+    rounding: Rounding,
+    inputs: LayerInputs | PairedInputs,
+    factors: Callable[[FakeQuantLinear], Factors],
+    sweep: Sweeping[Factors],
+) -> dict[str, QuantizedWeight]:
+    """Round the linears of all layers, in the order of computation.
+
+    factors: what a sweep knows of a linear's inputs. Finished layers are kept in `progress`; a
+    later call takes them from there and continues with the same bits. Embedding and head are
+    rounded to nearest. Of several processes each takes its part of the windows and adds to common
+    moments; all end with the weights of the first, which alone writes.
+    """
+    found: dict[str, QuantizedWeight] = {}
+    make = partial(_quantize_layer, rounding, inputs, factors, sweep)
+    for index in tqdm(range(len(map_of(rounding.model).layers)), desc=rounding.config.method):
+        found |= kept_layer(rounding, index, make)
         inputs.advance()
     return found
 
 
-def check_samples(samples: int) -> None:
+def _windows_in(rounding: Rounding) -> LayerInputs:
+    """Take this process's part of the windows to the first layer."""
+    assert rounding.windows is not None
+    check_samples(len(rounding.windows), rounding.config)
+    mine = parallel.part(rounding.windows)
+    return LayerInputs(rounding.model, mine, batch_of(rounding.model.device, mine.shape[1]))
+
+
+def check_samples(samples: int, config: WeightsConfig) -> None:
     """Raise InputError where there are fewer calibration windows than processes."""
     if samples < parallel.world():
         raise InputError(
-            f"weights.gptq.samples={samples} leaves some of {parallel.world()} processes without a "
-            "window: raise it, or start fewer"
+            f"weights.{config.method}.samples={samples} leaves some of {parallel.world()} "
+            "processes without a window: raise it, or start fewer"
         )
 
 
@@ -129,7 +194,12 @@ def kept_layer(
     return {name: weight.cpu() for name, weight in weights.items()}
 
 
-def _quantize_layer(rounding: Rounding, inputs: LayerInputs) -> dict[str, QuantizedWeight]:
+def _quantize_layer(
+    rounding: Rounding,
+    inputs: LayerInputs | PairedInputs,
+    factors: Callable[[FakeQuantLinear], Factors],
+    sweep: Sweeping[Factors],
+) -> dict[str, QuantizedWeight]:
     """Quantize the current decoder layer, input after input in the order of computation."""
     model = rounding.model
     readers: dict[str, dict[TensorQuant, list[str]]] = {}
@@ -139,10 +209,11 @@ def _quantize_layer(rounding: Rounding, inputs: LayerInputs) -> dict[str, Quanti
     found: dict[str, QuantizedWeight] = {}
     for formats in readers.values():
         (first, *_), *_ = formats.values()
-        spread = error_spread(gather(inputs, linear_at(model, first)), rounding.config.gptq)
+        known = factors(cast(FakeQuantLinear, linear_at(model, first)))
         for format, stack in formats.items():
             weights = [linear_at(model, name).weight for name in stack]
-            whole = gptq(torch.cat(weights), spread, format, rounding.config)
+            ratios = _ratios(rounding, stack, format)
+            whole = sweep(torch.cat(weights), known, format, rounding.config, ratios)
             parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)
@@ -151,9 +222,49 @@ def _quantize_layer(rounding: Rounding, inputs: LayerInputs) -> dict[str, Quanti
     return found
 
 
-def gather(inputs: LayerInputs, linear: torch.nn.Linear) -> torch.Tensor:
+def _ratios(rounding: Rounding, stack: list[str], format: TensorQuant) -> torch.Tensor | None:
+    """Return the clip ratios of stacked weights where they were learned: (out, in/g, 1).
+
+    A weight without any, beside others, gets its clip search.
+    """
+    learned, device = rounding.rotations.weight_clips, rounding.model.device
+    if not learned.keys() & set(stack):
+        return None
+    found = []
+    for name in stack:
+        weight = linear_at(rounding.model, name).weight.detach().float()
+        known = learned.get(name)
+        found.append(
+            search_ratios(weight, format, rounding.config.clip)
+            if known is None
+            else known.to(device)
+        )
+    return torch.cat(found)
+
+
+def gather(inputs: LayerInputs, linear: FakeQuantLinear) -> torch.Tensor:
     """Return the Hessian of a linear's transformed inputs in the current layer."""
-    hessian = Hessian(linear.weight.shape[1], linear.weight.device)
-    path = cast(FakeQuantLinear, linear).path
-    inputs.visit(linear, lambda x: hessian.add(path(x)))
+    hessian = _moment(linear)
+
+    def see(x: torch.Tensor) -> None:
+        x = linear.path(x)
+        hessian.add(x, x)
+
+    inputs.visit(linear, see)
     return hessian.value()
+
+
+def gather_pairs(pairs: PairedInputs, linear: FakeQuantLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return H of a linear's inputs in the current layer, and D, as `mismatch` takes them."""
+    hessian, cross = _moment(linear), _moment(linear)
+
+    def see(exact: torch.Tensor, x: torch.Tensor) -> None:
+        hessian.add(x, x)
+        cross.add(exact.float() - x.float(), x)
+
+    pairs.visit(linear, see)
+    return hessian.value(), cross.value()
+
+
+def _moment(linear: torch.nn.Linear) -> Moment:
+    return Moment(linear.weight.shape[1], linear.weight.device)

@@ -6,8 +6,6 @@ decoder layer computes. DuQuant's code passes no gradient through the rounding o
 twice the step, and quantizes queries, keys and values while a layer learns.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,7 +14,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from spinlab.config import ClipSearch, TensorQuant
-from spinlab.fakequant.insert import FakeQuantLinear, insert_fake_quant, rounded_sites
+from spinlab.fakequant.insert import insert_fake_quant, rounded_sites
 from spinlab.formats import Format, format_of
 from spinlab.formats.integer import extremes, nearest
 from spinlab.model.hooks import hidden_states
@@ -25,6 +23,7 @@ from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.ends import quantize_ends
 from spinlab.weights.layerwise import kept_layer
+from spinlab.weights.pairs import unquantized_inputs
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import round_to_range, search_ratios
 
@@ -46,26 +45,12 @@ def quantize_lwc(rounding: Rounding) -> dict[str, QuantizedWeight]:
     found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
     quantized = LayerInputs(rounding.model, rounding.windows, batch=1)
     for index in tqdm(range(len(original.layers)), desc="lwc"):
-        with _unquantized(original.layer):
+        with unquantized_inputs(original.layer):
             original.advance()
         make = partial(_learn_layer, rounding, quantized, original.batches)
         found |= kept_layer(rounding, index, make)
         quantized.advance()
     return found
-
-
-@contextmanager
-def _unquantized(layer: nn.Module) -> Iterator[None]:
-    """Leave the inputs of a layer's linears as they are."""
-    paths = {m.path for m in layer.modules() if isinstance(m, FakeQuantLinear)}
-    quantizers = {path: path.quantizer for path in paths}
-    for path in paths:
-        path.quantizer = None
-    try:
-        yield
-    finally:
-        for path, quantizer in quantizers.items():
-            path.quantizer = quantizer
 
 
 def _learn_layer(

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from spinlab.config import WeightsConfig
 from spinlab.config.checks import choice
 from spinlab.weights.base import Rounding
-from spinlab.weights.layerwise import quantize_gptq, quantize_rtn
+from spinlab.weights.layerwise import (
+    quantize_gptaq,
+    quantize_gptq,
+    quantize_qronos,
+    quantize_rtn,
+)
 from spinlab.weights.lwc import quantize_lwc
 from spinlab.weights.quantized import QuantizedWeight
 
@@ -19,12 +24,14 @@ from spinlab.weights.quantized import QuantizedWeight
 class Method:
     """Round a fused model; the weights come back by linear.
 
-    together: all processes work on it; reads_inputs: formats of inputs matter to it.
+    together: all processes work on it; reads_inputs: formats of inputs matter to it; reads_kv:
+    those of keys, values and queries do.
     """
 
     work: Callable[[Rounding], dict[str, QuantizedWeight]]
     together: bool = False
     reads_inputs: bool = False
+    reads_kv: bool = False
 
 
 def _rtn(rounding: Rounding) -> dict[str, QuantizedWeight]:
@@ -35,6 +42,8 @@ def _rtn(rounding: Rounding) -> dict[str, QuantizedWeight]:
 METHODS = {
     "rtn": Method(_rtn),
     "gptq": Method(quantize_gptq, together=True),
+    "gptaq": Method(quantize_gptaq, together=True, reads_inputs=True, reads_kv=True),
+    "qronos": Method(quantize_qronos, together=True, reads_inputs=True, reads_kv=True),
     "lwc": Method(quantize_lwc, reads_inputs=True),
 }
 

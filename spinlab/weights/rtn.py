@@ -32,9 +32,18 @@ def search_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch)
     return ratios * settings.clip_ratio
 
 
-def search_range(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> Parameters:
-    """Return the scale and zero point that RTN gives a weight (out, in): (out, in/g) each."""
-    ratios = search_ratios(weight, settings, clip)
+def search_range(
+    weight: torch.Tensor,
+    settings: TensorQuant,
+    clip: ClipSearch,
+    ratios: torch.Tensor | None = None,
+) -> Parameters:
+    """Return the scale and zero point that RTN gives a weight (out, in): (out, in/g) each.
+
+    ratios: (out, in/g, 1), those of its ranges that are kept, where no search is needed.
+    """
+    if ratios is None:
+        ratios = search_ratios(weight, settings, clip)
     _, lowest, highest = extremes(weight, settings.group_size)
     parameters = format_of(settings).parameters(lowest * ratios, highest * ratios)
     return Parameters(*(p.squeeze(-1) for p in parameters))

@@ -54,7 +54,10 @@ def refused(folder: Path, *overrides: str) -> str:
             "shares its input with other linears",
         ),
         (["rotation.r4_block=128"], "rotation.r4_block=128 does not divide 192"),
-        (["weights.method=qptq"], "weights.method=qptq is unknown: choose one of rtn, gptq, lwc"),
+        (
+            ["weights.method=qptq"],
+            "weights.method=qptq is unknown: choose one of rtn, gptq, gptaq, qronos, lwc",
+        ),
         (["eval.window=513"], "eval.window=513 is longer than the 512 tokens"),
         (
             ["weights=gptq", "weights.gptq.sequence_length=513"],

@@ -8,7 +8,7 @@ import torch
 from spinlab.config import ClipSearch, GPTQConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError, ResultError
 from spinlab.formats import IntegerFormat, Parameters
-from spinlab.weights.gptq import Hessian, error_spread, gptq
+from spinlab.weights.gptq import Moment, error_spread, gptq
 from spinlab.weights.rtn import rtn
 
 SYMMETRIC = TensorQuant(symmetric=True)
@@ -21,9 +21,9 @@ def correlated_inputs(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    gathered = Hessian(x.shape[1], x.device)
+    gathered = Moment(x.shape[1], x.device)
     for part in x.split(7):
-        gathered.add(part)
+        gathered.add(part, part)
     return gathered.value()
 
 

@@ -1,0 +1,99 @@
+"""The calibration windows on their way through two networks: the quantized and its original."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.kv.cache import KVPath, set_kv_path
+from spinlab.weights.calibration import LayerInputs
+
+
+@contextmanager
+def unquantized_inputs(layer: nn.Module) -> Iterator[None]:
+    """Leave the inputs of a layer's linears as they are."""
+    paths = {linear.path for linear in _linears(layer)}
+    quantizers = {path: path.quantizer for path in paths}
+    for path in paths:
+        path.quantizer = None
+    try:
+        yield
+    finally:
+        for path, quantizer in quantizers.items():
+            path.quantizer = quantizer
+
+
+class PairedInputs:
+    """Hold what the current decoder layer reads in two networks that are one model.
+
+    original: where nothing is rounded; what runs online, R3 too, runs there as well. quantized:
+    with weights as they are by now, and with linears' inputs, keys, values and queries rounded by
+    `kv` and the linears' paths. The model is the quantized network between calls. It holds one
+    layer's weights twice.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, original: LayerInputs, quantized: LayerInputs, kv: KVPath
+    ) -> None:
+        self.original, self.quantized = original, quantized
+        self._model, self._kv = model, kv
+        self._exact = _weights(self.quantized.layer)
+
+    @property
+    def index(self) -> int:
+        """The number of the current layer."""
+        return self.quantized.index
+
+    def visit(
+        self, linear: FakeQuantLinear, see: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Call `see` with both inputs of a linear of the current layer, batch after batch.
+
+        They are what it multiplies: the original's, transformed, and the quantized network's,
+        transformed and rounded.
+        """
+        seen: list[torch.Tensor] = []
+        for exact, x in zip(self.original.batches, self.quantized.batches, strict=True):
+            with self._as_original():
+                self.original.show(exact, linear, lambda x: seen.append(linear.path(x)))
+            self.quantized.show(x, linear, lambda x: seen.append(linear.path(x)))
+            see(*seen)
+            seen.clear()
+
+    def advance(self) -> None:
+        """Go through the current layer to the next, in both networks."""
+        with self._as_original():
+            self.original.advance()
+        self.quantized.advance()
+        if self.index < len(self.quantized.layers):
+            self._exact = _weights(self.quantized.layer)
+
+    @contextmanager
+    def _as_original(self) -> Iterator[None]:
+        """Make the current layer the original's."""
+        layer = self.quantized.layer
+        rounded = _weights(layer)
+        _set_weights(self._exact)
+        set_kv_path(self._model, KVPath(self._kv.r3))
+        try:
+            with unquantized_inputs(layer):
+                yield
+        finally:
+            set_kv_path(self._model, self._kv)
+            _set_weights(rounded)
+
+
+def _linears(layer: nn.Module) -> list[FakeQuantLinear]:
+    return [module for module in layer.modules() if isinstance(module, FakeQuantLinear)]
+
+
+def _weights(layer: nn.Module) -> dict[FakeQuantLinear, torch.Tensor]:
+    return {linear: linear.weight for linear in _linears(layer)}
+
+
+def _set_weights(weights: Mapping[FakeQuantLinear, torch.Tensor]) -> None:
+    for linear, weight in weights.items():
+        linear.weight = weight
