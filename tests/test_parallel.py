@@ -21,7 +21,14 @@ import spinlab
 from spinlab import parallel
 from spinlab.__main__ import main
 from spinlab.cache import Cache
-from spinlab.config import GPTQConfig, ModelConfig, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import (
+    GPTAQConfig,
+    GPTQConfig,
+    ModelConfig,
+    QuantConfig,
+    TensorQuant,
+    WeightsConfig,
+)
 from spinlab.device import choose_device
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import insert_fake_quant
@@ -33,7 +40,7 @@ from spinlab.model.modules import linear_at
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs
-from spinlab.weights.layerwise import gather, quantize_gptq
+from spinlab.weights.layerwise import gather, quantize_gptaq, quantize_gptq
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = {
@@ -50,6 +57,7 @@ ARCHITECTURE = {
 }
 COUNTS = (1, 2, 5)  # of windows: too few for both, as many as processes, not to be halved
 GPTQ = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
+GPTAQ = WeightsConfig(method="gptaq", gptaq=GPTAQConfig(block_size=10))
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 # random weights: one level that flips takes a trained network's learning elsewhere, in float32
 TOY = ["+experiment=toy", "model=random", "learn.steps=6", "tracker=none", "eval.tasks=[]"]
@@ -79,7 +87,7 @@ def measure(out: Path) -> None:
     parallel.start("cpu")
     numbers = {"perplexity": perplexities(), **parts(), **exchanged(), **stages(out)}
     numbers["divergence"] = divergences(out / "states")
-    weights = quantized(out)
+    weights = quantized(out) | paired(out / "gptaq")
     (out / f"rank-{parallel.rank()}.json").write_text(json.dumps(numbers))
     save_file(hessians() | weights, out / f"rank-{parallel.rank()}.safetensors")
     sys.argv = ["spinlab", *toy(out)]
@@ -197,6 +205,13 @@ def quantized(out: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def paired(out: Path) -> dict[str, torch.Tensor]:
+    """Quantize by GPTAQ, whose H and D come of all windows; return levels."""
+    out.mkdir(exist_ok=True)
+    rounding = Rounding(network("float32"), RotationSet(), windows(5), QUANT, GPTAQ, out)
+    return {f"gptaq.{name}": weight.levels for name, weight in quantize_gptaq(rounding).items()}
+
+
 # the tests ----------------------------------------------------------------------------------
 
 
@@ -295,6 +310,13 @@ def test_gptq_is_as_good_as_in_one_process(two, tmp_path):
     for name, levels in expected.items():
         if name.startswith("whole"):
             assert (found[name] != levels).float().mean() < 0.02
+
+
+def test_gptaq_ends_with_the_same_bits_everywhere_as_in_one_process(two, tmp_path):
+    for name, levels in paired(tmp_path).items():
+        assert torch.equal(two[1][0][name], two[1][1][name])
+        assert (two[1][0][name] != levels).float().mean() < 0.02
+    assert (two[1][0][name] != two[1][0][name.replace("gptaq", "whole")]).any()
 
 
 def test_more_processes_than_windows_are_refused(monkeypatch, tmp_path):

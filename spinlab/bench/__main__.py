@@ -1,4 +1,4 @@
-"""Run a benchmark: python -m spinlab.bench gptq --model llama2_7b --out experiments/bench/x.json"""
+"""Run a benchmark: python -m spinlab.bench decode --model llama2_7b --out place/x.json"""
 
 import argparse
 import sys
@@ -9,8 +9,8 @@ import torch
 
 from spinlab import parallel
 from spinlab.bench.collect import collect
-from spinlab.bench.gptq import bench_gptq
 from spinlab.bench.models import SHAPES
+from spinlab.bench.rounding import SETTINGS, bench_rounding
 from spinlab.config import Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
@@ -61,12 +61,13 @@ def command_line() -> argparse.ArgumentParser:
     """Return the parser of every benchmark and its options."""
     parser = argparse.ArgumentParser(prog="python -m spinlab.bench")
     commands = parser.add_subparsers(dest="command", required=True)
-    gptq = commands.add_parser("gptq", help="quantize a whole model by GPTQ")
-    _add_place(gptq)
-    _add_model(gptq)
-    gptq.add_argument("--length", type=int, default=2048, help="tokens of a window")
-    gptq.add_argument("--samples", type=int, default=128, help="calibration windows")
-    gptq.set_defaults(run=_gptq, repeatable=True)
+    rounding = commands.add_parser("rounding", help="round a whole model column by column")
+    _add_place(rounding)
+    _add_model(rounding)
+    rounding.add_argument("--method", choices=sorted(SETTINGS), default="gptq")
+    rounding.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    rounding.add_argument("--samples", type=int, default=128, help="calibration windows")
+    rounding.set_defaults(run=_rounding, repeatable=True)
     learn = commands.add_parser("learn", help="learn the rotations of a model")
     _add_place(learn)
     _add_model(learn)
@@ -130,9 +131,9 @@ def _add_kernels(commands: Any) -> None:
     gather.set_defaults(run=_collect, device="cpu", repeatable=False)
 
 
-def _gptq(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _rounding(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     windows = (arguments.samples, arguments.length)
-    return bench_gptq(arguments.model, windows, arguments.layers, device)
+    return bench_rounding(arguments.method, arguments.model, windows, arguments.layers, device)
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

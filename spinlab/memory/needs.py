@@ -94,6 +94,12 @@ class Job:
         return {site.path: site.numbers for site, _ in rounded}
 
     @cached_property
+    def before_last(self) -> int:
+        """Numbers of the first layer's linears, but for the largest."""
+        numbers = [site.numbers for site in self.map.sites if site.layer == 0]
+        return sum(numbers) - max(numbers)
+
+    @cached_property
     def fusing(self) -> int:
         """What fusing the largest matrix takes beside the model."""
         return 2 * _FLOAT64 * max(self.end, *(w.numel() for w in self.shape.parameters()))
@@ -193,7 +199,8 @@ def _rounding(job: Job) -> Iterator[Need]:
 def _calibrating(job: Job) -> Iterator[Need]:
     """All windows are there at one layer, twice where the original's are beside them.
 
-    Methods that go by columns hold a Hessian twice in float64 while it is factored.
+    Methods that go by columns hold a Hessian twice in float64 while it is factored; with the
+    original beside it, what D takes, and the weights of a layer that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, config.method.upper()
@@ -207,6 +214,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     if config.by_columns:
         work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * d.intermediate**2)
+        weights += (streams - 1) * job.before_last * job.size
     host = job.levels + windows.samples * length * _INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")

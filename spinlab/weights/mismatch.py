@@ -91,7 +91,8 @@ def qronos(
     The first column is rounded where it makes up best for all that the inputs lack, while the rest
     is still as it was; then the rest moves to where it is best with that, and what follows is GPTQ
     (the paper's equivalent form). So the sweep runs over W + W D (H + λ)⁻¹. λ is GPTQ's, where the
-    paper takes a share of the largest singular value. Ranges are those of GPTQ.
+    paper takes a share of the largest singular value. Ranges are searched for what the sweep runs
+    over, which is smaller than W; learned ones are shares of W's.
     """
     weight, order = weight.detach().float(), found.spread.order
     live = weight.masked_fill(found.spread.dead, 0)
@@ -99,4 +100,5 @@ def qronos(
     columns = live[:, order] + (exact @ found.part) @ found.spread.rows
     first = live[:, order[0]] + exact @ found.first
     sweep = Sweep(columns, found.spread, settings, config, first=first)
-    return sweep.rounded(live, ratios)
+    searched = columns[:, torch.argsort(order)]
+    return sweep.rounded(searched if ratios is None else live, ratios)

@@ -5,7 +5,7 @@ import pytest
 from spinlab.bench.__main__ import command_line, main
 
 COMMANDS = {
-    "gptq": [],
+    "rounding": [],
     "learn": [],
     "forms": ["+experiment=toy"],
     "kernels": [],
@@ -30,7 +30,7 @@ def test_only_the_cpu_benchmark_runs_on_the_cpu_by_itself(capsys):
 
 def test_a_default_of_one_command_is_not_anothers():
     parser = command_line()
-    models = {name: parser.parse_args([name]).model for name in ("gptq", "learn", "cpu")}
+    models = {name: parser.parse_args([name]).model for name in ("rounding", "learn", "cpu")}
     assert set(models.values()) == {"smollm2_135m"}
     assert {parser.parse_args([name]).model for name in ("decode", "prefill")} == {"llama2_7b"}
     assert (parser.parse_args(["decode"]).prompt, parser.parse_args(["prefill"]).prompt) == (

@@ -41,15 +41,19 @@ def main(folder: str, *overrides: str) -> None:
     if run.config.learn.steps:
         work["learning"] = lambda: run.learned
     work["rounding weights"] = lambda: run.weights("integer")
-    gptq = Pipeline(composed(*overrides, "weights=gptq", f"paths.cache={folder}"))
-    work["GPTQ"] = lambda: gptq.weights("integer")
+    others = [
+        Pipeline(composed(*overrides, f"weights={method}", f"paths.cache={folder}"))
+        for method in ("gptq", "gptaq")
+    ]
+    for other in others:
+        work[other.config.weights.method.upper()] = lambda other=other: other.weights("integer")
     for variant in run.config.eval.variants:
         work[f"measuring {variant}"] = lambda v=variant: (
             v == "fp" or run.handoff_error(v),
             run.measure(v),
         )
     expected: dict[str, int] = {}
-    for asked in (run, gptq):
+    for asked in (run, *others):
         names = {name for name, _ in stages_of(asked)}
         for need in needs(Job(asked.config, run.original.shape, run.run.device, names)):
             expected[need.stage] = max(expected.get(need.stage, 0), need.host + need.device)

@@ -46,17 +46,15 @@ def need_of(stage: str, *overrides: str, device: torch.device = CPU) -> Need:
 def test_what_is_estimated_is_what_stages_take(tmp_path, short_text):
     script = Path(__file__).parent / "peaks.py"
     small = ["learn.steps=1", "learn.batch=1", "learn.sequence_length=256", "eval.tasks=[]"]
-    small += [
-        "weights.clip.search=false",
-        "weights.gptq.samples=4",
-        "weights.gptq.sequence_length=128",
-    ]
+    small.append("weights.clip.search=false")
+    for method in ("gptq", "gptaq"):
+        small += [f"weights.{method}.samples=4", f"weights.{method}.sequence_length=128"]
     small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,integer]"]
     command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", "model=random"]
     done = subprocess.run([*command, MIDDLE, *small, *short_text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 6
+    assert len(found) == 7
     for stage, (expected, taken) in found.items():
         assert expected - _SLACK / 4 < taken < 2 * expected + _SLACK, (stage, found)
 

@@ -53,10 +53,17 @@ def test_ranges_are_used_with_the_formats_they_were_learned_for(changes, expecte
 
 
 @pytest.mark.parametrize("method", ["gptq", "lwc"])
-def test_only_rounding_to_nearest_reads_weight_ranges(method, caplog):
+def test_methods_that_find_ranges_of_their_own_read_no_others(method, caplog):
     assert kept(learned(), QUANT, method) == (False, True)
     warn_of_lost_ranges(learned(), QUANT, method, "R.safetensors")
     assert f"weights={method} finds its own" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptaq", "qronos"])
+def test_methods_that_keep_ranges_get_them(method, caplog):
+    assert kept(learned(), QUANT, method) == (True, True)
+    warn_of_lost_ranges(learned(), QUANT, method, "R.safetensors")
+    assert not caplog.text
 
 
 def test_what_says_nothing_of_its_formats_keeps_input_ranges_only():

@@ -8,6 +8,7 @@ import torch
 from spinlab.config import (
     ClipSearch,
     FormatChange,
+    GPTAQConfig,
     GPTQConfig,
     Override,
     QuantConfig,
@@ -22,6 +23,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.base import Rounding
 from spinlab.weights.ends import check_ends
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
+from spinlab.weights.methods import METHODS
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import rtn
 
@@ -42,19 +44,23 @@ def windows() -> torch.Tensor:
     return torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=["rtn", "gptq"])
+@pytest.fixture(params=["rtn", "gptq", "gptaq"])
 def quantize(request, windows, tmp_path):
-    """Quantize a model by one of the methods."""
+    """Quantize a model by one of the methods; Qronos takes GPTAQ's way through a model."""
 
     def by_rtn(model, quant):
         return quantize_rtn(model, quant, ClipSearch(), {})
 
-    def by_gptq(model, quant):
-        config = WeightsConfig(method="gptq", gptq=GPTQConfig(block_size=10))
-        rotations = RotationSet(r4=hadamard_rotation(40))
-        return quantize_gptq(Rounding(model, rotations, windows, quant, config, tmp_path))
+    def by_columns(model, quant):
+        own = {"gptq": GPTQConfig(block_size=10), "gptaq": GPTAQConfig(block_size=10)}
+        config, rotations = (
+            WeightsConfig(request.param, **own),
+            RotationSet(r4=hadamard_rotation(40)),
+        )
+        rounding = Rounding(model, rotations, windows, quant, config, tmp_path)
+        return METHODS[request.param].work(rounding)
 
-    return by_rtn if request.param == "rtn" else by_gptq
+    return by_rtn if request.param == "rtn" else by_columns
 
 
 def test_overrides_give_other_formats_to_the_linears_that_match(make_model, quantize):
