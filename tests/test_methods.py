@@ -48,11 +48,10 @@ PARTS = {
     "learned_inputs": _DUQUANT,
     "spinquant_no_had": (True, "", set()),
     **dict.fromkeys(
-        ("random", "quarot", "quarot_gptaq", "quarot_qronos"),
-        (True, "r3r4", set()),
-    ),
-    **dict.fromkeys(
-        ("duquant_learned", "spinquant_had", "learned_ranges"),
+        (
+            *("random", "quarot", "quarot_gptaq", "duquant_learned"),
+            *("spinquant_had", "learned_ranges"),
+        ),
         (True, "r3r4", set()),
     ),
 }

@@ -62,10 +62,14 @@ TARGETS = {
     },
     **{f"{kind}.gguf": blocks(kind) for kind in BLOCKS},
 }
+WINDOWS = (
+    *(f"weights.{method}" for method in ("gptq", "gptaq", "qronos", "lwc")),
+    "rotation.statistics",
+)
 TINY = [
     *("+experiment=toy", "model=random", "kv=kv16", "quant.weights.group_size=32"),
-    *(f"{part}.samples=2" for part in ("weights.gptq", "weights.lwc", "rotation.statistics")),
-    *(f"{p}.sequence_length=16" for p in ("weights.gptq", "weights.lwc", "rotation.statistics")),
+    *(f"{part}.samples=2" for part in WINDOWS),
+    *(f"{part}.sequence_length=16" for part in WINDOWS),
     *("weights.lwc.epochs=1", "rotation.duquant.steps=1", "rotation.duquant.block_size=8"),
     *("learn.micro_batch=1", "learn.batch=1", "learn.sequence_length=16"),
     *("learn.optimizer.warmup=0", "eval.variants=[fp,fake]"),
