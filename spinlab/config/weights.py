@@ -54,14 +54,24 @@ class GPTQConfig(WindowsConfig):
 
 @dataclass(frozen=True)
 class GPTAQConfig(GPTQConfig):
-    """Set GPTAQ (Li et al. 2025), which has what GPTQ has."""
+    """Set GPTAQ (Li et al. 2025): GPTQ's settings, and how far it goes.
+
+    The mismatch of inputs is fitted to the calibration text: on less text, or for other text, half
+    of it may be better than all.
+    """
 
     place: ClassVar[str] = "weights.gptaq"
+    strength: float = 1.0  # share of the mismatch that is made up for; 0: GPTQ, inputs rounded
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise InputError(f"{self.place}.strength={self.strength} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
-class QronosConfig(GPTQConfig):
-    """Set Qronos (Zhang et al. 2025), which has what GPTQ has."""
+class QronosConfig(GPTAQConfig):
+    """Set Qronos (Zhang et al. 2025), which has what GPTAQ has."""
 
     place: ClassVar[str] = "weights.qronos"
 

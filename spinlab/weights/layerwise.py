@@ -123,8 +123,7 @@ def _quantize_paired(rounding: Rounding, sweep: "Sweeping[Mismatch]") -> dict[st
     found = quantize_ends(model, rounding.quant, rounding.config.clip)
     set_kv_path(model, kv)
     pairs = PairedInputs(model, original, _windows_in(rounding), kv)
-    config = rounding.config.by_columns
-    assert config is not None
+    config = rounding.config.own
 
     def lack(linear: FakeQuantLinear) -> Mismatch:
         return mismatch(*gather_pairs(pairs, linear), config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spinlab.config import GPTQConfig, TensorQuant, WeightsConfig
+from spinlab.config import GPTAQConfig, TensorQuant, WeightsConfig
 from spinlab.finite import check_finite
 from spinlab.weights.gptq import ErrorSpread, Sweep, error_spread
 from spinlab.weights.quantized import QuantizedWeight
@@ -30,14 +30,14 @@ class Mismatch:
     first: torch.Tensor
 
 
-def mismatch(hessian: torch.Tensor, cross: torch.Tensor, config: GPTQConfig) -> Mismatch:
-    """Factor H (in, in) and project D (in, in) on its factor.
+def mismatch(hessian: torch.Tensor, cross: torch.Tensor, config: GPTAQConfig) -> Mismatch:
+    """Factor H (in, in) and project D (in, in), times its strength, on the factor.
 
     Raises InputError where H cannot be factored, ResultError for what is not finite.
     """
     spread = error_spread(hessian, config)
     check_finite({"the mismatch of inputs": cross}, "the model is broken, or inputs overflow")
-    cross = cross[spread.order][:, spread.order]
+    cross = cross[spread.order][:, spread.order] * config.strength
     power = hessian.diagonal()[spread.order[0]]
     first = cross[:, 0] / (power + (power == 0))
     return Mismatch(spread, (cross @ spread.rows.mT).mul_(spread.squares), first)

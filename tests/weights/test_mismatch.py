@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from spinlab.config import ClipSearch, GPTAQConfig, GPTQConfig, TensorQuant, WeightsConfig
-from spinlab.errors import ResultError
+from spinlab.config import ClipSearch, GPTAQConfig, TensorQuant, WeightsConfig
+from spinlab.errors import InputError, ResultError
 from spinlab.formats import IntegerFormat, Parameters
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.weights.gptq import Moment, gptq
@@ -243,6 +243,26 @@ def test_learned_ranges_stay_as_they_are(method):
     assert not torch.equal(found.levels, expected.levels)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_strength_is_gptq_and_half_of_it_is_towards_the_middle(method):
+    (exact, x), weight = inputs(300, 24), weights(16, 24)
+    sweep, found = METHODS[method], {}
+    for strength in (0.0, 0.5, 1.0):
+        config = settings(strength=strength)
+        found[strength] = sweep(weight, known((exact, x), config), SYMMETRIC, config)
+    spread = known((exact, x), settings()).spread
+    assert torch.equal(found[0.0].levels, gptq(weight, spread, SYMMETRIC, settings()).levels)
+    half = sweep(weight, known(((exact + x) / 2, x), settings()), SYMMETRIC, settings())
+    assert (half.levels == found[0.5].levels).float().mean() > 0.99
+    errors = [objective(found[s], weight, (exact, x)) for s in (1.0, 0.5, 0.0)]
+    assert errors == sorted(errors)
+
+
 def test_a_mismatch_that_is_not_finite_is_found():
     with pytest.raises(ResultError, match="the mismatch of inputs has 1 of 4 numbers"):
-        mismatch(torch.eye(2), torch.tensor([[0, torch.nan], [0, 0]]), GPTQConfig())
+        mismatch(torch.eye(2), torch.tensor([[0, torch.nan], [0, 0]]), GPTAQConfig())
+
+
+def test_a_strength_is_a_share():
+    with pytest.raises(InputError, match=r"weights\.gptaq\.strength=1\.5 must lie in \[0, 1\]"):
+        GPTAQConfig(strength=1.5)
