@@ -38,6 +38,12 @@ from spinlab.weights.quantized import (
 )
 from spinlab.weights.rtn import round_to_nearest, rtn, search_ratios
 
+# what a sweep knows of a linear's inputs, and a sweep
+Factors = TypeVar("Factors", ErrorSpread, Mismatch)
+Sweeping = Callable[
+    [torch.Tensor, Factors, TensorQuant, WeightsConfig, torch.Tensor | None], QuantizedWeight
+]
+
 
 def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
     """Raise InputError where formats do not fit the model.
@@ -108,7 +114,7 @@ def quantize_qronos(rounding: Rounding) -> dict[str, QuantizedWeight]:
     return _quantize_paired(rounding, qronos)
 
 
-def _quantize_paired(rounding: Rounding, sweep: "Sweeping[Mismatch]") -> dict[str, QuantizedWeight]:
+def _quantize_paired(rounding: Rounding, sweep: Sweeping[Mismatch]) -> dict[str, QuantizedWeight]:
     """Return every weight of fewer than 16 bits, rounded towards the original's outputs.
 
     The model is overwritten. The network that a linear is rounded for has its inputs, keys, values
@@ -123,18 +129,11 @@ def _quantize_paired(rounding: Rounding, sweep: "Sweeping[Mismatch]") -> dict[st
     found = quantize_ends(model, rounding.quant, rounding.config.clip)
     set_kv_path(model, kv)
     pairs = PairedInputs(model, original, _windows_in(rounding), kv)
-    config = rounding.config.own
 
     def lack(linear: FakeQuantLinear) -> Mismatch:
-        return mismatch(*gather_pairs(pairs, linear), config)
+        return mismatch(*gather_pairs(pairs, linear), rounding.config.own)
 
     return found | _layer_by_layer(rounding, pairs, lack, sweep)
-
-
-Factors = TypeVar("Factors", ErrorSpread, Mismatch)
-Sweeping = Callable[
-    [torch.Tensor, Factors, TensorQuant, WeightsConfig, torch.Tensor | None], QuantizedWeight
-]
 
 
 def _layer_by_layer(
@@ -145,7 +144,7 @@ def _layer_by_layer(
 ) -> dict[str, QuantizedWeight]:
     """Round the linears of all layers, in the order of computation.
 
-    factors: what a sweep knows of a linear's inputs. Finished layers are kept in `progress`; a
+    factors: what `sweep` is to know of a linear's inputs. Finished layers are kept in `progress`; a
     later call takes them from there and continues with the same bits. Embedding and head are
     rounded to nearest. Of several processes each takes its part of the windows and adds to common
     moments; all end with the weights of the first, which alone writes.

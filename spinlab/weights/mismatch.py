@@ -72,8 +72,10 @@ def gptaq(
     """
     weight, order = weight.detach().float(), found.spread.order
     live = weight.masked_fill(found.spread.dead, 0)
-    ahead = looking_ahead(found)
-    columns = live[:, order] + (weight - live)[:, order] @ ahead
+    columns, ahead = live[:, order], looking_ahead(found)
+    dead = found.spread.dead[order]
+    if dead.any():
+        columns += weight[:, order][:, dead] @ ahead[dead]
     sweep = Sweep(columns, found.spread, settings, config, ahead=ahead)
     return sweep.rounded(live, ratios)
 
