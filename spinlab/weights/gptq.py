@@ -6,6 +6,7 @@ them: weights lie transposed, a column is one contiguous run, and nothing asks t
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -117,8 +118,29 @@ def gptq(
     ratios: (out, in/g, 1), those of learned ranges, which stay as they are.
     """
     weight = weight.detach().float().masked_fill(spread.dead, 0)
-    sweep = Sweep(weight[:, spread.order], spread, settings, config)
-    return sweep.rounded(weight, ratios)
+    ranges = ranges_of(weight, settings, config, ratios)
+    return Sweep(weight[:, spread.order], spread, ranges, settings, config).rounded()
+
+
+class Ranges(NamedTuple):
+    """Hold scale and zero of a weight: (out, in/g) each. live: groups get theirs when reached."""
+
+    parameters: Parameters
+    live: bool
+
+
+def ranges_of(
+    weight: torch.Tensor, settings: TensorQuant, config: WeightsConfig, ratios: torch.Tensor | None
+) -> Ranges:
+    """Return the ranges that a sweep over a weight (out, in) begins with.
+
+    ratios: (out, in/g, 1), those of its ranges that are kept, where they are known.
+    """
+    parameters, own = search_range(weight, settings, config.clip, ratios), config.by_columns
+    assert own is not None
+    live = parameters.scale.shape[1] > 1 and not own.static_groups and ratios is None
+    assert not (live and own.act_order), "act-order does not visit groups in turn"
+    return Ranges(parameters, live)
 
 
 class Sweep:
@@ -133,6 +155,7 @@ class Sweep:
         self,
         columns: torch.Tensor,
         spread: ErrorSpread,
+        ranges: Ranges,
         settings: TensorQuant,
         config: WeightsConfig,
         *,
@@ -140,23 +163,16 @@ class Sweep:
         ahead: torch.Tensor | None = None,
     ) -> None:
         assert config.by_columns is not None
-        self.columns = columns.T.contiguous()
-        self.spread, self.settings, self.clip = spread, settings, config.clip
-        self.own, self.format = config.by_columns, format_of(settings)
+        self.columns, self.block = columns.T.contiguous(), config.by_columns.block_size
+        self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges.parameters)
+        self.size, self.live = len(self.columns) // len(self.scale), ranges.live
+        self.group_of = (spread.order // self.size).tolist()
+        self.spread, self.format, self.clip = spread, format_of(settings), config.clip
+        self.settings = replace(settings, group_size=0)
         self.aims, self.ahead = {} if first is None else {0: first}, ahead
 
-    def rounded(self, weight: torch.Tensor, ratios: torch.Tensor | None) -> QuantizedWeight:
-        """Return the rounded weight, its columns as they lie in the model.
-
-        weight: (out, in), laid out so too, what ranges are taken from. ratios: (out, in/g, 1),
-        those of its ranges that are kept, where they are known; groups then keep their ranges.
-        """
-        ranges = search_range(weight, self.settings, self.clip, ratios)
-        self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges)
-        self.size = len(self.columns) // len(self.scale)
-        self.group_of = (self.spread.order // self.size).tolist()
-        self.live = len(self.scale) > 1 and not self.own.static_groups and ratios is None
-        assert not (self.live and self.own.act_order), "act-order does not visit groups in turn"
+    def rounded(self) -> QuantizedWeight:
+        """Return the rounded weight, its columns as they lie in the model."""
         levels = self._run()[torch.argsort(self.spread.order)].T.contiguous()
         ranges = self.scale.T.contiguous(), self.zero.T.contiguous()
         return QuantizedWeight(levels, *ranges, self.format)
@@ -164,9 +180,9 @@ class Sweep:
     def _run(self) -> torch.Tensor:
         """Return the levels, int16, in the order of rounding."""
         levels = torch.empty(self.columns.shape, dtype=torch.int16, device=self.columns.device)
-        errors = torch.empty_like(self.columns[: self.own.block_size])
-        for begin in range(0, len(self.columns), self.own.block_size):
-            end = min(begin + self.own.block_size, len(self.columns))
+        errors = torch.empty_like(self.columns[: self.block])
+        for begin in range(0, len(self.columns), self.block):
+            end = min(begin + self.block, len(self.columns))
             done = errors[: end - begin]
             levels[begin:end] = self._round_block(begin, end, done)
             self._pass_on(self.columns[end:], slice(begin, end), slice(end, None), done)
@@ -207,7 +223,6 @@ class Sweep:
         if stop > end:
             done = slice(column - errors.shape[0], column)
             self._pass_on(ahead[end - column :], done, slice(end, stop), errors)
-        one = replace(self.settings, group_size=0)
-        scale, zero = search_range(ahead.T.contiguous(), one, self.clip)
+        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.clip)
         group = self.group_of[column]
         self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

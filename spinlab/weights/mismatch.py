@@ -12,7 +12,7 @@ import torch
 
 from spinlab.config import GPTAQConfig, TensorQuant, WeightsConfig
 from spinlab.finite import check_finite
-from spinlab.weights.gptq import ErrorSpread, Sweep, error_spread
+from spinlab.weights.gptq import ErrorSpread, Sweep, error_spread, ranges_of
 from spinlab.weights.quantized import QuantizedWeight
 
 
@@ -76,8 +76,8 @@ def gptaq(
     dead = found.spread.dead[order]
     if dead.any():
         columns += weight[:, order][:, dead] @ ahead[dead]
-    sweep = Sweep(columns, found.spread, settings, config, ahead=ahead)
-    return sweep.rounded(live, ratios)
+    ranges = ranges_of(live, settings, config, ratios)
+    return Sweep(columns, found.spread, ranges, settings, config, ahead=ahead).rounded()
 
 
 @torch.no_grad()
@@ -101,6 +101,6 @@ def qronos(
     exact = weight[:, order]
     columns = live[:, order] + (exact @ found.part) @ found.spread.rows
     first = live[:, order[0]] + exact @ found.first
-    sweep = Sweep(columns, found.spread, settings, config, first=first)
-    searched = columns[:, torch.argsort(order)]
-    return sweep.rounded(searched if ratios is None else live, ratios)
+    ranged = columns[:, torch.argsort(order)] if ratios is None else live
+    ranges = ranges_of(ranged, settings, config, ratios)
+    return Sweep(columns, found.spread, ranges, settings, config, first=first).rounded()
