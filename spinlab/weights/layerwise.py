@@ -1,6 +1,7 @@
 """Quantize all rotated linears of a fused model: RTN at once, others layer by layer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -20,7 +21,7 @@ from spinlab.fakequant.insert import (
 )
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
-from spinlab.kv.cache import KVPath, attach_kv, set_kv_path
+from spinlab.kv.cache import KVPath, attach_kv, kv_path_of, set_kv_path
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import linear_at, map_of
 from spinlab.tensors import kept_tensors, save_tensors
@@ -122,13 +123,15 @@ def _quantize_paired(rounding: Rounding, sweep: Sweeping[Mismatch]) -> dict[str,
     original is the model as it is given: a tied matrix (`quant.tied`) is rounded in both, embedding
     and head of their own in the quantized network alone.
     """
-    model, kv = rounding.model, rounding.kv
+    model = rounding.model
     insert_fake_quant(model, rounding.rotations, rounding.quant)
-    attach_kv(model, KVPath(kv.r3), store=False)
+    attach_kv(model, KVPath(rounding.kv.r3, apart=rounding.kv.apart), store=False)
+    exact = kv_path_of(model)
+    coded = replace(rounding.kv, biases=exact.biases)
     original = _windows_in(rounding)
     found = quantize_ends(model, rounding.quant, rounding.config.clip)
-    set_kv_path(model, kv)
-    pairs = PairedInputs(model, original, _windows_in(rounding), kv)
+    set_kv_path(model, coded)
+    pairs = PairedInputs(model, original, _windows_in(rounding), exact, coded)
 
     def lack(linear: FakeQuantLinear) -> Mismatch:
         return mismatch(*gather_pairs(pairs, linear), rounding.config.own)

@@ -31,15 +31,20 @@ class PairedInputs:
 
     original: where nothing is rounded; what runs online, R3 too, runs there as well. quantized:
     with weights as they are by now, and with linears' inputs, keys, values and queries rounded by
-    `kv` and the linears' paths. The model is the quantized network between calls. It holds one
-    layer's weights twice.
+    `coded` and the linears' paths; `exact` is the original's path. The model is the quantized
+    network between calls. It holds one layer's weights twice.
     """
 
     def __init__(
-        self, model: PreTrainedModel, original: LayerInputs, quantized: LayerInputs, kv: KVPath
+        self,
+        model: PreTrainedModel,
+        original: LayerInputs,
+        quantized: LayerInputs,
+        exact: KVPath,
+        coded: KVPath,
     ) -> None:
         self.original, self.quantized = original, quantized
-        self._model, self._kv = model, kv
+        self._model, self._kv = model, (exact, coded)
         self._exact = _weights(self.quantized.layer)
 
     @property
@@ -77,12 +82,13 @@ class PairedInputs:
         layer = self.quantized.layer
         rounded = _weights(layer)
         _set_weights(self._exact)
-        set_kv_path(self._model, KVPath(self._kv.r3))
+        exact, coded = self._kv
+        set_kv_path(self._model, exact)
         try:
             with unquantized_inputs(layer):
                 yield
         finally:
-            set_kv_path(self._model, self._kv)
+            set_kv_path(self._model, coded)
             _set_weights(rounded)
 
 

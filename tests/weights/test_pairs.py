@@ -78,9 +78,24 @@ def multiplied(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, list[
     return seen
 
 
-def test_both_inputs_are_those_of_whole_networks(networks, windows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key_bias", [None, 5.0])
+def test_both_inputs_are_those_of_whole_networks(
+    make_model, windows, tmp_path, monkeypatch, key_bias
+):
     """The original's are those of the rotated network with nothing rounded; the others those of
     the finished network, in which all that comes before a linear is as it was when it was seen."""
+
+    def networks() -> QuantizedNetworks:
+        return QuantizedNetworks(original_model, QUANT, KV)
+
+    def original_model() -> PreTrainedModel:
+        biased = key_bias is not None
+        model = make_model(torch.float32, tie_word_embeddings=False, attention_bias=biased)
+        for layer in range(2 if biased else 0):
+            keys = linear_at(model, f"model.layers.{layer}.self_attn.k_proj")
+            keys.bias.data.normal_(0, key_bias, generator=torch.Generator().manual_seed(layer))
+        return model
+
     pairs: dict[FakeQuantLinear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     gather = layerwise.gather_pairs
 
