@@ -1,6 +1,7 @@
 """A number that is none fails where it appears, whatever reads it next."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,23 +22,15 @@ def test_the_first_number_that_is_none_is_named(value):
         check_finite({"b": torch.tensor([value, 1.0, value])}, "it")
 
 
-class Harness:
-    """Stands for lm-eval's model, whose likelihoods are given."""
-
-    max_length = 8
-
-    def __init__(self, *likelihoods: float) -> None:
-        self.likelihoods = likelihoods
-
-    def _loglikelihood_tokens(self, requests, **options):
-        return [(likelihood, False) for likelihood in self.likelihoods]
-
-
-def test_answers_without_a_likelihood_are_no_accuracy():
-    requests = [(("", ""), [1, 2], [3])] * 3
-    assert len(_score(Harness(-1.0, -2.0, -math.inf), requests)) == 3
+def test_answers_without_a_likelihood_are_no_accuracy(make_model):
+    model = make_model(torch.float32)
+    lm = SimpleNamespace(model=model, batch_size=2, max_length=8)
+    requests = [(("", ""), [1, 2], [3]), (("", ""), [1, 5], [3]), (("", ""), [5], [3])]
+    assert len(_score(lm, requests)) == 3
+    model.get_input_embeddings().weight[5] = torch.nan
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.ones(64, 24))
     with pytest.raises(ResultError, match="2 of 3 answers have a likelihood of nan"):
-        _score(Harness(math.nan, -2.0, math.nan), requests)
+        _score(lm, requests)
 
 
 def test_a_hessian_that_is_not_finite_is_not_called_ill_conditioned():

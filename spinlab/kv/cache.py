@@ -269,7 +269,8 @@ def _has_fused_kernel_ungrouped(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Tell whether torch has a fused kernel for a head's own keys, but none for shared ones.
 
     So it is for several tokens in float32 on a GPU; it would store all scores, (batch, heads,
-    tokens, tokens), several times over.
+    tokens, tokens), several times over. The gradient of that kernel is another one each time,
+    though: what learns goes the slow way.
     """
-    shared = query.shape[1] > key.shape[1]
+    shared = query.shape[1] > key.shape[1] and not torch.is_grad_enabled()
     return shared and query.is_cuda and query.dtype == torch.float32 and query.shape[2] > 1
