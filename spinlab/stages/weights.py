@@ -37,7 +37,7 @@ def round_weights(
     if method.reads_inputs:
         depends.append(plain(run.config.quant))
     if method.reads_kv:
-        depends.append(plain(run.config.kv))
+        depends.append(original.kv_settings)
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
