@@ -94,6 +94,11 @@ class LWCConfig(WindowsConfig):
 KEEP_RANGES = ("rtn", "gptaq", "qronos")
 
 
+def method_title(method: str) -> str:
+    """Return how texts write the name of a method; all but one are abbreviations."""
+    return "Qronos" if method == "qronos" else method.upper()
+
+
 @dataclass(frozen=True)
 class WeightsConfig:
     """Choose the method that rounds weights; of the parts below, its own is read."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import Config
+from spinlab.config.weights import method_title
 from spinlab.fakequant.insert import rounded_sites
 from spinlab.learn import estimate_of
 from spinlab.metrics.divergence import CHUNK
@@ -203,7 +204,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     original beside it, what D takes, and the weights of a layer that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
-    method, windows, name = METHODS[config.method], config.windows, config.method.upper()
+    method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
     weights = job.untied * job.size
     assert windows is not None
     yield Need(name, 0, weights + job.fusing, job.cure())

@@ -10,6 +10,7 @@ import torch
 
 from spinlab.cache import _give_back_memory
 from spinlab.compose import composed
+from spinlab.config.weights import method_title
 from spinlab.memory.needs import Job, needs
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
@@ -46,7 +47,9 @@ def main(folder: str, *overrides: str) -> None:
         for method in ("gptq", "gptaq")
     ]
     for other in others:
-        work[other.config.weights.method.upper()] = lambda other=other: other.weights("integer")
+        work[method_title(other.config.weights.method)] = lambda other=other: other.weights(
+            "integer"
+        )
     for variant in run.config.eval.variants:
         work[f"measuring {variant}"] = lambda v=variant: (
             v == "fp" or run.handoff_error(v),

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from spinlab.config.weights import method_title
 from spinlab.report.formats import MISSING, markdown, percent, spread
 from spinlab.report.records import Record, read_seeds, texts_of
 
@@ -36,7 +37,7 @@ def methods_table(folder: Path) -> str:
     for method in [*(t for t in titles if t in records), *sorted(records.keys() - titles.keys())]:
         runs = records[method]
         config = runs[0]["config"]
-        weights, learned = config["weights"]["method"].upper(), _learned(config)
+        weights, learned = method_title(config["weights"]["method"]), _learned(config)
         cells = [method, titles.get(method, ""), weights, learned, str(len(runs))]
         rows.append([*cells, *_cells(columns, runs, "fake")])
     return markdown(rows)
