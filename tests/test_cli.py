@@ -99,7 +99,7 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "quant.activations.bits=17"], ["quant.activations.bits=17", "2 to 16"]),
         ([*TOY, "kv.keys.bits=0"], ["kv.keys.bits=0", "1 to 16"]),
         ([*TOY, "kv.values.bits=12"], ["kv.values.bits=12", "2 to 8 bits"]),
-        ([*TOY, "kv.k_bits=3"], ["unknown setting 'kv.k_bits'", "mean kv.keys.bits"]),
+        ([*TOY, "kv.k_bits=3"], ["unknown setting 'kv.k_bits'", "mean kv.key", "kv.keys.bits"]),
         ([*TOY, "kv.v_clip_ratio=0.9"], ["'kv.v_clip_ratio'", "mean kv.values.clip_ratio"]),
         ([*TOY, "kv.keys.codec=afine"], ["kv.keys.codec=afine", "affine"]),
         ([*TOY, "quant.weights.bits=12"], ["quant.weights.bits=12", "integer kernels"]),

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from spinlab.compose import composed, options_of
-from spinlab.config import plain
+from spinlab.config import Config, DataConfig, SweepConfig, plain
 from spinlab.config.unread import check_read, unread
 from spinlab.config.values import text, values_of, words_of
 from spinlab.errors import InputError
@@ -276,3 +276,15 @@ def test_a_value_as_text_is_the_value_once_it_is_typed_again():
     assert again[:4] == words[:4]
     assert values_of(plain(composed("+experiment=toy", *again))) == settings
     assert [text(value) for value in (1.5, 2.0, 1e-5, 3)] == ["1.5", "2", "1e-05", "3"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "held_out"),
+    [("ppl/wiki_dev/fake", "evaluation"), ("kl/wiki/fake", "development"), ("flips/w/fp", None)],
+)
+def test_a_metric_of_a_text_that_is_not_measured_is_refused(metric, held_out):
+    data = DataConfig(held_out=held_out or "evaluation")
+    with pytest.raises(InputError, match=f"{metric} is of a text that is not measured: with data"):
+        Config(data=data, sweep=SweepConfig(metric))
+    Config(data=data, sweep=SweepConfig("ppl/*/fake"))
+    Config(data=data, sweep=SweepConfig("zeroshot_mean/accuracy/fake"))

@@ -312,11 +312,14 @@ def test_gptq_is_as_good_as_in_one_process(two, tmp_path):
             assert (found[name] != levels).float().mean() < 0.02
 
 
-def test_gptaq_ends_with_the_same_bits_everywhere_as_in_one_process(two, tmp_path):
+def test_gptaq_ends_with_the_same_bits_everywhere_and_is_as_good_as_in_one_process(two, tmp_path):
+    """Sums in another order flip a level here and there."""
+    first, second = two[1]
     for name, levels in paired(tmp_path).items():
-        assert torch.equal(two[1][0][name], two[1][1][name])
-        assert (two[1][0][name] != levels).float().mean() < 0.02
-    assert (two[1][0][name] != two[1][0][name.replace("gptaq", "whole")]).any()
+        assert torch.equal(first[name], second[name])
+        assert (first[name] != levels).float().mean() < 0.02
+        by_gptq = first[name.replace("gptaq", "whole")]
+        assert name.endswith("embed_tokens") or (first[name] != by_gptq).any(), name
 
 
 def test_more_processes_than_windows_are_refused(monkeypatch, tmp_path):

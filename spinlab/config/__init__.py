@@ -5,6 +5,8 @@ YAML files under conf/ hold deltas to these dataclasses. Nothing here imports to
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from spinlab.config.data import DataConfig
@@ -110,8 +112,16 @@ class Config:
         self._check_metric()
 
     def _check_metric(self) -> None:
-        """Refuse a sweep's metric of a variant that is not measured."""
-        variant = (self.sweep.metric or "").rpartition("/")[2]
+        """Refuse a sweep's metric of a variant or a text that is not measured."""
+        *kind, variant = (self.sweep.metric or "").split("/")
+        ending = "_dev" if self.data.held_out == "development" else ""
+        texts = [Path(name).name + ending for name in self.data.evaluation]
+        of_text = len(kind) == 2 and kind[0] in ("ppl", "kl", "flips")
+        if of_text and not any(fnmatchcase(text, kind[1]) for text in texts):
+            raise InputError(
+                f"sweep.metric={self.sweep.metric} is of a text that is not measured: with "
+                f"data.held_out={self.data.held_out} texts are called {', '.join(texts)}"
+            )
         if variant in set(VARIANTS) - set(self.eval.variants):
             raise InputError(
                 f"sweep.metric={self.sweep.metric} is of a variant that is not measured: add "

@@ -95,8 +95,8 @@ KEEP_RANGES = ("rtn", "gptaq", "qronos")
 
 
 def method_title(method: str) -> str:
-    """Return how texts write the name of a method; all but one are abbreviations."""
-    return "Qronos" if method == "qronos" else method.upper()
+    """Return how texts write the name of a method: abbreviations in capitals, others as names."""
+    return method.upper() if method in ("rtn", "gptq", "gptaq", "lwc") else method.capitalize()
 
 
 @dataclass(frozen=True)

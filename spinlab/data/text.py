@@ -120,13 +120,13 @@ def read_texts(config: DataConfig) -> tuple[Text, list[Text]]:
     both = {whole[n] for n in config.evaluation if n in whole} & {whole.get(config.calibration)}
 
     def text(name: str, role: int) -> Text:
-        called = label(name) + (_DEVELOPMENT if role and config.held_out == "development" else "")
+        called = label(name, config.held_out) if role else label(name)
         if name in splits:
             part = f"{('calibration', config.held_out)[role]} split"
             return Text(called, part, splits[name][role])
         content = whole[name]
         if content not in both:
-            return Text(label(name), "whole", content)
+            return Text(called, "whole", content)
         cut, end = at.places(len(content))
         return Text(called, at.parts[role], (content[:cut], content[cut:end])[role])
 
@@ -139,20 +139,24 @@ def calibration_split(name: str) -> str:
 
 
 def source_of(label: str) -> tuple[str, str]:
-    """Return what a label of a text with parts tells: the text's name, and what is held out."""
+    """Return what a label of a measured text tells: the text's name, and what is held out."""
     name = label.removesuffix(_DEVELOPMENT)
     return name, "evaluation" if name == label else "development"
 
 
-def label(name: str) -> str:
-    """Return how a whole text is called in metrics: its name, or a file's without folders."""
-    return name if name in TEXTS else _path(name).name
+def label(name: str, held_out: str = "evaluation") -> str:
+    """Return how a text is called in metrics: its name, or a file's without folders.
+
+    What choices are made on is told from what is reported, a whole file too.
+    """
+    ending = _DEVELOPMENT if held_out == "development" else ""
+    return (name if name in TEXTS else _path(name).name) + ending
 
 
 def check_labels(config: DataConfig) -> None:
     """Raise InputError where two texts, or a file and a named text, would be called alike."""
     for name in (config.calibration, *config.evaluation):
-        if name not in TEXTS and label(name) in TEXTS:
+        if name not in TEXTS and source_of(label(name))[0] in TEXTS:
             raise InputError(
                 f"the file {name} would be called {label(name)}, as one of the named texts: give "
                 "it another name, or a suffix"

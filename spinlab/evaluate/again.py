@@ -120,7 +120,7 @@ def _text(label: str, told: Mapping[str, str], files: Sequence[str]) -> Text:
     """Return a text that the record measured. Raises InputError where it is another, or missing."""
     name, held_out = source_of(label)
     path = next((file for file in files if Path(file).name in (label, name)), None)
-    if name in TEXTS:
+    if told["part"] != "whole" and name in TEXTS:
         found = read_texts(DataConfig(name, [name], held_out))[1][0]
     elif path is None:
         raise InputError(f"the record measured a file {label}: name it, as --texts {label}")

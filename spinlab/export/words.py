@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from spinlab.data.text import source_of
+
 Tree = Mapping[str, Any]
 
 _TEXTS = {  # of `spinlab.data.text`
@@ -11,7 +13,10 @@ _TEXTS = {  # of `spinlab.data.text`
     "wikitext2": "the published WikiText-2, raw",
 }
 _ROUNDING = {
-    **{"rtn": "to nearest", "gptq": "by GPTQ", "gptaq": "by GPTAQ", "qronos": "by Qronos"},
+    "rtn": "to nearest",
+    "gptq": "by GPTQ",
+    "gptaq": "by GPTAQ",
+    "qronos": "by Qronos",
 }
 _TITLES = {
     **{"r1": "R1", "r2": "R2", "r3": "R3", "r4": "R4", "cross_head": "a rotation across heads"},
@@ -113,7 +118,8 @@ def protocol(record: Tree, variants: Collection[str]) -> Iterator[str]:
         yield f"Perplexity (ppl): windows of {asked['window']} tokens without overlap, {count}."
         texts = record.get("identity", {}).get("evaluation", {})
         for label, text in sorted(texts.items(), reverse=True):
-            source = _TEXTS.get(label, "a file")
+            whole = text["part"] == "whole"
+            source = _TEXTS.get(label if whole else source_of(label)[0], "a file")
             yield f"Text `{label}`: {source} ({text['part']}; sha256 {text['digest'][:16]}…)."
     if "kl" in has:
         yield "KL: KL(original || network) per token, in nats, over the same windows."

@@ -1,8 +1,8 @@
 """Biases of keys, kept apart from what the cache codes.
 
 A key is R3(RoPE(W x + b, n)) = R3(RoPE(W x, n)) + R3(RoPE(b, n)) at position n. The second part is
-known without any key. Where b is long (norms of 600 to 900 in Qwen2.5-7B, heads of 128), a codec
-that has to code both spends its levels on it: the noise of logits grows from 0.15 to 5 and more.
+known without any key. Where b is long, a codec that has to code both spends its levels on it, and
+the noise of logits grows with its norm.
 So the linear of the keys loses its bias, the cache codes what is left, and the second part comes
 back where keys are read, by the positions of their tokens.
 """
@@ -55,6 +55,9 @@ class KeyBias:
     def __init__(self, bias: torch.Tensor, rope: bool, r3: OnlineRotation | None) -> None:
         self.bias, self._rope, self._r3 = bias, rope, r3
         self._parts: dict[int, _Parts] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeyBias":
+        return self  # it does not change, and a copied cache is still one of the same model
 
     def added(self, keys: torch.Tensor, waves: torch.Tensor) -> torch.Tensor:
         """Return keys with it, rounded once.

@@ -45,8 +45,11 @@ def likelihoods(
     batch: sequences of a forward pass. longest: tokens of a sequence; of a longer one the beginning
     is cut. Softmax is taken in float32 and summed in float64. Sequences that differ in nothing but
     the last token of the answer pass once. One is filled up on the right, where a causal network
-    does not look. Raises InputError for an answer that is longer than `longest`.
+    does not look. Raises InputError for an answer longer than `longest`, and for a prompt or an
+    answer without tokens.
     """
+    if not requests:
+        return []
     sequences = _sequences(requests, longest)
     found = []
     with tqdm(total=len(requests), desc="answers") as bar:
@@ -69,6 +72,8 @@ def _sequences(requests: Sequence[Request], longest: int) -> list[_Sequence]:
     """Return the sequences that answer all requests, the longest first."""
     found: dict[tuple[int, ...], _Sequence] = {}
     for number, (_, prompt, answer) in enumerate(requests):
+        if not prompt or not answer:
+            raise InputError("a prompt and its answer need a token each: one of them has none")
         if len(answer) > longest:
             raise InputError(
                 f"an answer of {len(answer)} tokens is longer than the model reads ({longest})"

@@ -112,7 +112,11 @@ def differences(record: Record, config: Config, row: Row, measure: Measure) -> l
     found = list(_measured_otherwise(record["config"], config, measure))
     if row.variant == "fp":  # of the original only what it is measured on
         return found
+    own = ("method", "clip", config.weights.method)
+    unread = tuple(f"weights.{part}" for part in vars(config.weights) if part not in own)
     for name, value in values_of(plain(config)).items():
+        if _stands_in(name, unread):
+            continue
         if not _stands_in(name, _FREE) and (told := recorded.get(name, "missing")) != value:
             found.append(f"{name}={text(told)}")
     return found

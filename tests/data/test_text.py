@@ -82,10 +82,17 @@ def test_choices_on_a_file_of_both_roles_leave_its_last_tenth_alone(tmp_path):
     calibration, measured = both_roles(path, "development")
     assert (calibration.text, calibration.part) == ("0123456789" * 8, "first 80 %")
     assert measured == Text("mine.txt_dev", "80 to 90 %", "abcdefghij")
-    other = tmp_path / "other.txt"  # brought for choices: whole, under its own name
+    other = tmp_path / "other.txt"  # brought for choices: whole, and called so
     other.write_text("abc")
     (whole,) = read_texts(DataConfig(str(path), [str(other)], "development"))[1]
-    assert whole == Text("other.txt", "whole", "abc")
+    assert whole == Text("other.txt_dev", "whole", "abc")
+
+
+def test_a_file_is_not_called_as_what_choices_are_made_on(tmp_path):
+    path = tmp_path / "wiki_dev"
+    path.write_text("abc")
+    with pytest.raises(InputError, match="would be called wiki_dev, as one of the named texts"):
+        roles("wiki", path)
 
 
 def test_what_is_held_out_is_one_of_two_parts():

@@ -111,6 +111,14 @@ def test_an_export_of_a_kind_that_has_no_words_here_tells_its_run_all_the_same(r
     assert rows(text)["metric"] == ["original (`fp`)"]
 
 
+def test_a_development_split_is_told_as_the_text_that_it_is_of(record):
+    text = {"part": "development split", "digest": "0" * 64}
+    record["identity"]["evaluation"] = {"wiki_dev": text, "mine_dev": {**text, "part": "whole"}}
+    told = card("artefact", record)
+    assert "Text `wiki_dev`: an excerpt of Wikipedia" in told
+    assert "Text `mine_dev`: a file (whole" in told
+
+
 def test_the_command_names_no_place_and_nobody(record):
     record["overrides"] = [
         "+experiment=toy",

@@ -382,6 +382,16 @@ def test_a_deep_copy_has_positions_of_its_own(make_biased, ids):
     assert torch.equal(torch.cat(parts[0], 1), torch.cat(parts[1], 1))
 
 
+def test_a_copied_cache_goes_on_as_the_one_it_was_copied_from(make_biased, ids):
+    """As the cache of a prompt that several answers share."""
+    model = coded(make_biased())
+    cache = CodedCache(kv_path_of(model), 2)
+    model(ids[:, :16], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    expected = model(ids[:, 16:], past_key_values=cache).logits
+    assert torch.equal(model(ids[:, 16:], past_key_values=twin).logits, expected)
+
+
 def test_a_cache_without_the_biases_of_the_model_is_refused(make_biased, ids):
     model = make_biased()
     path = kv_path(KVConfig(), 8)

@@ -66,7 +66,10 @@ def test_attention_on_a_gpu_is_repeatable_and_exact_in_float32(make_model):
 
     expected = logits_and_gradient("cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    found = [logits_and_gradient("cuda") for _ in range(3)]
+    try:
+        found = [logits_and_gradient("cuda") for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
     for ours, again, other, theirs in zip(*found, expected, strict=True):
         assert torch.equal(ours, again) and torch.equal(ours, other)
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()

@@ -330,6 +330,14 @@ def test_sequences_that_share_all_but_the_last_token_pass_once(model: LlamaForCa
 def test_an_answer_longer_than_the_model_is_an_input_error(model: LlamaForCausalLM) -> None:
     with pytest.raises(InputError, match="an answer of 5 tokens is longer than the model reads"):
         likelihoods(model, [(None, [1], [2, 3, 4, 5, 6])], batch=1, longest=4)
+    assert len(likelihoods(model, [(None, [1], [2, 3, 4, 5])], batch=1, longest=4)) == 1
+
+
+@pytest.mark.parametrize("request_", [(None, [], [1]), (None, [1], [])], ids=["prompt", "answer"])
+def test_a_prompt_or_an_answer_without_tokens_is_an_input_error(model, request_) -> None:
+    with pytest.raises(InputError, match="need a token each"):
+        likelihoods(model, [(None, [1], [2]), request_], batch=1, longest=4)
+    assert likelihoods(model, [], batch=1, longest=4) == []
 
 
 def test_batch_size_does_not_change_the_accuracies(

@@ -169,6 +169,15 @@ def test_what_choices_were_made_on_is_never_compared(save, had, tmp_path):
     assert "data.held_out=development" in line["note"]
 
 
+def test_settings_of_other_methods_make_no_other_row(save, had, tmp_path):
+    path = save("a/record.json", had, {"ppl/wikitext2/fake": 5.9})
+    record = json.loads(path.read_text())
+    assert had.weights.method == "gptq"
+    del record["config"]["weights"]["gptaq"]  # older than it
+    path.write_text(json.dumps(record))
+    assert lines(tmp_path, "spinquant_1", "SpinQuant had")[1]["verdict"] == "within"
+
+
 def test_settings_under_older_names_are_no_row_of_todays(save, had, tmp_path):
     path = save("a/record.json", had, {"ppl/wikitext2/fake": 5.9})
     record = json.loads(path.read_text())

@@ -112,6 +112,7 @@ def test_no_path_of_the_machine_is_in_a_record(tmp_path):
     assert saved["config"]["data"] == {
         "calibration": "a.txt",
         "evaluation": ["b.txt", "c.txt", "wiki"],
+        "held_out": "evaluation",
     }
     assert saved["config"]["model"]["path"] == "model"
     assert saved["environment"]["mirror"] == "stopped at x: full"

@@ -92,7 +92,7 @@ def triton_operations() -> Operations:
         kv,
         attention,
         on_device=True,
-        biased=False,  # the kernel does, but has run in Triton's interpreter alone
+        biased=False,  # the kernel takes them; a whole network on it was not held to the reference
         rotates=producers.has_rotation_kernel,
         why_not=linear.why_not,
     )
