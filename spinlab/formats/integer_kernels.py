@@ -48,6 +48,14 @@ def parameters_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, 
 
 
 @triton.jit
+def places_of(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Return a program's rows (STEP, 1), where their numbers lie, and which are there."""
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    return row, row * WIDTH + column, (row < rows) & (column < WIDTH)
+
+
+@triton.jit
 def levels_of(
     x, clip, STEP: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     SYMMETRIC: tl.constexpr, HALF: tl.constexpr,
@@ -72,10 +80,9 @@ def round_kernel(
     clip is a number where it is KNOWN, else a pointer to one.
     """
     ratio = clip if KNOWN else tl.load(clip)
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < WIDTH)
-    place = row * WIDTH + column
+    _, place, inside = places_of(  # pyright: ignore[reportGeneralTypeIssues]
+        rows, WIDTH, BLOCK, STEP
+    )
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     levels, scale, zero = levels_of(  # pyright: ignore[reportGeneralTypeIssues]
         x, ratio, STEP, BLOCK, LOW, HIGH, SYMMETRIC, HALF
@@ -98,10 +105,9 @@ def encode_kernel(
     clip is a number where it is KNOWN, else a pointer to one.
     """
     ratio = clip if KNOWN else tl.load(clip)
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < WIDTH)
-    place = row * WIDTH + column
+    row, place, inside = places_of(  # pyright: ignore[reportGeneralTypeIssues]
+        rows, WIDTH, BLOCK, STEP
+    )
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     levels, scale, zero = levels_of(  # pyright: ignore[reportGeneralTypeIssues]
         x, ratio, STEP, BLOCK, LOW, HIGH, SYMMETRIC, HALF
@@ -125,10 +131,9 @@ def pull_back_kernel(
     Each program writes one part of the sum that is the log ratio's gradient.
     """
     ratio = tl.load(ratio_ptr)
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < WIDTH)
-    place = row * WIDTH + column
+    _, place, inside = places_of(  # pyright: ignore[reportGeneralTypeIssues]
+        rows, WIDTH, BLOCK, STEP
+    )
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)

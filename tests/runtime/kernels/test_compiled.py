@@ -15,6 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from spinlab.formats import integer_kernels
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
@@ -42,7 +43,8 @@ DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGE
 
 
 def instructions(kernel, numbers, constants, capability, warps=4):
-    constants = {**constants, "PDL": capability >= 90}
+    if "PDL" in kernel.arg_names:
+        constants = {**constants, "PDL": capability >= 90}
     types = {**NUMBERS, **numbers, **dict.fromkeys(constants, "constexpr")}
     types = {name: types[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*"}
@@ -86,6 +88,17 @@ HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST"
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
 for heads in (HEADS, {**HEADS, "ROTARY": 0}):
     instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, heads, 90)
+NAMES = "x_ptr gradient_ptr out_ptr ratio_ptr sums_ptr levels_ptr scale_ptr zero_ptr"
+OF_ROWS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*u8", "zero_ptr": "*i32"}
+OF_ROWS |= {"rows": "i32", "clip": "fp32"}
+TILE = {"WIDTH": 576, "BLOCK": 1024, "STEP": 4, "LOW": 0, "HIGH": 15, "SYMMETRIC": False}
+for capability in (80, 90):
+    instructions(integer_kernels.pull_back_kernel, OF_ROWS, TILE, capability)
+    for known in (True, False):
+        kinds = {**OF_ROWS, "clip": "fp32" if known else "*fp32"}
+        coded = {**TILE, "KNOWN": known, "HALF": True}
+        instructions(integer_kernels.encode_kernel, kinds, coded, capability)
+        instructions(integer_kernels.round_kernel, kinds, {**coded, "ERROR": True}, capability)
 # the tiles that are chosen for 128 tokens of floats, and for 32 inputs
 FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
 for name in ("INPUT_GROUPS", "WEIGHT_GROUPS", "num_warps"):
