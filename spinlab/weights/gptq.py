@@ -1,12 +1,13 @@
 """GPTQ: round column by column, spreading each error over the columns still to come.
 
 Frantar et al. 2022, with Cholesky reformulation (sec. 3.3, step 3) and lazy batches (step 2). On a
-GPU the sweep over columns is bound by kernel launches, so everything in it is laid out for few of
-them: weights lie transposed, a column is one contiguous run, and nothing asks the device back.
+GPU the sweep over columns is bound by kernel launches: weights lie transposed, a column is one
+contiguous run, nothing asks the device back, and `sweep_triton` takes a block in one launch.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 
@@ -14,10 +15,11 @@ from spinlab import parallel
 from spinlab.config import GPTQConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
-from spinlab.formats import Parameters, format_of
+from spinlab.formats import IntegerFormat, Parameters, format_of
 from spinlab.formats.integer import nearest
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range
+from spinlab.weights.sweep_triton import has_kernel, round_columns
 
 
 class Moment:
@@ -166,10 +168,11 @@ class Sweep:
         self.columns, self.block = columns.T.contiguous(), config.by_columns.block_size
         self.scale, self.zero = (tensor.T.contiguous() for tensor in ranges.parameters)
         self.size, self.live = len(self.columns) // len(self.scale), ranges.live
-        self.group_of = (spread.order // self.size).tolist()
+        groups = spread.order // self.size
+        self.group_of, self._groups = groups.tolist(), groups.to(torch.int32)
         self.spread, self.format, self.clip = spread, format_of(settings), config.clip
         self.settings = replace(settings, group_size=0)
-        self.aims, self.ahead = {} if first is None else {0: first}, ahead
+        self.first, self.ahead = first, ahead
 
     def rounded(self) -> QuantizedWeight:
         """Return the rounded weight, its columns as they lie in the model."""
@@ -184,26 +187,50 @@ class Sweep:
         for begin in range(0, len(self.columns), self.block):
             end = min(begin + self.block, len(self.columns))
             done = errors[: end - begin]
-            levels[begin:end] = self._round_block(begin, end, done)
+            self._round_block(begin, end, levels, done)
             self._pass_on(self.columns[end:], slice(begin, end), slice(end, None), done)
         return levels
 
-    def _round_block(self, begin: int, end: int, errors: torch.Tensor) -> torch.Tensor:
-        """Round columns begin..end, fill in their errors and return their levels."""
-        levels: list[torch.Tensor] = []
+    def _round_block(
+        self, begin: int, end: int, levels: torch.Tensor, errors: torch.Tensor
+    ) -> None:
+        """Round columns begin..end: fill in their `levels` and all `errors`, one a column."""
+        reached = [c for c in range(begin, end) if self.live and c % self.size == 0]
+        for start, stop in pairwise(dict.fromkeys([begin, *reached, end])):
+            if start in reached:
+                self._take_range(start, end, errors[: start - begin])
+            self._round((start, stop, end), levels, errors[start - begin : stop - begin])
+
+    def _round(
+        self, extent: tuple[int, int, int], levels: torch.Tensor, errors: torch.Tensor
+    ) -> None:
+        """Round columns begin..stop, whose ranges are known, and update those up to end.
+
+        extent: (begin, stop, end). levels: (in, out); errors: (stop - begin, out).
+        """
+        if not has_kernel(self.columns, self.format, self.block):
+            return self.round_columns(extent, levels, errors)
+        ranges, format = (self.scale, self.zero), cast(IntegerFormat, self.format)
+        spread, groups = self.spread.rows, self._groups
+        known = (ranges, groups, spread, format, extent, self.first, self.ahead)
+        return round_columns(self.columns, levels, errors, *known)
+
+    def round_columns(
+        self, extent: tuple[int, int, int], levels: torch.Tensor, errors: torch.Tensor
+    ) -> None:
+        """Do what `_round` says, column by column."""
+        begin, stop, end = extent
         scales, zeros = self.scale.unbind(), self.zero.unbind()
-        for column, error in zip(range(begin, end), errors.unbind(), strict=True):
-            if self.live and column % self.size == 0:
-                self._take_range(column, end, errors[: column - begin])
-            group, exact = self.group_of[column], self.columns[column]
-            parameters = Parameters(scales[group], zeros[group])
-            levels.append(self.format.encode(self.aims.get(column, exact), parameters, nearest))
-            torch.sub(exact, self.format.decode(levels[-1], parameters), out=error)
-            later = slice(column + 1, end)
+        for column, error in zip(range(begin, stop), errors.unbind(), strict=True):
+            exact, later = self.columns[column], slice(column + 1, end)
+            aim = exact if column or self.first is None else self.first
+            parameters = Parameters(scales[self.group_of[column]], zeros[self.group_of[column]])
+            found = self.format.encode(aim, parameters, nearest)
+            levels[column] = found
+            torch.sub(exact, self.format.decode(found, parameters), out=error)
             self.columns[later].addr_(self.spread.rows[column, later], error, alpha=-1)
             if self.ahead is not None:
                 self.columns[later].addr_(self.ahead[column, later], exact)
-        return torch.stack(levels)
 
     def _pass_on(
         self, target: torch.Tensor, done: slice, later: slice, errors: torch.Tensor

@@ -23,6 +23,7 @@ from spinlab.runtime.kernels.linear import triton as linear_kernels
 from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
 from spinlab.runtime.kernels.producers import triton as producer_kernels
 from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
+from spinlab.weights import sweep_kernels
 
 def weight(width):
     empty = torch.zeros(64, 1)
@@ -99,6 +100,14 @@ for capability in (80, 90):
         coded = {**TILE, "KNOWN": known, "HALF": True}
         instructions(integer_kernels.encode_kernel, kinds, coded, capability)
         instructions(integer_kernels.round_kernel, kinds, {**coded, "ERROR": True}, capability)
+NAMES = "columns_ptr errors_ptr scale_ptr zero_ptr spread_ptr ahead_ptr first_ptr"
+OF_COLUMNS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*i16", "group_ptr": "*i32"}
+OF_COLUMNS |= dict.fromkeys(("outputs", "width", "begin", "end"), "i32")
+SWEEP = {"COUNT": 128, "LOW": -8, "HIGH": 7, "FIRST": True, "BLOCK": 128, "LANES": 16}
+for capability in (80, 90):
+    for ahead in (True, False):
+        kinds = {**SWEEP, "AHEAD": ahead}
+        instructions(sweep_kernels.sweep_kernel, OF_COLUMNS, kinds, capability, warps=1)
 # the tiles that are chosen for 128 tokens of floats, and for 32 inputs
 FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
 for name in ("INPUT_GROUPS", "WEIGHT_GROUPS", "num_warps"):
