@@ -200,8 +200,9 @@ def _rounding(job: Job) -> Iterator[Need]:
 def _calibrating(job: Job) -> Iterator[Need]:
     """All windows are there at one layer, twice where the original's are beside them.
 
-    Methods that go by columns hold a Hessian twice in float64 while it is factored; with the
-    original beside it, what D takes, and the weights of a layer that are rounded already.
+    Methods that go by columns hold what o_proj reads beside the layer's input, and a Hessian twice
+    in float64 while it is factored; with the original beside it, what D takes, and the weights of a
+    layer that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
@@ -211,7 +212,8 @@ def _calibrating(job: Job) -> Iterator[Need]:
     length = windows.sequence_length
     samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
     streams = 2 if method.reads_inputs else 1
-    states = samples * length * d.hidden * job.size * streams
+    width = d.hidden + (d.heads * d.head_dim if config.by_columns else 0)
+    states = samples * length * width * job.size * streams
     work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     if config.by_columns:
         work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * d.intermediate**2)

@@ -1,7 +1,7 @@
 """The calibration windows on their way through the decoder layers, batch by batch."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.model.hooks import hidden_states, temporary_hooks
-from spinlab.model.modules import layers_of
+from spinlab.model.modules import layers_of, map_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
@@ -24,7 +24,9 @@ class LayerInputs:
     """Hold what the current decoder layer reads: `batches` of (windows, length, hidden).
 
     Every layer is called as the model calls it, with the mask and the position embeddings that
-    this layer gets for so many windows. Only one layer's activations exist at a time.
+    this layer gets for so many windows. Only one layer's activations exist at a time. Once a
+    layer's o_proj has been visited, what it reads is kept, and attention is not computed again:
+    linears before it have to stay as they are from then on.
     """
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, batch: int) -> None:
@@ -32,6 +34,11 @@ class LayerInputs:
         self.layers = layers_of(model)
         self.index = 0
         self.batches: list[torch.Tensor] = []
+        self._attentions = [
+            (model.get_submodule(path), model.get_submodule(out))
+            for path, out in ((x.attention.path, x.attention.out) for x in map_of(model).layers)
+        ]
+        self._attended: dict[int, torch.Tensor] = {}  # by batch
         self._arguments: dict[int, list[dict[str, Any]]] = {}  # by windows in a batch, by layer
         for ids in windows.split(batch):
             self._enter(model, ids.to(model.device))
@@ -66,30 +73,54 @@ class LayerInputs:
 
     def visit(self, linear: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
         """Call `see` with what a linear of the current layer is given, batch after batch."""
-        for x in self.batches:
-            self.show(x, linear, see)
+        for batch in range(len(self.batches)):
+            see(self.shown(batch, linear))
 
     @torch.no_grad()
-    def show(self, x: torch.Tensor, linear: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
-        """Call `see` with what a linear of the current layer is given in a batch x.
+    def shown(self, batch: int, linear: nn.Module) -> torch.Tensor:
+        """Return what a linear of the current layer is given in a batch.
 
         What the layer computes after the linear is left out.
         """
+        seen: list[torch.Tensor] = []
 
         def stop(module: nn.Module, args: tuple) -> None:
-            see(args[0])
+            seen.append(args[0])
             raise _Stop
 
         with temporary_hooks() as hooks, suppress(_Stop):
             hooks.append(linear.register_forward_pre_hook(stop))
-            self.layer(x, **self.arguments(x))
+            self._call(batch)
+        if linear is self._attentions[self.index][1]:
+            self._attended[batch] = seen[0]
+        return seen[0]
 
     @torch.no_grad()
     def advance(self) -> None:
         """Go through the current layer to the next; outputs take the place of inputs."""
-        for i, x in enumerate(self.batches):
-            self.batches[i] = hidden_states(self.layer(x, **self.arguments(x)))
+        for batch in range(len(self.batches)):
+            self.batches[batch] = hidden_states(self._call(batch))
+        self._attended.clear()
         self.index += 1
+
+    def _call(self, batch: int) -> Any:
+        x = self.batches[batch]
+        with self._without_attention(batch):
+            return self.layer(x, **self.arguments(x))
+
+    @contextmanager
+    def _without_attention(self, batch: int) -> Iterator[None]:
+        """Let the current layer's attention go on from what its o_proj reads, if that is kept."""
+        if batch not in self._attended:
+            yield
+            return
+        (attention, out), mixed = self._attentions[self.index], self._attended[batch]
+        assert "forward" not in vars(attention)
+        attention.forward = lambda *args, **kwargs: (out(mixed), None)
+        try:
+            yield
+        finally:
+            del attention.forward
 
 
 class _Stop(Exception):

@@ -60,13 +60,10 @@ class PairedInputs:
         They are what it multiplies: the original's, transformed, and the quantized network's,
         transformed and rounded.
         """
-        seen: list[torch.Tensor] = []
-        for exact, x in zip(self.original.batches, self.quantized.batches, strict=True):
+        for batch in range(len(self.quantized.batches)):
             with self._as_original():
-                self.original.show(exact, linear, lambda x: seen.append(linear.path(x)))
-            self.quantized.show(x, linear, lambda x: seen.append(linear.path(x)))
-            see(*seen)
-            seen.clear()
+                exact = linear.path(self.original.shown(batch, linear))
+            see(exact, linear.path(self.quantized.shown(batch, linear)))
 
     def advance(self) -> None:
         """Go through the current layer to the next, in both networks."""

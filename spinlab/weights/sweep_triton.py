@@ -12,7 +12,7 @@ import torch
 
 from spinlab.formats import Format, IntegerFormat
 
-_TILE = 2048  # numbers that one program holds, 64 to a thread
+_TILE = 1024  # numbers that one program holds, 32 to a thread of its only warp
 _MOST = 512  # columns
 
 

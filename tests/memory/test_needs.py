@@ -64,7 +64,7 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     whole = layers + 2 * end
     gate = need_of("the gate of the rotated model, in float32,", *LLAMA)
     assert gate.device == pytest.approx(4 * whole + 16 * end, rel=0.01)
-    windows, hessian = 128 * 2048 * 4096 * 2, 11008**2 * 20
+    windows, hessian = 128 * 2048 * (4096 + 4096) * 2, 11008**2 * 20
     gptq = need_of("GPTQ", *LLAMA, device=GPU)
     assert gptq.device == pytest.approx(2 * whole + windows + hessian, rel=0.01)
     assert gptq.host == pytest.approx(2 * layers, rel=0.01)

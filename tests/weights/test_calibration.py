@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.model.modules import linear_at, linears_of
+from spinlab.model.families import FAMILIES
+from spinlab.model.modules import linear_at, linears_of, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.calibration import LayerInputs, batch_of
@@ -68,6 +69,35 @@ def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
             inputs.layer(x, **inputs.arguments(x))
         hook.remove()
         assert all(torch.equal(a, b) for a, b in zip(early, whole, strict=True)), site
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_is_computed_once_a_layer(make_family_model, windows, family):
+    """Every linear is changed once it was seen, as in rounding; the next layers see the change."""
+    model, plain = (make_family_model(family, num_hidden_layers=2) for _ in range(2))
+    inputs, calls = LayerInputs(model, windows, 3), 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+
+    for index, layer in enumerate(map_of(model).layers):
+        calls, keys = 0, model.get_submodule(layer.attention.keys)
+        keys.register_forward_hook(count)
+        for site, linear in linears_of(model):
+            if site.layer == index:
+                seen: list[torch.Tensor] = []
+                inputs.visit(linear, seen.append)
+                for weight in (linear.weight, linear_at(plain, site.path).weight):
+                    weight.data.mul_(1.25)
+                whole: list[torch.Tensor] = []
+                reader = linear_at(plain, site.path)
+                hook = reader.register_forward_pre_hook(lambda _, x, kept=whole: kept.append(x[0]))
+                plain(windows)
+                hook.remove()
+                assert torch.allclose(torch.cat(seen), whole[0], atol=1e-12), site
+        inputs.advance()
+        assert calls == 2 * len(inputs.batches), layer  # for what the values read, and o_proj
 
 
 def test_a_gpu_takes_many_windows_at_once_and_a_cpu_one():
