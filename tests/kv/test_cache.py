@@ -62,7 +62,7 @@ def test_attention_on_a_gpu_is_repeatable_and_exact_in_float32(make_model):
             logits = model(input_ids=ids.to(device)).logits
         model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
         gradient = model.get_submodule("model.layers.0.self_attn.k_proj").weight.grad
-        return logits.cpu(), gradient.cpu()
+        return logits.cpu(), gradient.cpu().clone()  # moving the model moves it too
 
     expected = logits_and_gradient("cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)
