@@ -67,11 +67,13 @@ def capture(
     assert stream is not None, "graphs are captured on a stream of their own"
     main = torch.cuda.current_stream()
     stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            step(cache)
-            cache.rewind(cache.filled)
-    main.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                step(cache)
+                cache.rewind(cache.filled)
+    finally:  # what a step that broke off has begun still writes into the cache
+        main.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         result = step(cache)  # nothing runs yet
