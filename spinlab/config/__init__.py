@@ -182,6 +182,11 @@ class Config:
                 "learn.rotations=[inputs] learns the transforms of rotation.inputs: use "
                 "rotation=duquant, or learn r1 and r2"
             )
+        if "inputs" in learn.rotations and self.rotation.inputs == "scales" and not learn.lr.scale:
+            raise InputError(
+                "rotation.inputs=scales with learn.lr.scale=0 leaves learn.rotations=[inputs] "
+                "nothing: set learn.lr.scale, or leave inputs out"
+            )
         if learn.lr.input_clip and not inputs:
             raise InputError(
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range"

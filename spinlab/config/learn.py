@@ -164,10 +164,10 @@ class LearnConfig:
                 "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
                 "learn.objective.cross_entropy, kl or layer_mse"
             )
-        if self.objective.on_activations and self.rotations == ["inputs"]:
+        if self.objective.on_activations and "inputs" in self.rotations:
             raise InputError(
-                "learn.objective.kurtosis, whip and further look at what R1 and R2 rotate: learn "
-                "r1 or r2"
+                "learn.objective.kurtosis, whip and further look at what R1 and R2 alone make of "
+                "activations: leave inputs out of learn.rotations, or these terms"
             )
         if not self.rotations:
             raise InputError("learn.rotations is empty: name r1, r2 or inputs, or use learn=none")

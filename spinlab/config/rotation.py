@@ -7,6 +7,8 @@ from spinlab.config.checks import at_least, choice, count
 from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
+# kinds of transforms of inputs that run online, and the rotations that they leave no room for
+_REPLACED = {"duquant": ("r1", "r2", "r4", "cross_head"), "blocks": ("r4", "cross_head")}
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 
 
@@ -21,6 +23,18 @@ class DuQuantConfig:
     def __post_init__(self) -> None:
         at_least("rotation.duquant.block_size", self.block_size, 2)
         count("rotation.duquant.steps", self.steps)
+
+
+@dataclass(frozen=True)
+class BlocksConfig:
+    """Set what rotation.inputs=blocks starts from: a rotation in blocks before every input."""
+
+    size: int = 64  # a width that it does not divide gets its largest power of two below
+    kind: str = "hadamard"  # in spinlab.rotation.kinds
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size & (self.size - 1):
+            raise InputError(f"rotation.blocks.size={self.size} must be a power of two from 2 on")
 
 
 @dataclass(frozen=True)
@@ -41,23 +55,26 @@ class RotationConfig:
     cross_head: str = "none"  # across heads, online (QuaRot); R2 acts inside them
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
-    inputs: str = "none"  # duquant: a transform of its own for every input of linears, online
+    # a transform of its own for every input of linears. duquant, blocks: online; scales: of 1,
+    # to be learned, and folded as those of blocks into what produces the input
+    inputs: str = "none"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
     load: str | None = None  # a RotationSet (.safetensors) or SpinQuant's R.bin, instead of r1, r2
     duquant: DuQuantConfig = field(default_factory=DuQuantConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
     def __post_init__(self) -> None:
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
-        choice("rotation.inputs", self.inputs, ("none", "duquant"))
+        choice("rotation.inputs", self.inputs, ("none", "scales", *_REPLACED))
         if self.r4_block and (self.r4_block < 2 or self.r4_block & (self.r4_block - 1)):
             raise InputError(f"rotation.r4_block={self.r4_block} must be a power of two, or 0")
         if self.r4_block and self.r4 not in ("hadamard", "exact_hadamard", "none"):
             raise InputError(
                 f"rotation.r4_block cuts a Hadamard R4: rotation.r4={self.r4} has none"
             )
-        if not self.online and self.inputs != "none":
+        if not self.online and self.inputs in _REPLACED:
             raise InputError(
                 f"rotation.inputs={self.inputs} runs online: set none, or rotation.online=true"
             )
@@ -68,11 +85,12 @@ class RotationConfig:
                 f"rotation.load={self.load} brings its rotations: leave rotation.inputs, "
                 "rotation.smooth and rotation.online as they are"
             )
-        used = {name for name in ("r1", "r2", "r4", "cross_head") if getattr(self, name) != "none"}
-        if self.inputs != "none" and used:
+        replaced = _REPLACED.get(self.inputs, ())
+        if used := sorted(name for name in replaced if getattr(self, name) != "none"):
             raise InputError(
-                f"rotation.inputs={self.inputs} takes the place of R1, R2 and R4: set "
-                f"{', '.join(f'rotation.{name}=none' for name in sorted(used))}"
+                f"rotation.inputs={self.inputs} takes the place of "
+                f"{', '.join(name.upper() for name in used)}: set "
+                f"{', '.join(f'rotation.{name}=none' for name in used)}"
             )
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise InputError(f"rotation.smooth={self.smooth} must lie in [0, 1]")

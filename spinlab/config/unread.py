@@ -153,6 +153,8 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
         return
     if rotation.load:
         yield "rotation.load=….bin, which holds R1 and R2", ["rotation.r1", "rotation.r2"]
+    if rotation.inputs != "blocks":
+        yield f"rotation.inputs={rotation.inputs}", ["rotation.blocks"]
     if not rotation.searches:
         yield "no rotation by DuQuant", ["rotation.duquant"]
     if not rotation.needs_statistics:

@@ -1,7 +1,7 @@
 """What a learning run cannot do, known before it starts."""
 
 from spinlab.config import Config
-from spinlab.learn.learned import check_duals
+from spinlab.learn.learned import check_inputs
 from spinlab.learn.objectives import check_objective
 from spinlab.learn.optim import check_optimizer
 from spinlab.learn.spaces import space_of
@@ -19,4 +19,4 @@ def check_learning(config: Config, brought: RotationSet | None) -> None:
     if learn.steps:
         space_of(learn, config.quant).check(learn)
         if brought is not None and "inputs" in learn.rotations:
-            check_duals(brought.inputs)
+            check_inputs(brought.inputs, learn.lr.scale)

@@ -24,7 +24,7 @@ from spinlab.learn.spaces import (
 )
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.model.load import cast_model, exact_norms
-from spinlab.model.modules import decoder_of, head_of
+from spinlab.model.modules import decoder_of, head_of, map_of
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.tensors import kept_tensors, save_tensors
@@ -55,7 +55,8 @@ class RotationLearner:
         self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
         self.quant = quant
         dtype = getattr(torch, learn.dtype) if learn.dtype else model.dtype
-        self.rotations = LearnedRotations(start, learn, model.device, dtype)
+        inputs = map_of(model).input_at
+        self.rotations = LearnedRotations(start, learn, inputs, model.device, dtype)
         self.local = LocalTerms(learn.objective, self.rotations)
         space = space or space_of(learn, quant)
         ranges = start.weight_clips

@@ -55,7 +55,8 @@ class Input:
 
     producer: the norm or linear whose gains or rows multiply it, channel by channel, so that a
     scale of it can move there. shared: how many of its channels one row of the producer feeds;
-    with grouped queries a row of the values feeds one of every query head that shares the head.
+    with grouped queries a row of the values feeds one of every query head that shares the head, so
+    that channels come in runs of a head, `shared` of them in a row from the same rows.
     """
 
     layer: int
@@ -64,6 +65,7 @@ class Input:
     reads: str | None
     producer: str | None
     shared: int = 1
+    run: int = 1
 
     @property
     def key(self) -> str:

@@ -55,13 +55,14 @@ class RotatedNetworks:
     def learnable(self, rotations: RotationSet, inputs: bool = False) -> PreTrainedModel:
         """Return the network that rotations are learned on.
 
-        R1 and R2 are not fused, the rest is; with `inputs` those of single inputs are left out too.
+        R1 and R2 are not fused, the rest is; with `inputs` no transform is in the weights of those
+        linears whose input has one of its own, and no scale in what produces it.
         """
-        if inputs:
-            rotations = replace(rotations, inputs={})
         model = self.original()
         fold_norms(model)
-        fuse_inputs(model, rotations)
+        own = rotations.inputs if inputs else {}
+        there = [site.path for site in map_of(model).sites if site.key in own]
+        fuse_inputs(model, replace(rotations, inputs={}) if inputs else rotations, there)
         self._fake_quant(model, rotations)
         return model
 

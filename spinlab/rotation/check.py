@@ -84,10 +84,10 @@ def first_broken(
     for site in map_of(model).sites:
         _, writes = rotations_at(site, rotations.r1, rotations.r2)
         want = expected[site.path].double()
-        if site.path in scales:
-            want = want / scales[site.path].to(want)
         if writes is not None:
             want = rotate_input(want, writes.to(want.device))
+        if site.path in scales:
+            want = want / scales[site.path].to(want)
         if not (found[site.path].double() - want).abs().max() <= limit * want.std():
             return site.path
     return "the embedding, the final norm or the head"

@@ -6,11 +6,11 @@ for a low peak and P is a zigzag permutation (Lin et al. 2024, arXiv 2406.01721,
 
 import logging
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
 from spinlab.errors import InputError, ResultError
+from spinlab.rotation.blocks import BlockRotation, rotate_blocks
 from spinlab.rotation.orthogonal import check_orthogonal
 
 log = logging.getLogger(__name__)
@@ -88,14 +88,13 @@ def zigzag(peaks: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class DualTransform:
+class DualTransform(BlockRotation):
     """x ↦ x·R1·P·R2: rotations of C/b blocks around a permutation of all C channels.
 
     first, second: (k, b, b) float64, where k = C/b, or 1 if all blocks share a rotation (Remark 2).
     permutation: (C,) int64, entry j is the channel that moves to place j.
     """
 
-    first: torch.Tensor
     permutation: torch.Tensor
     second: torch.Tensor
 
@@ -103,49 +102,20 @@ class DualTransform:
         channels = torch.arange(self.width, device=self.permutation.device)
         if not torch.equal(self.permutation.sort().values, channels):
             raise ResultError("what deals the channels is not a permutation")
-        for name, rotation in (("first", self.first), ("second", self.second)):
-            k, b, _ = rotation.shape
-            if self.width % b or k not in (1, self.width // b):
-                raise ResultError(
-                    f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
-                )
-            check_orthogonal(f"{name} rotation", rotation)
+        for name in ("first", "second"):
+            self._check(name, getattr(self, name))
 
     @property
     def width(self) -> int:
         return self.permutation.numel()
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform x: (..., C), in float32 or wider; W's rows get the same to keep x Wᵀ."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        permuted = rotate_blocks(wide, self.first).index_select(-1, self.permutation.to(x.device))
-        return rotate_blocks(permuted, self.second).to(x.dtype)
+    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+        order = self.permutation.to(wide.device)
+        return rotate_blocks(super()._turned(wide).index_select(-1, order), self.second)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix R1·P·R2: (C, C), float64."""
-        first, second = (
-            torch.block_diag(*r.double().expand(self.width // r.shape[-1], -1, -1))
-            for r in (self.first, self.second)
-        )
-        return first[:, self.permutation] @ second
-
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Self:
-        """Return the transform on `device`, so that apply copies and casts nothing there.
-
-        Give the dtype of the inputs; a 16-bit one means float32, in which apply then computes.
-        """
-        wide = torch.promote_types(dtype, torch.float32)
-        first, second = (r.to(device, wide) for r in (self.first, self.second))
-        return type(self)(first, self.permutation.to(device), second)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what has to be stored, by name."""
-        return {"first": self.first, "permutation": self.permutation, "second": self.second}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
-        """Restore a transform from `tensors()`."""
-        return cls(tensors["first"], tensors["permutation"], tensors["second"])
+        return super().dense()[:, self.permutation] @ self._dense(self.second)
 
 
 def largest_block(width: int, most: int) -> int:
@@ -196,10 +166,3 @@ def _peak(x: torch.Tensor, legacy_index: bool) -> tuple[torch.Tensor, torch.Tens
     """Return max|x| over (batch, rows, size), and the channel to exchange: (batch,) each."""
     peaks, index = x.abs().amax(2 if legacy_index else 1).max(-1)
     return peaks, index % x.shape[-1]  # the remainder matters to a row only
-
-
-def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Multiply each block of x: (..., C) by its rotation, or by the one shared: (k, b, b)."""
-    tiles = x.unflatten(-1, (-1, rotation.shape[-1]))
-    # einsum stretches k = 1
-    return torch.einsum("...kb,kbc->...kc", tiles, rotation.to(x.device, x.dtype)).flatten(-2)

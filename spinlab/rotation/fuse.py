@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from spinlab.model.map import ModelMap, Norm, Site
 from spinlab.model.modules import ends_of, linear_at, linears_of, map_of, norm_at
+from spinlab.rotation.inputs import to_rows
 from spinlab.rotation.rotations import RotationSet
 
 
@@ -190,12 +191,12 @@ def _scale_rows(linear: nn.Linear, scale: torch.Tensor, bias_alone: bool) -> Non
 def folded_scales(
     model_map: ModelMap, rotations: RotationSet
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (path of the norm or linear that carries it, scale) of every folded scale."""
+    """Yield (path of the norm or linear that carries it, scale of its rows) of folded scales."""
     for key, transform in rotations.inputs.items():
         if transform.scale is not None and transform.folded:
-            producer = model_map.input_at[key].producer
-            assert producer is not None, f"no norm or linear carries a scale of input {key}"
-            yield producer, transform.scale
+            input = model_map.input_at[key]
+            assert input.producer is not None, f"no norm or linear carries a scale of input {key}"
+            yield input.producer, to_rows(transform.scale, input)
 
 
 def _rotate(

@@ -10,6 +10,7 @@ from spinlab.config.checks import choice
 from spinlab.config.rotation import SEARCHED
 from spinlab.errors import InputError
 from spinlab.model.map import ModelMap
+from spinlab.rotation.blocks import BlockRotation, power_block
 from spinlab.rotation.duquant import (
     DualTransform,
     dual_transforms,
@@ -56,6 +57,7 @@ def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
     """Raise InputError for an unknown kind, or where settings do not fit family and widths."""
     for name, searched in (("r1", SEARCHED), ("r2", SEARCHED), ("r3", ()), ("r4", ())):
         choice(f"rotation.{name}", getattr(config, name), ("none", *KINDS, *searched))
+    choice("rotation.blocks.kind", config.blocks.kind, tuple(KINDS))
     for name in config.used:
         model_map.check(name)
         model_map.width(name)
@@ -146,18 +148,37 @@ class _Maker:
         return OnlineRotation(torch.ones(1, 1), dense)
 
     def inputs(self) -> dict[str, ScaledDual]:
-        """Make the transforms of single inputs: scales, dual transforms, or both."""
+        """Make the transforms of single inputs: scales, rotations, or both."""
         found: dict[str, ScaledDual] = {}
-        if self.statistics is None:
-            return found
-        inputs = [self.map.input_at[key] for key in self.statistics.peaks]
+        quantized = {site.key for site in self.map.sites if site.quantized}
+        inputs = [input for input in self.map.inputs if input.key in quantized]
         scales = {i.key: self._scale(i.key) for i in inputs if i.name in self._smoothed}
-        duals = self._duals(scales) if self.config.inputs == "duquant" else {}
+        rotations = self._rotations(scales)
         for input in inputs:
-            scale, dual = scales.get(input.key), duals.get(input.key)
-            if scale is not None or dual is not None:
-                found[input.key] = ScaledDual(scale, input.folds, dual)
+            scale, rotation = scales.get(input.key), rotations.get(input.key)
+            folded = input.folds
+            if scale is None and self.config.inputs in ("scales", "blocks"):
+                # one for all can move into any producer
+                scale, folded = torch.ones(input.width, dtype=torch.float64), True
+            if scale is not None or rotation is not None:
+                found[input.key] = ScaledDual(scale, folded, rotation)
         return found
+
+    def _rotations(self, scales: Mapping[str, torch.Tensor]) -> Mapping[str, BlockRotation]:
+        """Make the rotations of single inputs, by their keys."""
+        if self.config.inputs == "duquant":
+            return self._duals(scales)
+        if self.config.inputs == "blocks":
+            widths = sorted({input.width for input in self.map.inputs})
+            sizes = {width: power_block(width, self.config.blocks.size) for width in widths}
+            return {i.key: self._blocks(i.width, sizes[i.width]) for i in self.map.inputs}
+        return {}
+
+    def _blocks(self, width: int, size: int) -> BlockRotation:
+        """Draw a rotation of its own for each block of a width."""
+        draw = KINDS[self.config.blocks.kind]
+        blocks = [draw(size, self.generator, "blocks") for _ in range(width // size)]
+        return BlockRotation(torch.stack(blocks))
 
     @property
     def _smoothed(self) -> list[str]:

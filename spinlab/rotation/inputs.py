@@ -1,9 +1,11 @@
-"""Transforms of a linear's input: SmoothQuant's scales and DuQuant's dual transform."""
+"""Transforms of a linear's input: scales, a rotation in blocks, DuQuant's dual transform."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
+from spinlab.model.map import Input
+from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.duquant import DualTransform
 
 
@@ -12,12 +14,12 @@ class ScaledDual:
     """Divide inputs by a scale, then rotate them: x ↦ (x / scale)·T; either part may be absent.
 
     scale: (in,) float64. With `folded` the division is not done here: what produces the input
-    (a norm, or a linear) carries it.
+    (a norm, or a linear) carries it, behind R1 or R2. dual: T, a dual transform or blocks alone.
     """
 
     scale: torch.Tensor | None = None
     folded: bool = True
-    dual: DualTransform | None = None
+    dual: BlockRotation | None = None
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[torch.dtype, torch.device], ScaledDual] = {}
@@ -71,18 +73,43 @@ class ScaledDual:
         """Rebuild a transform from its stored form."""
         folded = "folded_scale" in stored
         scale = stored.get("folded_scale" if folded else "scale")
-        dual = DualTransform.from_tensors(stored) if "first" in stored else None
+        kind = DualTransform if "permutation" in stored else BlockRotation
+        dual = kind.from_tensors(stored) if "first" in stored else None
         return ScaledDual(scale, folded, dual)
+
+
+def to_channels(rows: torch.Tensor, input: Input) -> torch.Tensor:
+    """Return (..., width) numbers of an input's channels, given those of the producer's rows.
+
+    With grouped queries a row of the values is read once by every query head that shares it.
+    """
+    runs = rows.unflatten(-1, (-1, 1, input.run))
+    return runs.expand(*runs.shape[:-2], input.shared, -1).flatten(-3)
+
+
+def to_rows(channels: torch.Tensor, input: Input) -> torch.Tensor:
+    """Return what `to_channels` gives such numbers (..., width) for: one of each that are shared."""
+    return channels.unflatten(-1, (-1, input.shared, input.run))[..., 0, :].flatten(-2)
+
+
+def of_rows(of_channels: torch.Tensor, input: Input) -> torch.Tensor:
+    """Return the gradient of rows, given that of what `to_channels` makes of them."""
+    return of_channels.unflatten(-1, (-1, input.shared, input.run)).sum(-2).flatten(-2)
+
+
+def in_gains(scale: torch.Tensor) -> torch.Tensor:
+    """Return the nearest scale whose inverse is a bfloat16 number: a gain of any dtype holds it."""
+    return 1 / (1 / scale.double()).bfloat16().double()
 
 
 def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return max|X_j|^alpha / max|W_j|^(1-alpha) per channel (SmoothQuant, eq. 4).
 
     activations, weights: (in,) the largest magnitudes per input channel; weights of all linears
-    that read it, where DuQuant's code looks at q_proj and up_proj alone. The inverse of the result
-    is a bfloat16 number, so that a norm's gain can hold it exactly in any dtype. Channels without
-    activations or weights keep scale 1. Xiao et al. 2023, arXiv 2211.10438.
+    that read it, where DuQuant's code looks at q_proj and up_proj alone. A norm's gain can hold the
+    result (`in_gains`). Channels without activations or weights keep scale 1. Xiao et al. 2023,
+    arXiv 2211.10438.
     """
     scale = activations.double().pow(alpha) / weights.double().pow(1 - alpha)
     scale = torch.where((activations > 0) & (weights > 0), scale, 1.0)
-    return 1 / (1 / scale).bfloat16().double()
+    return in_gains(scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from spinlab.model.map import Site
+from spinlab.model.map import Input, Site
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
@@ -48,9 +48,11 @@ class RotationSet:
     def online(self, site: Site) -> InputTransform | None:
         """Return what runs before a linear, if anything."""
         own = self.inputs.get(site.key)
-        if own is not None and own.is_online:
-            return own
-        return {"R4": self.r4, "R2": self.cross_head}.get(site.reads or "")
+        return own if own is not None and own.is_online else self.behind(site)
+
+    def behind(self, place: Site | Input) -> OnlineRotation | None:
+        """Return what runs where an input has no online transform of its own, if anything."""
+        return {"R4": self.r4, "R2": self.cross_head}.get(place.reads or "")
 
     def orthogonality(self) -> dict[str, float]:
         """Return max|RRᵀ-I| of every rotation that is on."""
@@ -59,7 +61,8 @@ class RotationSet:
         errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
         duals = [t.dual for t in self.inputs.values() if t.dual is not None]
         if duals:
-            blocks = [block for dual in duals for block in (dual.first, dual.second)]
+            parts = [part for dual in duals for part in dual.tensors().values()]
+            blocks = [part for part in parts if part.is_floating_point()]
             errors["inputs"] = max(orthogonality_error(block) for block in blocks)
         return errors
 

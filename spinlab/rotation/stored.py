@@ -14,14 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spinlab.errors import InputError
-from spinlab.model.map import ModelMap
+from spinlab.model.map import Input, ModelMap
+from spinlab.rotation.inputs import to_channels, to_rows
 from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
 from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet
 
 Shape = tuple[int, ...]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_DUAL = {"first", "permutation", "second"}
+_BLOCKS, _DUAL = {"first"}, {"first", "permutation", "second"}
 _SCALES = {"scale", "folded_scale"}
 _LARGEST_SCALE = 1e18  # so that squares of scales, and of their inverses, are float32 numbers
 # what code reads of `about`; anything else in it is nobody's business
@@ -192,17 +193,34 @@ def _check_parts(
             raise InputError(f"{path}: {name} has one of its two factors only")
         if orders and (found := orders[0] * orders[1] * blocks.get(name, 1)) != width:
             raise InputError(f"{path}: {name} has width {found}, the model has {width}")
-    parts: dict[str, set[str]] = {}
-    for name in tensors:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
         if name.startswith("inputs."):
-            key, _, part = name.rpartition(".")
-            parts.setdefault(key, set()).add(part)
+            key, _, part = name.removeprefix("inputs.").rpartition(".")
+            parts.setdefault(key, {})[part] = tensor
     for key, found in parts.items():
-        if found & _DUAL not in (set(), _DUAL) or found >= _SCALES:
+        _check_input(f"{path}: inputs.{key}", found, model_map.input_at[key])
+
+
+def _check_input(what: str, found: Mapping[str, torch.Tensor], input: Input) -> None:
+    """Raise InputError where the parts of an input's transform make none."""
+    if found.keys() & _DUAL not in (set(), _BLOCKS, _DUAL) or found.keys() >= _SCALES:
+        raise InputError(
+            f"{what} is no transform: it has {', '.join(sorted(found))}, where a dual one has "
+            f"{', '.join(sorted(_DUAL))}, one in blocks first alone, and there is at most one scale"
+        )
+    if found.keys() & _DUAL == _BLOCKS:
+        count, size, _ = shape = tuple(found["first"].shape)
+        if count * size != input.width:
             raise InputError(
-                f"{path}: {key} is no transform: it has {', '.join(sorted(found))}, where a dual "
-                f"one has {', '.join(sorted(_DUAL))} and there is at most one scale"
+                f"{what}.first is {shape}: alone it has a block of its own for every {size} of "
+                f"{input.width} channels"
             )
+    scale = found.get("folded_scale")
+    if scale is not None and not torch.equal(to_channels(to_rows(scale, input), input), scale):
+        raise InputError(
+            f"{what}.folded_scale differs between heads that share their values, whose rows carry it"
+        )
 
 
 def _words(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:

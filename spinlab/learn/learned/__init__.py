@@ -1,7 +1,7 @@
 """What is learned: rotations, transforms of inputs, and ranges."""
 
 from spinlab.learn.learned.input_ranges import learn_input_ranges
-from spinlab.learn.learned.inputs import check_duals
+from spinlab.learn.learned.inputs import check_inputs
 from spinlab.learn.learned.log_parameters import LogParameters, part_of
 from spinlab.learn.learned.rotations import LearnedRotations, Sink
 
@@ -9,7 +9,7 @@ __all__ = [
     "LearnedRotations",
     "LogParameters",
     "Sink",
-    "check_duals",
+    "check_inputs",
     "learn_input_ranges",
     "part_of",
 ]

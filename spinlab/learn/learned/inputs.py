@@ -1,128 +1,101 @@
-"""Transforms of single inputs while they are learned: scales, and dual transforms' rotations.
+"""Transforms of single inputs while they are learned: scales, rotations in blocks, dual transforms.
 
-`transforms` says what they compute: T of inputs and T* of weights. Scales are not folded into what
-produces the input: the first rotation runs online anyhow.
+`transforms` says what they compute: T of inputs and T* of weights. A scale is folded into what
+produces the input, which then multiplies by its inverse (`divide`), but for that of a dual
+transform, whose first rotation runs online anyhow.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from spinlab.errors import InputError
+from spinlab.learn.learned.group import LearnedGroup
 from spinlab.learn.learned.log_parameters import LogParameters
-from spinlab.learn.learned.transforms import BlockTransform, scaled, scaled_gradients
-from spinlab.learn.optim import on_manifold
-from spinlab.model.map import input_key
-from spinlab.rotation.duquant import DualTransform
+from spinlab.learn.learned.transforms import BlockTransform
+from spinlab.model.map import Input
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.rotation.orthogonal import polar
+from spinlab.rotation.rotations import RotationSet
 
 
-def check_duals(inputs: Mapping[str, ScaledDual]) -> None:
-    """Raise InputError where an input has no dual transform that could be learned."""
+def check_inputs(inputs: Mapping[str, ScaledDual], lr_scale: float) -> None:
+    """Raise InputError where a transform has nothing to learn, or is unlike those of its group."""
+    kinds: dict[str, tuple] = {}
     for key, transform in inputs.items():
-        if transform.dual is None:
+        dual, group = transform.dual, key.partition(".")[2]
+        if dual is None and not lr_scale:
             raise InputError(
-                f"learn.rotations=[inputs] learns dual transforms, and input {key} has a scale "
-                "only: use rotation=duquant"
+                f"learn.rotations=[inputs] with learn.lr.scale=0 learns rotations, and input {key} "
+                "has a scale only: set learn.lr.scale, or use rotation.inputs=blocks or duquant"
             )
-
-
-class _Step:
-    """Hold the transforms of a group in one step, stacked over layers, and their gradients.
-
-    inputs is T, weights is T* behind it; of_inputs and of_weights are the gradients of their first
-    and second rotations: (layers, k, b, b) each.
-    """
-
-    def __init__(self, inputs: BlockTransform, weights: BlockTransform) -> None:
-        self.inputs, self.weights = inputs, weights
-        self.of_inputs, self.of_weights = (
-            [torch.zeros_like(x.first), torch.zeros_like(x.second)] for x in (inputs, weights)
-        )
-
-    def leaf(self, place: int) -> BlockTransform:
-        """Return T of one layer, whose rotations are leaves that add to `of_inputs`."""
-        found = self.inputs.at(place)
-        for part, total in zip((found.first, found.second), self.of_inputs, strict=True):
-            part.requires_grad_().grad = total[place]
-        return found
+        kind = transform.folded, dual is None or (type(dual), dual.first.shape[-1])
+        if kinds.setdefault(group, kind) != kind:
+            raise InputError(
+                f"learn.rotations=[inputs] learns transforms of one kind for all {group} inputs, "
+                f"and that of {key} is of another: learn on from a file that was learned as one"
+            )
 
 
 class LearnedInputs:
     """Hold the transforms of all inputs, stacked over the layers of a group of linears.
 
-    `parameters` are rotations (layers, k, b, b) by `group.first` and `group.second`; scales
-    (layers, in) by group are learned if lr_scale > 0.
+    `parameters` are rotations (layers, k, b, b) by `group.first` and `group.second`; scales, by
+    group, are learned if lr_scale > 0.
     """
 
     def __init__(
         self,
-        inputs: Mapping[str, ScaledDual],
+        start: RotationSet,
+        inputs: Mapping[str, Input],
         lr_scale: float,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        check_duals(inputs)
-        self.layers: dict[str, list[int]] = {}
-        for key in inputs:
-            layer, _, group = key.partition(".")
-            self.layers.setdefault(group, []).append(int(layer))
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.permutations: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # with inverses
-        self.transforms: dict[str, BlockTransform] = {}  # T in a step, by `input_key`
-        self._steps: dict[str, _Step] = {}
-        start: dict[str, torch.Tensor] = {}
-        for group, layers in self.layers.items():
-            here = [inputs[input_key(layer, group)] for layer in layers]
-            duals = [dual for transform in here if (dual := transform.dual) is not None]
-            for part in ("first", "second"):
-                blocks = torch.stack([_blocks(dual, part) for dual in duals])
-                self.parameters[f"{group}.{part}"] = on_manifold(blocks.to(device, dtype))
-            order = torch.stack([dual.permutation for dual in duals]).to(device)
-            self.permutations[group] = order, order.argsort(-1)
-            start[group] = torch.stack([_scale(transform) for transform in here]).to(device, dtype)
+        check_inputs(start.inputs, lr_scale)
+        names = dict.fromkeys(inputs[key].name for key in start.inputs)
+        self.groups: dict[str, LearnedGroup] = {}
+        for name in names:
+            here = [inputs[key] for key in start.inputs if inputs[key].name == name]
+            transforms = [start.inputs[input.key] for input in here]
+            self.groups[name] = LearnedGroup(here, transforms, start.behind(here[0]), device, dtype)
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.{part}": parameter
+            for name, group in self.groups.items()
+            for part, parameter in group.parameters.items()
+        }
+        self.transforms: dict[str, BlockTransform] = {}  # T in a step, where it is not empty
+        self.producers = {
+            input.key: input.producer
+            for group in self.groups.values()
+            for input in group.inputs
+            if group.folded and input.producer is not None
+        }
+        self._divisors: dict[str, torch.Tensor] = {}  # their logarithms in a step
         self.scales = LogParameters(lr_scale)
-        self._fixed = {group: scale.log() for group, scale in start.items()}
         if lr_scale:
-            self.scales.start(start)
-
-    def _log_scale(self, group: str) -> torch.Tensor:
-        """Return the log scales of a group: (layers, in)."""
-        return self.scales.logs.get(group, self._fixed[group]).detach()
-
-    def _rotations(self, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of a group's rotations: (layers, k, b, b) each."""
-        stacks = (self.parameters[f"{group}.{part}"] for part in ("first", "second"))
-        # geoopt's parameters remember their manifold, what follows does not
-        first, second = (stack.as_subclass(torch.Tensor).detach().clone() for stack in stacks)
-        return first, second
+            self.scales.start({name: group.scale for name, group in self.groups.items()})
 
     def begin(self) -> None:
         """Start a step with rotations and scales as they stand, and with gradients of zero."""
-        for group, layers in self.layers.items():
-            first, second = self._rotations(group)
-            at_input, at_weight = scaled(first, self._log_scale(group))
-            order = self.permutations[group]
-            step = _Step(
-                BlockTransform(at_input, second, *order), BlockTransform(at_weight, second, *order)
-            )
-            self._steps[group] = step
-            for place, layer in enumerate(layers):
-                self.transforms[input_key(layer, group)] = step.leaf(place)
+        for name, group in self.groups.items():
+            learned = self.scales.logs.get(name)
+            group.begin(group.scale.log() if learned is None else learned.detach())
+            for place, input in enumerate(group.inputs):
+                if group.folded:
+                    self._divisors[input.key] = group.divisor(place)
+                if group.parameters or not group.folded:
+                    self.transforms[input.key] = group.transform(place)
 
-    def _behind(self, group: str, layers: list[int]) -> tuple[list[int], BlockTransform]:
-        """Return the places of layers in their stack, and a copy of their T*."""
-        places = [self.layers[group].index(layer) for layer in layers]
-        return places, self._steps[group].weights.at(places)
+    def divide(self, key: str, x: torch.Tensor) -> torch.Tensor:
+        """Return what the producer of an input gives, x (..., rows), over the scale of its rows."""
+        return x * (-self._divisors[key]).exp().to(x.dtype)
 
     def of_weights(self, group: str, layers: list[int], weights: torch.Tensor) -> torch.Tensor:
         """Return T*(W) of the weights (n, out, in) of n layers; as they are if T is not learned."""
-        if group not in self.layers:
+        if group not in self.groups:
             return weights
-        return self._behind(group, layers)[1](weights)
+        return self.groups[group].of_weights(layers, weights)
 
     def pull_back(
         self, group: str, layers: list[int], weights: torch.Tensor, gradients: torch.Tensor
@@ -131,46 +104,27 @@ class LearnedInputs:
 
         Those of the transforms gather until `gradients`.
         """
-        if group not in self.layers:
+        if group not in self.groups:
             return gradients
-        places, behind = self._behind(group, layers)
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (weights, behind.first, behind.second)]
-            made = replace(behind, first=leaves[1], second=leaves[2])(leaves[0])
-        found = torch.autograd.grad(made, leaves, gradients.to(weights.dtype))
-        for total, part in zip(self._steps[group].of_weights, found[1:], strict=True):
-            total[places] += part
-        return found[0]
+        return self.groups[group].pull_back(layers, weights, gradients)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients of `parameters`, and leave those of log scales where they step."""
         found: dict[str, torch.Tensor] = {}
-        for group, step in self._steps.items():
-            point = self._rotations(group)[0], self._log_scale(group)
-            firsts, seconds = zip(step.of_inputs, step.of_weights, strict=True)
-            found[f"{group}.first"], of_log_scale = scaled_gradients(*point, *firsts)
-            found[f"{group}.second"] = seconds[0] + seconds[1]
-            if group in self.scales.logs:
-                self.scales.logs[group].grad = of_log_scale
+        for name, group in self.groups.items():
+            of_rotations, of_scale = group.gradients()
+            found |= {f"{name}.{part}": gradient for part, gradient in of_rotations.items()}
+            if name in self.scales.logs:
+                self.scales.logs[name].grad = of_scale
         return found
 
     def result(self) -> dict[str, ScaledDual]:
         """Return the transforms as they stand, on the host, rotations projected in float64."""
+        self.begin()  # the last step has moved the scales
         found: dict[str, ScaledDual] = {}
-        for group, layers in self.layers.items():
-            first, second = (polar(stack).cpu() for stack in self._rotations(group))
-            parts = self._log_scale(group).double().exp().cpu(), self.permutations[group][0].cpu()
-            for layer, scale, order, *blocks in zip(layers, *parts, first, second, strict=True):
-                dual = DualTransform(blocks[0], order, blocks[1])
-                found[input_key(layer, group)] = ScaledDual(scale, False, dual)
+        for group in self.groups.values():
+            keys = (input.key for input in group.inputs)
+            found |= zip(keys, group.result(), strict=True)
         return found
 
 
-def _scale(transform: ScaledDual) -> torch.Tensor:
-    return torch.ones(transform.width) if transform.scale is None else transform.scale
-
-
-def _blocks(dual: DualTransform, part: str) -> torch.Tensor:
-    """Return one rotation for every block: (k, b, b), also where all shared one."""
-    blocks: torch.Tensor = getattr(dual, part)
-    return blocks.expand(dual.width // blocks.shape[-1], -1, -1)

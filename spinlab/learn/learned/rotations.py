@@ -1,6 +1,6 @@
 """Rotations while they are learned: where they stand, and the gradients that gather for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from spinlab.config import LearnConfig
 from spinlab.learn.learned.inputs import LearnedInputs
 from spinlab.learn.learned.log_parameters import part_of
 from spinlab.learn.optim import on_manifold, tangent
+from spinlab.model.map import Input
 from spinlab.rotation.orthogonal import polar
 from spinlab.rotation.rotations import RotationSet
 
@@ -32,11 +33,17 @@ class LearnedRotations:
     """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim) and the transforms of inputs.
 
     Numbers are float32 or wider. A rotation that is off is None; one that is on but not learned is
-    a plain tensor. `cast` holds R1 and R2 in the network's dtype for the length of a step.
+    a plain tensor. `cast` holds R1 and R2 in the network's dtype for the length of a step. inputs:
+    those of the model by their keys.
     """
 
     def __init__(
-        self, start: RotationSet, learn: LearnConfig, device: torch.device, dtype: torch.dtype
+        self,
+        start: RotationSet,
+        learn: LearnConfig,
+        inputs: Mapping[str, Input],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
         self.euclidean = learn.optimizer.grad_norm == "euclidean"
@@ -50,7 +57,7 @@ class LearnedRotations:
             self.all[name] = held
         self.inputs: LearnedInputs | None = None
         if "inputs" in learn.rotations and start.inputs:
-            self.inputs = LearnedInputs(start.inputs, learn.lr.scale, device, self.wide)
+            self.inputs = LearnedInputs(start, inputs, learn.lr.scale, device, self.wide)
             self.parameters |= self.inputs.parameters
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}

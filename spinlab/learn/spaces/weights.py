@@ -45,6 +45,10 @@ class WeightSpace(LearningSpace):
             if site.writes == "R2":
                 _show(local.watch("r2", site.layer), module, output=True)
         self.paths, self.batches = paths, batches_of(self.linears)
+        if rotations.inputs is not None:
+            for key, producer in rotations.inputs.producers.items():
+                divide = partial(rotations.inputs.divide, key)
+                model.get_submodule(producer).register_forward_hook(partial(_through, divide))
         lr = self.learn.lr.input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
         if rotations.r1 is not None:

@@ -120,14 +120,14 @@ class _LayerReader:
         names = self.names
         shared = self._shape(names.out)[1] // self._shape(names.values)[0]
         places = [
-            ("qkv", names.queries, "R1", names.attention_norm, 1),
-            ("o", names.out, "R2", names.values, shared),
-            ("gate_up", names.gate, "R1", names.mlp_norm, 1),
-            ("down", names.down, "R4", names.up, 1),
+            ("qkv", names.queries, "R1", names.attention_norm, (1, 1)),
+            ("o", names.out, "R2", names.values, (shared, self.head_dim)),
+            ("gate_up", names.gate, "R1", names.mlp_norm, (1, 1)),
+            ("down", names.down, "R4", names.up, (1, 1)),
         ]
         return [
-            Input(self.index, name, self._shape(reader)[1], reads, self._at(producer), share)
-            for name, reader, reads, producer, share in places
+            Input(self.index, name, self._shape(reader)[1], reads, self._at(producer), *heads)
+            for name, reader, reads, producer, heads in places
         ]
 
     def norms(self) -> list[Norm]:

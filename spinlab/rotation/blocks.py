@@ -1,0 +1,87 @@
+"""A rotation of a linear's input in blocks: no number meets one of another block."""
+
+import logging
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from spinlab.errors import ResultError
+from spinlab.rotation.orthogonal import check_orthogonal
+
+log = logging.getLogger(__name__)
+
+
+def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Multiply each block of x: (..., C) by its rotation, or by the one shared: (k, b, b)."""
+    tiles = x.unflatten(-1, (-1, rotation.shape[-1]))
+    # einsum stretches k = 1
+    return torch.einsum("...kb,kbc->...kc", tiles, rotation.to(x.device, x.dtype)).flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRotation:
+    """x ↦ x·R1, block diagonal. first: (k, b, b) float64, one for each of k blocks."""
+
+    first: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._check("first", self.first)
+
+    def _check(self, name: str, rotation: torch.Tensor) -> None:
+        """Raise ResultError for blocks that are no rotations, or do not tile the width."""
+        k, b, _ = rotation.shape
+        if self.width % b or k not in (1, self.width // b):
+            raise ResultError(
+                f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
+            )
+        check_orthogonal(f"{name} rotation", rotation)
+
+    @property
+    def width(self) -> int:
+        return self.first.shape[0] * self.first.shape[1]
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform x: (..., C), in float32 or wider; W's rows get the same to keep x Wᵀ."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self._turned(wide).to(x.dtype)
+
+    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(wide, self.first)
+
+    def dense(self) -> torch.Tensor:
+        """Return the whole matrix: (C, C), float64."""
+        return self._dense(self.first)
+
+    def _dense(self, blocks: torch.Tensor) -> torch.Tensor:
+        count = self.width // blocks.shape[-1]
+        return torch.block_diag(*blocks.double().expand(count, -1, -1))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Self:
+        """Return the transform on `device`, so that apply copies and casts nothing there.
+
+        Give the dtype of the inputs; a 16-bit one means float32, in which apply then computes.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        moved = {
+            name: part.to(device, wide if part.is_floating_point() else None)
+            for name, part in self.tensors().items()
+        }
+        return type(self)(**moved)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what has to be stored, by name."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """Restore a transform from `tensors()`."""
+        return cls(**{name: tensors[name] for name in cls.__dataclass_fields__})
+
+
+def power_block(width: int, most: int) -> int:
+    """Return the largest power of two <= most that divides width: 576 with 128 gives 64."""
+    block = min(width & -width, most)
+    if block != most:
+        log.info("width %d has no blocks of %d: taking blocks of %d", width, most, block)
+    return block
