@@ -30,6 +30,7 @@ SMALL = [
     "rotation.statistics.sequence_length=64",
     "rotation.duquant.steps=8",
     "rotation.duquant.block_size=16",
+    "rotation.blocks.size=16",
     "learn.micro_batch=1",
     "learn.optimizer.warmup=0",
     "learn.batch=1",
@@ -47,6 +48,8 @@ PARTS = {
     "duquant_lwc": _DUQUANT,
     "learned_inputs": _DUQUANT,
     "spinquant_no_had": (True, "", set()),
+    "learned_fused": (True, "r3r4", {(True, False)}),
+    "learned_blocks": (True, "r3", {(True, True)}),
     **dict.fromkeys(
         (
             *("random", "quarot", "quarot_gptaq", "duquant_learned"),
@@ -69,7 +72,7 @@ def text(short_text) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
-    learned = ("learned_ranges", "learned_inputs", "duquant_learned")
+    learned = ("duquant_learned", *(name for name in METHODS if name.startswith("learned_")))
     steps = dict.fromkeys((*learned, "spinquant_had", "spinquant_no_had"), 2)
     lwc = ["weights.lwc.epochs=1"] if method == "duquant_lwc" else []
     run = pipeline(

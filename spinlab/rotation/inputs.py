@@ -88,7 +88,7 @@ def to_channels(rows: torch.Tensor, input: Input) -> torch.Tensor:
 
 
 def to_rows(channels: torch.Tensor, input: Input) -> torch.Tensor:
-    """Return what `to_channels` gives such numbers (..., width) for: one of each that are shared."""
+    """Return what gives such numbers (..., width) in `to_channels`: one of each that are shared."""
     return channels.unflatten(-1, (-1, input.shared, input.run))[..., 0, :].flatten(-2)
 
 

@@ -219,7 +219,7 @@ def _check_input(what: str, found: Mapping[str, torch.Tensor], input: Input) -> 
     scale = found.get("folded_scale")
     if scale is not None and not torch.equal(to_channels(to_rows(scale, input), input), scale):
         raise InputError(
-            f"{what}.folded_scale differs between heads that share their values, whose rows carry it"
+            f"{what}.folded_scale differs between heads that share values, whose rows carry it"
         )
 
 

@@ -124,7 +124,7 @@ class LearnedGroup:
         of_first, of_log = scaled_gradients(*point, of_inputs[0], of_weights[0], self.folded)
         if self.folded:
             of_log = of_rows(of_log, self.inputs[0]) + self._of_divisors
-        of_second = [sum(both) for both in zip(of_inputs[1:], of_weights[1:], strict=True)]
+        of_second = [a + b for a, b in zip(of_inputs[1:], of_weights[1:], strict=True)]
         return dict(zip(self.parameters, [of_first, *of_second], strict=False)), of_log
 
     def result(self) -> list[ScaledDual]:

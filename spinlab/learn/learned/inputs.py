@@ -126,5 +126,3 @@ class LearnedInputs:
             keys = (input.key for input in group.inputs)
             found |= zip(keys, group.result(), strict=True)
         return found
-
-
