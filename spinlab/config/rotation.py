@@ -74,7 +74,7 @@ class RotationConfig:
             raise InputError(
                 f"rotation.r4_block cuts a Hadamard R4: rotation.r4={self.r4} has none"
             )
-        if not self.online and self.inputs in _REPLACED:
+        if not self.online and self.turns_inputs:
             raise InputError(
                 f"rotation.inputs={self.inputs} runs online: set none, or rotation.online=true"
             )
@@ -100,6 +100,16 @@ class RotationConfig:
         """The rotations that are on."""
         names = ["r1", "r2", *(("r3", "r4", "cross_head") if self.online else ())]
         return [name for name in names if getattr(self, name) != "none"]
+
+    @property
+    def turns_inputs(self) -> bool:
+        """Tell whether single inputs have rotations of their own, which run online."""
+        return self.inputs in _REPLACED
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Tell whether every input has a scale to be learned."""
+        return self.inputs in ("scales", "blocks")
 
     @property
     def needs_statistics(self) -> bool:

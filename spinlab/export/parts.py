@@ -42,7 +42,7 @@ PARTS: Mapping[str, Part] = {
     "r4": Part("R4", "rotation.r4=none"),
     "cross_head": Part("the rotation across heads", "rotation.cross_head=none"),
     "inputs": Part("online transforms of single inputs", "rotation.inputs=none"),
-    "smoothing": Part("scales of inputs", "rotation.smooth=null"),
+    "smoothing": Part("scales of inputs", "rotation.smooth=null rotation.inputs=none"),
     "scales": Part("online scales of inputs", "rotation.smooth_groups=[qkv,gate_up]"),
     "clips": Part("learned ranges of inputs", "learn.lr.input_clip=0"),
     "weight_clips": Part("learned ranges of weights", "learn.lr.clip=0"),
@@ -101,8 +101,8 @@ def of_settings(config: Config, among: Collection[str]) -> list[str]:
         kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
         there |= {name: kind != "identity" for name, kind in kinds.items()}
         there |= {f"drawn_{name}": kind not in _MADE_AGAIN for name, kind in kinds.items()}
-        there["inputs"] = rotation.inputs != "none"
-        there["smoothing"] = rotation.smooth is not None
+        there["inputs"] = rotation.turns_inputs
+        there["smoothing"] = rotation.smooth is not None or rotation.scales_inputs
         there["scales"] = rotation.smooth is not None and "scales" in among and _runs_online(config)
     return [name for name in among if there.get(name)]
 

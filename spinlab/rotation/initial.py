@@ -157,7 +157,7 @@ class _Maker:
         for input in inputs:
             scale, rotation = scales.get(input.key), rotations.get(input.key)
             folded = input.folds
-            if scale is None and self.config.inputs in ("scales", "blocks"):
+            if scale is None and self.config.scales_inputs:
                 # one for all can move into any producer
                 scale, folded = torch.ones(input.width, dtype=torch.float64), True
             if scale is not None or rotation is not None:
