@@ -189,7 +189,8 @@ class Config:
             )
         if learn.lr.input_clip and not inputs:
             raise InputError(
-                f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range"
+                f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range: "
+                "set learn.lr.input_clip=0"
             )
         if learn.rounds(quant) or not learn.objective.end_to_end:
             return
