@@ -172,7 +172,10 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     stream = sum(input.width for input in inputs if input.reads == "R1")
     gated = sum(input.width for input in inputs if input.reads == "R4")
     if job.rounded:
-        kept = sum(input.width for input in inputs)
+        widths, learn = sum(input.width for input in inputs), job.learn
+        # as they are rounded, as a range that is learned meets them, as their transform does
+        copies = 1 + (learn.lr.input_clip > 0) + ("inputs" in learn.rotations)
+        kept = widths * copies
     else:  # rounding errors of inputs from the stream, and both ends of R2
         errors = stream if job.quant.activations.quantizes else 0
         errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs

@@ -16,12 +16,14 @@ from spinlab.config import (
     OptimizerConfig,
     QuantConfig,
     RatesConfig,
+    RotationConfig,
     TensorQuant,
 )
+from spinlab.config.rotation import BlocksConfig
 from spinlab.errors import InputError
 from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
 from spinlab.learn import estimate as module
-from spinlab.model.modules import decoder_of
+from spinlab.model.modules import decoder_of, map_of
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -35,10 +37,21 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+_INPUTS = {
+    "quantize_weights": True,
+    "lr": RatesConfig(clip=0.01, scale=0.01, input_clip=0.01),
+    "rotations": ["r1", "r2", "inputs"],
+}
 SPACES = {
     "16-bit weights": {},
     "16-bit weights, Euclidean norms": {"optimizer": OptimizerConfig(grad_norm="euclidean")},
     "quantized weights": {"quantize_weights": True, "lr": RatesConfig(clip=0.01)},
+    "and scales": _INPUTS,
+    "and blocks": _INPUTS,
+}
+STARTS = {
+    "and scales": RotationConfig(inputs="scales"),
+    "and blocks": RotationConfig(r4="none", inputs="blocks", blocks=BlocksConfig(16)),
 }
 SETTINGS = dict(steps=1, batch=2, micro_batch=2, sequence_length=128)
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -48,7 +61,8 @@ QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 def learner(request, make_model, learner_of):
     """A learner in one of the spaces."""
     make = partial(make_model, torch.float32, **SHAPE)
-    return learner_of(make, LearnConfig(**SETTINGS, **SPACES[request.param]), QUANT)
+    learn = LearnConfig(**SETTINGS, **SPACES[request.param])
+    return learner_of(make, learn, QUANT, start=STARTS.get(request.param))
 
 
 def batch_of(learn: LearnConfig) -> torch.Tensor:
@@ -132,6 +146,17 @@ def test_further_terms_take_more(changes, field):
     both = [LearnConfig(objective=ObjectiveConfig(**terms)) for terms in ({}, changes)]
     less, more = (getattr(estimate_of(model, learn, QUANT, 1), field) for learn in both)
     assert more > less
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": RatesConfig(input_clip=0.01)}, {"rotations": ["r1", "r2", "inputs"]}]
+)
+def test_what_is_learned_of_inputs_keeps_them_once_more(changes):
+    model, rounded = meta_llama("smollm2_135m"), {"quantize_weights": True, "micro_batch": 2}
+    settings = [LearnConfig(**rounded, **more) for more in ({}, changes)]
+    less, more = (estimate_of(model, learn, QuantConfig(), 1).activations for learn in settings)
+    widths = sum(input.width for input in map_of(model).inputs)
+    assert more - less == 2 * 2048 * widths * model.dtype.itemsize
 
 
 def test_terms_on_single_activations_keep_nothing_for_a_backward_pass():
