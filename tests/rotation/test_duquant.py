@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spinlab.errors import InputError, ResultError
+from spinlab.rotation.blocks import power_block
 from spinlab.rotation.duquant import (
     DualTransform,
     dual_transforms,
@@ -253,6 +254,11 @@ def test_what_is_no_rotation_or_no_permutation_is_refused():
     ]:
         with pytest.raises(ResultError, match=message):
             DualTransform(first, permutation, second)
+
+
+def test_blocks_alone_are_the_largest_power_of_two_that_divides_the_width():
+    assert [power_block(width, 128) for width in (1536, 576, 896, 40, 7)] == [128, 64, 128, 8, 1]
+    assert power_block(576, 16) == 16
 
 
 def test_a_block_that_does_not_divide_the_width_is_answered_with_one_that_does(caplog):

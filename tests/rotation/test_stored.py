@@ -135,6 +135,15 @@ def test_files_of_an_earlier_version_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        # transforms of inputs
+        (
+            more("inputs.1.o.folded_scale", torch.arange(1.0, 33)),
+            r"inputs\.1\.o\.folded_scale differs between heads that share values",
+        ),
+        (
+            more("inputs.1.down.first", torch.eye(8)[None]),
+            r"inputs\.1\.down\.first is \(1, 8, 8\): alone it has a block of its own for every 8",
+        ),
         # names
         (more("foo", torch.eye(2)), "foo has no place among the rotations of this model"),
         (more("clip.9.o", torch.tensor(0.5)), r"clip\.9\.o has no place"),
