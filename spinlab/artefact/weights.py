@@ -15,6 +15,8 @@ from spinlab.model.map import ModelMap
 from spinlab.weights.quantized import QuantizedWeight
 
 Shapes = dict[str, tuple[int, ...]]
+# the names of dtypes in such a file, of those that scales are stored in
+_DTYPES = {torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 
 
 class StoredWeights(Mapping[str, QuantizedWeight]):
@@ -70,16 +72,20 @@ class StoredWeights(Mapping[str, QuantizedWeight]):
         format, width = self.formats[name]
         slices = {part: self._file.get_slice(f"{name}.{part}") for part in parts_of(format)}
         found = {part: (s.get_dtype(), *s.get_shape()) for part, s in slices.items()}
-        packed = format.pack(torch.full((1, width), format.lowest)).shape[1]
         groups = found["scale"][-1] if len(found["scale"]) == 3 else 0
-        due = {"levels": ("U8", rows, packed), "scale": ("F32", rows, groups)}
-        due["zero"] = ("I16", rows, groups)
-        scale = self._file.get_tensor(f"{name}.scale")
+        if groups < 1 or width % groups or format.group not in (0, width // groups):
+            raise InputError(f"{place}: {name}.scale is {found['scale']}, which does not fit")
+        due = {part: (_DTYPES[t.dtype], *t.shape) for part, t in _sample(format, groups).items()}
+        packed = format.pack(torch.full((1, width), format.lowest)).shape[1]
+        due |= {"levels": ("U8", rows, packed), "zero": ("I16", rows, groups)}
+        due["scale"] = (due["scale"][0], rows, groups)
+        for part, tensor in found.items():
+            if tensor != due[part]:
+                raise InputError(f"{place}: {name}.{part} is {tensor}, which does not fit")
+        stored = {part: self._file.get_tensor(f"{name}.{part}") for part in _sample(format, 1)}
+        scale = format.load_scale(stored)
         if not (scale.isfinite() & (scale > 0)).all():
             raise InputError(f"{place}: {name}.scale holds what is no scale")
-        for part, tensor in found.items():
-            if tensor != due[part] or groups < 1 or width % groups:
-                raise InputError(f"{place}: {name}.{part} is {tensor}, which does not fit")
 
 
 def _format(kind: str, bits: int, symmetric: bool, width: int) -> tuple[Format, int]:
@@ -92,4 +98,10 @@ def _format(kind: str, bits: int, symmetric: bool, width: int) -> tuple[Format, 
 
 def parts_of(format: Format) -> list[str]:
     """Return the names of the tensors that a weight of this format is stored in."""
-    return ["levels", "scale"] if format.symmetric else ["levels", "scale", "zero"]
+    parts = ["levels", *_sample(format, 1)]
+    return parts if format.symmetric else [*parts, "zero"]
+
+
+def _sample(format: Format, groups: int) -> dict[str, torch.Tensor]:
+    """Return stored scales of one row, for their names, dtypes and shapes."""
+    return format.store_scale(torch.ones(1, groups))

@@ -5,28 +5,46 @@ twins than its definition, `spinlab.formats.twins` names them.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from spinlab.config import TensorQuant
 from spinlab.errors import InputError
 from spinlab.formats.base import Format, Parameters
 from spinlab.formats.integer import IntegerFormat
+from spinlab.formats.mxfp4 import MXFP4
+from spinlab.formats.nvfp4 import NVFP4
 
 __all__ = ["FORMATS", "Format", "IntegerFormat", "Parameters", "format_of", "name_of"]
 
 FORMATS: dict[str, Callable[[int, bool], Format]] = {
     "integer": IntegerFormat,
+    "mxfp4": MXFP4,
+    "mxfp4_floor": partial(MXFP4, up_from=2.0),
+    "mxfp4_mse": partial(MXFP4, up_from=None),
+    "nvfp4": NVFP4,
+    "nvfp4_four_over_six": partial(NVFP4, four_over_six=True),
 }
 
 
 def format_of(settings: TensorQuant) -> Format:
-    """Return the format that settings name. Raises InputError where there is none of that name."""
+    """Return the format that settings name.
+
+    Raises InputError where there is none of that name, or where it has other groups.
+    """
     if settings.format not in FORMATS:
         raise InputError(
             f"quant: the format {settings.format!r} is unknown: choose one of {', '.join(FORMATS)}"
         )
-    return FORMATS[settings.format](settings.bits, settings.symmetric)
+    format = FORMATS[settings.format](settings.bits, settings.symmetric)
+    if format.group and settings.group_size != format.group:
+        raise InputError(
+            f"quant: {settings.format} has one scale for {format.group} numbers: "
+            f"group_size={format.group}, not {settings.group_size}"
+        )
+    return format
 
 
 def name_of(format: Format) -> str:
-    """Return the name that `FORMATS` has for a format."""
-    return next(name for name, kind in FORMATS.items() if type(format) is kind)
+    """Return the name that `FORMATS` has for a format that it makes."""
+    parts = format.bits, format.symmetric
+    return next(name for name, make in FORMATS.items() if make(*parts) == format)

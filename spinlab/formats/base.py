@@ -6,8 +6,8 @@ settings and files. Ranges come from elsewhere: from the numbers themselves, shr
 is given, searched (`clip`) or learned (`gradient`).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -39,6 +39,8 @@ class Format(Protocol):
 
     bits: int
     symmetric: bool  # no zero points are stored
+    group: ClassVar[int] = 0  # how many numbers share a scale, where the format itself says that
+    of_tensor: ClassVar[bool] = False  # scales of groups depend on the range of the whole tensor
 
     @property
     def lowest(self) -> int: ...
@@ -66,6 +68,19 @@ class Format(Protocol):
         0 is added to the range, and is coded exactly.
         """
         ...
+
+    def choose(
+        self,
+        x: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        peak: torch.Tensor | None,
+    ) -> Parameters:
+        """Return what codes x: (..., g) in ranges lowest..highest: (..., 1), as `parameters` does.
+
+        peak: what `peak_of` found for the tensor that x is of; None where that is not known.
+        """
+        return self.parameters(lowest, highest)
 
     def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
         """Return the levels of x, integer-valued and in its dtype; what lies outside is clipped.
@@ -106,3 +121,26 @@ class Format(Protocol):
     def unpack(self, packed: torch.Tensor, n: int) -> torch.Tensor:
         """Return the (..., n) levels behind stored bytes, as integers."""
         return unpack_levels(packed, self.bits, n, self.lowest)
+
+    def store_scale(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return scales (out, in/g), float32, as they are stored: `scale`, and what it needs."""
+        return {"scale": scale}
+
+    def load_scale(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scales (out, in/g), float32, behind what `store_scale` returned."""
+        return stored["scale"]
+
+
+def magnitude(lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """Return the larger of |lowest| and |highest|, where the range holds 0."""
+    return torch.maximum(highest, -lowest).clamp(min=0)
+
+
+def peak_of(
+    format: Format, lowest: torch.Tensor, highest: torch.Tensor, dims: tuple[int, ...]
+) -> torch.Tensor | None:
+    """Return the largest magnitude of the ranges of each tensor, which extend over some dimensions.
+
+    These are kept, with size 1. None for a format that does not ask for it.
+    """
+    return magnitude(lowest, highest).amax(dims, keepdim=True) if format.of_tensor else None

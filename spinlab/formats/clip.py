@@ -16,14 +16,14 @@ def search_clip(
 ) -> torch.Tensor:
     """Return the ratio by which each channel's (or group's) range is best shrunk.
 
-    weight: (out, in), in units of its own; result: (out, in/g, 1) in (0, 1]. Without a search all
+    weight: (..., in), in units of its own; result: (..., in/g, 1) in (0, 1]. Without a search all
     ratios are 1. Ties go to the larger ratio.
     """
     grouped, lowest, highest = extremes(weight, group_size)
     best = torch.ones_like(lowest)
     if not search.search:
         return best
-    rows = grouped.flatten(0, 1)
+    rows = grouped.flatten(0, -2)
     step = max(1, _CHUNK_ELEMENTS[weight.device.type] // rows.shape[-1])
     parts = zip(
         rows.split(step),
@@ -44,7 +44,7 @@ def _search_rows(
     best = torch.ones_like(lowest)
     smallest = torch.full_like(lowest, torch.inf)
     for i, ratio in enumerate(search.ratios()):
-        parameters = format.parameters(lowest * ratio, highest * ratio)
+        parameters = format.choose(rows, lowest * ratio, highest * ratio, None)
         rounded = format.decode(format.encode(rows, parameters, nearest), parameters)
         error = _power_sum(rounded.sub_(rows), search.norm)
         better = error < smallest

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spinlab.errors import InputError
-from spinlab.formats.base import Format, Parameters
+from spinlab.formats.base import Format, Parameters, peak_of
 from spinlab.formats.integer import at_least_float32, extremes, settled
 from spinlab.formats.integer_numpy import FewLevels
 from spinlab.formats.twins import twin_of
@@ -36,10 +36,11 @@ class TokenQuantizer:
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
-        grouped, *ends = extremes(at_least_float32(x), self.group_size)
+        grouped, lowest, highest = extremes(at_least_float32(x), self.group_size)
         if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
-            ends = [end * self.clip_ratio for end in ends]
-        parameters = self.format.parameters(*ends)
+            lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
+        peak = peak_of(self.format, lowest, highest, (-2,))  # of a token
+        parameters = self.format.choose(grouped, lowest, highest, peak)
         return Encoded(self.format.encode(grouped, parameters, settled), *parameters)
 
     def to_bytes(self, x: torch.Tensor) -> Encoded:

@@ -125,9 +125,13 @@ def gptq(
 
 
 class Ranges(NamedTuple):
-    """Hold scale and zero of a weight: (out, in/g) each. live: groups get theirs when reached."""
+    """Hold scale and zero of a weight: (out, in/g) each, and its peak (`peak_of`).
+
+    live: groups get theirs when reached.
+    """
 
     parameters: Parameters
+    peak: torch.Tensor | None
     live: bool
 
 
@@ -138,11 +142,11 @@ def ranges_of(
 
     ratios: (out, in/g, 1), those of its ranges that are kept, where they are known.
     """
-    parameters, own = search_range(weight, settings, config.clip, ratios), config.by_columns
+    found, own = search_range(weight, settings, config.clip, ratios), config.by_columns
     assert own is not None
-    live = parameters.scale.shape[1] > 1 and not own.static_groups and ratios is None
+    live = found.parameters.scale.shape[1] > 1 and not own.static_groups and ratios is None
     assert not (live and own.act_order), "act-order does not visit groups in turn"
-    return Ranges(parameters, live)
+    return Ranges(*found, live)
 
 
 class Sweep:
@@ -171,7 +175,7 @@ class Sweep:
         groups = spread.order // self.size
         self.group_of, self._groups = groups.tolist(), groups.to(torch.int32)
         self.spread, self.format, self.clip = spread, format_of(settings), config.clip
-        self.settings = replace(settings, group_size=0)
+        self.settings, self.peak = replace(settings, group_size=self.size), ranges.peak
         self.first, self.ahead = first, ahead
 
     def rounded(self) -> QuantizedWeight:
@@ -250,6 +254,7 @@ class Sweep:
         if stop > end:
             done = slice(column - errors.shape[0], column)
             self._pass_on(ahead[end - column :], done, slice(end, stop), errors)
-        scale, zero = search_range(ahead.T.contiguous(), self.settings, self.clip)
+        part = ahead.T.contiguous()
+        (scale, zero), _ = search_range(part, self.settings, self.clip, peak=self.peak)
         group = self.group_of[column]
         self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from spinlab.config import ClipSearch, TensorQuant
 from spinlab.fakequant.insert import insert_fake_quant, rounded_sites
 from spinlab.formats import Format, format_of
+from spinlab.formats.base import peak_of
 from spinlab.formats.integer import extremes, nearest
 from spinlab.model.hooks import hidden_states
 from spinlab.model.modules import linear_at, map_of
@@ -25,7 +26,7 @@ from spinlab.weights.ends import quantize_ends
 from spinlab.weights.layerwise import kept_layer
 from spinlab.weights.pairs import unquantized_inputs
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import round_to_range, search_ratios
+from spinlab.weights.rtn import WEIGHT, round_to_range, search_ratios
 
 _LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
 
@@ -125,7 +126,8 @@ class _Round(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(grouped, lowest, highest)
         ctx.format = format
-        parameters = format.parameters(lowest, highest)
+        peak = peak_of(format, lowest, highest, WEIGHT)
+        parameters = format.choose(grouped, lowest, highest, peak)
         return format.decode(format.encode(grouped, parameters, nearest), parameters)
 
     @staticmethod

@@ -49,8 +49,8 @@ class QuantizedWeight:
         return [QuantizedWeight(*part, format=self.format) for part in parts]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stored form: packed levels, scale, and zero where the format has one."""
-        stored = {"levels": self.format.pack(self.levels), "scale": self.scale}
+        """Return the stored form: packed levels, scales, and zero where the format has one."""
+        stored = {"levels": self.format.pack(self.levels), **self.format.store_scale(self.scale)}
         return stored if self.format.symmetric else {**stored, "zero": self.zero.to(torch.int16)}
 
     @staticmethod
@@ -58,7 +58,7 @@ class QuantizedWeight:
         stored: Mapping[str, torch.Tensor], format: Format, width: int
     ) -> "QuantizedWeight":
         """Rebuild a weight of `width` inputs from its stored form."""
-        levels, scale = format.unpack(stored["levels"], width), stored["scale"]
+        levels, scale = format.unpack(stored["levels"], width), format.load_scale(stored)
         zero = torch.zeros_like(scale) if format.symmetric else stored["zero"].to(scale.dtype)
         return QuantizedWeight(levels.to(torch.int16), scale, zero, format)
 

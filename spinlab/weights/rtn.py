@@ -1,18 +1,33 @@
 """Round to nearest: every weight on its own, with the range chosen by the clip search."""
 
+from typing import NamedTuple
+
 import torch
 
 from spinlab.config import ClipSearch, TensorQuant
 from spinlab.formats import Format, Parameters, format_of
+from spinlab.formats.base import peak_of
 from spinlab.formats.clip import search_clip
 from spinlab.formats.integer import extremes, nearest
 from spinlab.weights.quantized import QuantizedWeight
+
+WEIGHT = (-3, -2)  # the dimensions of ranges (..., out, in/g, 1) that make one weight
+
+
+class Searched(NamedTuple):
+    """Hold scale and zero point of a weight: (out, in/g) each, and its peak (`peak_of`)."""
+
+    parameters: Parameters
+    peak: torch.Tensor | None
 
 
 def round_to_nearest(
     weight: torch.Tensor, settings: TensorQuant, clip: torch.Tensor | float
 ) -> QuantizedWeight:
-    """Quantize a weight (out, in) with ranges shrunk by `clip`: (out, in/g, 1) or a number."""
+    """Quantize a weight (..., out, in) with ranges shrunk by `clip`.
+
+    clip: (..., out, in/g, 1) or a number. Several weights become one, row after row.
+    """
     grouped, lowest, highest = extremes(weight, settings.group_size)
     return round_to_range(grouped, lowest * clip, highest * clip, format_of(settings))
 
@@ -20,14 +35,16 @@ def round_to_nearest(
 def round_to_range(
     grouped: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, format: Format
 ) -> QuantizedWeight:
-    """Quantize a grouped weight (out, in/g, g) with ranges of its groups: (out, in/g, 1) each."""
-    parameters = format.parameters(lowest, highest)
-    levels = format.encode(grouped, parameters, nearest).flatten(1).to(torch.int16)
-    return QuantizedWeight(levels, *(p.squeeze(-1) for p in parameters), format=format)
+    """Do it for grouped weights (..., out, in/g, g) with ranges of groups: (..., out, in/g, 1)."""
+    peak = peak_of(format, lowest, highest, WEIGHT)
+    parameters = format.choose(grouped, lowest, highest, peak)
+    levels = format.encode(grouped, parameters, nearest).flatten(-2).to(torch.int16)
+    rows = (t.flatten(0, -2) for t in (levels, *(p.squeeze(-1) for p in parameters)))
+    return QuantizedWeight(*rows, format=format)
 
 
 def search_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> torch.Tensor:
-    """Return the ratios of a weight's ranges (out, in) that are kept: (out, in/g, 1)."""
+    """Return the ratios of a weight's ranges (..., in) that are kept: (..., in/g, 1)."""
     ratios = search_clip(weight, format_of(settings), settings.group_size, clip)
     return ratios * settings.clip_ratio
 
@@ -37,16 +54,21 @@ def search_range(
     settings: TensorQuant,
     clip: ClipSearch,
     ratios: torch.Tensor | None = None,
-) -> Parameters:
-    """Return the scale and zero point that RTN gives a weight (out, in): (out, in/g) each.
+    peak: torch.Tensor | None = None,
+) -> Searched:
+    """Return the ranges that RTN gives a weight (out, in).
 
-    ratios: (out, in/g, 1), those of its ranges that are kept, where no search is needed.
+    ratios: (out, in/g, 1), those of its ranges that are kept, where no search is needed. peak: that
+    of the whole weight, where this one is a part of it.
     """
     if ratios is None:
         ratios = search_ratios(weight, settings, clip)
-    _, lowest, highest = extremes(weight, settings.group_size)
-    parameters = format_of(settings).parameters(lowest * ratios, highest * ratios)
-    return Parameters(*(p.squeeze(-1) for p in parameters))
+    format = format_of(settings)
+    grouped, lowest, highest = extremes(weight, settings.group_size)
+    lowest, highest = lowest * ratios, highest * ratios
+    peak = peak_of(format, lowest, highest, WEIGHT) if peak is None else peak
+    parameters = format.choose(grouped, lowest, highest, peak)
+    return Searched(Parameters(*(p.squeeze(-1) for p in parameters)), peak)
 
 
 def rtn(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> QuantizedWeight:

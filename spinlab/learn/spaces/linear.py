@@ -131,7 +131,7 @@ class LearnedBatch:
         self.rotated = weights if keep and self.format is not None else None
         if self.format is not None:
             assert self.clip is not None
-            whole = round_to_nearest(weights.flatten(0, 1), self.format, self.clip.flatten(0, 1))
+            whole = round_to_nearest(weights, self.format, self.clip)
             weights = whole.dequantize(weights.dtype).view(weights.shape)
         for linear, weight in zip(self.linears, weights, strict=True):
             linear.module.weight.data.copy_(weight)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
+from spinlab.formats import Format, IntegerFormat, name_of
 from spinlab.model.map import Layer
 from spinlab.model.modules import linears_of, map_of, norm_at
 from spinlab.runtime.fused.attention import IntegerAttention
@@ -87,9 +88,9 @@ class QuantizedMaker(Maker):
         if weight is None:
             return None, "16-bit weights"
         if not weight.format.is_int4:
-            return None, f"{weight.format.bits}-bit weights"
-        if path.quantizer is not None and not path.quantizer.format.is_int8:
-            return None, f"{path.quantizer.format.bits}-bit inputs"
+            return None, f"{_kind(weight.format)} weights"
+        if path.quantizer is not None and not _by_kernels(path.quantizer.format):
+            return None, f"{_kind(path.quantizer.format)} inputs"
         if not _nest(weight.groups, groups):
             return None, "the groups of weights and inputs do not nest"
         if linear.weight.shape[1] % (2 * max(weight.groups, groups)):
@@ -163,6 +164,15 @@ class LayerBuilder:
         key = self.map.site_at[reader].key
         path = self.paths[key]
         return self.maker.product(self.linears[key], path), path, self.operations
+
+
+def _by_kernels(format: Format) -> bool:
+    """Tell whether kernels quantize inputs to a format."""
+    return isinstance(format, IntegerFormat) and format.is_int8
+
+
+def _kind(format: Format) -> str:
+    return f"{format.bits}-bit" if isinstance(format, IntegerFormat) else name_of(format)
 
 
 def _nest(a: int, b: int) -> bool:

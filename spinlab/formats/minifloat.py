@@ -1,0 +1,155 @@
+"""Floats of a few bits: rounding to E2M1 numbers, and to E8M0 and E4M3 scales (OCP, 2023).
+
+A number of E2M1 is held as its double, a whole number: 0, 1, 2, 3, 4, 6, 8 or 12, and its sign. So
+a group is scale·level as on an integer grid, with a scale that is half of what a file holds, and
+its products are integers. Here that is the scale's unit, in which E8M0 and E4M3 are exact.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from spinlab.errors import InputError
+from spinlab.formats.base import Format, Parameters, Pulled, Rounding, magnitude
+from spinlab.formats.integer import smallest_scale
+from spinlab.formats.pack import pack_nibbles, unpack_nibbles
+
+MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the numbers of E2M1, by their code
+TOP = MAGNITUDES[-1]
+E4M3_TOP = 448.0
+_E4M3_LOWEST = -6  # the exponent of the smallest normal number
+# float32's in every dtype: a network in float64 codes what it stands for
+SMALLEST = smallest_scale(torch.float32)
+
+
+@dataclass(frozen=True)
+class GroupFloat(Format):
+    """Code groups of `group` numbers as E2M1 times a scale that the group shares."""
+
+    bits: int = 4
+    symmetric: bool = True
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.symmetric) != (4, True):
+            raise InputError(f"{self.name} has 4 bits and no zero points: bits=4 symmetric=true")
+
+    @property
+    def lowest(self) -> int:
+        return -TOP
+
+    @property
+    def highest(self) -> int:
+        return TOP
+
+    @property
+    def is_int8(self) -> bool:
+        return True
+
+    def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
+        step = _step((x / parameters.scale).abs_())
+        return rounding(x, parameters.scale * step).mul_(step).clamp_(-TOP, TOP)
+
+    def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+        return levels * parameters.scale
+
+    def pull_back(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        rounding: Rounding,
+    ) -> Pulled:
+        """Pull back as `Format` says; how a scale is rounded counts as a factor that stays."""
+        parameters = self.choose(x, lowest, highest, None)
+        exact = x / parameters.scale
+        step = _step(exact.abs())
+        placed = rounding(x, parameters.scale * step).mul_(step)
+        levels = placed.clamp(-TOP, TOP)
+        inside = placed == levels
+        of_scale = gradient * torch.where(inside, levels - exact, levels)
+        peak, up = magnitude(lowest, highest), highest >= -lowest
+        factor = parameters.scale / peak.clamp(min=SMALLEST)
+        of_peak = of_scale.sum(-1, keepdim=True) * factor
+        return Pulled(gradient * inside, -of_peak * ~up, of_peak * up)
+
+    def pack(self, levels: torch.Tensor) -> torch.Tensor:
+        return pack_nibbles(codes_of(levels))
+
+    def unpack(self, packed: torch.Tensor, n: int) -> torch.Tensor:
+        return levels_of(unpack_nibbles(packed, signed=False)[..., :n])
+
+
+def codes_of(levels: torch.Tensor) -> torch.Tensor:
+    """Return the E2M1 codes, 0..15, of levels: uint8 of the same shape. A zero has no sign."""
+    size = levels.abs().to(torch.uint8)
+    code = torch.where(size > 4, (size >> 1) + 2 - (size == 12).to(torch.uint8), size)
+    return code | ((levels < 0).to(torch.uint8) << 3)
+
+
+def levels_of(codes: torch.Tensor) -> torch.Tensor:
+    """Return the levels of E2M1 codes 0..15: int8 of the same shape."""
+    table = torch.tensor(MAGNITUDES, dtype=torch.int8, device=codes.device)
+    return torch.cat((table, -table))[codes.long()]
+
+
+def floor_exponent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return m in 1..2 and whole e with x = m·2^e, exactly, for x > 0."""
+    mantissa, exponent = torch.frexp(x)
+    return mantissa * 2, exponent - 1
+
+
+def power_of_two(exponent: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return 2^exponent, not below SMALLEST, in the dtype of `like`; NaN where that is no number.
+
+    exponent: whole. A power is put together from its bits: exp2 of a library may be off by one.
+    """
+    power = torch.ldexp(torch.ones_like(like), exponent).clamp(min=SMALLEST)
+    return power + (like - like)
+
+
+def round_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Round x >= 0 to the nearest number of E4M3, half to even; above 448 it is 448."""
+    return round_mantissa(x, _E4M3_LOWEST).clamp(max=E4M3_TOP)
+
+
+def round_mantissa(x: torch.Tensor, lowest: int | None = None) -> torch.Tensor:
+    """Round x >= 0 to three bits behind the leading one, half to even.
+
+    lowest: the exponent below which the last bit stays where it is, if there is one.
+    """
+    _, exponent = floor_exponent(x)
+    exponent = exponent if lowest is None else exponent.clamp(min=lowest)
+    digits = torch.ldexp(x, 3 - exponent).round_()
+    return torch.ldexp(digits, exponent - 3)
+
+
+def least_error(
+    format: Format, x: torch.Tensor, candidates: list[Parameters], rounding: Rounding
+) -> Parameters:
+    """Return, group by group of x (..., g), what codes it with the smallest squared error.
+
+    A tie goes to the earlier candidate.
+    """
+    best, *others = candidates
+    smallest = _error(format, x, best, rounding)
+    for other in others:
+        error = _error(format, x, other, rounding)
+        better = error < smallest
+        best = Parameters(*(torch.where(better, b, a) for a, b in zip(best, other, strict=True)))
+        smallest = torch.where(better, error, smallest)
+    return best
+
+
+def _error(
+    format: Format, x: torch.Tensor, parameters: Parameters, rounding: Rounding
+) -> torch.Tensor:
+    found = format.decode(format.encode(x, parameters, rounding), parameters)
+    return found.sub_(x).square_().sum(-1, keepdim=True)
+
+
+def _step(size: torch.Tensor) -> torch.Tensor:
+    """Return how far numbers of E2M1 lie apart around magnitudes in levels: 1, 2 or 4."""
+    return 1 + (size >= 4).to(size.dtype) + 2 * (size >= 8).to(size.dtype)

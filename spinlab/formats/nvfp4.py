@@ -1,0 +1,101 @@
+"""NVFP4: groups of 16 numbers of E2M1, each with a scale in E4M3, and a scale of the whole tensor.
+
+The tensor's scale is a float32, and others take the one with which the largest scale of a group is
+448. Here it is the power of two above that. So every product of two groups is exact in float32, and
+every rounded number in bfloat16. It costs at most one of the eighteen powers of two that E4M3
+spans, and no precision above its subnormal numbers. Weights have one for each matrix, inputs one
+for each token, which needs no calibration and does not depend on the rest of a batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from spinlab.formats.base import Parameters, magnitude
+from spinlab.formats.integer import nearest
+from spinlab.formats.minifloat import (
+    E4M3_TOP,
+    TOP,
+    GroupFloat,
+    floor_exponent,
+    least_error,
+    power_of_two,
+    round_e4m3,
+    round_mantissa,
+)
+
+_SMALLEST = 2.0**-9  # of E4M3: a group that has less, as one of zeros, has this
+_FOUR = 8  # the level of 4, which the largest number of a group becomes instead of 6
+_ROOM = 256.0  # of 448, where the scale of a group may grow from 1/6 of its largest number to 1/4
+
+
+@dataclass(frozen=True)
+class NVFP4(GroupFloat):
+    """Scale the largest number of a group to 6, as near as E4M3 comes to that.
+
+    four_over_six: to 4 where that has the smaller squared error (arXiv 2512.02010): the numbers of
+    E2M1 lie closest, for their size, up to there.
+    """
+
+    four_over_six: bool = False
+    name: ClassVar[str] = "nvfp4"
+    group: ClassVar[int] = 16
+    of_tensor: ClassVar[bool] = True
+
+    def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
+        """Return scales as if E4M3 had all exponents, for the tensor is unknown."""
+        return self._scaled(magnitude(lowest, highest), None, TOP)
+
+    def choose(
+        self,
+        x: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        peak: torch.Tensor | None,
+    ) -> Parameters:
+        tensor = None if peak is None else self._tensor(peak)
+        ends = (TOP, _FOUR) if self.four_over_six else (TOP,)
+        found = [self._scaled(magnitude(lowest, highest), tensor, end) for end in ends]
+        return least_error(self, x, found, nearest) if self.four_over_six else found[0]
+
+    def _scaled(self, peak: torch.Tensor, tensor: torch.Tensor | None, end: int) -> Parameters:
+        """Return half the scale of groups: a level is half a number of E2M1."""
+        exact = 2 * peak / torch.full_like(peak, end)
+        if tensor is None:
+            scale = round_mantissa(exact) / 2
+        else:
+            scale = round_e4m3(exact / tensor).clamp(min=_SMALLEST) * (tensor / 2)
+        return Parameters(scale, torch.zeros_like(scale))
+
+    def _tensor(self, peak: torch.Tensor) -> torch.Tensor:
+        """Return the scale of a tensor: with it the largest one of its groups still has one."""
+        mantissa, exponent = floor_exponent(
+            peak / (6 * (_ROOM if self.four_over_six else E4M3_TOP))
+        )
+        return power_of_two(exponent + (mantissa > 1).to(exponent.dtype), peak)
+
+    def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ends; one that chooses may give a smaller range a scale for 4 instead of 6.
+
+        Either scale may have been rounded down, the other up, by 1/16.
+        """
+        top = self.highest * parameters.scale * (1.5 * 1.25 if self.four_over_six else 1)
+        return -top, top
+
+    def store_scale(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the scales of groups in E4M3, and that of the tensor, float32 (1,).
+
+        It is the smallest in which the largest scale is a number of E4M3. All are then: they were
+        so in one that is not smaller.
+        """
+        mantissa, exponent = floor_exponent(scale.amax())
+        exponent = exponent + 1 - floor_exponent(torch.tensor(E4M3_TOP))[1].to(exponent)
+        tensor = power_of_two(exponent + (mantissa > 1.75).to(exponent.dtype), mantissa)
+        groups = (2 * scale / tensor).to(torch.float8_e4m3fn)
+        return {"scale": groups, "tensor_scale": tensor.float().reshape(1)}
+
+    def load_scale(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scales (out, in/g), float32, behind what `store_scale` returned."""
+        return stored["scale"].float() * (stored["tensor_scale"] / 2)
