@@ -22,7 +22,8 @@ NEEDED = {
 }
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
 RUN = [
-    *("rotation=identity", "rotation=block_r4"),
+    *("rotation=identity", "rotation=block_r4", "rotation=r1_blocks", "rotation=input_blocks"),
+    *("quant=mxfp4", "quant=nvfp4", "quant=w4a4_g32"),
     *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "kv=kv8", "runtime=torch"),
     *(f"+method={name}" for name in options_of("method") if "/" in name),
 ]

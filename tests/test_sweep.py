@@ -363,3 +363,13 @@ def test_a_preset_is_a_sweep_without_a_flag_and_its_points_can_be_run_alone(alon
     words = ["+experiment=toy", "+sweep=seeds", *alone, "--cfg", "hydra"]
     shown = subprocess.run([sys.executable, "-m", "spinlab", *words], cwd=ROOT, capture_output=True)
     assert yaml.safe_load(shown.stdout)["hydra"]["mode"] == mode
+
+
+def test_every_point_of_the_sweep_over_formats_composes():
+    preset = yaml.safe_load((CONF / "sweep" / "formats.yaml").read_text(encoding="utf-8"))
+    params = preset["hydra"]["sweeper"]["params"]
+    choices = [[f"{key}={word}" for word in words.split(",")] for key, words in params.items()]
+    points = [composed("+experiment=smollm2_135m_w4a4kv4", *point) for point in product(*choices)]
+    assert len(points) == 48
+    found = {(p.quant.weights.format, p.rotation.inputs, p.weights.method) for p in points}
+    assert len(found) == 3 * 2 * 4

@@ -54,6 +54,7 @@ class RotationConfig:
     r4: str = "hadamard"
     cross_head: str = "none"  # across heads, online (QuaRot); R2 acts inside them
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
+    r1_block: int = 0  # R1 as blocks of this order, each drawn for itself; learning fills it
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
     # a transform of its own for every input of linears. duquant, blocks: online; scales: of 1,
     # to be learned, and folded as those of blocks into what produces the input
@@ -68,6 +69,11 @@ class RotationConfig:
     def __post_init__(self) -> None:
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
         choice("rotation.inputs", self.inputs, ("none", "scales", *_REPLACED))
+        at_least("rotation.r1_block", self.r1_block, 0)
+        if self.r1_block and self.r1 in SEARCHED:
+            raise InputError(
+                f"rotation.r1={self.r1} has blocks of its own: set rotation.r1_block=0"
+            )
         if self.r4_block and (self.r4_block < 2 or self.r4_block & (self.r4_block - 1)):
             raise InputError(f"rotation.r4_block={self.r4_block} must be a power of two, or 0")
         if self.r4_block and self.r4 not in ("hadamard", "exact_hadamard", "none"):

@@ -164,6 +164,8 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
     if not rotation.online:
         made = [part for part in ("r3", "r4", "cross_head") if getattr(rotation, part) != "none"]
         yield "rotation.online=false", [f"rotation.{part}" for part in (*made, "r4_block")]
+    if rotation.r1 == "none":
+        yield "rotation.r1=none", ["rotation.r1_block"]
     if rotation.r4 == "none":
         yield "rotation.r4=none", ["rotation.r4_block"]
 

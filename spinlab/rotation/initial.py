@@ -66,6 +66,11 @@ def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
             f"rotation.r4_block={config.r4_block} does not divide {model_map.width('r4')}, the R4 "
             "width"
         )
+    if config.r1_block and "r1" in config.used and model_map.width("r1") % config.r1_block:
+        raise InputError(
+            f"rotation.r1_block={config.r1_block} does not divide {model_map.width('r1')}, the R1 "
+            "width"
+        )
     if config.smooth is not None:
         _check_smoothing(config, model_map)
 
@@ -134,7 +139,10 @@ class _Maker:
             return None
         if kind == "duquant":
             return self._dual(self._rows(where, layer)).dense()
-        return KINDS[kind](self.map.width(where), self.generator, where)
+        width = self.map.width(where)
+        block = (self.config.r1_block if where == "r1" else 0) or width
+        parts = (KINDS[kind](block, self.generator, where) for _ in range(width // block))
+        return torch.block_diag(*parts)
 
     def online(self, where: str, kind: str) -> OnlineRotation | None:
         """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""

@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 
 from spinlab.config import ModelConfig, RotationConfig
+from spinlab.config.rotation import BlocksConfig
 from spinlab.errors import InputError, ResultError
 from spinlab.model.load import meta_model
 from spinlab.model.map import ModelMap
@@ -115,3 +116,29 @@ def test_equal_sets_make_equal_bytes(tmp_path):
         replace(drawn(), clips={"0.o": 0.5}, about=turned if index % 2 else about).save(path)
         found.add(path.read_bytes())
     assert len(found) == 1
+
+
+def test_r1_in_blocks_turns_no_channel_out_of_its_block():
+    r1 = drawn(r1="hadamard", r1_block=8).r1
+    blocks = r1.unflatten(0, (3, 8)).unflatten(2, (3, 8))
+    for i in range(3):
+        for j in range(3):
+            flat = torch.full((8, 8), 8**-0.5 if i == j else 0.0, dtype=torch.float64)
+            assert torch.allclose(blocks[i, :, j].abs(), flat)
+    assert not torch.equal(blocks[0, :, 0], blocks[1, :, 1])
+    with pytest.raises(InputError, match="r1_block=5 does not divide 24, the R1 width"):
+        drawn(r1_block=5)
+    with pytest.raises(InputError, match="r1=duquant has blocks of its own"):
+        RotationConfig(r1="duquant", r1_block=8)
+
+
+def test_every_input_is_turned_in_hadamard_blocks(tmp_path):
+    off = {"r1": "none", "r2": "none", "r4": "none"}
+    found = drawn(**off, inputs="blocks", blocks=BlocksConfig(8, "exact_hadamard"))
+    assert found.inputs.keys() == {input.key for input in described().inputs}
+    found.save(tmp_path / "r.safetensors")
+    for key, transform in RotationSet.load(tmp_path / "r.safetensors").inputs.items():
+        width = described().input_at[key].width
+        x = torch.eye(width, dtype=torch.float64)
+        wanted = np.kron(np.eye(width // 8), scipy.linalg.hadamard(8) / 8**0.5)
+        assert torch.allclose(transform(x), torch.from_numpy(wanted))
