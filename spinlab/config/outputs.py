@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from spinlab.config.checks import choice
 from spinlab.errors import InputError
 
+PROFILES = ("vllm_w4a8", "vllm_w4a4", "weights_only", "mxfp4", "nvfp4_weights")
 LONGEST_TAG = 64  # characters that W&B takes
 
 
@@ -62,7 +63,7 @@ class ExportConfig:
     artefact: str | None = None  # folder: the quantized network, for spinlab.load
     checkpoint: str | None = None  # folder: the rotated model in 16 bits, for any other tool
     compressed_tensors: str | None = None  # folder: the quantized network for vLLM, transformers
-    profile: str = "vllm_w4a8"  # of compressed_tensors: also vllm_w4a4, weights_only
+    profile: str = "vllm_w4a8"  # of compressed_tensors, one of PROFILES
     gguf: str | None = None  # file: the rotated model for llama.cpp
     gguf_type: str = "f16"  # of its linears: also q4_0, q8_0
 
@@ -79,7 +80,7 @@ class ExportConfig:
         return bool(self.artefact or self.compressed_tensors or blocks)
 
     def __post_init__(self) -> None:
-        choice("export.profile", self.profile, ("vllm_w4a8", "vllm_w4a4", "weights_only"))
+        choice("export.profile", self.profile, PROFILES)
         choice("export.gguf_type", self.gguf_type, ("f16", "q4_0", "q8_0"))
         if self.rotations and not self.rotations.endswith((".safetensors", ".bin")):
             raise InputError(f"export.rotations={self.rotations} must end in .safetensors or .bin")

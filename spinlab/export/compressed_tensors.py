@@ -67,13 +67,22 @@ def write(subject: Subject, path: str) -> None:
     found, names = schemes_of(setting, map_of(model), quant), stock_names(model)
     schemes = {names[place]: scheme for place, scheme in found.items()}
     parts: dict[str, list[QuantizedWeight]] = {name: [] for name in schemes}
-    for place in found:
-        parts[names[place]].append(weights[place])
+    tops: dict[str, torch.Tensor] = {}  # by the input that linears are fused for
+    fused: dict[str, str] = {}
+    for site in (site for site in map_of(model).sites if site.path in found):
+        name, weight = names[site.path], weights[site.path]
+        parts[name].append(weight)
+        fused[name] = site.key
+        top = weight.scale.amax().cpu()
+        tops[site.key] = torch.maximum(top, tops.get(site.key, top))
     transform, tensors = _transform(model, subject.rotations.r4, dtype)
     for name, some in parts.items():
-        tensors |= {f"{name}.{n}": t for n, t in packed(name, some, dtype).items()}
+        tensors |= {
+            f"{name}.{n}": t for n, t in packed(name, some, dtype, tops[fused[name]]).items()
+        }
     stored = quantization_config(tuple(dict.fromkeys(names.values())), schemes, transform)
-    check_finite({**dict(model.named_parameters()), **tensors}, f"weights do not fit into {dtype}")
+    wide = {name: t for name, t in tensors.items() if t.dtype.itemsize > 1}  # bytes are finite
+    check_finite({**dict(model.named_parameters()), **wide}, f"weights do not fit into {dtype}")
     with new_folder("export.compressed_tensors", path) as partial:
         own = [f"{name}.weight" for name in schemes]
         settings = {"quantization_config": stored}

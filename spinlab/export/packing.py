@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
+from spinlab.export.floats import LAYOUTS, float_group, packed_floats
 from spinlab.export.profiles import Scheme, by_scheme
 from spinlab.export.scales import stored_scale
 from spinlab.model.split import SplitLinear
@@ -23,7 +24,6 @@ from spinlab.rotation.hadamard import hadamard_matrix
 from spinlab.rotation.online import OnlineRotation
 from spinlab.weights.quantized import QuantizedWeight
 
-FORMAT = "pack-quantized"
 TRANSFORM = "R4"  # the name of the transform, and of its group in the config
 
 
@@ -62,12 +62,15 @@ def stock_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def packed(
-    name: str, parts: Sequence[QuantizedWeight], dtype: torch.dtype
+    name: str, parts: Sequence[QuantizedWeight], dtype: torch.dtype, top: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a linear whose rows are those of the parts, one after another.
 
-    Raises InputError for scales that the dtype does not hold.
+    top: the largest scale of all linears that readers fuse with it. Raises InputError for scales
+    that the dtype does not hold.
     """
+    if parts[0].format.name != "integer":
+        return packed_floats(name, parts, top)
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     levels = torch.cat([part.levels for part in parts]).to(torch.int8).cpu()
@@ -108,7 +111,7 @@ def quantization_config(
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": compressed_tensors.__version__,
-        "format": FORMAT,
+        "format": LAYOUTS[groups[0][0].format],
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "ignore": [name for name in linears if name not in schemes],
@@ -127,6 +130,8 @@ def quantization_config(
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """Say what readers of any version know, and leave out what they set by default."""
+    if scheme.format != "integer":
+        return float_group(scheme, targets)
     common = {"type": "int", "symmetric": True}
     grouped = {"strategy": "group", "group_size": scheme.group_size}
     weights = grouped if scheme.group_size else {"strategy": "channel"}
@@ -136,7 +141,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "weights": {"num_bits": scheme.weights, **common, **weights, "dynamic": False},
         "input_activations": inputs if scheme.inputs < 16 else None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": LAYOUTS[scheme.format],
     }
 
 

@@ -14,6 +14,7 @@ from spinlab.errors import InputError
 from spinlab.export.overrides import changed, typed, value_typed
 from spinlab.export.parts import PARTS, of_settings
 from spinlab.fakequant.insert import check_patterns, weight_format
+from spinlab.formats import FORMATS, format_of
 from spinlab.model.map import ModelMap
 
 # clip ratios of inputs, by their bits: that of the package's reader, whose scale is max|x| over
@@ -27,17 +28,31 @@ class Profile:
     """Describe what most linears have; quant.overrides may give single ones what `_OTHERS` has.
 
     weights, inputs: bits, of which inputs of 16 are floats. preset: of conf/quant, which fits.
+    formats: of weights, and the first of them of inputs.
     """
 
     weights: tuple[int, ...]
     inputs: int
     preset: str
+    formats: tuple[str, ...] = ("integer",)
+
+    @property
+    def group(self) -> int:
+        """Return how many numbers share a scale where the format says so, else 0."""
+        return FORMATS[self.formats[0]](4, True).group
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Return the bits that overrides may give to a weight or an input."""
+        return (4, 16) if self.group else _OTHERS
 
 
 PROFILES = {
     "vllm_w4a8": Profile((4,), 8, "w4a8_vllm"),
     "vllm_w4a4": Profile((4,), 4, "w4a4_vllm"),
     "weights_only": Profile((4, 8), 16, "w4a16"),
+    "mxfp4": Profile((4,), 4, "mxfp4", ("mxfp4", "mxfp4_floor", "mxfp4_mse")),
+    "nvfp4_weights": Profile((4,), 16, "nvfp4_weights", ("nvfp4", "nvfp4_four_over_six")),
 }
 _OTHERS = (4, 8, 16)  # bits of weights, and of inputs
 _GROUPS = (0, 128, 64, 32)  # that vLLM's kernels take; 0: per channel
@@ -46,11 +61,15 @@ CANNOT = ("r3", "cross_head", "inputs", "scales", "clips")  # parts of rotations
 
 
 class Scheme(NamedTuple):
-    """Describe a quantized linear: bits of its weight in groups (0: per channel), and of inputs."""
+    """Describe a quantized linear: bits of its weight in groups (0: per channel), and of inputs.
+
+    format: `Format.name` of its weight, and of inputs of fewer than 16 bits.
+    """
 
     weights: int
     group_size: int
     inputs: int
+    format: str = "integer"
 
 
 _Found = tuple[str, Any, Any]  # a setting of a format, its value, and the nearest that fits
@@ -95,7 +114,7 @@ def check_profile(setting: str, config: Config) -> None:
 
 def ranges_differ(quant: QuantConfig) -> bool:
     """Tell whether inputs have another range than the package's reader gives them."""
-    inputs = (f for f in quant.formats("activations") if f.quantizes)
+    inputs = (f for f in quant.formats("activations") if f.quantizes and f.format == "integer")
     return any(abs(f.clip_ratio - _RATIOS[f.bits][0]) > _CLOSE for f in inputs)
 
 
@@ -115,7 +134,8 @@ def schemes_of(setting: str, model_map: ModelMap, quant: QuantConfig) -> dict[st
                 f"{setting}: {site.path} has a weight of 16 bits and an input of {inputs.bits}, "
                 "which the format cannot express: give quant.overrides both or neither"
             )
-        scheme = weight and Scheme(weight.bits, weight.group_size, inputs.bits)
+        name = format_of(weight).name if weight else ""
+        scheme = weight and Scheme(weight.bits, weight.group_size, inputs.bits, name)
         if shared.setdefault(site.key, scheme) != scheme:
             raise InputError(
                 f"{setting}: {site.path} has another format than the linears that share its "
@@ -146,8 +166,8 @@ def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]
     What an override has of the formats that it changes is told once.
     """
     usual = {
-        "weights": list(_faults_of_weights(quant.weights, profile.weights)),
-        "activations": list(_faults_of_inputs(quant.activations, (profile.inputs,))),
+        "weights": list(_faults_of_weights(quant.weights, profile, profile.weights)),
+        "activations": list(_faults_of_inputs(quant.activations, profile, (profile.inputs,))),
     }
     yield from (_Fault(f"quant.{kind}", *fault) for kind in KINDS for fault in usual[kind])
     others = {"weights": _faults_of_weights, "activations": _faults_of_inputs}
@@ -156,7 +176,7 @@ def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]
         formats = zip(quant.overrides, quant.formats(kind)[1:], strict=True)
         for i, (entry, format) in enumerate(formats):
             given = getattr(entry, kind).given
-            for fault in others[kind](format, _OTHERS) if given else ():
+            for fault in others[kind](format, profile, profile.others) if given else ():
                 if fault[0] in given or fault[:2] not in known:
                     place = f"quant.overrides[{entry.pattern}].{kind}"
                     yield _Fault(place, *fault, entry=(i, kind))
@@ -167,33 +187,38 @@ def _faults_of_formats(profile: Profile, quant: QuantConfig) -> Iterator[_Fault]
             yield _Fault(f"quant.{name}", "bits", found.bits, 16)
 
 
-def _faults_of_weights(weights: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Found]:
+def _faults_of_weights(
+    weights: TensorQuant, profile: Profile, bits: tuple[int, ...]
+) -> Iterator[_Found]:
     if weights.bits not in bits:
         yield "bits", weights.bits, _nearest(weights.bits, bits)
     if not weights.quantizes:
         return
-    yield from _faults_of_kind(weights)
-    if weights.group_size not in _GROUPS:
+    yield from _faults_of_kind(weights, profile.formats)
+    groups = (profile.group, profile.group) if profile.group else _GROUPS
+    if weights.group_size not in groups:
         size = weights.group_size
-        yield "group_size", size, _nearest(size, _GROUPS[1:])
+        yield "group_size", size, _nearest(size, groups[1:])
 
 
-def _faults_of_inputs(inputs: TensorQuant, bits: tuple[int, ...]) -> Iterator[_Found]:
+def _faults_of_inputs(
+    inputs: TensorQuant, profile: Profile, bits: tuple[int, ...]
+) -> Iterator[_Found]:
     if inputs.bits not in bits:
         yield "bits", inputs.bits, _nearest(inputs.bits, bits)
     if not inputs.quantizes:
         return
-    yield from _faults_of_kind(inputs)
-    if inputs.group_size:
-        yield "group_size", inputs.group_size, 0
-    ratios = _RATIOS.get(inputs.bits, (1.0,))
+    yield from _faults_of_kind(inputs, profile.formats[:1])
+    if inputs.group_size != profile.group:
+        yield "group_size", inputs.group_size, profile.group
+    ratios = (1.0,) if profile.group else _RATIOS.get(inputs.bits, (1.0,))
     if all(abs(inputs.clip_ratio - ratio) > _CLOSE for ratio in ratios):
         yield "clip_ratio", inputs.clip_ratio, _nearest(inputs.clip_ratio, ratios)
 
 
-def _faults_of_kind(format: TensorQuant) -> Iterator[_Found]:
-    if format.format != "integer":
-        yield "format", format.format, "integer"
+def _faults_of_kind(format: TensorQuant, formats: tuple[str, ...]) -> Iterator[_Found]:
+    if format.format not in formats:
+        yield "format", format.format, formats[0]
     if not format.symmetric:
         yield "symmetric", False, True
 

@@ -14,7 +14,16 @@ from spinlab.formats.integer import IntegerFormat
 from spinlab.formats.mxfp4 import MXFP4
 from spinlab.formats.nvfp4 import NVFP4
 
-__all__ = ["FORMATS", "Format", "IntegerFormat", "Parameters", "format_of", "name_of"]
+__all__ = [
+    "FORMATS",
+    "MXFP4",
+    "NVFP4",
+    "Format",
+    "IntegerFormat",
+    "Parameters",
+    "format_of",
+    "name_of",
+]
 
 FORMATS: dict[str, Callable[[int, bool], Format]] = {
     "integer": IntegerFormat,

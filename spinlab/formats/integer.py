@@ -4,6 +4,7 @@ The range always contains 0, so the zero point always lies on the grid.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +44,7 @@ class IntegerFormat(Format):
     bits: int
     symmetric: bool
     half_scale: bool = False
+    name: ClassVar[str] = "integer"
 
     @property
     def lowest(self) -> int:

@@ -6,7 +6,6 @@ its products are integers. Here that is the scale's unit, in which E8M0 and E4M3
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -29,7 +28,6 @@ class GroupFloat(Format):
 
     bits: int = 4
     symmetric: bool = True
-    name: ClassVar[str]
 
     def __post_init__(self) -> None:
         if (self.bits, self.symmetric) != (4, True):

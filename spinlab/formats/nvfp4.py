@@ -84,13 +84,15 @@ class NVFP4(GroupFloat):
         top = self.highest * parameters.scale * (1.5 * 1.25 if self.four_over_six else 1)
         return -top, top
 
-    def store_scale(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store_scale(
+        self, scale: torch.Tensor, top: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return the scales of groups in E4M3, and that of the tensor, float32 (1,).
 
         It is the smallest in which the largest scale is a number of E4M3. All are then: they were
-        so in one that is not smaller.
+        so in one that is not smaller. top: the largest scale of several weights that share it.
         """
-        mantissa, exponent = floor_exponent(scale.amax())
+        mantissa, exponent = floor_exponent(scale.amax() if top is None else top)
         exponent = exponent + 1 - floor_exponent(torch.tensor(E4M3_TOP))[1].to(exponent)
         tensor = power_of_two(exponent + (mantissa > 1.75).to(exponent.dtype), mantissa)
         groups = (2 * scale / tensor).to(torch.float8_e4m3fn)

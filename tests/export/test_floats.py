@@ -1,0 +1,101 @@
+"""MXFP4 and NVFP4 in compressed-tensors: readers get the run's numbers with every bit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from spinlab.bench.served import load_served
+from spinlab.compose import composed
+from spinlab.config import Config
+from spinlab.errors import InputError
+from spinlab.export import compressed_tensors as export
+from spinlab.export.floats import packed_floats
+from spinlab.export.profiles import PROFILES
+from spinlab.fakequant.insert import insert_fake_quant
+from spinlab.formats import quantizer
+from spinlab.formats.integer import nearest
+from spinlab.model.modules import linears_of
+from spinlab.weights.quantized import set_dequantized
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+FIT = ["+experiment=toy", "learn=none", "kv=kv16", "rotation.r3=none", "eval.variants=[fp,fake]"]
+FORMATS = [(p, name) for p in ("mxfp4", "nvfp4_weights") for name in PROFILES[p].formats]
+FUSED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+
+
+def config_of(profile: str, name: str, *settings: str) -> Config:
+    words = [f"quant={PROFILES[profile].preset}", f"quant.weights.format={name}"]
+    return composed(*FIT, *words, f"export.profile={profile}", *settings)
+
+
+def opened(folder: Path, ids: torch.Tensor) -> PreTrainedModel:
+    """Return what the reader makes of a folder, in float32; its weights come out as bfloat16."""
+    model = load_served(folder, torch.bfloat16)
+    model(ids)  # takes the weights out of their bytes
+    torch.nn.Module.float(model)  # transformers refuses to, for any quantized model
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+@pytest.mark.parametrize(("profile", "name"), FORMATS)
+def test_a_reader_has_the_runs_weights_with_every_bit(
+    make_subject, tmp_path, ids, model_type, profile, name
+):
+    subject = make_subject(model_type, config_of(profile, name), **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    stored = load_file(tmp_path / "c" / "model.safetensors")
+    model = opened(tmp_path / "c", ids)
+    weights = subject.weights()
+    for path, linear in model.named_modules():
+        parts = [w for n, w in weights.items() if n == path or n.startswith(f"{path}.")]
+        if parts and isinstance(linear, torch.nn.Linear):
+            expected = torch.cat([part.dequantize() for part in parts])
+            assert torch.equal(linear.weight.detach().float(), expected), path
+            assert stored[f"{path}.weight_packed"].shape == (len(expected), expected.shape[1] // 2)
+    if profile == "nvfp4_weights" and model_type == "llama":
+        for part, names in FUSED.items():
+            prefix = f"model.layers.0.{part}"
+            scales = {stored[f"{prefix}.{name}.weight_global_scale"].item() for name in names}
+            assert len(scales) == 1
+
+
+@pytest.mark.parametrize("profile", ["mxfp4", "nvfp4_weights"])
+def test_a_reader_computes_the_runs_network(make_subject, tmp_path, ids, monkeypatch, profile):
+    """Ties of inputs are rounded as the package does."""
+    monkeypatch.setattr(quantizer, "settled", nearest)
+    subject = make_subject("llama", config_of(profile, profile.split("_")[0]), **SHAPE)
+    export.write(subject, str(tmp_path / "c"))
+    weights = subject.weights()
+    model = subject.fused(weights)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    insert_fake_quant(model, subject.rotations, subject.config.quant)
+    for site, linear in linears_of(model):
+        set_dequantized(linear, weights[site.path])
+    found, expected = opened(tmp_path / "c", ids)(ids).logits, model(ids).logits
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_scales_that_have_no_place_beside_others_are_refused(make_subject):
+    weights = make_subject("llama", config_of("nvfp4_weights", "nvfp4"), **SHAPE).weights()
+    weight = next(iter(weights.values()))
+    small = replace(weight, scale=weight.scale * 2.0**-17)
+    with pytest.raises(InputError, match=r"the scales of q are too small .* use export\.artefact"):
+        packed_floats("q", [small], weight.scale.amax())
+
+
+def test_what_a_profile_has_no_place_for_is_refused(tmp_path):
+    for settings, said in {
+        ("quant=nvfp4", "export.profile=mxfp4"): "quant.weights.format=mxfp4",
+        ("quant=mxfp4", "export.profile=vllm_w4a4"): "quant.weights.format=integer",
+        ("quant=nvfp4", "export.profile=nvfp4_weights"): "quant.activations.bits=16",
+        ("quant=w4a4", "export.profile=mxfp4"): "quant.weights.group_size=32",
+    }.items():
+        config = composed(*FIT, *settings)
+        with pytest.raises(InputError, match="has no place for") as error:
+            export.check("export.compressed_tensors", tmp_path / "c", config)
+        assert said in str(error.value)
