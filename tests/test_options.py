@@ -18,12 +18,14 @@ OPTIONS = [
 ]
 NEEDED = {
     "learn=inputs": ["rotation=duquant"],  # the transforms that it learns
-    "quant=w4a16": ["learn=two_cores"],  # rounded weights, the only thing that depends on rotations
+    # rounded weights, the only thing that depends on rotations
+    "quant=w4a16": ["learn=two_cores"],
+    "quant=nvfp4_weights": ["learn=two_cores"],
 }
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
 RUN = [
     *("rotation=identity", "rotation=block_r4", "rotation=r1_blocks", "rotation=input_blocks"),
-    *("quant=mxfp4", "quant=nvfp4", "quant=w4a4_g32"),
+    *("quant=mxfp4", "quant=nvfp4", "quant=nvfp4_weights", "quant=w4a4_g32", "kv=nvfp4"),
     *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "kv=kv8", "runtime=torch"),
     *(f"+method={name}" for name in options_of("method") if "/" in name),
 ]

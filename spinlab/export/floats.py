@@ -39,7 +39,7 @@ def packed_floats(
     found = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4}
     if not isinstance(format, NVFP4):
         return found | {"weight_scale": format.store_scale(scale)["scale"]}
-    stored = format.store_scale(scale, top)
+    stored = format.store_scale(scale, top.reshape(1))
     if not torch.equal(format.load_scale(stored), scale):
         raise InputError(
             f"the scales of {name} are too small beside those of the linears that read the same "

@@ -17,6 +17,7 @@ from spinlab.formats.pack import pack_nibbles, unpack_nibbles
 MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the numbers of E2M1, by their code
 TOP = MAGNITUDES[-1]
 E4M3_TOP = 448.0
+_BIAS = 127  # of E8M0
 _E4M3_LOWEST = -6  # the exponent of the smallest normal number
 # float32's in every dtype: a network in float64 codes what it stands for
 SMALLEST = smallest_scale(torch.float32)
@@ -106,6 +107,17 @@ def power_of_two(exponent: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """
     power = torch.ldexp(torch.ones_like(like), exponent).clamp(min=SMALLEST)
     return power + (like - like)
+
+
+def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of E8M0 that stand for powers of two."""
+    return (floor_exponent(powers)[1] + _BIAS).to(torch.uint8)
+
+
+def powers_of(e8m0: torch.Tensor) -> torch.Tensor:
+    """Return the powers of two, float32, that bytes of E8M0 stand for."""
+    exponent = e8m0.to(torch.int32) - _BIAS
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:

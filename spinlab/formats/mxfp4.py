@@ -10,13 +10,14 @@ from spinlab.formats.base import Parameters, magnitude
 from spinlab.formats.integer import nearest
 from spinlab.formats.minifloat import (
     GroupFloat,
+    e8m0_of,
     floor_exponent,
     least_error,
     power_of_two,
+    powers_of,
 )
 
 _E2M1 = 2  # the exponent of its largest number
-_BIAS = 127  # of E8M0
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,8 @@ class MXFP4(GroupFloat):
 
     def store_scale(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the exponents as E8M0 has them, a byte to a group."""
-        exponent = floor_exponent(scale)[1] + 1
-        return {"scale": (exponent + _BIAS).to(torch.uint8)}
+        return {"scale": e8m0_of(2 * scale)}
 
     def load_scale(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the scales (out, in/g), float32, behind stored bytes."""
-        exponent = stored["scale"].to(torch.int32) - _BIAS - 1
-        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+        return powers_of(stored["scale"]) / 2

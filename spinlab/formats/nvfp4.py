@@ -17,6 +17,7 @@ from spinlab.formats.base import Parameters, magnitude
 from spinlab.formats.integer import nearest
 from spinlab.formats.minifloat import (
     E4M3_TOP,
+    SMALLEST,
     TOP,
     GroupFloat,
     floor_exponent,
@@ -64,7 +65,7 @@ class NVFP4(GroupFloat):
         """Return half the scale of groups: a level is half a number of E2M1."""
         exact = 2 * peak / torch.full_like(peak, end)
         if tensor is None:
-            scale = round_mantissa(exact) / 2
+            scale = round_mantissa(exact).clamp(min=SMALLEST) / 2
         else:
             scale = round_e4m3(exact / tensor).clamp(min=_SMALLEST) * (tensor / 2)
         return Parameters(scale, torch.zeros_like(scale))
@@ -90,13 +91,14 @@ class NVFP4(GroupFloat):
         """Return the scales of groups in E4M3, and that of the tensor, float32 (1,).
 
         It is the smallest in which the largest scale is a number of E4M3. All are then: they were
-        so in one that is not smaller. top: the largest scale of several weights that share it.
+        so in one that is not smaller. top: the largest scales of several tensors, or of one that is
+        a part of what shares a scale, which then has their shape.
         """
-        mantissa, exponent = floor_exponent(scale.amax() if top is None else top)
+        mantissa, exponent = floor_exponent(scale.amax().reshape(1) if top is None else top)
         exponent = exponent + 1 - floor_exponent(torch.tensor(E4M3_TOP))[1].to(exponent)
         tensor = power_of_two(exponent + (mantissa > 1.75).to(exponent.dtype), mantissa)
         groups = (2 * scale / tensor).to(torch.float8_e4m3fn)
-        return {"scale": groups, "tensor_scale": tensor.float().reshape(1)}
+        return {"scale": groups, "tensor_scale": tensor.float()}
 
     def load_scale(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the scales (out, in/g), float32, behind what `store_scale` returned."""

@@ -288,6 +288,18 @@ def test_ranges_learn_by_the_gradient_of_a_scale_that_grows_with_them(name, rati
     assert torch.allclose(of_log.sum(), log.grad, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_zeros_have_gradients(name):
+    format = FORMATS[name](4, True)
+    x = random(4, 2 * format.group)
+    x[1], x[2, : format.group] = 0, 0
+    of_x, of_log = pull_back(
+        x, torch.ones_like(x), torch.tensor(0.9), format, format.group, nearest
+    )
+    assert of_x.isfinite().all() and of_log.isfinite().all()
+    assert (of_x[1] == 1).all()
+
+
 def test_settings_that_are_no_such_format_are_refused():
     with pytest.raises(InputError, match="nvfp4 has 4 bits and no zero points"):
         format_of(settings("nvfp4", symmetric=False))

@@ -11,10 +11,13 @@ from spinlab.config.checks import choice
 from spinlab.config.unread import Rule
 from spinlab.kv.base import Codec
 from spinlab.kv.codecs.affine import AffineCodec
+from spinlab.kv.codecs.float_groups import FloatGroupCodec
 from spinlab.seeds import stream
 
 CODECS: dict[str, type[Codec]] = {
     "affine": AffineCodec,
+    "mxfp4": FloatGroupCodec,
+    "nvfp4": FloatGroupCodec,
 }
 
 
