@@ -2,7 +2,7 @@
 
 A number of E2M1 is held as its double, a whole number: 0, 1, 2, 3, 4, 6, 8 or 12, and its sign. So
 a group is scale·level as on an integer grid, with a scale that is half of what a file holds, and
-its products are integers. Here that is the scale's unit, in which E8M0 and E4M3 are exact.
+products of groups are integers.
 """
 
 from dataclasses import dataclass
@@ -103,10 +103,9 @@ def floor_exponent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def power_of_two(exponent: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return 2^exponent, not below SMALLEST, in the dtype of `like`; NaN where that is no number.
 
-    exponent: whole. A power is put together from its bits: exp2 of a library may be off by one.
+    exponent: whole.
     """
-    power = torch.ldexp(torch.ones_like(like), exponent).clamp(min=SMALLEST)
-    return power + (like - like)
+    return _power(exponent).to(like.dtype).clamp(min=SMALLEST) + (like - like)
 
 
 def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
@@ -116,8 +115,7 @@ def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
 
 def powers_of(e8m0: torch.Tensor) -> torch.Tensor:
     """Return the powers of two, float32, that bytes of E8M0 stand for."""
-    exponent = e8m0.to(torch.int32) - _BIAS
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    return _power(e8m0.to(torch.int32) - _BIAS)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -132,8 +130,16 @@ def round_mantissa(x: torch.Tensor, lowest: int | None = None) -> torch.Tensor:
     """
     _, exponent = floor_exponent(x)
     exponent = exponent if lowest is None else exponent.clamp(min=lowest)
-    digits = torch.ldexp(x, 3 - exponent).round_()
-    return torch.ldexp(digits, exponent - 3)
+    return (x * _power(3 - exponent)).round_() * _power(exponent - 3)
+
+
+def _power(exponent: torch.Tensor) -> torch.Tensor:
+    """Return 2^exponent in float32, put together from its bits: a library's may be off by one.
+
+    exponent: whole; beyond those of normal numbers the nearest of them.
+    """
+    bits = exponent.to(torch.int32).clamp(-126, 127) + _BIAS
+    return (bits << 23).view(torch.float32)
 
 
 def least_error(
