@@ -18,6 +18,8 @@ OPTIONS = [
 ]
 NEEDED = {
     "learn=inputs": ["rotation=duquant"],  # the transforms that it learns
+    "learn=fused": ["rotation=scales"],
+    "learn=blocks": ["rotation=blocks"],
     # rounded weights, the only thing that depends on rotations
     "quant=w4a16": ["learn=two_cores"],
     "quant=nvfp4_weights": ["learn=two_cores"],

@@ -180,7 +180,7 @@ class Config:
         if "inputs" in learn.rotations and not given:
             raise InputError(
                 "learn.rotations=[inputs] learns the transforms of rotation.inputs: use "
-                "rotation=duquant, or learn r1 and r2"
+                "rotation=duquant, scales or blocks, or learn r1 and r2"
             )
         if "inputs" in learn.rotations and self.rotation.inputs == "scales" and not learn.lr.scale:
             raise InputError(
