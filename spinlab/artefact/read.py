@@ -18,7 +18,7 @@ from spinlab.device import choose_backend, choose_device
 from spinlab.errors import InputError
 from spinlab.export.listing import read_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, network_from
-from spinlab.kv.cache import kv_path
+from spinlab.kv.path import kv_path
 from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.files import CONFIG, GENERATION, TOKENIZER, read_json
 from spinlab.model.load import prepared
@@ -86,7 +86,8 @@ class Artefact:
         paths = model_map.embedding, model_map.head
         ends = zip(paths, ends_of(model), strict=True)
         weights.check(self.place, model_map, {p: tuple(end.weight.shape) for p, end in ends})
-        kv = kv_path(network.kv, model_map.width("r3"), rotations.r3, network.seed)
+        width, names = model_map.width("r3"), model_map.attentions
+        kv = kv_path(network.kv, width, rotations.r3, network.seed, names)
         return Quantized(rotations, weights, network.quant, kv)
 
     def _fill(self, model: PreTrainedModel, parts: Quantized, device: torch.device) -> None:

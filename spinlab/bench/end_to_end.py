@@ -22,7 +22,7 @@ from spinlab.bench.operands import random_weight
 from spinlab.bench.results import Results
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.errors import InputError
-from spinlab.kv.cache import kv_path
+from spinlab.kv.path import kv_path
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import new_cache, runtime_from_packed

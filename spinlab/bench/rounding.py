@@ -20,7 +20,7 @@ from spinlab.config import (
     WeightsConfig,
     plain,
 )
-from spinlab.kv.cache import kv_path
+from spinlab.kv.path import kv_path
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.track.environment import environment

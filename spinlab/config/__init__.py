@@ -11,7 +11,14 @@ from typing import Any
 
 from spinlab.config.data import DataConfig
 from spinlab.config.eval import ACCURACIES, VARIANTS, EvalConfig, accuracy_of_mean
-from spinlab.config.kv import CodecConfig, KVConfig
+from spinlab.config.kv import (
+    CodecChange,
+    CodecConfig,
+    KVConfig,
+    KVOverride,
+    LloydMaxConfig,
+    QJLConfig,
+)
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import (
@@ -40,6 +47,7 @@ __all__ = [
     "ACCURACIES",
     "VARIANTS",
     "ClipSearch",
+    "CodecChange",
     "CodecConfig",
     "Config",
     "DataConfig",
@@ -50,13 +58,16 @@ __all__ = [
     "GPTAQConfig",
     "GPTQConfig",
     "KVConfig",
+    "KVOverride",
     "LWCConfig",
     "LearnConfig",
+    "LloydMaxConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "Override",
     "PathsConfig",
+    "QJLConfig",
     "QronosConfig",
     "QuantConfig",
     "RatesConfig",

@@ -131,14 +131,18 @@ def _of_weights(config: Config) -> Iterator[Rule]:
 def _of_formats(config: Config) -> Iterator[Rule]:
     quant = config.quant
     rounded = {f"quant.{kind}" for kind in KINDS if quant.quantizes(kind)}
+    rounded |= {f"kv.{side}" for side in config.kv.sides if config.kv.codes(side)}
     formats: dict[str, Levels] = {f"kv.{side}": codec for side, codec in config.kv.sides.items()}
     for name in ("weights", "activations", "head", "embedding", "tied"):
         formats[f"quant.{name}"] = getattr(quant, name)
     for name, format in formats.items():
         if not format.quantizes and name not in rounded:
             yield f"{name}.bits=16", _others(format, name, "bits")
-    if not config.kv.keys.quantizes:
+    if not config.kv.codes("keys"):
         yield "kv.keys.bits=16", ["kv.key_bias"]
+    if not config.kv.codes("keys", "values"):
+        exact = ("first_layers", "last_layers", "sinks", "window")
+        yield "keys and values of 16 bits", [f"kv.{name}" for name in exact]
     if not quant.quantizes("activations"):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
 

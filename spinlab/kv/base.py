@@ -1,9 +1,9 @@
 """What the two caches and the kernels know of a codec, and what a layer of the cache is.
 
-A codec of rows codes the numbers of one head of one token by themselves, as one row of bytes, so
-that appending, cropping, reordering and repeating work on coded rows as they do on floats. What
-cannot be said that way (keys per channel over a run of tokens, a window kept in floats) is a layer
-of its own, which a codec of layers makes.
+A codec codes the numbers of one head of one token by themselves, as one row of bytes, so that
+appending, cropping, reordering and repeating work on coded rows as they do on floats. One that
+needs more than a token (keys per channel, as KIVI has them) codes a run of tokens as one row; the
+tokens of an unfinished run stay in floats (`spinlab.kv.history`).
 """
 
 from dataclasses import dataclass, replace
@@ -52,6 +52,19 @@ class PackedLayout:
         return 8 * self.row_bytes / self.width
 
 
+def half_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Return numbers (..., n) in float16, or what it has nearest to them, as (..., 2n) uint8."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).to(torch.float16).contiguous().view(torch.uint8)
+
+
+def from_half_bytes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers (..., n) behind float16s (..., 2n)."""
+    # contiguous() would leave odd strides to dimensions of size 1
+    whole = rows.clone(memory_format=torch.contiguous_format)
+    return whole.view(torch.float16).to(dtype)
+
+
 class OwnTensor:
     """Hold a tensor that a codec owns, moved once to every device and dtype that asks for it."""
 
@@ -68,15 +81,19 @@ class OwnTensor:
 
 
 class RowCodec(Protocol):
-    """Code heads of `width` numbers as rows of `row_bytes` bytes, each by itself.
+    """Code heads of `width` numbers, of `run` tokens, as rows of `row_bytes` bytes, each by itself.
 
     Codecs are compared by ==: equal ones code alike, so that keys and values go together. A codec
     that owns tensors, as OwnTensors, is equal to itself alone (`dataclass(eq=False)`).
     """
 
-    layer: ClassVar[None] = None  # rows are kept by `spinlab.kv.layers.RowLayer`
     reads: ClassVar[tuple[str, ...]] = ()  # settings beside the bits
     width: int
+
+    @property
+    def run(self) -> int:
+        """Return how many tokens a row is of."""
+        return 1
 
     @classmethod
     def make(
@@ -94,7 +111,7 @@ class RowCodec(Protocol):
     @property
     def bits(self) -> float:
         """Return the stored bits per number, all that a row holds counted."""
-        return 8 * self.row_bytes / self.width
+        return 8 * self.row_bytes / (self.width * self.run)
 
     @property
     def packed(self) -> PackedLayout | None:
@@ -102,7 +119,7 @@ class RowCodec(Protocol):
         return None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Code x: (..., width) as (..., row_bytes) uint8."""
+        """Code x: (..., width) as (..., row_bytes) uint8, runs as (..., tokens/run, row_bytes)."""
         ...
 
     def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -162,28 +179,3 @@ class CacheLayer(Protocol):
     def bytes(self) -> int:
         """Return the bytes that they take."""
         ...
-
-
-class LayerCodec(Protocol):
-    """Stand under `kv.keys` for a layer that a codec of rows cannot express."""
-
-    reads: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def make(
-        cls, name: str, settings: CodecConfig, width: int, generator: torch.Generator
-    ) -> "LayerCodec":
-        """Do what that of a RowCodec does."""
-        ...
-
-    @property
-    def bits(self) -> float:
-        """Return the stored bits per key, of a long context."""
-        ...
-
-    def layer(self, values: RowCodec | None) -> CacheLayer:
-        """Return an empty layer. values: their codec, None for floats."""
-        ...
-
-
-Codec = RowCodec | LayerCodec

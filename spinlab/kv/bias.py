@@ -157,6 +157,11 @@ class Positions:
         self.waves = waves_at(found)
         self.stored = found if keep else None
 
+    def crop(self, tokens: int) -> None:
+        """Keep those of the first tokens."""
+        if self.stored is not None:
+            self.stored = self.stored[:, :tokens] if tokens else None
+
     def reorder(self, sequences: torch.Tensor) -> None:
         """Take these sequences, by index, in this order."""
         if self.stored is not None and len(self.stored) > 1:

@@ -5,7 +5,6 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 `store` off, so the two paths cannot differ.
 """
 
-from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,68 +16,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from spinlab.config import KVConfig
 from spinlab.errors import InputError
-from spinlab.kv.base import CacheLayer, Codec, RowCodec
-from spinlab.kv.bias import KeyBias, KeyBiases, Positions, RopeWatch, WavesAt, take_key_biases
-from spinlab.kv.codecs import make_codec
-from spinlab.kv.layers import RowLayer, rounded
+from spinlab.kv.bias import KeyBias, Positions, RopeWatch, WavesAt
+from spinlab.kv.path import KVPath, taken_apart
 from spinlab.model.modules import decoder_of, map_of
-from spinlab.rotation.online import OnlineRotation
 
 ATTENTION = "spinlab_sdpa"
-_KV_PATH = "kv_path"  # attribute of an attention module
-
-
-@dataclass(frozen=True)
-class KVPath:
-    """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
-
-    Queries are rotated by R3 as keys do, and may make a round trip through a codec of their own.
-    apart: biases of keys do not go through the codec (`spinlab.kv.bias`); biases: those that
-    `taken_apart` took out of a model for that.
-    """
-
-    r3: OnlineRotation | None = None
-    keys: Codec | None = None
-    values: RowCodec | None = None
-    queries: RowCodec | None = None
-    apart: bool = False
-    biases: KeyBiases = ()
-
-    def turn_queries(self, query: torch.Tensor) -> torch.Tensor:
-        """Return queries as they meet the keys of the cache: (batch, heads, tokens, head_dim)."""
-        query = query if self.r3 is None else self.r3(query)
-        return rounded(query, self.queries)
-
-    def new_layer(self) -> CacheLayer:
-        """Return an empty layer: of rows, or what the keys' codec makes."""
-        if self.keys is None or self.keys.layer is None:
-            return RowLayer(self.keys, self.values)
-        return self.keys.layer(self.values)
-
-    @property
-    def rows(self) -> tuple[RowCodec | None, RowCodec | None] | None:
-        """The codecs of keys and values; None where that of keys keeps whole layers."""
-        if self.keys is None or self.keys.layer is None:
-            return self.keys, self.values
-        return None
-
-    @property
-    def bits(self) -> float:
-        """Return stored bits per cached number, the mean of keys and values."""
-        return sum(codec.bits if codec else 16.0 for codec in (self.keys, self.values)) / 2
+_KV_PATH, _KV_LAYER = "kv_path", "kv_layer"  # attributes of an attention module
 
 
 class CodedLayer(DynamicLayer):
     """Turn keys by R3 on their way into a layer of the cache, as transformers calls one."""
 
     def __init__(
-        self, path: KVPath, store: bool, bias: KeyBias | None, positions: Positions
+        self, path: KVPath, index: int, store: bool, bias: KeyBias | None, positions: Positions
     ) -> None:
         super().__init__()
-        self.r3, self.store, self.kept = path.r3, store, path.new_layer()
-        self.bias, self.positions = bias, positions
+        self.r3, self.store, self.kept = path.r3, store, path.new_layer(index)
+        self.history, self.bias, self.positions = path.history(index), bias, positions
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
@@ -88,15 +43,22 @@ class CodedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate and code new keys and values, (batch, kv_heads, tokens, head_dim), return all."""
+        """Rotate and code new keys and values, (batch, kv_heads, tokens, head_dim), return all.
+
+        Tokens that stand twice come again behind all (`spinlab.kv.history`).
+        """
+        past, new = self.kept.tokens, key_states.shape[-2]
         if self.r3 is not None:
             key_states = self.r3(key_states)
         self.is_initialized |= self.store
         pass_on = self.kept.append if self.store else self.kept.round
         keys, values = pass_on(key_states, value_states)
         if self.bias is not None:
-            assert self.positions.waves is not None, "RoPE turned this pass's tokens before"
-            keys = self.bias.added(keys, self.positions.waves)
+            waves = self.positions.waves
+            assert waves is not None, "RoPE turned this pass's tokens before"
+            if keys.shape[-2] > waves.shape[1]:
+                waves = torch.cat((waves, waves[:, self.history.twice(past, new)]), dim=1)
+            keys = self.bias.added(keys, waves)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -127,7 +89,9 @@ class CodedCache(Cache):
     def __init__(self, path: KVPath, layers: int, store: bool = True) -> None:
         self.biases, self.store, self.positions = path.biases, store, Positions()
         biases = path.biases or (None,) * layers
-        super().__init__(layers=[CodedLayer(path, store, b, self.positions) for b in biases])
+        super().__init__(
+            layers=[CodedLayer(path, n, store, b, self.positions) for n, b in enumerate(biases)]
+        )
 
     def turned(self, positions: torch.Tensor, waves_at: WavesAt) -> None:
         """Take the positions of a pass's tokens (batch or 1, tokens), before they are stored."""
@@ -137,6 +101,16 @@ class CodedCache(Cache):
         """Give every sequence the past of the one at beam_idx: (batch,), for beam search."""
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
         self.positions.reorder(beam_idx)
+
+    def crop(self, *args: int, **kwargs: int) -> None:
+        """Forget tokens as layers do, and where they were."""
+        super().crop(*args, **kwargs)
+        self.positions.crop(self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.positions.crop(0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
@@ -158,42 +132,19 @@ class CodedCache(Cache):
         return sum(layer.kept.bytes for layer in layers) + self.positions.bytes
 
 
-def kv_path(
-    config: KVConfig, head_dim: int, r3: OnlineRotation | None = None, seed: int = 0
-) -> KVPath:
-    """Build the codecs that a config asks for, with what they draw from a run's seed.
-
-    Raises InputError for codecs that are unknown or do not fit heads of head_dim numbers.
-    """
-    made = {
-        side: make_codec(f"kv.{side}", settings, head_dim, seed)
-        for side, settings in config.sides.items()
-    }
-    values, queries = (_of_rows(f"kv.{side}", made[side]) for side in ("values", "queries"))
-    apart = made["keys"] is not None and config.key_bias == "apart"
-    return KVPath(r3, made["keys"], values, queries, apart)
-
-
-def _of_rows(name: str, codec: Codec | None) -> RowCodec | None:
-    if codec is None or codec.layer is None:
-        return codec
-    raise InputError(
-        f"{name}.codec keeps whole layers, which only kv.keys can choose: take a codec of rows"
-    )
-
-
-def taken_apart(model: PreTrainedModel, path: KVPath) -> KVPath:
-    """Return a path with the biases that it keeps apart, which the model's linears lose."""
-    return replace(path, biases=take_key_biases(model, path.r3)) if path.apart else path
-
-
 def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     """Make a model rotate its queries and keys and code its cache, in place.
 
     With `store` a forward pass fills a CodedCache as `generate` needs it; without, keys and
     values only make the round trip. A CodedCache that the caller passes is used as it is. Linears
-    that hold biases in forms of their own are put in afterwards.
+    that hold biases in forms of their own are put in afterwards. Raises InputError for a model
+    whose cache is coded.
     """
+    if hasattr(_attention_modules(model)[0], _KV_PATH):
+        raise InputError(
+            "the model's cache is coded already, and its biases of keys are apart: begin with a "
+            "fresh copy of the model, or change what its cache goes through with set_kv_path"
+        )
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
@@ -226,15 +177,27 @@ def _insert(
             "the cache does not have the key biases of this model: begin with "
             "CodedCache(kv_path_of(model), layers)"
         )
+    if path.counts:
+        _check_starts(kwargs.get("attention_mask"))
     if watch is not None:
         watch.begin(cache)
     return args, {**kwargs, "past_key_values": cache}
 
 
+def _check_starts(mask: torch.Tensor | None) -> None:
+    """Refuse padding on the left, where runs and sinks are counted from the first slot."""
+    if mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
+        raise InputError(
+            "the cache counts sinks and runs of tokens from the first slot, which the attention "
+            "mask says is padding: pad on the right, or pass sequences of one length"
+        )
+
+
 def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
     """Change what keys, values and queries of a model go through, in place."""
-    for attention in _attention_modules(model):
+    for index, attention in enumerate(_attention_modules(model)):
         setattr(attention, _KV_PATH, path)
+        setattr(attention, _KV_LAYER, index)
 
 
 def kv_path_of(model: PreTrainedModel) -> KVPath:
@@ -246,13 +209,23 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(layer.attention.path) for layer in map_of(model).layers]
 
 
-def _attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args, **kwargs):
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+):
     """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
     path: KVPath = getattr(module, _KV_PATH)
-    query = path.turn_queries(query)
+    history, query = path.history(getattr(module, _KV_LAYER)), path.turn_queries(query)
+    if not history.codes_all and query.shape[2] > 1:
+        attention_mask = history.mask(attention_mask, query.shape[2], query.device)
+    attend = sdpa_attention_forward
     if _has_fused_kernel_ungrouped(query, key):
-        return attend_ungrouped(module, query, key, *args, **kwargs)
-    return sdpa_attention_forward(module, query, key, *args, **kwargs)
+        attend = attend_ungrouped
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def attend_ungrouped(

@@ -26,11 +26,11 @@ class RowLayer:
         if codec is not None and codec == self.value_codec and keys.shape == values.shape:
             both = self._append_both(torch.stack((keys, values)), codec)
             return both[0], both[1]
-        self.keys = _append(self.keys, _coded(keys, codec))
-        self.values = _append(self.values, _coded(values, self.value_codec))
+        self.keys = joined(self.keys, coded(keys, codec))
+        self.values = joined(self.values, coded(values, self.value_codec))
         return (
-            _decoded(self.keys, codec, keys.dtype),
-            _decoded(self.values, self.value_codec, values.dtype),
+            decoded(self.keys, codec, keys.dtype),
+            decoded(self.values, self.value_codec, values.dtype),
         )
 
     def round(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ class RowLayer:
         """
         (keys, values), rounded = codec.encode_and_round(new)
         first = self.keys is None
-        self.keys, self.values = _append(self.keys, keys), _append(self.values, values)
+        self.keys, self.values = joined(self.keys, keys), joined(self.values, values)
         if self._both is not None:
             rounded = torch.cat((self._both, rounded), dim=-2)
         elif not first:
@@ -90,15 +90,18 @@ class RowLayer:
             self.keys, self.values, self._both = change(self.keys), change(self.values), None
 
 
-def _append(rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+def joined(rows: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Put new tokens (…, tokens, width) behind those that are there."""
     return new if rows is None else torch.cat([rows, new], dim=-2)
 
 
-def _coded(x: torch.Tensor, codec: RowCodec | None) -> torch.Tensor:
+def coded(x: torch.Tensor, codec: RowCodec | None) -> torch.Tensor:
+    """Return x (…, tokens, head_dim) as it is stored."""
     return x if codec is None else codec.encode(x)
 
 
-def _decoded(rows: torch.Tensor, codec: RowCodec | None, dtype: torch.dtype) -> torch.Tensor:
+def decoded(rows: torch.Tensor, codec: RowCodec | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the floats (…, tokens, head_dim) behind what is stored."""
     return rows if codec is None else codec.decode(rows, dtype)
 
 

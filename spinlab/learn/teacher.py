@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ def unquantized(model: PreTrainedModel) -> Iterator[None]:
     kv = kv_path_of(model)
     modules = [linear for _, linear in linears_of(model)]
     paths = {m.path: m.path.quantizer for m in modules if isinstance(m, FakeQuantLinear)}
-    set_kv_path(model, replace(kv, keys=None, values=None, queries=None))
+    set_kv_path(model, kv.uncoded())
     _set_quantizers(dict.fromkeys(paths))
     try:
         yield

@@ -186,6 +186,11 @@ class ModelMap:
         return {norm.path: norm for norm in self.norms}
 
     @property
+    def attentions(self) -> list[str]:
+        """The paths of all attentions."""
+        return [layer.attention.path for layer in self.layers]
+
+    @property
     def moving_rope(self) -> bool:
         """Tell whether RoPE's frequencies depend on how long a text is."""
         return "dynamic" in self.rope_kind or self.rope_kind == "longrope"

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from transformers import PreTrainedModel
 
-from spinlab.kv.bias import POSITION_BITS
+from spinlab.kv.bits import CONTEXT, cache_bits
 from spinlab.kv.cache import attach_kv, kv_path_of
 from spinlab.model.modules import linears_of, map_of
 from spinlab.networks.rotated import RotatedNetworks
@@ -84,15 +84,13 @@ class QuantizedNetworks(RotatedNetworks):
         return self.fused(rotations, weights)
 
 
-def cache_bits(model: PreTrainedModel) -> float:
+def bits_of_cache(model: PreTrainedModel, tokens: int = CONTEXT) -> float:
     """Return the stored bits per cached number of a quantized network, as its runtime keeps them.
 
-    Where nothing is stored it is what the codecs of its round trip would take. The positions that
-    biases come back by, where they are apart, are shared by all layers and heads.
+    Where nothing is stored it is what the codecs of its round trip would take, of a sequence of so
+    many tokens.
     """
     layout = slot_layout(model)
     if layout is not None:
         return layout.bits
-    path, sizes = kv_path_of(model), map_of(model).dimensions
-    numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim  # of a token
-    return path.bits + (POSITION_BITS / numbers if path.biases else 0)
+    return cache_bits(kv_path_of(model), map_of(model).dimensions, tokens)

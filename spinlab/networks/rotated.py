@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.kv.cache import KVPath, attach_kv, kv_path
+from spinlab.kv.cache import attach_kv
+from spinlab.kv.path import KVPath, kv_path
 from spinlab.model.modules import map_of
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
 from spinlab.rotation.rotations import RotationSet
@@ -68,7 +69,9 @@ class RotatedNetworks:
 
     def kv_path(self, model: PreTrainedModel, rotations: RotationSet) -> KVPath:
         """Return what a quantized model's keys, values and queries go through."""
-        return kv_path(self.kv, map_of(model).width("r3"), rotations.r3, self.seed)
+        described = map_of(model)
+        width, names = described.width("r3"), described.attentions
+        return kv_path(self.kv, width, rotations.r3, self.seed, names)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)

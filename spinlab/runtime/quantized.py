@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spinlab.config import QuantConfig
-from spinlab.kv.cache import KVPath
+from spinlab.kv.path import KVPath
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.quantized import QuantizedWeight
 

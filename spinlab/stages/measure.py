@@ -33,7 +33,7 @@ from spinlab.metrics.predictions import Predictions, read_predictions, write_pre
 from spinlab.metrics.states import States
 from spinlab.metrics.zeroshot import zeroshot
 from spinlab.model.modules import embedding_of, map_of
-from spinlab.networks.quantized import cache_bits
+from spinlab.networks.quantized import bits_of_cache
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
 from spinlab.stages.text import windows_in
@@ -118,7 +118,7 @@ def _sizes(
     if weights is not None:
         numbers = {site.path: site.numbers for site in map_of(original.shape).sites}
         sizes["bits/weights"] = effective_bits(weights, numbers)
-        sizes["bits/kv"] = cache_bits(model)
+        sizes["bits/kv"] = bits_of_cache(model)
     return sizes
 
 

@@ -71,7 +71,7 @@ class Original:
         """Name the settings of the KV cache that this model's numbers depend on, for keys."""
         kv = self.run.config.kv
         found = plain(kv)
-        if not (kv.keys.quantizes and map_of(self.shape).key_biases):
+        if not (kv.codes("keys") and map_of(self.shape).key_biases):
             del found["key_bias"]
         return found
 

@@ -16,8 +16,8 @@ from spinlab.data.text import check_length
 from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
-from spinlab.kv.cache import kv_path
 from spinlab.kv.codecs import unread_by_codecs
+from spinlab.kv.path import kv_path
 from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
@@ -84,7 +84,7 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_weight_groups(map_of(model), config.quant)
     check_ends(model, config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
-    kv = kv_path(config.kv, map_of(model).width("r3"))
+    kv = kv_path(config.kv, map_of(model).width("r3"), layers=map_of(model).attentions)
     if config.rounded_on_text and (columns := config.weights.by_columns):
         check_samples(columns.samples, config.weights)
     if pipeline.run.backend == "triton":

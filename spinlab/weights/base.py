@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, WeightsConfig
-from spinlab.kv.cache import KVPath
+from spinlab.kv.path import KVPath
 from spinlab.rotation.rotations import RotationSet
 
 

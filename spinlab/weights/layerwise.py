@@ -21,7 +21,8 @@ from spinlab.fakequant.insert import (
 )
 from spinlab.formats import format_of
 from spinlab.formats.quantizer import check_group
-from spinlab.kv.cache import KVPath, attach_kv, kv_path_of, set_kv_path
+from spinlab.kv.cache import attach_kv, kv_path_of, set_kv_path
+from spinlab.kv.path import KVPath
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import linear_at, map_of
 from spinlab.tensors import kept_tensors, save_tensors

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.kv.cache import KVPath, set_kv_path
+from spinlab.kv.cache import set_kv_path
+from spinlab.kv.path import KVPath
 from spinlab.weights.calibration import LayerInputs
 
 

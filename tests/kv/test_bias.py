@@ -10,13 +10,15 @@ from spinlab.config import ClipSearch, CodecConfig, KVConfig, QuantConfig, Rotat
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.kv.bias import KeyBias
-from spinlab.kv.cache import CodedCache, KVPath, attach_kv, kv_path, kv_path_of
+from spinlab.kv.bits import cache_bits
+from spinlab.kv.cache import CodedCache, attach_kv, kv_path_of
 from spinlab.kv.codecs.affine import AffineCodec
+from spinlab.kv.path import KVPath, kv_path
 from spinlab.learn import recompute_layers
 from spinlab.learn.teacher import unquantized
 from spinlab.model.modules import decoder_of, embedding_of, linear_at, map_of
 from spinlab.networks.exact import ExactNetworks
-from spinlab.networks.quantized import QuantizedNetworks, cache_bits
+from spinlab.networks.quantized import QuantizedNetworks, bits_of_cache
 from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -412,6 +414,6 @@ def test_positions_are_counted(make_biased, ids):
     cache = CodedCache(kv_path_of(model), 2)
     model(ids, position_ids=told, past_key_values=cache)
     assert cache.stored_bytes() == 48 * 2 * 2 * 2 * 7 + 48 * 4
-    assert cache_bits(model) == 7 * 8 / 8 + 32 / (2 * 2 * 2 * 8)
-    assert cache_bits(coded(make_biased(), CODED)) == 7
-    assert KVPath(apart=True).bits == 16
+    assert bits_of_cache(model) == 7 * 8 / 8 + 32 / (2 * 2 * 2 * 8)
+    assert bits_of_cache(coded(make_biased(), CODED)) == 7
+    assert cache_bits(KVPath(apart=True), map_of(model).dimensions) == 16

@@ -8,7 +8,10 @@ from transformers import DynamicCache
 from spinlab.config import CodecConfig, KVConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.kv.cache import CodedCache, KVPath, attach_kv, attend_ungrouped, kv_path
+from spinlab.kv.bits import cache_bits
+from spinlab.kv.cache import CodedCache, attach_kv, attend_ungrouped
+from spinlab.kv.path import KVPath, kv_path
+from spinlab.model.map import Dimensions
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()
@@ -161,7 +164,8 @@ def test_groups_must_divide_the_head():
 
 
 def test_effective_bits_are_the_mean_of_keys_and_values():
-    assert kv_path(KVConfig(keys=OFF), 8).bits == (16 + 4 + 24 / 8) / 2
+    sizes = Dimensions(hidden=16, head_dim=8, intermediate=16, layers=2, heads=2, kv_heads=2)
+    assert cache_bits(kv_path(KVConfig(keys=OFF), 8), sizes) == (16 + 4 + 24 / 8) / 2
 
 
 def test_queries_turn_with_r3_and_round_per_token_and_head():

@@ -1,7 +1,7 @@
-"""A codec is one class and one line in CODECS: one of rows with a seeded tensor, one of layers."""
+"""A codec is one class and one line in CODECS: one with a seeded tensor, one of runs of tokens."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ from spinlab.compose import composed
 from spinlab.config import CodecConfig, KVConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.formats.quantizer import StraightThrough, check_group
-from spinlab.kv.base import LayerCodec, OwnTensor, RowCodec
-from spinlab.kv.cache import CodedCache, attach_kv, kv_path
+from spinlab.formats.quantizer import check_group
+from spinlab.kv.base import OwnTensor, RowCodec
+from spinlab.kv.cache import CodedCache, attach_kv
 from spinlab.kv.codecs import CODECS, make_codec
 from spinlab.kv.codecs.affine import AffineCodec
+from spinlab.kv.path import kv_path
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
@@ -53,87 +54,33 @@ class Signs(RowCodec):
 
 
 @dataclass(frozen=True)
-class Channels(LayerCodec):
-    """Keys per channel over a run of tokens, the last ones in floats, as KIVI has it."""
+class Channels(RowCodec):
+    """Numbers per channel over a run of tokens, as KIVI has keys."""
 
-    reads = ("symmetric", "group_size")
+    reads = ("symmetric", "group_size", "run")
     codec: AffineCodec  # of one channel's run
+    width: int
 
     @classmethod
     def make(cls, name, settings, width, generator):
-        check_group(f"{name}.group_size", settings.group_size, 64, "a run of 64 tokens")
-        return cls(
-            AffineCodec(IntegerFormat(settings.bits, settings.symmetric), settings.group_size or 64)
-        )
+        run, group = settings.run, settings.group_size
+        check_group(f"{name}.group_size", group, run, f"a run of {run} tokens")
+        grid = IntegerFormat(settings.bits, settings.symmetric)
+        return cls(AffineCodec(grid, run, group or run), width)
 
     @property
-    def bits(self):
-        return self.codec.bits
-
-    def layer(self, values):
-        return ChannelLayer(self.codec, values)
-
-
-@dataclass
-class ChannelLayer:
-    """Rows of channels: (batch, kv_heads, runs, head_dim, row_bytes), and floats behind them."""
-
-    codec: AffineCodec
-    value_codec: RowCodec | None
-    runs: torch.Tensor | None = field(default=None)
-    rest: torch.Tensor | None = field(default=None)
-    values: torch.Tensor | None = field(default=None)
-
-    def append(self, keys, values):
-        rest = keys if self.rest is None else torch.cat((self.rest, keys), -2)
-        full = rest.shape[-2] // self.codec.width
-        head, self.rest = rest.split(
-            [full * self.codec.width, rest.shape[-2] % self.codec.width], 2
-        )
-        runs = self.codec.encode(head.unflatten(2, (full, self.codec.width)).mT)
-        self.runs = runs if self.runs is None else torch.cat((self.runs, runs), 2)
-        new = values if self.value_codec is None else self.value_codec.encode(values)
-        self.values = new if self.values is None else torch.cat((self.values, new), 2)
-        return torch.cat((self._decoded(keys.dtype), self.rest), 2), self._values(keys.dtype)
-
-    def round(self, keys, values):
-        both = ChannelLayer(self.codec, self.value_codec).append(keys.detach(), values.detach())
-        pairs = zip((keys, values), both, strict=True)
-        return tuple(StraightThrough.apply(x, lambda _, y=y: y.clone()) for x, y in pairs)
-
-    def crop(self, tokens):
-        keys = torch.cat((self._decoded(self.rest.dtype), self.rest), 2)[:, :, :tokens]
-        whole = tokens // self.codec.width
-        self.runs, self.rest = self.runs[:, :, :whole], keys[:, :, whole * self.codec.width :]
-        self.values = self.values[:, :, :tokens]
-
-    def reorder(self, sequences):
-        self.runs, self.rest = self.runs[sequences], self.rest[sequences]
-        self.values = self.values[sequences]
-
-    def reset(self):
-        self.runs = self.rest = self.values = None
+    def run(self):
+        return self.codec.width
 
     @property
-    def tokens(self):
-        return 0 if self.values is None else self.values.shape[2]
+    def row_bytes(self):
+        return self.width * self.codec.row_bytes
 
-    @property
-    def sequences(self):
-        return 0 if self.values is None else self.values.shape[0]
+    def encode(self, x):
+        return self.codec.encode(x.unflatten(-2, (-1, self.run)).mT).flatten(-2)
 
-    @property
-    def bytes(self):
-        parts = (self.runs, self.rest, self.values)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
-
-    def _decoded(self, dtype):
-        return self.codec.decode(self.runs, dtype).mT.flatten(2, 3)
-
-    def _values(self, dtype):
-        return (
-            self.values if self.value_codec is None else self.value_codec.decode(self.values, dtype)
-        )
+    def decode(self, rows, dtype):
+        return self.codec.decode(rows.unflatten(-1, (self.width, -1)), dtype).mT.flatten(-3, -2)
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +100,7 @@ CHANNELS = ["kv.keys.codec=channels", "kv.keys.bits=3", "kv.keys.group_size=16"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "bits"), [(SIGNS, 1 + 16 / 16), (CHANNELS, 3 + 24 / 16)], ids=["rows", "layers"]
+    ("settings", "bits"), [(SIGNS, 1 + 16 / 16), (CHANNELS, 3 + 24 / 16)], ids=["tokens", "runs"]
 )
 @pytest.mark.usefixtures("toy_cache")
 def test_a_new_codec_runs_the_toy_and_says_its_bits(tmp_path, settings, bits):
@@ -191,7 +138,7 @@ def test_a_tensor_moves_to_a_device_and_dtype_once():
     [
         (["kv.keys.codec=signs"], "kv.keys.bits=4: signs take 1 bit"),
         ([*SIGNS, "kv.keys.clip_ratio=0.9"], "kv.keys.clip_ratio is not read with kv.keys.codec"),
-        (["kv.values.codec=channels"], "kv.values.codec keeps whole layers"),
+        (["kv.queries.codec=channels", "kv.queries.bits=4"], "channels codes runs of tokens, and"),
         (["kv.keys.codec=sings"], "kv.keys.codec=sings is unknown: choose one of affine, "),
         (["kv.keys.codec=affine", "kv.keys.bits=1"], "an affine grid codes 2 to 8 bits"),
     ],
@@ -203,21 +150,21 @@ def test_what_a_codec_does_not_take_is_refused_before_the_first_stage(tmp_path, 
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_the_fused_runtime_refuses_whole_layers(tmp_path):
+def test_the_fused_runtime_refuses_runs_of_tokens(tmp_path):
     run = pipeline(tmp_path, *CHANNELS, "learn=none", "runtime.device=cpu")
     run.run.backend = "triton"  # as on a machine that has it
-    with pytest.raises(InputError, match=r"keeps whole layers.* use runtime.backend=torch"):
+    with pytest.raises(InputError, match=r"keep tokens in floats.* use runtime.backend=torch"):
         preflight(run)
 
 
 def channels(model):
-    keys = CodecConfig(bits=4, group_size=4, codec="channels")
+    keys = CodecConfig(bits=4, run=4, codec="channels")
     path = kv_path(KVConfig(keys), 8)
     attach_kv(model, path, store=True)
     return path
 
 
-def test_whole_layers_serve_generate_and_change_as_rows_do(make_model, ids):
+def test_runs_serve_generate_and_change_as_rows_do(make_model, ids):
     model = make_model(torch.float32)
     cache, settings = CodedCache(channels(model), 2), dict(do_sample=False, pad_token_id=0)
     model(ids[:, :10], past_key_values=cache, use_cache=True)
@@ -238,10 +185,11 @@ def test_whole_layers_serve_generate_and_change_as_rows_do(make_model, ids):
     assert found.shape == (2, 15)
 
 
-def test_whole_layers_take_the_bytes_that_they_say(make_model, ids):
+def test_runs_take_the_bytes_that_they_say(make_model, ids):
     model = make_model(torch.float32)
     cache = CodedCache(channels(model), 2)
     model(ids[:, :22], past_key_values=cache, use_cache=True)
-    # 2 layers, sequences and heads; 20 keys in runs of 4, each 2 + 3 bytes a channel; 2 floats
-    runs, floats, values = 5 * 8 * (2 + 3), 2 * 8 * 4, 22 * (4 + 3)
-    assert cache.stored_bytes() == 2 * 2 * 2 * (runs + floats + values)
+    # 2 layers, sequences and heads; 20 tokens in runs of 4, whose keys take 2 + 3 bytes a channel;
+    # 2 tokens of floats
+    runs, values, floats = 5 * 8 * (2 + 3), 20 * (4 + 3), 2 * 2 * 8 * 4
+    assert cache.stored_bytes() == 2 * 2 * 2 * (runs + values + floats)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from spinlab.config import KVConfig, QuantConfig, RotationConfig
-from spinlab.kv.cache import CodedCache, KVPath, attach_kv
+from spinlab.kv.cache import CodedCache, attach_kv
+from spinlab.kv.path import KVPath
 from spinlab.model.families import FAMILIES
 from spinlab.model.modules import layers_of, linear_at, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks

@@ -5,7 +5,8 @@ import torch
 
 from spinlab.config import RotationConfig
 from spinlab.fakequant.insert import insert_fake_quant
-from spinlab.kv.cache import KVPath, attach_kv
+from spinlab.kv.cache import attach_kv
+from spinlab.kv.path import KVPath
 from spinlab.model.modules import embedding_of, head_of, linears_of, map_of
 from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.fuse import (

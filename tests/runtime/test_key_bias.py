@@ -9,7 +9,7 @@ import torch
 from spinlab.config import ClipSearch, CodecConfig, KVConfig, QuantConfig, RotationConfig
 from spinlab.model.modules import decoder_of, linear_at, map_of
 from spinlab.networks.exact import ExactNetworks
-from spinlab.networks.quantized import cache_bits
+from spinlab.networks.quantized import bits_of_cache
 from spinlab.rotation.initial import initial_rotations
 from spinlab.runtime.fused.convert import integer_runtime, new_cache
 from spinlab.runtime.fused.operations import REFERENCE
@@ -147,4 +147,4 @@ def test_positions_are_counted(prepare, ids):
     model(ids, past_key_values=cache)
     # 2 layers, keys and values, 2 heads of 8 numbers in 7 bytes; a position of 4 bytes
     assert cache.stored_bytes() == 2 * 256 * (2 * 2 * 2 * 7 + 4)
-    assert cache_bits(model) == 7 + 32 / (2 * 2 * 2 * 8)
+    assert bits_of_cache(model) == 7 + 32 / (2 * 2 * 2 * 8)

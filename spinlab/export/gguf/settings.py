@@ -51,7 +51,7 @@ def _changes(config: Config, bits: int) -> Iterator[str]:
         yield "quant.activations.bits=16"
     if any((entry.activations.bits or 16) < 16 for entry in quant.overrides):
         yield typed(of_weights(quant.overrides))
-    if any(side.quantizes for side in config.kv.sides.values()):
+    if config.kv.codes(*config.kv.sides):
         yield "kv=kv16"
 
 

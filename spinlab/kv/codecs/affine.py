@@ -1,6 +1,6 @@
 """Code rows on an affine grid: packed levels, then float16 scales, then zero points."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +12,13 @@ from spinlab.formats import IntegerFormat
 from spinlab.formats.integer_numpy import FewLevels
 from spinlab.formats.pack import pack_few_levels, packed_bytes
 from spinlab.formats.quantizer import Encoded, TokenQuantizer, check_group
-from spinlab.kv.base import PackedLayout, RowCodec, half_scaled
+from spinlab.kv.base import (
+    PackedLayout,
+    RowCodec,
+    from_half_bytes,
+    half_bytes,
+    half_scaled,
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +40,18 @@ class AffineCodec(RowCodec):
         cls, name: str, settings: CodecConfig, width: int, generator: torch.Generator
     ) -> "AffineCodec":
         """Make the codec of a setting. Raises InputError for bits and groups that do not fit."""
+        check_group(f"{name}.group_size", settings.group_size, width, "one attention head")
+        return replace(cls.ungrouped(name, settings, width), group_size=settings.group_size)
+
+    @classmethod
+    def ungrouped(cls, name: str, settings: CodecConfig, width: int) -> "AffineCodec":
+        """Make the codec of a setting with one group. Raises InputError for other bits."""
         if not 2 <= settings.bits <= 8:
             raise InputError(
                 f"{name}.bits={settings.bits}: an affine grid codes 2 to 8 bits; 16 switches it off"
             )
-        check_group(f"{name}.group_size", settings.group_size, width, "one attention head")
         grid = IntegerFormat(settings.bits, settings.symmetric)
-        return cls(grid, width, settings.group_size, settings.clip_ratio)
+        return cls(grid, width, clip_ratio=settings.clip_ratio)
 
     @property
     def groups(self) -> int:
@@ -90,15 +101,13 @@ class AffineCodec(RowCodec):
         packed, scale_bytes, zero = rows.split(self._sizes, dim=-1)
         wide = torch.promote_types(dtype, torch.float32)
         levels = self.grid.unpack(packed, self.width).to(wide).unflatten(-1, (self.groups, -1))
-        # contiguous() would leave odd strides to dimensions of size 1
-        scale_bytes = scale_bytes.clone(memory_format=torch.contiguous_format)
-        scale = scale_bytes.view(torch.float16).to(wide)[..., None]
+        scale = from_half_bytes(scale_bytes, wide)[..., None]
         zero = zero.to(wide)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
         return self._quantizer.decode(Encoded(levels, scale, zero)).to(dtype)
 
     def _pack(self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         parts = [self.grid.pack(levels.flatten(-2))]
-        parts.append(scale.squeeze(-1).to(torch.float16).contiguous().view(torch.uint8))
+        parts.append(half_bytes(scale.squeeze(-1)))
         if not self.grid.symmetric:
             parts.append(zero.squeeze(-1).to(torch.uint8))
         return torch.cat(parts, dim=-1)
@@ -113,7 +122,8 @@ class AffineCodec(RowCodec):
         """Return what `_pack` does, in numpy."""
         levels = few.levels.reshape(*few.levels.shape[:-2], -1)
         parts = [pack_few_levels(levels, self.grid.bits, self.grid.lowest)]
-        parts.append(few.scale[..., 0].astype(np.float16).view(np.uint8))
+        scale = np.ascontiguousarray(few.scale[..., 0].astype(np.float16))  # of strided rows too
+        parts.append(scale.view(np.uint8))
         if not self.grid.symmetric:
             parts.append(few.zero[..., 0].astype(np.uint8))
         return torch.from_numpy(np.concatenate(parts, axis=-1))

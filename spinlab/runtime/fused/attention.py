@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from spinlab.kv.bias import BiasScores
-from spinlab.kv.cache import KVPath
+from spinlab.kv.path import KVPath
 from spinlab.kv.rope import Angles, rotary
 from spinlab.model.map import Attention
 from spinlab.runtime.fused.cache import IntegerCache
@@ -56,7 +56,8 @@ class IntegerAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Map the stream (batch, tokens, hidden) to what is added to it."""
         q, k, v = self._heads(self.qkv(hidden_states))
-        attend = self._plain if past_key_values.pool.layout.packed is None else self._packed
+        packed = past_key_values.pool.layout.packed(self.layer)
+        attend = self._plain if packed is None else self._packed
         cos, sin = position_embeddings
         angles = (cos, sin) if self.rope else (cos[..., :0], sin[..., :0])
         found = attend(q, k, v, angles, past_key_values)

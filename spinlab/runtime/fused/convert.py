@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from spinlab.errors import InputError
 from spinlab.fakequant.activations import InputPath
 from spinlab.kv.bias import RopeWatch
-from spinlab.kv.cache import KVPath, taken_apart
+from spinlab.kv.path import KVPath, taken_apart
 from spinlab.model.modules import decoder_of, linears_of, make_rope, map_of, prepare
 from spinlab.runtime.fused.build import LayerBuilder, Maker, QuantizedMaker
 from spinlab.runtime.fused.cache import IntegerCache
@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
 _SILU = ("silu", "swish")
-_LAYERS = "the codec of kv.keys keeps whole layers, where the integer runtime keeps rows"
+_FLOATS = (
+    "the settings of the KV cache keep tokens in floats (kv.sinks, kv.window, or a codec of runs), "
+    "where the integer runtime codes them all"
+)
 _APART = "keys whose bias is apart: new tokens attend in torch, outside the 4-bit kernels"
 _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 MakeWeight = Callable[[str, int, int, int], PackedWeight]
@@ -102,8 +105,8 @@ def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
 
 def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
     """Say which module or cache of a model the integer runtime has no twin for; None if none."""
-    if kv.rows is None:
-        return _LAYERS
+    if not kv.codes_all:
+        return _FLOATS
     for layer in map_of(model).layers:
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
@@ -137,7 +140,10 @@ def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
     layout = _layout(model, parts.kv)
     LayerBuilder(model, maker, parts).build()
     maker.report()
-    if layout.positions and layout.packed and not maker.operations.biased:
+    if layout.in_torch:
+        log.warning("outside the attention kernels, in torch: %s", "; ".join(layout.in_torch))
+    packed = any(layout.packed(layer) for layer in range(layout.layers))
+    if layout.positions and packed and not maker.operations.biased:
         log.warning(_APART)
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
@@ -152,15 +158,12 @@ def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
-    """Say what a model keeps of keys and values, which are rows."""
-    assert path.rows is not None
-    (keys, values), dimensions = path.rows, map_of(model).dimensions
+    """Say what a model keeps of keys and values, which are rows of tokens."""
+    dimensions = map_of(model).dimensions
     return Layout(
-        layers=dimensions.layers,
         kv_heads=dimensions.kv_heads,
         head_dim=dimensions.head_dim,
-        keys=keys,
-        values=values,
+        sides=tuple(path.sides(layer) for layer in range(dimensions.layers)),
         window=_window(model),
         dtype=model.dtype,
         device=model.device,

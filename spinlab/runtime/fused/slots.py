@@ -7,6 +7,7 @@ import torch
 
 from spinlab.kv.base import PackedLayout, RowCodec
 from spinlab.kv.bias import POSITION_BITS
+from spinlab.kv.path import Sides
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
 
@@ -39,47 +40,53 @@ Rows = PackedRows | PlainRows
 
 @dataclass(frozen=True)
 class Layout:
-    """Say what a model keeps of a token: heads and their width, and a codec each (None = floats).
+    """Say what a model keeps of a token: heads and their width, and the codecs of every layer.
 
     window: how far back a token may look, or None. positions: they are kept, for biases of keys
     that are apart (`spinlab.kv.bias`).
     """
 
-    layers: int
     kv_heads: int
     head_dim: int
-    keys: RowCodec | None
-    values: RowCodec | None
+    sides: tuple[Sides, ...]
     window: int | None
     dtype: torch.dtype
     device: torch.device
     positions: bool = False
 
     @property
-    def packed(self) -> tuple[PackedLayout, PackedLayout] | None:
+    def layers(self) -> int:
+        return len(self.sides)
+
+    def packed(self, layer: int) -> tuple[PackedLayout, PackedLayout] | None:
         """How keys and values lie where kernels read both; otherwise torch codes and decodes."""
-        if self.keys is None or self.values is None:
-            return None
-        keys, values = self.keys.packed, self.values.packed
+        keys, values = (None if codec is None else codec.packed for codec in self.sides[layer])
         return None if keys is None or values is None else (keys, values)
+
+    @property
+    def in_torch(self) -> list[str]:
+        """Name the pairs of codecs, where there are any, that no kernel reads."""
+        rest = [s for n, s in enumerate(self.sides) if any(s) and self.packed(n) is None]
+        names = (" and ".join("16 bits" if c is None else _name(c) for c in s) for s in rest)
+        return list(dict.fromkeys(names))
 
     @property
     def bits(self) -> float:
         """Return stored bits per number, the mean of keys and values, and of positions."""
-        kept = self.packed or (self.keys, self.values)
+        kept = [side for n, sides in enumerate(self.sides) for side in self.packed(n) or sides]
         numbers = 2 * self.layers * self.kv_heads * self.head_dim  # of a token
         shared = POSITION_BITS / numbers if self.positions else 0
-        return sum(16.0 if side is None else side.bits for side in kept) / 2 + shared
+        return sum(16.0 if side is None else side.bits for side in kept) / len(kept) + shared
 
-    def rows(self, batch: int, capacity: int) -> tuple[Rows, Rows]:
+    def rows(self, layer: int, batch: int, capacity: int) -> tuple[Rows, Rows]:
         """Return empty rows of one layer, for keys and for values."""
-        if self.packed is not None:
+        if (packed := self.packed(layer)) is not None:
             keys, values = (
-                empty_rows(batch, self.kv_heads, capacity, layout, self.device)
-                for layout in self.packed
+                empty_rows(batch, self.kv_heads, capacity, layout, self.device) for layout in packed
             )
             return keys, values
-        return self._plain(self.keys, batch, capacity), self._plain(self.values, batch, capacity)
+        keys, values = (self._plain(codec, batch, capacity) for codec in self.sides[layer])
+        return keys, values
 
     def _plain(self, codec: RowCodec | None, batch: int, capacity: int) -> PlainRows:
         width, dtype = self.head_dim, self.dtype
@@ -87,6 +94,10 @@ class Layout:
             width, dtype = codec.row_bytes, torch.uint8
         shape = (batch, self.kv_heads, capacity, width)
         return PlainRows(torch.zeros(shape, dtype=dtype, device=self.device), codec, self.dtype)
+
+
+def _name(codec: RowCodec) -> str:
+    return type(codec).__name__.removesuffix("Codec")
 
 
 class Slots:
@@ -103,7 +114,7 @@ class Slots:
         self.graph: object | None = None
         # tensors made in inference mode could not be written outside of it
         with torch.inference_mode(False):
-            self.rows = [layout.rows(batch, capacity) for _ in range(layout.layers)]
+            self.rows = [layout.rows(n, batch, capacity) for n in range(layout.layers)]
             self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
             self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)

@@ -1,0 +1,147 @@
+"""Lloyd-Max levels for the numbers of a rotated unit vector (TurboQuant, arXiv 2504.19874).
+
+A rotated head of norm 1 has numbers of one known density; their best levels need no range, and no
+sample. The product form spends one bit a number on the signs of a sketch of what is left over, so
+that products have no bias (`spinlab.kv.sketch`), at the cost of variance.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from spinlab.config import CodecConfig
+from spinlab.errors import InputError
+from spinlab.formats.integer import at_least_float32
+from spinlab.formats.pack import pack_levels, packed_bytes, unpack_levels
+from spinlab.kv.base import OwnTensor, RowCodec, from_half_bytes, half_bytes
+from spinlab.kv.sketch import Sketch, draw_sketch
+from spinlab.rotation.orthogonal import exact_hadamard, random_orthogonal
+
+_NODES = 200  # of Gauss-Legendre quadrature, per level
+# Of 1, to which numbers are rounded first. A Hadamard matrix makes exact zeros of few channels, on
+# the end of two cells, where float noise would choose between them (see `spinlab.formats.integer`).
+_PARTS = 2.0**16
+_TINY = 1e-30  # a head of zeros has no direction
+
+
+@dataclass(frozen=True, eq=False)
+class LloydMaxCodec(RowCodec):
+    """Code a head as levels of its rotated direction, and a length in float16.
+
+    sketch: of what levels leave, with its norm in float16 behind the length. length: how levels c
+    of the rotated head y are scaled (`spinlab.config.kv.LENGTHS`).
+    """
+
+    reads = ("lloyd_max",)
+    width: int
+    level_bits: int
+    levels: OwnTensor  # (2^bits,), rising
+    between: OwnTensor  # (2^bits - 1,)
+    rotation: OwnTensor | None
+    length: str
+    sketch: Sketch | None
+
+    @classmethod
+    def make(
+        cls, name: str, settings: CodecConfig, width: int, generator: torch.Generator
+    ) -> "LloydMaxCodec":
+        """Make the codec of a setting. Raises InputError for bits that it does not have."""
+        own = settings.lloyd_max
+        bits, least = settings.bits - own.residual, 1 + own.residual
+        if not least <= settings.bits <= 8:
+            raise InputError(
+                f"{name}.bits={settings.bits}: lloyd_max codes {least} to 8 bits"
+                f"{', one of them for the residual' if own.residual else ''}; 16 switches it off"
+            )
+        rotation = None
+        if own.turn != "none":
+            random = own.turn == "random"
+            rotation = random_orthogonal(width, generator) if random else exact_hadamard(width)
+        levels = torch.from_numpy(lloyd_max_levels(width, bits).copy())
+        return cls(
+            width=width,
+            level_bits=bits,
+            levels=OwnTensor(levels),
+            between=OwnTensor((levels[1:] + levels[:-1]) / 2),
+            rotation=None if rotation is None else OwnTensor(rotation),
+            length=own.length,
+            sketch=draw_sketch(width, width, True, generator) if own.residual else None,
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The bytes of levels, length, and signs and norm of the residual."""
+        residual = [self.sketch.row_bytes, 2] if self.sketch else []
+        return [packed_bytes(self.width, self.level_bits), 2, *residual]
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Code x: (..., width) as (..., row_bytes) uint8."""
+        x = at_least_float32(x)
+        y = x if self.rotation is None else x @ self.rotation.like(x)
+        norm = y.norm(dim=-1, keepdim=True)
+        unit = (y / norm.clamp(min=_TINY) * _PARTS).round_().mul_(1 / _PARTS)
+        places = torch.bucketize(unit, self.between.like(y))
+        length = half_bytes(self._length(y, norm, self.levels.like(y)[places]))
+        parts = [pack_levels(places, self.level_bits, 0), length]
+        if self.sketch is not None:
+            rest = y - self._of_levels(parts[0], length, y)
+            parts += [self.sketch.signs(rest), half_bytes(rest.norm(dim=-1, keepdim=True))]
+        return torch.cat(parts, dim=-1)
+
+    def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers (..., width) behind coded rows."""
+        like = rows.new_empty(0, dtype=torch.promote_types(dtype, torch.float32))
+        places, length, *residual = rows.split(self._sizes, dim=-1)
+        y = self._of_levels(places, length, like)
+        if self.sketch is not None:
+            signs, norm = residual
+            y = y + self.sketch.direction(signs, like) * from_half_bytes(norm, like.dtype)
+        return (y if self.rotation is None else y @ self.rotation.like(y).mT).to(dtype)
+
+    def _of_levels(
+        self, places: torch.Tensor, length: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        found = unpack_levels(places, self.level_bits, self.width, 0).long()
+        return self.levels.like(like)[found] * from_half_bytes(length, like.dtype)
+
+    def _length(self, y: torch.Tensor, norm: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Return what levels c (..., width) are scaled by: (..., 1)."""
+        if self.length == "plain":
+            return norm
+        square, product = (part.sum(-1, keepdim=True) for part in (c * c, c * y))
+        if self.length == "norm":
+            return norm / square.sqrt()
+        if self.length == "least_squares":
+            return product / square
+        return norm * (norm / product.clamp(min=_TINY))
+
+
+@cache
+def lloyd_max_levels(width: int, bits: int) -> np.ndarray:
+    """Return the 2^bits levels of least squared error for a number of a random unit vector, rising.
+
+    The density of a number x is proportional to (1 - x²)^((width-3)/2), with x = sin(t) to
+    cos(t)^(width-2): levels are means of their cells, whose ends lie midway (Lloyd 1982; Max 1960).
+    Raises InputError for a width below 2.
+    """
+    if width < 2:
+        raise InputError(f"lloyd_max codes heads of 2 numbers or more, not of {width}")
+    half = 1 << (bits - 1)
+    levels = (np.arange(half) + 0.5) / half * min(1.0, 3 / width**0.5)
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    for _ in range(100_000):
+        ends = np.concatenate(([0.0], (levels[1:] + levels[:-1]) / 2, [1.0]))
+        low, high = np.arcsin(ends[:-1, None]), np.arcsin(ends[1:, None])
+        t = (low + high) / 2 + nodes * (high - low) / 2
+        density = weights * np.exp((width - 2) * np.log(np.cos(t).clip(min=1e-300)))
+        found = (density * np.sin(t)).sum(1) / density.sum(1)
+        moved, levels = np.abs(found - levels).max(), found
+        if moved < 1e-14:
+            break
+    return np.concatenate((-levels[::-1], levels))

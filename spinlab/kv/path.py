@@ -1,0 +1,146 @@
+"""What the keys, values and queries of a model go through, made of a run's settings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import CodecConfig, KVConfig
+from spinlab.errors import InputError
+from spinlab.kv.base import CacheLayer, RowCodec
+from spinlab.kv.bias import KeyBiases, take_key_biases
+from spinlab.kv.codecs import make_codec
+from spinlab.kv.history import History, HistoryLayer, run_of
+from spinlab.kv.layers import RowLayer, rounded
+from spinlab.rotation.online import OnlineRotation
+
+
+class Sides(NamedTuple):
+    """Hold the codecs of one layer; None for what stays in 16 bits."""
+
+    keys: RowCodec | None
+    values: RowCodec | None
+
+
+@dataclass(frozen=True)
+class KVPath:
+    """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
+
+    Queries are rotated by R3 as keys do, and may make a round trip through a codec of their own.
+    apart: biases of keys do not go through the codec (`spinlab.kv.bias`); biases: those that
+    `taken_apart` took out of a model for that. layers: the codecs of every layer, () where all have
+    the same. sinks, window: of a layer that is coded, the first and the newest tokens in 16 bits.
+    """
+
+    r3: OnlineRotation | None = None
+    keys: RowCodec | None = None
+    values: RowCodec | None = None
+    queries: RowCodec | None = None
+    apart: bool = False
+    biases: KeyBiases = ()
+    layers: tuple[Sides, ...] = ()
+    sinks: int = 0
+    window: int = 0
+
+    def sides(self, layer: int) -> Sides:
+        """Return the codecs of a layer."""
+        return self.layers[layer] if self.layers else Sides(self.keys, self.values)
+
+    def history(self, layer: int) -> History:
+        """Say which tokens of a layer are coded."""
+        sides = self.sides(layer)
+        if sides == (None, None):
+            return History()
+        return History(self.sinks, self.window, run_of(*sides))
+
+    def new_layer(self, layer: int = 0) -> CacheLayer:
+        """Return an empty layer."""
+        history = self.history(layer)
+        if history.codes_all:
+            return RowLayer(*self.sides(layer))
+        return HistoryLayer(history, *self.sides(layer))
+
+    def turn_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Return queries as they meet the keys of the cache: (batch, heads, tokens, head_dim)."""
+        query = query if self.r3 is None else self.r3(query)
+        return rounded(query, self.queries)
+
+    def uncoded(self) -> "KVPath":
+        """Return the path without any codec."""
+        plain = KVPath()
+        exact = ("keys", "values", "queries", "layers", "sinks", "window")
+        return replace(self, **{name: getattr(plain, name) for name in exact})
+
+    @property
+    def histories(self) -> list[History]:
+        """Say which tokens are coded, of all layers that differ."""
+        return [self.history(layer) for layer in range(max(len(self.layers), 1))]
+
+    @property
+    def codes_all(self) -> bool:
+        """Tell whether every token of every layer is coded at once, where any is."""
+        return all(history.codes_all for history in self.histories)
+
+    @property
+    def counts(self) -> bool:
+        """Tell whether it matters which slot is a sequence's first."""
+        return any(history.counts for history in self.histories)
+
+
+def kv_path(
+    config: KVConfig,
+    head_dim: int,
+    r3: OnlineRotation | None = None,
+    seed: int = 0,
+    layers: Sequence[str] = (),
+) -> KVPath:
+    """Build the codecs that a config asks for, with what they draw from a run's seed.
+
+    layers: full names of all attentions, where codecs may differ by layer. Raises InputError for
+    codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
+    there.
+    """
+
+    @cache  # layers with equal settings have one codec
+    def made(side: str, settings: CodecConfig) -> RowCodec | None:
+        return make_codec(f"kv.{side}", settings, head_dim, seed)
+
+    keys, values, queries = (made(*side) for side in config.sides.items())
+    if queries is not None and queries.run > 1:
+        raise InputError(
+            f"kv.queries.codec={config.queries.codec} codes runs of tokens, and queries come one "
+            "by one: take affine"
+        )
+    by_layer: tuple[Sides, ...] = ()
+    if config.varies:
+        _check_layers(config, layers)
+        names = list(layers)
+        by_layer = tuple(
+            Sides(*(made(s, config.codec_at(s, n, names)) for s in ("keys", "values")))
+            for n in range(len(names))
+        )
+    apart = config.codes("keys") and config.key_bias == "apart"
+    kept = config.sinks, config.window
+    return KVPath(r3, keys, values, queries, apart, (), by_layer, *kept)
+
+
+def _check_layers(config: KVConfig, names: Sequence[str]) -> None:
+    """Raise InputError for patterns that match no attention, and for more layers than there are."""
+    for pattern in (override.pattern for override in config.overrides):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(
+                f"kv.overrides: the pattern {pattern!r} matches no attention of the model: their "
+                f"names are like {names[0]}"
+            )
+    for name in ("first_layers", "last_layers"):
+        if (found := getattr(config, name)) > len(names):
+            raise InputError(f"kv.{name}={found} is more than the {len(names)} layers of the model")
+
+
+def taken_apart(model: PreTrainedModel, path: KVPath) -> KVPath:
+    """Return a path with the biases that it keeps apart, which the model's linears lose."""
+    return replace(path, biases=take_key_biases(model, path.r3)) if path.apart else path
