@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from spinlab.config.checks import at_least, choice, count, filled, positive
+from spinlab.errors import InputError
 
 VARIANTS = ("fp", "rtn", "init", "fake", "integer")
 ACCURACIES = ("acc_norm", "acc")  # of a task; acc_norm is by likelihood per character
@@ -33,6 +34,10 @@ class EvalConfig:
     task_variants: list[str] = field(default_factory=lambda: ["fp", "rtn", "integer"])
     limit: int | None = None  # questions per task
     task_batch: int = 8
+    # what the KV cache does to a long text, beyond the losses of windows
+    continued: int = 0  # greedy tokens at the end of windows, against those of the original
+    needle: list[int] = field(default_factory=list)  # tokens of texts that numbers are found in
+    attention: int = 0  # windows of each text, of `fake`: errors of attention with exact inputs
     paired: bool = True  # compare the others with fp: token by token, question by question
 
     @property
@@ -57,5 +62,20 @@ class EvalConfig:
         at_least("eval.window", self.window, 2)
         positive("eval.max_windows", self.max_windows)
         at_least("eval.limit", self.limit, 2)  # one question has no standard error
+        if not 0 <= self.continued < self.window:
+            raise InputError(
+                f"eval.continued={self.continued} is out of range: it takes the place of the last "
+                f"tokens of windows of eval.window={self.window}"
+            )
+        if self.continued and not self.compares:
+            raise InputError(
+                "eval.continued compares with the original: set eval.paired=true and have fp and "
+                "another network in eval.variants"
+            )
+        for length in self.needle:
+            at_least("eval.needle", length, 64)  # a needle and its question have some 30
+        at_least("eval.attention", self.attention, 0)
+        if self.attention and "fake" not in self.variants:
+            raise InputError("eval.attention is measured of fake: add it to eval.variants")
         count("eval.batch", self.batch)
         count("eval.task_batch", self.task_batch)

@@ -205,6 +205,17 @@ def kv_path_of(model: PreTrainedModel) -> KVPath:
     return getattr(_attention_modules(model)[0], _KV_PATH)
 
 
+def kv_layer_of(attention: nn.Module) -> int:
+    """Return which layer an attention of a coded model is of."""
+    return getattr(attention, _KV_LAYER)
+
+
+def storing_cache(model: PreTrainedModel) -> CodedCache | None:
+    """Return an empty cache that stores what a coded model's passes code; None for other models."""
+    path: KVPath | None = getattr(_attention_modules(model)[0], _KV_PATH, None)
+    return None if path is None else CodedCache(path, len(map_of(model).layers))
+
+
 def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(layer.attention.path) for layer in map_of(model).layers]
 

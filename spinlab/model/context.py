@@ -27,6 +27,7 @@ def check_context(config: Config, settings: PreTrainedConfig) -> None:
     """Raise InputError where a window of text in use is longer than the model's context."""
     context = context_of(settings)
     windows = {"eval.window": config.eval.window, **config.calibration_windows}
+    windows["eval.needle"] = max(config.eval.needle, default=0)
     for setting, length in windows.items():
         if context is not None and length > context:
             raise InputError(

@@ -9,7 +9,9 @@ flips/<text>                 share of tokens whose likeliest next token is not t
 zeroshot/<task>/<metric>     accuracy, `<metric>_stderr`, and `n` questions
 zeroshot_mean/…              mean over tasks and its comparison (`spinlab.metrics.paired`)
 paired/<task>/…              comparison with the original's answers (there too)
-bytes, bits/weights, bits/kv checkpoint; effective bits, scales and zero points included
+bytes, bits/weights, bits/kv checkpoint; effective bits, scales and zero points included, of a
+                             cache of 4096 tokens
+and what `spinlab.stages.recall` measures where it is asked for.
 """
 
 import json
@@ -35,6 +37,7 @@ from spinlab.metrics.zeroshot import zeroshot
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.networks.quantized import bits_of_cache
 from spinlab.stages.original import Original
+from spinlab.stages.recall import bytes_of_cache, recall, recall_settings
 from spinlab.stages.run import Run
 from spinlab.stages.text import windows_in
 from spinlab.stages.variant import Variant
@@ -64,6 +67,8 @@ def measure(
         if parallel.is_main():
             metrics |= _sizes(run, original, model, weights)
             metrics |= _accuracies(run, original, model, variant, out)
+            folders = out, reference and reference.path
+            metrics |= recall(run, original, model, variant, windows_in(evaluation), folders)
             write_json(out / "metrics.json", metrics)
 
     depends = _depends(run, original, evaluation, variant)
@@ -100,6 +105,7 @@ def _depends(run: Run, original: Original, evaluation: Artifact, variant: Varian
     """Name everything that a variant's metrics depend on."""
     measured = run.config.eval
     depends = [*variant.depends(run, original), evaluation.key, measured.batch, measured.compares]
+    depends += recall_settings(measured)
     if tasks := _tasks(run, variant):
         questions = identities(tasks, measured.task_source)
         depends += [questions, measured.limit, measured.task_batch, version("lm_eval")]
@@ -119,6 +125,7 @@ def _sizes(
         numbers = {site.path: site.numbers for site in map_of(original.shape).sites}
         sizes["bits/weights"] = effective_bits(weights, numbers)
         sizes["bits/kv"] = bits_of_cache(model)
+        sizes |= bytes_of_cache(model)
     return sizes
 
 
