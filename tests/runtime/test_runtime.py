@@ -9,9 +9,11 @@ from transformers import DynamicCache
 
 from spinlab.config import (
     ClipSearch,
+    CodecChange,
     CodecConfig,
     FormatChange,
     KVConfig,
+    KVOverride,
     Override,
     QuantConfig,
     RotationConfig,
@@ -90,6 +92,9 @@ def test_the_runtime_is_the_fake_quantized_network(make_model, ids, quant, caplo
         KVConfig(values=OFF, queries=CodecConfig()),
         KVConfig(CodecConfig(bits=3, symmetric=True), CodecConfig(symmetric=True, clip_ratio=0.9)),
         KVConfig(CodecConfig(group_size=4), CodecConfig(group_size=4)),
+        KVConfig(CodecConfig(codec="lloyd_max", bits=3), CodecConfig(codec="qjl", bits=2)),
+        KVConfig(overrides=[KVOverride("*.1.*", CodecChange(bits=8), CodecChange(bits=16))]),
+        KVConfig(first_layers=1),
     ],
     ids=str,
 )
@@ -108,6 +113,24 @@ def test_every_cache_format_gives_teacher_forced_logits(make_model, ids, kv):
     cache.reset()
     one_by_one = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(4)]
     assert_same(torch.cat(one_by_one, 1), expected[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("kv", "words"),
+    [
+        (
+            KVConfig(CodecConfig(codec="qjl", bits=1)),
+            "QJLCodec of 3 bits and AffineCodec of 7 bits",
+        ),
+        (KVConfig(overrides=[KVOverride("*.1.*", CodecChange(bits=8))]), "AffineCodec of 11 bits"),
+    ],
+    ids=["all layers", "one layer"],
+)
+def test_codecs_that_kernels_lack_are_named_once(make_model, kv, words, caplog):
+    with caplog.at_level(logging.WARNING):
+        runtime(*prepared(make_model, kv=kv))
+    (found,) = [r.message for r in caplog.records if "outside the attention" in r.message]
+    assert words in found and ";" not in found
 
 
 @pytest.mark.parametrize("kv", [KVConfig(), KV8], ids=["packed", "plain"])

@@ -86,7 +86,7 @@ class LloydMaxCodec(RowCodec):
         y = x if self.rotation is None else x @ self.rotation.like(x)
         norm = y.norm(dim=-1, keepdim=True)
         unit = (y / norm.clamp(min=_TINY) * _PARTS).round_().mul_(1 / _PARTS)
-        places = torch.bucketize(unit, self.between.like(y))
+        places = torch.bucketize(unit.contiguous(), self.between.like(y))
         length = half_bytes(self._length(y, norm, self.levels.like(y)[places]))
         parts = [pack_levels(places, self.level_bits, 0), length]
         if self.sketch is not None:

@@ -97,7 +97,7 @@ class Layout:
 
 
 def _name(codec: RowCodec) -> str:
-    return type(codec).__name__.removesuffix("Codec")
+    return f"{type(codec).__name__} of {codec.bits:.3g} bits"
 
 
 class Slots:
