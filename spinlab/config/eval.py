@@ -36,7 +36,8 @@ class EvalConfig:
     task_batch: int = 8
     # what the KV cache does to a long text, beyond the losses of windows
     continued: int = 0  # greedy tokens at the end of windows, against those of the original
-    needle: list[int] = field(default_factory=list)  # tokens of texts that numbers are found in
+    # tokens of texts in which numbers are found, as many at once as eval.task_batch says
+    needle: list[int] = field(default_factory=list)
     attention: int = 0  # windows of each text, of `fake`: errors of attention with exact inputs
     paired: bool = True  # compare the others with fp: token by token, question by question
 

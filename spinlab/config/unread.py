@@ -179,11 +179,12 @@ def _of_measures(config: Config) -> Iterator[Rule]:
     variants = ",".join(measured.variants)
     if not replace(measured, paired=True).compares:
         yield f"eval.variants=[{variants}], where nothing is compared with fp,", ["eval.paired"]
+    batch = () if measured.needle else ("task_batch",)
     if not measured.tasks:
-        parts = ("task_metrics", "task_source", "task_variants", "limit", "task_batch")
+        parts = ("task_metrics", "task_source", "task_variants", "limit", *batch)
         yield "eval.tasks=[]", [f"eval.{part}" for part in parts]
     elif not measured.scored:
-        parts = ("tasks", "task_metrics", "task_source", "limit", "task_batch")
+        parts = ("tasks", "task_metrics", "task_source", "limit", *batch)
         reason = f"eval.variants=[{variants}], none of them in eval.task_variants,"
         yield reason, [f"eval.{part}" for part in parts]
     if tracker.wandb.mode == "disabled":
