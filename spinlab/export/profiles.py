@@ -227,6 +227,9 @@ def _faults_elsewhere(config: Config) -> Iterator[_Fault]:
     for side, codec in config.kv.sides.items():
         if codec.quantizes:
             yield _Fault(f"kv.{side}", "bits", codec.bits, 16)
+    patterns = [entry.pattern for entry in config.kv.overrides]
+    if patterns and config.kv.codes("keys", "values"):
+        yield _Fault("kv", "overrides", patterns, [])
 
 
 def _nearest(found: float, choices: tuple[Any, ...]) -> Any:

@@ -240,6 +240,9 @@ REFUSED = {
     ],
     "quant.tied.bits=8: set quant.tied.bits=16": ["quant.tied.bits=8"],
     "kv.keys.bits=4, kv.values.bits=4: set kv.keys.bits=16 kv.values.bits=16": ["kv=kv4"],
+    r"kv.overrides=\['\*.0.\*'\]: set '?kv.overrides=\[\]": [
+        'kv.overrides=[{pattern: "*.0.*", keys: {bits: 4}}]'
+    ],
     "has no place for R3: set rotation.r3=none": ["rotation.r3=hadamard"],
     "has no place for the rotation across heads: set rotation.cross_head=none": [
         "rotation.cross_head=hadamard"

@@ -53,6 +53,8 @@ def _changes(config: Config, bits: int) -> Iterator[str]:
         yield typed(of_weights(quant.overrides))
     if config.kv.codes(*config.kv.sides):
         yield "kv=kv16"
+        if config.kv.overrides:
+            yield "kv.overrides=[]"
 
 
 def _check_overrides(setting: str, quant: QuantConfig, model_map: ModelMap) -> None:
