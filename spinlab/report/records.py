@@ -14,8 +14,8 @@ from statistics import mean
 from typing import Any
 
 from spinlab.config import ACCURACIES, accuracy_of_mean
-from spinlab.config.values import values_of
 from spinlab.errors import InputError
+from spinlab.report.settings import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
 
 def differing(one: Record, other: Record) -> list[str]:
     """Name the settings in which a record differs from another, but for those of a single run."""
-    a, b = (values_of(record["config"]) for record in (one, other))
+    a, b = settings_of(one), settings_of(other)
     names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
     return [name for name in names if name.split(".")[0] not in _OF_A_RUN]
 

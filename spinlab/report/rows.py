@@ -16,6 +16,7 @@ from spinlab.config import Config, plain
 from spinlab.config.values import text, values_of
 from spinlab.report.publications import Measure, Row, Table
 from spinlab.report.records import TWINS, Record, zeroshot_mean
+from spinlab.report.settings import settings_of, stands_in
 
 # settings that say where, how fast and for whom, but change no number beyond noise
 _FREE = (
@@ -108,23 +109,23 @@ def is_of_model(record: Record, config: Config) -> bool:
 
 def differences(record: Record, config: Config, row: Row, measure: Measure) -> list[str]:
     """Say in what a record was made or measured otherwise than a row: `name=value`, its own."""
-    recorded = values_of(record["config"])
+    recorded = settings_of(record)
     found = list(_measured_otherwise(record["config"], config, measure))
     if row.variant == "fp":  # of the original only what it is measured on
         return found
     own = ("method", "clip", config.weights.method)
     unread = tuple(f"weights.{part}" for part in vars(config.weights) if part not in own)
     for name, value in values_of(plain(config)).items():
-        if _stands_in(name, unread):
+        if stands_in(name, unread):
             continue
-        if not _stands_in(name, _FREE) and (told := recorded.get(name, "missing")) != value:
+        if not stands_in(name, _FREE) and (told := recorded.get(name, "missing")) != value:
             found.append(f"{name}={text(told)}")
     return found
 
 
 def is_near(differing: list[str]) -> bool:
     """Tell whether a record is of a row, though it must not be compared with it."""
-    return not any(_stands_in(one.partition("=")[0], _OF_THE_ROW) for one in differing)
+    return not any(stands_in(one.partition("=")[0], _OF_THE_ROW) for one in differing)
 
 
 def _measured_otherwise(
@@ -146,7 +147,3 @@ def _measured_otherwise(
     for name in names:
         if asked.get(name) != getattr(config.eval, name):
             yield f"eval.{name}={text(asked.get(name))}"
-
-
-def _stands_in(name: str, stems: tuple[str, ...]) -> bool:
-    return any(f"{name}.".startswith(f"{stem}.") for stem in stems)

@@ -1,0 +1,47 @@
+"""The settings of a record, with those that its code did not have yet."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from spinlab.config import Config, plain
+from spinlab.config.values import values_of
+
+# Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
+# do what was done without them.
+LATER = (
+    *("data.held_out", "weights.gptaq", "weights.qronos", "rotation.blocks", "rotation.r1_block"),
+    *("eval.attention", "eval.continued", "eval.needle"),
+    *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
+    *(
+        f"kv.{side}.{part}"
+        for side in ("keys", "values", "queries")
+        for part in ("run", "lloyd_max", "qjl")
+    ),
+)
+# By the family of a model, what was done where that is not what the default does.
+_BEFORE: Mapping[str, Mapping[str, Any]] = {"qwen2": {"kv.key_bias": "coded"}}
+_SCHEMA = 3
+
+
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's settings by their dotted names, those that came later included.
+
+    A record of an older schema has its own alone.
+    """
+    own = values_of(record["config"])
+    if record["schema"] != _SCHEMA:
+        return own
+    before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
+    return {**_defaults(), **before, **own}
+
+
+def stands_in(name: str, stems: tuple[str, ...]) -> bool:
+    """Tell whether a setting is one of these, or in one of these groups."""
+    return any(f"{name}.".startswith(f"{stem}.") for stem in stems)
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    values = values_of(plain(Config()))
+    return {name: value for name, value in values.items() if stands_in(name, LATER)}
