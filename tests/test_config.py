@@ -288,3 +288,13 @@ def test_a_metric_of_a_text_that_is_not_measured_is_refused(metric, held_out):
         Config(data=data, sweep=SweepConfig(metric))
     Config(data=data, sweep=SweepConfig("ppl/*/fake"))
     Config(data=data, sweep=SweepConfig("zeroshot_mean/accuracy/fake"))
+
+
+def test_scales_are_not_learned_into_weights_whose_steps_do_not_follow_them():
+    words = ["+experiment=toy", "+method=learned_fused", "quant=mxfp4"]
+    with pytest.raises(InputError, match="scales of inputs move into weights, and steps of"):
+        composed(*words)
+    words = ["+experiment=toy", "+method=learned_inputs", "quant=mxfp4", "learn.lr.scale=0"]
+    with pytest.raises(InputError, match=r"rotation\.smooth=null"):
+        composed(*words)
+    assert composed(*words, "rotation=input_blocks").learn.rotations == ["inputs"]

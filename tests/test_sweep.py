@@ -337,6 +337,8 @@ def presets() -> list[str]:
     """Return every value of every preset by itself, the others of its sweep at their first."""
     found = []
     for name in options_of("sweep"):
+        if name == "kv":  # needs longer windows: tests/kv/test_presets.py
+            continue
         params = yaml.safe_load((CONF / "sweep" / f"{name}.yaml").read_text())["hydra"]["sweeper"]
         read = OverridesParser.create().parse_override
         axes = []
@@ -348,7 +350,7 @@ def presets() -> list[str]:
                 axes.append([f"{key}={values}"])
             else:
                 axes.append([f"{key}=1"])  # of a range
-        axes = [[axis[0], *axis[1:-1], axis[-1]] if len(axis) < 10 else axis[:1] for axis in axes]
+        axes = [axis if len(axis) < 10 else axis[:1] for axis in axes]
         found += [" ".join(point) for point in product(*axes)]
     return found
 

@@ -183,6 +183,26 @@ class Config:
             if part is not None and used
         }
 
+    def _check_learned_scales(self) -> None:
+        """Refuse scales that producers carry where their weights are rounded in other steps.
+
+        The loop rounds a weight and divides what it gives; the network has the weight divided, then
+        rounded. That is one for steps of any size, and not for those of whole or coarse exponents.
+        """
+        learn, name = self.learn, self.quant.weights.format
+        scales = learn.lr.scale > 0 or self.rotation.smooth is not None
+        if (
+            "inputs" in learn.rotations
+            and scales
+            and learn.rounds(self.quant)
+            and name != "integer"
+        ):
+            raise InputError(
+                f"scales of inputs move into weights, and steps of quant.weights.format={name} do "
+                "not follow them while they are learned: set learn.lr.scale=0 and "
+                "rotation.smooth=null, or take an integer format"
+            )
+
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
@@ -198,6 +218,7 @@ class Config:
                 "rotation.inputs=scales with learn.lr.scale=0 leaves learn.rotations=[inputs] "
                 "nothing: set learn.lr.scale, or leave inputs out"
             )
+        self._check_learned_scales()
         if learn.lr.input_clip and not inputs:
             raise InputError(
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range: "

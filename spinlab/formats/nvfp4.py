@@ -29,6 +29,7 @@ from spinlab.formats.minifloat import (
 
 _SMALLEST = 2.0**-9  # of E4M3: a group that has less, as one of zeros, has this
 _FOUR = 8  # the level of 4, which the largest number of a group becomes instead of 6
+_TOP_EXPONENT = 8  # of 448
 _ROOM = 256.0  # of 448, where the scale of a group may grow from 1/6 of its largest number to 1/4
 
 
@@ -95,7 +96,7 @@ class NVFP4(GroupFloat):
         a part of what shares a scale, which then has their shape.
         """
         mantissa, exponent = floor_exponent(scale.amax().reshape(1) if top is None else top)
-        exponent = exponent + 1 - floor_exponent(torch.tensor(E4M3_TOP))[1].to(exponent)
+        exponent = exponent + 1 - _TOP_EXPONENT
         tensor = power_of_two(exponent + (mantissa > 1.75).to(exponent.dtype), mantissa)
         groups = (2 * scale / tensor).to(torch.float8_e4m3fn)
         return {"scale": groups, "tensor_scale": tensor.float()}

@@ -15,7 +15,7 @@ def continuations(model: PreTrainedModel, prompts: torch.Tensor, tokens: int) ->
     step, cache = prompts.to(model.device), storing_cache(model)
     found = []
     for _ in range(tokens):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         step, cache = out.logits[:, -1:].float().argmax(-1), out.past_key_values
         found.append(step)
     return torch.cat(found, dim=1).cpu()

@@ -105,7 +105,7 @@ def _depends(run: Run, original: Original, evaluation: Artifact, variant: Varian
     """Name everything that a variant's metrics depend on."""
     measured = run.config.eval
     depends = [*variant.depends(run, original), evaluation.key, measured.batch, measured.compares]
-    depends += recall_settings(measured)
+    depends += recall_settings(measured, run.config.seed)
     if tasks := _tasks(run, variant):
         questions = identities(tasks, measured.task_source)
         depends += [questions, measured.limit, measured.task_batch, version("lm_eval")]

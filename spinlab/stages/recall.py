@@ -33,10 +33,14 @@ _PROMPTS = 8  # windows of each text that are continued
 _CONTEXTS = (4096, 32768)
 
 
-def recall_settings(measured: EvalConfig) -> list[object]:
-    """Name the settings that these numbers depend on, for keys; none where nothing is asked."""
+def recall_settings(measured: EvalConfig, seed: int) -> list[object]:
+    """Name the settings that these numbers depend on, for keys; none where nothing is asked.
+
+    seed: the run's, which draws the texts of needles.
+    """
     asked = [measured.continued, measured.needle, measured.attention]
-    return [*asked, measured.task_batch] if any(asked) else []
+    texts = [seed] if measured.needle else []
+    return [*asked, measured.task_batch, *texts] if any(asked) else []
 
 
 def recall(

@@ -39,6 +39,7 @@ class LayerInputs:
             for path, out in ((x.attention.path, x.attention.out) for x in map_of(model).layers)
         ]
         self._attended: dict[int, torch.Tensor] = {}  # by batch
+        self._forms: dict[type, bool] = {}  # whether such attentions return tuples
         self._arguments: dict[int, list[dict[str, Any]]] = {}  # by windows in a batch, by layer
         for ids in windows.split(batch):
             self._enter(model, ids.to(model.device))
@@ -111,16 +112,25 @@ class LayerInputs:
     @contextmanager
     def _without_attention(self, batch: int) -> Iterator[None]:
         """Let the current layer's attention go on from what its o_proj reads, if that is kept."""
+        attention, out = self._attentions[self.index]
         if batch not in self._attended:
             yield
             return
-        (attention, out), mixed = self._attentions[self.index], self._attended[batch]
+        if type(attention) not in self._forms:  # one pass tells what they return
+            with temporary_hooks() as hooks:
+                hooks.append(attention.register_forward_hook(self._keep_form))
+                yield
+            return
+        mixed, is_tuple = self._attended[batch], self._forms[type(attention)]
         assert "forward" not in vars(attention)
-        attention.forward = lambda *args, **kwargs: (out(mixed), None)
+        attention.forward = lambda *args, **kwargs: (out(mixed), None) if is_tuple else out(mixed)
         try:
             yield
         finally:
             del attention.forward
+
+    def _keep_form(self, attention: nn.Module, args: tuple, output: Any) -> None:
+        self._forms[type(attention)] = isinstance(output, tuple)
 
 
 class _Stop(Exception):

@@ -21,7 +21,10 @@ SWEPT = OmegaConf.load(CONF / "sweep" / "kv.yaml").hydra.sweeper.params.kv
 @pytest.mark.parametrize("width", SIZES)
 def test_every_preset_makes_its_codecs(name, width):
     """Of the toy's heads, and of those of models; a layer takes as many bytes as are counted."""
-    path, sizes = kv_path(composed(f"kv={name}").kv, width, layers=NAMES), SIZES[width]
+    kv = composed(f"kv={name}").kv
+    if width < 32 and kv.keys.codec == "mxfp4":
+        pytest.skip("the group of this format is wider than a head")
+    path, sizes = kv_path(kv, width, layers=NAMES), SIZES[width]
     keys, values = torch.randn(2, 1, 2, 200, width, dtype=torch.bfloat16)
     taken = 0
     for layer in range(sizes.layers):

@@ -96,7 +96,7 @@ def test_learned_recipes_agree_on_integers_and_in_floats(tmp_path: Path, quant, 
     small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
     small += ["learn.sequence_length=64", "eval.max_windows=1", "eval.tasks=[]"]
     ranges = {"learned_ranges": ["learn.lr.input_clip=0.01"]}
-    learned = ranges.get(method, ["rotation=input_blocks"])
+    learned = ranges.get(method, ["rotation=input_blocks", "learn.lr.scale=0"])
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
     words = [f"+method={method}", *learned, f"quant={quant}"]
     run = Pipeline(composed("+experiment=toy", *words, *small, *paths))

@@ -18,7 +18,10 @@ SETTINGS = [
     CodecConfig(codec="qjl", bits=2, run=4, qjl=QJLConfig(False, 3, 2)),
     *(CodecConfig(codec="kivi", bits=b, run=4) for b in (2, 3, 4, 8)),
     CodecConfig(codec="kivi", bits=2, run=6, symmetric=True, clip_ratio=0.9),
+    CodecConfig(codec="mxfp4"),
+    CodecConfig(codec="nvfp4", clip_ratio=0.9),
 ]
+GROUP = {"mxfp4": 32, "nvfp4": 16}  # of which widths are multiples
 
 
 def name(codec: CodecConfig) -> str:
@@ -38,7 +41,8 @@ def test_every_codec_is_here():
     seed=st.integers(0, 2**20),
 )
 def test_bytes_are_as_many_as_they_say_and_rows_stand_alone(chosen, width, runs, size, seed):
-    codec = make_codec("kv.keys", chosen, width, 0)
+    codec = make_codec("kv.keys", chosen, width * GROUP.get(chosen.codec, 8) // 8, 0)
+    width = codec.width
     generator = torch.Generator().manual_seed(seed)
     x = size * torch.randn(2, 3, runs * codec.run, width, generator=generator).double()
     rows = codec.encode(x)
@@ -56,8 +60,10 @@ def test_bytes_are_as_many_as_they_say_and_rows_stand_alone(chosen, width, runs,
 
 @pytest.mark.parametrize("chosen", SETTINGS, ids=name)
 def test_coding_is_the_same_in_every_dtype_up_to_its_noise(chosen):
-    codec = make_codec("kv.keys", chosen, 16, 0)
-    x = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    codec = make_codec("kv.keys", chosen, 2 * GROUP.get(chosen.codec, 8), 0)
+    x = torch.randn(4, 24, codec.width, generator=torch.Generator().manual_seed(0)).to(
+        torch.bfloat16
+    )
     exact = codec.round(x.double())
     for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         found = codec.round(x.to(dtype))
