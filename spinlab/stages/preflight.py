@@ -17,7 +17,7 @@ from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
 from spinlab.kv.codecs import unread_by_codecs
-from spinlab.kv.path import kv_path
+from spinlab.kv.path import KVPath, kv_path
 from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
 from spinlab.memory.needs import Job
@@ -85,10 +85,30 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_ends(model, config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
     kv = kv_path(config.kv, map_of(model).width("r3"), layers=map_of(model).attentions)
+    _tell_uncoded(kv, config)
     if config.rounded_on_text and (columns := config.weights.by_columns):
         check_samples(columns.samples, config.weights)
     if pipeline.run.backend == "triton":
         check_runtime(model, kv)
+
+
+def _tell_uncoded(kv: KVPath, config: Config) -> None:
+    """Warn where windows are measured that the cache's codec does not reach, or reaches in part."""
+    if not config.kv.codes("keys", "values"):
+        return
+    window = config.eval.window
+    layers = range(max(len(kv.layers), 1))
+    of_layers = [kv.history(n).coded(window) for n in layers if kv.sides(n) != (None, None)]
+    most = max(of_layers, default=0)
+    if not most:
+        log.warning(
+            "no token of an evaluation window is coded: kv.sinks, kv.window, kv.first_layers, "
+            "kv.last_layers or an unfinished run keep all %d in 16 bits, and what is measured is "
+            "such a cache, whatever its bits at longer texts",
+            window,
+        )
+    elif most < window / 2:
+        log.warning("at most %d of %d tokens of an evaluation window are coded", most, window)
 
 
 def _check_given(pipeline: Pipeline) -> None:
