@@ -199,8 +199,8 @@ class Config:
         ):
             raise InputError(
                 f"scales of inputs move into weights, and steps of quant.weights.format={name} do "
-                "not follow them while they are learned: set learn.lr.scale=0 and "
-                "rotation.smooth=null, or take an integer format"
+                "not follow them while they are learned: take an integer format, or learn "
+                "rotations alone (learn.lr.scale=0 rotation.smooth=null)"
             )
 
     def _check_learning(self) -> None:
