@@ -94,6 +94,9 @@ class KVOverride:
             )
 
 
+_DRAWN = ("lloyd_max", "qjl")  # codecs with tensors of their own
+
+
 @dataclass(frozen=True)
 class KVConfig:
     """Set what is cached, and the queries as they meet it, which DuQuant quantizes too."""
@@ -145,6 +148,11 @@ class KVConfig:
         """Return all settings of a side that may occur."""
         changed = (self._changed(side, entry) for entry in self.overrides if side in KEPT)
         return [self.sides[side], *changed]
+
+    @property
+    def draws(self) -> bool:
+        """Tell whether any codec has a rotation or a sketch that the run's seed draws."""
+        return any(codec.codec in _DRAWN for side in self.sides for codec in self.codecs(side))
 
     def codes(self, *sides: str) -> bool:
         """Tell whether any of these sides has fewer than 16 bits anywhere."""

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.cache import NotCached
 from spinlab.config import ModelConfig, plain
-from spinlab.kv.codecs import DRAWN
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import (
     check_model,
@@ -74,8 +73,7 @@ class Original:
         found = plain(kv)
         if not (kv.codes("keys") and map_of(self.shape).key_biases):
             del found["key_bias"]
-        drawn = any(codec.codec in DRAWN for side in kv.sides for codec in kv.codecs(side))
-        return found | ({"seed": self.run.config.seed} if drawn else {})
+        return found | ({"seed": self.run.config.seed} if kv.draws else {})
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -25,7 +25,6 @@ CODECS: dict[str, type[RowCodec]] = {
     "lloyd_max": LloydMaxCodec,
     "qjl": QJLCodec,
 }
-DRAWN = ("lloyd_max", "qjl")  # those with rotations or sketches drawn by the run's seed
 
 
 def make_codec(name: str, settings: CodecConfig, width: int, seed: int) -> RowCodec | None:
