@@ -129,9 +129,17 @@ def kv_path(
 
 
 def _check_layers(config: KVConfig, names: Sequence[str]) -> None:
-    """Raise InputError for patterns that match no attention, and for more layers than there are."""
+    """Raise InputError for patterns that change no layer, and for more layers than there are."""
+    assert names, "settings that go by layer need the layers' names"
+    coded = names[config.first_layers : len(names) - config.last_layers]
     for pattern in (override.pattern for override in config.overrides):
-        if not any(fnmatchcase(name, pattern) for name in names):
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if matched and not set(matched) & set(coded):
+            raise InputError(
+                f"kv.overrides: the pattern {pattern!r} matches only layers that kv.first_layers="
+                f"{config.first_layers} and kv.last_layers={config.last_layers} keep in 16 bits"
+            )
+        if not matched:
             raise InputError(
                 f"kv.overrides: the pattern {pattern!r} matches no attention of the model: their "
                 f"names are like {names[0]}"

@@ -5,7 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from spinlab.compose import CONF, composed, options_of
-from spinlab.config import CodecConfig, KVConfig, LloydMaxConfig
+from spinlab.config import CodecChange, CodecConfig, KVConfig, KVOverride, LloydMaxConfig
+from spinlab.errors import InputError
 from spinlab.kv.bits import CONTEXT, cache_bits, cache_bytes
 from spinlab.kv.codecs import CODECS
 from spinlab.kv.path import kv_path
@@ -72,3 +73,11 @@ def test_bits_count_what_stays_in_16_bits():
     assert cache_bytes(path, sizes, 4096) == 3 * of_layer + 3 * 2 * 2 * 4096 * 128
     assert cache_bits(path, sizes, 100) == 16  # all of it is in the window
     assert cache_bits(path, sizes, 10**6) == pytest.approx((16 + 8 * row / 64) / 2, rel=1e-3)
+
+
+def test_an_override_of_layers_that_stay_in_16_bits_is_refused():
+    override = KVOverride("*.layers.0.*", keys=CodecChange(bits=8))
+    with pytest.raises(InputError, match=r"matches only layers that kv\.first_layers=1"):
+        kv_path(KVConfig(overrides=[override], first_layers=1), 64, layers=NAMES)
+    path = kv_path(KVConfig(overrides=[override], last_layers=1), 64, layers=NAMES)
+    assert path.sides(0).keys != path.sides(1).keys
