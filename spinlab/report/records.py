@@ -214,11 +214,18 @@ def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     for records in named.values():
         for path, reason in (_unlike(records) | seeds_of(records)[1]).items():
             found.skip(path, reason)
-    rows = {name: [r for path, r in rs.items() if path in found.kept] for name, rs in named.items()}
+    rows = {
+        name: sorted((r for path, r in rs.items() if path in found.kept), key=_seed)
+        for name, rs in named.items()
+    }
     if not rows:
         left = "".join(f"; {path.name}: {reason}" for path, reason in found.skipped.items())
         raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json{left}")
     return rows
+
+
+def _seed(record: Record) -> int:
+    return record["config"].get("seed", 0)
 
 
 def seeds_of(records: Mapping[Path, Record]) -> tuple[dict[Path, Record], dict[Path, str]]:

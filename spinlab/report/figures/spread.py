@@ -7,11 +7,19 @@ from spinlab.report.figures.style import PAGE, Drawing, blank, scale_for, series
 
 
 def seed_variance(records: str, metric: str = "ppl/wiki/fake", by: str = "rotation.r1") -> Drawing:
-    """Draw a metric of the records below a folder, a box for each value of a setting."""
-    groups = grouped(records_in(records), by, metric)
-    return draw_spread(
-        {name: [v for (v,) in rows] for name, rows in groups.items()}, axis_label(metric)
-    )
+    """Draw a metric of the records below a folder, a box for each value of a setting.
+
+    metric: several with commas, of one text and several networks, have a box each, of the records
+    that measured it.
+    """
+    found, metrics = records_in(records), metric.split(",")
+    boxes: dict[str, list[float]] = {}
+    for name in metrics:
+        having = {path: r for path, r in found.items() if name in r["metrics"]}
+        network = f", {name.rpartition('/')[2]}" if metrics[1:] else ""
+        for group, rows in grouped(having if metrics[1:] else found, by, name).items():
+            boxes[f"{group}{network}"] = [value for (value,) in rows]
+    return draw_spread(boxes, axis_label(metrics[0]))
 
 
 @style()

@@ -14,6 +14,7 @@ from spinlab.report.tables.gap import gap_summary, gap_table
 from spinlab.report.tables.methods import methods_table
 from spinlab.report.tables.paper import paper_table
 from spinlab.report.tables.record import record_table
+from spinlab.report.tables.seeds import seeds_table
 
 KINDS: Mapping[str, Callable[..., str]] = {
     "record": record_table,
@@ -22,6 +23,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "gap": gap_table,
     "paper": paper_table,
     "exports": exports_table,
+    "seeds": seeds_table,
 }
 
 FILES: Mapping[str, Callable[..., Path]] = {

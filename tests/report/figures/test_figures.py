@@ -156,6 +156,19 @@ def test_seed_variance_is_that_of_the_complete_records_of_a_folder(sweep, caplog
     assert "broken" in caplog.text
 
 
+def test_networks_of_a_text_have_boxes_of_the_records_that_measured_them(tmp_path):
+    for seed, (init, fake) in enumerate(((9.0, 6.0), (8.0, 7.0))):
+        write_record(tmp_path / f"a_seed{seed}.json", "hadamard", seed, fake)
+        record = json.loads((tmp_path / f"a_seed{seed}.json").read_text())
+        record["metrics"]["ppl/wiki/init"] = init
+        (tmp_path / f"a_seed{seed}.json").write_text(json.dumps(record))
+    write_record(tmp_path / "b_seed0.json", "random", 0, 5.0)
+    (axis,) = seed_variance(str(tmp_path), "ppl/wiki/init,ppl/wiki/fake").figure.axes
+    names = [text.get_text().split("\n")[0] for text in axis.get_xticklabels()]
+    assert names == ["hadamard, init", "hadamard, fake", "random, fake"]
+    assert points(axis) == [[9.0, 8.0], [6.0, 7.0], [5.0]]
+
+
 def test_a_figure_takes_records_of_any_name_and_of_all_folders(sweep, tmp_path, caplog):
     write_record(tmp_path / "other" / "best_seed0.json", "hadamard", 0, 5.5)
     write_record(sweep / "kept_seed9.json", "random", 9, 9.5)
