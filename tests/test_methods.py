@@ -224,6 +224,7 @@ LEARNED = {
         "+method=learned_inputs",
         *SMALL,
         *("learn.steps=3", "learn.lr.scale=0.3", "learn.lr.clip=0.3", "learn.lr.input_clip=0.3"),
+        "learn.lr.kv_clip=0.3",
     ],
 }
 PLAIN = ["rotation=hadamard", "learn=none"]
@@ -250,7 +251,7 @@ def test_what_was_learned_together_gives_the_same_number_wherever_it_went(tmp_pa
         assert found.pop(of_noise) == pytest.approx(expected.pop(of_noise), rel=1e-5)
     assert found == expected
     if "learn.lr.clip=0.3" in settings:  # and it is not the number without them
-        forgetful = replace(loaded.rotations("fake"), weight_clips={}, clips={})
+        forgetful = replace(loaded.rotations("fake"), weight_clips={}, clips={}, kv_clips={})
         forgetful.save(file)
         found = pipeline(tmp_path, *text, *PLAIN, f"rotation.load={file}").measure("fake")
         assert found["ppl/text.txt/fake"] != expected["ppl/text.txt/fake"]

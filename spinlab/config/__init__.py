@@ -224,6 +224,11 @@ class Config:
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range: "
                 "set learn.lr.input_clip=0"
             )
+        if learn.lr.kv_clip and (reason := self.kv.has_no_ranges()):
+            raise InputError(
+                f"learn.lr.kv_clip={learn.lr.kv_clip} learns ranges of keys and values, and "
+                f"{reason}: set learn.lr.kv_clip=0"
+            )
         if learn.rounds(quant) or not learn.objective.end_to_end:
             return
         on = {name for name in ("r1", "r2") if getattr(self.rotation, name) != "none"}

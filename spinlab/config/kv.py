@@ -158,5 +158,13 @@ class KVConfig:
         """Tell whether any of these sides has fewer than 16 bits anywhere."""
         return any(codec.quantizes for side in sides for codec in self.codecs(side))
 
+    def has_no_ranges(self) -> str:
+        """Say why keys and values have no clip ratio to be learned; empty where they have."""
+        if not self.codes(*KEPT):
+            return "they have 16 bits"
+        kinds = {(s, c.codec) for s in KEPT for c in self.codecs(s) if c.quantizes}
+        others = (f"kv.{side}.codec={codec}" for side, codec in kinds if codec != "affine")
+        return next((f"{setting} has none" for setting in others), "")
+
     def _changed(self, side: str, entry: KVOverride) -> CodecConfig:
         return replace(self.sides[side], **getattr(entry, side).given)

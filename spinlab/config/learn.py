@@ -74,11 +74,12 @@ class RatesConfig:
     scale: float = 0.0  # log scales of single inputs; 0: not learned
     clip: float = 0.0  # log clip ratios of weights: searched once, then learned; 0: not learned
     input_clip: float = 0.0  # log clip ratios, one for each quantized input; 0: not learned
+    kv_clip: float = 0.0  # those of the keys and of the values of each layer; 0: not learned
 
     def __post_init__(self) -> None:
         for name in ("r1", "r2", "inputs"):
             positive(f"learn.lr.{name}", getattr(self, name))
-        for name in ("scale", "clip", "input_clip"):
+        for name in ("scale", "clip", "input_clip", "kv_clip"):
             at_least(f"learn.lr.{name}", getattr(self, name), 0)
 
     def of_rotation(self, name: str) -> float:

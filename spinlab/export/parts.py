@@ -149,7 +149,8 @@ def _of_file(path: Path, config: Config) -> set[str]:
         weight_clips=dict.fromkeys((n for n in names if n.startswith("weight_clip.")), None),  # pyright: ignore[reportArgumentType]
         about=about,
     )
-    return parts | parts_of(with_fitting_ranges(ranges, config.quant, config.weights.method))
+    fitting = with_fitting_ranges(ranges, config.quant, config.kv, config.weights.method)
+    return parts | parts_of(fitting)
 
 
 def _online_in(path: Path, config: Config) -> set[str]:

@@ -26,6 +26,7 @@ _RATES = {  # of what is learned along
     "scale": "scales of inputs",
     "clip": "ranges of weights",
     "input_clip": "ranges of inputs",
+    "kv_clip": "ranges of keys and values",
 }
 
 

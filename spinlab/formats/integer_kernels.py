@@ -124,7 +124,7 @@ def encode_kernel(
 def pull_back_kernel(
     x_ptr, gradient_ptr, ratio_ptr, out_ptr, sums_ptr, rows, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    SYMMETRIC: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Pull the gradient of STEP rows back; the arguments are those of `pull_back_rows`.
 
@@ -137,7 +137,7 @@ def pull_back_kernel(
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-    scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, False)
+    scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, HALF)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
     exact, levels = parts * _PART, _even(on_ties(parts))
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]

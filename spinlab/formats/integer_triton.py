@@ -102,7 +102,7 @@ def pull_back_rows(
         launch(
             x, gradient, ratio.float(), out, sums, rows, WIDTH=width, BLOCK=block, STEP=step,
             LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
-            num_warps=min(step * block // 256, 32), enable_fp_fusion=False,
+            HALF=format.half_scale, num_warps=min(step * block // 256, 32), enable_fp_fusion=False,
         )  # fmt: skip
     return out, sums
 

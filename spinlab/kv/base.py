@@ -14,7 +14,7 @@ import torch
 
 from spinlab.config import CodecConfig
 from spinlab.formats import IntegerFormat
-from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
 
 
 def half_scaled(
@@ -130,6 +130,10 @@ class RowCodec(Protocol):
         """Return decode(encode(x)) in x's dtype: (..., width)."""
         return self.decode(self.encode(x), x.dtype)
 
+    def pass_through(self, x: torch.Tensor) -> torch.Tensor:
+        """Return round(x) with a gradient: that of x passes straight through."""
+        return StraightThrough.apply(x, self.round)  # type: ignore[no-any-return]
+
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return encode(x) for x: (..., width), and what it decodes to in x's dtype."""
         rows = self.encode(x)
@@ -146,7 +150,7 @@ class CacheLayer(Protocol):
     def round(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `append` does on an empty layer, and store nothing.
 
-        Gradients pass straight through, as `spinlab.formats.quantizer.StraightThrough` has it.
+        Gradients are those of codecs' `pass_through`.
         """
         ...
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from spinlab.formats.quantizer import StraightThrough
 from spinlab.kv.base import RowCodec
 
 _KEPT = 1 << 18  # decoded numbers that a layer keeps at most
@@ -106,5 +105,5 @@ def decoded(rows: torch.Tensor, codec: RowCodec | None, dtype: torch.dtype) -> t
 
 
 def rounded(x: torch.Tensor, codec: RowCodec | None) -> torch.Tensor:
-    """Send x: (..., head_dim) through a codec and back, with a straight-through gradient."""
-    return x if codec is None else StraightThrough.apply(x, codec.round)  # type: ignore[no-any-return]
+    """Send x: (..., head_dim) through a codec and back, with the codec's gradient."""
+    return x if codec is None else codec.pass_through(x)

@@ -1,15 +1,16 @@
 """What the keys, values and queries of a model go through, made of a run's settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import CodecConfig, KVConfig
+from spinlab.config.kv import KEPT, Kept
 from spinlab.errors import InputError
 from spinlab.kv.base import CacheLayer, RowCodec
 from spinlab.kv.bias import KeyBiases, take_key_biases
@@ -17,6 +18,7 @@ from spinlab.kv.codecs import make_codec
 from spinlab.kv.history import History, HistoryLayer, run_of
 from spinlab.kv.layers import RowLayer, rounded
 from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.rotations import kv_clip_key
 
 
 class Sides(NamedTuple):
@@ -97,11 +99,13 @@ def kv_path(
     r3: OnlineRotation | None = None,
     seed: int = 0,
     layers: Sequence[str] = (),
+    clips: Mapping[str, float] | None = None,
 ) -> KVPath:
     """Build the codecs that a config asks for, with what they draw from a run's seed.
 
-    layers: full names of all attentions, where codecs may differ by layer. Raises InputError for
-    codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
+    layers: full names of all attentions, where codecs may differ by layer. clips: learned clip
+    ratios by layer and side (`kv_clip_key`), which go before those of the config. Raises InputError
+    for codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
     there.
     """
 
@@ -116,16 +120,23 @@ def kv_path(
             "by one: take affine"
         )
     by_layer: tuple[Sides, ...] = ()
-    if config.varies:
+    if config.varies or clips:
         _check_layers(config, layers)
-        names = list(layers)
+        at = partial(_codec_at, config, list(layers), clips or {})
         by_layer = tuple(
-            Sides(*(made(s, config.codec_at(s, n, names)) for s in ("keys", "values")))
-            for n in range(len(names))
+            Sides(*(made(side, at(side, n)) for side in KEPT)) for n in range(len(layers))
         )
     apart = config.codes("keys") and config.key_bias == "apart"
     kept = config.sinks, config.window
     return KVPath(r3, keys, values, queries, apart, (), by_layer, *kept)
+
+
+def _codec_at(
+    config: KVConfig, names: list[str], clips: Mapping[str, float], side: Kept, layer: int
+) -> CodecConfig:
+    """Return what a side of a layer is coded with, within its learned range if it has one."""
+    found = config.codec_at(side, layer, names)
+    return replace(found, clip_ratio=clips.get(kv_clip_key(layer, side), found.clip_ratio))
 
 
 def _check_layers(config: KVConfig, names: Sequence[str]) -> None:

@@ -176,6 +176,7 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         # as they are rounded, as a range that is learned meets them, as their transform does
         copies = 1 + (learn.lr.input_clip > 0) + ("inputs" in learn.rotations)
         kept = widths * copies
+        kept += 2 * values if learn.lr.kv_clip else 0  # as their ranges meet them
     else:  # rounding errors of inputs from the stream, and both ends of R2
         errors = stream if job.quant.activations.quantizes else 0
         errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs

@@ -188,8 +188,11 @@ class RotationLearner:
 
         Weight ranges that the start brought and that were not learned on belong to its rotations.
         """
-        clips = {**self.start.clips, **self.space.input_clips()}
-        ranges = {"clips": clips, "weight_clips": self.space.clips()}
+        ranges = {
+            "clips": {**self.start.clips, **self.space.input_clips()},
+            "kv_clips": {**self.start.kv_clips, **self.space.kv_clips()},
+            "weight_clips": self.space.clips(),
+        }
         return replace(self.start, **self.rotations.result(), **ranges)
 
     def state(self) -> dict[str, torch.Tensor]:

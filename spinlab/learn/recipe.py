@@ -17,7 +17,7 @@ def training_of(config: Config) -> dict[str, Any]:
     """Return what a file of learned rotations says about their training: settings and formats."""
     bits = config.quant.weights.bits if config.learn.quantize_weights else 16
     formats = {"activations": plain(config.quant.activations), "kv": plain(config.kv)}
-    trained = {"weights_bits": bits, **formats, "formats": formats_of(config.quant)}
+    trained = {"weights_bits": bits, **formats, "formats": formats_of(config.quant, config.kv)}
     return {"learn": plain(config.learn), "trained": trained}
 
 

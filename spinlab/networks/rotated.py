@@ -71,7 +71,7 @@ class RotatedNetworks:
         """Return what a quantized model's keys, values and queries go through."""
         described = map_of(model)
         width, names = described.width("r3"), described.attentions
-        return kv_path(self.kv, width, rotations.r3, self.seed, names)
+        return kv_path(self.kv, width, rotations.r3, self.seed, names, rotations.kv_clips)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)

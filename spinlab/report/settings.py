@@ -11,7 +11,7 @@ from spinlab.config.values import values_of
 # do what was done without them.
 LATER = (
     *("data.held_out", "weights.gptaq", "weights.qronos", "rotation.blocks", "rotation.r1_block"),
-    *("eval.attention", "eval.continued", "eval.needle"),
+    *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
     *(
         f"kv.{side}.{part}"

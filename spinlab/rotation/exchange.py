@@ -64,6 +64,7 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
     learned ranges, online rotations that the settings do not make again.
     """
     lost = {"transforms of inputs": rotations.inputs, "clip ratios of inputs": rotations.clips}
+    lost |= {"clip ratios of keys and values": rotations.kv_clips}
     lost |= {"learned weight ranges": rotations.weight_clips}
     lost |= {f"{n} that is no exact Hadamard": not made_again(rotations, n) for n in ONLINE}
     for what, there in lost.items():

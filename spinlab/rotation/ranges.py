@@ -5,15 +5,17 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from spinlab.config import QuantConfig, plain
+from spinlab.config import KVConfig, QuantConfig, plain
 from spinlab.config.weights import KEEP_RANGES
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
 
+_OF_CACHE = ("keys", "values", "overrides", "first_layers", "last_layers")
 
-def formats_of(quant: QuantConfig) -> dict[str, Any]:
-    """Name, JSON-ready, the formats that learned ranges of weights and of inputs belong to."""
+
+def formats_of(quant: QuantConfig, kv: KVConfig) -> dict[str, Any]:
+    """Name, JSON-ready, the formats that learned ranges belong to: weights, inputs and cache."""
 
     def changes(kind: str) -> list[Any]:
         entries = [[entry.pattern, getattr(entry, kind).given] for entry in quant.overrides]
@@ -22,25 +24,30 @@ def formats_of(quant: QuantConfig) -> dict[str, Any]:
     return {
         "weights": [plain(quant.weights), changes("weights")],
         "inputs": [plain(quant.activations), changes("activations"), quant.o_proj_per_head],
+        "cache": [plain(getattr(kv, name)) for name in _OF_CACHE],
     }
 
 
-def with_fitting_ranges(rotations: RotationSet, quant: QuantConfig, method: str) -> RotationSet:
+def with_fitting_ranges(
+    rotations: RotationSet, quant: QuantConfig, kv: KVConfig, method: str
+) -> RotationSet:
     """Return a set without the learned ranges that a run's formats or method cannot use."""
-    lost = _lost(rotations, quant, method)
+    lost = _lost(rotations, formats_of(quant, kv), method)
     return replace(rotations, **{kind: {} for kind in lost}) if lost else rotations
 
 
-def warn_of_lost_ranges(rotations: RotationSet, quant: QuantConfig, method: str, name: str) -> None:
+def warn_of_lost_ranges(
+    rotations: RotationSet, quant: QuantConfig, kv: KVConfig, method: str, name: str
+) -> None:
     """Say so where a file of that name carries learned ranges that a run cannot use."""
-    for reason in _lost(rotations, quant, method).values():
+    for reason in _lost(rotations, formats_of(quant, kv), method).values():
         log.warning("%s carries %s", name, reason)
 
 
-def _lost(rotations: RotationSet, quant: QuantConfig, method: str) -> dict[str, str]:
+def _lost(rotations: RotationSet, used: dict[str, Any], method: str) -> dict[str, str]:
     """Return the kinds of ranges that do not fit, by their field, and why."""
     trained = (rotations.about or {}).get("trained", {})
-    found, used = trained.get("formats", {}), formats_of(quant)
+    found = trained.get("formats", {})
     if "inputs" not in found and "activations" in trained:  # a file of an earlier version
         found = {**found, "inputs": [trained["activations"], *used["inputs"][1:]]}
     lost: dict[str, str] = {}
@@ -58,6 +65,12 @@ def _lost(rotations: RotationSet, quant: QuantConfig, method: str) -> dict[str, 
         lost["clips"] = (
             f"clip ratios of inputs learned for {_words(found['inputs'])}, and this run has "
             f"{_words(used['inputs'])}: they are not used, quant.activations.clip_ratio holds"
+        )
+    if rotations.kv_clips and found.get("cache") != used["cache"]:
+        lost["kv_clips"] = (
+            f"clip ratios of keys and values learned for {_words(found.get('cache'))}, and this "
+            f"run has {_words(used['cache'])}: they are not used, kv.keys.clip_ratio and "
+            "kv.values.clip_ratio hold"
         )
     return lost
 

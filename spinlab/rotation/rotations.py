@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from spinlab.config.kv import Kept
 from spinlab.model.map import Input, Site
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, OnlineRotation
@@ -25,8 +26,9 @@ class RotationSet:
 
     A rotation that is switched off is None. `inputs` are transforms of single inputs, by the key of
     the input. What was learned together with the rotations is part of the set: `clips`, the clip
-    ratios of input quantizers by that key, and `weight_clips`, those of weights by the path of the
-    linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
+    ratios of input quantizers by that key, `kv_clips`, those of codecs by layer and side
+    (`3.keys`), and `weight_clips`, those of weights by the path of the linear: (out, in/g, 1).
+    `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
@@ -36,6 +38,7 @@ class RotationSet:
     cross_head: OnlineRotation | None = None  # (heads·head_dim): across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
+    kv_clips: Mapping[str, float] = field(default_factory=dict)
     weight_clips: Mapping[str, torch.Tensor] = field(default_factory=dict)
     about: dict | None = None
 
@@ -76,8 +79,9 @@ class RotationSet:
         found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
         for key, transform in self.inputs.items():
             found |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
-        for key, ratio in self.clips.items():
-            found[f"clip.{key}"] = torch.tensor(ratio, dtype=torch.float64)
+        for prefix, ratios in (("clip", self.clips), ("kv_clip", self.kv_clips)):
+            for key, ratio in ratios.items():
+                found[f"{prefix}.{key}"] = torch.tensor(ratio, dtype=torch.float64)
         found |= {f"weight_clip.{name}": ratio for name, ratio in self.weight_clips.items()}
         return {name: t.cpu().contiguous() for name, t in found.items() if t is not None}
 
@@ -91,17 +95,19 @@ class RotationSet:
             for n in ONLINE
             if f"{n}.left" in tensors
         }
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        of_inputs: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in _part(tensors, "inputs.").items():
             key, _, part = name.rpartition(".")
-            parts.setdefault(key, {})[part] = tensor
-        inputs = {key: ScaledDual.from_tensors(stored) for key, stored in parts.items()}
-        clips = {key: ratio.item() for key, ratio in _part(tensors, "clip.").items()}
-        ranges = _part(tensors, "weight_clip.")
-        r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
-        return RotationSet(
-            r1, r2, inputs=inputs, clips=clips, weight_clips=ranges, about=about, **online
+            of_inputs.setdefault(key, {})[part] = tensor
+        inputs = {key: ScaledDual.from_tensors(stored) for key, stored in of_inputs.items()}
+        clips, kv_clips = (
+            {key: ratio.item() for key, ratio in _part(tensors, prefix).items()}
+            for prefix in ("clip.", "kv_clip.")
         )
+        weight_clips = _part(tensors, "weight_clip.")
+        r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
+        r3, r4, cross_head = (online.get(name) for name in ONLINE)
+        return RotationSet(r1, r2, r3, r4, cross_head, inputs, clips, kv_clips, weight_clips, about)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file; equal sets give equal bytes."""
@@ -115,6 +121,11 @@ class RotationSet:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             words = json.loads(file.metadata()[WORDS])
         return RotationSet.from_tensors(tensors, words["about"], words["blocks"])
+
+
+def kv_clip_key(layer: int, side: Kept) -> str:
+    """Return the name of the clip ratio of keys or of values of a layer: `3.keys`."""
+    return f"{layer}.{side}"
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from spinlab.config.kv import KEPT
 from spinlab.errors import InputError
 from spinlab.model.map import Input, ModelMap
 from spinlab.rotation.inputs import to_channels, to_rows
 from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
-from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet
+from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet, kv_clip_key
 
 Shape = tuple[int, ...]
 
@@ -100,6 +101,8 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
     for input in model_map.inputs:
         rules |= _input_rules(f"inputs.{input.key}", input.width)
         rules[f"clip.{input.key}"] = exactly((), _no_ratio)
+    for layer in range(layers):
+        rules |= {f"kv_clip.{kv_clip_key(layer, side)}": exactly((), _no_ratio) for side in KEPT}
     for site in (s for s in model_map.sites if s.quantized):
         rows, width = site.out_features, site.in_features
         rules[f"weight_clip.{site.path}"] = Rule(

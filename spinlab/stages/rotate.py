@@ -48,7 +48,8 @@ def rotate(
     made = run.cache.run("rotate", depends, work)
     if given.file is not None:
         found, config = RotationSet.load(made.path / FILE), run.config
-        warn_of_lost_ranges(found, config.quant, config.weights.method, given.file.name)
+        method, name = config.weights.method, given.file.name
+        warn_of_lost_ranges(found, config.quant, config.kv, method, name)
     return made
 
 

@@ -23,9 +23,9 @@ FILE = "rotations.safetensors"
 
 def rotations_in(run: Run, made: Artifact) -> RotationSet:
     """Load a stage's rotations, with those of their learned ranges that fit the formats."""
-    return with_fitting_ranges(
-        RotationSet.load(made.path / FILE), run.config.quant, run.config.weights.method
-    )
+    config = run.config
+    found = RotationSet.load(made.path / FILE)
+    return with_fitting_ranges(found, config.quant, config.kv, config.weights.method)
 
 
 def networks_of(run: Run, original: Original) -> RotatedNetworks:

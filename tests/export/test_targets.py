@@ -14,6 +14,7 @@ from spinlab.compose import composed
 from spinlab.config import (
     Config,
     ExportConfig,
+    KVConfig,
     LearnConfig,
     ModelConfig,
     QuantConfig,
@@ -188,7 +189,7 @@ UNLEARNED = {"learn": LearnConfig(steps=0), "model": MODEL}
 
 
 def test_what_an_r_bin_would_lose_is_known_from_a_loaded_file(place):
-    formats = {"trained": {"formats": formats_of(QuantConfig())}}
+    formats = {"trained": {"formats": formats_of(QuantConfig(), KVConfig())}}
     files = {
         "R": (rotations(), None),
         "exact": (rotations(r4=hadamard_rotation(20)), None),

@@ -227,10 +227,11 @@ for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
                     there = fused.encode_rows(x, kind, group, given)
                     for ours, theirs in zip(there, coded):
                         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), kind
-            found = fused.pull_back_rows(x, upstream, ratio, grid, group)
-            wanted = ranged.pull_back(x, upstream, ratio, grid, group, settled)
-            for ours, theirs in zip((found[0], found[1].sum()), (wanted[0], wanted[1].sum())):
-                assert torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6), (shape, grid, ratio)
+            for kind in (grid, half):
+                found = fused.pull_back_rows(x, upstream, ratio, kind, group)
+                wanted = ranged.pull_back(x, upstream, ratio, kind, group, settled)
+                for ours, theirs in zip((found[0], found[1].sum()), (wanted[0], wanted[1].sum())):
+                    assert torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6), (shape, kind, ratio)
 x = torch.ones(3, 4)
 x[0, 1], x[2, 2] = float("nan"), float("-inf")
 scales = fused.encode_rows(x, IntegerFormat(4, True), 0, 1.0)[1].flatten()

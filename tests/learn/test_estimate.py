@@ -159,6 +159,15 @@ def test_what_is_learned_of_inputs_keeps_them_once_more(changes):
     assert more - less == 2 * 2048 * widths * model.dtype.itemsize
 
 
+def test_ranges_of_keys_and_values_keep_these_once_more():
+    model, rates = meta_llama("smollm2_135m"), (RatesConfig(), RatesConfig(kv_clip=0.01))
+    settings = [LearnConfig(quantize_weights=True, micro_batch=2, lr=lr) for lr in rates]
+    less, more = (estimate_of(model, learn, QuantConfig(), 1).activations for learn in settings)
+    attentions = [layer.attention for layer in map_of(model).layers]
+    values = sum(attention.kv_heads * attention.head_dim for attention in attentions)
+    assert more - less == 2 * 2048 * 2 * values * model.dtype.itemsize
+
+
 def test_terms_on_single_activations_keep_nothing_for_a_backward_pass():
     learn = LearnConfig(objective=ObjectiveConfig(cross_entropy=0, whip=1))
     found = estimate_of(meta_llama("smollm2_135m"), learn, QUANT, 1)

@@ -71,6 +71,10 @@ def test_an_objective_and_an_optimizer_are_one_entry_each(make_model, learner_of
             ["learn.quantize_weights=false", "learn.lr.input_clip=0.01"],
             "learn.lr.input_clip=0.01 learns ranges beside those of weights",
         ),
+        (
+            ["learn.quantize_weights=false", "learn.lr.kv_clip=0.01"],
+            "learn.lr.kv_clip=0.01 learns ranges beside those of weights",
+        ),
     ],
 )
 def test_names_and_settings_that_no_table_or_space_takes_are_refused(overrides, words):

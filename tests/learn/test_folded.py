@@ -199,7 +199,7 @@ def test_what_was_learned_is_what_the_network_learned_with(make_biased, learner_
     """The result, fused as any rotation is, gives the loss that the loop sees next."""
     start, sides = with_scales(config, make_biased()), CodecConfig(bits=kv)
     settings = KVConfig(keys=sides, values=sides)
-    rates = RatesConfig(r1=0.01, scale=0.03, clip=0.02, input_clip=0.02)
+    rates = RatesConfig(r1=0.01, scale=0.03, clip=0.02, input_clip=0.02, kv_clip=0.02)
     learn = LearnConfig(**{**SETTINGS, "lr": rates})
     learner = learner_of(make_biased, learn, QUANT, settings, start)
     learn_rotations(learner, BATCH.repeat(4, 1), 0, lambda step, values: None)
@@ -207,6 +207,8 @@ def test_what_was_learned_is_what_the_network_learned_with(make_biased, learner_
     for key, transform in start.inputs.items():
         assert (found.inputs[key].scale - transform.scale).abs().max() > 1e-3
         assert found.inputs[key].folded
+    assert len(found.kv_clips) == (0 if kv == 16 else 2 * len(start.r2))
+    assert kv == 16 or min(found.kv_clips.values()) < 1
     seen = learner.gradients(0, BATCH)[0]["loss"]
     networks = QuantizedNetworks(make_biased, QUANT, settings)
     weights = {}

@@ -170,7 +170,7 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model, learne
 
 def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_path):
     inputs, windows = transforms(make_model()), BATCH.repeat(4, 1)
-    rates = RatesConfig(scale=0.03, inputs=0.01, clip=0.03, input_clip=0.02)
+    rates = RatesConfig(scale=0.03, inputs=0.01, clip=0.03, input_clip=0.02, kv_clip=0.02)
     changes = dict(dtype=torch.float32, lr=rates)
     whole = learner_from(make_model, inputs, **changes)
     curve: list = []
@@ -188,6 +188,8 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_pat
         assert torch.equal(transform.dual.second, same.dual.second)
     assert second.result().clips == whole.result().clips
     assert min(whole.result().clips.values()) < 1
+    assert second.result().kv_clips == whole.result().kv_clips
+    assert min(whole.result().kv_clips.values()) < 1
     assert head_of(whole.model).weight.grad is None
 
 

@@ -55,7 +55,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
         objective=OBJECTIVE,
         quantize_weights=rounded,
         optimizer=OptimizerConfig(grad_norm="euclidean"),
-        lr=RatesConfig(clip=0.03, input_clip=0.01) if rounded else RatesConfig(),
+        lr=RatesConfig(clip=0.03, input_clip=0.01, kv_clip=0.01) if rounded else RatesConfig(),
     )
     networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
     model_map = map_of(original())
@@ -76,6 +76,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
         "r1": result.r1,
         "r2": result.r2,
         "clips": result.clips,
+        "kv_clips": result.kv_clips,
         "share": local.numel() / weight.numel(),
     }
 

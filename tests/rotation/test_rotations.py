@@ -96,14 +96,15 @@ def test_a_matrix_that_is_not_orthogonal_is_refused():
 
 def test_learned_ranges_come_back_exactly_and_others_have_none(tmp_path):
     clips, ratio = {"0.qkv": 0.1 + 0.2, "1.down": 1.0}, torch.tensor([0.1, 0.7]).view(2, 1, 1)
-    ranged = replace(drawn(), clips=clips, weight_clips={"model.layers.0.mlp.up_proj": ratio})
+    of_cache, weights = {"1.values": 0.7}, {"model.layers.0.mlp.up_proj": ratio}
+    ranged = replace(drawn(), clips=clips, kv_clips=of_cache, weight_clips=weights)
     ranged.save(tmp_path / "r.safetensors")
     loaded = RotationSet.load(tmp_path / "r.safetensors")
-    assert loaded.clips == clips
+    assert (loaded.clips, loaded.kv_clips) == (clips, of_cache)
     assert torch.equal(loaded.weight_clips["model.layers.0.mlp.up_proj"], ratio)
     drawn().save(tmp_path / "plain.safetensors")
     plain = RotationSet.load(tmp_path / "plain.safetensors")
-    assert (plain.clips, plain.weight_clips) == ({}, {})
+    assert (plain.clips, plain.kv_clips, plain.weight_clips) == ({}, {}, {})
 
 
 def test_equal_sets_make_equal_bytes(tmp_path):

@@ -47,6 +47,7 @@ def everything() -> RotationSet:
         across,
         {"0.qkv": ScaledDual(torch.full((24,), 0.5, dtype=torch.float64), False, dual)},
         {"1.down": 0.75},
+        {"0.keys": 0.9, "1.values": 0.85},
         {UP: torch.full((40, 1, 1), 0.9), DOWN: torch.full((24, 5, 1), 0.8)},
         {"family": "llama", "seed": 3, "learn": {"steps": 2}},
     )
@@ -111,7 +112,7 @@ def test_a_file_with_every_part_comes_back(tmp_path):
     saved.save(tmp_path / "r.safetensors")
     loaded = read(tmp_path / "r.safetensors")
     assert loaded.about == saved.about
-    assert loaded.clips == saved.clips
+    assert (loaded.clips, loaded.kv_clips) == (saved.clips, saved.kv_clips)
     expected = saved.tensors()
     assert loaded.tensors().keys() == expected.keys()
     assert all(torch.equal(t, expected[name]) for name, t in loaded.tensors().items())
@@ -148,6 +149,9 @@ def test_files_of_an_earlier_version_are_read(tmp_path):
         (more("foo", torch.eye(2)), "foo has no place among the rotations of this model"),
         (more("clip.9.o", torch.tensor(0.5)), r"clip\.9\.o has no place"),
         (more("clip.01.o", torch.tensor(0.5)), r"clip\.01\.o has no place"),
+        (more("kv_clip.2.keys", torch.tensor(0.5)), r"kv_clip\.2\.keys has no place"),
+        (more("kv_clip.1.queries", torch.tensor(0.5)), r"kv_clip\.1\.queries has no place"),
+        (more("kv_clip.1.values", torch.tensor(1.5)), r"has the clip ratio 1\.5, not in"),
         (more("weight_clip.lm_head", torch.ones(64, 1, 1)), "weight_clip.lm_head has no place"),
         (more("inputs.0.k.scale", torch.ones(24)), r"inputs\.0\.k\.scale has no place"),
         (gone("r4.left"), "r4 has one of its two factors only"),

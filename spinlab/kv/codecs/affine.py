@@ -69,7 +69,8 @@ class AffineCodec(RowCodec):
         return PackedLayout(self.grid, self.width, self.clip_ratio)
 
     @cached_property
-    def _quantizer(self) -> TokenQuantizer:
+    def quantizer(self) -> TokenQuantizer:
+        """The definition of what rows stand for."""
         return half_scaled(self.grid, self.group_size, self.clip_ratio)
 
     @cached_property
@@ -80,21 +81,21 @@ class AffineCodec(RowCodec):
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
-        return self._quantizer.round_trip(x)
+        return self.quantizer.round_trip(x)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
-        if self._quantizer.takes_few(x):
+        if self.quantizer.takes_few(x):
             return self._pack_few(self._few_levels(x))
-        return self._pack(*self._quantizer.encode(x))
+        return self._pack(*self.quantizer.encode(x))
 
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return encode(x) and what it decodes to, in x's dtype."""
-        if self._quantizer.takes_few(x):
+        if self.quantizer.takes_few(x):
             few = self._few_levels(x)
             return self._pack_few(few), torch.from_numpy(few.decode()).view(x.shape).to(x.dtype)
-        encoded = self._quantizer.encode(x)
-        return self._pack(*encoded), self._quantizer.decode(encoded).to(x.dtype)
+        encoded = self.quantizer.encode(x)
+        return self._pack(*encoded), self.quantizer.decode(encoded).to(x.dtype)
 
     def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers (..., width) behind coded rows."""
@@ -103,7 +104,7 @@ class AffineCodec(RowCodec):
         levels = self.grid.unpack(packed, self.width).to(wide).unflatten(-1, (self.groups, -1))
         scale = from_half_bytes(scale_bytes, wide)[..., None]
         zero = zero.to(wide)[..., None] if not self.grid.symmetric else torch.zeros_like(scale)
-        return self._quantizer.decode(Encoded(levels, scale, zero)).to(dtype)
+        return self.quantizer.decode(Encoded(levels, scale, zero)).to(dtype)
 
     def _pack(self, levels: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         parts = [self.grid.pack(levels.flatten(-2))]
@@ -114,7 +115,7 @@ class AffineCodec(RowCodec):
 
     def _few_levels(self, x: torch.Tensor) -> FewLevels:
         """Return levels (..., groups, g) with scale and zero (..., groups, 1)."""
-        few = self._quantizer.few(x)
+        few = self.quantizer.few(x)
         shape = (*few.levels.shape[:-1], 1)
         return FewLevels(few.levels, few.scale.reshape(shape), few.zero.reshape(shape))
 

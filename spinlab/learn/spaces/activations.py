@@ -44,11 +44,11 @@ class ActivationSpace(LearningSpace):
         needs = "it needs learn.quantize_weights=true and weights of fewer than 16 bits"
         if "inputs" in learn.rotations:
             raise InputError(f"learn.rotations=[inputs] shapes weights for their rounding: {needs}")
-        if learn.lr.input_clip:
-            raise InputError(
-                f"learn.lr.input_clip={learn.lr.input_clip} learns ranges beside those of weights: "
-                f"{needs}"
-            )
+        for name in ("input_clip", "kv_clip"):
+            if rate := getattr(learn.lr, name):
+                raise InputError(
+                    f"learn.lr.{name}={rate} learns ranges beside those of weights: {needs}"
+                )
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

@@ -84,6 +84,10 @@ class LearningSpace:
         """Return learned clip ratios of inputs, by their keys."""
         return {}
 
+    def kv_clips(self) -> dict[str, float]:
+        """Return learned clip ratios of keys and values, by layer and side."""
+        return {}
+
     def numbers(self) -> dict[str, torch.Tensor]:
         """Return what is learned beside the rotations and belongs to their file, as it stands."""
         return {}

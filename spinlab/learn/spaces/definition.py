@@ -31,10 +31,10 @@ class PlainSpace(LearningSpace):
     @classmethod
     def check(cls, learn: LearnConfig) -> None:
         """Refuse what the definition leaves out."""
-        if "inputs" in learn.rotations or learn.lr.input_clip:
+        if "inputs" in learn.rotations or learn.lr.input_clip or learn.lr.kv_clip:
             raise InputError(
                 "the plain definition has R1, R2 and weight ranges: leave inputs out of "
-                "learn.rotations and set learn.lr.input_clip=0"
+                "learn.rotations and set learn.lr.input_clip=0 learn.lr.kv_clip=0"
             )
 
     def __init__(self, parts: Parts, dtype: torch.dtype = torch.float64) -> None:

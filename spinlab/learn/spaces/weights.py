@@ -15,7 +15,7 @@ from torch import nn
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, weight_format
-from spinlab.learn.learned import LogParameters, learn_input_ranges, part_of
+from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of
 from spinlab.learn.spaces.rotate import rotate, rotate_back
@@ -51,6 +51,8 @@ class WeightSpace(LearningSpace):
                 model.get_submodule(producer).register_forward_hook(partial(_through, divide))
         lr = self.learn.lr.input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
+        lr = self.learn.lr.kv_clip
+        self.kv_ranges = learn_kv_ranges(model, lr) if lr else LogParameters(lr)
         if rotations.r1 is not None:
             ends = map_of(model)
             for path, into in ((ends.embedding, self.enter), (ends.final_norm, self.leave)):
@@ -136,6 +138,7 @@ class WeightSpace(LearningSpace):
         """Move the clip ratios, if they are learned, at `rate` times their base rate."""
         self.ranges.step(rate)
         self.input_ranges.step(rate)
+        self.kv_ranges.step(rate)
 
     def clips(self) -> dict[str, torch.Tensor]:
         """Return the learned clip ratios by linear; none if they were only searched."""
@@ -144,6 +147,10 @@ class WeightSpace(LearningSpace):
     def input_clips(self) -> dict[str, float]:
         """Return the learned clip ratios of inputs, by their keys."""
         return {key: self.input_ranges.value(key).item() for key in self.input_ranges.logs}
+
+    def kv_clips(self) -> dict[str, float]:
+        """Return the learned clip ratios of keys and values, by layer and side."""
+        return {key: self.kv_ranges.value(key).item() for key in self.kv_ranges.logs}
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """Return what is learned beside the rotations and belongs to their file."""
@@ -154,7 +161,11 @@ class WeightSpace(LearningSpace):
         }
 
     def _ranges(self) -> dict[str, LogParameters]:
-        return {"input_ranges": self.input_ranges, "ranges": self.ranges}
+        return {
+            "input_ranges": self.input_ranges,
+            "kv_ranges": self.kv_ranges,
+            "ranges": self.ranges,
+        }
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs beside the rotations."""
