@@ -81,7 +81,7 @@ def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
 ):
     """In torch, with a warning, and on the kernel: a padded prefill, a chunk, and steps."""
 
-    def make():
+    def make(dtype=dtype):
         model = make_model(dtype, attention_bias=True, **SHAPE)
         for name, bias in model.named_parameters():
             if name.endswith("k_proj.bias"):
@@ -89,14 +89,13 @@ def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
         return model.to(device)
 
     quant, rotations = QuantConfig(weights=SYMMETRIC), RotationSet(r3=hadamard_rotation(64))
-    networks = QuantizedNetworks(make, quant, KVConfig())
-    weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
-    ids, found = ids[:, :9].to(device), []
-    mask = torch.ones_like(ids)
+    mask = torch.ones_like(ids := ids[:, :9].to(device))
     mask[1, :2] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    triton = triton_operations()
-    for operations in (REFERENCE, triton, replace(triton, biased=True)):
+
+    def logits(operations, make=make):
+        networks = QuantizedNetworks(make, quant, KVConfig())
+        weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
         caplog.clear()
         model = networks.fused(rotations)
         integer_runtime(model, networks.parts(model, rotations, weights), operations)
@@ -105,10 +104,16 @@ def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
         for begin, end in ((0, 5), (5, 7), (7, 8), (8, 9)):
             told = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
             passes.append(model(input_ids=ids[:, begin:end], past_key_values=cache, **told).logits)
-        found.append(torch.cat(passes, 1).double()[mask.bool()])
-    for other in found[1:]:
-        error = (other - found[0]).norm() / found[0].norm()
-        assert error < (1e-2 if dtype == torch.float32 else 5e-2)
+        return torch.cat(passes, 1).double()[mask.bool()]
+
+    triton, expected = triton_operations(), logits(REFERENCE)
+    # scores are hundreds here, and 16 bits have few of their digits: two networks in them agree no
+    # better than either does with one in float32
+    wide = logits(REFERENCE, lambda: make(dtype).float())
+    noise = (expected - wide).norm() / wide.norm()
+    for operations in (triton, replace(triton, biased=True)):
+        error = (logits(operations) - expected).norm() / expected.norm()
+        assert error < (1e-2 if dtype == torch.float32 else max(5e-2, noise / 2))
 
 
 @pytest.mark.parametrize("group", [0, 64])
