@@ -8,7 +8,7 @@ from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
 # kinds of transforms of inputs that run online, and the rotations that they leave no room for
-_REPLACED = {"duquant": ("r1", "r2", "r4", "cross_head"), "blocks": ("r4", "cross_head")}
+_REPLACED = {"duquant": ("r1", "r2", "r4", "cross_head"), "blocks": ("cross_head",)}
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 
 
@@ -27,7 +27,7 @@ class DuQuantConfig:
 
 @dataclass(frozen=True)
 class BlocksConfig:
-    """Set what rotation.inputs=blocks starts from: a rotation in blocks before every input."""
+    """Set what rotation.inputs=blocks starts from: rotations in blocks before inputs without R4."""
 
     size: int = 64  # a width that it does not divide gets its largest power of two below
     kind: str = "hadamard"  # in spinlab.rotation.kinds
@@ -56,8 +56,8 @@ class RotationConfig:
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r1_block: int = 0  # R1 as blocks of this order, each drawn for itself; learning fills it
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
-    # a transform of its own for every input of linears. duquant, blocks: online; scales: of 1,
-    # to be learned, and folded as those of blocks into what produces the input
+    # a transform of its own for every input of linears. duquant, blocks: online, blocks but where
+    # R4 is; scales: of 1, to be learned, and folded as those of blocks into what produces the input
     inputs: str = "none"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])

@@ -177,9 +177,11 @@ class _Maker:
         if self.config.inputs == "duquant":
             return self._duals(scales)
         if self.config.inputs == "blocks":
-            widths = sorted({input.width for input in self.map.inputs})
+            turned = {"R4"} & {name.upper() for name in self.config.used}
+            inputs = [input for input in self.map.inputs if input.reads not in turned]
+            widths = sorted({input.width for input in inputs})
             sizes = {width: power_block(width, self.config.blocks.size) for width in widths}
-            return {i.key: self._blocks(i.width, sizes[i.width]) for i in self.map.inputs}
+            return {i.key: self._blocks(i.width, sizes[i.width]) for i in inputs}
         return {}
 
     def _blocks(self, width: int, size: int) -> BlockRotation:

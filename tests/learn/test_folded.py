@@ -1,5 +1,6 @@
 """R1, R2, folded scales and blocks, learned together, against dense matrices and autograd."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -48,7 +49,10 @@ FUSED = RotationConfig(r1="random", r2="random", inputs="scales")
 BLOCKS = RotationConfig(
     r1="random", r2="random", r4="none", inputs="blocks", blocks=BlocksConfig(8, "random")
 )
-KINDS = pytest.mark.parametrize("config", [FUSED, BLOCKS], ids=["scales", "blocks"])
+BLOCKS_AND_R4 = replace(BLOCKS, r4="hadamard")
+KINDS = pytest.mark.parametrize(
+    "config", [FUSED, BLOCKS, BLOCKS_AND_R4], ids=["scales", "blocks", "blocks and R4"]
+)
 
 
 def with_scales(config: RotationConfig, model) -> RotationSet:
