@@ -37,25 +37,26 @@ SMALL = [
     "learn.sequence_length=64",
 ]
 
-_DUQUANT = (False, "r3", {(True, True)})  # every input has a scale and a dual transform
+_NEITHER, _BOTH = (False, False), (True, True)
+_DUQUANT = (_NEITHER, "r3", {(True, True)})  # every input has a scale and a dual transform
 # method -> R1 and R2 fused, what turns online, kinds of input transforms (scale, dual)
 PARTS = {
-    "rtn": (False, "", set()),
-    "gptq": (False, "", set()),
-    "smoothquant": (False, "", {(True, False)}),
+    "rtn": (_NEITHER, "", set()),
+    "gptq": (_NEITHER, "", set()),
+    "smoothquant": (_NEITHER, "", {(True, False)}),
     "duquant": _DUQUANT,
     "duquant_gptq": _DUQUANT,
     "duquant_lwc": _DUQUANT,
     "learned_inputs": _DUQUANT,
-    "spinquant_no_had": (True, "", set()),
-    "learned_fused": (True, "r3r4", {(True, False)}),
-    "learned_blocks": (True, "r3", {(True, True)}),
+    "spinquant_no_had": (_BOTH, "", set()),
+    "learned_fused": (_BOTH, "r3r4", {(True, False)}),
+    "learned_blocks": ((False, True), "r3r4", {(True, True), (True, False)}),
     **dict.fromkeys(
         (
             *("random", "quarot", "quarot_gptaq", "duquant_learned"),
             *("spinquant_had", "learned_ranges"),
         ),
-        (True, "r3r4", set()),
+        (_BOTH, "r3r4", set()),
     ),
 }
 
@@ -84,7 +85,7 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     assert metrics["ppl/wiki/fp"] < metrics["ppl/wiki/fake"] < 4 * metrics["ppl/wiki/fp"]
     rotations = run.rotations("fake")
     fused, online, inputs = PARTS[method]
-    assert (rotations.r1 is not None, rotations.r2 is not None) == (fused, fused)
+    assert (rotations.r1 is not None, rotations.r2 is not None) == fused
     assert "".join(n for n in ("r3", "r4") if getattr(rotations, n) is not None) == online
     kinds = {(t.scale is not None, t.dual is not None) for t in rotations.inputs.values()}
     assert kinds == inputs
