@@ -3,7 +3,8 @@
 All of it is named before `/<variant>`:
 
 diverges/<text>              greedy tokens before the first that is not the original's, the mean
-needle/<n>, needle_nats/<n>  numbers found in n tokens of text (`spinlab.metrics.needle`)
+needle/<n>, needle_stderr/<n>, needle_nats/<n>
+                             numbers found in n tokens of text (`spinlab.metrics.needle`)
 attention_*/<text>           errors of attention with exact inputs (`spinlab.metrics.attention`)
 bytes/kv/<n>                 bytes of a sequence of n tokens in the cache
 """
