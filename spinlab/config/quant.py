@@ -104,6 +104,12 @@ class QuantConfig:
         place = self.override_at(kind, name)
         return getattr(self, kind) if place is None else self._changed(kind, self.overrides[place])
 
+    def place_of(self, kind: Kind, name: str) -> str:
+        """Return what a user calls the format of a linear's weight or input."""
+        place = self.override_at(kind, name)
+        of_override = "" if place is None else f"overrides[{self.overrides[place].pattern}]."
+        return f"quant.{of_override}{kind}"
+
     def override_at(self, kind: Kind, name: str) -> int | None:
         """Return the place of the override that gives a linear its format; None without one."""
         for place, entry in reversed(list(enumerate(self.overrides))):

@@ -55,8 +55,8 @@ def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
     """
     check_patterns(model_map, quant)
     for site, format in rounded_sites(model_map, quant):
-        format_of(format)
-        setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
+        setting = quant.place_of("weights", site.path)
+        format_of(format, setting)
         width, size = site.in_features, format.group_size
         check_group(f"{setting}.group_size", size, width, site.path)
         quantizer = token_quantizer(model_map, site, quant)

@@ -1,5 +1,6 @@
 """Layer by layer: formats, families, resuming."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -176,14 +177,14 @@ def test_an_override_that_matches_nothing_is_refused(make_model):
         (QuantConfig(weights=TensorQuant(group_size=16)), "quant.weights.group_size=16"),
         (
             QuantConfig(overrides=[Override("*.q_proj", weights=FormatChange(group_size=5))]),
-            "quant.overrides: weights.group_size=5",
+            "quant.overrides[*.q_proj].weights.group_size=5",
         ),
         (QuantConfig(head=TensorQuant(bits=8, group_size=7)), "quant.head.group_size=7"),
         (QuantConfig(embedding=TensorQuant(bits=8, group_size=7)), "quant.embedding.group_size=7"),
     ],
 )
 def test_groups_must_divide_what_they_group(make_model, quant, setting):
-    with pytest.raises(InputError, match=f"{setting} does not divide 24"):
+    with pytest.raises(InputError, match=re.escape(f"{setting} does not divide 24")):
         check_weight_groups(map_of(make_model()), quant)
         check_ends(make_model(), quant)
 
