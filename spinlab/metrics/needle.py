@@ -14,6 +14,7 @@ from spinlab.metrics.likelihood import Request, likelihoods
 
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the text, before the number
 ASKED = 4  # at every depth, for another number in another text
+NUMBERS = len(DEPTHS) * ASKED
 _NAMES = ("Anna", "Boris", "Clara", "David", "Elena")
 _PEOPLE = ("The farmer", "A teacher", "Her neighbour", "The old sailor", "My sister", "A boy")
 _ACTS = ("looked at", "walked past", "remembered", "painted", "talked about", "waited for")
