@@ -28,6 +28,7 @@ from spinlab import sweep
 from spinlab.arguments import prepared
 from spinlab.collector import resting
 from spinlab.compose import CONF, register, settings
+from spinlab.config.outputs import metrics_in
 from spinlab.errors import InputError
 from spinlab.launch import is_first, launched, repeat_sums
 from spinlab.report.records import read_record
@@ -72,9 +73,10 @@ def _point(composed: DictConfig) -> float:
     point = sweep.Point(told.job.num, sweep.own_words(told.overrides.task))
     point.save(place)
     try:
-        _prepare(told, composed.sweep.metric)
-        point.state, point.record, metrics = _finished_or_run(composed, point.words)
-        return metrics.get(composed.sweep.metric, math.nan)
+        metrics = metrics_in(composed.sweep.metric)
+        _prepare(told, metrics)
+        point.state, point.record, found = _finished_or_run(composed, point.words)
+        return found.get(metrics[0], math.nan) if metrics else math.nan
     except Exception as error:
         point.state, point.error = "failed", sentence(error)
         point.mistake = isinstance(error, _MISTAKES)
@@ -89,13 +91,13 @@ def _point(composed: DictConfig) -> float:
         point.save(place)
 
 
-def _prepare(told: HydraConf, metric: str | None) -> None:
+def _prepare(told: HydraConf, metrics: list[str]) -> None:
     """See that a search has something to optimise, and give a worker its own GPU."""
     searches = not told.sweeper["_target_"].endswith("BasicSweeper")
-    if searches and (metric is None or set("*?[") & set(metric)):
-        given = "none is given" if metric is None else f"{metric} is a pattern"
+    if searches and (len(metrics) != 1 or set("*?[") & set(metrics[0])):
         raise InputError(
-            f"a search optimises one metric, and {given}: name it, as in sweep.metric=ppl/wiki/fake"
+            f"a search optimises one metric, and {', '.join(metrics) or 'none'} is given: name it, "
+            "as in sweep.metric=ppl/wiki/fake"
         )
     if "joblib" in told.launcher["_target_"]:
         from spinlab.device import own_one  # torch loads here
@@ -189,7 +191,10 @@ def _of_points(points: list[sweep.Point]) -> int:
     failed = [(p, label) for p, label in zip(points, sweep.labels(points), strict=True) if p.failed]
     if not failed:
         return 0
-    told = "; ".join(f"{label}: {point.error}" for point, label in failed)
+    alike: dict[str | None, list[str]] = {}  # what is wrong with many points is told once
+    for point, label in failed:
+        alike.setdefault(point.error, []).append(label)
+    told = "; ".join(f"{', '.join(labels)}: {error}" for error, labels in alike.items())
     print(f"spinlab: {len(failed)} of {len(points)} failed: {told}", file=sys.stderr)
     return 2 if all(point.mistake for point, _ in failed) else 1
 

@@ -292,9 +292,5 @@ def _save(pipeline: Pipeline, record: Record) -> None:
 
 
 def _show(record: Record, seconds: float) -> None:
-    metrics = record.metrics
     print(f"\n{result_table(record.as_json())}\n")
-    if "bits/weights/integer" in metrics:
-        weights, kv = metrics["bits/weights/integer"], metrics["bits/kv/integer"]
-        print(f"effective bits: weights {weights:.2f}, KV cache {kv:.2f}")
     print(f"record: {record.path}   ({seconds:.0f} s)")

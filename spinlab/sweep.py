@@ -22,6 +22,7 @@ import psutil
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from spinlab.config.outputs import metrics_in
 from spinlab.errors import did_you_mean
 from spinlab.files import content_key, replacing, write_json
 from spinlab.report.points import metric_names, own_of_each, points_table
@@ -66,7 +67,7 @@ class Sweep:
 
     folder: Path
     words: list[str]
-    metric: str | None
+    metrics: list[str]  # names or patterns of the table's columns
 
     def end(self) -> list[Point]:
         """Write and print the table of the points that were started; return them in order."""
@@ -89,13 +90,13 @@ class Sweep:
     def _told(self, points: list[Point], rows: list[dict[str, Any]]) -> str:
         """Return the table, how many points are in which state, and what failed."""
         states = Counter(point.state for point in points)
-        lines = [points_table(rows, self.metric), ""]
+        lines = [points_table(rows, self.metrics), ""]
         lines.append(", ".join(f"{count} {state}" for state, count in states.items()))
         measured = [row["metrics"] for row in rows if row["metrics"]]
-        if self.metric and measured and not metric_names(measured, self.metric):
-            known = metric_names(measured, "*")
-            near = did_you_mean(self.metric, known, "a record")
-            lines.append(f"no point measured sweep.metric={self.metric}: {near}")
+        for metric in self.metrics if measured else ():
+            if not metric_names(measured, [metric]):
+                near = did_you_mean(metric, metric_names(measured, ["*"]), "a record")
+                lines.append(f"no point measured sweep.metric={metric}: {near}")
         for point, label in zip(points, labels(points), strict=True):
             if point.failed:
                 lines += ["", f"{label} {point.state}: {point.error}", f"    {point.command}"]
@@ -112,7 +113,7 @@ class Start(Callback):
         swept = OmegaConf.select(config, "hydra.sweeper.params")
         digest = content_key([own, OmegaConf.to_container(swept) if swept else {}])
         os.environ |= {_DIGEST: digest, _PROCESS: f"{_host()}-{os.getpid()}"}
-        started = Sweep(Path(config.hydra.sweep.dir), words, config.sweep.metric)
+        started = Sweep(Path(config.hydra.sweep.dir), words, metrics_in(config.sweep.metric))
         _clear(started.folder)
 
 

@@ -290,6 +290,14 @@ def test_a_metric_of_a_text_that_is_not_measured_is_refused(metric, held_out):
     Config(data=data, sweep=SweepConfig("zeroshot_mean/accuracy/fake"))
 
 
+def test_a_file_of_rotations_beside_the_method_that_made_it_is_refused_with_the_cure():
+    words = ["+experiment=toy", "rotation.load=R.safetensors"]
+    with pytest.raises(InputError, match="leave out the method or the rotation preset") as raised:
+        composed(*words, "+method=duquant_gptq")
+    assert "rotation.inputs=duquant, rotation.smooth=0.6 would make others" in str(raised.value)
+    assert composed(*words, "weights=gptq").weights.method == "gptq"
+
+
 def test_scales_are_not_learned_into_weights_whose_steps_do_not_follow_them():
     words = ["+experiment=toy", "+method=learned_fused", "quant=mxfp4"]
     with pytest.raises(InputError, match="scales of inputs move into weights, and steps of"):

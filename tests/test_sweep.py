@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from spinlab import device, experiment, sweep
-from spinlab.__main__ import _prepare
+from spinlab.__main__ import _of_points, _prepare
 from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, EvalConfig, SweepConfig
 from spinlab.errors import InputError, ResultError
@@ -166,6 +166,31 @@ def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
     assert path.with_name("record.json.damaged").exists()
 
 
+def test_codecs_stand_side_by_side_with_their_bits_and_what_they_recall(tmp_path):
+    """On the toy, by the command of the README."""
+    (line,) = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("spinlab -m +experiment=toy +sweep=kv")
+    ]
+    words = shlex.split(line, comments=True)[1:]
+    paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
+    command = [sys.executable, "-m", "spinlab", *words, *paths, "tracker=none"]
+    made = subprocess.run(
+        [*command, "eval.max_windows=2"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    (kept,) = tmp_path.glob("runs/sweeps/*/sweep.md")
+    head, _, *rows = ([c.strip() for c in x.split("|")] for x in kept.read_text().splitlines()[:4])
+    assert "no point measured" not in kept.read_text()
+    kv4, qjl = (dict(zip(head, row, strict=True)) for row in rows)
+    assert (kv4["kv"], qjl["kv"]) == ("kv4", "qjl")
+    assert (kv4["bits/kv/fake"], kv4["coded/kv/fake"]) == ("5.5", "1")
+    assert float(qjl["bits/kv/fake"]) < 5.5 and float(qjl["coded/kv/fake"]) < 0.1
+    names = ("ppl/wiki", "kl/c4", "diverges/wiki", "needle/256", "needle_nats/256")
+    assert all(row[f"{name}/fake"] for row in (kv4, qjl) for name in names)
+
+
 def test_a_point_is_told_by_the_words_of_its_own():
     points = [["+experiment=toy", "seed=0", "a.b=1"], ["+experiment=toy", "seed=1", "+method=x"]]
     assert own_of_each(points) == [{"seed": "0", "a.b": "1"}, {"seed": "1", "method": "x"}]
@@ -251,27 +276,37 @@ def test_states_of_a_command_that_was_killed_are_cleared_away_and_those_of_other
 
 
 def test_a_metric_that_no_point_measured_is_told_with_the_nearest(announced, capsys, tmp_path):
-    started = replace(announced("seed=0"), metric="ppl/wikki/fake")
+    started = replace(announced("seed=0"), metrics=["ppl/wiki/*", "ppl/wikki/fake"])
     record = {"schema": 2, "experiment": "toy", "key": "a", "status": "complete", "config": {}}
     record |= {"metrics": {"ppl/wiki/fake": 8.0}, "overrides": [], "stages": []}
     (tmp_path / "record.json").write_text(json.dumps(record))
     Point(0, ["seed=0"], "cached", str(tmp_path / "record.json")).save(started.folder)
     started.end()
     said = "no point measured sweep.metric=ppl/wikki/fake: did you mean ppl/wiki/fake?"
-    assert said in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert said in told and told.count("no point measured") == 1
+
+
+def test_what_is_wrong_with_many_points_is_told_once(capsys):
+    points = [Point(n, [f"seed={n}"], "failed", error="too long", mistake=True) for n in (0, 1)]
+    points.append(Point(2, ["seed=2"], "failed", error="too short", mistake=True))
+    assert _of_points([*points, Point(3, ["seed=3"], "done")]) == 2
+    told = "3 of 4 failed: seed=0, seed=1: too long; seed=2: too short"
+    assert told in capsys.readouterr().err
 
 
 def test_a_search_without_one_metric_is_refused():
     basic, optuna = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "x.OptunaSweeper"
     launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
-    _prepare(SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher), None)
+    _prepare(SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher), [])
     search = SimpleNamespace(sweeper={"_target_": optuna}, launcher=launcher)
-    _prepare(search, "ppl/wiki/fake")
-    for metric in (None, "ppl/*", "*wiki/fake", "ppl/wik?/fake", "ppl/[cw]*"):
+    _prepare(search, ["ppl/wiki/fake"])
+    refused = ([], ["ppl/*"], ["*wiki/fake"], ["ppl/wik?/fake"], ["ppl/[cw]*"], ["a", "b"])
+    for metrics in refused:
         with pytest.raises(InputError, match=r"sweep\.metric=ppl/wiki/fake"):
-            _prepare(search, metric)
+            _prepare(search, metrics)
     pattern = SimpleNamespace(sweeper={"_target_": basic}, launcher=launcher)
-    _prepare(pattern, "ppl/*")
+    _prepare(pattern, ["ppl/*"])
 
 
 MEASURED = [
@@ -279,15 +314,17 @@ MEASURED = [
     {"ppl/c4/fp": 3.0, "ppl/wiki/fp": 2.0, "ppl/wiki/fake": 6.0, "gap/wiki": 0.1},
     {},
 ]
+WIKI = ["ppl/wiki/fake", "ppl/wiki/fp"]
 
 
 @pytest.mark.parametrize(
     ("wanted", "names"),
     [
-        (None, ["ppl/c4/fake", "ppl/wiki/fake"]),
-        ("gap/wiki", ["gap/wiki"]),
-        ("ppl/*/fp", ["ppl/c4/fp", "ppl/wiki/fp"]),
-        ("ppl/wikki/fp", []),
+        ([], ["ppl/c4/fake", "ppl/wiki/fake"]),
+        (["gap/wiki"], ["gap/wiki"]),
+        (["ppl/*/fp"], ["ppl/c4/fp", "ppl/wiki/fp"]),
+        (["ppl/wikki/fp"], []),
+        (["gap/*", "ppl/wiki/*", "ppl/*/fp"], ["gap/wiki", *WIKI, "ppl/c4/fp"]),
     ],
 )
 def test_the_metric_asked_for_or_the_last_perplexity(wanted, names):
@@ -300,7 +337,7 @@ def test_a_table_has_every_point_with_its_state():
         {"words": ["a=1", f"seed={i}"], "state": state, "metrics": metrics}
         for i, (state, metrics) in enumerate(zip(states, MEASURED, strict=True))
     ]
-    assert points_table(points, "ppl/wiki/fake").splitlines() == [
+    assert points_table(points, ["ppl/wiki/fake"]).splitlines() == [
         "| seed | state  | ppl/wiki/fake |",
         "|------|--------|---------------|",
         "| 0    | done   | 4             |",
@@ -312,7 +349,18 @@ def test_a_table_has_every_point_with_its_state():
 def test_a_metric_of_a_variant_that_is_not_measured_is_refused():
     with pytest.raises(InputError, match=r"add rtn to eval\.variants=\[fp\]"):
         Config(sweep=SweepConfig("ppl/wiki/rtn"), eval=EvalConfig(variants=["fp"]))
+    with pytest.raises(InputError, match=r"sweep\.metric=kl/wiki/fake is of a variant"):
+        Config(sweep=SweepConfig(["ppl/wiki/*", "kl/wiki/fake"]), eval=EvalConfig(variants=["fp"]))
+    with pytest.raises(InputError, match=r"sweep\.metric=3 is no name of a metric"):
+        SweepConfig([3])
     Config(sweep=SweepConfig("ppl/wiki/*"), eval=EvalConfig(variants=["fp"]))
+
+
+def test_metrics_are_one_or_a_list():
+    of_preset = composed("+experiment=toy", "+sweep=kv", "eval.continued=64", "eval.needle=[256]")
+    assert {"kl/*/fake", "bits/kv/fake", "needle/*/fake"} < set(of_preset.sweep.metrics)
+    for word in ("ppl/wiki/fp", "[ppl/wiki/fp]"):
+        assert composed("+experiment=toy", f"sweep.metric={word}").sweep.metrics == ["ppl/wiki/fp"]
 
 
 def test_each_process_owns_a_device_and_one_too_many_is_refused(tmp_path, monkeypatch):

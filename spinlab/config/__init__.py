@@ -123,21 +123,22 @@ class Config:
         self._check_metric()
 
     def _check_metric(self) -> None:
-        """Refuse a sweep's metric of a variant or a text that is not measured."""
-        *kind, variant = (self.sweep.metric or "").split("/")
+        """Refuse a sweep's metrics of a variant or a text that is not measured."""
         ending = "_dev" if self.data.held_out == "development" else ""
         texts = [Path(name).name + ending for name in self.data.evaluation]
-        of_text = len(kind) == 2 and kind[0] in ("ppl", "kl", "flips")
-        if of_text and not any(fnmatchcase(text, kind[1]) for text in texts):
-            raise InputError(
-                f"sweep.metric={self.sweep.metric} is of a text that is not measured: with "
-                f"data.held_out={self.data.held_out} texts are called {', '.join(texts)}"
-            )
-        if variant in set(VARIANTS) - set(self.eval.variants):
-            raise InputError(
-                f"sweep.metric={self.sweep.metric} is of a variant that is not measured: add "
-                f"{variant} to eval.variants=[{','.join(self.eval.variants)}]"
-            )
+        for metric in self.sweep.metrics:
+            *kind, variant = metric.split("/")
+            of_text = len(kind) == 2 and kind[0] in ("ppl", "kl", "flips", "diverges")
+            if of_text and not any(fnmatchcase(text, kind[1]) for text in texts):
+                raise InputError(
+                    f"sweep.metric={metric} is of a text that is not measured: with "
+                    f"data.held_out={self.data.held_out} texts are called {', '.join(texts)}"
+                )
+            if variant in set(VARIANTS) - set(self.eval.variants):
+                raise InputError(
+                    f"sweep.metric={metric} is of a variant that is not measured: add "
+                    f"{variant} to eval.variants=[{','.join(self.eval.variants)}]"
+                )
 
     def _check_name(self) -> None:
         """Refuse a name that is no folder, or leads out of the folder of all runs."""

@@ -66,7 +66,8 @@ class EvalConfig:
         if not 0 <= self.continued < self.window:
             raise InputError(
                 f"eval.continued={self.continued} is out of range: it takes the place of the last "
-                f"tokens of windows of eval.window={self.window}"
+                f"tokens of windows of eval.window={self.window}: set eval.continued="
+                f"{self.window // 2}, or longer windows"
             )
         if self.continued and not self.compares:
             raise InputError(

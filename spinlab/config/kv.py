@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
+from spinlab.config.changes import Change
 from spinlab.config.checks import at_least, choice, count
 from spinlab.config.quant import Levels
 from spinlab.errors import InputError
@@ -60,9 +61,26 @@ class CodecConfig(Levels):
         count(f"{name}.qjl.outlier_bits", self.qjl.outlier_bits, most=16)
 
 
-# these two are not frozen: OmegaConf merges nothing into what is, where it stands in a list
 @dataclass
-class CodecChange:
+class LloydMaxChange(Change):
+    """Give what differs of Lloyd-Max levels."""
+
+    turn: str | None = None
+    length: str | None = None
+    residual: bool | None = None
+
+
+@dataclass
+class QJLChange(Change):
+    """Give what differs of a sketch's signs."""
+
+    orthogonal: bool | None = None
+    outliers: int | None = None
+    outlier_bits: int | None = None
+
+
+@dataclass
+class CodecChange(Change):
     """Give what differs from a codec; what is left out stays as it is."""
 
     codec: str | None = None
@@ -71,14 +89,11 @@ class CodecChange:
     group_size: int | None = None
     clip_ratio: float | None = None
     run: int | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What is not left out, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    lloyd_max: LloydMaxChange = field(default_factory=LloydMaxChange)
+    qjl: QJLChange = field(default_factory=QJLChange)
 
 
-@dataclass
+@dataclass  # not frozen, as what it holds
 class KVOverride:
     """Change the codecs of layers whose attention's full name matches a pattern, *.layers.0.*"""
 
@@ -94,6 +109,7 @@ class KVOverride:
             )
 
 
+Placed = tuple[str, CodecConfig]  # settings, and what a user calls them
 _DRAWN = ("lloyd_max", "qjl")  # codecs with tensors of their own
 
 
@@ -116,11 +132,9 @@ class KVConfig:
     window: int = 0  # the newest tokens, as seen by each token
 
     def __post_init__(self) -> None:
-        for side, settings in self.sides.items():
-            settings.check(f"kv.{side}")
-        for entry in self.overrides:
-            for side in KEPT:
-                self._changed(side, entry).check(f"kv.overrides[{entry.pattern}].{side}")
+        for side in self.sides:
+            for place, settings in self.codecs(side):
+                settings.check(place)
         choice("kv.key_bias", self.key_bias, KEY_BIAS)
         for name in ("first_layers", "last_layers", "sinks", "window"):
             at_least(f"kv.{name}", getattr(self, name), 0)
@@ -135,36 +149,38 @@ class KVConfig:
         """Tell whether layers may differ."""
         return bool(self.overrides or self.first_layers or self.last_layers)
 
-    def codec_at(self, side: Kept, layer: int, names: list[str]) -> CodecConfig:
+    def codec_at(self, side: Kept, layer: int, names: list[str]) -> Placed:
         """Return what a side of a layer is coded with; names: of all layers' attentions."""
+        usual, *changed = self.codecs(side)
         if layer < self.first_layers or layer >= len(names) - self.last_layers:
-            return replace(getattr(self, side), bits=16)
-        for entry in reversed(self.overrides):
+            return usual[0], replace(usual[1], bits=16)
+        for entry, found in zip(reversed(self.overrides), reversed(changed), strict=True):
             if getattr(entry, side).given and fnmatchcase(names[layer], entry.pattern):
-                return self._changed(side, entry)
-        return getattr(self, side)
+                return found
+        return usual
 
-    def codecs(self, side: str) -> list[CodecConfig]:
-        """Return all settings of a side that may occur."""
-        changed = (self._changed(side, entry) for entry in self.overrides if side in KEPT)
-        return [self.sides[side], *changed]
+    def codecs(self, side: str) -> list[Placed]:
+        """Return all settings of a side that may occur: its own, then those of every override."""
+        own, entries = self.sides[side], self.overrides if side in KEPT else ()
+        changed = (
+            (f"kv.overrides[{entry.pattern}].{side}", getattr(entry, side).applied(own))
+            for entry in entries
+        )
+        return [(f"kv.{side}", own), *changed]
 
     @property
     def draws(self) -> bool:
         """Tell whether any codec has a rotation or a sketch that the run's seed draws."""
-        return any(codec.codec in _DRAWN for side in self.sides for codec in self.codecs(side))
+        return any(codec.codec in _DRAWN for side in self.sides for _, codec in self.codecs(side))
 
     def codes(self, *sides: str) -> bool:
         """Tell whether any of these sides has fewer than 16 bits anywhere."""
-        return any(codec.quantizes for side in sides for codec in self.codecs(side))
+        return any(codec.quantizes for side in sides for _, codec in self.codecs(side))
 
     def has_no_ranges(self) -> str:
         """Say why keys and values have no clip ratio to be learned; empty where they have."""
         if not self.codes(*KEPT):
             return "they have 16 bits"
-        kinds = {(s, c.codec) for s in KEPT for c in self.codecs(s) if c.quantizes}
-        others = (f"kv.{side}.codec={codec}" for side, codec in kinds if codec != "affine")
-        return next((f"{setting} has none" for setting in others), "")
-
-    def _changed(self, side: str, entry: KVOverride) -> CodecConfig:
-        return replace(self.sides[side], **getattr(entry, side).given)
+        found = (placed for side in KEPT for placed in self.codecs(side) if placed[1].quantizes)
+        others = (f"{place}.codec={c.codec} has none" for place, c in found if c.codec != "affine")
+        return next(others, "")

@@ -1,6 +1,8 @@
 """Settings of what a run leaves behind: folders, mirrors of the record, exported files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from spinlab.config.checks import choice
 from spinlab.errors import InputError
@@ -48,7 +50,25 @@ class PathsConfig:
 class SweepConfig:
     """Choose what a sweep tells of its points; it changes none of them."""
 
-    metric: str | None = None  # a name, or a pattern of names with *; what a search optimises
+    # of the table's columns a name or a pattern of names with *, or a list of them; of a search the
+    # one name that it optimises
+    metric: Any = None
+
+    @property
+    def metrics(self) -> list[str]:
+        return metrics_in(self.metric)
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if not isinstance(name, str):
+                raise InputError(f"sweep.metric={name} is no name of a metric: use ppl/wiki/fake")
+
+
+def metrics_in(metric: Any) -> list[str]:
+    """Return the names and patterns of `sweep.metric`, whether it is a list or a single one."""
+    if isinstance(metric, Sequence) and not isinstance(metric, str):
+        return list(metric)
+    return [] if metric is None else [metric]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Settings of the quantizers of weights and activations, head and embedding."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
+from spinlab.config.changes import Change
 from spinlab.config.checks import at_least, bits, ratio
 from spinlab.errors import InputError
 
@@ -40,9 +41,8 @@ class TensorQuant(Levels):
     format: str = "integer"
 
 
-# these two are not frozen: OmegaConf merges nothing into what is, where it stands in a list
 @dataclass
-class FormatChange:
+class FormatChange(Change):
     """Give what differs from a format; what is left out stays as it is."""
 
     format: str | None = None
@@ -51,13 +51,8 @@ class FormatChange:
     group_size: int | None = None
     clip_ratio: float | None = None
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """What is not left out, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
-
-@dataclass
+@dataclass  # not frozen, as what it holds
 class Override:
     """Change the formats of linears whose full name matches a pattern, as *.layers.0.*"""
 
@@ -109,6 +104,12 @@ class QuantConfig:
         place = self.override_at(kind, name)
         return getattr(self, kind) if place is None else self._changed(kind, self.overrides[place])
 
+    def place_of(self, kind: Kind, name: str) -> str:
+        """Return what a user calls the format of a linear's weight or input."""
+        place = self.override_at(kind, name)
+        of_override = "" if place is None else f"overrides[{self.overrides[place].pattern}]."
+        return f"quant.{of_override}{kind}"
+
     def override_at(self, kind: Kind, name: str) -> int | None:
         """Return the place of the override that gives a linear its format; None without one."""
         for place, entry in reversed(list(enumerate(self.overrides))):
@@ -125,7 +126,7 @@ class QuantConfig:
         return any(format.quantizes for format in self.formats(kind))
 
     def _changed(self, kind: Kind, entry: Override) -> TensorQuant:
-        return replace(getattr(self, kind), **getattr(entry, kind).given)
+        return getattr(entry, kind).applied(getattr(self, kind))
 
     @property
     def rounds_weights(self) -> bool:

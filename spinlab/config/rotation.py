@@ -86,10 +86,13 @@ class RotationConfig:
             )
         if self.load and not self.load.endswith((".safetensors", ".bin")):
             raise InputError(f"rotation.load={self.load} must end in .safetensors or .bin")
-        if self.load and (self.inputs != "none" or self.smooth is not None or not self.online):
+        usual = {"inputs": "none", "smooth": None, "online": True}
+        if self.load and (others := [n for n, value in usual.items() if vars(self)[n] != value]):
+            found = ", ".join(f"rotation.{name}={vars(self)[name]}" for name in others)
             raise InputError(
-                f"rotation.load={self.load} brings its rotations: leave rotation.inputs, "
-                "rotation.smooth and rotation.online as they are"
+                f"rotation.load={self.load} brings its rotations, and {found} would make others: "
+                "leave out the method or the rotation preset that sets them, and name what else "
+                "of it is to stay, as weights=gptq"
             )
         replaced = _REPLACED.get(self.inputs, ())
         if used := sorted(name for name in replaced if getattr(self, name) != "none"):

@@ -103,13 +103,22 @@ def check_profile(setting: str, config: Config) -> None:
     found = [f"{fault.name}={value_typed(fault.found)}" for fault in faults]
     found, nearest = [*found, *(p.name for p in parts)], list(_nearest_settings(config, faults))
     nearest += [p.cure for p in parts]
-    bits = config.quant.activations.bits
-    others = [other for other, p in PROFILES.items() if p.inputs == bits != profile.inputs]
     raise InputError(
         f"{setting}: export.profile={name} has no place for {', '.join(found)}: set "
         f"{' '.join(nearest)} (quant={profile.preset} kv=kv16 fit it)"
-        + "".join(f", or export.profile={other}" for other in others)
+        + "".join(f", or {other}" for other in _other_profiles(name, config.quant))
     )
+
+
+def _other_profiles(name: str, quant: QuantConfig) -> Iterator[str]:
+    """Yield other profiles for these weights, with the preset where inputs are to be others."""
+    format, bits = quant.weights.format, quant.activations.bits
+    alike = {n: p for n, p in PROFILES.items() if format in p.formats and n != name}
+    taking = [n for n, p in alike.items() if p.inputs == bits]
+    if taking or format == "integer":
+        yield from (f"export.profile={n}" for n in taking if PROFILES[name].inputs != bits)
+    else:
+        yield from (f"export.profile={n} with quant={p.preset}" for n, p in alike.items())
 
 
 def ranges_differ(quant: QuantConfig) -> bool:

@@ -85,8 +85,9 @@ def token_quantizer(
     if site.reads == "R2" and config.o_proj_per_head:
         head_dim = model_map.layers[site.layer].attention.head_dim
         group = min(group or head_dim, head_dim)
-    check_group("quant.activations.group_size", group, site.in_features, site.name)
-    return TokenQuantizer(format_of(tensor), group, tensor.clip_ratio)
+    place = config.place_of("activations", site.path)
+    check_group(f"{place}.group_size", group, site.in_features, site.name)
+    return TokenQuantizer(format_of(tensor, place), group, tensor.clip_ratio)
 
 
 def weight_format(site: Site, config: QuantConfig) -> TensorQuant | None:

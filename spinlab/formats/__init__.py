@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from spinlab.config import TensorQuant
+from spinlab.config.checks import choice
 from spinlab.errors import InputError
 from spinlab.formats.base import Format, Parameters
 from spinlab.formats.integer import IntegerFormat
@@ -35,19 +36,20 @@ FORMATS: dict[str, Callable[[int, bool], Format]] = {
 }
 
 
-def format_of(settings: TensorQuant) -> Format:
-    """Return the format that settings name.
+def format_of(settings: TensorQuant, place: str = "quant") -> Format:
+    """Return the format that settings name. place: what a user calls them, as `quant.weights`.
 
-    Raises InputError where there is none of that name, or where it has other groups.
+    Raises InputError where there is none of that name, or where it has other bits or groups.
     """
-    if settings.format not in FORMATS:
-        raise InputError(
-            f"quant: the format {settings.format!r} is unknown: choose one of {', '.join(FORMATS)}"
-        )
-    format = FORMATS[settings.format](settings.bits, settings.symmetric)
+    name = f"{place}.format"
+    choice(name, settings.format, tuple(FORMATS))
+    try:
+        format = FORMATS[settings.format](settings.bits, settings.symmetric)
+    except InputError as error:
+        raise InputError(f"{name}={settings.format}: {error}") from error
     if format.group and settings.group_size != format.group:
         raise InputError(
-            f"quant: {settings.format} has one scale for {format.group} numbers: "
+            f"{name}={settings.format} has one scale for {format.group} numbers: "
             f"group_size={format.group}, not {settings.group_size}"
         )
     return format

@@ -25,6 +25,19 @@ def cache_bytes(path: KVPath, sizes: Dimensions, tokens: int) -> int:
     return sizes.kv_heads * numbers + shared
 
 
+def coded_share(path: KVPath, tokens: int) -> float:
+    """Return which share of what the tokens of a sequence see of the cache is coded.
+
+    Each of so many tokens sees keys and values of itself and of all before it, in every layer.
+    """
+    layers = range(max(len(path.layers), 1))
+    found = 0
+    for layer in layers:
+        coded = sum(path.history(layer).coded(n) for n in range(1, tokens + 1))
+        found += coded * sum(codec is not None for codec in path.sides(layer))
+    return found / (len(layers) * tokens * (tokens + 1))
+
+
 def cache_bits(path: KVPath, sizes: Dimensions, tokens: int = CONTEXT) -> float:
     """Return the bits per number of a key or value, of a sequence of so many tokens."""
     numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * tokens

@@ -18,11 +18,12 @@ from transformers.masking_utils import sdpa_mask
 
 from spinlab.errors import InputError
 from spinlab.kv.bias import KeyBias, Positions, RopeWatch, WavesAt
+from spinlab.kv.history import PassMasks
 from spinlab.kv.path import KVPath, taken_apart
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
-_KV_PATH, _KV_LAYER = "kv_path", "kv_layer"  # attributes of an attention module
+_KV_PATH, _KV_LAYER, _KV_MASKS = "kv_path", "kv_layer", "kv_masks"  # of an attention module
 
 
 class CodedLayer(DynamicLayer):
@@ -151,10 +152,14 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     path = taken_apart(model, path)
     set_kv_path(model, path)
     watch = RopeWatch(model) if path.biases else None
+    masks = PassMasks()
+    for attention in _attention_modules(model):
+        setattr(attention, _KV_MASKS, masks)
     # what the hook holds, instead of the model: that would keep itself alive
     first = _attention_modules(model)[0]
     insert = partial(_insert, first, len(map_of(model).layers), store, watch)
     decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
+    decoder_of(model).register_forward_hook(partial(_end_pass, masks), always_call=True)
 
 
 def _insert(
@@ -182,6 +187,10 @@ def _insert(
     if watch is not None:
         watch.begin(cache)
     return args, {**kwargs, "past_key_values": cache}
+
+
+def _end_pass(masks: PassMasks, decoder: nn.Module, args: tuple, output: Any) -> None:
+    masks.clear()
 
 
 def _check_starts(mask: torch.Tensor | None) -> None:
@@ -232,7 +241,8 @@ def _attention(
     path: KVPath = getattr(module, _KV_PATH)
     history, query = path.history(getattr(module, _KV_LAYER)), path.turn_queries(query)
     if not history.codes_all and query.shape[2] > 1:
-        attention_mask = history.mask(attention_mask, query.shape[2], query.device)
+        masks: PassMasks = getattr(module, _KV_MASKS)
+        attention_mask = masks.of(history, attention_mask, query.shape[2], query.device)
     attend = sdpa_attention_forward
     if _has_fused_kernel_ungrouped(query, key):
         attend = attend_ungrouped

@@ -69,6 +69,29 @@ class History:
         return torch.cat((in_place, seen[..., twice] & (place[twice] >= end)), dim=-1)
 
 
+class PassMasks:
+    """Keep the masks of one pass of a model: layers of equal histories see alike.
+
+    They are quadratic in the context, and are let go at its end.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def of(
+        self, history: History, seen: torch.Tensor | None, new: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """Return `history.mask` of the same arguments."""
+        key = history, id(seen), new, device
+        if key not in self._made:  # beside what is seen, whose id nothing else has while it is here
+            self._made[key] = seen, history.mask(seen, new, device)
+        return self._made[key][1]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._made.clear()
+
+
 class HistoryLayer:
     """Keep floats of sinks and of the newest tokens, and coded runs in between.
 

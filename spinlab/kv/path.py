@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import CodecConfig, KVConfig
-from spinlab.config.kv import KEPT, Kept
+from spinlab.config.kv import KEPT, Kept, Placed
 from spinlab.errors import InputError
 from spinlab.kv.base import CacheLayer, RowCodec
 from spinlab.kv.bias import KeyBiases, take_key_biases
@@ -109,11 +109,15 @@ def kv_path(
     there.
     """
 
-    @cache  # layers with equal settings have one codec
-    def made(side: str, settings: CodecConfig) -> RowCodec | None:
-        return make_codec(f"kv.{side}", settings, head_dim, seed)
+    known: dict[tuple[str, CodecConfig], RowCodec | None] = {}  # equal settings have one codec
 
-    keys, values, queries = (made(*side) for side in config.sides.items())
+    def made(side: str, placed: Placed) -> RowCodec | None:
+        place, settings = placed
+        if (side, settings) not in known:
+            known[side, settings] = make_codec(f"kv.{side}", settings, head_dim, seed, place)
+        return known[side, settings]
+
+    keys, values, queries = (made(side, config.codecs(side)[0]) for side in config.sides)
     if queries is not None and queries.run > 1:
         raise InputError(
             f"kv.queries.codec={config.queries.codec} codes runs of tokens, and queries come one "
@@ -133,10 +137,11 @@ def kv_path(
 
 def _codec_at(
     config: KVConfig, names: list[str], clips: Mapping[str, float], side: Kept, layer: int
-) -> CodecConfig:
+) -> Placed:
     """Return what a side of a layer is coded with, within its learned range if it has one."""
-    found = config.codec_at(side, layer, names)
-    return replace(found, clip_ratio=clips.get(kv_clip_key(layer, side), found.clip_ratio))
+    place, found = config.codec_at(side, layer, names)
+    ratio = clips.get(kv_clip_key(layer, side), found.clip_ratio)
+    return place, replace(found, clip_ratio=ratio)
 
 
 def _check_layers(config: KVConfig, names: Sequence[str]) -> None:

@@ -16,8 +16,12 @@ from spinlab import parallel
 from spinlab.config import Config
 from spinlab.config.weights import method_title
 from spinlab.fakequant.insert import rounded_sites
+from spinlab.kv.bits import cache_bytes
+from spinlab.kv.path import kv_path
 from spinlab.learn import estimate_of
+from spinlab.metrics.continuation import PROMPTS
 from spinlab.metrics.divergence import CHUNK
+from spinlab.metrics.needle import NUMBERS
 from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS
@@ -228,7 +232,7 @@ def _measuring(job: Job, variant: str) -> Need:
     """A window's logits are there in the model's dtype, in float32 and as probabilities.
 
     What is compared with the original has the original's head beside them, and a chunk of its
-    logits in two forms.
+    logits in two forms. What else is measured comes after them.
     """
     measured, d = job.config.eval, job.dimensions
     batch = min(measured.batch, measured.max_windows or measured.batch)
@@ -239,13 +243,41 @@ def _measuring(job: Job, variant: str) -> Need:
     cures = [f"a smaller eval.window than {measured.window}"]
     if batch > 1:
         cures.insert(0, f"a smaller eval.batch than {batch}")
-    name, cure = f"measuring {variant}", job.cure(*cures)
-    if variant == "fp":
-        return Need(name, 0, job.numbers * job.size + logits, cure)
-    made = job.untied * job.size + job.fusing
-    floats = job.untied - sum(job.linears.values())
-    if measured.compares:
+    if measured.compares and variant != "fp":
         chunk = min(numbers // batch, CHUNK)  # windows are compared one by one
         logits = max(logits, 2 * (numbers + chunk) * _FLOAT32) + job.end * job.size
-    run = floats * job.size + (job.untied - floats) // 2 + logits
-    return Need(name, job.levels, max(made, run), cure)
+    most, name = logits, f"measuring {variant}"
+    for work, shorter in _recalling(job, variant):
+        if work > most:
+            most, cures = work, [shorter]
+    if variant == "fp":
+        return Need(name, 0, job.numbers * job.size + most, job.cure(*cures))
+    made = job.untied * job.size + job.fusing
+    floats = job.untied - sum(job.linears.values())
+    run = floats * job.size + (job.untied - floats) // 2 + most
+    return Need(name, job.levels, max(made, run), job.cure(*cures))
+
+
+def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
+    """Yield what the measures of a cache at work take beside a network, and what takes less.
+
+    A layer holds gate, up and their product for all tokens of a pass, a continuation the cache of
+    all its prompts, and errors of attention eight forms of a window's scores at once.
+    """
+    measured, d = job.config.eval, job.dimensions
+    of_token = 3 * d.intermediate * job.size
+    if measured.needle:
+        longest, batch = max(measured.needle), min(measured.task_batch, NUMBERS)
+        cure = f"a smaller eval.needle than {longest} or eval.task_batch than {measured.task_batch}"
+        yield batch * longest * of_token, cure
+    if measured.continued and measured.compares:
+        prompts, window = min(PROMPTS, measured.max_windows or PROMPTS), measured.window
+        cache = 2 * d.layers * d.kv_heads * d.head_dim * window * job.size
+        if variant != "fp":
+            path = kv_path(job.config.kv, job.map.width("r3"), layers=job.map.attentions)
+            cache = cache_bytes(path, d, window)
+        work = (window - measured.continued) * of_token + cache
+        yield prompts * work, f"a smaller eval.window than {window} or eval.continued=0"
+    if measured.attention and variant == "fake":
+        scores = d.heads * measured.window**2 * _FLOAT32
+        yield 8 * scores, f"a smaller eval.window than {measured.window} or eval.attention=0"

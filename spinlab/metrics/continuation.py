@@ -5,6 +5,8 @@ from transformers import PreTrainedModel
 
 from spinlab.kv.cache import storing_cache
 
+PROMPTS = 8  # windows of a text that are continued
+
 
 @torch.no_grad()
 def continuations(model: PreTrainedModel, prompts: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ The text is made up: sentences of few words in any order, one of which says a nu
 for in the same words, so that a small model that copies what it read can answer.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from spinlab.metrics.likelihood import Request, likelihoods
 
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the text, before the number
 ASKED = 4  # at every depth, for another number in another text
+NUMBERS = len(DEPTHS) * ASKED
 _NAMES = ("Anna", "Boris", "Clara", "David", "Elena")
 _PEOPLE = ("The farmer", "A teacher", "Her neighbour", "The old sailor", "My sister", "A boy")
 _ACTS = ("looked at", "walked past", "remembered", "painted", "talked about", "waited for")
@@ -26,9 +28,12 @@ def found_needles(
     batch: int,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Return `needle/<length>`, the share of numbers whose every token is the likeliest one, and
-    `needle_nats/<length>`, the mean of -log of a number's probability.
+    """Return `needle/<length>`, the share of numbers whose every token is the likeliest one, its
+    standard error `needle_stderr/<length>`, and `needle_nats/<length>`, the mean of -log of a
+    number's probability.
 
+    The error is binomial, sqrt(p(1-p)/n) of n numbers: of a share of 0 or 1 it is 0, where n alone
+    says how little is known.
     length: tokens of a text with its question. The generator draws texts and numbers, of which no
     network changes any.
     """
@@ -36,8 +41,10 @@ def found_needles(
     longest = max(len(prompt) + len(answer) for _, prompt, answer in requests)
     answers = likelihoods(model, requests, batch=batch, longest=longest)
     logs, found = zip(*answers, strict=True)
+    share = sum(found) / len(found)
     return {
-        f"needle/{length}": sum(found) / len(found),
+        f"needle/{length}": share,
+        f"needle_stderr/{length}": math.sqrt(share * (1 - share) / len(found)),
         f"needle_nats/{length}": -sum(logs) / len(logs),
     }
 

@@ -19,14 +19,15 @@ def own_of_each(points: Iterable[Sequence[str]]) -> list[dict[str, str]]:
     return [{key: words[key] for key in told if key in words} for words in split]
 
 
-def metric_names(measured: Sequence[Metrics], wanted: str | None = None) -> list[str]:
-    """Return the names that follow a pattern; by default each text's perplexity at the end.
+def metric_names(measured: Sequence[Metrics], wanted: Sequence[str] = ()) -> list[str]:
+    """Return the names that follow patterns, in their order; without any, perplexities at the end.
 
-    That is the perplexity of the last variant that all have measured, of those that measured any.
+    Those are of each text, of the last variant that all have measured that measured any.
     """
     names = sorted({name for metrics in measured for name in metrics})
-    if wanted is not None:
-        return [name for name in names if fnmatchcase(name, wanted)]
+    if wanted:
+        following = (name for pattern in wanted for name in names if fnmatchcase(name, pattern))
+        return list(dict.fromkeys(following))
     perplexities = [{n for n in metrics if n.startswith("ppl/")} for metrics in measured if metrics]
     for variant in reversed(VARIANTS):
         of_variant = [name for name in names if name.startswith("ppl/") and name.endswith(variant)]
@@ -35,7 +36,7 @@ def metric_names(measured: Sequence[Metrics], wanted: str | None = None) -> list
     return []
 
 
-def points_table(points: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+def points_table(points: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> str:
     """Return a table with a row for every point, of its `words`, `state` and `metrics`."""
     own = own_of_each([point["words"] for point in points])
     keys = list(dict.fromkeys(key for words in own for key in words))

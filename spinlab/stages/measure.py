@@ -11,6 +11,7 @@ zeroshot_mean/…              mean over tasks and its comparison (`spinlab.metr
 paired/<task>/…              comparison with the original's answers (there too)
 bytes, bits/weights, bits/kv checkpoint; effective bits, scales and zero points included, of a
                              cache of 4096 tokens
+coded/kv                     share of what the tokens of a window see of the cache that is coded
 and what `spinlab.stages.recall` measures where it is asked for.
 """
 
@@ -28,6 +29,8 @@ from spinlab.cache import Artifact
 from spinlab.data.questions import identities
 from spinlab.files import write_json
 from spinlab.finite import check_finite
+from spinlab.kv.bits import coded_share
+from spinlab.kv.path import kv_path
 from spinlab.metrics.divergence import Divergence
 from spinlab.metrics.paired import mean_accuracy, paired
 from spinlab.metrics.perplexity import perplexity
@@ -125,8 +128,16 @@ def _sizes(
         numbers = {site.path: site.numbers for site in map_of(original.shape).sites}
         sizes["bits/weights"] = effective_bits(weights, numbers)
         sizes["bits/kv"] = bits_of_cache(model)
+        sizes["coded/kv"] = _coded(run, original)
         sizes |= bytes_of_cache(model)
     return sizes
+
+
+def _coded(run: Run, original: Original) -> float:
+    """Return the share of the cache that is coded in windows, whichever runtime keeps it."""
+    found = map_of(original.shape)
+    path = kv_path(run.config.kv, found.width("r3"), layers=found.attentions)
+    return coded_share(path, run.config.eval.window)
 
 
 def _of_texts(

@@ -93,22 +93,24 @@ def _check_fits(pipeline: Pipeline) -> None:
 
 
 def _tell_uncoded(kv: KVPath, config: Config) -> None:
-    """Warn where windows are measured that the cache's codec does not reach, or reaches in part."""
+    """Warn where texts are measured that the cache's codec does not reach, or reaches in part."""
     if not config.kv.codes("keys", "values"):
         return
-    window = config.eval.window
-    layers = range(max(len(kv.layers), 1))
-    of_layers = [kv.history(n).coded(window) for n in layers if kv.sides(n) != (None, None)]
-    most = max(of_layers, default=0)
-    if not most:
-        log.warning(
-            "no token of an evaluation window is coded: kv.sinks, kv.window, kv.first_layers, "
-            "kv.last_layers or an unfinished run keep all %d in 16 bits, and what is measured is "
-            "such a cache, whatever its bits at longer texts",
-            window,
-        )
-    elif most < window / 2:
-        log.warning("at most %d of %d tokens of an evaluation window are coded", most, window)
+    measured = {"an evaluation window": config.eval.window}
+    measured |= {f"a text of eval.needle={length}": length for length in config.eval.needle}
+    layers = [n for n in range(max(len(kv.layers), 1)) if kv.sides(n) != (None, None)]
+    for name, length in measured.items():
+        most = max((kv.history(n).coded(length) for n in layers), default=0)
+        if not most:
+            log.warning(
+                "no token of %s is coded: kv.sinks, kv.window, kv.first_layers, kv.last_layers or "
+                "an unfinished run keep all %d in 16 bits, and what is measured is such a cache, "
+                "whatever its bits at longer texts",
+                name,
+                length,
+            )
+        elif most < length / 2:
+            log.warning("at most %d of %d tokens of %s are coded", most, length, name)
 
 
 def _check_given(pipeline: Pipeline) -> None:

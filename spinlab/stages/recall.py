@@ -3,7 +3,8 @@
 All of it is named before `/<variant>`:
 
 diverges/<text>              greedy tokens before the first that is not the original's, the mean
-needle/<n>, needle_nats/<n>  numbers found in n tokens of text (`spinlab.metrics.needle`)
+needle/<n>, needle_stderr/<n>, needle_nats/<n>
+                             numbers found in n tokens of text (`spinlab.metrics.needle`)
 attention_*/<text>           errors of attention with exact inputs (`spinlab.metrics.attention`)
 bytes/kv/<n>                 bytes of a sequence of n tokens in the cache
 """
@@ -19,7 +20,7 @@ from spinlab.config import EvalConfig
 from spinlab.kv.bits import cache_bytes
 from spinlab.kv.cache import kv_path_of
 from spinlab.metrics.attention import attention_errors
-from spinlab.metrics.continuation import continuations, first_divergence
+from spinlab.metrics.continuation import PROMPTS, continuations, first_divergence
 from spinlab.metrics.needle import found_needles
 from spinlab.model.modules import map_of
 from spinlab.runtime.fused.convert import slot_layout
@@ -29,7 +30,6 @@ from spinlab.stages.variant import Variant
 from spinlab.tensors import write_tensors
 
 _WRITTEN = "continuations.safetensors"
-_PROMPTS = 8  # windows of each text that are continued
 _CONTEXTS = (4096, 32768)
 
 
@@ -87,7 +87,7 @@ def _continued(
     if not tokens or not (variant.is_original or reference):
         return {}
     written = {
-        label: continuations(model, ids[:_PROMPTS, : ids.shape[1] - tokens], tokens)
+        label: continuations(model, ids[:PROMPTS, : ids.shape[1] - tokens], tokens)
         for label, ids in windows.items()
     }
     if reference is None:

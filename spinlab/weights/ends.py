@@ -28,7 +28,7 @@ def check_ends(model: PreTrainedModel, quant: QuantConfig) -> None:
     for name, path in paths.items():
         format: TensorQuant = getattr(quant, name)
         if format.quantizes:
-            format_of(format)
+            format_of(format, f"quant.{name}")
             check_group(f"quant.{name}.group_size", format.group_size, model_map.hidden, path)
     if quant.tied.quantizes and not model.config.tie_word_embeddings:
         raise InputError(

@@ -55,8 +55,8 @@ def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
     """
     check_patterns(model_map, quant)
     for site, format in rounded_sites(model_map, quant):
-        format_of(format)
-        setting = "quant.weights" if format is quant.weights else "quant.overrides: weights"
+        setting = quant.place_of("weights", site.path)
+        format_of(format, setting)
         width, size = site.in_features, format.group_size
         check_group(f"{setting}.group_size", size, width, site.path)
         quantizer = token_quantizer(model_map, site, quant)
@@ -202,24 +202,29 @@ def _quantize_layer(
     factors: Callable[[FakeQuantLinear], Factors],
     sweep: Sweeping[Factors],
 ) -> dict[str, QuantizedWeight]:
-    """Quantize the current decoder layer, input after input in the order of computation."""
+    """Quantize the current decoder layer, input after input in the order of computation.
+
+    Weights of one input and format are rounded in one sweep, but for formats with a scale of the
+    whole tensor: there each weight has its own, as it has in rounding to nearest.
+    """
     model = rounding.model
-    readers: dict[str, dict[TensorQuant, list[str]]] = {}
+    readers: dict[str, dict[tuple[TensorQuant, str], list[str]]] = {}
     for site, format in rounded_sites(map_of(model), rounding.quant):
         if site.layer == inputs.index:
-            readers.setdefault(site.key, {}).setdefault(format, []).append(site.path)
+            alike = format, site.path if format_of(format).of_tensor else ""
+            readers.setdefault(site.key, {}).setdefault(alike, []).append(site.path)
     found: dict[str, QuantizedWeight] = {}
-    for formats in readers.values():
-        (first, *_), *_ = formats.values()
+    for stacks in readers.values():
+        (first, *_), *_ = stacks.values()
         known = factors(cast(FakeQuantLinear, linear_at(model, first)))
-        for format, stack in formats.items():
+        for (format, _), stack in stacks.items():
             weights = [linear_at(model, name).weight for name in stack]
             ratios = _ratios(rounding, stack, format)
             whole = sweep(torch.cat(weights), known, format, rounding.config, ratios)
             parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)
-        for name in (name for stack in formats.values() for name in stack):
+        for name in (name for stack in stacks.values() for name in stack):
             set_dequantized(linear_at(model, name), found[name])
     return found
 

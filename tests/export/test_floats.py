@@ -94,6 +94,9 @@ def test_what_a_profile_has_no_place_for_is_refused(tmp_path):
         ("quant=mxfp4", "export.profile=vllm_w4a4"): "quant.weights.format=integer",
         ("quant=nvfp4", "export.profile=nvfp4_weights"): "quant.activations.bits=16",
         ("quant=w4a4", "export.profile=mxfp4"): "quant.weights.group_size=32",
+        ("quant=nvfp4",): "or export.profile=nvfp4_weights with quant=nvfp4_weights",
+        ("quant=nvfp4_weights",): "fit it), or export.profile=nvfp4_weights",
+        ("quant=mxfp4",): "fit it), or export.profile=mxfp4",
     }.items():
         config = composed(*FIT, *settings)
         with pytest.raises(InputError, match="has no place for") as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spinlab.compose import composed
 from spinlab.config import ClipSearch, TensorQuant
 from spinlab.errors import InputError
 from spinlab.formats import FORMATS, Parameters, format_of, name_of
@@ -17,6 +18,10 @@ from spinlab.formats.minifloat import codes_of, levels_of, round_e4m3, round_man
 from spinlab.formats.mxfp4 import MXFP4
 from spinlab.formats.nvfp4 import NVFP4
 from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
+from spinlab.model.load import meta_model
+from spinlab.model.modules import map_of
+from spinlab.weights.ends import check_ends
+from spinlab.weights.layerwise import check_weight_groups
 from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import round_to_nearest, rtn
 
@@ -305,3 +310,30 @@ def test_settings_that_are_no_such_format_are_refused():
         format_of(settings("nvfp4", symmetric=False))
     with pytest.raises(InputError, match="one scale for 32 numbers: group_size=32, not 16"):
         format_of(settings("mxfp4", group_size=16))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quant.weights.format=fp4"], "quant.weights.format=fp4 is unknown: choose one of"),
+        (["quant.weights.format=mxfp4"], "quant.weights.format=mxfp4 has one scale for 32"),
+        (["quant.activations.format=nvfp4"], "quant.activations.format=nvfp4: nvfp4 has 4 bits"),
+        (["quant.head.bits=4", "quant.head.format=nvfp4"], "quant.head.format=nvfp4 has one"),
+        (
+            ["quant.overrides=[{pattern: '*.0.*', weights: {format: mxfp4}}]"],
+            "quant.overrides[*.0.*].weights.format=mxfp4 has one scale for 32 numbers",
+        ),
+        (
+            ["quant.overrides=[{pattern: '*.o_proj', activations: {group_size: 7}}]"],
+            "quant.overrides[*.o_proj].activations.group_size=7 does not divide",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named_by_its_setting(words, said):
+    quant = composed("+experiment=toy", "quant.o_proj_per_head=false", *words).quant
+    model = meta_model(composed("+experiment=toy").model, None)
+    with pytest.raises(InputError) as raised:
+        check_weight_groups(map_of(model), quant)
+        check_ends(model, quant)
+    assert str(raised.value).startswith(said)

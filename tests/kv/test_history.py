@@ -1,5 +1,8 @@
 """Sinks, a window and runs: what a token sees is the same however the tokens came."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from spinlab.config.kv import CodecChange
 from spinlab.errors import InputError
 from spinlab.kv.bits import cache_bytes
 from spinlab.kv.cache import CodedCache, attach_kv, kv_path_of
-from spinlab.kv.history import History
+from spinlab.kv.history import History, PassMasks
 from spinlab.kv.path import kv_path
 from spinlab.model.modules import map_of
 from spinlab.rotation.online import hadamard_rotation
@@ -254,6 +257,32 @@ def test_first_and_last_layers_stay_in_16_bits(make_model, settings, exact):
 def test_layers_that_are_not_there_are_refused(make_model, settings, words):
     with pytest.raises(InputError, match=words):
         kv_path(KVConfig(**settings), 8, layers=map_of(make_model()).attentions)
+
+
+@torch.no_grad()
+def test_layers_of_equal_histories_share_a_mask_for_one_pass(make_model, ids, monkeypatch):
+    """Whatever the passes see: they are those of layers that ask by themselves."""
+    config = KVConfig(AFFINE, AFFINE, sinks=1, window=3)
+    model, made, mask = coded(make_model(torch.float32), config), [], History.mask
+
+    def counted(self, *parts):
+        made.append(weakref.ref(found := mask(self, *parts)))
+        return found
+
+    monkeypatch.setattr(History, "mask", counted)
+    padded = torch.ones_like(ids)
+    padded[1, -2:] = 0
+    asked = [{}, {"attention_mask": padded}, {}]
+    found = [model(ids, **more).logits for more in asked]
+    assert len(made) == len(asked) and len(kv_path_of(model).histories) == 1
+    assert all(held() is None for held in made)  # it goes with its pass
+    monkeypatch.setattr(PassMasks, "of", lambda masks, history, *parts: mask(history, *parts))
+    for more, logits in zip(asked, found, strict=True):
+        assert torch.equal(model(ids, **more).logits, logits)
+    again = copy.deepcopy(model)
+    first, other = (m.model.layers[0].self_attn.kv_masks for m in (model, again))
+    assert first is model.model.layers[1].self_attn.kv_masks is not other
+    assert other is again.model.layers[1].self_attn.kv_masks
 
 
 def test_an_override_that_changes_nothing_is_refused():

@@ -112,7 +112,7 @@ def test_a_learned_ratio_goes_before_that_of_the_settings():
         (KVConfig(values=CodecConfig(codec="lloyd_max")), "kv.values.codec=lloyd_max has none"),
         (
             KVConfig(overrides=[KVOverride("*", keys=CodecChange(codec="kivi"))]),
-            "kv.keys.codec=kivi has none",
+            r"kv\.overrides\[\*\]\.keys\.codec=kivi has none",
         ),
     ],
     ids=["16 bits", "codec", "override"],

@@ -11,7 +11,7 @@ import torch
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.memory.check import check_needs
-from spinlab.memory.needs import Job, Need, needs
+from spinlab.memory.needs import Job, Need, _recalling, needs
 from spinlab.model.load import meta_model
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
@@ -49,12 +49,13 @@ def test_what_is_estimated_is_what_stages_take(tmp_path, short_text):
     small.append("weights.clip.search=false")
     for method in ("gptq", "gptaq"):
         small += [f"weights.{method}.samples=4", f"weights.{method}.sequence_length=128"]
-    small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,integer]"]
+    small += ["eval.window=512", "eval.max_windows=1", "eval.variants=[fp,integer,fake]"]
+    small += ["eval.attention=1", "eval.continued=64", "eval.needle=[512]", "eval.task_batch=1"]
     command = [sys.executable, str(script), str(tmp_path), "+experiment=toy", "model=random"]
     done = subprocess.run([*command, MIDDLE, *small, *short_text], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 7
+    assert len(found) == 8
     for stage, (expected, taken) in found.items():
         assert expected - _SLACK / 4 < taken < 2 * expected + _SLACK, (stage, found)
 
@@ -90,6 +91,37 @@ def test_a_comparison_takes_the_originals_head_and_a_chunk_of_its_logits(overrid
     )
     assert beside.device - alone.device == more
     assert beside.host == alone.host
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "work"),
+    [
+        ("fp", ["eval.needle=[4000,64]", "eval.task_batch=8"], 8 * 4000 * 3 * 11008 * 2),
+        ("fp", ["eval.needle=[4000]", "eval.task_batch=99"], 20 * 4000 * 3 * 11008 * 2),
+        ("fp", ["eval.continued=48", "eval.max_windows=3"],
+         3 * (2000 * 3 * 11008 * 2 + 2 * 32 * 4096 * 2048 * 2)),
+        ("fake", ["eval.attention=1"], 8 * 32 * 2048**2 * 4),
+        ("fake", ["eval.continued=2047", "kv.keys.bits=4", "kv.values.bits=4"],
+         8 * (3 * 11008 * 2 + 2 * 32 * 32 * 2048 * (64 + 3))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_measured_of_a_cache_at_work_is_counted(variant, settings, work):
+    """On networks that need no fusing, and whose logits are small beside it."""
+    config = composed(*LLAMA, "eval.variants=[fp,fake]", "eval.window=2048", *settings)
+    job = Job(config, meta_model(config.model, None), CPU, {f"eval-{variant}"})
+    cure = settings[0].split("=")[0].replace("continued", "window").replace("attention", "window")
+    (found,) = _recalling(job, variant)
+    assert found[0] == work and f"a smaller {cure} than" in found[1]
+
+
+def test_recall_is_refused_where_it_takes_more_than_logits():
+    words = ["eval.variants=[fp,fake]", "eval.window=256", "eval.needle=[200000]"]
+    words.append("eval.task_batch=8")
+    (need,) = (n for n in needs_of(*LLAMA, *words) if n.stage == "measuring fp")
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32000 * 4096
+    assert need.device == pytest.approx(2 * weights + 8 * 200000 * 3 * 11008 * 2, rel=0.01)
+    assert need.cure.startswith("a smaller eval.needle than 200000 or eval.task_batch than")
 
 
 def test_a_stage_that_is_cached_needs_no_memory():

@@ -135,7 +135,8 @@ def test_texts_have_their_length_and_say_the_number_once(monkeypatch):
 
     monkeypatch.setattr(needle, "likelihoods", answer)
     found = found_needles(None, Bytes(), 300, 8, torch.Generator().manual_seed(0))
-    assert found == {"needle/300": 0.75, "needle_nats/300": 2.0}
+    error = (0.75 * 0.25 / 20) ** 0.5
+    assert found == {"needle/300": 0.75, "needle_stderr/300": error, "needle_nats/300": 2.0}
     places = []
     for _, prompt, number in asked:
         text, number = bytes(prompt).decode(), bytes(number).decode()

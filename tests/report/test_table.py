@@ -62,6 +62,42 @@ def test_comparisons_have_columns_where_a_record_has_them():
     assert rows[1][2:] == ["18.00", "0.612", "34.6", "—", "—", "-10.0 ± 2.0", "—", "—"]
 
 
+def test_what_was_measured_of_the_cache_has_columns_and_its_bits_what_they_stand_for():
+    metrics = {
+        **{"ppl/wiki/fp": 9.3, "ppl/wiki/fake": 18.0, "bits/weights/fake": 16.0},
+        **{"diverges/wiki/fake": 12.34, "attention_score/wiki/fake": 0.12345},
+        **{
+            "kl/wiki/fake": -1e-9,
+            "attention_kl/wiki/fake": 0.01234,
+            "attention_output/wiki/fake": 0.05,
+        },
+        **{"needle/1024/fp": 1.0, "needle_stderr/1024/fp": 0.0},
+        **{"needle/256/fake": 0.75, "needle_stderr/256/fake": 0.09682, "needle_nats/256/fake": 1.0},
+        **{"bits/kv/fake": 2.34, "coded/kv/fake": 0.25},
+    }
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[3:-1]]
+        for line in result_table({"metrics": metrics, "config": {}}).splitlines()
+    )
+    told = dict(zip(head, zip(*rows, strict=True), strict=True))
+    assert told == {
+        "wiki ppl": ("9.30", "18.00"),
+        "wiki KL": ("—", "0.000"),
+        "wiki diverges": ("—", "12.3"),
+        "wiki score error": ("—", "0.123"),
+        "wiki attention KL": ("—", "0.0123"),
+        "wiki output error": ("—", "0.0500"),
+        "needle 256": ("—", "75.0 ± 9.7"),
+        "needle 1024": ("100.0 ± 0.0", "—"),
+        "MiB": ("—", "—"),
+        "bits": ("—", "16.00"),
+        "KV bits": ("—", "2.34"),
+        "KV coded": ("—", "25.0"),
+    }
+    whole = result_table({"metrics": metrics | {"coded/kv/fake": 1.0}, "config": {}})
+    assert "KV bits" in whole and "KV coded" not in whole
+
+
 def test_the_committed_records_keep_their_promises():
     for path in sorted((ROOT / "experiments").glob("smollm2_135m_w4a4kv4.json")):
         metrics = read_record(path)["metrics"]

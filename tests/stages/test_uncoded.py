@@ -19,6 +19,7 @@ NONE = "no token of an evaluation window is coded"
         (["kv.window=100"], "at most 28 of 128 tokens of an evaluation window are coded"),
         (["kv.window=32"], ""),
         (["kv=kv16"], ""),
+        (["kv.window=64", "eval.needle=[64]"], "no token of a text of eval.needle=64 is coded"),
     ],
     ids=str,
 )

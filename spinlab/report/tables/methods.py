@@ -9,11 +9,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spinlab.config.weights import method_title
+from spinlab.report.cells import OF_TEXTS
 from spinlab.report.formats import MISSING, markdown, percent, spread
 from spinlab.report.records import Record, read_seeds, texts_of
 
-# kinds of metrics of a text, and how they are shown: title, scale, digits
-_OF_TEXTS = {"ppl": ("ppl", 1, 2), "kl": ("KL", 1, 3), "flips": ("flips", 100, 1)}
 # titles of what stands for all tasks, the metric and its error
 _OF_TASKS = (
     ("zero-shot", "accuracy", "stderr"),
@@ -55,7 +54,7 @@ def _columns(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
     texts = texts_of(records[0]["metrics"])
     has = {name.rpartition("/")[0] for run in records for name in run["metrics"]}
     found: dict[str, Callable[..., str]] = {}
-    for kind, (title, scale, digits) in _OF_TEXTS.items():
+    for kind, (title, scale, digits) in OF_TEXTS.items():
         for text in (text for text in texts if f"{kind}/{text}" in has):
             found[f"{text} {title}"] = partial(_spread, f"{kind}/{text}", scale, digits)
     for title, name, error in _OF_TASKS:
