@@ -2,10 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# as commands do before torch is there: what runs here has the bits of what they run
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen at its import
@@ -48,6 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     leave_modules()  # each garbage collection would walk them, and all tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stages_end_at_once(request) -> Iterator[None]:
+    """Let no stage of a toy give memory back or wait for the disk: both take longer than it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("slow") is None:
+            patch.setattr("spinlab.cache._give_back_memory", lambda: None)
+            patch.setattr("os.fsync", lambda number: None)
+        yield
 
 
 @pytest.fixture(scope="session")
