@@ -126,15 +126,15 @@ SERVED = [
 
 @torch.no_grad()
 def test_the_real_model_is_served_as_the_run_computes_it(
-    smollm2, by_package, tmp_path, monkeypatch
+    smollm2, by_package, short_text, tmp_path, monkeypatch
 ):
     """Bit for bit, once the run's ties of inputs and scales of weights are those of its readers.
 
     These two make other samples of the rounding noise, in which 500 tokens tell a percent or two.
     """
-    model = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}"]
+    given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
     export_to = f"export.compressed_tensors={tmp_path}/c"
-    pipeline = Pipeline(composed(*SERVED, *model, export_to, f"paths.cache={tmp_path}/cache"))
+    pipeline = Pipeline(composed(*SERVED, *given, export_to, f"paths.cache={tmp_path}/cache"))
     export(pipeline)
     served = load_served(tmp_path / "c", torch.float32)
     ids = windows_in(pipeline.evaluation)["wiki"]
