@@ -35,12 +35,13 @@ ARCHITECTURE = {
 }
 
 
-# at least 20 s each, the longest first
+# at least 10 s each, the longest first
 LONG = [
     *("test_smollm2.py", "test_experiment.py", "test_grid.py", "test_parallel.py"),
-    *("test_notebooks.py", "test_methods.py", "test_resume.py", "test_sweep.py", "test_cli.py"),
-    *("test_extending.py", "test_commands.py", "test_measure.py", "test_options.py"),
-    *("test_config.py", "test_toy.py", "test_needs.py", "test_inputs.py"),
+    *("test_methods.py", "test_cli.py", "test_commands.py", "test_options.py", "test_sweep.py"),
+    *("test_needs.py", "test_measure.py", "test_config.py", "test_resume.py", "test_notebooks.py"),
+    *("test_extending.py", "test_compressed_tensors.py", "test_load.py", "test_toy.py"),
+    *("test_gguf.py", "test_sharding.py", "test_preflight.py", "test_compiled.py"),
 ]
 
 
