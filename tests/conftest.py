@@ -2,10 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# as commands do before torch is there: what runs here has the bits of what they run
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen at its import
@@ -31,12 +35,13 @@ ARCHITECTURE = {
 }
 
 
-# at least 20 s each, the longest first
+# at least 10 s each, the longest first
 LONG = [
     *("test_smollm2.py", "test_experiment.py", "test_grid.py", "test_parallel.py"),
-    *("test_notebooks.py", "test_methods.py", "test_resume.py", "test_sweep.py", "test_cli.py"),
-    *("test_extending.py", "test_commands.py", "test_measure.py", "test_options.py"),
-    *("test_config.py", "test_toy.py", "test_needs.py", "test_inputs.py"),
+    *("test_methods.py", "test_cli.py", "test_commands.py", "test_options.py", "test_sweep.py"),
+    *("test_needs.py", "test_measure.py", "test_config.py", "test_resume.py", "test_notebooks.py"),
+    *("test_extending.py", "test_compressed_tensors.py", "test_load.py", "test_toy.py"),
+    *("test_gguf.py", "test_sharding.py", "test_preflight.py", "test_compiled.py"),
 ]
 
 
@@ -48,6 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     leave_modules()  # each garbage collection would walk them, and all tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stages_end_at_once(request) -> Iterator[None]:
+    """Let no stage of a toy give memory back or wait for the disk: both take longer than it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("slow") is None:
+            patch.setattr("spinlab.cache._give_back_memory", lambda: None)
+            patch.setattr("os.fsync", lambda number: None)
+        yield
 
 
 @pytest.fixture(scope="session")

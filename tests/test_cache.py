@@ -12,18 +12,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from spinlab import cache
 from spinlab.cache import PROGRESS, Cache
 from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.tensors import kept_tensors, save_tensors
-
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch):
-    """Collecting what the other tests left takes longer than any stage here."""
-    monkeypatch.setattr(cache, "_give_back_memory", lambda: None)
-
 
 another_module_s_work = lambda folder: None  # noqa: E731
 another_module_s_work.__module__ = "spinlab.errors"

@@ -74,7 +74,7 @@ def _add_line(path: Path, table: str, block: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
+def extended(tmp_path_factory, short_text) -> tuple[Path, dict[str, dict[str, float]]]:
     """Return a copy of the repository with every addition of the page, and what its runs gave."""
     root = tmp_path_factory.mktemp("extended")
     skip = shutil.ignore_patterns("__pycache__")
@@ -82,7 +82,8 @@ def extended(tmp_path_factory) -> tuple[Path, dict[str, dict[str, float]]]:
         shutil.copytree(ROOT / folder, root / folder, ignore=skip)
     commands = [c for text in sections().values() for c in extend(root, text)[1]]
     paths = [f"paths.cache={root / 'cache'}", f"paths.runs={root / 'runs'}"]
-    words = json.dumps([[*command, *SMALL, *paths] for command in commands])
+    more = [*SMALL, *paths, short_text[0]]  # to calibrate on
+    words = json.dumps([[*command, *more] for command in commands])
     env = {**os.environ, "PYTHONPATH": str(root)}
     run = [sys.executable, "-c", RUNNER, words]
     done = subprocess.run(run, cwd=root, env=env, capture_output=True, text=True)

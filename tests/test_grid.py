@@ -74,9 +74,8 @@ def test_what_composes_to_the_same_settings_has_one_name():
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "/" not in name])
-def test_every_method_runs_on_every_family(method, tmp_path, monkeypatch):
+def test_every_method_runs_on_every_family(method, tmp_path):
     """From a tiny random model to integers; published formats differ in settings alone."""
-    monkeypatch.setattr("spinlab.cache._give_back_memory", lambda: None)  # which takes the longest
     file = tmp_path / "text.txt"
     file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
     text = [f"data.calibration={file}", f"data.evaluation=[{file}]", f"paths.cache={tmp_path}"]

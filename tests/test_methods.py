@@ -93,7 +93,7 @@ def test_every_method_runs_and_hands_off_to_integers(method, tmp_path):
     assert learned == (method in steps)
 
 
-def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
+def test_a_transformed_model_brings_its_online_rotations_along(tmp_path, text):
     """LLMC's two runs: nothing in the second one says that anything has to run online."""
     folder = tmp_path / "transformed"
     quiet = [
@@ -102,10 +102,12 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
         "model.architecture.num_attention_heads=4",
         "learn=none",
         *SMALL,
+        *text,
     ]
     first = pipeline(tmp_path, *quiet, f"export.transformed={folder}")
     export(first)
-    loaded = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none", *SMALL]
+    loaded = ["eval=llmc", "model.weights=pretrained", f"model.path={folder}", "learn=none"]
+    loaded += [*SMALL, *text]
     second = pipeline(tmp_path, *loaded, "weights=gptq_llmc", *SMALL)
 
     rotations = second.rotations("fake")
@@ -132,9 +134,9 @@ def test_a_transformed_model_brings_its_online_rotations_along(tmp_path):
     assert second.handoff_error("integer") < 1e-9
 
 
-def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path):
-    export(pipeline(tmp_path, "learn=none", f"export.transformed={tmp_path / 't'}"))
-    path = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}"]
+def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path, text):
+    export(pipeline(tmp_path, *text, "learn=none", f"export.transformed={tmp_path / 't'}"))
+    path = ["eval=llmc", "model.weights=pretrained", f"model.path={tmp_path / 't'}", *text]
     for more in (
         ["learn.steps=3"],
         ["learn=none", "rotation.load=R.bin"],

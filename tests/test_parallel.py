@@ -95,9 +95,15 @@ def measure(out: Path) -> None:
 
 
 def toy(out: Path) -> list[str]:
+    """Return the words of an experiment on a text of 10 000 letters."""
+    text = out / "text.txt"
+    if parallel.is_main():
+        text.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(10_000)))
+    parallel.barrier()
+    texts = [f"data.calibration={text}", f"data.evaluation=[{text}]"]
     paths = [f"paths.cache={out / 'toy'}", f"paths.runs={out / 'runs'}"]
     export = f"export.artefact={out / 'artefact'}"
-    return [*TOY, *FEW, "weights.gptq.sequence_length=64", export, *paths]
+    return [*TOY, *FEW, *texts, "weights.gptq.sequence_length=64", export, *paths]
 
 
 def network(dtype: str) -> PreTrainedModel:

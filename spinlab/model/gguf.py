@@ -1,5 +1,6 @@
 """Packaged GGUF checkpoints: identified by their bytes, described, dequantized once."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def convert_gguf(config: ModelConfig, folder: Path) -> None:
     Raises InputError where tensors lack, are too many or are not finite.
     """
     described = gguf_config(config)
-    load = AutoModelForCausalLM.from_pretrained
+    load = partial(AutoModelForCausalLM.from_pretrained, config=described)  # else it reads it again
     model, report = _read(load, config, dtype=torch.float32, output_loading_info=True, **OURS)
     check_report(_place(config), described, report)
     for name, parameter in model.named_parameters():

@@ -45,9 +45,10 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory, toy_tokens) -> Path:
     """Return a folder with `artefact`, and the file `mine.txt`, on which it was measured too."""
     folder = tmp_path_factory.mktemp("commands")
+    shutil.copytree(toy_tokens, folder / "cache")
     (folder / "mine.txt").write_text(TEXT)
     words = (
         *("+experiment=toy", "learn=none", "tracker=none", "weights=rtn"),

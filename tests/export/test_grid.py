@@ -151,8 +151,7 @@ def together(configs: Iterable[Config]) -> list[Config]:
 
 
 @pytest.mark.parametrize("method", options_of("method"))
-def test_every_method_goes_to_every_target_or_says_what_does(method, tmp_path, monkeypatch):
-    monkeypatch.setattr("spinlab.cache._give_back_memory", lambda: None)  # which takes the longest
+def test_every_method_goes_to_every_target_or_says_what_does(method, tmp_path):
     configs = {}
     for name, target in TARGETS.items():
         place = f"export.{target.kind}={tmp_path}/{name}"

@@ -1,5 +1,7 @@
 """The presets of the cache, and the sweep over them."""
 
+from functools import cache
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -18,11 +20,16 @@ NAMES = [f"model.layers.{n}.self_attn" for n in range(6)]
 SWEPT = OmegaConf.load(CONF / "sweep" / "kv.yaml").hydra.sweeper.params.kv
 
 
+@cache
+def kv_of(name: str) -> KVConfig:
+    return composed(f"kv={name}").kv
+
+
 @pytest.mark.parametrize("name", options_of("kv"))
 @pytest.mark.parametrize("width", SIZES)
 def test_every_preset_makes_its_codecs(name, width):
     """Of the toy's heads, and of those of models; a layer takes as many bytes as are counted."""
-    kv = composed(f"kv={name}").kv
+    kv = kv_of(name)
     if width < 32 and kv.keys.codec == "mxfp4":
         pytest.skip("the group of this format is wider than a head")
     path, sizes = kv_path(kv, width, layers=NAMES), SIZES[width]
@@ -38,7 +45,7 @@ def test_every_preset_makes_its_codecs(name, width):
 def test_the_sweep_is_over_presets_of_every_codec():
     swept = [name.strip() for name in SWEPT.split(",")]
     assert len(swept) == len(set(swept)) >= 20 and set(swept) <= set(options_of("kv"))
-    chosen = [composed(f"kv={name}").kv for name in swept]
+    chosen = [kv_of(name) for name in swept]
     used = {side.codec for kv in chosen for side in (kv.keys, kv.values) if side.quantizes}
     assert used == set(CODECS)
     settings = composed("+experiment=smollm2_135m_w4a4kv4", "+sweep=kv", *OFF)

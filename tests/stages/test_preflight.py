@@ -99,13 +99,14 @@ def test_a_place_for_biases_that_are_not_there_is_refused(tmp_path, overrides, r
     assert not begun(run)
 
 
-def test_where_biases_are_kept_is_part_of_keys_where_it_counts(tmp_path):
+def test_where_biases_are_kept_is_part_of_keys_where_it_counts(tmp_path, short_text):
     """As it is for keys of a model that has none, or in 16 bits, keys stay those of before."""
 
-    few = ["weights.gptaq.samples=2", "weights.gptaq.sequence_length=32"]
+    few = ["weights.gptaq.samples=2", "weights.gptaq.sequence_length=32", *short_text]
 
     def keys(*overrides: str) -> list[str]:
-        run = pipeline(tmp_path, "weights=rtn", "eval.variants=[fp,fake]", *overrides)
+        rtn = ["weights=rtn", "eval.variants=[fp,fake]", *short_text]
+        run = pipeline(tmp_path, *rtn, *overrides)
         measured = [run.measured(variant).key for variant in ("fp", "fake")]
         paired = pipeline(tmp_path, "weights=gptaq", *few, *overrides)
         measured.append(paired.weights("fake").key)  # what the model reads of the cache's settings

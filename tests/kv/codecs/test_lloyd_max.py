@@ -66,6 +66,18 @@ def test_levels_are_the_published_ones_and_best_for_the_density(width, bits):
         assert 4.0**-bits <= distortion <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
 
 
+@pytest.mark.parametrize("width", [3, 40, 128])
+def test_each_of_many_levels_is_the_mean_of_its_cell_too(width):
+    levels = lloyd_max_levels(width, 8)
+    f, ends = density(width), [-1, *(levels[1:] + levels[:-1]) / 2, 1]
+    for level, low, high in zip(levels[128:], ends[128:-1], ends[129:], strict=True):
+        high = min(high, low + 20 / width**0.5)  # nothing lies beyond
+        mass, mean = (
+            integrate.quad(lambda x, n=n: x**n * f(x), low, high, epsabs=0)[0] for n in (0, 1)
+        )
+        assert level == pytest.approx(mean / mass, rel=1e-8)
+
+
 @pytest.mark.parametrize("width", DISTORTIONS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_what_is_coded_has_that_distortion(width, bits):
