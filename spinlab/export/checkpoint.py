@@ -21,7 +21,14 @@ from spinlab.rotation.rotations import ONLINE
 log = logging.getLogger(__name__)
 
 _FORM = "a checkpoint in 16 bits"
-_CANNOT = (*ONLINE, "inputs", "scales", "clips", "weight_clips")  # names of `parts.PARTS`
+_CANNOT = (
+    *ONLINE,
+    "inputs",
+    "scales",
+    "clips",
+    "kv_clips",
+    "weight_clips",
+)  # names of `parts.PARTS`
 
 
 def check(setting: str, target: Path, config: Config) -> None:

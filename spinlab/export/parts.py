@@ -45,6 +45,7 @@ PARTS: Mapping[str, Part] = {
     "smoothing": Part("scales of inputs", "rotation.smooth=null rotation.inputs=none"),
     "scales": Part("online scales of inputs", "rotation.smooth_groups=[qkv,gate_up]"),
     "clips": Part("learned ranges of inputs", "learn.lr.input_clip=0"),
+    "kv_clips": Part("learned ranges of keys and values", "learn.lr.kv_clip=0"),
     "weight_clips": Part("learned ranges of weights", "learn.lr.clip=0"),
 }
 
@@ -78,7 +79,7 @@ def parts_of(rotations: RotationSet) -> set[str]:
     there["scales"] = any(t.scale is not None and not t.folded for t in online)
     there["smoothing"] = any(t.scale is not None for t in rotations.inputs.values())
     there |= {f"drawn_{name}": not made_again(rotations, name) for name in ("r3", "r4")}
-    there |= {"clips": rotations.clips, "weight_clips": rotations.weight_clips}
+    there |= {name: getattr(rotations, name) for name in ("clips", "kv_clips", "weight_clips")}
     return {name for name, found in there.items() if found}
 
 
@@ -97,6 +98,7 @@ def of_settings(config: Config, among: Collection[str]) -> list[str]:
     rotation, learn = config.rotation, config.learn
     there: dict[str, Any] = {"weight_clips": learn.steps and learn.lr.clip}
     there["clips"] = learn.steps and learn.lr.input_clip
+    there["kv_clips"] = learn.steps and learn.lr.kv_clip
     if source_of(config) is None:
         kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
         there |= {name: kind != "identity" for name, kind in kinds.items()}
@@ -146,6 +148,7 @@ def _of_file(path: Path, config: Config) -> set[str]:
         return parts  # ranges are learned anew
     ranges = RotationSet(
         clips={n: 1.0 for n in names if n.startswith("clip.")},
+        kv_clips={n: 1.0 for n in names if n.startswith("kv_clip.")},
         weight_clips=dict.fromkeys((n for n in names if n.startswith("weight_clip.")), None),  # pyright: ignore[reportArgumentType]
         about=about,
     )

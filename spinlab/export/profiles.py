@@ -57,7 +57,7 @@ PROFILES = {
 _OTHERS = (4, 8, 16)  # bits of weights, and of inputs
 _GROUPS = (0, 128, 64, 32)  # that vLLM's kernels take; 0: per channel
 FORM = "compressed-tensors"
-CANNOT = ("r3", "cross_head", "inputs", "scales", "clips")  # parts of rotations
+CANNOT = ("r3", "cross_head", "inputs", "scales", "clips", "kv_clips")  # parts of rotations
 
 
 class Scheme(NamedTuple):

@@ -16,7 +16,15 @@ from spinlab.rotation.rotations import RotationSet
 log = logging.getLogger(__name__)
 
 _FORM = "an R.bin, unlike a .safetensors,"
-_CANNOT = ("drawn_r3", "drawn_r4", "inputs", "smoothing", "clips", "weight_clips")  # of PARTS
+_CANNOT = (
+    "drawn_r3",
+    "drawn_r4",
+    "inputs",
+    "smoothing",
+    "clips",
+    "kv_clips",
+    "weight_clips",
+)  # of PARTS
 _FUSED = ("r1", "r2")  # all that it holds: what settings make again is left out
 
 

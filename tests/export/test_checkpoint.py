@@ -19,6 +19,7 @@ from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.load import check_model, file_dtype, load_model
 from spinlab.model.modules import restore
 from spinlab.rotation.inputs import ScaledDual
+from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
 FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
@@ -133,6 +134,7 @@ BROUGHT = {
     "online transforms of single inputs": {"inputs.0.qkv.first": torch.eye(4)},
     "online scales of inputs": {"inputs.0.o.scale": torch.ones(4)},
     "learned ranges of inputs": {"clip.0.qkv": torch.tensor(0.5)},
+    "learned ranges of keys and values": {"kv_clip.0.keys": torch.tensor(0.5)},
 }
 
 
@@ -140,12 +142,12 @@ BROUGHT = {
 def test_what_a_file_of_rotations_brings_is_refused_before_any_work(tmp_path, monkeypatch, name):
     file = tmp_path / "R.safetensors"
     monkeypatch.setattr(RotationSet, "tensors", lambda self: BROUGHT[name])
-    RotationSet().save(file)
     config = composed(*SMALL, f"rotation.load={file}", f"export.checkpoint={tmp_path}/c")
+    RotationSet(about={"trained": {"formats": formats_of(config.quant, config.kv)}}).save(file)
     with pytest.raises(InputError, match=f"cannot hold {name}, which rotation.load=.* brings: use"):
         check_exports(config)
     learned = replace(config, learn=LearnConfig(steps=1))
-    ranges = name == "learned ranges of inputs"  # which are learned anew
+    ranges = name.startswith("learned ranges")  # which are learned anew
     with nullcontext() if ranges else pytest.raises(InputError, match="brings"):
         check_exports(learned)
 

@@ -84,7 +84,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_settings_name_a_format_and_it_refuses_what_it_is_not():
     assert format_of(SETTINGS) == Float4(4, True)
-    with pytest.raises(InputError, match=r"'float5' is unknown: choose one of integer, .*float4"):
+    with pytest.raises(
+        InputError, match=r"format=float5 is unknown: choose one of integer, .*float4"
+    ):
         format_of(TensorQuant(format="float5"))
     with pytest.raises(InputError, match="float4 has 4 bits"):
         format_of(TensorQuant(format="float4", bits=3))

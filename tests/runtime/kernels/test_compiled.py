@@ -94,7 +94,7 @@ OF_ROWS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*u8", "zero_p
 OF_ROWS |= {"rows": "i32", "clip": "fp32"}
 TILE = {"WIDTH": 576, "BLOCK": 1024, "STEP": 4, "LOW": 0, "HIGH": 15, "SYMMETRIC": False}
 for capability in (80, 90):
-    instructions(integer_kernels.pull_back_kernel, OF_ROWS, TILE, capability)
+    instructions(integer_kernels.pull_back_kernel, OF_ROWS, {**TILE, "HALF": True}, capability)
     for known in (True, False):
         kinds = {**OF_ROWS, "clip": "fp32" if known else "*fp32"}
         coded = {**TILE, "KNOWN": known, "HALF": True}
