@@ -38,6 +38,18 @@ def test_a_method_or_seed_without_records_is_named():
         gap_summary(folder, "x.json", "quarot", "none")
 
 
+def test_a_row_says_what_runs_online():
+    methods = ("spinquant_no_had", "learned_fused", "blocks_behind_r1", "learned_inputs", "gptq")
+    lines = gap_table(EXPERIMENTS / "methods_smollm2", "quarot", *methods).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    found = {row[0]: row[2] for row in rows if set(row[0]) != {"-"}}
+    assert found == {
+        **{"method": "online", "": "", "quarot": "R3, R4", "spinquant_no_had": "nothing"},
+        **{"learned_fused": "R3, R4", "blocks_behind_r1": "R3, blocks"},
+        **{"learned_inputs": "R3, dual transforms", "gptq": "nothing"},
+    }  # across 9 heads no Hadamard matrix turns QuaRot's
+
+
 def test_a_deviation_needs_two_seeds(tmp_path):
     whole = {"schema": 3, "experiment": "a", "status": "complete"}
     (tmp_path / "a_seed0.json").write_text(json.dumps({**whole, **record(0, 20.0)}))

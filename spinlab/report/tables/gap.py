@@ -4,27 +4,47 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.files import write_json
 from spinlab.report.formats import markdown
 from spinlab.report.records import Record, read_seeds, texts_of
 from spinlab.report.tables.methods import perplexities, titles_of
+from spinlab.rotation.hadamard import has_hadamard
+
+_ONLINE = {
+    **{"r3": "R3", "r4": "R4", "cross_head": "across heads"},
+    **{"duquant": "dual transforms", "blocks": "blocks"},
+}
 
 
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
-    """Return a table of some methods, with the share of the baseline's gap that each closes."""
+    """Return a table of methods: what runs online, and what each closes of a baseline's gap."""
     records, titles = read_seeds(folder), titles_of(folder)
     runs = _of(baseline, records)
     texts = texts_of(runs[0]["metrics"])
-    head = ["method", "transform", *(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
-    rows = [head, ["", "original", *perplexities(runs, texts, "fp"), *("" for _ in texts)]]
+    of_texts = [*(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
+    rows = [["method", "transform", "online", *of_texts]]
+    rows.append(["", "original", "", *perplexities(runs, texts, "fp"), *("" for _ in texts)])
     for method in (baseline, *methods):
-        cells = [method, titles.get(method, ""), *perplexities(_of(method, records), texts, "fake")]
-        shares = [mean(gap_closed(_of(method, records), runs, text)) for text in texts]
+        found = _of(method, records)
+        cells = [method, titles.get(method, ""), _online(found[0])]
+        shares = [mean(gap_closed(found, runs, text)) for text in texts]
         closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
-        rows.append([*cells, *closed])
+        rows.append([*cells, *perplexities(found, texts, "fake"), *closed])
     return markdown(rows)
+
+
+def _online(record: Record) -> str:
+    """Say what a network runs beside its linears, by the settings of its rotations."""
+    rotation: Mapping[str, Any] = record["config"]["rotation"]
+    if not rotation["online"]:
+        return "nothing"
+    names = ("r3", "r4", *(("cross_head",) if has_hadamard(record["model"]["heads"]) else ()))
+    found = [_ONLINE[name] for name in names if rotation[name] not in ("none", "identity")]
+    found += [_ONLINE[rotation["inputs"]]] if rotation["inputs"] in _ONLINE else []
+    return ", ".join(found) or "nothing"
 
 
 def _of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
