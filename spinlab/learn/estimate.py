@@ -145,9 +145,11 @@ def _weights(job: _Job) -> int:
         gathered = job.layers * _GATHERED // len(job.map.layers) + embedding
         shard = -(-(job.layers + embedding) // job.processes)
         return (gathered + shard + head) * job.size
-    # a 16-bit gradient is added up in float32
-    gradient = job.size + (job.wide if job.size < job.wide else 0)
-    rotated = job.wide if job.learn.lr.clip else 0
+    # a 16-bit gradient of several passes is added up in float32
+    added = job.size < job.wide and job.rows > job.learn.micro_batch
+    gradient = job.size + (job.wide if added else 0)
+    # transforms of inputs make rotated weights twice instead of keeping them
+    rotated = job.wide if job.learn.lr.clip and "inputs" not in job.learn.rotations else 0
     teacher = whole if job.learn.objective.needs_teacher else 0
     return whole + teacher + job.layers * (job.model.dtype.itemsize + gradient + rotated)
 

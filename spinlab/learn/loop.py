@@ -105,11 +105,13 @@ class RotationLearner:
         mine = parallel.part(batch).to(self.model.device)
         totals: dict[str, torch.Tensor] = {}
         self.local.totals = totals
-        for part in mine.split(self.learn.micro_batch):
+        parts = mine.split(self.learn.micro_batch)
+        for part in parts:
             share = len(part) / len(batch)
             for name, term in self._passes(part, share).items():
                 totals[name] = totals.get(name, 0) + term.detach() * share
-            self.space.after_backward()
+            if len(parts) > 1:
+                self.space.after_backward()
         weights = self.learn.objective.weights
         loss = sum(weights[name] * total for name, total in totals.items())
         found = {"loss": loss, **totals} if len(totals) > 1 else {"loss": loss}

@@ -45,7 +45,7 @@ class LearningSpace:
         """Prepare the network for step `index`, with the rotations as they stand."""
 
     def after_backward(self) -> None:
-        """Take in the gradients of one micro-batch."""
+        """Take in the gradients of one micro-batch of several."""
 
     def collect(self) -> None:
         """Hand the rotations what gradients they have not got yet."""

@@ -95,7 +95,8 @@ class WeightSpace(LearningSpace):
                 batch.clip = self._clip(batch, batch.format, weights, refresh)
                 names = [linear.site.path for linear in batch.linears]
                 fresh |= zip(names, batch.clip.unbind(), strict=True)
-            batch.write(weights, keep=self.learn.lr.clip > 0)
+            # transforms of inputs need them again, and make them anew
+            batch.write(weights, keep=self.learn.lr.clip > 0 and inputs is None)
         if self.learn.lr.clip and not self.ranges.logs:
             self.ranges.start(fresh)
 
@@ -122,13 +123,16 @@ class WeightSpace(LearningSpace):
         """Hand the rotations and the clip ratios their gradients through the weights."""
         rotations, inputs = self.rotations, self.rotations.inputs
         for batch in self.batches:
+            group, weights = batch.linears[0].site.input, None
+            if inputs is not None:
+                weights = batch.weights(rotations.r1, rotations.r2)
+                if self.learn.lr.clip and batch.format is not None:
+                    batch.rotated = inputs.of_weights(group, batch.layers, weights)
             gradients, of_ranges = batch.gradients()
             if of_ranges is not None:
                 for linear, of_range in zip(batch.linears, of_ranges, strict=True):
                     self.ranges.logs[linear.site.path].grad = of_range
-            if inputs is not None:
-                weights = batch.weights(rotations.r1, rotations.r2)
-                group = batch.linears[0].site.input
+            if inputs is not None and weights is not None:
                 gradients = inputs.pull_back(group, batch.layers, weights, gradients)
             for linear, gradient in zip(batch.linears, gradients, strict=True):
                 for name, part in linear.pulled_back(gradient, rotations.r1, rotations.r2):
