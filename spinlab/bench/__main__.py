@@ -71,7 +71,8 @@ def command_line() -> argparse.ArgumentParser:
     learn = commands.add_parser("learn", help="learn the rotations of a model")
     _add_place(learn)
     _add_model(learn)
-    learn.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    learn.add_argument("--method", help="its rotations and its learning, as in conf/method")
+    learn.add_argument("--length", type=int, help="tokens of a window")
     learn.add_argument("settings", nargs="*", help="of the learning: steps=100 lr.r1=0.3 ...")
     learn.set_defaults(run=_learn, repeatable=True)
     forms = commands.add_parser("forms", help="an experiment's learning against its definition")
@@ -139,9 +140,11 @@ def _rounding(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.learn import bench_learn  # geoopt loads here: a GPU node may lack it
 
-    settings = [f"sequence_length={arguments.length}", *arguments.settings]
-    config = _composed(["learn=spinquant", *(f"learn.{word}" for word in settings)])
-    return bench_learn(arguments.model, config.learn, arguments.layers, device)
+    length, method = arguments.length, arguments.method
+    settings = [f"sequence_length={length}"] * bool(length) + arguments.settings
+    learned = f"+method={method}" if method else "learn=spinquant"
+    config = _composed([learned, *(f"learn.{word}" for word in settings)])
+    return bench_learn(arguments.model, config, arguments.layers, device)
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -10,14 +10,7 @@ from transformers import PreTrainedModel
 from spinlab import parallel
 from spinlab.bench.clock import now, peaks
 from spinlab.bench.models import random_llama
-from spinlab.config import (
-    ClipSearch,
-    KVConfig,
-    LearnConfig,
-    QuantConfig,
-    RotationConfig,
-    plain,
-)
+from spinlab.config import ClipSearch, Config, plain
 from spinlab.learn import (
     RotationLearner,
     choose_checkpoint,
@@ -28,6 +21,8 @@ from spinlab.learn import (
 from spinlab.model.modules import map_of
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import gather_statistics
 from spinlab.track.environment import environment
 
 SCHEMA = 1
@@ -45,13 +40,14 @@ _KINDS = {
 
 
 def bench_learn(
-    name: str, learn: LearnConfig, layers: int | None, device: torch.device
+    name: str, config: Config, layers: int | None, device: torch.device
 ) -> dict[str, Any]:
     """Return the record of one run of `learn.steps` steps on random tokens.
 
     Seconds are those of all steps, as the loop takes them; a step's is the median.
     """
-    learner = _learner(name, learn, layers, device)
+    learn = config.learn
+    learner = _learner(name, config, layers, device)
     expected = estimate_of(learner.model, learn, learner.quant, parallel.world())
     if checkpoint := choose_checkpoint(expected, learn, device):
         recompute_layers(learner.model)
@@ -75,25 +71,34 @@ def bench_learn(
         "schema": SCHEMA,
         "experiment": f"bench/learn/{name}",
         "environment": environment(),
-        "config": {**settings, "learn": plain(learn), "quant": plain(learner.quant)},
+        "config": {
+            **settings,
+            **{part: plain(getattr(config, part)) for part in ("learn", "rotation", "quant", "kv")},
+        },
         "metrics": metrics,
         "curve": losses,
     }
 
 
 def _learner(
-    name: str, learn: LearnConfig, layers: int | None, device: torch.device
+    name: str, config: Config, layers: int | None, device: torch.device
 ) -> RotationLearner:
-    """Draw the model and put it under learning, from a random Hadamard start."""
+    """Draw the model and put it under learning, from what its rotations start from."""
 
     def original() -> PreTrainedModel:
         torch.manual_seed(0)
         return random_llama(name, layers, device)
 
-    quant, rotation = QuantConfig(), RotationConfig()
-    model = original()
-    start = initial_rotations(rotation, map_of(model), torch.Generator().manual_seed(0))
-    network = RotatedNetworks(lambda: model, quant, KVConfig()).learnable(start)
+    learn, quant, rotation = config.learn, config.quant, config.rotation
+    model, generator = original(), torch.Generator().manual_seed(0)
+    networks, statistics = RotatedNetworks(lambda: model, quant, config.kv), None
+    if rotation.needs_statistics:
+        shape = 1, learn.sequence_length
+        window = torch.randint(model.config.vocab_size, shape, generator=generator)
+        folded = networks.stream_rotated(RotationSet())
+        statistics = gather_statistics(folded, window, rotation.searches)
+    start = initial_rotations(rotation, map_of(model), generator, statistics, device)
+    network = networks.learnable(start, inputs="inputs" in learn.rotations)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None
     return RotationLearner(network, start, learn, quant, ClipSearch(), teacher)

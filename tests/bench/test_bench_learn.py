@@ -25,6 +25,26 @@ def test_learning_leaves_a_record_of_seconds_bytes_and_its_curve(tmp_path, capsy
     assert "speed/learn/seconds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("learned_fused", ("hadamard", "scales", ["r1", "r2", "inputs"])),
+        ("learned_blocks", ("none", "blocks", ["r2", "inputs"])),
+        ("learned_inputs", ("none", "duquant", ["inputs"])),
+    ],
+)
+def test_a_method_brings_its_rotations_and_its_learning(tmp_path, method, parts):
+    out = tmp_path / "learn.json"
+    words = f"learn --method {method} --model toy --length 16 --layers 1 --device cpu --out"
+    main([*words.split(), str(out), "steps=2", "batch=2", "micro_batch=2", "optimizer.warmup=0"])
+    record = json.loads(out.read_text())
+    rotation, learn = (record["config"][part] for part in ("rotation", "learn"))
+    assert (rotation["r1"], rotation["inputs"], learn["rotations"]) == parts
+    assert learn["lr"]["scale"] == 0.03
+    assert record["metrics"]["speed/learn/seconds"] > 0
+    assert len(set(record["curve"])) == 2
+
+
 def test_unknown_settings_of_the_learning_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["learn", "--model", "toy", "--device", "cpu", "speed=1"])
