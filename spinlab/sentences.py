@@ -1,13 +1,13 @@
 """Errors of the command line as sentences: what Hydra and OmegaConf say, in a user's terms."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from spinlab import config
 from spinlab.arguments import quoted
 from spinlab.compose import options_of, setting_names
 from spinlab.errors import InputError, did_you_mean
@@ -68,7 +68,9 @@ def _part(whole: str, part: str) -> str:
 
 
 def _in_list(whole: str, name: str, kind: str) -> str:
-    known = [f.name for f in fields(getattr(config, kind))]
+    rooms = [room for name, room in sys.modules.items() if name.startswith("spinlab.config")]
+    found = next(getattr(room, kind) for room in rooms if hasattr(room, kind))
+    known = [f.name for f in fields(found)]
     return f"{whole}: {name} is unknown: {did_you_mean(name, known)}"
 
 

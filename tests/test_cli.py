@@ -160,6 +160,10 @@ def test_it_runs_from_any_folder(tmp_path):
             ["weights:{bit:8}", "bit is unknown: did you mean bits?"],
         ),
         (
+            [*TOY, 'kv.overrides=[{pattern:"*",keys:{codec:lloyd_max,lloyd_max:{lenght:norm}}}]'],
+            ["lloyd_max:{lenght:norm}", "lenght is unknown: did you mean length?"],
+        ),
+        (
             [*TOY, 'quant.overrides=[{pattern:"*.up_proj",activations:{bits:8}}]'],
             ["shares its input", "quant.overrides"],
         ),

@@ -197,7 +197,8 @@ def test_codecs_stand_side_by_side_with_their_bits_and_what_they_recall(tmp_path
     kv4, qjl = (dict(zip(head, row, strict=True)) for row in rows)
     assert (kv4["kv"], qjl["kv"]) == ("kv4", "qjl")
     assert (kv4["bits/kv/fake"], kv4["coded/kv/fake"]) == ("5.5", "1")
-    assert float(qjl["bits/kv/fake"]) < 5.5 and float(qjl["coded/kv/fake"]) < 0.1
+    assert float(qjl["bits/kv/fake"]) < 5.5
+    assert 0.5 < float(qjl["coded/kv/fake"]) < 1  # its runs are of 128 tokens
     names = ("ppl/wiki", "kl/c4", "diverges/wiki", "needle/256", "needle_nats/256")
     assert all(row[f"{name}/fake"] for row in (kv4, qjl) for name in names)
 

@@ -87,8 +87,8 @@ class Artefact:
         ends = zip(paths, ends_of(model), strict=True)
         weights.check(self.place, model_map, {p: tuple(end.weight.shape) for p, end in ends})
         width, names = model_map.width("r3"), model_map.attentions
-        clips = rotations.kv_clips
-        kv = kv_path(network.kv, width, rotations.r3, network.seed, names, clips)
+        found = network.kv, width, rotations.r3, network.seed, names
+        kv = kv_path(*found, rotations.kv_clips)
         return Quantized(rotations, weights, network.quant, kv)
 
     def _fill(self, model: PreTrainedModel, parts: Quantized, device: torch.device) -> None:

@@ -201,7 +201,8 @@ class Config:
             raise InputError(
                 f"scales of inputs move into weights, and steps of quant.weights.format={name} do "
                 "not follow them while they are learned: take an integer format, or learn "
-                "rotations alone (learn.lr.scale=0 rotation.smooth=null)"
+                "rotations alone (learn.lr.scale=0 rotation.smooth=null, and with rotation=scales "
+                "'learn.rotations=[r1,r2]' rotation.inputs=none)"
             )
 
     def _check_learning(self) -> None:
@@ -211,13 +212,13 @@ class Config:
         given = self.rotation.inputs != "none" or self.rotation.load
         if "inputs" in learn.rotations and not given:
             raise InputError(
-                "learn.rotations=[inputs] learns the transforms of rotation.inputs: use "
-                "rotation=duquant, scales or blocks, or learn r1 and r2"
+                "inputs in learn.rotations are the transforms of rotation.inputs: use "
+                "rotation=duquant, scales or blocks, or 'learn.rotations=[r1,r2]'"
             )
         if "inputs" in learn.rotations and self.rotation.inputs == "scales" and not learn.lr.scale:
             raise InputError(
-                "rotation.inputs=scales with learn.lr.scale=0 leaves learn.rotations=[inputs] "
-                "nothing: set learn.lr.scale, or leave inputs out"
+                "rotation.inputs=scales with learn.lr.scale=0 leaves inputs in learn.rotations "
+                "nothing: set learn.lr.scale, or 'learn.rotations=[r1,r2]' rotation.inputs=none"
             )
         self._check_learned_scales()
         if learn.lr.input_clip and not inputs:

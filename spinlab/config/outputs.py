@@ -59,16 +59,20 @@ class SweepConfig:
         return metrics_in(self.metric)
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
-            if not isinstance(name, str):
-                raise InputError(f"sweep.metric={name} is no name of a metric: use ppl/wiki/fake")
+        metrics_in(self.metric)
 
 
 def metrics_in(metric: Any) -> list[str]:
-    """Return the names and patterns of `sweep.metric`, whether it is a list or a single one."""
-    if isinstance(metric, Sequence) and not isinstance(metric, str):
-        return list(metric)
-    return [] if metric is None else [metric]
+    """Return the names and patterns of `sweep.metric`, whether it is a list or a single one.
+
+    Raises InputError for what is no name.
+    """
+    several = isinstance(metric, Sequence) and not isinstance(metric, str)
+    found: list[Any] = list(metric) if several else [] if metric is None else [metric]
+    for name in found:
+        if not isinstance(name, str):
+            raise InputError(f"sweep.metric={name} is no name of a metric: use ppl/wiki/fake")
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 weights.safetensors    packed levels, scales and zero points of what was rounded, as
                        `spinlab.weights.quantized.save_weights` writes them
 rest.safetensors       every other number of the rotated network, in the dtype that it ran in
-rotations.safetensors  what runs online, and learned ranges of inputs; R1, R2 and learned ranges of
-                       weights are in the weights
+rotations.safetensors  what runs online, and learned ranges of inputs, keys and values; R1, R2 and
+                       learned ranges of weights are in the weights
 
 Of a tied matrix (`quant.tied`) there is one set of levels, that of the original. What embedding and
 head hold is made of it, by R1 and the gain of the final norm, which are there for that.

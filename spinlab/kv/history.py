@@ -72,7 +72,7 @@ class History:
 class PassMasks:
     """Keep the masks of one pass of a model: layers of equal histories see alike.
 
-    They are quadratic in the context, and are let go at its end.
+    They are quadratic in the context, and are let go at its end, or when a layer sees otherwise.
     """
 
     def __init__(self) -> None:
@@ -83,6 +83,8 @@ class PassMasks:
     ) -> torch.Tensor | None:
         """Return `history.mask` of the same arguments."""
         key = history, id(seen), new, device
+        if any(known is not seen for known, _ in self._made.values()):
+            self._made.clear()
         if key not in self._made:  # beside what is seen, whose id nothing else has while it is here
             self._made[key] = seen, history.mask(seen, new, device)
         return self._made[key][1]

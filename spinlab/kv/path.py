@@ -99,11 +99,11 @@ def kv_path(
     r3: OnlineRotation | None = None,
     seed: int = 0,
     layers: Sequence[str] = (),
-    clips: Mapping[str, float] | None = None,
+    kv_clips: Mapping[str, float] | None = None,
 ) -> KVPath:
     """Build the codecs that a config asks for, with what they draw from a run's seed.
 
-    layers: full names of all attentions, where codecs may differ by layer. clips: learned clip
+    layers: full names of all attentions, where codecs may differ by layer. kv_clips: learned clip
     ratios by layer and side (`kv_clip_key`), which go before those of the config. Raises InputError
     for codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
     there.
@@ -124,9 +124,9 @@ def kv_path(
             "by one: take affine"
         )
     by_layer: tuple[Sides, ...] = ()
-    if config.varies or clips:
+    if config.varies or kv_clips:
         _check_layers(config, layers)
-        at = partial(_codec_at, config, list(layers), clips or {})
+        at = partial(_codec_at, config, list(layers), kv_clips or {})
         by_layer = tuple(
             Sides(*(made(side, at(side, n)) for side in KEPT)) for n in range(len(layers))
         )

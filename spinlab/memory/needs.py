@@ -29,6 +29,7 @@ from spinlab.weights.calibration import batch_of
 from spinlab.weights.methods import METHODS
 
 _FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
+_MASKS = 5  # bytes for every pair of tokens where a coded history is seen: one mask in the making
 _MORE = "a machine with more memory"
 
 
@@ -266,15 +267,16 @@ def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
     """
     measured, d = job.config.eval, job.dimensions
     of_token = 3 * d.intermediate * job.size
+    path = kv_path(job.config.kv, job.map.width("r3"), layers=job.map.attentions)
+    masks = 0 if variant == "fp" or path.codes_all else _MASKS
     if measured.needle:
         longest, batch = max(measured.needle), min(measured.task_batch, NUMBERS)
         cure = f"a smaller eval.needle than {longest} or eval.task_batch than {measured.task_batch}"
-        yield batch * longest * of_token, cure
+        yield batch * longest * of_token + masks * longest**2, cure
     if measured.continued and measured.compares:
         prompts, window = min(PROMPTS, measured.max_windows or PROMPTS), measured.window
         cache = 2 * d.layers * d.kv_heads * d.head_dim * window * job.size
         if variant != "fp":
-            path = kv_path(job.config.kv, job.map.width("r3"), layers=job.map.attentions)
             cache = cache_bytes(path, d, window)
         work = (window - measured.continued) * of_token + cache
         yield prompts * work, f"a smaller eval.window than {window} or eval.continued=0"

@@ -54,8 +54,12 @@ def _names(metrics: Mapping[str, float]) -> dict[str, str]:
         names |= {"difference": "zeroshot_mean/difference"}
     own = ["bytes", "bits/weights"]
     own += ["bits/kv"] if any(name.startswith("bits/kv/") for name in metrics) else []
-    coded = (value for name, value in metrics.items() if name.startswith("coded/kv/"))
-    own += ["coded/kv"] if min(coded, default=1) < 1 else []
+    coded = [
+        value
+        for name, value in metrics.items()
+        if name.startswith("coded/kv/") and metrics.get(name.replace("coded", "bits")) != 16
+    ]
+    own += ["coded/kv"] if round(min(coded, default=1), 3) < 1 else []
     return names | {_OF_NETWORKS[name][0]: name for name in own}
 
 
@@ -77,4 +81,8 @@ def _cell(metrics: Mapping[str, float], name: str, chosen: Mapping[str, str], va
 
 
 def _percent(metrics: Mapping[str, float], name: str, error: str) -> str:
-    return percent(metrics[name], metrics.get(error, 0.0)) if name in metrics else MISSING
+    """Format a share with its error; without one where it is not known, or says nothing (0)."""
+    if name not in metrics:
+        return MISSING
+    known = metrics.get(error, 0.0)
+    return percent(metrics[name], known) if known else f"{100 * metrics[name]:.1f}"

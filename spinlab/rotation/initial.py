@@ -177,8 +177,8 @@ class _Maker:
         if self.config.inputs == "duquant":
             return self._duals(scales)
         if self.config.inputs == "blocks":
-            turned = {"R4"} & {name.upper() for name in self.config.used}
-            inputs = [input for input in self.map.inputs if input.reads not in turned]
+            r4 = "r4" in self.config.used and self.config.r4 != "identity"
+            inputs = [input for input in self.map.inputs if not (r4 and input.reads == "R4")]
             widths = sorted({input.width for input in inputs})
             sizes = {width: power_block(width, self.config.blocks.size) for width in widths}
             return {i.key: self._blocks(i.width, sizes[i.width]) for i in inputs}

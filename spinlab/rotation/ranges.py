@@ -1,17 +1,21 @@
 """Learned ranges belong to the formats they were learned for: which of them a run can use."""
 
-import json
 import logging
 from dataclasses import replace
 from typing import Any
 
 from spinlab.config import KVConfig, QuantConfig, plain
+from spinlab.config.values import text, values_of
 from spinlab.config.weights import KEEP_RANGES
 from spinlab.rotation.rotations import RotationSet
 
 log = logging.getLogger(__name__)
 
-_OF_CACHE = ("keys", "values", "overrides", "first_layers", "last_layers")
+_PARTS = {  # of `formats_of`, in their order
+    "weights": ("weights", "overrides"),
+    "inputs": ("activations", "overrides", "o_proj_per_head"),
+    "cache": ("keys", "values", "key_bias", "overrides", "first_layers", "last_layers"),
+}
 
 
 def formats_of(quant: QuantConfig, kv: KVConfig) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def formats_of(quant: QuantConfig, kv: KVConfig) -> dict[str, Any]:
     return {
         "weights": [plain(quant.weights), changes("weights")],
         "inputs": [plain(quant.activations), changes("activations"), quant.o_proj_per_head],
-        "cache": [plain(getattr(kv, name)) for name in _OF_CACHE],
+        "cache": [plain(getattr(kv, name)) for name in _PARTS["cache"]],
     }
 
 
@@ -58,23 +62,31 @@ def _lost(rotations: RotationSet, used: dict[str, Any], method: str) -> dict[str
         )
     elif rotations.weight_clips and found.get("weights") != used["weights"]:
         lost["weight_clips"] = (
-            f"weight ranges learned for {_words(found.get('weights'))}, and this run has "
-            f"{_words(used['weights'])}: they are not used, the clip search finds others"
+            f"weight ranges learned for {_difference('weights', found, used)}: they are not used, "
+            "the clip search finds others"
         )
     if rotations.clips and found.get("inputs", used["inputs"]) != used["inputs"]:
         lost["clips"] = (
-            f"clip ratios of inputs learned for {_words(found['inputs'])}, and this run has "
-            f"{_words(used['inputs'])}: they are not used, quant.activations.clip_ratio holds"
+            f"clip ratios of inputs learned for {_difference('inputs', found, used)}: they are not "
+            "used, quant.activations.clip_ratio holds"
         )
     if rotations.kv_clips and found.get("cache") != used["cache"]:
         lost["kv_clips"] = (
-            f"clip ratios of keys and values learned for {_words(found.get('cache'))}, and this "
-            f"run has {_words(used['cache'])}: they are not used, kv.keys.clip_ratio and "
-            "kv.values.clip_ratio hold"
+            f"clip ratios of keys and values learned for {_difference('cache', found, used)}: they "
+            "are not used, the settings' hold"
         )
     return lost
 
 
-def _words(formats: Any) -> str:
-    """Describe what `formats_of` names, as a file tells it."""
-    return "formats that it does not name" if formats is None else json.dumps(formats)
+def _difference(kind: str, found: dict[str, Any], used: dict[str, Any]) -> str:
+    """Say what ranges were learned for and what a run has, where these differ."""
+    if kind not in found:
+        return "formats that it does not name"
+    there, here = (
+        values_of(dict(zip(_PARTS[kind], formats[kind], strict=False))) for formats in (found, used)
+    )
+    names = [name for name in here | there if there.get(name) != here.get(name)]
+    told = (
+        ", ".join(f"{name}={text(values.get(name))}" for name in names) for values in (there, here)
+    )
+    return ", and this run has ".join(told)

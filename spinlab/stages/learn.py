@@ -80,9 +80,6 @@ class Learning:
     def artifact(self) -> Artifact:
         """Return the learned rotations with their curve, as a stage."""
         config = self.run.config
-        if self.further is not None:
-            start = rotations_in(self.run, self.initial)
-            announce_further(start, config.learn, self.further.name)
         settings = {k: v for k, v in plain(config.learn).items() if k not in _APART}
         quant = config.quant
         inputs = [o for o in quant.overrides if o.activations.given]
@@ -95,6 +92,9 @@ class Learning:
 
     def _work(self, out: Path) -> None:
         """Learn on all processes, and write what came of it on the first."""
+        if self.further is not None:
+            start = rotations_in(self.run, self.initial)
+            announce_further(start, self.run.config.learn, self.further.name)
         rotations, curve = self._optimize(out)
         if not parallel.is_main():
             return

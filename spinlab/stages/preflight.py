@@ -13,6 +13,7 @@ from pathlib import Path
 from spinlab.config import Config, KVConfig, plain
 from spinlab.config.unread import Rule, check_read
 from spinlab.data.text import check_length
+from spinlab.errors import InputError
 from spinlab.export.base import check_exports
 from spinlab.fakequant.insert import input_paths
 from spinlab.files import check_writable
@@ -86,6 +87,12 @@ def _check_fits(pipeline: Pipeline) -> None:
     input_paths(map_of(model), RotationSet(), config.quant)
     kv = kv_path(config.kv, map_of(model).width("r3"), layers=map_of(model).attentions)
     _tell_uncoded(kv, config)
+    uncoded = all(kv.sides(n) == (None, None) for n in range(len(map_of(model).layers)))
+    if config.learn.steps and config.learn.lr.kv_clip and uncoded:
+        raise InputError(
+            f"learn.lr.kv_clip={config.learn.lr.kv_clip} learns ranges of keys and values, and "
+            "kv.first_layers and kv.last_layers keep all layers in 16 bits: set learn.lr.kv_clip=0"
+        )
     if config.rounded_on_text and (columns := config.weights.by_columns):
         check_samples(columns.samples, config.weights)
     if pipeline.run.backend == "triton":

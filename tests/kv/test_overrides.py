@@ -28,7 +28,9 @@ def test_an_override_changes_options_of_codecs_and_keeps_the_others():
     assert (first.values.outliers, second.values.outliers) == (2, 0)
     assert (first.values.outlier_sketch.count, first.values.run) == (3 * 16, 4)
     assert path.sides(2) == second == (path.keys, path.values)
-    assert list(unread_by_codecs(kv))
+    unread = dict(unread_by_codecs(kv))
+    assert "kv.keys.lloyd_max" not in unread["kv.keys.codec=lloyd_max"]
+    assert "kv.keys.qjl" in unread["kv.keys.codec=lloyd_max"]
 
 
 @pytest.mark.parametrize(

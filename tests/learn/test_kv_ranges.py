@@ -99,7 +99,7 @@ def test_ranges_start_from_the_settings_and_what_has_16_bits_has_none(make_model
 
 def test_a_learned_ratio_goes_before_that_of_the_settings():
     kv, names = KVConfig(values=CodecConfig(clip_ratio=0.9), last_layers=1), ["a.0", "a.1", "a.2"]
-    path = kv_path(kv, 8, layers=names, clips={"0.values": 0.5, "2.keys": 0.5})
+    path = kv_path(kv, 8, layers=names, kv_clips={"0.values": 0.5, "2.keys": 0.5})
     found = [[codec and codec.clip_ratio for codec in path.sides(n)] for n in range(3)]
     assert found == [[1.0, 0.5], [1.0, 0.9], [None, None]]
     assert path.sides(0).values.packed.clip_ratio == 0.5  # which kernels read

@@ -88,12 +88,15 @@ def test_what_was_measured_of_the_cache_has_columns_and_its_bits_what_they_stand
         "wiki attention KL": ("—", "0.0123"),
         "wiki output error": ("—", "0.0500"),
         "needle 256": ("—", "75.0 ± 9.7"),
-        "needle 1024": ("100.0 ± 0.0", "—"),
+        "needle 1024": ("100.0", "—"),
         "MiB": ("—", "—"),
         "bits": ("—", "16.00"),
         "KV bits": ("—", "2.34"),
         "KV coded": ("—", "25.0"),
     }
+    for none_left in ({"coded/kv/fake": 0.9999}, {"coded/kv/fake": 0.0, "bits/kv/fake": 16.0}):
+        whole = result_table({"metrics": metrics | none_left, "config": {}})
+        assert "coded" not in whole
     whole = result_table({"metrics": metrics | {"coded/kv/fake": 1.0}, "config": {}})
     assert "KV bits" in whole and "KV coded" not in whole
 

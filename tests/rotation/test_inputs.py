@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spinlab.config import RotationConfig
-from spinlab.config.rotation import DuQuantConfig
+from spinlab.config.rotation import BlocksConfig, DuQuantConfig
 from spinlab.errors import InputError
 from spinlab.model.modules import embedding_of, linear_at, map_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -157,6 +157,16 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
     assert torch.allclose(both(x) @ both.of_weight(w).T, x @ w.T, atol=1e-12)
     folded = ScaledDual(scale, folded=True, dual=dual)
     assert torch.allclose(folded(x / scale), both(x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("r4", "turned"), [("hadamard", False), ("identity", True), ("none", True)]
+)
+def test_blocks_turn_what_r4_does_not(make_model, r4, turned):
+    config = RotationConfig(r4=r4, inputs="blocks", blocks=BlocksConfig(8))
+    made = initial_rotations(config, map_of(make_model()), torch.Generator().manual_seed(0))
+    assert (made.inputs["0.down"].dual is not None) == turned == (made.r4 is None)
+    assert made.inputs["0.qkv"].dual is not None
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_what_says_nothing_of_its_formats_keeps_input_ranges_only():
         ({"values": CodecConfig(group_size=8)}, False),
         ({"overrides": []}, False),
         ({"last_layers": 1}, False),
+        ({"key_bias": "coded"}, False),
     ],
     ids=str,
 )

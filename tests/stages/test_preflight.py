@@ -55,6 +55,10 @@ def refused(folder: Path, *overrides: str) -> str:
         ),
         (["rotation.r4_block=128"], "rotation.r4_block=128 does not divide 192"),
         (
+            ["+method=learned_fused", "learn.steps=1", "learn.lr.kv_clip=0.1", "kv.first_layers=2"],
+            "kv.first_layers and kv.last_layers keep all layers in 16 bits: set learn.lr.kv_clip=0",
+        ),
+        (
             ["weights.method=qptq"],
             "weights.method=qptq is unknown: choose one of rtn, gptq, gptaq, qronos, lwc",
         ),

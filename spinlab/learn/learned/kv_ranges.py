@@ -54,6 +54,11 @@ class LearnedCodec(AffineCodec):
     ratios: LogParameters = field(kw_only=True)
     key: str = field(kw_only=True)
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # the ratio is its own
+
+    __hash__ = object.__hash__
+
     def pass_through(self, x: torch.Tensor) -> torch.Tensor:
         """Round x: (..., width), with a gradient for x and for the ratio."""
         return round_in_range(x, self.ratios.logs[self.key], self.quantizer.format, self.group_size)

@@ -1,18 +1,31 @@
 """The spread of a metric over seeds, as boxes."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from spinlab.report.figures.groups import axis_label, grouped, records_in
+from spinlab.errors import InputError
+from spinlab.report.figures.groups import axis_label, group_of, grouped, records_in
 from spinlab.report.figures.style import PAGE, Drawing, blank, scale_for, series, style
+from spinlab.report.records import Record
+
+log = logging.getLogger(__name__)
 
 
 def seed_variance(records: str, metric: str = "ppl/wiki/fake", by: str = "rotation.r1") -> Drawing:
     """Draw a metric of the records below a folder, a box for each value of a setting.
 
     metric: several with commas, of one text and several networks, have a box each, of the records
-    that measured it.
+    that measured it. Raises InputError for several that are not.
     """
-    found, metrics = records_in(records), metric.split(",")
+    found, metrics = records_in(records), [name.strip() for name in metric.split(",")]
+    if len({name.rpartition("/")[0] for name in metrics}) > 1 or len({*metrics}) < len(metrics):
+        raise InputError(
+            f"metric={metric}: several must be of one text and different networks, as in "
+            "metric=ppl/wiki/init,ppl/wiki/fake"
+        )
+    _warn_of_repeats(found, by)
     boxes: dict[str, list[float]] = {}
     for name in metrics:
         having = {path: r for path, r in found.items() if name in r["metrics"]}
@@ -20,6 +33,21 @@ def seed_variance(records: str, metric: str = "ppl/wiki/fake", by: str = "rotati
         for group, rows in grouped(having if metrics[1:] else found, by, name).items():
             boxes[f"{group}{network}"] = [value for (value,) in rows]
     return draw_spread(boxes, axis_label(metrics[0]))
+
+
+def _warn_of_repeats(records: Mapping[Path, Record], by: str) -> None:
+    """Say so where a box would hold more than one run of a seed, which differ in something else."""
+    seeds = Counter(
+        (group_of(record, by.split(",")), record["config"].get("seed"))
+        for record in records.values()
+    )
+    group, seed = max(seeds, key=lambda key: seeds[key])
+    if (count := seeds[group, seed]) > 1:
+        log.warning(
+            "%d runs of by=%s, %s, have the seed %s: they differ in more than that; give by= what "
+            "they differ in, or the folders of one sweep's runs",
+            *(count, by, group, seed),
+        )
 
 
 @style()

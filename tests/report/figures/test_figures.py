@@ -167,6 +167,9 @@ def test_networks_of_a_text_have_boxes_of_the_records_that_measured_them(tmp_pat
     names = [text.get_text().split("\n")[0] for text in axis.get_xticklabels()]
     assert names == ["hadamard, init", "hadamard, fake", "random, fake"]
     assert points(axis) == [[9.0, 8.0], [6.0, 7.0], [5.0]]
+    for wrong in ("ppl/wiki/fake,ppl/c4/fake", "ppl/wiki/fake, ppl/wiki/fake"):
+        with pytest.raises(InputError, match="several must be of one text"):
+            seed_variance(str(tmp_path), wrong)
 
 
 def test_a_figure_takes_records_of_any_name_and_of_all_folders(sweep, tmp_path, caplog):
@@ -175,6 +178,7 @@ def test_a_figure_takes_records_of_any_name_and_of_all_folders(sweep, tmp_path, 
     (sweep / "sweep.json").write_text('{"words": [], "points": []}')
     (axis,) = seed_variance(f"{sweep},{tmp_path / 'other'}").figure.axes
     assert points(axis) == [[5.5, 6.0, 7.0], [9.0, 8.0, 9.5]]
+    assert "2 runs of by=rotation.r1, hadamard, have the seed 0" in caplog.text
     told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert not any("sweep.json" in line for line in told)
 

@@ -107,13 +107,14 @@ def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
         return torch.cat(passes, 1).double()[mask.bool()]
 
     triton, expected = triton_operations(), logits(REFERENCE)
-    # scores are hundreds here, and 16 bits have few of their digits: two networks in them agree no
-    # better than either does with one in float32
+    # scores are hundreds here, and bfloat16 has few of their digits: what two networks in it differ
+    # by is held to what one of them differs by from float32
     wide = logits(REFERENCE, lambda: make(dtype).float())
     noise = (expected - wide).norm() / wide.norm()
     for operations in (triton, replace(triton, biased=True)):
         error = (logits(operations) - expected).norm() / expected.norm()
-        assert error < (1e-2 if dtype == torch.float32 else max(5e-2, noise / 2))
+        wide_enough = dtype == torch.float32, device.type == "cpu"
+        assert error < (1e-2 if any(wide_enough) else noise / 2)
 
 
 @pytest.mark.parametrize("group", [0, 64])
