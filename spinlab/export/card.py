@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from spinlab.export.words import formats, precision, protocol, rotations
 from spinlab.report.cells import cells_of
+from spinlab.report.commands import words_of_command
 from spinlab.report.formats import MISSING, markdown
 
 _NO_METRICS = "Nothing was measured of this network."
@@ -178,11 +179,7 @@ def _numbers(about: _Kind, record: Mapping[str, Any]) -> Iterator[str]:
 
 def _made_by(kind: str, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the command without places of this machine, and what it ran on."""
-    words = [w for w in record["overrides"] if not w.lstrip("+~").startswith(_ELSEWHERE)]
-    if "folder" in record.get("model", {}).get("source", {}):
-        words.append("model.path=FOLDER_OF_THE_MODEL")
-    if record.get("config", {}).get("rotation", {}).get("load"):
-        words.append("rotation.load=FILE_OF_ROTATIONS")
+    words = [w for w in words_of_command(record) if not w.lstrip("+~").startswith(_ELSEWHERE)]
     command = shlex.join(["spinlab", *words, f"export.{kind}=FOLDER"])
     yield f"```sh\n{command}\n```"
     facts = record.get("environment", {})

@@ -5,6 +5,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.values import text, values_of
+from spinlab.report.commands import words_of_command
 from spinlab.report.formats import markdown, number
 from spinlab.runs.found import Run
 
@@ -23,7 +24,8 @@ def shown(run: Run) -> str:
         for s in record["stages"]
     ]
     metrics = [[name, number(value)] for name, value in record["metrics"].items()]
-    head = f"{run.folder}\n{shlex.join(['spinlab', *record['overrides']])}\n{record['status']}"
+    command = shlex.join(["spinlab", *words_of_command(record)])
+    head = f"{run.folder}\n{command}\n{record['status']}"
     parts = [head if run.state != "killed" else f"{head} (its process ended)"]
     for heads, rows in (
         (["setting", "value"], settings),

@@ -7,6 +7,7 @@ from typing import Any
 
 from spinlab.config.values import text
 from spinlab.errors import InputError, did_you_mean
+from spinlab.report.commands import words_of_command
 from spinlab.report.formats import markdown, number
 from spinlab.report.points import metric_names, own_of_each
 from spinlab.runs.found import Run
@@ -60,9 +61,9 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
     """Return a table of runs: these columns, or what their commands differ in and perplexities."""
     if columns:
         check_names(runs, columns)
-        heads = ["key", *(name for name in columns if name != "key")]
+        heads, own = ["key", *(name for name in columns if name != "key")], []
     else:
-        words = own_of_each([run.record["overrides"] for run in runs])
+        words = own_of_each([words_of_command(run.record) for run in runs])
         names = dict.fromkeys(name for own in words for name in own)
         own = [name for name in names if name not in ("experiment", "sweep")]
         metrics = metric_names([run.record["metrics"] for run in runs])
@@ -72,7 +73,8 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
         values, metrics = run.values, run.record["metrics"]
         cells = [number(metrics[n]) if n in metrics else text(values.get(n, "")) for n in heads[1:]]
         rows.append([run.record["key"][:_SHORT], *cells])
-    return markdown(rows)
+    left = ", ".join(own[_MOST:])
+    return markdown(rows) + (f"\n\nThey differ in {left} too: --columns shows it." if left else "")
 
 
 def check_names(runs: Sequence[Run], names: Sequence[str]) -> None:

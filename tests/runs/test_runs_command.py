@@ -184,6 +184,29 @@ def test_a_run_is_shown_with_settings_stages_and_metrics(places, capsys):
     assert "| learn | bbbbbbbbbbbbbbbb |" in out
 
 
+def test_what_a_run_was_given_by_a_path_is_told_in_its_command_and_in_the_list(places, capsys):
+    loaded = settings(0, 0.5) | {"rotation": {"load": "R.safetensors"}}
+    folder = {"source": {"folder": "mine"}}
+    places(record("a"), record("b", config=loaded, model=folder))
+    main(["show", "bb"])
+    command = capsys.readouterr().out.splitlines()[1]
+    assert command.endswith("model.path=FOLDER_OF_THE_MODEL rotation.load=R.safetensors")
+    main([])
+    assert "| state    | model.path" in (out := capsys.readouterr().out)
+    assert "| R.safetensors |" in out
+
+
+def test_what_has_no_column_is_named_below_the_list(places, capsys):
+    words = [f"weights.gptq.{name}={n}" for n, name in enumerate("abcdefgh")]
+    places(record("a"), record("b", overrides=["+experiment=toy", *words]))
+    main([])
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        told
+        == "They differ in weights.gptq.f, weights.gptq.g, weights.gptq.h too: --columns shows it."
+    )
+
+
 def test_two_runs_are_compared_in_settings_circumstances_and_metrics(places, capsys):
     places(
         THREE[0],
