@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,8 @@ FLOATS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [*((name, "nan") for name in FLOATS), *product(FLOATS[:2], ("inf", "-inf"))]
-)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("name", FLOATS)
 def test_numbers_are_finite(name, value):
     with pytest.raises(InputError, match=name):
         composed("+experiment=toy", f"{name}={value}")

@@ -231,7 +231,7 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_else(tmp_pat
 
 
 def test_two_processes_share_one_cache(tmp_path, short_text):
-    words = [*FAST, *short_text, "eval.variants=[fp,fake]", "learn.steps=24"]
+    words = [*FAST, *short_text, "eval.variants=[fp,fake]"]
     processes = [start(tmp_path, *words) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

@@ -1,7 +1,6 @@
 """Learning runs that are killed at some step and started again end with the same numbers."""
 
 import json
-import logging
 import os
 import re
 import signal
@@ -9,14 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinlab import experiment
 from spinlab.compose import composed
 from spinlab.learn import RotationLearner
 from spinlab.stages import learn as learning
@@ -38,13 +35,10 @@ SETTINGS = [
 ]
 
 
-def words_of(cache: Path, text: list[str], recipe: str) -> list[str]:
-    paths = [f"paths.cache={cache}", f"paths.runs={cache}-runs"]
-    return [*SETTINGS, *text, *paths, f"learn={recipe}"]
-
-
-def start(cache: Path, text: list[str], recipe: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "spinlab", *words_of(cache, text, recipe)]
+def start(cache: Path, text: list[str], recipes: str, *flags: str) -> subprocess.Popen:
+    """Start a run, or with -m one for each recipe."""
+    choice = [f"paths.cache={cache}", f"paths.runs={cache}-runs", f"learn={recipes}"]
+    command = [sys.executable, "-m", "spinlab", *flags, *SETTINGS, *text, *choice]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -82,23 +76,16 @@ def learned(cache: Path, name: str) -> tuple[dict[str, torch.Tensor], list]:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory, short_text, request) -> tuple[Path, Path, list[int], str]:
-    """Return the cache of unbroken runs, and that of killed ones with the steps that they left.
-
-    What is killed is another process; it goes on in this one. The last entry is their logs.
-    """
+def caches(tmp_path_factory, short_text) -> tuple[Path, Path, list[int], str]:
+    """Return the cache of unbroken runs, and that of killed ones with the steps that they left."""
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
     left = [kill_in_the_middle(killed, short_text, recipe) for recipe in RECIPES]
-    log = logging.getLogger("spinlab")
-    request.addfinalizer(partial(log.setLevel, log.level))
-    log.setLevel("INFO")
     for cache in (whole, killed):
-        for recipe in RECIPES:
-            words = words_of(cache, short_text, recipe)
-            experiment.run(composed(*words), words)
-    logs = sorted(Path(f"{killed}-runs").rglob("run.log"), key=lambda log: log.stat().st_mtime)
-    return whole, killed, left, "".join(log.read_text() for log in logs)
+        process = start(cache, short_text, ",".join(RECIPES), "-m")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    return whole, killed, left, output
 
 
 def test_killed_runs_continue_where_they_were(caches):
