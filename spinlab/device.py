@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,3 +129,19 @@ def set_arithmetic(runtime: RuntimeConfig) -> None:
     _keep_freed_memory()
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
+
+
+@contextmanager
+def float32_products_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices no finer than numbers of `dtype` need, that are made of them.
+
+    For 16-bit ones a GPU takes TF32, which keeps ten bits behind the point (bfloat16: seven) and
+    sums in float32, several times as fast as float32. Everywhere else products stay whole.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and dtype.itemsize == 2:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab import device as devices
-from spinlab.device import choose_backend, choose_device
+from spinlab.device import choose_backend, choose_device, float32_products_for
 from spinlab.errors import InputError
 
 
@@ -44,3 +44,20 @@ def test_a_device_with_a_number_becomes_the_current_one(monkeypatch, name, expec
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     assert choose_device(name) == torch.device(name)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (torch.bfloat16, "cuda", "high"),
+        (torch.float16, "cuda", "high"),
+        (torch.float32, "cuda", "highest"),
+        (torch.bfloat16, "cpu", "highest"),
+    ],
+)
+def test_float32_products_are_coarser_only_on_a_gpu_for_16_bit_numbers(dtype, device, expected):
+    with float32_products_for(dtype, torch.device(device)):
+        assert torch.get_float32_matmul_precision() == expected
+    with pytest.raises(ZeroDivisionError), float32_products_for(dtype, torch.device(device)):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"

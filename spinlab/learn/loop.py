@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import ClipSearch, LearnConfig, QuantConfig
+from spinlab.device import float32_products_for
 from spinlab.learn.divergence import DivergenceCheck
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.optim import make_optimizer, rate_at
@@ -95,10 +96,16 @@ class RotationLearner:
         Return the loss with its terms, and the norm of the rotations' gradients before the clip.
         """
         self.rotations.begin()
-        self.space.begin(index)
+        with self._products():
+            self.space.begin(index)
         terms = self._backward(batch)
-        self.space.collect()
+        with self._products():
+            self.space.collect()
         return terms, self.rotations.finish(self.learn.optimizer.max_grad_norm).item()
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Return a context for products of rotations and weights, and of their gradients."""
+        return float32_products_for(self.model.dtype, self.model.device)
 
     def _backward(self, batch: torch.Tensor) -> dict[str, float]:
         """Add up gradients over micro-batches; return the mean loss and its terms."""

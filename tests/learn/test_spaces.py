@@ -1,5 +1,6 @@
 """Both fast spaces against the plain definition: weights rotated at every forward, by autograd."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -197,3 +198,27 @@ def test_learning_leaves_its_start_alone(make_model, learner_in):
     learner.step(0, BATCH)
     assert torch.equal(learner.start.r1, before)
     assert not torch.equal(learner.rotations.r1.detach(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a GPU's")
+def test_coarser_products_of_weights_move_a_16_bit_network_by_less_than_its_bits(
+    make_model, learner_of, monkeypatch
+):
+    """Against float32's own: written weights agree but for levels that stood between two."""
+    learn = LearnConfig(**SETTINGS, optimizer=FREE, quantize_weights=True, dtype="bfloat16")
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+
+    def made():
+        learner = learner_of(lambda: make_model(torch.float32).cuda(), learn, quant, apart=True)
+        terms, gradients, _ = loss_and_gradients(learner)
+        weights = [linear.weight.float() for _, linear in linears_of(learner.model)]
+        return terms["loss"], gradients, torch.cat([weight.flatten() for weight in weights])
+
+    coarse = made()
+    monkeypatch.setattr("spinlab.learn.loop.float32_products_for", lambda *_: nullcontext())
+    whole = made()
+    assert not torch.equal(coarse[2], whole[2])  # the products were others
+    assert (coarse[2] != whole[2]).float().mean() < 0.02
+    assert coarse[0] == pytest.approx(whole[0], rel=5e-3)
+    for name, gradient in whole[1].items():
+        assert torch.cosine_similarity(coarse[1][name].flatten(), gradient.flatten(), 0) > 0.98
