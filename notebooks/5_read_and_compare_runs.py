@@ -103,7 +103,7 @@ folder.cleanup()
 # counts where it is larger than the spread over seeds.
 
 # %%
-committed = Path(spinlab.__file__).parent.parent / "experiments" / "methods_smollm2"
+committed = Path(spinlab.__file__).parent.parent / "experiments" / "quality" / "smollm2_135m"
 records = read_seeds(committed)
 methods = {
     method: [r["metrics"]["ppl/wiki/fake"] for r in records[method]]

@@ -78,7 +78,7 @@ def shown(monkeypatch, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=str)
 def test_every_experiment_composes(path, shown):
     name = shown(f"+experiment={path.stem}")["name"]
-    assert name == path.stem or name.startswith(("${model.name}/", "methods_smollm2/${"))
+    assert name == path.stem or name.startswith(("${model.name}/", f"{path.stem}/${{"))
 
 
 @pytest.mark.parametrize("name", ["toy", "smollm2_135m_w4a4kv4", "llama2_7b_w4a4kv4"])

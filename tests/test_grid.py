@@ -12,10 +12,11 @@ from spinlab.model.families import FAMILIES
 from spinlab.stages.pipeline import Pipeline
 
 EXPERIMENTS, METHODS, MODELS = (options_of(g) for g in ("experiment", "method", "model"))
-GRIDS = ("paper", "methods_smollm2")  # a point of a grid is named after it
+GRIDS = ("paper", "methods", "methods_smollm2")  # a point of a grid is named after it
 WITH_METHOD = (*GRIDS, "llama2_7b_w4a4kv4", "llmc_quarot", "smollm2_135m_w4a4kv4_best")
 NAMES = {
     **dict.fromkeys(("paper", "llama2_7b_w4a4kv4"), "llama2_7b/spinquant_had"),
+    "methods": "methods/qwen2_5_coder_0_5b/spinquant_had",
     "methods_smollm2": "methods_smollm2/spinquant_had",
     **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
 }

@@ -29,7 +29,7 @@ def test_the_share_of_a_gap_is_taken_in_logarithms_and_seed_by_seed():
 def test_a_method_or_seed_without_records_is_named():
     with pytest.raises(InputError, match=r"seed 2 has no record of the baseline: that has 0, 1"):
         gap_closed([record(2, 20.0)], [record(0, 20.0), record(1, 20.0)], "wiki")
-    folder = EXPERIMENTS / "methods_smollm2"
+    folder = EXPERIMENTS / "quality" / "smollm2_135m"
     with pytest.raises(InputError, match=r"no record is of 'quarott': did you mean quarot"):
         gap_table(folder, "quarott")
     with pytest.raises(InputError, match=r"no record is of 'none'"):
@@ -39,13 +39,16 @@ def test_a_method_or_seed_without_records_is_named():
 
 
 def test_a_row_says_what_runs_online():
-    methods = ("spinquant_no_had", "learned_fused", "blocks_behind_r1", "learned_inputs", "gptq")
-    lines = gap_table(EXPERIMENTS / "methods_smollm2", "quarot", *methods).splitlines()
+    methods = ("spinquant_no_had", "learned_fused", "blocks_behind_r1", "learned_blocks")
+    lines = gap_table(
+        EXPERIMENTS / "quality" / "smollm2_135m", "quarot", *methods, "learned_inputs", "gptq"
+    ).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     found = {row[0]: row[2] for row in rows if set(row[0]) != {"-"}}
     assert found == {
         **{"method": "online", "": "", "quarot": "R3, R4", "spinquant_no_had": "nothing"},
         **{"learned_fused": "R3, R4", "blocks_behind_r1": "R3, blocks"},
+        "learned_blocks": "R3, R4, blocks",
         **{"learned_inputs": "R3, dual transforms", "gptq": "nothing"},
     }  # across 9 heads no Hadamard matrix turns QuaRot's
 
@@ -59,7 +62,7 @@ def test_a_deviation_needs_two_seeds(tmp_path):
 
 def test_the_committed_summary_is_that_of_its_records():
     summary = json.loads((EXPERIMENTS / "best_smollm2.json").read_text())
-    records = read_seeds(EXPERIMENTS / "methods_smollm2")
+    records = read_seeds(EXPERIMENTS / "quality" / "smollm2_135m")
     for text in ("wiki", "c4"):
         shares = gap_closed(records[summary["method"]], records["quarot"], text)
         assert len(shares) == 3

@@ -107,12 +107,12 @@ def test_what_is_broken_or_made_otherwise_is_named_and_left_out_of_the_mean(tmp_
 
 
 def test_every_committed_row_has_a_title():
-    folder = EXPERIMENTS / "methods_smollm2"
+    folder = EXPERIMENTS / "quality" / "smollm2_135m"
     assert read_seeds(folder).keys() <= titles_of(folder).keys()
 
 
 def test_every_committed_method_has_three_seeds_with_all_that_is_measured():
-    records = read_seeds(EXPERIMENTS / "methods_smollm2")
+    records = read_seeds(EXPERIMENTS / "quality" / "smollm2_135m")
     for method, runs in records.items():
         seeds = {run["config"]["seed"] for run in runs}
         assert seeds == ({0} if method == "rtn" else {0, 1, 2}), method  # which draws nothing

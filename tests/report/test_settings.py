@@ -11,7 +11,7 @@ from spinlab.report.records import read_seeds
 from spinlab.report.settings import LATER, settings_of, stands_in
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-NEWEST = json.loads((EXPERIMENTS / "methods_smollm2" / "quarot_seed2.json").read_text())
+NEWEST = json.loads((EXPERIMENTS / "quality" / "smollm2_135m" / "quarot_seed2.json").read_text())
 UNCOMPARED = ("export", "model", "paths", "sweep")  # by their values
 
 

@@ -13,6 +13,7 @@ from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.gap import gap_summary, gap_table
 from spinlab.report.tables.methods import methods_table
 from spinlab.report.tables.paper import paper_table
+from spinlab.report.tables.quality import quality_summary
 from spinlab.report.tables.record import record_table
 from spinlab.report.tables.seeds import seeds_table
 
@@ -28,5 +29,6 @@ KINDS: Mapping[str, Callable[..., str]] = {
 
 FILES: Mapping[str, Callable[..., Path]] = {
     "gap": gap_summary,
+    "quality": quality_summary,
     "figure": figure_file,
 }

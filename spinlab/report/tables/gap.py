@@ -22,13 +22,13 @@ _ONLINE = {
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
     """Return a table of methods: what runs online, and what each closes of a baseline's gap."""
     records, titles = read_seeds(folder), titles_of(folder)
-    runs = _of(baseline, records)
+    runs = runs_of(baseline, records)
     texts = texts_of(runs[0]["metrics"])
     of_texts = [*(f"{t} ppl" for t in texts), *(f"{t} gap" for t in texts)]
     rows = [["method", "transform", "online", *of_texts]]
     rows.append(["", "original", "", *perplexities(runs, texts, "fp"), *("" for _ in texts)])
     for method in (baseline, *methods):
-        found = _of(method, records)
+        found = runs_of(method, records)
         cells = [method, titles.get(method, ""), _online(found[0])]
         shares = [mean(gap_closed(found, runs, text)) for text in texts]
         closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
@@ -47,7 +47,7 @@ def _online(record: Record) -> str:
     return ", ".join(found) or "nothing"
 
 
-def _of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
+def runs_of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
     if method not in records:
         raise InputError(f"no record is of {method!r}: {did_you_mean(method, [*records])}")
     return records[method]
@@ -74,12 +74,13 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
 
 
 def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
-    """Write what a method closes of a baseline's gap, with the records behind it, beside a folder.
+    """Write what a method closes of a baseline's gap, with the records behind it.
 
-    Returns the path of the file of that name. Raises InputError for a method of a single seed.
+    name: of a file, from where the folder lies. Returns its path. Raises InputError for a method of
+    a single seed.
     """
     records = read_seeds(folder)
-    runs = {name: _of(name, records) for name in (method, baseline)}
+    runs = {name: runs_of(name, records) for name in (method, baseline)}
     if len(runs[method]) < 2:
         raise InputError(f"{method} has one seed, which has no deviation: run it with another")
     metrics: dict[str, float] = {}
@@ -87,11 +88,12 @@ def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
         shares = gap_closed(runs[method], runs[baseline], text)
         metrics[f"quality/gap_closed/{text}"] = mean(shares)
         metrics[f"quality/gap_closed/{text}/deviation"] = stdev(shares)
+    path = (folder.parent / name).resolve()
+    place = folder.resolve().relative_to(path.parent)
     names = [
-        f"{folder.name}/{name}_seed{record['config']['seed']}.json"
+        f"{place.as_posix()}/{name}_seed{record['config']['seed']}.json"
         for name, of_method in runs.items()
         for record in of_method
     ]
-    path = folder.parent / name
     write_json(path, {"schema": 1, "method": method, "metrics": metrics, "records": names})
     return path

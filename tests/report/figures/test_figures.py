@@ -258,7 +258,7 @@ def test_bars_hold_ratios_by_kind_and_shares_in_percent():
 def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
     folder, cache = run
     bench = str(EXPERIMENTS / "bench" / "cpu.json")
-    smollm2 = str(EXPERIMENTS / "methods_smollm2")
+    smollm2 = str(EXPERIMENTS / "quality" / "smollm2_135m")
     words = {
         "outliers": [f"run={folder}", f"cache={cache}"],
         "surface": [f"run={folder}", f"cache={cache}"],

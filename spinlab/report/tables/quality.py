@@ -1,0 +1,51 @@
+"""Shares of the gap, divergence and answers of every method on every model, in one file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from spinlab.files import write_json
+from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.tables.gap import gap_closed, runs_of
+
+_ANSWERS = "zeroshot_mean/accuracy"
+
+
+def quality_summary(folder: Path, name: str, baseline: str) -> Path:
+    """Write the means over seeds of a folder of models, each a folder of records, beside it.
+
+    gap_closed/<model>/<method>/<text>, and /deviation: share of the baseline's log-perplexity gap
+    kl/<model>/<method>/<text>: nats to the original, per token
+    zeroshot/<model>/<method>/mean: accuracy, also of the method `original`
+    Returns the path of the file of that name.
+    """
+    metrics: dict[str, float] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        records = read_seeds(place)
+        found = _of_model(records, runs_of(baseline, records), baseline)
+        metrics |= {key.replace("/", f"/{place.name}/", 1): value for key, value in found.items()}
+    path = folder.parent / name
+    write_json(path, {"schema": 1, "baseline": baseline, "metrics": metrics})
+    return path
+
+
+def _of_model(
+    records: Mapping[str, list[Record]], against: Sequence[Record], baseline: str
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for method, runs in records.items():
+        for text in texts_of(runs[0]["metrics"]):
+            if method != baseline:
+                shares = gap_closed(runs, against, text)
+                found[f"gap_closed/{method}/{text}"] = mean(shares)
+                if len(shares) > 1:
+                    found[f"gap_closed/{method}/{text}/deviation"] = stdev(shares)
+            found |= _mean(runs, f"kl/{text}/fake", f"kl/{method}/{text}")
+        found |= _mean(runs, f"{_ANSWERS}/fake", f"zeroshot/{method}/mean")
+    return found | _mean(against, f"{_ANSWERS}/fp", "zeroshot/original/mean")
+
+
+def _mean(runs: Sequence[Record], metric: str, name: str) -> dict[str, float]:
+    """Return the mean of a metric that all runs have, under a name; nothing where one lacks it."""
+    values = [run["metrics"].get(metric) for run in runs]
+    return {name: mean(values)} if all(value is not None for value in values) else {}
