@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from spinlab.fakequant.activations import InputPath
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.map import Norm
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.products import PackedProduct, SeparateProducts
 from spinlab.runtime.kernels.formats import TokenLevels
@@ -42,7 +42,7 @@ class Reader(nn.Module):
 
     def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
-        if isinstance(rotation, OnlineRotation) and self.operations.rotates(x, rotation, quantizer):
+        if rotation is not None and self.operations.rotates(x, rotation, quantizer):
             return self.operations.rotate_quantize(x, rotation, quantizer)
         return self.operations.quantize(self._rotated(x), quantizer)
 
@@ -76,10 +76,12 @@ class NormReader(Reader):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs side by side, (..., out), for the stream x: (..., hidden)."""
-        if self.quantizer is None or self.path.rotation is not None:
+        rotation, quantizer = self.path.rotation, self.quantizer
+        known = isinstance(rotation, ScaledDual | None)
+        if quantizer is None or not known or not self.operations.rotates(x, rotation, quantizer):
             return super().forward(self.norm(x))
         gain = self._gain() if self.has_gain else None
-        levels = self.operations.norm_quantize(x, gain, self.epsilon, self.quantizer)
+        levels = self.operations.norm_quantize(x, gain, self.epsilon, quantizer, rotation)
         return self._multiply(levels, x)
 
     def _gain(self) -> torch.Tensor:
@@ -95,9 +97,7 @@ class GateReader(Reader):
     def of_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Return the output (..., out) for gate and up: (..., in)."""
         rotation, quantizer = self.path.rotation, self.quantizer
-        if quantizer is None or not isinstance(rotation, OnlineRotation | None):
-            return self(silu(gate) * up)
-        if not self.operations.rotates(gate, rotation, quantizer):
+        if quantizer is None or not self.operations.rotates(gate, rotation, quantizer):
             return self(silu(gate) * up)
         levels = self.operations.gate_quantize(gate, up, rotation, quantizer)
         return self._multiply(levels, gate)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from spinlab.fakequant.activations import Transform
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.attention import reference as attention
 from spinlab.runtime.kernels.formats import TokenLevels
 from spinlab.runtime.kernels.kv import reference as kv
@@ -34,8 +34,8 @@ class Operations:
     rotate_quantize: Callable[..., TokenLevels]
     store: Callable[..., tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
     attend: Callable[..., torch.Tensor]
-    # whether gate_quantize and rotate_quantize take inputs such as these
-    rotates: Callable[[torch.Tensor, OnlineRotation | None, TokenQuantizer], bool]
+    # whether what quantizes takes inputs such as these, with what turns them
+    rotates: Callable[[torch.Tensor, Transform | None, TokenQuantizer], bool]
     why_not: Callable[[int, int, int], str | None]  # a weight (in, out, blocks) has no kernel
 
 

@@ -22,6 +22,7 @@ from spinlab.runtime.kernels.linear import launch as linear
 from spinlab.runtime.kernels.linear import triton as linear_kernels
 from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
 from spinlab.runtime.kernels.producers import triton as producer_kernels
+from spinlab.runtime.kernels.producers import triton_blocks as block_kernels
 from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
 from spinlab.weights import sweep_kernels
 
@@ -77,6 +78,18 @@ ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64
            "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
+BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "SHARED": False,
+          "BLOCKS": 32, "B": 128, "STEP": 64, "MANY": 4}
+PARTS = {**SIZES, "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
+         "out_ptr": "*bf16"}
+for capability, name in ((80, "mma.sync"), (90, "wgmma")):
+    found, _ = instructions(block_kernels.blocks_kernel, PARTS, BLOCKS, capability)
+    assert found and all(name in one and "bf16" in one for one in found), found
+DUAL = {**BLOCKS, "NORMED": False, "GAIN": False, "DEALT": True}
+found, _ = instructions(block_kernels.blocks_kernel, {**PARTS, "x_ptr": "*fp32"}, DUAL, 90)
+assert found and all("wgmma" in one and "bf16" in one for one in found), found
+NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}
+instructions(block_kernels.inverse_kernel, PARTS, NORM, 90)
 POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "r3_ptr",
                                  "queries_ptr", "k_round_ptr", "v_round_ptr")}
 POINTERS |= {"position_ptr": "*i64"}

@@ -5,10 +5,14 @@ import torch
 
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.duquant import DualTransform
+from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.runtime.kernels.producers import launch as gpu
 from spinlab.runtime.kernels.producers import reference as producers
+from spinlab.runtime.kernels.producers.blocks import turned
 
 GRIDS = [
     IntegerFormat(4, False),
@@ -102,6 +106,16 @@ def test_a_kernel_is_only_offered_what_it_can_do():
     assert not offered(OnlineRotation(torch.eye(1), dense))
     assert offered(None, groups, torch.float32)
     assert not offered(None, dtype=torch.float64)
+    for block in (16, 64, 128):
+        assert offered(in_blocks(3 * block, block))
+        assert offered(in_blocks(3 * block, block, dual=True), groups)
+    assert not offered(in_blocks(192, 64), dtype=torch.float32)
+    assert not offered(in_blocks(24, 8))
+    assert not offered(in_blocks(96, 48, dual=True))
+    assert not offered(ScaledDual(torch.ones(64), folded=False))
+    tiny = in_blocks(64, 16, scale=torch.full((64,), 1e-7))
+    assert offered(tiny)
+    assert not offered(tiny, dtype=torch.float16)  # 1e7 is none of its numbers
 
 
 @pytest.fixture
@@ -200,6 +214,19 @@ def test_norms_and_gates_are_their_definition(run, grid, width, group_size, dtyp
     assert_close(*run("gate_quantize", gate, up, None, quantizer), dtype)
 
 
+def in_blocks(width, block, dual=False, shared=False, scale=None, folded=False):
+    """Return a transform in random blocks, with a permutation and others behind it if dual."""
+
+    def drawn():
+        count = 1 if shared else width // block
+        return torch.linalg.qr(torch.randn(count, block, block, dtype=torch.float64))[0]
+
+    turn = BlockRotation(drawn())
+    if dual:
+        turn = DualTransform(turn.first, torch.randperm(width), drawn())
+    return ScaledDual(scale, folded, turn)
+
+
 def blocks(left, right, many):
     return OnlineRotation(hadamard_rotation(left).right, hadamard_rotation(right).right, many)
 
@@ -225,3 +252,48 @@ def test_rotations_are_their_definition(run, case):
     assert gpu.has_rotation_kernel(gate, rotation, quantizer)
     assert_close(*run("gate_quantize", gate, up, rotation, quantizer), gate.dtype)
     assert_close(*run("rotate_quantize", up, rotation, quantizer), gate.dtype)
+
+
+SCALE = torch.linspace(0.25, 4, 96, dtype=torch.float64)
+IN_BLOCKS = {
+    "blocks of 16": dict(width=96, block=16),
+    "one block": dict(width=32, block=32),
+    "blocks of 32, scaled": dict(width=96, block=32, scale=SCALE),
+    "scaled elsewhere": dict(width=96, block=32, scale=SCALE, folded=True),
+    "dual": dict(width=96, block=32, dual=True, scale=SCALE),
+    "dual, shared": dict(width=96, block=16, dual=True, shared=True),
+    "blocks of 128": dict(width=384, block=128),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize("case", IN_BLOCKS)
+def test_rotations_in_blocks_are_their_definition(run, case, tokens):
+    """Few tokens and many, of a tensor whose rows lie apart; behind norms and gates too."""
+    rotation = in_blocks(**IN_BLOCKS[case])
+    group_size = (0, 16)[len(case) % 2]
+    quantizer = TokenQuantizer(GRIDS[len(case) % 4], group_size, 0.95)
+    gate, up = rows(tokens, 2 * rotation.width, dtype=torch.float16).chunk(2, dim=1)
+    gain = rows(rotation.width, dtype=torch.float16)
+    assert gpu.has_rotation_kernel(gate, rotation, quantizer)
+    assert_close(*run("rotate_quantize", up, rotation, quantizer), gate.dtype)
+    assert_close(*run("gate_quantize", gate, up, rotation, quantizer), gate.dtype)
+    assert_close(*run("norm_quantize", up, gain, 1e-5, quantizer, rotation), gate.dtype)
+    assert_close(*run("norm_quantize", up / 256, None, 1e-5, quantizer, rotation), gate.dtype)
+    (empty, _) = run("rotate_quantize", up[:0], rotation, quantizer)
+    assert empty.levels.shape == (0, rotation.width)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_rotation_in_blocks_is_as_exact_as_float32(device, dual):
+    """Against float64, before what is handed on is rounded to 16 bits: no factor loses bits."""
+    rotation = in_blocks(512, 64, dual=dual)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    x = rows(20, 512, dtype=half).to(device)
+    found = turned(x, rotation).double().cpu()
+    wanted = x.double().cpu() @ rotation.dual.dense()
+    # one rounding of the result, and what 2^-16 of the terms may add
+    bound = (
+        torch.finfo(half).eps / 2 * wanted.abs() + 2**-15 * x.double().cpu().norm(dim=1)[:, None]
+    )
+    assert ((found - wanted).abs() <= bound).all()

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from spinlab.fakequant.activations import Transform
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
 from spinlab.runtime.kernels.launch import launch, power_of_two
+from spinlab.runtime.kernels.producers.blocks import has_block_kernel, turned
 
 _TILE = 4096  # numbers that one program quantizes, at least
 _WIDEST = 32768  # of a token that one program holds
@@ -22,16 +25,23 @@ _FACTOR = 256  # the largest order of a Hadamard factor that a program holds
 
 
 def has_rotation_kernel(
-    x: torch.Tensor, rotation: OnlineRotation | None, quantizer: TokenQuantizer
+    x: torch.Tensor, rotation: Transform | None, quantizer: TokenQuantizer
 ) -> bool:
-    """Tell whether `gate_quantize` and `rotate_quantize` take inputs such as x: (..., width).
+    """Tell whether operations take inputs such as x, (..., width), with what turns them.
 
-    Rotations are those by signs, of 16-bit numbers, with factors up to 256 that the shared memory
-    of x's device holds; groups are powers of two within a row. For what is left there is the
-    rotation itself, followed by `quantize`.
+    A token is quantized as a whole: it has at most 32768 numbers. Online rotations are those by
+    signs, of 16-bit numbers, with factors up to 256 that the shared memory of x's device holds;
+    groups are powers of two within a row. Rotations in blocks are those of `has_block_kernel`. For
+    what is left there is the rotation itself, followed by `quantize`.
     """
     if rotation is None:
         return x.dtype != torch.float64 and x.shape[-1] <= _WIDEST
+    if isinstance(rotation, ScaledDual):
+        return x.shape[-1] <= _WIDEST and has_block_kernel(x, rotation)
+    return isinstance(rotation, OnlineRotation) and _has_sign_kernel(x, rotation, quantizer)
+
+
+def _has_sign_kernel(x: torch.Tensor, rotation: OnlineRotation, quantizer: TokenQuantizer) -> bool:
     rows, columns, _ = _factors(rotation)
     block = _pieces(rows, columns)[2]
     group = quantizer.group_size % rotation.width
@@ -54,13 +64,20 @@ def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
 
 
 def norm_quantize(
-    x: torch.Tensor, gain: torch.Tensor | None, epsilon: float, quantizer: TokenQuantizer
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    epsilon: float,
+    quantizer: TokenQuantizer,
+    rotation: ScaledDual | None = None,
 ) -> TokenLevels:
-    """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it. x: (..., width), gain: (width,).
+    """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
 
-    The normed token is rounded to x's dtype before the gain, which is taken in that dtype.
+    x: (..., width), gain: (width,). The normed token is rounded to x's dtype before the gain, which
+    is taken in that dtype.
     """
     x = x.reshape(-1, x.shape[-1])
+    if rotation is not None:
+        return quantize(turned(x, rotation, gain=gain, epsilon=epsilon), quantizer)
     found = _empty(x, quantizer)
     _launch_rows(x, gain, found, quantizer, epsilon=epsilon, normed=True)
     return found
@@ -69,11 +86,13 @@ def norm_quantize(
 def gate_quantize(
     gate: torch.Tensor,
     up: torch.Tensor,
-    rotation: OnlineRotation | None,
+    rotation: Transform | None,
     quantizer: TokenQuantizer,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
     gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    if isinstance(rotation, ScaledDual):
+        return quantize(turned(gate, rotation, up=up), quantizer)
     found = _empty(gate, quantizer)
     if rotation is None:
         _launch_rows(gate, up, found, quantizer, gated=True)
@@ -82,11 +101,11 @@ def gate_quantize(
     return found
 
 
-def rotate_quantize(
-    x: torch.Tensor, rotation: OnlineRotation, quantizer: TokenQuantizer
-) -> TokenLevels:
+def rotate_quantize(x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
     x = x.reshape(-1, x.shape[-1])
+    if isinstance(rotation, ScaledDual):
+        return quantize(turned(x, rotation), quantizer)
     found = _empty(x, quantizer)
     _launch_rotation(x, None, rotation, found, quantizer)
     return found
@@ -143,12 +162,13 @@ def _launch_rows(
 def _launch_rotation(
     gate: torch.Tensor,
     up: torch.Tensor | None,
-    rotation: OnlineRotation,
+    rotation: Transform,
     found: TokenLevels,
     quantizer: TokenQuantizer,
 ) -> None:
     from spinlab.runtime.kernels.producers.triton_hadamard import rotate_kernel
 
+    assert isinstance(rotation, OnlineRotation), "blocks are turned apart"
     assert has_rotation_kernel(gate, rotation, quantizer), "ask has_rotation_kernel first"
     rows, columns, factor = _factors(rotation)
     first, second, block = _pieces(rows, columns)

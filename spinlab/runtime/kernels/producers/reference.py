@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional
 
+from spinlab.fakequant.activations import Transform
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
 
 
@@ -23,22 +23,28 @@ def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
 
 
 def norm_quantize(
-    x: torch.Tensor, gain: torch.Tensor | None, epsilon: float, quantizer: TokenQuantizer
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    epsilon: float,
+    quantizer: TokenQuantizer,
+    rotation: Transform | None = None,
 ) -> TokenLevels:
-    """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it. x: (..., width), gain: (width,).
+    """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
 
-    The normed token is rounded to x's dtype before the gain, which is taken in that dtype.
+    x: (..., width), gain: (width,). The normed token is rounded to x's dtype before the gain, which
+    is taken in that dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     normed = normed.to(x.dtype)
-    return quantize(normed if gain is None else gain.to(x.dtype) * normed, quantizer)
+    normed = normed if gain is None else gain.to(x.dtype) * normed
+    return quantize(normed if rotation is None else rotation(normed), quantizer)
 
 
 def gate_quantize(
     gate: torch.Tensor,
     up: torch.Tensor,
-    rotation: OnlineRotation | None,
+    rotation: Transform | None,
     quantizer: TokenQuantizer,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
@@ -46,8 +52,6 @@ def gate_quantize(
     return quantize(gated if rotation is None else rotation(gated), quantizer)
 
 
-def rotate_quantize(
-    x: torch.Tensor, rotation: OnlineRotation, quantizer: TokenQuantizer
-) -> TokenLevels:
+def rotate_quantize(x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
     return quantize(rotation(x), quantizer)

@@ -1,0 +1,154 @@
+"""Rotations of inputs in blocks, on CUDA: DuQuant's dual transforms, and blocks alone.
+
+A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores: every
+matrix is a sum of two of 16 bits, and so is what stands between the two rotations of a dual
+transform. Its entries are then within 2^-16 of themselves, and products add up in float32.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from spinlab.rotation.duquant import DualTransform
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.runtime.kernels.launch import launch, power_of_two
+
+_NARROWEST, _WIDEST = 16, 128  # blocks that a product takes
+_FEW, _STEP = 16, 64  # tokens of a program
+_TILE = 8192  # numbers that one program norms, at least
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One rotation: the parts (2, k, b, b) of its matrices, behind a deal of channels if any."""
+
+    parts: torch.Tensor
+    order: torch.Tensor | None
+
+
+_passes: WeakKeyDictionary[ScaledDual, dict[tuple[torch.dtype, torch.device], list[_Pass]]] = (
+    WeakKeyDictionary()
+)
+
+
+def has_block_kernel(x: torch.Tensor, rotation: ScaledDual) -> bool:
+    """Tell whether `turned` takes inputs such as x: (..., width), of 16 bits.
+
+    Blocks are powers of two from 16 to 128. A scale that is not folded must leave 16-bit numbers.
+    """
+    return x.dtype.itemsize == 2 and bool(_passes_of(rotation, x))
+
+
+def turned(
+    x: torch.Tensor,
+    rotation: ScaledDual,
+    up: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    epsilon: float | None = None,
+) -> torch.Tensor:
+    """Return the transform of x: (tokens, width), in x's dtype.
+
+    up: (tokens, width), for silu(x)·up in place of x. epsilon: for x/rms(x) in its place, times a
+    gain (width,) if there is one.
+    """
+    first, *rest = _passes_of(rotation, x)
+    inverse = None if epsilon is None else _inverse_rms(x, epsilon)
+    y = _turned(x, first, x.dtype if not rest else torch.float32, up, gain, inverse)
+    for further in rest:
+        y = _turned(y, further, x.dtype)
+    return y
+
+
+def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return 1 / rms(x) of tokens x (tokens, width), in float32: (tokens,)."""
+    from spinlab.runtime.kernels.producers.triton_blocks import inverse_kernel
+
+    tokens, width = x.shape
+    block = power_of_two(width)
+    step = max(1, _TILE // block)
+    found = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if tokens:
+        constants = {"WIDTH": width, "STEP": step, "BLOCK": block}
+        arguments = x, found, tokens, x.stride(0), epsilon
+        launch(inverse_kernel, (-(-tokens // step),), arguments, constants, num_warps=4)
+    return found
+
+
+def _turned(
+    x: torch.Tensor,
+    by: _Pass,
+    dtype: torch.dtype,
+    up: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    inverse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
+
+    tokens, width = x.shape
+    matrices, b = by.parts.shape[1:3]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    up = up if up is None or up.stride(1) == 1 else up.contiguous()
+    other = up if up is not None else gain if gain is not None else x
+    found = torch.empty(tokens, width, dtype=dtype, device=x.device)
+    if not tokens:
+        return found
+    step = _FEW if tokens <= _FEW else _STEP
+    tiles, blocks = -(-tokens // step), width // b
+    many = _blocks_a_program(tiles, blocks, x.device)
+    arguments = (
+        x, other, x if inverse is None else inverse, x if by.order is None else by.order,
+        by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0),
+    )  # fmt: skip
+    constants = {
+        "GATED": up is not None, "NORMED": inverse is not None,
+        "GAIN": gain is not None, "DEALT": by.order is not None,
+        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "STEP": step, "MANY": many,
+    }  # fmt: skip
+    launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
+    return found
+
+
+def _blocks_a_program(tiles: int, blocks: int, device: torch.device) -> int:
+    """Return how many blocks a program takes in turn, so that few programs wait."""
+    cores = 1
+    if device.type == "cuda":
+        cores = torch.cuda.get_device_properties(device).multi_processor_count
+    many = 1
+    while blocks % (2 * many) == 0 and tiles * blocks // (2 * many) >= 4 * cores:
+        many *= 2
+    return many
+
+
+def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
+    """Return the rotations of a transform in turn, for inputs such as x; none without a kernel."""
+    known = _passes.setdefault(rotation, {})
+    if (x.dtype, x.device) not in known:
+        known[x.dtype, x.device] = _made(rotation, x)
+    return known[x.dtype, x.device]
+
+
+def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
+    dual = rotation.dual
+    if dual is None:
+        return []
+    first, found = dual.first.double(), []
+    if rotation.scale is not None and not rotation.folded:
+        scale = rotation.scale.to(first.device).double()
+        first = first / scale.view(-1, first.shape[1], 1)
+    steps = [(first, None)]
+    if isinstance(dual, DualTransform):
+        steps.append((dual.second.double(), dual.permutation.to(x.device, torch.int32)))
+    for matrices, order in steps:
+        b, parts = matrices.shape[-1], _parts(matrices, x.dtype)
+        if not _NARROWEST <= b <= _WIDEST or b & (b - 1) or not parts.isfinite().all():
+            return []
+        found.append(_Pass(parts.to(x.device), order))
+    return found
+
+
+def _parts(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return (2, k, b, b) of a 16-bit dtype whose sum is nearest to float64 matrices: (k, b, b)."""
+    high = matrices.to(dtype)
+    return torch.stack((high, (matrices - high.double()).to(dtype)))

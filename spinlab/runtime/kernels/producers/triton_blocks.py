@@ -1,0 +1,75 @@
+"""The Triton kernels that rotate inputs in blocks, by a matrix for each or one for all."""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.producers.triton import gated
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def inverse_kernel(
+    x_ptr, inverse_ptr, tokens, stride, epsilon, WIDTH: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write 1 / rms(x) of STEP tokens of WIDTH numbers, in float32."""
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (token < tokens)[:, None] & (column < WIDTH)
+    wide = tl.load(x_ptr + token[:, None] * stride + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(wide * wide, 1) / WIDTH
+    inverse = tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + epsilon))
+    tl.store(inverse_ptr + token, inverse, mask=token < tokens)
+
+
+@triton.jit
+def _product(x, high, low):
+    """Return x (high + low) in float32; a float32 x is taken as two 16-bit numbers too."""
+    if x.dtype == tl.float32:
+        coarse = x.to(high.dtype)
+        fine = (x - coarse.to(tl.float32)).to(high.dtype)
+        found = tl.dot(coarse, high, tl.dot(coarse, low, tl.dot(fine, high)))
+    else:
+        found = tl.dot(x, high, tl.dot(x, low))
+    return found
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def blocks_kernel(
+    x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
+    GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
+    SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr,
+    MANY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rotate MANY blocks of B numbers of STEP tokens; parts are (2, BLOCKS or 1, B, B).
+
+    GATED: of silu(x)·other. NORMED: of x·inverse, times other where there is GAIN. DEALT: place j
+    takes number order[j] of x.
+    """
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
+    inside = token < tokens
+    b = tl.arange(0, B)
+    square = b[:, None] * B + b[None, :]
+    for index in range(MANY):
+        block = tl.program_id(1) * MANY + index
+        place = block * B + b[None, :]
+        source = tl.load(order_ptr + place) if DEALT else place
+        x = tl.load(x_ptr + token * stride + source, mask=inside, other=0.0)
+        if GATED:
+            other = tl.load(other_ptr + token * other_stride + source, mask=inside, other=0.0)
+            x = gated(x, other, False)
+        if NORMED:
+            inverse = tl.load(inverse_ptr + token, mask=inside, other=0.0)
+            x = (x.to(tl.float32) * inverse).to(x.dtype)
+            if GAIN:
+                gain = tl.load(other_ptr + source).to(x.dtype)
+                x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
+        matrix = parts_ptr + (0 if SHARED else block * B * B) + square
+        high = tl.load(matrix)
+        low = tl.load(matrix + (1 if SHARED else BLOCKS) * B * B)
+        y = _product(x, high, low)
+        tl.store(
+            out_ptr + token * (BLOCKS * B) + place, y.to(out_ptr.dtype.element_ty), mask=inside
+        )
