@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _add_kernels(commands: Any) -> None:
         whole.add_argument("--batch", type=int, nargs="+", default=batches)
         whole.add_argument("--prompt", type=int, default=prompt, help="tokens of a prompt")
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
+        whole.add_argument("--method", help="whose rotations run online, as in conf/method")
         whole.set_defaults(run=_end_to_end, repeatable=False)
     cpu = commands.add_parser("cpu", help="int8 products and decoding on a CPU")
     _add_place(cpu, "cpu")
@@ -185,12 +187,17 @@ def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.end_to_end import Setting, bench_decode, bench_prefill
+    from spinlab.bench.methods import hadamards, random_rotations
     from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 
     operations = triton_operations() if device.type == "cuda" else REFERENCE
-    setting = Setting(arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
+    method, online = arguments.method, hadamards
+    if method:
+        online = partial(random_rotations, _composed([f"+method={method}"]))
+    sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     bench = bench_decode if arguments.command == "decode" else bench_prefill
-    return bench(operations, device, setting, arguments.batch, arguments.out)
+    setting = Setting(*sizes, method)
+    return bench(operations, device, setting, arguments.batch, arguments.out, online)
 
 
 def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

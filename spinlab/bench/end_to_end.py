@@ -17,29 +17,36 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from spinlab.bench.clock import now
+from spinlab.bench.methods import hadamards
 from spinlab.bench.models import DTYPES, random_llama
 from spinlab.bench.operands import random_weight
 from spinlab.bench.results import Results
 from spinlab.config import KVConfig, QuantConfig
 from spinlab.errors import InputError
 from spinlab.kv.path import kv_path
-from spinlab.rotation.online import hadamard_rotation
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import map_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import new_cache, runtime_from_packed
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.quantized import Quantized
 
 _REPEATS = 3
+Online = Callable[[ModelMap], RotationSet]  # what a network runs online, for a model
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Say what is run: a model's name, fewer layers perhaps, prompt and generated tokens."""
+    """Say what is run: a model's name, fewer layers perhaps, prompt and generated tokens.
+
+    method: whose rotations run online, as in conf/method; R3 and R4 alone without one
+    """
 
     model: str
     layers: int | None
     prompt: int
     tokens: int
+    method: str | None = None
 
 
 class Stock:
@@ -102,15 +109,15 @@ def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], object]) -> None:
 
 
 class Ours:
-    """Run the runtime on random packed weights, R3 and R4, W4A4KV4 as the experiments have it."""
+    """Run the runtime on random packed weights, W4A4KV4 as the experiments have it."""
 
-    def __init__(self, setting: Setting, operations: Operations, device: torch.device) -> None:
-        config = random_llama(setting.model, setting.layers, torch.device("meta")).config
+    def __init__(
+        self, setting: Setting, operations: Operations, device: torch.device, online: Online
+    ) -> None:
+        model = random_llama(setting.model, setting.layers, torch.device("meta"))
+        config, rotations = model.config, online(map_of(model))
         generator = torch.Generator(device).manual_seed(0)
         head_dim = config.hidden_size // config.num_attention_heads
-        rotations = RotationSet(
-            r3=hadamard_rotation(head_dim), r4=hadamard_rotation(config.intermediate_size)
-        )
 
         def make(name: str, out: int, width: int, groups: int) -> Any:
             return random_weight(out, width, groups, generator)
@@ -144,11 +151,12 @@ def bench_prefill(
     setting: Setting,
     batches: Sequence[int],
     path: Path | None = None,
+    online: Online = hadamards,
 ) -> dict[str, Any]:
     """Return the record of prompts of `setting.prompt` tokens, one model after the other."""
     results = _results("prefill", operations, device, setting, path)
     seconds: dict[str, dict[int, float]] = {}
-    for name, runner in _runners(operations, device, setting):
+    for name, runner in _runners(operations, device, setting, online):
         seconds[name] = {}
         for batch in batches:
             ids = _ids(runner.model, batch, setting.prompt, device)
@@ -172,11 +180,12 @@ def bench_decode(
     setting: Setting,
     batches: Sequence[int],
     path: Path | None = None,
+    online: Online = hadamards,
 ) -> dict[str, Any]:
     """Return the record of `setting.tokens` greedy steps behind a prompt, and of peak memory."""
     results = _results("decode", operations, device, setting, path)
     found: dict[str, dict[int, tuple[float, int]]] = {}
-    for name, runner in _runners(operations, device, setting):
+    for name, runner in _runners(operations, device, setting, online):
         found[name] = {}
         for batch in batches:
             case = f"e2e/decode/b{batch}"
@@ -230,12 +239,12 @@ def _decode(
 
 
 def _runners(
-    operations: Operations, device: torch.device, setting: Setting
+    operations: Operations, device: torch.device, setting: Setting, online: Online
 ) -> "Iterator[tuple[str, Stock | Ours]]":
     """Yield the stock model and the runtime, each alone on the device."""
     makers: dict[str, Callable[[], Stock | Ours]] = {
         "bf16": lambda: Stock(setting, device),
-        "ours": lambda: Ours(setting, operations, device),
+        "ours": lambda: Ours(setting, operations, device, online),
     }
     for name, make in makers.items():
         yield name, make()

@@ -79,7 +79,7 @@ ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
 BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "SHARED": False,
-          "BLOCKS": 32, "B": 128, "STEP": 64, "MANY": 4}
+          "BLOCKS": 32, "B": 128, "BLOCK": 128, "STEP": 64, "MANY": 4}
 PARTS = {**SIZES, "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
 for capability, name in ((80, "mma.sync"), (90, "wgmma")):

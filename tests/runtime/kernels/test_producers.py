@@ -106,12 +106,11 @@ def test_a_kernel_is_only_offered_what_it_can_do():
     assert not offered(OnlineRotation(torch.eye(1), dense))
     assert offered(None, groups, torch.float32)
     assert not offered(None, dtype=torch.float64)
-    for block in (16, 64, 128):
+    for block in (4, 16, 96, 128):
         assert offered(in_blocks(3 * block, block))
         assert offered(in_blocks(3 * block, block, dual=True), groups)
     assert not offered(in_blocks(192, 64), dtype=torch.float32)
-    assert not offered(in_blocks(24, 8))
-    assert not offered(in_blocks(96, 48, dual=True))
+    assert not offered(in_blocks(512, 256))
     assert not offered(ScaledDual(torch.ones(64), folded=False))
     tiny = in_blocks(64, 16, scale=torch.full((64,), 1e-7))
     assert offered(tiny)
@@ -263,6 +262,8 @@ IN_BLOCKS = {
     "dual": dict(width=96, block=32, dual=True, scale=SCALE),
     "dual, shared": dict(width=96, block=16, dual=True, shared=True),
     "blocks of 128": dict(width=384, block=128),
+    "blocks of 8": dict(width=32, block=8),
+    "dual, blocks of 48": dict(width=96, block=48, dual=True),
 }
 
 

@@ -14,7 +14,7 @@ from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.kernels.launch import launch, power_of_two
 
-_NARROWEST, _WIDEST = 16, 128  # blocks that a product takes
+_NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a program
 _TILE = 8192  # numbers that one program norms, at least
 
@@ -35,7 +35,7 @@ _passes: WeakKeyDictionary[ScaledDual, dict[tuple[torch.dtype, torch.device], li
 def has_block_kernel(x: torch.Tensor, rotation: ScaledDual) -> bool:
     """Tell whether `turned` takes inputs such as x: (..., width), of 16 bits.
 
-    Blocks are powers of two from 16 to 128. A scale that is not folded must leave 16-bit numbers.
+    Blocks have at most 128 numbers. A scale that is not folded must leave 16-bit numbers.
     """
     return x.dtype.itemsize == 2 and bool(_passes_of(rotation, x))
 
@@ -104,7 +104,8 @@ def _turned(
     constants = {
         "GATED": up is not None, "NORMED": inverse is not None,
         "GAIN": gain is not None, "DEALT": by.order is not None,
-        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "STEP": step, "MANY": many,
+        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
+        "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step, "MANY": many,
     }  # fmt: skip
     launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
     return found
@@ -142,7 +143,7 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
         steps.append((dual.second.double(), dual.permutation.to(x.device, torch.int32)))
     for matrices, order in steps:
         b, parts = matrices.shape[-1], _parts(matrices, x.dtype)
-        if not _NARROWEST <= b <= _WIDEST or b & (b - 1) or not parts.isfinite().all():
+        if b > _WIDEST or not parts.isfinite().all():
             return []
         found.append(_Pass(parts.to(x.device), order))
     return found

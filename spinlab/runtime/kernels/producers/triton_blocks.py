@@ -39,8 +39,8 @@ def _product(x, high, low):
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
     GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
-    SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr,
-    MANY: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotate MANY blocks of B numbers of STEP tokens; parts are (2, BLOCKS or 1, B, B).
 
@@ -49,26 +49,26 @@ def blocks_kernel(
     """
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
-    inside = token < tokens
-    b = tl.arange(0, B)
-    square = b[:, None] * B + b[None, :]
+    b = tl.arange(0, BLOCK)
+    inside = (token < tokens) & (b < B)[None, :]
+    square, known = b[:, None] * B + b[None, :], (b < B)[:, None] & (b < B)[None, :]
     for index in range(MANY):
         block = tl.program_id(1) * MANY + index
         place = block * B + b[None, :]
-        source = tl.load(order_ptr + place) if DEALT else place
+        source = tl.load(order_ptr + place, mask=(b < B)[None, :], other=0) if DEALT else place
         x = tl.load(x_ptr + token * stride + source, mask=inside, other=0.0)
         if GATED:
             other = tl.load(other_ptr + token * other_stride + source, mask=inside, other=0.0)
             x = gated(x, other, False)
         if NORMED:
-            inverse = tl.load(inverse_ptr + token, mask=inside, other=0.0)
+            inverse = tl.load(inverse_ptr + token, mask=token < tokens, other=0.0)
             x = (x.to(tl.float32) * inverse).to(x.dtype)
             if GAIN:
-                gain = tl.load(other_ptr + source).to(x.dtype)
+                gain = tl.load(other_ptr + source, mask=(b < B)[None, :], other=0.0).to(x.dtype)
                 x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
         matrix = parts_ptr + (0 if SHARED else block * B * B) + square
-        high = tl.load(matrix)
-        low = tl.load(matrix + (1 if SHARED else BLOCKS) * B * B)
+        high = tl.load(matrix, mask=known, other=0.0)
+        low = tl.load(matrix + (1 if SHARED else BLOCKS) * B * B, mask=known, other=0.0)
         y = _product(x, high, low)
         tl.store(
             out_ptr + token * (BLOCKS * B) + place, y.to(out_ptr.dtype.element_ty), mask=inside

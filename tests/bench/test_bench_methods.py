@@ -1,0 +1,68 @@
+"""Networks that are timed run online what their method's networks do."""
+
+import json
+
+import pytest
+import torch
+
+from spinlab.bench.__main__ import main
+from spinlab.bench.methods import hadamards, random_rotations
+from spinlab.bench.models import random_llama
+from spinlab.compose import composed
+from spinlab.model.modules import map_of
+from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.duquant import DualTransform
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return map_of(random_llama("toy", 2, torch.device("meta")))
+
+
+@pytest.mark.parametrize(
+    ("method", "online", "kind", "inputs", "matrices"),
+    [
+        ("quarot", (True, True), None, 0, 0),
+        ("spinquant_no_had", (False, False), None, 0, 0),
+        ("learned_fused", (True, True), None, 0, 0),
+        ("learned_blocks", (True, True), BlockRotation, 6, 48 // 16),
+        ("duquant", (True, False), DualTransform, 8, 1),
+        ("learned_inputs", (True, False), DualTransform, 8, 48 // 48),
+    ],
+)
+def test_what_a_method_runs_online_is_drawn(toy, method, online, kind, inputs, matrices):
+    found = random_rotations(composed(f"+method={method}"), toy)
+    assert (found.r3 is not None, found.r4 is not None) == online
+    assert found.r1 is None and found.r2 is None
+    turning = {key: each for key, each in found.inputs.items() if each.is_online}
+    assert len(turning) == inputs
+    for transform in turning.values():
+        assert type(transform.dual) is kind
+        assert transform.dual.first.shape[0] >= matrices
+    assert found.orthogonality() == pytest.approx(dict.fromkeys(found.orthogonality(), 0), abs=1e-9)
+
+
+def test_a_learned_dual_transform_has_rotations_of_its_own(toy):
+    config = composed("+method=learned_inputs", "rotation.duquant.block_size=16")
+    assert random_rotations(config, toy).inputs["0.qkv"].dual.first.shape == (3, 16, 16)
+    shared = composed("+method=duquant", "rotation.duquant.block_size=16")
+    assert random_rotations(shared, toy).inputs["0.qkv"].dual.first.shape == (1, 16, 16)
+
+
+def test_without_a_method_r3_and_r4_run(toy):
+    found = hadamards(toy)
+    assert (found.r3.width, found.r4.width) == (toy.width("r3"), toy.width("r4"))
+    assert not found.inputs
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill"])
+def test_the_command_times_a_methods_network(tmp_path, command, capsys):
+    words = [command, "--model", "toy", "--layers", "1", "--prompt", "4", "--tokens", "2"]
+    out = tmp_path / "record.json"
+    main([*words, "--batch", "1", "--method", "learned_blocks", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["config"]["method"] == "learned_blocks"
+    assert record["metrics"][f"speedup/e2e/{command}/b1"] > 0
+    with pytest.raises(SystemExit):
+        main([*words, "--method", "nope"])
+    assert "unknown method 'nope'" in capsys.readouterr().err
