@@ -20,7 +20,8 @@ _FILES = {
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_cache",)),
 }
 _TOLD = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|bad_alloc",
+    r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|bad_alloc"
+    r"|STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
     re.IGNORECASE,
 )
 

@@ -71,6 +71,7 @@ def test_the_address_space_binds_beside_what_is_free(monkeypatch):
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "host"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "GPU"),
         (RuntimeError("CUDA error: out of memory"), "GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "GPU"),
         (RuntimeError("std::bad_alloc"), "host"),
     ],
 )

@@ -204,7 +204,11 @@ def test_learning_leaves_its_start_alone(make_model, learner_in):
 def test_coarser_products_of_weights_move_a_16_bit_network_by_less_than_its_bits(
     make_model, learner_of, monkeypatch
 ):
-    """Against float32's own: written weights agree but for levels that stood between two."""
+    """Against float32's own: few weights stood so near a boundary that another level was taken.
+
+    A step of levels is a seventh of a row's largest weight. What gradients differ by is inputs that
+    take other levels, as whatever flips a bit makes them.
+    """
     learn = LearnConfig(**SETTINGS, optimizer=FREE, quantize_weights=True, dtype="bfloat16")
     quant = QuantConfig(weights=TensorQuant(symmetric=True))
 
@@ -218,7 +222,8 @@ def test_coarser_products_of_weights_move_a_16_bit_network_by_less_than_its_bits
     monkeypatch.setattr("spinlab.learn.loop.float32_products_for", lambda *_: nullcontext())
     whole = made()
     assert not torch.equal(coarse[2], whole[2])  # the products were others
-    assert (coarse[2] != whole[2]).float().mean() < 0.02
-    assert coarse[0] == pytest.approx(whole[0], rel=5e-3)
+    moved = (coarse[2] - whole[2]).abs() > 0.02 * whole[2].abs().max()
+    assert moved.float().mean() < 2e-3
+    assert coarse[0] == pytest.approx(whole[0], rel=1e-2)
     for name, gradient in whole[1].items():
-        assert torch.cosine_similarity(coarse[1][name].flatten(), gradient.flatten(), 0) > 0.98
+        assert torch.cosine_similarity(coarse[1][name].flatten(), gradient.flatten(), 0) > 0.8
