@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
 
 from spinlab import parallel
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress"  # the subfolder of what a killed stage goes on with: no part of its result
 _MANIFEST = "manifest.json"
+_MEASURED = ("seconds", "peak_memory_bytes", "peak_device_bytes")
 
 
 class Artifact(NamedTuple):
@@ -49,13 +51,18 @@ class Artifact(NamedTuple):
 
 @dataclass(frozen=True)
 class StageReport:
-    """Tell how a stage went: seconds and peak memory are those of the run that made it."""
+    """Tell how a stage went: seconds and peak memory are those of the run that made it.
+
+    peak_memory_bytes: of its process so far. peak_device_bytes: of tensors on its GPU during the
+    stage, 0 without one
+    """
 
     name: str
     key: str
     cached: bool
     seconds: float
     peak_memory_bytes: int
+    peak_device_bytes: int = 0
 
 
 class NotCached(Exception):
@@ -111,8 +118,8 @@ class Cache:
                 raise NotCached(name)
             else:
                 manifest = self._make(name, final, work, together)
-        report = StageReport(name, key, cached, manifest["seconds"], manifest["peak_memory_bytes"])
-        self.reports.append(report)
+        measured = (manifest.get(part, 0) for part in _MEASURED)  # the last is newer than the rest
+        self.reports.append(StageReport(name, key, cached, *measured))
         return Artifact(final, key)
 
     @contextmanager
@@ -152,6 +159,8 @@ class Cache:
         partial = partial_of(final)
         log.info("%-12s …", name)
         start = time.perf_counter()
+        if _on_gpu():
+            torch.cuda.reset_peak_memory_stats()
         if parallel.is_main():
             _clear(partial)
         with self._working(name), heartbeat(name):
@@ -192,19 +201,26 @@ def _finish(name: str, partial: Path, final: Path, seconds: float) -> dict[str, 
     """Write the manifest of what was made and give its folder the final name."""
     made = [f for child in partial.iterdir() if child.name != PROGRESS for f in _tree(child)]
     files = {str(f.relative_to(partial)): file_digest(f) for f in made if f.is_file()}
-    manifest = {"files": files, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+    device = torch.cuda.max_memory_allocated() if _on_gpu() else 0
+    measured = dict(zip(_MEASURED, (seconds, peak_memory(), device), strict=True))
     for path in made:
         sync(path)
-    write_json(partial / _MANIFEST, manifest)
+    write_json(partial / _MANIFEST, manifest := {"files": files, **measured})
     os.replace(partial, final)
     sync(final.parent)
     shutil.rmtree(final / PROGRESS)
-    log.info("%-12s done in %.1f s, peak %.2f GiB", name, seconds, peak_memory() / 2**30)
+    gpu = f", on the GPU {device / 2**30:.2f}" if device else ""
+    log.info("%-12s done in %.1f s, peak %.2f GiB%s", name, seconds, peak_memory() / 2**30, gpu)
     return manifest
 
 
 def _tree(path: Path) -> list[Path]:
     return [path, *path.rglob("*")] if path.is_dir() else [path]
+
+
+def _on_gpu() -> bool:
+    """Tell whether this process has work on a GPU, without beginning any there."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def peak_memory() -> int:

@@ -253,3 +253,29 @@ def test_a_cache_below_a_file_is_refused_in_a_sentence(tmp_path):
     for root in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(InputError, match=r"cannot write .*: set paths\.cache to a folder"):
             Cache(Path(root)).run("s", 1, work_once([]))
+
+
+def test_a_stage_tells_what_it_took_on_the_gpu_and_not_what_others_did(
+    tmp_path, monkeypatch, caplog
+):
+    held = {"most": 7 << 30}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: held.update(most=0))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: held["most"])
+    stages = Cache(tmp_path)
+
+    def work(folder):
+        held["most"] = 3 << 30
+        work_once([])(folder)
+
+    with caplog.at_level(logging.INFO):
+        stages.run("s", 1, work)
+        stages.run("t", 1, work_once([]))
+    assert [r["peak_device_bytes"] for r in stages.as_json()] == [3 << 30, 0]
+    assert "on the GPU 3.00" in caplog.text
+    again = Cache(tmp_path)
+    again.run("s", 1, work)
+    manifest = json.loads((again.run("s", 1, work).path / "manifest.json").read_text())
+    assert again.reports[0].peak_device_bytes == 3 << 30 == manifest["peak_device_bytes"]
