@@ -2,11 +2,14 @@
 
 python -m spinlab.report                     all pages, from their records: make tables
 python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
+python -m spinlab.report table=methods records=runs/mine     a row for each experiment; also seeds
+python -m spinlab.report table=gap records=runs/mine methods=quarot,learned_blocks     and the gap
 python -m spinlab.report figure=curves run=runs/toy/KEY out=curves.pdf
 python -m spinlab.report page=index.html     all records in one file, to look through: make report
 
-With `table=`: `format=` markdown, latex or csv, and `model=` some of its models, with commas. With
-both: `records=` where ours lie, with commas: below runs and experiments, unless said otherwise.
+With `table=`: `format=` markdown, latex or csv, and of a published one `model=` some of its models,
+with commas. `records=`: where ours lie, with commas: below runs and experiments, unless said
+otherwise; for tables of one's own, one folder of runs or of records `<name>_seed<N>.json`.
 """
 
 import logging
@@ -15,18 +18,19 @@ from pathlib import Path
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.report.figures import described, make_figure, read_words
-from spinlab.report.formats import FORMATS
+from spinlab.report.formats import FORMATS, Sheet
 from spinlab.report.page.build import write_page
 from spinlab.report.pages import make_files, pages, rebuilt
 from spinlab.report.publications import papers
 from spinlab.report.records import folders_of
+from spinlab.report.tables import SHEETS
 from spinlab.report.tables.paper import paper_sheet
 from spinlab.streams import ending, keep_streams
 
 _ROOT = Path(__file__).parent.parent.parent
 _RECORDS = "runs,experiments"
 # what is made, by the word that asks for it, with the others that are read; figures have their own
-_OUTPUTS = {"table": ("format", "model", "records"), "page": ("records",), "figure": ()}
+_OUTPUTS = {"table": ("format", "model", "records", "methods"), "page": ("records",), "figure": ()}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -34,8 +38,7 @@ def main(words: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     given = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(given):
-        tables = [name for paper in papers().values() for name in paper.tables]
-        print(f"{__doc__}\nPublished tables: {', '.join(tables)}\n\n{described()}")
+        print(f"{__doc__}\nPublished tables: {', '.join(_published())}\n\n{described()}")
         sys.exit(0)
     with ending("spinlab.report"):
         if given:
@@ -65,18 +68,47 @@ def _made(words: list[str]) -> str:
             raise InputError(f"{name}={value} needs an output: write {needed}")
         if name not in (output, *_OUTPUTS[output]):
             raise InputError(f"{output}= does not read {name}=: leave it out")
-    folders = _folders(asked.get("records", _RECORDS))
     if output == "page":
-        return write_page(folders, Path(asked["page"]).expanduser())
-    return _published(folders, asked)
+        page = Path(asked["page"]).expanduser()
+        return write_page(_folders(asked.get("records", _RECORDS)), page)
+    return _table(asked)
 
 
-def _published(folders: list[Path], asked: dict[str, str]) -> str:
-    kind = asked.get("format", "markdown")
+def _table(asked: dict[str, str]) -> str:
+    """Return a table in the format that is asked for."""
+    kind, table = asked.get("format", "markdown"), asked["table"]
     if kind not in FORMATS:
         raise InputError(f"format={kind} is unknown: choose one of {', '.join(FORMATS)}")
+    own, published = table in SHEETS, _published()
+    if not own and table not in published:
+        near = did_you_mean(table, [*SHEETS, *published], "--help")
+        raise InputError(f"unknown table {table!r}: {near}")
+    for word in ("model",) if own else ("methods",):
+        if word in asked:
+            raise InputError(f"table={table} does not read {word}=: leave it out")
+    if own:
+        return FORMATS[kind](_own(table, asked))
     models = asked["model"].split(",") if "model" in asked else []
-    return FORMATS[kind](paper_sheet(folders, asked["table"], models))
+    folders = _folders(asked.get("records", _RECORDS))
+    return FORMATS[kind](paper_sheet(folders, table, models))
+
+
+def _published() -> list[str]:
+    """Return the names of all published tables."""
+    return [name for paper in papers().values() for name in paper.tables]
+
+
+def _own(table: str, asked: dict[str, str]) -> Sheet:
+    """Return a table of one folder of records. Raises InputError for words it lacks, or has not."""
+    folders = folders_of(asked["records"]) if "records" in asked else []
+    if len(folders) != 1:
+        raise InputError(f"table={table} is of one folder of records: write records=FOLDER")
+    methods = asked["methods"].split(",") if "methods" in asked else []
+    if table == "gap" and len(methods) < 2:
+        raise InputError("table=gap needs methods=BASELINE,METHOD: whose gap, and who closes it")
+    if table != "gap" and methods:
+        raise InputError(f"table={table} has all methods of its folder: leave methods= out")
+    return SHEETS[table](folders[0], *methods)
 
 
 def _folders(places: str) -> list[Path]:

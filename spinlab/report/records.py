@@ -201,15 +201,18 @@ def read_below(*folders: Path) -> Records:
 def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     """Return the records `<prefix><name>_seed<N>.json` of a folder by name, in the order of seeds.
 
+    In a folder of runs, which has no such files, a record's name is the end of its experiment's.
     What would not make one row with the others of its name is left out, with a warning. Raises
     InputError where there are none.
     """
-    found = Records()
-    for path in sorted(folder.glob(f"{prefix}*_seed*.json")):
+    found, files = Records(), sorted(folder.glob(f"{prefix}*_seed*.json"))
+    of_runs = [path for path in record_files(folder) if path.name == _NAME]
+    for path in files or of_runs:
         found.add(path, _complete(path))
     named: dict[str, dict[Path, Record]] = {}
     for path, record in found.kept.items():
         name = path.stem.removeprefix(prefix).rpartition("_seed")[0]
+        name = name if files else str(record["experiment"]).rpartition("/")[2]
         named.setdefault(name, {})[path] = record
     for records in named.values():
         for path, reason in (_unlike(records) | seeds_of(records)[1]).items():
@@ -220,7 +223,7 @@ def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     }
     if not rows:
         left = "".join(f"; {path.name}: {reason}" for path, reason in found.skipped.items())
-        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json{left}")
+        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json, nor runs{left}")
     return rows
 
 

@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spinlab.report.figures import figure_file
+from spinlab.report.formats import Sheet
 from spinlab.report.tables.ablation import ablation_table
 from spinlab.report.tables.exports import exports_table
-from spinlab.report.tables.gap import gap_summary, gap_table
-from spinlab.report.tables.methods import methods_table
+from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
+from spinlab.report.tables.methods import methods_sheet, methods_table
 from spinlab.report.tables.paper import paper_table
 from spinlab.report.tables.quality import quality_summary
 from spinlab.report.tables.record import record_table
-from spinlab.report.tables.seeds import seeds_table
+from spinlab.report.tables.seeds import seeds_sheet, seeds_table
 
 KINDS: Mapping[str, Callable[..., str]] = {
     "record": record_table,
@@ -25,6 +26,13 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "paper": paper_table,
     "exports": exports_table,
     "seeds": seeds_table,
+}
+
+# of records of one's own, in any format
+SHEETS: Mapping[str, Callable[..., Sheet]] = {
+    "methods": methods_sheet,
+    "gap": gap_sheet,
+    "seeds": seeds_sheet,
 }
 
 FILES: Mapping[str, Callable[..., Path]] = {

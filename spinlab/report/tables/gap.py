@@ -8,7 +8,7 @@ from typing import Any
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.files import write_json
-from spinlab.report.formats import markdown
+from spinlab.report.formats import Sheet
 from spinlab.report.records import Record, read_seeds, texts_of
 from spinlab.report.tables.methods import perplexities, titles_of
 from spinlab.rotation.hadamard import has_hadamard
@@ -20,6 +20,11 @@ _ONLINE = {
 
 
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
+    """Return `gap_sheet` in Markdown."""
+    return gap_sheet(folder, baseline, *methods).markdown()
+
+
+def gap_sheet(folder: Path, baseline: str, *methods: str) -> Sheet:
     """Return a table of methods: what runs online, and what each closes of a baseline's gap."""
     records, titles = read_seeds(folder), titles_of(folder)
     runs = runs_of(baseline, records)
@@ -33,7 +38,7 @@ def gap_table(folder: Path, baseline: str, *methods: str) -> str:
         shares = [mean(gap_closed(found, runs, text)) for text in texts]
         closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
         rows.append([*cells, *perplexities(found, texts, "fake"), *closed])
-    return markdown(rows)
+    return Sheet(rows)
 
 
 def _online(record: Record) -> str:

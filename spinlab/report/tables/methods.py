@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from spinlab.config.weights import method_title
 from spinlab.report.cells import OF_TEXTS
-from spinlab.report.formats import MISSING, markdown, percent, spread
+from spinlab.report.formats import MISSING, Sheet, percent, spread
 from spinlab.report.records import Record, read_seeds, texts_of
 
 # titles of what stands for all tasks, the metric and its error
@@ -21,6 +21,11 @@ _OF_TASKS = (
 
 
 def methods_table(folder: Path) -> str:
+    """Return `methods_sheet` in Markdown."""
+    return methods_sheet(folder).markdown()
+
+
+def methods_sheet(folder: Path) -> Sheet:
     """Return a table with one row per method of a folder of records, after the original's.
 
     KL per token in nats, flips in percent, and the mean of zero-shot tasks in percent with its
@@ -39,7 +44,7 @@ def methods_table(folder: Path) -> str:
         weights, learned = method_title(config["weights"]["method"]), _learned(config)
         cells = [method, titles.get(method, ""), weights, learned, str(len(runs))]
         rows.append([*cells, *_cells(columns, runs, "fake")])
-    return markdown(rows)
+    return Sheet(rows)
 
 
 def titles_of(folder: Path) -> dict[str, str]:

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spinlab.config import VARIANTS
-from spinlab.report.formats import markdown, spread
+from spinlab.report.formats import Sheet, spread
 from spinlab.report.records import Record, read_seeds, texts_of
 from spinlab.report.tables.methods import titles_of
 
 
 def seeds_table(folder: Path) -> str:
+    """Return `seeds_sheet` in Markdown."""
+    return seeds_sheet(folder).markdown()
+
+
+def seeds_sheet(folder: Path) -> Sheet:
     """Return a table of the records `<start>_seed<N>.json`: a row per start and quantized network.
 
     Perplexities are mean ± sample standard deviation over seeds, with the least and the greatest.
@@ -26,7 +31,7 @@ def seeds_table(folder: Path) -> str:
             if all(f"ppl/{text}/{variant}" in run["metrics"] for run in runs for text in texts):
                 cells = [cell for text in texts for cell in _cells(runs, text, variant)]
                 rows.append([titles.get(start, start), variant, str(len(runs)), *cells])
-    return markdown(rows)
+    return Sheet(rows)
 
 
 def _cells(runs: Sequence[Record], text: str, variant: str) -> list[str]:
