@@ -5,7 +5,7 @@ import torch
 from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.kv.base import PackedLayout
+from spinlab.kv.layouts import GridLayout
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
@@ -48,7 +48,7 @@ def random_rows(
 ) -> PackedRows:
     """Draw the 4-bit keys or values of a full cache, about normal in distribution."""
     device = generator.device
-    rows = empty_rows(batch, kv_heads, capacity, PackedLayout(KV_GRID, head_dim), device)
+    rows = empty_rows(batch, kv_heads, capacity, GridLayout(KV_GRID, head_dim), device)
     assert rows.zero is not None
     shape = (batch, kv_heads, capacity)
     rows.packed.copy_(

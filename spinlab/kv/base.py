@@ -6,8 +6,7 @@ needs more than a token (keys per channel, as KIVI has them) codes a run of toke
 tokens of an unfinished run stay in floats (`spinlab.kv.history`).
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -24,38 +23,47 @@ def half_scaled(
     return TokenQuantizer(replace(grid, half_scale=True), group_size, clip_ratio)
 
 
-@dataclass(frozen=True)
-class PackedLayout:
+class PackedLayout(Protocol):
     """Say how kernels hold a codec's rows: what `spinlab.runtime.kernels.kv.rows` lays out.
 
-    A head of `width` numbers is one group on a grid of at most 4 bits: a nibble per number, a
-    float16 scale and, where the grid is asymmetric, a byte of zero point. The range is shrunk by
-    clip_ratio, as everywhere.
+    A head of `width` numbers is one group: a nibble per number, a float16 scale and, with
+    `has_zero`, a byte of zero point (`spinlab.kv.layouts`).
     """
 
-    grid: IntegerFormat
     width: int
-    clip_ratio: float = 1.0
 
-    @cached_property
-    def quantizer(self) -> TokenQuantizer:
-        """The definition of what kernels write."""
-        return half_scaled(self.grid, clip_ratio=self.clip_ratio)
+    @property
+    def has_zero(self) -> bool: ...
 
     @property
     def row_bytes(self) -> int:
-        return self.width // 2 + (2 if self.grid.symmetric else 3)
+        return self.width // 2 + (3 if self.has_zero else 2)
 
     @property
     def bits(self) -> float:
         """Return the stored bits per number, scale and zero point counted."""
         return 8 * self.row_bytes / self.width
 
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return nibbles (..., width) and zero points (...,) in uint8, scales (...,) in float16."""
+        ...
+
+    def decode(
+        self, nibbles: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the numbers (..., width) behind nibbles, and floats (...,), in their dtype."""
+        ...
+
+
+def in_half(x: torch.Tensor) -> torch.Tensor:
+    """Return numbers in float16, or what it has nearest to them."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most).to(torch.float16)
+
 
 def half_bytes(x: torch.Tensor) -> torch.Tensor:
     """Return numbers (..., n) in float16, or what it has nearest to them, as (..., 2n) uint8."""
-    most = torch.finfo(torch.float16).max
-    return x.clamp(-most, most).to(torch.float16).contiguous().view(torch.uint8)
+    return in_half(x).contiguous().view(torch.uint8)
 
 
 def from_half_bytes(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -70,13 +78,13 @@ class OwnTensor:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._copies = {(tensor.device, tensor.dtype): tensor}
-        self._first = tensor
+        self.first = tensor
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
         """Return it on x's device, in x's dtype or float32 if that is wider."""
         place = x.device, torch.promote_types(x.dtype, torch.float32)
         if place not in self._copies:
-            self._copies[place] = self._first.to(*place)
+            self._copies[place] = self.first.to(*place)
         return self._copies[place]
 
 

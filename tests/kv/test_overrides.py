@@ -24,7 +24,7 @@ def test_an_override_changes_options_of_codecs_and_keeps_the_others():
     path = kv_path(kv, 16, layers=NAMES)
     first, second = (path.sides(n) for n in (0, 1))
     assert first.keys.rotation is None and second.keys.rotation is not None
-    assert first.keys.length == second.keys.length == "norm"
+    assert first.keys.layout.length == second.keys.layout.length == "norm"
     assert (first.values.outliers, second.values.outliers) == (2, 0)
     assert (first.values.outlier_sketch.count, first.values.run) == (3 * 16, 4)
     assert path.sides(2) == second == (path.keys, path.values)

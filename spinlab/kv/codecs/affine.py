@@ -13,12 +13,12 @@ from spinlab.formats.integer_numpy import FewLevels
 from spinlab.formats.pack import pack_few_levels, packed_bytes
 from spinlab.formats.quantizer import Encoded, TokenQuantizer, check_group
 from spinlab.kv.base import (
-    PackedLayout,
     RowCodec,
     from_half_bytes,
     half_bytes,
     half_scaled,
 )
+from spinlab.kv.layouts import GridLayout
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class AffineCodec(RowCodec):
         return sum(self._sizes)
 
     @property
-    def packed(self) -> PackedLayout | None:
+    def packed(self) -> GridLayout | None:
         """Kernels take one group of at most 4 bits per head, whose bytes they read in pairs."""
         if not self.grid.is_int4 or self.groups != 1 or self.width % 4:
             return None
-        return PackedLayout(self.grid, self.width, self.clip_ratio)
+        return GridLayout(self.grid, self.width, self.clip_ratio)
 
     @cached_property
     def quantizer(self) -> TokenQuantizer:

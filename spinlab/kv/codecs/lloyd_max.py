@@ -16,31 +16,26 @@ from spinlab.errors import InputError
 from spinlab.formats.integer import at_least_float32
 from spinlab.formats.pack import pack_levels, packed_bytes, unpack_levels
 from spinlab.kv.base import OwnTensor, RowCodec, from_half_bytes, half_bytes
+from spinlab.kv.layouts import LevelsLayout
 from spinlab.kv.sketch import Sketch, draw_sketch
 from spinlab.rotation.orthogonal import exact_hadamard, random_orthogonal
 
 _NODES = 200  # of Gauss-Legendre quadrature, per level
-# Of 1, to which numbers are rounded first. A Hadamard matrix makes exact zeros of few channels, on
-# the end of two cells, where float noise would choose between them (see `spinlab.formats.integer`).
-_PARTS = 2.0**16
-_TINY = 1e-30  # a head of zeros has no direction
 
 
 @dataclass(frozen=True, eq=False)
 class LloydMaxCodec(RowCodec):
     """Code a head as levels of its rotated direction, and a length in float16.
 
-    sketch: of what levels leave, with its norm in float16 behind the length. length: how levels c
-    of the rotated head y are scaled (`spinlab.config.kv.LENGTHS`).
+    layout: of levels and length. sketch: of what levels leave, with its norm in float16 behind the
+    length.
     """
 
     reads = ("lloyd_max",)
     width: int
     level_bits: int
-    levels: OwnTensor  # (2^bits,), rising
-    between: OwnTensor  # (2^bits - 1,)
+    layout: LevelsLayout
     rotation: OwnTensor | None
-    length: str
     sketch: Sketch | None
 
     @classmethod
@@ -59,14 +54,12 @@ class LloydMaxCodec(RowCodec):
         if own.turn != "none":
             random = own.turn == "random"
             rotation = random_orthogonal(width, generator) if random else exact_hadamard(width)
-        levels = torch.from_numpy(lloyd_max_levels(width, bits).copy())
+        levels = torch.from_numpy(lloyd_max_levels(width, bits).astype(np.float16))
         return cls(
             width=width,
             level_bits=bits,
-            levels=OwnTensor(levels),
-            between=OwnTensor((levels[1:] + levels[:-1]) / 2),
+            layout=LevelsLayout(width, OwnTensor(levels), own.length),
             rotation=None if rotation is None else OwnTensor(rotation),
-            length=own.length,
             sketch=draw_sketch(width, width, True, generator) if own.residual else None,
         )
 
@@ -80,46 +73,34 @@ class LloydMaxCodec(RowCodec):
         residual = [self.sketch.row_bytes, 2] if self.sketch else []
         return [packed_bytes(self.width, self.level_bits), 2, *residual]
 
+    @property
+    def packed(self) -> LevelsLayout | None:
+        """Kernels take levels of at most 4 bits alone, of heads whose bytes they read in pairs."""
+        alone = self.rotation is None and self.sketch is None
+        return self.layout if alone and self.level_bits <= 4 and self.width % 4 == 0 else None
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""
         x = at_least_float32(x)
         y = x if self.rotation is None else x @ self.rotation.like(x)
-        norm = y.norm(dim=-1, keepdim=True)
-        unit = (y / norm.clamp(min=_TINY) * _PARTS).round_().mul_(1 / _PARTS)
-        places = torch.bucketize(unit.contiguous(), self.between.like(y))
-        length = half_bytes(self._length(y, norm, self.levels.like(y)[places]))
-        parts = [pack_levels(places, self.level_bits, 0), length]
+        places, length, _ = self.layout.encode(y)
+        parts = [pack_levels(places, self.level_bits, 0), half_bytes(length[..., None])]
         if self.sketch is not None:
-            rest = y - self._of_levels(parts[0], length, y)
+            rest = y - self.layout.decode(places, length.to(y.dtype), None)
             parts += [self.sketch.signs(rest), half_bytes(rest.norm(dim=-1, keepdim=True))]
         return torch.cat(parts, dim=-1)
 
     def decode(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers (..., width) behind coded rows."""
         like = rows.new_empty(0, dtype=torch.promote_types(dtype, torch.float32))
-        places, length, *residual = rows.split(self._sizes, dim=-1)
-        y = self._of_levels(places, length, like)
+        packed, halves, *residual = rows.split(self._sizes, dim=-1)
+        length = from_half_bytes(halves, like.dtype).squeeze(-1)
+        places = unpack_levels(packed, self.level_bits, self.width, 0)
+        y = self.layout.decode(places, length, None)
         if self.sketch is not None:
             signs, norm = residual
             y = y + self.sketch.direction(signs, like) * from_half_bytes(norm, like.dtype)
         return (y if self.rotation is None else y @ self.rotation.like(y).mT).to(dtype)
-
-    def _of_levels(
-        self, places: torch.Tensor, length: torch.Tensor, like: torch.Tensor
-    ) -> torch.Tensor:
-        found = unpack_levels(places, self.level_bits, self.width, 0).long()
-        return self.levels.like(like)[found] * from_half_bytes(length, like.dtype)
-
-    def _length(self, y: torch.Tensor, norm: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Return what levels c (..., width) are scaled by: (..., 1)."""
-        if self.length == "plain":
-            return norm
-        square, product = (part.sum(-1, keepdim=True) for part in (c * c, c * y))
-        if self.length == "norm":
-            return norm / square.sqrt()
-        if self.length == "least_squares":
-            return product / square
-        return norm * (norm / product.clamp(min=_TINY))
 
 
 @cache

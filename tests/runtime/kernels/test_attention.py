@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from spinlab.formats import IntegerFormat
-from spinlab.kv.base import PackedLayout
+from spinlab.kv.base import OwnTensor
 from spinlab.kv.bias import KeyBias
+from spinlab.kv.codecs.lloyd_max import lloyd_max_levels
+from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.runtime.kernels.attention import launch as gpu
@@ -28,9 +30,13 @@ def random_r3(width) -> OnlineRotation:
 
 
 def random_rows(batch, heads, capacity, grid, width, device, seed) -> PackedRows:
+    """Rows on a grid, or of levels where that is a number of bits."""
     g = torch.Generator().manual_seed(seed)
-    rows = empty_rows(batch, heads, capacity, PackedLayout(grid, width), "cpu")
+    layout = GridLayout(grid, width) if isinstance(grid, IntegerFormat) else levels_of(width, grid)
+    rows = empty_rows(batch, heads, capacity, layout, "cpu")
     rows.packed.random_(0, 256, generator=g)
+    if isinstance(layout, LevelsLayout):
+        rows.packed.bitwise_and_(17 * (len(layout.levels.first) - 1))  # both nibbles
     rows.scale.uniform_(0.01, 0.3, generator=g)
     if rows.zero is not None:
         rows.zero.random_(3, 13, generator=g)
@@ -38,12 +44,18 @@ def random_rows(batch, heads, capacity, grid, width, device, seed) -> PackedRows
     return PackedRows(rows.packed.to(device), rows.scale.to(device), zero, rows.layout)
 
 
+def levels_of(width, bits) -> LevelsLayout:
+    levels = torch.from_numpy(lloyd_max_levels(width, bits).astype("float16"))
+    return LevelsLayout(width, OwnTensor(levels), "norm")
+
+
 def poison(rows: PackedRows, start, length) -> None:
     """Make everything outside of start..length-1 such that its use would show."""
+    many = len(rows.layout.levels.first) if isinstance(rows.layout, LevelsLayout) else 16
     for sequence, first in enumerate(start.tolist()):
         for outside in (slice(0, first), slice(length, None)):
             rows.scale[sequence, :, outside] = torch.nan
-            rows.packed[sequence, :, outside] = 255
+            rows.packed[sequence, :, outside] = 17 * (many - 1)
 
 
 def brute_force(query, keys, values, start, length, scaling, known=None):
@@ -58,6 +70,8 @@ def brute_force(query, keys, values, start, length, scaling, known=None):
     def numbers(rows, b, h, n):
         byte = rows.packed[b, h, n].cpu().long()
         levels = torch.cat((byte % 16, byte // 16)).double()
+        if isinstance(rows.layout, LevelsLayout):
+            return rows.layout.levels.first.double()[levels.long()] * float(rows.scale[b, h, n])
         zero = 8 if rows.zero is None else float(rows.zero[b, h, n])
         assert len(levels) == 2 * half
         return (levels - zero) * float(rows.scale[b, h, n])
@@ -86,12 +100,20 @@ CASES = {
 }
 
 
+SIDES = [("grid", "grid"), ("levels", "levels"), ("levels", "grid"), ("grid", "levels")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sides", SIDES, ids="-".join)
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernel_attends_as_exact_arithmetic_does(name, dtype, device):
+def test_the_kernel_attends_as_exact_arithmetic_does(name, sides, dtype, device):
     (batch, heads, kv_heads, width), capacity, length, start, plan = CASES[name]
     seed = list(CASES).index(name)
-    grids = [IntegerFormat(4, bool(seed & bit)) for bit in (1, 2)]
+    on_grids = [IntegerFormat(4, bool(seed & bit)) for bit in (1, 2)]
+    bits = 1 + seed % 4
+    grids = [
+        bits if coded == "levels" else grid for coded, grid in zip(sides, on_grids, strict=True)
+    ]
     rows = [
         random_rows(batch, kv_heads, capacity, grid, width, device, seed + i)
         for i, grid in enumerate(grids)
@@ -232,9 +254,7 @@ def test_plans_fill_the_device_and_split_no_short_context():
 
 
 def test_slots_that_were_never_written_count_as_zeros(device):
-    rows = [
-        empty_rows(1, 1, 32, PackedLayout(IntegerFormat(4, False), 32), device) for _ in range(2)
-    ]
+    rows = [empty_rows(1, 1, 32, GridLayout(IntegerFormat(4, False), 32), device) for _ in range(2)]
     query = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
     start, length = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([20])
     found = gpu.attend(query, *rows, start, length.to(device), 1.0, plan=Plan(16, 1, 1, 1))
@@ -252,11 +272,13 @@ from spinlab.runtime.kernels.attention.triton import attend_kernel
 types = dict.fromkeys(attend_kernel.arg_names, "i32")
 types |= dict.fromkeys(("sums_ptr", "most_ptr", "total_ptr"), "*fp32")
 types |= dict.fromkeys(("vectors_ptr", "waves_ptr"), "*fp32")
+types |= dict.fromkeys(("k_levels_ptr", "v_levels_ptr"), "*fp32")
 types |= {"k_ptr": "*u16", "v_ptr": "*u16", "k_scale_ptr": "*fp16", "v_scale_ptr": "*fp16",
           "k_zero_ptr": "*u8", "v_zero_ptr": "*u8", "start_ptr": "*i32", "length_ptr": "*i64",
           "query_ptr": "*bf16", "out_ptr": "*bf16", "factor": "fp32"}
 constants = {"GROUP": 4, "HEADS": 8, "D": 128, "PAIRS": 32, "BLOCK": 64, "WHOLE": False,
-             "K_MIDDLE": -1, "V_MIDDLE": -1, "WIDE": False, "EVEN": True, "FAST": True,
+             "K_MIDDLE": MIDDLE, "V_MIDDLE": MIDDLE, "K_LEVELS": 16 * (MIDDLE == 0),
+             "V_LEVELS": 8 * (MIDDLE == 0), "WIDE": False, "EVEN": True, "FAST": True,
              "ROTARY": ROTARY, "WAVES": ROTARY // 2, "PDL": True}
 types |= dict.fromkeys(constants, "constexpr")
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types)
@@ -274,10 +296,11 @@ assert ("tf32" in ptx) == bool(ROTARY)
 """
 
 
-@pytest.mark.parametrize("rotary", [0, 128])
-def test_a_compiled_kernel_unpacks_what_the_tensor_cores_take(tmp_path, rotary) -> None:
+@pytest.mark.parametrize(("rotary", "middle"), [(0, -1), (128, -1), (0, 0)])
+def test_a_compiled_kernel_unpacks_what_the_tensor_cores_take(tmp_path, rotary, middle) -> None:
+    """Nibbles of grids, and of levels, whose middle is 0."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    code = f"ROTARY = {rotary}\n{COMPILED}"
+    code = f"ROTARY, MIDDLE = {rotary}, {middle}\n{COMPILED}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

@@ -95,12 +95,14 @@ POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"
 POINTERS |= {"position_ptr": "*i64"}
 for kind in "kv":
     POINTERS |= {f"{kind}_packed_ptr": "*u8", f"{kind}_scale_ptr": "*fp16",
-                 f"{kind}_zero_ptr": "*u8", f"{kind}_clip": "fp32"}
+                 f"{kind}_zero_ptr": "*u8", f"{kind}_clip": "fp32",
+                 f"{kind}_levels_ptr": "*fp32", f"{kind}_between_ptr": "*fp32"}
 HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST": 0,
-         "K_HIGHEST": 15, "V_LOWEST": 0, "V_HIGHEST": 15, "ROUND": True,
-         "FUSED": True}
+         "K_HIGHEST": 15, "K_MANY": 0, "K_LENGTH": 0, "V_LOWEST": 0, "V_HIGHEST": 15, "V_MANY": 0,
+         "V_LENGTH": 0, "ROUND": True, "FUSED": True}
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
-for heads in (HEADS, {**HEADS, "ROTARY": 0}):
+LEVELS = {**HEADS, "K_MANY": 16, "K_LENGTH": 1, "V_MANY": 4, "V_LENGTH": 3}
+for heads in (HEADS, {**HEADS, "ROTARY": 0}, LEVELS):
     instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, heads, 90)
 NAMES = "x_ptr gradient_ptr out_ptr ratio_ptr sums_ptr levels_ptr scale_ptr zero_ptr"
 OF_ROWS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*u8", "zero_ptr": "*i32"}

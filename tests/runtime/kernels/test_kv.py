@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
+from spinlab.config import CodecConfig
+from spinlab.config.kv import LloydMaxConfig
 from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
 from spinlab.kv.codecs.affine import AffineCodec
+from spinlab.kv.codecs.lloyd_max import LloydMaxCodec
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.runtime.kernels.kv import launch as gpu
@@ -51,6 +54,12 @@ def codec_of(rows: PackedRows) -> AffineCodec:
     return AffineCodec(rows.layout.grid, rows.layout.width, 0, rows.layout.clip_ratio)
 
 
+def of_levels(width, bits, length="norm", turn="none", residual=False) -> LloydMaxCodec:
+    own = LloydMaxConfig(turn, length, residual)
+    settings = CodecConfig(codec="lloyd_max", bits=bits, lloyd_max=own)
+    return LloydMaxCodec.make("kv.keys", settings, width, torch.Generator().manual_seed(0))
+
+
 def random_r3(width):
     return OnlineRotation(ONE, random_orthogonal(width, torch.Generator().manual_seed(0)))
 
@@ -89,8 +98,12 @@ def test_bytes_count_levels_scales_and_zero_points():
         AffineCodec(IntegerFormat(8, False), 64),
         AffineCodec(ASYMMETRIC, 64, 32),
         AffineCodec(SYMMETRIC, 6),
+        of_levels(64, 5),
+        of_levels(64, 4, turn="hadamard"),
+        of_levels(64, 4, residual=True),
+        of_levels(30, 4),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_codecs_that_do_not_fit_have_no_packed_rows(codec):
     assert codec.packed is None
@@ -197,3 +210,47 @@ def test_tokens_beyond_the_capacity_are_not_written(device):
     wanted = codec_of(rows[1]).round(inputs[2].transpose(1, 2))[:, :, :2]
     assert torch.equal(dequantize(rows[1], 4, torch.float32)[:, :, 2:], wanted)
     assert (rows[0].packed[:, :, :2] == 123).all()
+
+
+LEVELS = {
+    "norm": ((2, 3, 4, 2, 64), 64, hadamard_rotation(64), (4, 3), ("norm", "plain")),
+    "fits": ((1, 5, 3, 3, 96), 72, hadamard_rotation(96), (2, 4), ("least_squares", "eden")),
+    "few": ((1, 2, 2, 1, 40), 40, None, (1, 2), ("eden", "norm")),
+    "many_tokens": ((1, 65, 2, 1, 32), 32, hadamard_rotation(32), (4, 4), ("plain", "norm")),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_are_written_as_the_codec_does(name, dtype, device):
+    """By kernel and definition, and read back: a head of zeros, and one of a single number, too."""
+    shape, rotary, r3, bits, lengths = LEVELS[name]
+    batch, tokens, _, kv_heads, width = shape
+    codecs = [of_levels(width, b, length) for b, length in zip(bits, lengths, strict=True)]
+    q, k, v, cos, sin = drawn(shape, dtype, device, rotary, seed=3)
+    v[0, 0, 0] = 0
+    v[-1, -1, 0] = 0
+    v[-1, -1, 0, 5] = -3
+    position, caches, results = torch.tensor([1], device=device), [], []
+    for store in (gpu.store, reference.store):
+        rows = [empty_rows(batch, kv_heads, tokens + 2, c.packed, device) for c in codecs]
+        caches.append(rows)
+        results.append(store(q, k, v, cos, sin, r3, *rows, position, True))
+    for found, wanted in zip(*caches, strict=True):
+        nibbles = [unpack_nibbles(rows.packed, signed=False).int() for rows in (found, wanted)]
+        assert (nibbles[0] == nibbles[1]).float().mean() > 0.998
+        assert (nibbles[0] - nibbles[1]).abs().max() <= 1
+        torch.testing.assert_close(found.scale, wanted.scale, rtol=2e-3, atol=0)
+    for rows, rounded in zip(caches[0], results[0][1:], strict=True):
+        assert torch.equal(dequantize(rows, tokens + 1, dtype)[:, :, 1:], rounded)
+    values = codecs[1].round(v.transpose(1, 2))
+    assert torch.equal(results[1][2], values)
+    torch.testing.assert_close(results[0][2].double(), values.double(), rtol=4e-3, atol=0.02)
+
+
+def test_packed_levels_count_their_bytes():
+    codec = of_levels(64, 3)
+    rows = empty_rows(2, 3, 10, codec.packed, "cpu")
+    assert codec.bits == 3 + 16 / 64
+    assert rows.bytes == 2 * 3 * 10 * codec.packed.row_bytes == 2 * 3 * 10 * 34
+    assert codec.packed.bits == 4 + 16 / 64

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spinlab.config import ClipSearch, KVConfig, QuantConfig, RotationConfig, TensorQuant
+from spinlab.config import (
+    ClipSearch,
+    CodecConfig,
+    KVConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+)
+from spinlab.config.kv import LloydMaxConfig
 from spinlab.config.rotation import BlocksConfig
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -30,6 +38,8 @@ SHAPE = {
 # the interpreter's dot takes bfloat16 for integers
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SYMMETRIC = TensorQuant(symmetric=True)
+NORMED = LloydMaxConfig(turn="none", length="norm")
+LEVELS = KVConfig(*(CodecConfig(codec="lloyd_max", bits=b, lloyd_max=NORMED) for b in (4, 3)))
 IN_BLOCKS = RotationConfig(
     r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(size=32, kind="random")
 )
@@ -44,19 +54,21 @@ IN_BLOCKS = RotationConfig(
     ],
     ids=["w4a4", "w4a16"],
 )
-@pytest.mark.parametrize("inputs", ["none", "blocks"])
+@pytest.mark.parametrize(
+    ("inputs", "kv"), [("none", "affine"), ("blocks", "affine"), ("none", "levels")]
+)
 # NumPy, which interprets, minds the logarithm of an empty slot's scale
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @torch.no_grad()
 def test_triton_gives_the_logits_of_the_reference(
-    make_model, ids, device, inputs, quant, dtype, caplog, monkeypatch
+    make_model, ids, device, inputs, kv, quant, dtype, caplog, monkeypatch
 ):
     """Prefill of a padded batch, a chunk, and decode steps, on all kernels together."""
 
     def make():
         return make_model(dtype, **SHAPE).to(device)
 
-    networks = QuantizedNetworks(make, quant, KVConfig())
+    networks = QuantizedNetworks(make, quant, KVConfig() if kv == "affine" else LEVELS)
     generator = torch.Generator().manual_seed(0)
     config = RotationConfig() if inputs == "none" else IN_BLOCKS
     rotations = initial_rotations(config, map_of(make()), generator)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from spinlab.kv.bias import BiasScores
+from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import launch, power_of_two
 
@@ -68,6 +69,8 @@ def attend(
         "WHOLE": splits == 1,
         "K_MIDDLE": _middle(keys),
         "V_MIDDLE": _middle(values),
+        "K_LEVELS": _levels(keys),
+        "V_LEVELS": _levels(values),
         "WIDE": query.dtype == torch.float32,
         "EVEN": keys.capacity % block == 0,
         "FAST": query.is_cuda,
@@ -107,11 +110,20 @@ def plan_of(owners: int, capacity: int, device: torch.device) -> Plan:
     return Plan(block=64, splits=splits, warps=2, stages=3)
 
 
-def _tensors(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return pairs of bytes, scales and zero points; where there are none, anything."""
-    zero = rows.scale if rows.zero is None else rows.zero
-    return rows.packed.view(torch.uint16), rows.scale, zero
+def _tensors(rows: PackedRows) -> tuple[torch.Tensor, ...]:
+    """Return levels, pairs of bytes, scales and zero points; where there are none, anything."""
+    layout, zero = rows.layout, rows.scale if rows.zero is None else rows.zero
+    levels = layout.levels.like(rows.scale) if isinstance(layout, LevelsLayout) else rows.scale
+    return levels, rows.packed.view(torch.uint16), rows.scale, zero
 
 
 def _middle(rows: PackedRows) -> int:
-    return -1 if rows.zero is not None else rows.middle
+    """Return the nibble of the number 0 where none is stored, else -1; levels begin at 0."""
+    if isinstance(rows.layout, GridLayout):
+        return -1 if rows.layout.has_zero else rows.layout.middle
+    return 0
+
+
+def _levels(rows: PackedRows) -> int:
+    """Return how many levels nibbles name; 0 where they lie on a grid."""
+    return len(rows.layout.levels.first) if isinstance(rows.layout, LevelsLayout) else 0

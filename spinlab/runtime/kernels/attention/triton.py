@@ -1,96 +1,28 @@
 """The Triton kernels behind `launch`.
 
-A pair of bytes of a packed row holds four levels; pair c has the numbers 2c (nibble 0), 2c + D/2
-(1), 2c + 1 (2) and 2c + 1 + D/2 (3) of a head of D. Queries are split in the same way, and a
-product with a row is the sum of four products with nibbles. Read as pairs, rows go through the
-transposing loads of 16-bit matrices. A nibble n that is left where it is, in an otherwise empty
-float16, is the number n·2^-24 or n·2^-20: tensor cores take such numbers exactly, so one mask
-makes two operands.
+Rows go through `triton_rows` to tensor cores: a product with a row is the sum of four products with
+its nibbles.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.formats.integer import SMALLEST_HALF
+from spinlab.runtime.kernels.attention.triton_rows import (
+    add,
+    levels_of_floats,
+    parameters,
+    places,
+    product,
+    queries,
+    table,
+)
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
 _ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
 _LEAST = tl.constexpr(-1e30)  # below every score, and finite
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_HALF)  # that a codec stores
 _NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
-
-
-@triton.jit
-def _nibbles(pairs, INDEX: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """Return nibble INDEX of every pair: its level in float32, else times 2^-24 or 2^-20.
-
-    FAST: mask two pairs by one instruction, which the compiler does not find.
-    """
-    if WIDE:
-        found = ((pairs >> (4 * INDEX)) & 15).to(tl.float32)
-    elif FAST:
-        if INDEX >= 2:
-            pairs = tl.inline_asm_elementwise(
-                "shr.b32 $0, $1, 8;", "=r,r", [pairs], dtype=tl.uint16, is_pure=True, pack=2
-            )
-        found = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x00F000F0;" if INDEX % 2 else "and.b32 $0, $1, 0x000F000F;",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        pairs = pairs >> 8 if INDEX >= 2 else pairs
-        found = (pairs & (0xF0 if INDEX % 2 else 0x0F)).to(tl.float16, bitcast=True)
-    return found
-
-
-@triton.jit
-def _places(pair, index, D: tl.constexpr):
-    """Return which numbers of a head the nibbles of an index hold."""
-    return 2 * pair + index // 2 + (index % 2) * (D // 2)
-
-
-@triton.jit
-def _parameters(scale_ptr, zero_ptr, place, inside, MIDDLE: tl.constexpr):
-    """Load scales and zero points; MIDDLE stands for the latter, or -1 where they are stored."""
-    scale = tl.load(scale_ptr + place, mask=inside, other=1).to(tl.float32)
-    if MIDDLE >= 0:
-        zero = tl.full(place.shape, MIDDLE, tl.float32)
-    else:
-        zero = tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
-    return scale, zero
-
-
-@triton.jit
-def _inverse_power(x):
-    """Return the inverse of the largest power of two up to x, x > 0."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _queries(ptr, pair, taken, factor, D: tl.constexpr, WIDE: tl.constexpr):
-    """Return queries of each nibble, their sum, and the factor of their products with nibbles.
-
-    Both last: (HEADS,). Float16 holds queries relative to their largest power of two.
-    """
-    q0 = tl.load(ptr + _places(pair, 0, D)[:, None], mask=taken, other=0).to(tl.float32)
-    q1 = tl.load(ptr + _places(pair, 1, D)[:, None], mask=taken, other=0).to(tl.float32)
-    q2 = tl.load(ptr + _places(pair, 2, D)[:, None], mask=taken, other=0).to(tl.float32)
-    q3 = tl.load(ptr + _places(pair, 3, D)[:, None], mask=taken, other=0).to(tl.float32)
-    peak = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
-    unit = _inverse_power(tl.maximum(tl.max(peak, 0), _NOTHING))
-    if not WIDE:
-        q0 = (q0 * (unit * 16)[None, :]).to(tl.float16)  # nibble 0 counts 16 times less than 1
-        q1 = (q1 * unit[None, :]).to(tl.float16)
-        q2 = (q2 * (unit * 16)[None, :]).to(tl.float16)
-        q3 = (q3 * unit[None, :]).to(tl.float16)
-    low = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
-    high = tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
-    if WIDE:
-        total, factors = low + high, unit * 0.0 + factor
-    else:
-        total, factors = (low * 0.0625 + high) * 2.0**-20, factor * 2.0**20 / unit
-    return (q0, q1, q2, q3), total, factors
 
 
 @triton.jit
@@ -118,39 +50,6 @@ def _of_bias(waves_ptr, slot, there, vectors, ROTARY: tl.constexpr, WAVES: tl.co
 
 
 @triton.jit
-def _product(k, q, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """Return the products of levels (BLOCK, PAIRS) with queries: (BLOCK, HEADS)."""
-    found = tl.dot(_nibbles(k, 0, WIDE, FAST), q[0], input_precision="tf32x3")
-    found = tl.dot(_nibbles(k, 1, WIDE, FAST), q[1], found, input_precision="tf32x3")
-    found = tl.dot(_nibbles(k, 2, WIDE, FAST), q[2], found, input_precision="tf32x3")
-    return tl.dot(_nibbles(k, 3, WIDE, FAST), q[3], found, input_precision="tf32x3")
-
-
-@triton.jit
-def _add(out, v, weights, shrink, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """Shrink what each nibble has summed up, and add levels (PAIRS, BLOCK) times weights."""
-    out0 = tl.dot(_nibbles(v, 0, WIDE, FAST), weights, out[0] * shrink, input_precision="tf32x3")
-    out1 = tl.dot(_nibbles(v, 1, WIDE, FAST), weights, out[1] * shrink, input_precision="tf32x3")
-    out2 = tl.dot(_nibbles(v, 2, WIDE, FAST), weights, out[2] * shrink, input_precision="tf32x3")
-    out3 = tl.dot(_nibbles(v, 3, WIDE, FAST), weights, out[3] * shrink, input_precision="tf32x3")
-    return out0, out1, out2, out3
-
-
-@triton.jit
-def _levels_of_floats(out, zero, WIDE: tl.constexpr):
-    """Return sums of levels less those of zero points, from sums of floats."""
-    small = 1.0 if WIDE else 2.0**24
-    large = 1.0 if WIDE else 2.0**20
-    zero = zero[None, :]
-    return (
-        out[0] * small - zero,
-        out[1] * large - zero,
-        out[2] * small - zero,
-        out[3] * large - zero,
-    )
-
-
-@triton.jit
 def _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK: tl.constexpr):
     """Return the first valid slot of a sequence, and which slots this program takes."""
     length = tl.minimum(tl.load(length_ptr).to(tl.int32), capacity)
@@ -163,11 +62,11 @@ def _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def _over_slots(
-    k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, waves_ptr, first, begin, end,
-    capacity, q, query_sum, factors, vectors, D: tl.constexpr, HEADS: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr,
-    WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, ROTARY: tl.constexpr,
-    WAVES: tl.constexpr,
+    k_levels, k_ptr, k_scale_ptr, k_zero_ptr, v_levels, v_ptr, v_scale_ptr, v_zero_ptr,
+    waves_ptr, first, begin, end, capacity, q, query_sum, factors, vectors, D: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, K_MIDDLE: tl.constexpr,
+    V_MIDDLE: tl.constexpr, K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr, ROTARY: tl.constexpr, WAVES: tl.constexpr,
 ):  # fmt: skip
     """Sum over begin..end-1; the largest weight times its scale is 2^_ROOM.
 
@@ -184,8 +83,8 @@ def _over_slots(
     # scales and zero points are read one turn ahead
     slot = tl.multiple_of(begin, BLOCK) + inner
     inside = (begin < end) & (EVEN | (slot < capacity))
-    sk, zk = _parameters(k_scale_ptr, k_zero_ptr, slot, inside, K_MIDDLE)
-    sv, zv = _parameters(v_scale_ptr, v_zero_ptr, slot, inside, V_MIDDLE)
+    sk, zk = parameters(k_scale_ptr, k_zero_ptr, slot, inside, K_MIDDLE)
+    sv, zv = parameters(v_scale_ptr, v_zero_ptr, slot, inside, V_MIDDLE)
     for at in range(begin, end, BLOCK):
         at = tl.multiple_of(at, BLOCK)
         slot = at + inner
@@ -196,10 +95,10 @@ def _over_slots(
         v = tl.load(v_ptr + place, mask=real[:, None] & there[None, :], other=0)
         coming = tl.multiple_of(at + BLOCK, BLOCK) + inner
         inside = (at + BLOCK < end) & (EVEN | (coming < capacity))
-        next_sk, next_zk = _parameters(k_scale_ptr, k_zero_ptr, coming, inside, K_MIDDLE)
-        next_sv, next_zv = _parameters(v_scale_ptr, v_zero_ptr, coming, inside, V_MIDDLE)
+        next_sk, next_zk = parameters(k_scale_ptr, k_zero_ptr, coming, inside, K_MIDDLE)
+        next_sv, next_zv = parameters(v_scale_ptr, v_zero_ptr, coming, inside, V_MIDDLE)
 
-        found = _product(k, q, WIDE, FAST) - zk[:, None] * query_sum[None, :]
+        found = product(k, q, k_levels, K_LEVELS, WIDE, FAST) - zk[:, None] * query_sum[None, :]
         valid = (slot >= first) & (slot < end)
         found = found * (sk[:, None] * factors[None, :])
         if WAVES > 0:
@@ -213,20 +112,21 @@ def _over_slots(
         total = total * shrink + weights
         # as rounded: then rounding errors of levels and zero points cancel
         zeros = zeros * shrink + scaled.to(tl.float32) * zv[:, None]
-        out = _add(out, v, scaled, shrink, WIDE, FAST)
+        out = add(out, v, v_levels, scaled, shrink, V_LEVELS, WIDE, FAST)
         most, sk, sv, zk, zv = new, next_sk, next_sv, next_zk, next_zv
-    return _levels_of_floats(out, tl.sum(zeros, 0), WIDE), most, tl.sum(total, 0)
+    return levels_of_floats(out, tl.sum(zeros, 0), V_LEVELS, WIDE), most, tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def attend_kernel(
-    query_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, start_ptr,
-    length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, vectors_ptr, waves_ptr, factor,
-    capacity, splits, kv_heads, query_batch, query_head, wave_batch, GROUP: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, WIDE: tl.constexpr,
-    EVEN: tl.constexpr, FAST: tl.constexpr, ROTARY: tl.constexpr, WAVES: tl.constexpr,
-    PDL: tl.constexpr,
+    query_ptr, k_levels_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_levels_ptr, v_ptr, v_scale_ptr,
+    v_zero_ptr, start_ptr, length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, vectors_ptr,
+    waves_ptr, factor, capacity, splits, kv_heads, query_batch, query_head, wave_batch,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, K_LEVELS: tl.constexpr,
+    V_LEVELS: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    ROTARY: tl.constexpr, WAVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to HEADS of the GROUP query heads of a KV head to one part of its slots.
 
@@ -246,23 +146,26 @@ def attend_kernel(
     slots = _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK)
     base = owner.to(tl.int64) * capacity
     query_ptr += batch.to(tl.int64) * query_batch + (head * GROUP + member)[None, :] * query_head
-    q, query_sum, factors = _queries(query_ptr, pair, taken, factor, D, WIDE)
+    q, query_sum, factors = queries(query_ptr, pair, taken, factor, D, K_LEVELS, WIDE)
     row = owner * GROUP + member
     vectors = q
     if WAVES > 0:
         vectors = _vectors(vectors_ptr, row.to(tl.int64), member < GROUP, factor, ROTARY, WAVES)
+    k_levels = table(k_levels_ptr, K_LEVELS, WIDE)
+    v_levels = table(v_levels_ptr, V_LEVELS, WIDE)
     out, most, total = _over_slots(
-        k_ptr + base * (D // 4), k_scale_ptr + base, k_zero_ptr + base, v_ptr + base * (D // 4),
-        v_scale_ptr + base, v_zero_ptr + base, waves_ptr + batch.to(tl.int64) * wave_batch, *slots,
-        capacity, q, query_sum, factors, vectors, D, HEADS, PAIRS, BLOCK, K_MIDDLE, V_MIDDLE, WIDE,
-        EVEN, FAST, ROTARY, WAVES,
+        k_levels, k_ptr + base * (D // 4), k_scale_ptr + base, k_zero_ptr + base, v_levels,
+        v_ptr + base * (D // 4), v_scale_ptr + base, v_zero_ptr + base,
+        waves_ptr + batch.to(tl.int64) * wave_batch, *slots, capacity, q, query_sum, factors,
+        vectors, D, HEADS, PAIRS, BLOCK, K_MIDDLE, V_MIDDLE, K_LEVELS, V_LEVELS, WIDE, EVEN, FAST,
+        ROTARY, WAVES,
     )  # fmt: skip
     if WHOLE:
         norm = (1 / tl.maximum(total, _NOTHING))[None, :]
         kind = out_ptr.dtype.element_ty
         out_ptr += row.to(tl.int64)[None, :] * D
         for index in tl.static_range(4):
-            place = out_ptr + _places(pair, index, D)[:, None]
+            place = out_ptr + places(pair, index, D)[:, None]
             tl.store(place, (out[index] * norm).to(kind), mask=taken)
     else:
         place = row * splits + tl.program_id(1)
@@ -290,6 +193,6 @@ def combine_kernel(
     sums = tl.load(sums_ptr + place, mask=there[:, None] & (d < D)[None, :], other=0.0)
     share = tl.exp2(most - tl.max(most, 0))
     found = tl.sum(share[:, None] * sums, 0) / tl.maximum(tl.sum(share * total, 0), _NOTHING)
-    place = _places(d % (D // 4), d // (D // 4), D)
+    place = places(d % (D // 4), d // (D // 4), D)
     out_ptr += row.to(tl.int64) * D
     tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import torch
 
+from spinlab.config.kv import LENGTHS
+from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import launch, power_of_two
@@ -39,18 +41,15 @@ def store(
     cos, sin = cos.contiguous(), sin.contiguous()
     step, warps = _cut(batch * tokens)
     programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
-    k_grid, v_grid = keys.layout.grid, values.layout.grid
     arguments = (
         q, k, v, cos, sin, matrix, position, queries, *_tensors(keys), k_round, *_tensors(values),
         v_round, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, keys.layout.clip_ratio,
-        values.layout.clip_ratio,
+        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, _clip(keys), _clip(values),
     )  # fmt: skip
     constants = {
         "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
-        "R3": r3 is not None, "K_LOWEST": k_grid.lowest, "K_HIGHEST": k_grid.highest,
-        "V_LOWEST": v_grid.lowest, "V_HIGHEST": v_grid.highest, "ROUND": round_trip,
-        "FUSED": q.is_cuda,
+        "R3": r3 is not None, **_constants("K", keys), **_constants("V", values),
+        "ROUND": round_trip, "FUSED": q.is_cuda,
     }  # fmt: skip
     launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
     return (queries, k_round, v_round) if round_trip else (queries, None, None)
@@ -75,6 +74,28 @@ def _matrix(
     return dense.to(device, torch.float32), 1.0
 
 
-def _tensors(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return packed levels, scales and zero points; where there are none, anything."""
-    return rows.packed, rows.scale, rows.scale if rows.zero is None else rows.zero
+def _tensors(rows: PackedRows) -> tuple[torch.Tensor, ...]:
+    """Return levels and where they end, nibbles, scales and zero points; anything for what is not.
+
+    The first two are float32.
+    """
+    layout, zero = rows.layout, rows.scale if rows.zero is None else rows.zero
+    levels = between = rows.scale
+    if isinstance(layout, LevelsLayout):
+        levels, between = (part.like(rows.scale) for part in (layout.levels, layout.between))
+    return levels, between, rows.packed, rows.scale, zero
+
+
+def _clip(rows: PackedRows) -> float:
+    return rows.layout.clip_ratio if isinstance(rows.layout, GridLayout) else 1.0
+
+
+def _constants(side: str, rows: PackedRows) -> dict[str, int]:
+    """Return what the kernel knows of keys (K) or values (V): a grid, or how many levels."""
+    layout, found = rows.layout, dict.fromkeys(("LOWEST", "HIGHEST", "MANY", "LENGTH"), 0)
+    if isinstance(layout, LevelsLayout):
+        found |= {"MANY": len(layout.levels.first), "LENGTH": LENGTHS.index(layout.length)}
+    else:
+        assert isinstance(layout, GridLayout)
+        found |= {"LOWEST": layout.grid.lowest, "HIGHEST": layout.grid.highest}
+    return {f"{side}_{name}": value for name, value in found.items()}

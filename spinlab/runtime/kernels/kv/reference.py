@@ -51,10 +51,5 @@ def _write(rows: PackedRows, x: torch.Tensor, position: torch.Tensor) -> torch.T
 
 
 def _coded(x: torch.Tensor, layout: PackedLayout) -> PackedRows:
-    levels, scale, zero = (part.flatten(-2) for part in layout.quantizer.encode(x))
-    return PackedRows(
-        packed=pack_levels(levels, 4, layout.grid.lowest),
-        scale=scale.squeeze(-1).to(torch.float16),
-        zero=None if layout.grid.symmetric else zero.squeeze(-1).to(torch.uint8),
-        layout=layout,
-    )
+    nibbles, scale, zero = layout.encode(x)
+    return PackedRows(pack_levels(nibbles, 4, 0), scale, zero, layout)

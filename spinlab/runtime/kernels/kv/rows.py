@@ -13,9 +13,9 @@ class PackedRows:
     """Hold one layer's keys or values for `capacity` tokens, coded as `layout` says.
 
     packed  (batch, kv_heads, capacity, head_dim/2) uint8: byte j of a row holds levels j (low
-            nibble) and j + head_dim/2 (high), each less the grid's lowest level
+            nibble) and j + head_dim/2 (high), as the layout codes them
     scale   (batch, kv_heads, capacity) float16
-    zero    (batch, kv_heads, capacity) uint8, or None on a symmetric grid (`middle` stands for it)
+    zero    (batch, kv_heads, capacity) uint8, or None where the layout has none
     """
 
     packed: torch.Tensor
@@ -30,11 +30,6 @@ class PackedRows:
     @property
     def head_dim(self) -> int:
         return self.layout.width
-
-    @property
-    def middle(self) -> int:
-        """Return the nibble of the number 0 on a symmetric grid."""
-        return -self.layout.grid.lowest
 
     @property
     def bytes(self) -> int:
@@ -53,7 +48,7 @@ def empty_rows(
 ) -> PackedRows:
     """Return rows that hold zeros."""
     shape = (batch, kv_heads, capacity)
-    zero = None if layout.grid.symmetric else torch.zeros(shape, dtype=torch.uint8, device=device)
+    zero = torch.zeros(shape, dtype=torch.uint8, device=device) if layout.has_zero else None
     return PackedRows(
         packed=torch.zeros(*shape, layout.width // 2, dtype=torch.uint8, device=device),
         scale=torch.zeros(shape, dtype=torch.float16, device=device),
@@ -65,6 +60,6 @@ def empty_rows(
 def dequantize(rows: PackedRows, length: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the numbers in the first `length` slots: (batch, kv_heads, length, head_dim)."""
     wide = torch.promote_types(dtype, torch.float32)
-    levels = unpack_nibbles(rows.packed[:, :, :length], signed=False).to(wide)
-    zero = rows.middle if rows.zero is None else rows.zero[:, :, :length, None].to(wide)
-    return (levels - zero).mul_(rows.scale[:, :, :length, None].to(wide)).to(dtype)
+    nibbles = unpack_nibbles(rows.packed[:, :, :length], signed=False)
+    zero = None if rows.zero is None else rows.zero[:, :, :length].to(wide)
+    return rows.layout.decode(nibbles, rows.scale[:, :, :length].to(wide), zero).to(dtype)

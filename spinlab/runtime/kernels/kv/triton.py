@@ -11,6 +11,10 @@ from spinlab.formats.integer_kernels import parameters_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 from spinlab.runtime.kernels.producers.triton import levels_of
 
+_TINY = tl.constexpr(1e-30)  # a head of zeros has no direction
+_LARGEST_HALF = tl.constexpr(65504.0)
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
+
 
 @triton.jit
 def _product(x, y, kind: tl.constexpr):
@@ -70,43 +74,107 @@ def _turn(
 
 
 @triton.jit
-def _write(
-    low, high, packed_ptr, scale_ptr, zero_ptr, round_ptr, place, new, inside, clip,
-    D: tl.constexpr, HALF: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
-    ROUND: tl.constexpr, FUSED: tl.constexpr,
+def _on_grid(
+    low, high, zero_ptr, place, inside, clip, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Code rows and write them at `place`, and what they hold at row `new`, where `inside`."""
+    """Return nibbles of both halves and a scale for rows, and write their zero points."""
     SYMMETRIC: tl.constexpr = LOWEST < 0
     # beyond the head there are zeros, which every range contains
     lowest, highest = tl.min(tl.minimum(low, high), 1), tl.max(tl.maximum(low, high), 1)
     scale, zero = parameters_of(lowest, highest, clip, HIGHEST, SYMMETRIC, True)
     if not SYMMETRIC:
         tl.store(zero_ptr + place, zero.to(tl.uint8), mask=inside)
+    wide = scale[:, None]
+    n_low = levels_of(low, wide, zero[:, None], LOWEST, HIGHEST, LOWEST, FUSED)
+    n_high = levels_of(high, wide, zero[:, None], LOWEST, HIGHEST, LOWEST, FUSED)
+    minus = (zero - LOWEST)[:, None]
+    return n_low, n_high, scale, n_low.to(tl.float32) - minus, n_high.to(tl.float32) - minus
+
+
+@triton.jit
+def _place(unit, between_ptr, MANY: tl.constexpr):
+    """Return how many ends of cells lie below numbers."""
+    found = tl.zeros(unit.shape, tl.int32)
+    for index in tl.static_range(MANY - 1):
+        found += (unit > tl.load(between_ptr + index)).to(tl.int32)
+    return found
+
+
+@triton.jit
+def _by_levels(
+    low, high, levels_ptr, between_ptr, D: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr,
+    LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Return nibbles of both halves, a length for rows, and the levels, zero beyond the head."""
+    norm = tl.sqrt_rn(tl.sum(low * low, 1) + tl.sum(high * high, 1))
+    held = tl.zeros_like(low) + tl.maximum(norm, _TINY)[:, None]
+    n_low = _place(_settled(tl.math.div_rn(low, held)), between_ptr, MANY)
+    n_high = _place(_settled(tl.math.div_rn(high, held)), between_ptr, MANY)
+    real = (tl.arange(0, HALF) < D // 2)[None, :]
+    c_low = tl.where(real, tl.load(levels_ptr + n_low), 0.0)
+    c_high = tl.where(real, tl.load(levels_ptr + n_high), 0.0)
+    square = tl.sum(c_low * c_low, 1) + tl.sum(c_high * c_high, 1)
+    product = tl.sum(c_low * low, 1) + tl.sum(c_high * high, 1)
+    length = norm
+    if LENGTH == 1:
+        length = norm / tl.sqrt_rn(square)
+    elif LENGTH == 2:
+        length = product / square
+    elif LENGTH == 3:
+        length = norm * (norm / tl.maximum(product, _TINY))
+    length = tl.minimum(tl.maximum(length, -_LARGEST_HALF), _LARGEST_HALF)
+    return n_low, n_high, length.to(tl.float16).to(tl.float32), c_low, c_high
+
+
+@triton.jit
+def _settled(unit):
+    """Round numbers of at most 1 to multiples of 2^-16."""
+    return (unit * 65536.0 + _MAGIC - _MAGIC) * (1 / 65536.0)
+
+
+@triton.jit
+def _write(
+    low, high, levels_ptr, between_ptr, packed_ptr, scale_ptr, zero_ptr, round_ptr, place, new,
+    inside, clip, D: tl.constexpr, HALF: tl.constexpr, LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr, MANY: tl.constexpr, LENGTH: tl.constexpr, ROUND: tl.constexpr,
+    FUSED: tl.constexpr,
+):  # fmt: skip
+    """Code rows and write them at `place`, and what they hold at row `new`, where `inside`.
+
+    MANY: how many levels there are, or 0 for a grid.
+    """
+    if MANY > 0:
+        n_low, n_high, scale, low, high = _by_levels(
+            low, high, levels_ptr, between_ptr, D, HALF, MANY, LENGTH
+        )
+    else:
+        n_low, n_high, scale, low, high = _on_grid(
+            low, high, zero_ptr, place, inside, clip, LOWEST, HIGHEST, FUSED
+        )
     tl.store(scale_ptr + place, scale.to(tl.float16), mask=inside)
-    scale, zero = scale[:, None], zero[:, None]
-    low = levels_of(low, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
-    high = levels_of(high, scale, zero, LOWEST, HIGHEST, LOWEST, FUSED)
     d = tl.arange(0, HALF)[None, :]
     inside = inside[:, None] & (d < D // 2)
     packed_ptr += place[:, None] * (D // 2) + d
-    tl.store(packed_ptr, (low | (high << 4)).to(tl.uint8), mask=inside)
+    tl.store(packed_ptr, (n_low | (n_high << 4)).to(tl.uint8), mask=inside)
     if ROUND:
         kind = round_ptr.dtype.element_ty
         round_ptr += new[:, None] * D + d
-        zero -= LOWEST
-        tl.store(round_ptr, ((low.to(tl.float32) - zero) * scale).to(kind), mask=inside)
-        tl.store(round_ptr + D // 2, ((high.to(tl.float32) - zero) * scale).to(kind), mask=inside)
+        tl.store(round_ptr, (low * scale[:, None]).to(kind), mask=inside)
+        tl.store(round_ptr + D // 2, (high * scale[:, None]).to(kind), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batches", "tokens", "heads", "kv_heads"])
 def store_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, r3_ptr, position_ptr, queries_ptr, k_packed_ptr,
-    k_scale_ptr, k_zero_ptr, k_round_ptr, v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, r3_ptr, position_ptr, queries_ptr, k_levels_ptr,
+    k_between_ptr, k_packed_ptr, k_scale_ptr, k_zero_ptr, k_round_ptr, v_levels_ptr, v_between_ptr,
+    v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr,
     batches, tokens, heads, kv_heads, capacity, q_batch, q_token, q_head, k_batch, k_token, k_head,
     v_batch, v_token, v_head, angle_batch, r3_scale, k_clip, v_clip, D: tl.constexpr,
     HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
-    K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, V_LOWEST: tl.constexpr,
-    V_HIGHEST: tl.constexpr, ROUND: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, K_MANY: tl.constexpr, K_LENGTH: tl.constexpr,
+    V_LOWEST: tl.constexpr, V_HIGHEST: tl.constexpr, V_MANY: tl.constexpr, V_LENGTH: tl.constexpr,
+    ROUND: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do STEP heads of `store`: those of queries come first, then keys, then values.
 
@@ -145,8 +213,9 @@ def store_kernel(
         low = tl.load(x_ptr + d, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(x_ptr + d + D // 2, mask=inside, other=0.0).to(tl.float32)
         _write(
-            low, high, v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr, place, new, fits,
-            v_clip, D, HALF, V_LOWEST, V_HIGHEST, ROUND, FUSED,
+            low, high, v_levels_ptr, v_between_ptr, v_packed_ptr, v_scale_ptr, v_zero_ptr,
+            v_round_ptr, place, new, fits, v_clip, D, HALF, V_LOWEST, V_HIGHEST, V_MANY, V_LENGTH,
+            ROUND, FUSED,
         )  # fmt: skip
     else:
         x_ptr = k_ptr + (batch * k_batch + token * k_token + head * k_head)[:, None]
@@ -154,6 +223,7 @@ def store_kernel(
             x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D, HALF, ROTARY, R3
         )
         _write(
-            low, high, k_packed_ptr, k_scale_ptr, k_zero_ptr, k_round_ptr, place, new, fits,
-            k_clip, D, HALF, K_LOWEST, K_HIGHEST, ROUND, FUSED,
+            low, high, k_levels_ptr, k_between_ptr, k_packed_ptr, k_scale_ptr, k_zero_ptr,
+            k_round_ptr, place, new, fits, k_clip, D, HALF, K_LOWEST, K_HIGHEST, K_MANY, K_LENGTH,
+            ROUND, FUSED,
         )  # fmt: skip

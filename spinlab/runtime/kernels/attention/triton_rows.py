@@ -1,0 +1,173 @@
+"""Packed rows as matrices: what tensor cores take of nibbles, and of queries beside them.
+
+A pair of bytes of a packed row holds four levels; pair c has the numbers 2c (nibble 0), 2c + D/2
+(1), 2c + 1 (2) and 2c + 1 + D/2 (3) of a head of D. Queries are split in the same way, and a
+product with a row is the sum of four products with nibbles. Read as pairs, rows go through the
+transposing loads of 16-bit matrices. A nibble n that is left where it is, in an otherwise empty
+float16, is the number n·2^-24 or n·2^-20: tensor cores take such numbers exactly, so one mask
+makes two operands.
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+_NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
+
+
+@triton.jit
+def table(ptr, MANY: tl.constexpr, WIDE: tl.constexpr):
+    """Load MANY levels as 16 scalars, the last one repeated, in float16 unless WIDE."""
+    kind: tl.constexpr = tl.float32 if WIDE else tl.float16
+    found = ()
+    for index in tl.static_range(16):
+        found += (tl.load(ptr + (index if index < MANY else 0)).to(kind) if MANY > 0 else 0.0,)
+    return found
+
+
+@triton.jit
+def _four(one, two, a, b, c, d):
+    """Return the one of four that two bits choose."""
+    return tl.where(two, tl.where(one, d, c), tl.where(one, b, a))
+
+
+@triton.jit
+def _named(n, levels, MANY: tl.constexpr):
+    """Return the levels that numbers below MANY name: selects, for loads would be one by one."""
+    one, two = (n & 1) != 0, (n & 2) != 0
+    found = _four(one, two, levels[0], levels[1], levels[2], levels[3])
+    if MANY > 4:
+        upper = _four(one, two, levels[4], levels[5], levels[6], levels[7])
+        found = tl.where((n & 4) != 0, upper, found)
+    if MANY > 8:
+        lower = _four(one, two, levels[8], levels[9], levels[10], levels[11])
+        upper = _four(one, two, levels[12], levels[13], levels[14], levels[15])
+        found = tl.where((n & 8) != 0, tl.where((n & 4) != 0, upper, lower), found)
+    return found
+
+
+@triton.jit
+def nibbles(
+    pairs, levels, INDEX: tl.constexpr, LEVELS: tl.constexpr, WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Return nibble INDEX of every pair: its level in float32, else times 2^-24 or 2^-20.
+
+    LEVELS: how many it may name, and gives as they are; 0 on a grid. FAST: mask two pairs by one
+    instruction, which the compiler does not find.
+    """
+    if LEVELS > 0:
+        found = _named((pairs >> (4 * INDEX)) & 15, levels, LEVELS)
+    elif WIDE:
+        found = ((pairs >> (4 * INDEX)) & 15).to(tl.float32)
+    elif FAST:
+        if INDEX >= 2:
+            pairs = tl.inline_asm_elementwise(
+                "shr.b32 $0, $1, 8;", "=r,r", [pairs], dtype=tl.uint16, is_pure=True, pack=2
+            )
+        found = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x00F000F0;" if INDEX % 2 else "and.b32 $0, $1, 0x000F000F;",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        pairs = pairs >> 8 if INDEX >= 2 else pairs
+        found = (pairs & (0xF0 if INDEX % 2 else 0x0F)).to(tl.float16, bitcast=True)
+    return found
+
+
+@triton.jit
+def places(pair, index, D: tl.constexpr):
+    """Return which numbers of a head the nibbles of an index hold."""
+    return 2 * pair + index // 2 + (index % 2) * (D // 2)
+
+
+@triton.jit
+def parameters(scale_ptr, zero_ptr, place, inside, MIDDLE: tl.constexpr):
+    """Load scales and zero points; MIDDLE stands for the latter, or -1 where they are stored."""
+    scale = tl.load(scale_ptr + place, mask=inside, other=1).to(tl.float32)
+    if MIDDLE >= 0:
+        zero = tl.full(place.shape, MIDDLE, tl.float32)
+    else:
+        zero = tl.load(zero_ptr + place, mask=inside, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def inverse_power(x):
+    """Return the inverse of the largest power of two up to x, x > 0."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def queries(ptr, pair, taken, factor, D: tl.constexpr, LEVELS: tl.constexpr, WIDE: tl.constexpr):
+    """Return queries of each nibble, their sum, and the factor of their products with nibbles.
+
+    Both last: (HEADS,). Float16 holds queries relative to their largest power of two.
+    """
+    q0 = tl.load(ptr + places(pair, 0, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q1 = tl.load(ptr + places(pair, 1, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q2 = tl.load(ptr + places(pair, 2, D)[:, None], mask=taken, other=0).to(tl.float32)
+    q3 = tl.load(ptr + places(pair, 3, D)[:, None], mask=taken, other=0).to(tl.float32)
+    peak = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
+    unit = inverse_power(tl.maximum(tl.max(peak, 0), _NOTHING))
+    if not WIDE:
+        even = unit if LEVELS > 0 else unit * 16  # nibble 0 counts 16 times less than 1
+        q0 = (q0 * even[None, :]).to(tl.float16)
+        q1 = (q1 * unit[None, :]).to(tl.float16)
+        q2 = (q2 * even[None, :]).to(tl.float16)
+        q3 = (q3 * unit[None, :]).to(tl.float16)
+    low = tl.sum(q0.to(tl.float32) + q2.to(tl.float32), 0)
+    high = tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 0)
+    if WIDE:
+        total, factors = low + high, unit * 0.0 + factor
+    elif LEVELS > 0:
+        total, factors = low + high, factor / unit
+    else:
+        total, factors = (low * 0.0625 + high) * 2.0**-20, factor * 2.0**20 / unit
+    return (q0, q1, q2, q3), total, factors
+
+
+@triton.jit
+def product(
+    k, q, levels, LEVELS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Return the products of levels (BLOCK, PAIRS) with queries: (BLOCK, HEADS)."""
+    n0 = nibbles(k, levels, 0, LEVELS, WIDE, FAST)
+    n1 = nibbles(k, levels, 1, LEVELS, WIDE, FAST)
+    n2 = nibbles(k, levels, 2, LEVELS, WIDE, FAST)
+    n3 = nibbles(k, levels, 3, LEVELS, WIDE, FAST)
+    found = tl.dot(n0, q[0], input_precision="tf32x3")
+    found = tl.dot(n1, q[1], found, input_precision="tf32x3")
+    found = tl.dot(n2, q[2], found, input_precision="tf32x3")
+    return tl.dot(n3, q[3], found, input_precision="tf32x3")
+
+
+@triton.jit
+def add(
+    out, v, levels, weights, shrink, LEVELS: tl.constexpr, WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Shrink what each nibble has summed up, and add levels (PAIRS, BLOCK) times weights."""
+    n0 = nibbles(v, levels, 0, LEVELS, WIDE, FAST)
+    n1 = nibbles(v, levels, 1, LEVELS, WIDE, FAST)
+    n2 = nibbles(v, levels, 2, LEVELS, WIDE, FAST)
+    n3 = nibbles(v, levels, 3, LEVELS, WIDE, FAST)
+    out0 = tl.dot(n0, weights, out[0] * shrink, input_precision="tf32x3")
+    out1 = tl.dot(n1, weights, out[1] * shrink, input_precision="tf32x3")
+    out2 = tl.dot(n2, weights, out[2] * shrink, input_precision="tf32x3")
+    out3 = tl.dot(n3, weights, out[3] * shrink, input_precision="tf32x3")
+    return out0, out1, out2, out3
+
+
+@triton.jit
+def levels_of_floats(out, zero, LEVELS: tl.constexpr, WIDE: tl.constexpr):
+    """Return sums of levels less those of zero points, from sums of floats."""
+    small = 1.0 if LEVELS > 0 or WIDE else 2.0**24
+    large = 1.0 if LEVELS > 0 or WIDE else 2.0**20
+    zero = zero[None, :]
+    return (
+        out[0] * small - zero,
+        out[1] * large - zero,
+        out[2] * small - zero,
+        out[3] * large - zero,
+    )
