@@ -90,6 +90,10 @@ def test_every_seed_of_64_bits_is_taken():
         (["learn=none", "learn.lr.r1=0.5"], "learn.lr.r1"),
         (["learn.steps=0", "learn.objective.kl=1"], "learn.objective.kl"),
         (["learn.rotations=[r1]", "learn.lr.r2=3"], "learn.lr.r2"),
+        (["learn.lr.r3=3"], "learn.lr.r3"),
+        (["rotation.r3_per_layer=true"], "rotation.r3_per_layer"),
+        (["rotation.r3=none", "rotation.r3_per_layer=true"], "rotation.r3_per_layer"),
+        (["rotation.load=R.safetensors", "rotation.r3_per_layer=true"], "rotation.r3_per_layer"),
         (
             ["learn.optimizer.name=qr_sgd", "learn.optimizer.cap_step=false"],
             "learn.optimizer.cap_step",
@@ -148,6 +152,9 @@ def test_a_command_that_sets_what_nothing_reads_is_refused(overrides, name, capl
         ["rotation=duquant", "learn=none", "rotation.duquant.steps=9"],
         ["rotation=smoothquant", "learn=none", "rotation.statistics.samples=9"],
         ["learn=none", "eval.tasks=[]"],
+        ["rotation.r3=random", "rotation.r3_per_layer=true"],
+        ["learn.rotations=[r1,r2,r3]", "learn.lr.r3=3", "rotation.r3_per_layer=true"],
+        ["rotation.load=R.bin", "rotation.r3=random", "rotation.r3_per_layer=true"],
         ["rotation.load=R.bin", "rotation.r4_block=64"],
         ["rotation.online=false", "rotation.r3=none", "rotation.r4=none"],
         ["quant.activations.bits=16", "quant.activations.clip_ratio=0.9",
@@ -237,6 +244,31 @@ def test_llama_rows_measure_what_the_paper_does(arguments, model):
             "openbookqa",
         }  # fmt: skip
         assert {"fp", "integer"} <= set(config.eval.variants) & set(config.eval.task_variants)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rotation.r3=none"], "which is off: set rotation.r3=hadamard rotation.online=true"),
+        (["rotation.online=false"], "which is off: set rotation.r3=hadamard"),
+        (["rotation.load=R.bin", "rotation.r3=none"], "which is off: set rotation.r3=hadamard"),
+        (["kv=kv16"], "with keys and queries of 16 bits nothing depends on R3: leave r3 out"),
+        (["kv.keys.bits=16"], "with keys and queries of 16 bits nothing depends on R3"),
+        (
+            ["learn.objective.whip=1", "learn.quantize_weights=false"],
+            "leave r3 out of learn.rotations, or these terms",
+        ),
+    ],
+    ids=str,
+)
+def test_an_r3_that_cannot_be_learned_is_refused(overrides, words):
+    with pytest.raises(InputError, match=words):
+        composed("+experiment=toy", "learn.rotations=[r1,r2,r3]", *overrides)
+
+
+@pytest.mark.parametrize("overrides", [["kv.keys.bits=16", "kv.queries.bits=4"], ["kv=kv3"]])
+def test_an_r3_that_a_codec_notices_is_learned(overrides):
+    composed("+experiment=toy", "learn.rotations=[r3]", *overrides)
 
 
 def documented() -> list[list[str]]:

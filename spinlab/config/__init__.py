@@ -205,6 +205,23 @@ class Config:
                 "'learn.rotations=[r1,r2]' rotation.inputs=none)"
             )
 
+    def _check_learned_heads(self) -> None:
+        """Refuse to learn an R3 that is not there, or that no codec would notice."""
+        rotation = self.rotation
+        if "r3" not in self.learn.rotations:
+            return
+        brought = rotation.load is not None and rotation.load.endswith(".safetensors")
+        if not brought and "r3" not in rotation.used:
+            raise InputError(
+                "r3 in learn.rotations is the rotation of queries and keys, which is off: set "
+                "rotation.r3=hadamard rotation.online=true, or leave r3 out"
+            )
+        if not self.kv.codes("keys", "queries"):
+            raise InputError(
+                "with keys and queries of 16 bits nothing depends on R3: leave r3 out of "
+                "learn.rotations, or set kv.keys.bits"
+            )
+
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
@@ -221,6 +238,7 @@ class Config:
                 "nothing: set learn.lr.scale, or 'learn.rotations=[r1,r2]' rotation.inputs=none"
             )
         self._check_learned_scales()
+        self._check_learned_heads()
         if learn.lr.input_clip and not inputs:
             raise InputError(
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range: "

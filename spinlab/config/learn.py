@@ -70,6 +70,7 @@ class RatesConfig:
 
     r1: float = 1.5
     r2: float | None = None  # as r1 if absent
+    r3: float | None = None  # as r1 if absent
     inputs: float | None = None  # rotations of single inputs; as r1 if absent
     scale: float = 0.0  # log scales of single inputs; 0: not learned
     clip: float = 0.0  # log clip ratios of weights: searched once, then learned; 0: not learned
@@ -77,14 +78,14 @@ class RatesConfig:
     kv_clip: float = 0.0  # those of the keys and of the values of each layer; 0: not learned
 
     def __post_init__(self) -> None:
-        for name in ("r1", "r2", "inputs"):
+        for name in ("r1", "r2", "r3", "inputs"):
             positive(f"learn.lr.{name}", getattr(self, name))
         for name in ("scale", "clip", "input_clip", "kv_clip"):
             at_least(f"learn.lr.{name}", getattr(self, name), 0)
 
     def of_rotation(self, name: str) -> float:
-        """Return the rate of r1, of r2, or of the rotation of an input of another name."""
-        return {"r1": self.r1, "r2": self.r2}.get(name, self.inputs) or self.r1
+        """Return the rate of r1, r2, r3, or of the rotation of an input of another name."""
+        return {"r1": self.r1, "r2": self.r2, "r3": self.r3}.get(name, self.inputs) or self.r1
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class OptimizerConfig:
 class LearnConfig:
     """Set how rotations are optimized (SpinQuant sec. 3.2; Li et al. 2020). steps=0: not at all.
 
-    `inputs` among the rotations are the transforms that rotation.inputs puts before linears.
+    `inputs` among the rotations are the transforms that rotation.inputs puts before linears; `r3`
+    is one matrix, or as many as layers, as rotation.r3_per_layer says.
     """
 
     place: ClassVar[str] = "learn"
@@ -150,7 +152,7 @@ class LearnConfig:
         if not self.max_loss_ratio > 1:
             raise InputError(f"learn.max_loss_ratio={self.max_loss_ratio} must be above 1")
         for name in self.rotations:
-            choice("learn.rotations", name, ("r1", "r2", "inputs"))
+            choice("learn.rotations", name, ("r1", "r2", "r3", "inputs"))
         if self.steps:
             self._check_terms()
 
@@ -165,13 +167,16 @@ class LearnConfig:
                 "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
                 "learn.objective.cross_entropy, kl or layer_mse"
             )
-        if self.objective.on_activations and "inputs" in self.rotations:
+        unseen = [name for name in ("r3", "inputs") if name in self.rotations]
+        if self.objective.on_activations and unseen:
             raise InputError(
                 "learn.objective.kurtosis, whip and further look at what R1 and R2 alone make of "
-                "activations: leave inputs out of learn.rotations, or these terms"
+                f"activations: leave {' and '.join(unseen)} out of learn.rotations, or these terms"
             )
         if not self.rotations:
-            raise InputError("learn.rotations is empty: name r1, r2 or inputs, or use learn=none")
+            raise InputError(
+                "learn.rotations is empty: name r1, r2, r3 or inputs, or use learn=none"
+            )
         if self.optimizer.warmup >= self.steps:
             raise InputError(
                 f"learn.optimizer.warmup={self.optimizer.warmup} leaves nothing of "

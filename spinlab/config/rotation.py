@@ -9,6 +9,7 @@ from spinlab.errors import InputError
 
 # kinds of transforms of inputs that run online, and the rotations that they leave no room for
 _REPLACED = {"duquant": ("r1", "r2", "r4", "cross_head"), "blocks": ("cross_head",)}
+SAME = ("identity", "hadamard", "exact_hadamard")  # online, kinds that are not drawn
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 
 
@@ -55,6 +56,7 @@ class RotationConfig:
     cross_head: str = "none"  # across heads, online (QuaRot); R2 acts inside them
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r1_block: int = 0  # R1 as blocks of this order, each drawn for itself; learning fills it
+    r3_per_layer: bool = False  # an R3 for each layer, drawn and learned for itself; or one for all
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
     # a transform of its own for every input of linears. duquant, blocks: online, blocks but where
     # R4 is; scales: of 1, to be learned, and folded as those of blocks into what produces the input

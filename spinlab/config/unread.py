@@ -12,6 +12,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.quant import KINDS, Levels
+from spinlab.config.rotation import SAME
 from spinlab.config.values import nodes, words_of
 from spinlab.errors import InputError
 
@@ -108,6 +109,8 @@ def _of_learning(config: Config) -> Iterator[Rule]:
         yield f"rates of their own for {of_names}", ["learn.lr.r1"]
     if "r2" not in learn.rotations:
         yield of_names, ["learn.lr.r2"]
+    if "r3" not in learn.rotations:
+        yield of_names, ["learn.lr.r3"]
     if "inputs" not in learn.rotations:
         yield of_names, ["learn.lr.inputs", "learn.lr.scale"]
     if not learn.quantize_weights:
@@ -167,9 +170,15 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
         yield "rotation.smooth=null", ["rotation.smooth_groups"]
     if not rotation.online:
         made = [part for part in ("r3", "r4", "cross_head") if getattr(rotation, part) != "none"]
-        yield "rotation.online=false", [f"rotation.{part}" for part in (*made, "r4_block")]
+        blocks = ("r4_block", "r3_per_layer")
+        yield "rotation.online=false", [f"rotation.{part}" for part in (*made, *blocks)]
     if rotation.r1 == "none":
         yield "rotation.r1=none", ["rotation.r1_block"]
+    if rotation.r3 == "none":
+        yield "rotation.r3=none", ["rotation.r3_per_layer"]
+    if rotation.r3 in SAME and not (config.learn.steps and "r3" in config.learn.rotations):
+        reason = f"rotation.r3={rotation.r3}, which is the same in every layer until it is learned,"
+        yield reason, ["rotation.r3_per_layer"]
     if rotation.r4 == "none":
         yield "rotation.r4=none", ["rotation.r4_block"]
 

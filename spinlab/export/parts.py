@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from spinlab.config import Config
+from spinlab.config.rotation import SAME
 from spinlab.errors import InputError
 from spinlab.export.targets import place_of
 from spinlab.model.files import MANIFEST
@@ -22,7 +23,6 @@ from spinlab.rotation.ranges import with_fitting_ranges
 from spinlab.rotation.rotations import ONLINE, RotationSet
 from spinlab.rotation.stored import read_about, read_stored
 
-_MADE_AGAIN = ("identity", "hadamard", "exact_hadamard")  # kinds that settings alone tell all of
 # how tensors of an input's transform are called, by the parts that they make
 _ENDS = {"inputs": {"first"}, "scales": {"scale"}, "smoothing": {"scale", "folded_scale"}}
 
@@ -38,6 +38,7 @@ class Part:
 PARTS: Mapping[str, Part] = {
     "drawn_r3": Part("an R3 that is no exact Hadamard", "rotation.r3=hadamard"),
     "drawn_r4": Part("an R4 that is no exact Hadamard", "rotation.r4=hadamard"),
+    "learned_r3": Part("a learned R3", "learn.rotations without r3"),
     "r3": Part("R3", "rotation.r3=none"),
     "r4": Part("R4", "rotation.r4=none"),
     "cross_head": Part("the rotation across heads", "rotation.cross_head=none"),
@@ -99,10 +100,11 @@ def of_settings(config: Config, among: Collection[str]) -> list[str]:
     there: dict[str, Any] = {"weight_clips": learn.steps and learn.lr.clip}
     there["clips"] = learn.steps and learn.lr.input_clip
     there["kv_clips"] = learn.steps and learn.lr.kv_clip
+    there["learned_r3"] = learn.steps and "r3" in learn.rotations
     if source_of(config) is None:
         kinds = {name: getattr(rotation, name) for name in ONLINE if name in rotation.used}
-        there |= {name: kind != "identity" for name, kind in kinds.items()}
-        there |= {f"drawn_{name}": kind not in _MADE_AGAIN for name, kind in kinds.items()}
+        there |= {name: name == "r3" or kind != "identity" for name, kind in kinds.items()}
+        there |= {f"drawn_{name}": kind not in SAME for name, kind in kinds.items()}
         there["inputs"] = rotation.turns_inputs
         there["smoothing"] = rotation.smooth is not None or rotation.scales_inputs
         there["scales"] = rotation.smooth is not None and "scales" in among and _runs_online(config)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 _FORM = "an R.bin, unlike a .safetensors,"
 _CANNOT = (
     "drawn_r3",
+    "learned_r3",
     "drawn_r4",
     "inputs",
     "smoothing",

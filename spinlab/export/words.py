@@ -74,6 +74,8 @@ def rotations(record: Tree) -> str:
     rotation, learn = config["rotation"], config["learn"]
     given, names = _given_rotations(record)
     kinds = {name: rotation[name] for name in names if rotation[name] != "none"}
+    if "r3" in kinds and rotation.get("r3_per_layer"):
+        kinds["r3"] += ", one per layer"
     told = [*given, *(f"{_TITLES[name]} ({kind})" for name, kind in kinds.items())]
     if rotation["inputs"] != "none":
         told.append(f"a transform of each input of linears ({rotation['inputs']})")

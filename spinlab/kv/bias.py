@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from spinlab.kv.base import OwnTensor
 from spinlab.kv.rope import Angles, rotary
 from spinlab.model.modules import linear_at, map_of
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.online import LayerRotations, OnlineRotation
 
 POSITION_BITS = 32  # of a token, for all layers and heads
 # cosines and sines of RoPE at positions (batch or 1, tokens): (batch or 1, tokens, rotary_dim)
@@ -58,6 +58,10 @@ class KeyBias:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeyBias":
         return self  # it does not change, and a copied cache is still one of the same model
+
+    def turned_by(self, r3: OnlineRotation | None) -> "KeyBias":
+        """Return the same bias where another R3 turns the keys."""
+        return KeyBias(self.bias, self._rope, r3)
 
     def added(self, keys: torch.Tensor, waves: torch.Tensor) -> torch.Tensor:
         """Return keys with it, rounded once.
@@ -110,7 +114,9 @@ class KeyBias:
 KeyBiases = tuple[KeyBias | None, ...]  # by layer; () where no layer has one
 
 
-def take_key_biases(model: PreTrainedModel, r3: OnlineRotation | None) -> KeyBiases:
+def take_key_biases(
+    model: PreTrainedModel, r3: OnlineRotation | LayerRotations | None
+) -> KeyBiases:
     """Take the biases that can be kept apart out of a model's key linears, in place.
 
     r3: what turns keys and queries behind RoPE. The linears keep a bias of zeros, so that what sums
@@ -129,7 +135,8 @@ def take_key_biases(model: PreTrainedModel, r3: OnlineRotation | None) -> KeyBia
         bias = linear.bias.detach()
         linear.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
         shape = (attention.kv_heads, attention.head_dim)
-        found.append(KeyBias(bias.unflatten(0, shape), attention.rope, r3))
+        own = None if r3 is None else r3.at(index)
+        found.append(KeyBias(bias.unflatten(0, shape), attention.rope, own))
     return tuple(found)
 
 

@@ -33,7 +33,7 @@ class CodedLayer(DynamicLayer):
         self, path: KVPath, index: int, store: bool, bias: KeyBias | None, positions: Positions
     ) -> None:
         super().__init__()
-        self.r3, self.store, self.kept = path.r3, store, path.new_layer(index)
+        self.r3, self.store, self.kept = path.r3_at(index), store, path.new_layer(index)
         self.history, self.bias, self.positions = path.history(index), bias, positions
 
     def lazy_initialization(
@@ -239,7 +239,8 @@ def _attention(
 ):
     """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
     path: KVPath = getattr(module, _KV_PATH)
-    history, query = path.history(getattr(module, _KV_LAYER)), path.turn_queries(query)
+    layer: int = getattr(module, _KV_LAYER)
+    history, query = path.history(layer), path.turn_queries(query, layer)
     if not history.codes_all and query.shape[2] > 1:
         masks: PassMasks = getattr(module, _KV_MASKS)
         attention_mask = masks.of(history, attention_mask, query.shape[2], query.device)

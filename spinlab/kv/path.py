@@ -17,7 +17,7 @@ from spinlab.kv.bias import KeyBiases, take_key_biases
 from spinlab.kv.codecs import make_codec
 from spinlab.kv.history import History, HistoryLayer, run_of
 from spinlab.kv.layers import RowLayer, rounded
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.online import LayerRotations, OnlineRotation
 from spinlab.rotation.rotations import kv_clip_key
 
 
@@ -33,12 +33,13 @@ class KVPath:
     """Say what keys and values go through: R3 on keys, then a codec each (None = 16-bit).
 
     Queries are rotated by R3 as keys do, and may make a round trip through a codec of their own.
+    R3 is one for all layers, or one for each.
     apart: biases of keys do not go through the codec (`spinlab.kv.bias`); biases: those that
     `taken_apart` took out of a model for that. layers: the codecs of every layer, () where all have
     the same. sinks, window: of a layer that is coded, the first and the newest tokens in 16 bits.
     """
 
-    r3: OnlineRotation | None = None
+    r3: OnlineRotation | LayerRotations | None = None
     keys: RowCodec | None = None
     values: RowCodec | None = None
     queries: RowCodec | None = None
@@ -47,6 +48,18 @@ class KVPath:
     layers: tuple[Sides, ...] = ()
     sinks: int = 0
     window: int = 0
+
+    def r3_at(self, layer: int) -> OnlineRotation | None:
+        """Return what turns keys and queries of a layer."""
+        return None if self.r3 is None else self.r3.at(layer)
+
+    def turned_by(self, r3: OnlineRotation | LayerRotations | None) -> "KVPath":
+        """Return the same path with another R3, which turns biases that are apart too."""
+        biases = tuple(
+            bias and bias.turned_by(None if r3 is None else r3.at(layer))
+            for layer, bias in enumerate(self.biases)
+        )
+        return replace(self, r3=r3, biases=biases)
 
     def sides(self, layer: int) -> Sides:
         """Return the codecs of a layer."""
@@ -66,10 +79,10 @@ class KVPath:
             return RowLayer(*self.sides(layer))
         return HistoryLayer(history, *self.sides(layer))
 
-    def turn_queries(self, query: torch.Tensor) -> torch.Tensor:
-        """Return queries as they meet the keys of the cache: (batch, heads, tokens, head_dim)."""
-        query = query if self.r3 is None else self.r3(query)
-        return rounded(query, self.queries)
+    def turn_queries(self, query: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """Return queries as they meet the keys of a layer: (batch, heads, tokens, head_dim)."""
+        r3 = self.r3_at(layer)
+        return rounded(query if r3 is None else r3(query), self.queries)
 
     def uncoded(self) -> "KVPath":
         """Return the path without any codec."""
@@ -96,7 +109,7 @@ class KVPath:
 def kv_path(
     config: KVConfig,
     head_dim: int,
-    r3: OnlineRotation | None = None,
+    r3: OnlineRotation | LayerRotations | None = None,
     seed: int = 0,
     layers: Sequence[str] = (),
     kv_clips: Mapping[str, float] | None = None,

@@ -1,6 +1,7 @@
 """What a learning run cannot do, known before it starts."""
 
 from spinlab.config import Config
+from spinlab.errors import InputError
 from spinlab.learn.learned import check_inputs
 from spinlab.learn.objectives import check_objective
 from spinlab.learn.optim import check_optimizer
@@ -18,5 +19,16 @@ def check_learning(config: Config, brought: RotationSet | None) -> None:
     check_objective(learn.objective)
     if learn.steps:
         space_of(learn, config.quant).check(learn)
+        load = config.rotation.load or ""
+        if brought is not None and "r3" in learn.rotations and load.endswith(".safetensors"):
+            _check_heads(brought, load)
         if brought is not None and "inputs" in learn.rotations:
             check_inputs(brought.inputs, learn.lr.scale)
+
+
+def _check_heads(brought: RotationSet, load: str) -> None:
+    if brought.r3 is None:
+        raise InputError(
+            f"r3 in learn.rotations is the rotation of queries and keys, and rotation.load={load} "
+            "brings none: leave r3 out"
+        )

@@ -183,6 +183,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         errors = stream if job.quant.activations.quantizes else 0
         errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs
         kept = errors + queries + values
+    # keys as R3 meets them, and what their codec leaves
+    kept += 2 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
     kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
     numbers = kept + 2 * queries + 2 * values + 3 * gated
     return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
@@ -191,7 +193,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
 def _rest(job: _Job) -> int:
     """Return the bytes of the rotations, of both ends of the network, and of work in progress."""
     d, learn = job.map.dimensions, job.learn
-    sizes = {"r1": d.hidden**2, "r2": d.layers * d.head_dim**2}
+    heads = d.layers * d.head_dim**2  # of R3 at most: it may be one
+    sizes = {"r1": d.hidden**2, "r2": heads, "r3": heads}
     learned = sum(size for name, size in sizes.items() if name in learn.rotations)
     optimizer = learn.optimizer
     copies = 4 + (2 if optimizer.name.endswith("adam") else 1 if optimizer.momentum else 0)

@@ -44,8 +44,9 @@ class _Observed:
         attention_mask: torch.Tensor | None,
         **kwargs,
     ):
-        exact = self.path.uncoded().turn_queries(query)
-        queries = exact.float(), self.path.turn_queries(query).float()
+        layer = kv_layer_of(module)
+        exact = self.path.uncoded().turn_queries(query, layer)
+        queries = exact.float(), self.path.turn_queries(query, layer).float()
         self.sums += self._errors(module, queries, key, attention_mask, kwargs["scaling"])
         self.passes += 1
         return sdpa_attention_forward(module, exact, key, value, attention_mask, **kwargs)

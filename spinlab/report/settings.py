@@ -11,7 +11,8 @@ from spinlab.config.values import values_of
 # do what was done without them.
 LATER = (
     *("data.held_out", "weights.gptaq", "weights.qronos", "rotation.blocks", "rotation.r1_block"),
-    *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip"),
+    *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
+    "rotation.r3_per_layer",
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
     *(
         f"kv.{side}.{part}"

@@ -18,7 +18,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.model.map import ModelMap
-from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import ONLINE, RotationSet
 from spinlab.rotation.stored import check_shape, exactly, not_orthogonal, read_about, read_stored
@@ -92,10 +92,24 @@ def is_rotations(path: Path) -> bool:
 
 
 def made_again(rotations: RotationSet, name: str) -> bool:
-    """Tell whether the settings alone make an online rotation: it is off, or Hadamard's."""
-    online: OnlineRotation | None = getattr(rotations, name)
+    """Tell whether the settings alone make an online rotation.
+
+    It is off, or Hadamard's, or an R3 that turns nothing; in every layer, if each has its own.
+    """
+    online: OnlineRotation | LayerRotations | None = getattr(rotations, name)
     if online is None or name == "cross_head":  # across heads there is no other kind
         return True
+    if isinstance(online, LayerRotations):
+        return all(map(_is_hadamard, online.layers)) or _is_identity(online)
+    return _is_hadamard(online) or (name == "r3" and _is_identity(online))
+
+
+def _is_identity(online: OnlineRotation | LayerRotations) -> bool:
+    found = online.dense()
+    return torch.equal(found, torch.eye(online.width).to(found).expand_as(found))
+
+
+def _is_hadamard(online: OnlineRotation) -> bool:
     size = online.width // online.blocks
     try:
         expected = hadamard_rotation(online.width, size if size & (size - 1) == 0 else 0)

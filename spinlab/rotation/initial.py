@@ -20,7 +20,11 @@ from spinlab.rotation.duquant import (
 from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.kinds import KINDS
-from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.online import (
+    LayerRotations,
+    OnlineRotation,
+    hadamard_rotation,
+)
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics
 
@@ -48,8 +52,7 @@ def initial_rotations(
     r1 = maker.matrix("r1", config.r1, 0)
     heads = [maker.matrix("r2", config.r2, layer) for layer in range(len(model_map.layers))]
     r2 = None if config.r2 == "none" else torch.stack([h for h in heads if h is not None])
-    r3 = maker.online("r3", config.r3)
-    r4 = maker.online("r4", config.r4)
+    r3, r4 = maker.heads(), maker.of_mlp()
     return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, model_map), maker.inputs())
 
 
@@ -144,12 +147,23 @@ class _Maker:
         parts = (KINDS[kind](block, self.generator, where) for _ in range(width // block))
         return torch.block_diag(*parts)
 
-    def online(self, where: str, kind: str) -> OnlineRotation | None:
-        """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""
-        if kind in ("none", "identity") or not self.config.online:
+    def heads(self) -> OnlineRotation | LayerRotations | None:
+        """Make R3, of all layers or of each; an identity is there to be learned."""
+        kind, layers = self.config.r3, len(self.map.layers)
+        if kind == "none" or not self.config.online:
             return None
+        if not self.config.r3_per_layer:
+            return self._online("r3", kind)
+        return LayerRotations([self._online("r3", kind) for _ in range(layers)])
+
+    def of_mlp(self) -> OnlineRotation | None:
+        """Make R4, which is never learned: an identity is left out."""
+        off = self.config.r4 in ("none", "identity") or not self.config.online
+        return None if off else self._online("r4", self.config.r4, self.config.r4_block)
+
+    def _online(self, where: str, kind: str, block: int = 0) -> OnlineRotation:
+        """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""
         if kind in ("hadamard", "exact_hadamard"):
-            block = self.config.r4_block if where == "r4" else 0
             return hadamard_rotation(self.map.width(where), block, where)
         dense = self.matrix(where, kind, 0)
         assert dense is not None

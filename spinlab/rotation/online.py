@@ -1,5 +1,6 @@
 """Rotations applied while the network runs: R3 on queries and keys, R4 before down_proj."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -42,10 +43,15 @@ class OnlineRotation(nn.Module):
         entries = [m.abs() for m in (self.left, self.right)]
         self.flat = all(bool((e - e[0, 0]).abs().max() < 1e-12) for e in entries)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._whole: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, float]] = {}
 
     @property
     def width(self) -> int:
         return self.blocks * self.left.shape[0] * self.right.shape[0]
+
+    def at(self, layer: int) -> "OnlineRotation":
+        """Return the rotation of a layer: one stands for all of them."""
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x: (..., width)."""
@@ -85,10 +91,59 @@ class OnlineRotation(nn.Module):
         """Return W R for W: (out, width), since weights are rotated as inputs are."""
         return self(weight)
 
+    def whole(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, float]:
+        """Return the whole matrix as one product takes it, and what the product is scaled by.
+
+        In 16 bits the signs of a Hadamard matrix, as above, else float32. It stays where it is for
+        as long as the rotation does, so that a CUDA graph can hold it.
+        """
+        if (dtype, device) not in self._whole:
+            dense, signs = self.dense(), self.flat and dtype.itemsize == 2
+            kept = dense.sign().to(device, dtype) if signs else dense.to(device, torch.float32)
+            self._whole[dtype, device] = kept, dense.abs().max().item() if signs else 1.0
+        return self._whole[dtype, device]
+
     def dense(self) -> torch.Tensor:
         """Return the whole matrix I ⊗ A ⊗ B: (width, width), float64."""
         eye = torch.eye(self.blocks, dtype=torch.float64)
         return torch.kron(eye, torch.kron(self.left, self.right))
+
+
+class LayerRotations:
+    """Hold an online rotation of its own for each layer, all with factors of one shape."""
+
+    def __init__(self, layers: Sequence[OnlineRotation]) -> None:
+        self.layers = tuple(layers)
+        self.blocks, self.width = layers[0].blocks, layers[0].width
+
+    @property
+    def left(self) -> torch.Tensor:
+        """Return the factors A of all layers: (layers, a, a)."""
+        return torch.stack([layer.left for layer in self.layers])
+
+    @property
+    def right(self) -> torch.Tensor:
+        """Return the factors B of all layers: (layers, b, b)."""
+        return torch.stack([layer.right for layer in self.layers])
+
+    def at(self, layer: int) -> OnlineRotation:
+        """Return the rotation of a layer."""
+        return self.layers[layer]
+
+    def dense(self) -> torch.Tensor:
+        """Return the whole matrices: (layers, width, width), float64."""
+        return torch.stack([layer.dense() for layer in self.layers])
+
+
+def dense_rotation(matrix: torch.Tensor) -> OnlineRotation | LayerRotations:
+    """Return the online rotation by a matrix (n, n), or those by one for each layer (layers, n, n).
+
+    Raises AssertionError for what is not orthogonal.
+    """
+    one = torch.ones(1, 1, dtype=torch.float64)
+    if matrix.dim() == 2:
+        return OnlineRotation(one, matrix)
+    return LayerRotations([OnlineRotation(one, own) for own in matrix])
 
 
 def hadamard_rotation(n: int, block: int = 0, where: str = "rotation") -> OnlineRotation:

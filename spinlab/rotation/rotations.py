@@ -11,7 +11,7 @@ from safetensors import safe_open
 from spinlab.config.kv import Kept
 from spinlab.model.map import Input, Site
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.rotation.online import InputTransform, OnlineRotation
+from spinlab.rotation.online import InputTransform, LayerRotations, OnlineRotation
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
 from spinlab.tensors import write_tensors
 
@@ -24,16 +24,16 @@ WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of onl
 class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
-    A rotation that is switched off is None. `inputs` are transforms of single inputs, by the key of
-    the input. What was learned together with the rotations is part of the set: `clips`, the clip
-    ratios of input quantizers by that key, `kv_clips`, those of codecs by layer and side
-    (`3.keys`), and `weight_clips`, those of weights by the path of the linear: (out, in/g, 1).
-    `about` is JSON-ready: how the set came to be.
+    A rotation that is switched off is None; R3 is one for all layers, or one for each. `inputs` are
+    transforms of single inputs, by the key of the input. What was learned together with the
+    rotations is part of the set: `clips`, the clip ratios of input quantizers by that key,
+    `kv_clips`, those of codecs by layer and side (`3.keys`), and `weight_clips`, those of weights
+    by the path of the linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
     """
 
     r1: torch.Tensor | None = None
     r2: torch.Tensor | None = None
-    r3: OnlineRotation | None = None
+    r3: OnlineRotation | LayerRotations | None = None
     r4: OnlineRotation | None = None
     cross_head: OnlineRotation | None = None  # (heads·head_dim): across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class RotationSet:
         return errors
 
     def _factors(self, name: str) -> dict[str, torch.Tensor]:
-        online: OnlineRotation | None = getattr(self, name)
+        online: OnlineRotation | LayerRotations | None = getattr(self, name)
         return {} if online is None else {"left": online.left, "right": online.right}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ class RotationSet:
     ) -> "RotationSet":
         """Rebuild a set from its stored form."""
         online = {
-            n: OnlineRotation(tensors[f"{n}.left"], tensors[f"{n}.right"], blocks.get(n, 1))
+            n: _online(tensors[f"{n}.left"], tensors[f"{n}.right"], blocks.get(n, 1))
             for n in ONLINE
             if f"{n}.left" in tensors
         }
@@ -107,6 +107,7 @@ class RotationSet:
         weight_clips = _part(tensors, "weight_clip.")
         r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
         r3, r4, cross_head = (online.get(name) for name in ONLINE)
+        assert not isinstance(r4, LayerRotations) and not isinstance(cross_head, LayerRotations)
         return RotationSet(r1, r2, r3, r4, cross_head, inputs, clips, kv_clips, weight_clips, about)
 
     def save(self, path: Path) -> None:
@@ -126,6 +127,16 @@ class RotationSet:
 def kv_clip_key(layer: int, side: Kept) -> str:
     """Return the name of the clip ratio of keys or of values of a layer: `3.keys`."""
     return f"{layer}.{side}"
+
+
+def _online(
+    left: torch.Tensor, right: torch.Tensor, blocks: int
+) -> OnlineRotation | LayerRotations:
+    """Rebuild a rotation from factors (a, a) and (b, b), or those of all layers from stacks."""
+    if left.dim() == 2:
+        return OnlineRotation(left, right, blocks)
+    pairs = zip(left, right, strict=True)
+    return LayerRotations([OnlineRotation(*pair, blocks) for pair in pairs])
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

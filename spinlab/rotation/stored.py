@@ -95,8 +95,7 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
     if "r2" in widths:
         rules["r2"] = exactly((layers, widths["r2"], widths["r2"]), not_orthogonal)
     for name, width in _online_widths(model_map).items():
-        words = f"a square whose order divides {width}"
-        rule = Rule(lambda s, width=width: _tiles((1, *s), width), words, not_orthogonal)
+        rule = _online_rule(width, layers if name == "r3" else 0)
         rules |= {f"{name}.left": rule, f"{name}.right": rule}
     for input in model_map.inputs:
         rules |= _input_rules(f"inputs.{input.key}", input.width)
@@ -111,6 +110,18 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
             _no_ratio,
         )
     return rules
+
+
+def _online_rule(width: int, layers: int) -> Rule:
+    """Return the rule of a factor of an online rotation; layers: that may have one each, or 0."""
+    words = f"a square whose order divides {width}"
+    words += f", or {layers} of them" if layers else ""
+
+    def fits(shape: Shape) -> bool:
+        own = bool(layers) and len(shape) == 3 and shape[0] == layers
+        return _tiles((1, *(shape[1:] if own else shape)), width)
+
+    return Rule(fits, words, not_orthogonal)
 
 
 def _input_rules(prefix: str, width: int) -> dict[str, Rule]:
@@ -191,9 +202,12 @@ def _check_parts(
 ) -> None:
     """Raise InputError where parts that belong together are not all there, or do not fit."""
     for name, width in _online_widths(model_map).items():
-        orders = [len(tensors[n]) for n in (f"{name}.left", f"{name}.right") if n in tensors]
+        factors = [tensors[n] for n in (f"{name}.left", f"{name}.right") if n in tensors]
+        orders = [factor.shape[-1] for factor in factors]
         if len(orders) == 1:
             raise InputError(f"{path}: {name} has one of its two factors only")
+        if len({factor.dim() for factor in factors}) > 1:
+            raise InputError(f"{path}: {name} has one factor for all layers and one for each")
         if orders and (found := orders[0] * orders[1] * blocks.get(name, 1)) != width:
             raise InputError(f"{path}: {name} has width {found}, the model has {width}")
     parts: dict[str, dict[str, torch.Tensor]] = {}

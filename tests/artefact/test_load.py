@@ -24,6 +24,7 @@ from spinlab.config import (
     ModelConfig,
     Override,
     QuantConfig,
+    RotationConfig,
     TensorQuant,
 )
 from spinlab.errors import InputError
@@ -82,6 +83,7 @@ CASES = {
     },
     "cache": {"kv": KVConfig(CodecConfig(bits=2, group_size=4), CodecConfig(bits=8))},
     "inputs": {"change": with_inputs},
+    "an R3 for each layer": {"rotation": RotationConfig(r3="random", r3_per_layer=True)},
     "no rotations": {"change": lambda rotations: RotationSet()},
 }
 

@@ -154,6 +154,10 @@ def test_a_folder_without_permission_is_refused(tmp_path):
             "cannot hold an R3 that is no exact Hadamard: set rotation.r3=hadamard",
         ),
         (
+            {"learn": LearnConfig(rotations=["r1", "r2", "r3"])},
+            "cannot hold a learned R3: set learn.rotations without r3",
+        ),
+        (
             {"rotation": RotationConfig(r2="none", smooth=0.5, r1="none")},
             "cannot hold scales of inputs: set rotation.smooth=null",
         ),

@@ -158,6 +158,7 @@ def test_learning_wins_back_half_of_what_quantization_lost(make_model, make_lear
 def test_a_resumed_run_ends_with_the_same_bits(make_model, make_learner, tmp_path, name, clip):
     learn = LearnConfig(
         **SETTINGS,
+        rotations=["r1", "r2", "r3"],
         quantize_weights=True,
         optimizer=replace(STEPS, name=name, momentum=0.0 if name.endswith("adam") else 0.5),
         lr=RatesConfig(0.01, clip=clip),
@@ -176,6 +177,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_model, make_learner, tmp_pat
     assert resumed == curve
     assert torch.equal(second.result().r1, whole.result().r1)
     assert torch.equal(second.result().r2, whole.result().r2)
+    assert torch.equal(second.result().r3.dense(), whole.result().r3.dense())
     found, expected = second.result().weight_clips, whole.result().weight_clips
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], v) for k, v in expected.items())

@@ -15,7 +15,7 @@ from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of
 from spinlab.rotation.exchange import read_rotations, with_online, write_bin
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.rotation.online import OnlineRotation, hadamard_rotation
+from spinlab.rotation.online import OnlineRotation, dense_rotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error, random_orthogonal
 from spinlab.rotation.rotations import RotationSet
 
@@ -176,6 +176,10 @@ def test_rotations_of_another_family_are_refused(tmp_path):
             {"r3": OnlineRotation(torch.ones(1, 1), random_orthogonal(4, GENERATOR))},
             "there are r3 that is no exact Hadamard",
         ),
+        (
+            {"r3": dense_rotation(torch.stack([hadamard_rotation(4).dense(), torch.eye(4)]))},
+            "there are r3 that is no exact Hadamard",
+        ),
     ],
     ids=str,
 )
@@ -191,6 +195,13 @@ def test_exact_hadamards_are_made_again_and_are_no_loss(tmp_path, block):
     online = {"r3": hadamard_rotation(4), "r4": hadamard_rotation(20, block), "cross_head": across}
     write_bin(replace(drawn(), **online), tmp_path / "R.bin")
     assert (tmp_path / "R.bin").is_file()
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "identity"])
+def test_an_r3_of_each_layer_that_settings_make_again_is_no_loss(tmp_path, kind):
+    matrix = hadamard_rotation(4).dense() if kind == "hadamard" else torch.eye(4)
+    for r3 in (dense_rotation(matrix), dense_rotation(torch.stack([matrix] * 2))):
+        write_bin(replace(drawn(), r3=r3), tmp_path / "R.bin")
 
 
 def test_online_rotations_of_an_r_bin_come_from_the_settings():

@@ -36,6 +36,8 @@ SWITCHES = [
     RotationConfig(),
     RotationConfig(r1="random", r2="random", r3="random", r4="random"),
     RotationConfig(r3="none", r4="none"),  # SpinQuant no_had
+    RotationConfig(r3="random", r3_per_layer=True),
+    RotationConfig(r3="identity", r3_per_layer=True),
     RotationConfig(r1="none", r2="none"),
     RotationConfig(r1="identity", r2="none", r3="none", r4="hadamard"),
     RotationConfig(r1="none", r2="none", r3="none", r4="none"),

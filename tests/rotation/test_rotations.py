@@ -14,6 +14,8 @@ from spinlab.model.load import meta_model
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of
 from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.online import dense_rotation
+from spinlab.rotation.orthogonal import random_orthogonal
 from spinlab.rotation.rotations import RotationSet
 
 SHAPE = {
@@ -50,6 +52,36 @@ def test_every_layer_has_its_own_r2():
     r2 = drawn().r2
     assert r2.shape == (2, 8, 8)
     assert not torch.equal(r2[0], r2[1])
+
+
+def test_r3_is_one_for_all_layers_or_drawn_for_each(tmp_path):
+    one, each = drawn(r3="random"), drawn(r3="random", r3_per_layer=True)
+    assert one.r3.at(0) is one.r3.at(1)
+    assert each.r3.dense().shape == (2, 8, 8)
+    assert torch.equal(each.r3.at(0).dense(), one.r3.dense())  # the first that is drawn
+    assert not torch.allclose(each.r3.at(0).dense(), each.r3.at(1).dense())
+    assert max(each.orthogonality().values()) < 1e-12
+    each.save(tmp_path / "r.safetensors")
+    loaded = RotationSet.load(tmp_path / "r.safetensors")
+    assert torch.equal(loaded.r3.dense(), each.r3.dense())
+    assert loaded.r3.at(1).blocks == each.r3.at(1).blocks
+
+
+def test_an_r3_that_turns_nothing_is_there_to_be_learned():
+    assert torch.equal(drawn(r3="identity").r3.dense(), torch.eye(8).double())
+    assert drawn(r4="identity").r4 is None
+    assert drawn(r3="identity", online=False).r3 is None
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 8, 8)])
+def test_an_online_rotation_by_a_matrix_multiplies_with_it(shape):
+    g = torch.Generator().manual_seed(1)
+    matrix = torch.stack([random_orthogonal(8, g) for _ in range(3)])
+    matrix = matrix[0] if len(shape) == 2 else matrix
+    found, x = dense_rotation(matrix), torch.randn(2, 5, 8, generator=g).double()
+    assert torch.equal(found.dense(), matrix)
+    for layer in range(3):
+        assert torch.allclose(found.at(layer)(x), x @ matrix.expand(3, 8, 8)[layer])
 
 
 def test_switched_off_rotations_are_absent(tmp_path):

@@ -28,7 +28,7 @@ FAMILIES = {
 def prepare(make_family_model):
     """Return what prepares networks whose key biases are far longer than what tokens add."""
 
-    def make(family="qwen2", kv=None):
+    def make(family="qwen2", kv=None, rotation=None):
         def biased():
             model = make_family_model(family, **FAMILIES[family])
             for layer in map_of(model).layers:
@@ -37,7 +37,7 @@ def prepare(make_family_model):
 
         networks = ExactNetworks(biased, QuantConfig(), kv or KVConfig())
         generator = torch.Generator().manual_seed(0)
-        rotations = initial_rotations(RotationConfig(), map_of(biased()), generator)
+        rotations = initial_rotations(rotation or RotationConfig(), map_of(biased()), generator)
         fused = networks.fused(rotations)
         return networks, rotations, quantize_rtn(fused, QuantConfig(), ClipSearch(), {})
 
@@ -54,11 +54,15 @@ def assert_same(found, expected):
     assert torch.allclose(found, expected, rtol=0, atol=1e-8 * expected.std().item())
 
 
+EACH = RotationConfig(r3="random", r3_per_layer=True)
+
+
 @EVERY_CACHE
+@pytest.mark.parametrize("rotation", [None, EACH], ids=["one R3", "one for each layer"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_passes_chunks_and_steps_are_the_fake_quantized_network(prepare, ids, family, kv):
-    prepared = prepare(family, kv)
+def test_passes_chunks_and_steps_are_the_fake_quantized_network(prepare, ids, family, rotation, kv):
+    prepared = prepare(family, kv, rotation)
     model, expected = runtime(*prepared), prepared[0].dequantized(*prepared[1:])(ids).logits
     assert_same(model(ids).logits, expected)
     cache = new_cache(model, 9)  # too small: it has to grow

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,6 +235,26 @@ def test_a_layer_of_its_own_scaling_keeps_it(make_model, ids):
     networks, rotations, weights = prepared(make)
     expected = networks.dequantized(rotations, weights)(ids).logits
     assert_same(runtime(networks, rotations, weights)(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "kv", [KVConfig(), KV8, KVConfig(queries=CodecConfig())], ids=["packed", "plain", "queries"]
+)
+@torch.no_grad()
+def test_every_layer_has_its_own_r3(make_model, ids, kv):
+    """In one pass, in chunks and step by step; a layer with another one's is another function."""
+    settings = RotationConfig(r3="random", r3_per_layer=True)
+    networks, rotations, weights = prepared(make_model, QUANT, kv, settings)
+    logits = networks.dequantized(rotations, weights)(ids).logits
+    model = runtime(networks, rotations, weights)
+    assert_same(model(ids).logits, logits)
+    cache = new_cache(model, ids.shape[1])
+    parts = [model(p, past_key_values=cache).logits for p in ids.split([7, 5, *[1] * 12], dim=1)]
+    assert_same(torch.cat(parts, 1), logits)
+    assert_same(networks.integer(rotations, weights, "torch")(ids).logits, logits)
+    first = replace(rotations, r3=rotations.r3.at(0))
+    other = networks.dequantized(first, weights)(ids).logits
+    assert (other - logits).abs().max() > 1e-3 * logits.std()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from spinlab.learn.learned.inputs import LearnedInputs
 from spinlab.learn.learned.log_parameters import part_of
 from spinlab.learn.optim import on_manifold, tangent
 from spinlab.model.map import Input
+from spinlab.rotation.online import dense_rotation
 from spinlab.rotation.orthogonal import polar
 from spinlab.rotation.rotations import RotationSet
 
@@ -30,11 +31,12 @@ class Sink:
 
 
 class LearnedRotations:
-    """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim) and the transforms of inputs.
+    """Hold R1 (hidden, hidden), R2 (layers, head_dim, head_dim), R3 and the transforms of inputs.
 
-    Numbers are float32 or wider. A rotation that is off is None; one that is on but not learned is
-    a plain tensor. `cast` holds R1 and R2 in the network's dtype for the length of a step. inputs:
-    those of the model by their keys.
+    Numbers are float32 or wider. A rotation that is off is None; an R1 or R2 that is on but not
+    learned is a plain tensor. R3 is here only where it is learned: (head_dim, head_dim) for all
+    layers, or (layers, head_dim, head_dim). `cast` holds them in the network's dtype for the length
+    of a step. inputs: those of the model by their keys.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class LearnedRotations:
         self.euclidean = learn.optimizer.grad_norm == "euclidean"
         self.all: dict[str, torch.Tensor | None] = {}
         self.parameters: dict[str, nn.Parameter] = {}
-        for name in ("r1", "r2"):
-            matrix = getattr(start, name)
+        matrices = {"r1": start.r1, "r2": start.r2}
+        if "r3" in learn.rotations and start.r3 is not None:
+            matrices["r3"] = start.r3.dense()
+        for name, matrix in matrices.items():
             held = None if matrix is None else matrix.to(device, self.wide, copy=True)
             if held is not None and name in learn.rotations:
                 held = self.parameters[name] = on_manifold(held)
@@ -72,6 +76,10 @@ class LearnedRotations:
     def r2(self) -> torch.Tensor | None:
         return self.all["r2"]
 
+    @property
+    def r3(self) -> torch.Tensor | None:
+        return self.all.get("r3")
+
     def begin(self) -> None:
         """Start a step: cast the rotations as they stand, forget the last gradients."""
         on = {name: held for name, held in self.all.items() if held is not None}
@@ -87,9 +95,8 @@ class LearnedRotations:
         return {name: torch.zeros_like(p.data) for name, p in self.parameters.items()}
 
     def at(self, name: str, layer: int) -> torch.Tensor:
-        """Return R1, or the R2 of a layer: (n, n) in the network's dtype."""
-        held = self.cast[name]
-        return held if name == "r1" else held[layer]
+        """Return R1, R2 or R3 of a layer: (n, n) in the network's dtype."""
+        return _of_layer(self.cast[name], layer)
 
     def anchor(self, name: str) -> torch.Tensor:
         """Return what requires a gradient exactly if a rotation is learned: it itself."""
@@ -98,7 +105,7 @@ class LearnedRotations:
         return held
 
     def sink(self, name: str, layer: int) -> Sink:
-        """Return where the parts of a rotation's gradient go: of R1, or of the R2 of a layer."""
+        """Return where the parts of the gradient of R1, R2 or R3 of a layer go."""
 
         def add(generator: torch.Tensor) -> None:
             self._at(self._generators, name, layer, generator)
@@ -109,12 +116,12 @@ class LearnedRotations:
         return Sink(add, add_half if self.euclidean and name in self.parameters else None)
 
     def add_gradient(self, name: str, layer: int, gradient: torch.Tensor) -> None:
-        """Add a Euclidean gradient (n, n): that of R1, or of the R2 of a layer."""
+        """Add a Euclidean gradient (n, n): that of R1, R2 or R3 of a layer."""
         self._at(self._gradients, name, layer, gradient)
 
     def _at(self, sums: dict[str, torch.Tensor], name: str, layer: int, part: torch.Tensor) -> None:
         if name in self.parameters:
-            (sums[name] if name == "r1" else sums[name][layer]).add_(part)
+            _of_layer(sums[name], layer).add_(part)
 
     @torch.no_grad()
     def finish(self, most: float | None) -> torch.Tensor:
@@ -159,7 +166,11 @@ class LearnedRotations:
 
     def result(self) -> dict[str, Any]:
         """Return what changed in the RotationSet, projected in float64, on the host."""
-        found = {n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()}
+        found: dict[str, Any] = {
+            n: None if r is None else polar(r.detach()).cpu() for n, r in self.all.items()
+        }
+        if "r3" in found:
+            found["r3"] = dense_rotation(found["r3"])
         if self.inputs is not None:
             return {**found, "inputs": self.inputs.result()}
         return found
@@ -183,3 +194,8 @@ class LearnedRotations:
             parameter.copy_(tensors[f"rotation.{name}"])
         if self.inputs is not None:
             self.inputs.scales.load_state(part_of(tensors, "scales."), device)
+
+
+def _of_layer(held: torch.Tensor, layer: int) -> torch.Tensor:
+    """Return what belongs to a layer: (n, n) of a stack for all, or the one that all share."""
+    return held if held.dim() == 2 else held[layer]

@@ -18,6 +18,7 @@ from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.spaces.base import LearningSpace, Parts
+from spinlab.learn.spaces.heads import learn_heads
 from spinlab.learn.spaces.local import LocalTerms
 from spinlab.learn.spaces.rotate import (
     read_normed,
@@ -66,10 +67,11 @@ class ActivationSpace(LearningSpace):
                 linear.register_forward_hook(_rotate_heads(rotations, site.layer, local))
         norm = norm_at(parts.model, map_of(parts.model).final_norm)
         norm.register_forward_hook(self._after_norms)
+        learn_heads(parts.model, rotations)
 
     def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
         if name == "r2":
-            return HeadPath(path, self.rotations, site.layer)
+            return OutputPath(path, self.rotations, site.layer)
         see = local.watch("r1", site.layer) if site.quantized else None
         return StreamPath(path, self.rotations, site.layer, see)
 
@@ -106,7 +108,7 @@ class StreamPath(InputPath):
         return round_rotated(x, r1, anchor, sink, self.quantizer, self.see)
 
 
-class HeadPath(InputPath):
+class OutputPath(InputPath):
     """Quantize what attention gives as it comes, in the basis of R2, and leave that: Q(x) R2ᵀ."""
 
     def __init__(self, path: InputPath, rotations: LearnedRotations, layer: int) -> None:

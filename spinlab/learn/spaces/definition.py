@@ -3,7 +3,8 @@
 `ActivationSpace` and `WeightSpace` must equal it and be faster; tests and `spinlab.bench` compare.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from spinlab.fakequant.insert import weight_format
 from spinlab.formats import IntegerFormat, format_of
 from spinlab.formats.integer import at_least_float32
 from spinlab.formats.quantizer import StraightThrough
+from spinlab.kv.cache import kv_path_of, set_kv_path
 from spinlab.learn.learned import LogParameters
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.model.map import Site
@@ -23,7 +25,7 @@ from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 
 class PlainSpace(LearningSpace):
-    """Make the weights W' = Lᵀ W R of a network functions of R1 and R2.
+    """Make the weights W' = Lᵀ W R of a network functions of R1 and R2, its keys those of R3.
 
     dtype is that of the rotating: float64, as in SpinQuant's published code, unless given.
     """
@@ -33,7 +35,7 @@ class PlainSpace(LearningSpace):
         """Refuse what the definition leaves out."""
         if "inputs" in learn.rotations or learn.lr.input_clip or learn.lr.kv_clip:
             raise InputError(
-                "the plain definition has R1, R2 and weight ranges: leave inputs out of "
+                "the plain definition has R1, R2, R3 and weight ranges: leave inputs out of "
                 "learn.rotations and set learn.lr.input_clip=0 learn.lr.kv_clip=0"
             )
 
@@ -46,7 +48,9 @@ class PlainSpace(LearningSpace):
         self.linears = list(linears_of(model))
         self.frozen = {site.path: linear.weight.detach() for site, linear in self.linears}
         self.biases = {site.path: linear.bias for site, linear in self.linears}
-        decoder_of(model).register_forward_pre_hook(lambda module, args: self._write())
+        self.model, self.kv = model, kv_path_of(model)
+        write = lambda module, args: self._write()  # noqa: E731
+        decoder_of(model).register_forward_pre_hook(write, prepend=True)  # before a cache is made
         self.ends = ends_of(model)
         self.end_weights = [end.weight.detach() for end in self.ends]
 
@@ -101,7 +105,8 @@ class PlainSpace(LearningSpace):
 
     def _rotated(self) -> Iterator[tuple[Site, nn.Linear, torch.Tensor | None, torch.Tensor]]:
         """Yield site, module, what rotates its output, and rotated weight of every linear."""
-        r1, r2 = (None if r is None else r.to(self.dtype) for r in self.rotations.all.values())
+        both = self.rotations.r1, self.rotations.r2
+        r1, r2 = (None if r is None else r.to(self.dtype) for r in both)
         for site, linear in self.linears:
             reads, writes = rotations_at(site, r1, r2)
             frozen = self.frozen[site.path]
@@ -109,7 +114,9 @@ class PlainSpace(LearningSpace):
             yield site, linear, writes, weight.to(frozen.dtype)
 
     def _write(self) -> None:
-        r1 = self.rotations.r1
+        r1, r3 = self.rotations.r1, self.rotations.r3
+        if r3 is not None:
+            set_kv_path(self.model, self.kv.turned_by(cast(Any, _FreeHeads(r3.to(self.dtype)))))
         if r1 is not None:
             for end, weight in zip(self.ends, self.end_weights, strict=True):
                 rotated = weight.to(self.dtype) @ r1.to(self.dtype)
@@ -135,11 +142,23 @@ class PlainSpace(LearningSpace):
         """Take over what autograd left."""
         for name, parameter in self.rotations.parameters.items():
             assert parameter.grad is not None
-            for layer, part in enumerate(parameter.grad[None] if name == "r1" else parameter.grad):
+            gradient = parameter.grad
+            for layer, part in enumerate(gradient[None] if gradient.dim() == 2 else gradient):
                 self.rotations.add_gradient(name, layer, part)
 
     def step(self, rate: float) -> None:
         self.ranges.step(rate)
+
+
+class _FreeHeads:
+    """Turn heads by a free matrix, (n, n) or one for each layer: as an R3 does that is learned."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+
+    def at(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        matrix = self.matrix if self.matrix.dim() == 2 else self.matrix[layer]
+        return lambda x: (x.to(matrix.dtype) @ matrix).to(x.dtype)
 
 
 def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor) -> torch.Tensor:

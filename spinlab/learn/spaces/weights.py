@@ -17,6 +17,7 @@ from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, weight_format
 from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
+from spinlab.learn.spaces.heads import learn_heads
 from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of
 from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.map import Site
@@ -53,6 +54,7 @@ class WeightSpace(LearningSpace):
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
         lr = self.learn.lr.kv_clip
         self.kv_ranges = learn_kv_ranges(model, lr) if lr else LogParameters(lr)
+        learn_heads(model, rotations)  # around codecs, whatever their ranges
         if rotations.r1 is not None:
             ends = map_of(model)
             for path, into in ((ends.embedding, self.enter), (ends.final_norm, self.leave)):

@@ -47,7 +47,9 @@ def _online(record: Record) -> str:
     if not rotation["online"]:
         return "nothing"
     names = ("r3", "r4", *(("cross_head",) if has_hadamard(record["model"]["heads"]) else ()))
-    found = [_ONLINE[name] for name in names if rotation[name] not in ("none", "identity")]
+    off = {"r3": ("none",)}  # an identity is there to be learned
+    online = (n for n in names if rotation[n] not in off.get(n, ("none", "identity")))
+    found = [_ONLINE[name] for name in online]
     found += [_ONLINE[rotation["inputs"]]] if rotation["inputs"] in _ONLINE else []
     return ", ".join(found) or "nothing"
 

@@ -83,11 +83,11 @@ class IntegerAttention(nn.Module):
         slots, tokens = cache.slots, q.shape[1]
         keys, values = slots.rows[self.layer]
         assert isinstance(keys, PackedRows) and isinstance(values, PackedRows)
-        round_trip = cache.filled == 0 and tokens > 1
+        r3, round_trip = self.path.r3_at(self.layer), cache.filled == 0 and tokens > 1
         query, k_round, v_round = self.operations.store(
-            q, k, v, *angles, self.path.r3, keys, values, slots.position, round_trip
+            q, k, v, *angles, r3, keys, values, slots.position, round_trip
         )
-        query = self.behind_store.turn_queries(query)
+        query = self.behind_store.turn_queries(query, self.layer)
         if tokens == 1 and (self.bias is None or self.operations.biased):
             filled = slots.start, slots.length
             bias = self._of_bias(query, cache)
@@ -116,10 +116,11 @@ class IntegerAttention(nn.Module):
         keys, values = cache.slots.rows[self.layer]
         assert isinstance(keys, PlainRows) and isinstance(values, PlainRows)
         query, key = (rotary(x.transpose(1, 2), *angles) for x in (q, k))
-        key = key if self.path.r3 is None else self.path.r3(key)
+        r3 = self.path.r3_at(self.layer)
+        key = key if r3 is None else r3(key)
         keys.write(key, cache.slots.position)
         values.write(v.transpose(1, 2), cache.slots.position)
-        length, query = cache.visible, self.path.turn_queries(query)
+        length, query = cache.visible, self.path.turn_queries(query, self.layer)
         return self._floats(query, keys.read(length), values.read(length), cache)
 
     def _floats(

@@ -1,7 +1,5 @@
 """RoPE, R3 and coding of keys and values in one pass over memory, in Triton."""
 
-from functools import lru_cache
-
 import torch
 
 from spinlab.config.kv import LENGTHS
@@ -37,7 +35,7 @@ def store(
     queries = q.new_empty(batch, tokens, heads, width).transpose(1, 2)
     shape = (batch, kv_heads, tokens, width) if round_trip else (0,)
     k_round, v_round = k.new_empty(shape), v.new_empty(shape)
-    matrix, scale = (q, 1.0) if r3 is None else _matrix(r3, q.dtype, q.device)
+    matrix, scale = (q, 1.0) if r3 is None else r3.whole(q.dtype, q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
     step, warps = _cut(batch * tokens)
     programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
@@ -58,20 +56,6 @@ def store(
 def _cut(tokens: int) -> tuple[int, int]:
     """Return heads per program and warps: few for short waits, many to read R3 less often."""
     return (16, 4) if tokens <= 128 else (64, 4)
-
-
-@lru_cache(maxsize=256)
-def _matrix(
-    r3: OnlineRotation, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, float]:
-    """Return R3 as a product takes it, and what the product is multiplied with.
-
-    In 16 bits the signs of a Hadamard matrix, as OnlineRotation takes them, else float32.
-    """
-    dense = r3.dense()
-    if r3.flat and dtype.itemsize == 2:
-        return dense.sign().to(device, dtype), dense.abs().max().item()
-    return dense.to(device, torch.float32), 1.0
 
 
 def _tensors(rows: PackedRows) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,212 @@
+"""R3 while it is learned: what the network computes, and the gradient, by plain autograd."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from spinlab.config import (
+    CodecConfig,
+    KVConfig,
+    LearnConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RatesConfig,
+    RotationConfig,
+    TensorQuant,
+)
+from spinlab.kv.cache import kv_path_of, set_kv_path
+from spinlab.kv.path import KVPath
+from spinlab.learn.optim import tangent
+from spinlab.learn.spaces import PlainSpace
+from spinlab.model.modules import linear_at, map_of
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.online import LayerRotations, OnlineRotation
+from spinlab.rotation.orthogonal import orthogonality_error
+
+BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
+SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
+FREE = OptimizerConfig(max_grad_norm=None)
+EUCLIDEAN = replace(FREE, grad_norm="euclidean")
+WEIGHTS = QuantConfig(weights=TensorQuant(symmetric=True))
+FLOATS = QuantConfig(weights=TensorQuant(bits=16), activations=TensorQuant(bits=16))
+ONE = RotationConfig(r3="random")
+EACH = RotationConfig(r3="random", r3_per_layer=True)
+FOUR = CodecConfig(bits=4)
+CACHES = {
+    "affine": KVConfig(),
+    "queries": KVConfig(queries=FOUR),
+    "queries alone": KVConfig(keys=CodecConfig(bits=16), queries=FOUR),
+    "a window": KVConfig(sinks=2, window=3),
+    "runs": KVConfig(keys=CodecConfig(codec="kivi", bits=2, run=4)),
+    "a layer in floats": KVConfig(first_layers=1),
+    "three bits": KVConfig(keys=CodecConfig(bits=3, clip_ratio=0.9)),
+    "lloyd-max": KVConfig(keys=CodecConfig(codec="lloyd_max", bits=4)),
+}
+
+
+@pytest.fixture
+def make_biased(make_family_model):
+    def make():
+        model = make_family_model("qwen2").double()
+        for layer in map_of(model).layers:
+            linear_at(model, layer.attention.keys).bias.data *= 30
+        return model
+
+    return make
+
+
+def gradients(learner):
+    terms, norm = learner.gradients(0, BATCH)
+    return terms, {n: p.grad.clone() for n, p in learner.rotations.parameters.items()}, norm
+
+
+def learn(**changes):
+    settings = {"rotations": ["r1", "r2", "r3"], "optimizer": EUCLIDEAN, **SETTINGS}
+    return LearnConfig(**{**settings, **changes})
+
+
+# the plain definition: R3 a free matrix on both sides -------------------------------------------
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("rotation", [ONE, EACH], ids=["one", "each"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_loss_gradient_and_norm_are_those_of_the_plain_definition(
+    make_model, learner_of, rounded, rotation, cache
+):
+    parts = learn(quantize_weights=rounded), WEIGHTS, CACHES[cache], rotation
+    make = partial(make_model, torch.float64)
+    found = gradients(learner_of(make, *parts))
+    plain = gradients(learner_of(make, *parts, space=PlainSpace))
+    assert found[0] == pytest.approx(plain[0], rel=1e-10)
+    assert found[2] == pytest.approx(plain[2], rel=1e-8)
+    assert found[1].keys() == {"r1", "r2", "r3"}
+    for name, gradient in plain[1].items():
+        assert gradient.norm() > 1e-5
+        error = (found[1][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-8, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("rotation", [ONE, EACH], ids=["one", "each"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_bias_that_is_apart_is_turned_by_what_is_learned(
+    make_biased, learner_of, rounded, rotation
+):
+    parts = learn(quantize_weights=rounded), WEIGHTS, KVConfig(), rotation
+    found = gradients(learner_of(make_biased, *parts))
+    plain = gradients(learner_of(make_biased, *parts, space=PlainSpace))
+    assert all(kv_path_of(learner_of(make_biased, *parts).model).biases)
+    assert found[0] == pytest.approx(plain[0], rel=1e-7)  # angles of RoPE are float32's
+    assert found[2] == pytest.approx(plain[2], rel=1e-5)
+    for name, gradient in plain[1].items():
+        assert torch.allclose(found[1][name], gradient, rtol=1e-5, atol=1e-6 * gradient.norm())
+
+
+@pytest.mark.parametrize("rotation", [ONE, EACH], ids=["one", "each"])
+def test_r3_can_be_learned_alone(make_model, learner_of, rotation):
+    make = partial(make_model, torch.float64)
+    parts = learn(rotations=["r3"]), FLOATS, KVConfig(), rotation
+    found = gradients(learner_of(make, *parts))
+    plain = gradients(learner_of(make, *parts, space=PlainSpace))
+    assert found[1].keys() == {"r3"}
+    assert torch.allclose(found[1]["r3"], plain[1]["r3"], rtol=1e-7, atol=1e-12)
+
+
+# what is learned --------------------------------------------------------------------------------
+
+
+def test_one_r3_is_tied_ones(make_model, learner_of):
+    """The gradient of one for all is the sum of those of each layer, where these are equal."""
+    make = partial(make_model, torch.float64)
+    one = initial_rotations(ONE, map_of(make()), torch.Generator().manual_seed(4))
+    layers = len(map_of(make()).layers)
+    each = replace(one, r3=LayerRotations([one.r3] * layers))
+    for rounded in (False, True):
+        parts = learn(quantize_weights=rounded, optimizer=FREE), WEIGHTS, None
+        whole = gradients(learner_of(make, *parts, one))
+        apart = gradients(learner_of(make, *parts, each))
+        assert whole[0] == pytest.approx(apart[0], rel=1e-12)
+        assert apart[1]["r3"].shape == (layers, *whole[1]["r3"].shape)
+        assert torch.allclose(whole[1]["r3"], apart[1]["r3"].sum(0), rtol=1e-9, atol=1e-13)
+        assert torch.allclose(whole[1]["r1"], apart[1]["r1"], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("rotation", [ONE, EACH, RotationConfig(r3="identity")])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_network_that_is_learned_on_is_the_one_that_results(
+    make_model, learner_of, rounded, rotation
+):
+    """A learner from the result, with R3 held, starts with the loss that the first ends with."""
+    make = partial(make_model, torch.float64)
+    settings = learn(quantize_weights=rounded, optimizer=FREE, lr=RatesConfig(0.1, r3=5.0))
+    first = learner_of(make, settings, WEIGHTS, None, rotation)
+    for index in range(3):
+        first.step(index, BATCH)
+    first.rotations.project()
+    last = gradients(first)[0]["loss"]
+    result = first.result()
+    held = learner_of(make, replace(settings, rotations=["r1"]), WEIGHTS, None, result)
+    assert gradients(held)[0]["loss"] == pytest.approx(last, rel=1e-9)
+    assert type(result.r3) is (LayerRotations if rotation.r3_per_layer else OnlineRotation)
+    moved = result.r3.dense() - first.start.r3.dense()
+    assert moved.flatten(-2).norm(dim=-1).min() > 1e-3
+    assert result.orthogonality()["r3.right"] < 1e-12
+
+
+def test_learning_r3_alone_lowers_the_error_of_coarse_keys(make_model, learner_of):
+    make = partial(make_model, torch.float64)
+    objective = ObjectiveConfig(cross_entropy=0, kl=1.0)
+    settings = learn(
+        steps=25, rotations=["r3"], optimizer=FREE, objective=objective, lr=RatesConfig(r3=30.0)
+    )
+    kv = KVConfig(keys=CodecConfig(bits=2), values=CodecConfig(bits=16))
+    learner = learner_of(make, settings, FLOATS, kv, EACH, apart=True)
+    curve = [learner.step(index, BATCH)["loss"] for index in range(25)]
+    assert min(curve[-5:]) < 0.7 * curve[0]
+    assert orthogonality_error(learner.rotations.r3) < 1e-3
+
+
+def test_an_r3_that_is_not_learned_stays_where_it_runs(make_model, learner_of):
+    make = partial(make_model, torch.float64)
+    learner = learner_of(make, learn(rotations=["r1", "r2"]), WEIGHTS, None, ONE)
+    assert learner.rotations.r3 is None
+    assert kv_path_of(learner.model).r3 is learner.start.r3
+    learner.step(0, BATCH)
+    assert learner.result().r3 is learner.start.r3
+
+
+def test_learned_ranges_of_keys_meet_a_learned_basis(make_model, learner_of):
+    """Against autograd through R3 on both sides; the gradient of a range is no identity."""
+    make = partial(make_model, torch.float64)
+    settings = learn(
+        quantize_weights=True, optimizer=FREE, lr=RatesConfig(0.1, clip=0, kv_clip=0.05)
+    )
+    kv = KVConfig(keys=CodecConfig(bits=3, clip_ratio=0.8))
+    learner = learner_of(make, settings, WEIGHTS, kv, EACH)
+    _, found, _ = gradients(learner)
+    of_ranges = {name: log.grad.clone() for name, log in learner.space.kv_ranges.logs.items()}
+    expected, of_plain = by_autograd(learner_of(make, settings, WEIGHTS, kv, EACH))
+    assert torch.allclose(found["r3"], expected, rtol=1e-7, atol=1e-12)
+    assert of_ranges.keys() == of_plain.keys()
+    for name, gradient in of_plain.items():
+        assert torch.allclose(of_ranges[name], gradient, rtol=1e-7)
+
+
+def by_autograd(learner):
+    """Return R3's gradient, and those of ranges, where a leaf turns queries and keys."""
+    path = kv_path_of(learner.model)
+    leaf = learner.start.r3.dense().clone().requires_grad_()
+
+    class Free:
+        def at(self, layer):
+            return lambda x: x @ leaf[layer]
+
+    names = KVPath.__dataclass_fields__
+    plain = KVPath(**{name: getattr(path, name) for name in names})
+    set_kv_path(learner.model, replace(plain, r3=Free()))
+    learner.gradients(0, BATCH)
+    of_ranges = {name: log.grad for name, log in learner.space.kv_ranges.logs.items()}
+    return tangent(leaf.detach(), leaf.grad @ leaf.detach().mT), of_ranges
