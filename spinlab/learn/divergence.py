@@ -36,7 +36,7 @@ class DivergenceCheck:
         if not (math.isfinite(loss) and math.isfinite(norm) and loss <= self.most * first):
             raise Divergence(
                 f"learning diverged at step {step}: loss {loss:.4g} (at the start {first:.4g}), "
-                f"gradient norm {norm:.4g}: lower learn.lr.r1 or learn.lr.r2, set "
+                f"gradient norm {norm:.4g}: lower learn.lr.r1, learn.lr.r2 or learn.lr.r3, set "
                 "learn.optimizer.max_grad_norm, or raise learn.max_loss_ratio",
                 self.last_good,
             )

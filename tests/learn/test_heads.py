@@ -19,6 +19,7 @@ from spinlab.config import (
 )
 from spinlab.kv.cache import kv_path_of, set_kv_path
 from spinlab.kv.path import KVPath
+from spinlab.learn import recompute_layers
 from spinlab.learn.optim import tangent
 from spinlab.learn.spaces import PlainSpace
 from spinlab.model.modules import linear_at, map_of
@@ -210,3 +211,25 @@ def by_autograd(learner):
     learner.gradients(0, BATCH)
     of_ranges = {name: log.grad for name, log in learner.space.kv_ranges.logs.items()}
     return tangent(leaf.detach(), leaf.grad @ leaf.detach().mT), of_ranges
+
+
+def test_layers_that_are_run_again_give_the_same_gradient(make_model, learner_of):
+    parts = learn(), WEIGHTS, CACHES["queries"], EACH
+    make = partial(make_model, torch.float64)
+    again = learner_of(make, *parts)
+    recompute_layers(again.model)
+    found, expected = gradients(again), gradients(learner_of(make, *parts))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+
+
+@pytest.mark.parametrize(("bits", "least"), [(4, 0.9), (2, 0.98)])
+def test_a_16_bit_network_finds_the_gradient_of_a_wide_one(make_model, learner_of, bits, least):
+    make = partial(make_model, torch.float64)
+    kv = KVConfig(keys=CodecConfig(bits=bits), values=CodecConfig(bits=16))
+    settings = [learn(rotations=["r3"], dtype=dtype) for dtype in (None, "bfloat16")]
+    exact, found = (
+        gradients(learner_of(make, s, FLOATS, kv, EACH))[1]["r3"].double().flatten()
+        for s in settings
+    )
+    assert torch.cosine_similarity(found, exact, 0) > least
