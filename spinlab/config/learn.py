@@ -167,11 +167,15 @@ class LearnConfig:
                 "learn.quantize_weights=true needs a term that sees rounded weights: weigh "
                 "learn.objective.cross_entropy, kl or layer_mse"
             )
-        unseen = [name for name in ("r3", "inputs") if name in self.rotations]
-        if self.objective.on_activations and unseen:
+        if self.objective.on_activations and "inputs" in self.rotations:
             raise InputError(
                 "learn.objective.kurtosis, whip and further look at what R1 and R2 alone make of "
-                f"activations: leave {' and '.join(unseen)} out of learn.rotations, or these terms"
+                "activations: leave inputs out of learn.rotations, or these terms"
+            )
+        if "r3" in self.rotations and not self.objective.end_to_end:
+            raise InputError(
+                "r3 in learn.rotations needs a term that sees coded keys: weigh "
+                "learn.objective.cross_entropy, kl or layer_mse, or leave r3 out"
             )
         if not self.rotations:
             raise InputError(

@@ -20,11 +20,7 @@ from spinlab.rotation.duquant import (
 from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.kinds import KINDS
-from spinlab.rotation.online import (
-    LayerRotations,
-    OnlineRotation,
-    hadamard_rotation,
-)
+from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics
 
@@ -149,12 +145,12 @@ class _Maker:
 
     def heads(self) -> OnlineRotation | LayerRotations | None:
         """Make R3, of all layers or of each; an identity is there to be learned."""
-        kind, layers = self.config.r3, len(self.map.layers)
+        kind = self.config.r3
         if kind == "none" or not self.config.online:
             return None
         if not self.config.r3_per_layer:
             return self._online("r3", kind)
-        return LayerRotations([self._online("r3", kind) for _ in range(layers)])
+        return LayerRotations([self._online("r3", kind) for _ in self.map.layers])
 
     def of_mlp(self) -> OnlineRotation | None:
         """Make R4, which is never learned: an identity is left out."""

@@ -8,6 +8,7 @@ import torch
 
 from spinlab.config import (
     CodecConfig,
+    Config,
     KVConfig,
     LearnConfig,
     ObjectiveConfig,
@@ -17,15 +18,17 @@ from spinlab.config import (
     RotationConfig,
     TensorQuant,
 )
+from spinlab.errors import InputError
 from spinlab.kv.cache import kv_path_of, set_kv_path
 from spinlab.kv.path import KVPath
-from spinlab.learn import recompute_layers
+from spinlab.learn import check_learning, recompute_layers
 from spinlab.learn.optim import tangent
 from spinlab.learn.spaces import PlainSpace
 from spinlab.model.modules import linear_at, map_of
 from spinlab.rotation.initial import initial_rotations
-from spinlab.rotation.online import LayerRotations, OnlineRotation
+from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error
+from spinlab.rotation.rotations import RotationSet
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
 SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
@@ -233,3 +236,15 @@ def test_a_16_bit_network_finds_the_gradient_of_a_wide_one(make_model, learner_o
         for s in settings
     )
     assert torch.cosine_similarity(found, exact, 0) > least
+
+
+def test_a_file_without_r3_leaves_nothing_to_learn():
+    names = {"rotations": ["r1", "r3"]}
+    config = Config(rotation=RotationConfig(load="R.safetensors"), learn=learn(**names))
+    with pytest.raises(
+        InputError, match=r"rotation\.load=R\.safetensors brings none: leave r3 out"
+    ):
+        check_learning(config, RotationSet())
+    check_learning(config, RotationSet(r3=hadamard_rotation(8)))
+    settings = replace(config, rotation=RotationConfig(load="R.bin"))
+    check_learning(settings, RotationSet())  # what runs online is the settings'

@@ -47,7 +47,7 @@ def original():
 
 
 def learned(rounded: bool, recompute: bool) -> dict:
-    """Learn three steps on the processes there are; return curve, R1, R2 and what was sharded."""
+    """Learn three steps on the processes there are; return what came of it and what was sharded."""
     learn = LearnConfig(
         steps=3,
         batch=4,
@@ -55,11 +55,14 @@ def learned(rounded: bool, recompute: bool) -> dict:
         objective=OBJECTIVE,
         quantize_weights=rounded,
         optimizer=OptimizerConfig(grad_norm="euclidean"),
+        rotations=["r1", "r2", "r3"],
         lr=RatesConfig(clip=0.03, input_clip=0.01, kv_clip=0.01) if rounded else RatesConfig(),
     )
     networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
     model_map = map_of(original())
-    start = initial_rotations(RotationConfig(), model_map, torch.Generator().manual_seed(0))
+    start = initial_rotations(
+        RotationConfig(r3_per_layer=True), model_map, torch.Generator().manual_seed(0)
+    )
     model, teacher = networks.learnable(start), original() if rounded else None
     learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
     if recompute:
@@ -75,6 +78,7 @@ def learned(rounded: bool, recompute: bool) -> dict:
         "curve": curve,
         "r1": result.r1,
         "r2": result.r2,
+        "r3": result.r3.dense(),
         "clips": result.clips,
         "kv_clips": result.kv_clips,
         "share": local.numel() / weight.numel(),
@@ -112,6 +116,7 @@ def test_two_processes_learn_what_one_learns(case, two_processes):
             assert ours == pytest.approx(expected, rel=1e-8, abs=1e-12)
         assert torch.allclose(found["r1"], alone["r1"], atol=1e-9)
         assert torch.allclose(found["r2"], alone["r2"], atol=1e-9)
+        assert torch.allclose(found["r3"], alone["r3"], atol=1e-9)
         assert found["clips"] == pytest.approx(alone["clips"], rel=1e-6)
     assert torch.equal(first["r1"], second["r1"])
     assert first["share"] + second["share"] == pytest.approx(2 if rounded else 1)

@@ -25,7 +25,7 @@ from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 
 class PlainSpace(LearningSpace):
-    """Make the weights W' = Lᵀ W R of a network functions of R1 and R2, its keys those of R3.
+    """Make the weights W' = Lᵀ W R of a network functions of R1 and R2, its keys one of R3.
 
     dtype is that of the rotating: float64, as in SpinQuant's published code, unless given.
     """
@@ -49,8 +49,8 @@ class PlainSpace(LearningSpace):
         self.frozen = {site.path: linear.weight.detach() for site, linear in self.linears}
         self.biases = {site.path: linear.bias for site, linear in self.linears}
         self.model, self.kv = model, kv_path_of(model)
-        write = lambda module, args: self._write()  # noqa: E731
-        decoder_of(model).register_forward_pre_hook(write, prepend=True)  # before a cache is made
+        decoder = decoder_of(model)  # first of all, as a cache is made of the path
+        decoder.register_forward_pre_hook(lambda module, args: self._write(), prepend=True)
         self.ends = ends_of(model)
         self.end_weights = [end.weight.detach() for end in self.ends]
 
