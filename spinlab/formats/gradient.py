@@ -29,6 +29,16 @@ def round_in_range(
     return RoundInRange.apply(x, log_ratio, format, group_size)  # type: ignore[no-any-return]
 
 
+def round_by_range(x: torch.Tensor, quantizer: TokenQuantizer) -> torch.Tensor:
+    """Do what a quantizer's round trip does to x: (..., C), with the gradient for x from above.
+
+    Straight-through passes gradients as they are; this one knows what the entries at the extremes
+    do to all others of their group.
+    """
+    ratio = torch.as_tensor(quantizer.clip_ratio, dtype=torch.float64, device=x.device)
+    return round_in_range(x, ratio.log(), quantizer.format, quantizer.group_size)
+
+
 class RoundInRange(torch.autograd.Function):
     """Round forward, pull back by LSQ; keeps x for that, where straight-through keeps nothing."""
 

@@ -142,6 +142,13 @@ class RowCodec(Protocol):
         """Return round(x) with a gradient: that of x passes straight through."""
         return StraightThrough.apply(x, self.round)  # type: ignore[no-any-return]
 
+    def pass_by_range(self, x: torch.Tensor) -> torch.Tensor:
+        """Return round(x) with a gradient that knows how x sets the range, where there is one.
+
+        What is learned right before the codec (`spinlab.learn.spaces.heads`) needs it.
+        """
+        return self.pass_through(x)
+
     def encode_and_round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return encode(x) for x: (..., width), and what it decodes to in x's dtype."""
         rows = self.encode(x)

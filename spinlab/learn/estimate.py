@@ -183,8 +183,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         errors = stream if job.quant.activations.quantizes else 0
         errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs
         kept = errors + queries + values
-    # keys as R3 meets them, and what their codec leaves
-    kept += 2 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
+    # keys as R3 meets them, as their codec does, and what that leaves
+    kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
     kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
     numbers = kept + 2 * queries + 2 * values + 3 * gated
     return numbers * job.size + attention.heads * 4  # attention's normalizers are float32

@@ -29,6 +29,7 @@ from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
+from tests.learn.test_kv_ranges import ByAutograd
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
 SETTINGS = dict(steps=4, batch=4, sequence_length=16, micro_batch=2)
@@ -47,6 +48,7 @@ CACHES = {
     "runs": KVConfig(keys=CodecConfig(codec="kivi", bits=2, run=4)),
     "a layer in floats": KVConfig(first_layers=1),
     "three bits": KVConfig(keys=CodecConfig(bits=3, clip_ratio=0.9)),
+    "groups of floats": KVConfig(keys=CodecConfig(codec="nvfp4")),
     "lloyd-max": KVConfig(keys=CodecConfig(codec="lloyd_max", bits=4)),
 }
 
@@ -82,7 +84,7 @@ def test_loss_gradient_and_norm_are_those_of_the_plain_definition(
     make_model, learner_of, rounded, rotation, cache
 ):
     parts = learn(quantize_weights=rounded), WEIGHTS, CACHES[cache], rotation
-    make = partial(make_model, torch.float64)
+    make = partial(make_model, torch.float64, head_dim=16 if "groups" in cache else 8)
     found = gradients(learner_of(make, *parts))
     plain = gradients(learner_of(make, *parts, space=PlainSpace))
     assert found[0] == pytest.approx(plain[0], rel=1e-10)
@@ -182,38 +184,30 @@ def test_an_r3_that_is_not_learned_stays_where_it_runs(make_model, learner_of):
     assert learner.result().r3 is learner.start.r3
 
 
-def test_learned_ranges_of_keys_meet_a_learned_basis(make_model, learner_of):
-    """Against autograd through R3 on both sides; the gradient of a range is no identity."""
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed ranges", "learned ranges"])
+def test_the_gradient_knows_what_r3_does_to_ranges(make_model, learner_of, learned, symmetric):
+    """Of a formula that autograd differentiates, with R3 a leaf on both sides."""
     make = partial(make_model, torch.float64)
-    settings = learn(
-        quantize_weights=True, optimizer=FREE, lr=RatesConfig(0.1, clip=0, kv_clip=0.05)
-    )
-    kv = KVConfig(keys=CodecConfig(bits=3, clip_ratio=0.8))
-    learner = learner_of(make, settings, WEIGHTS, kv, EACH)
-    _, found, _ = gradients(learner)
-    of_ranges = {name: log.grad.clone() for name, log in learner.space.kv_ranges.logs.items()}
-    expected, of_plain = by_autograd(learner_of(make, settings, WEIGHTS, kv, EACH))
-    assert torch.allclose(found["r3"], expected, rtol=1e-7, atol=1e-12)
-    assert of_ranges.keys() == of_plain.keys()
-    for name, gradient in of_plain.items():
-        assert torch.allclose(of_ranges[name], gradient, rtol=1e-7)
-
-
-def by_autograd(learner):
-    """Return R3's gradient, and those of ranges, where a leaf turns queries and keys."""
-    path = kv_path_of(learner.model)
-    leaf = learner.start.r3.dense().clone().requires_grad_()
+    rates = RatesConfig(0.1, kv_clip=0.05 if learned else 0)
+    settings = learn(quantize_weights=True, optimizer=FREE, lr=rates)
+    codec = CodecConfig(bits=3, clip_ratio=0.8, symmetric=symmetric)
+    kv = KVConfig(keys=codec, values=CodecConfig(bits=16))
+    found = gradients(learner_of(make, settings, WEIGHTS, kv, EACH))
+    plain = learner_of(make, settings, WEIGHTS, kv, EACH)
+    leaf = plain.start.r3.dense().clone().requires_grad_()
+    ratio = torch.tensor(0.8, dtype=torch.float32 if learned else torch.float64)
+    keys = ByAutograd(ratio.double(), bits=3, symmetric=symmetric)
 
     class Free:
         def at(self, layer):
             return lambda x: x @ leaf[layer]
 
-    names = KVPath.__dataclass_fields__
-    plain = KVPath(**{name: getattr(path, name) for name in names})
-    set_kv_path(learner.model, replace(plain, r3=Free()))
-    learner.gradients(0, BATCH)
-    of_ranges = {name: log.grad for name, log in learner.space.kv_ranges.logs.items()}
-    return tangent(leaf.detach(), leaf.grad @ leaf.detach().mT), of_ranges
+    set_kv_path(plain.model, KVPath(Free(), keys))
+    assert plain.gradients(0, BATCH)[0] == pytest.approx(found[0], rel=1e-9)
+    expected = tangent(leaf.detach(), leaf.grad @ leaf.detach().mT)
+    error = (found[1]["r3"] - expected).norm() / expected.norm()
+    assert error < 1e-6
 
 
 def test_layers_that_are_run_again_give_the_same_gradient(make_model, learner_of):

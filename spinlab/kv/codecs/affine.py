@@ -9,6 +9,7 @@ import torch
 from spinlab.config import CodecConfig
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
+from spinlab.formats.gradient import round_by_range
 from spinlab.formats.integer_numpy import FewLevels
 from spinlab.formats.pack import pack_few_levels, packed_bytes
 from spinlab.formats.quantizer import Encoded, TokenQuantizer, check_group
@@ -82,6 +83,10 @@ class AffineCodec(RowCodec):
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
         return self.quantizer.round_trip(x)
+
+    def pass_by_range(self, x: torch.Tensor) -> torch.Tensor:
+        """Return round(x): (..., width), with LSQ's gradient."""
+        return round_by_range(x, self.quantizer)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""

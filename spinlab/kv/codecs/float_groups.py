@@ -8,6 +8,7 @@ import torch
 from spinlab.config import CodecConfig
 from spinlab.errors import InputError
 from spinlab.formats import FORMATS, NVFP4
+from spinlab.formats.gradient import round_by_range
 from spinlab.formats.minifloat import GroupFloat, e8m0_of, powers_of
 from spinlab.formats.quantizer import Encoded, TokenQuantizer, check_group
 from spinlab.kv.base import RowCodec
@@ -56,6 +57,10 @@ class FloatGroupCodec(RowCodec):
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """Return decode(encode(x)) without the bytes in between: (..., width)."""
         return self._quantizer.round_trip(x)
+
+    def pass_by_range(self, x: torch.Tensor) -> torch.Tensor:
+        """Return round(x): (..., width), with the gradient of the format."""
+        return round_by_range(x, self._quantizer)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Code x: (..., width) as (..., row_bytes) uint8."""

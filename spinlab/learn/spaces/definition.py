@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,10 @@ from spinlab.fakequant.insert import weight_format
 from spinlab.formats import IntegerFormat, format_of
 from spinlab.formats.integer import at_least_float32
 from spinlab.formats.quantizer import StraightThrough
+from spinlab.kv.base import RowCodec
 from spinlab.kv.cache import kv_path_of, set_kv_path
+from spinlab.kv.layers import rounded
+from spinlab.kv.path import KVPath, Sides
 from spinlab.learn.learned import LogParameters
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.model.map import Site
@@ -116,7 +121,8 @@ class PlainSpace(LearningSpace):
     def _write(self) -> None:
         r1, r3 = self.rotations.r1, self.rotations.r3
         if r3 is not None:
-            set_kv_path(self.model, self.kv.turned_by(cast(Any, _FreeHeads(r3.to(self.dtype)))))
+            path = self.kv.turned_by(cast(Any, _FreeHeads(r3.to(self.dtype))))
+            set_kv_path(self.model, _FreePath(**vars(path)))
         if r1 is not None:
             for end, weight in zip(self.ends, self.end_weights, strict=True):
                 rotated = weight.to(self.dtype) @ r1.to(self.dtype)
@@ -150,8 +156,22 @@ class PlainSpace(LearningSpace):
         self.ranges.step(rate)
 
 
+@dataclass(frozen=True)
+class _FreePath(KVPath):
+    """Turn heads by a free matrix, (n, n) or one for each layer, and round by ranges."""
+
+    def sides(self, layer: int) -> Sides:
+        keys, values = super().sides(layer)
+        return Sides(_by_range(keys), values)
+
+    def turn_queries(self, query: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        r3 = self.r3_at(layer)
+        assert r3 is not None
+        return rounded(r3(query), _by_range(self.queries))
+
+
 class _FreeHeads:
-    """Turn heads by a free matrix, (n, n) or one for each layer: as an R3 does that is learned."""
+    """Stand for an R3: (n, n), or one for each layer."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.matrix = matrix
@@ -159,6 +179,14 @@ class _FreeHeads:
     def at(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
         matrix = self.matrix if self.matrix.dim() == 2 else self.matrix[layer]
         return lambda x: (x.to(matrix.dtype) @ matrix).to(x.dtype)
+
+
+def _by_range(codec: RowCodec | None) -> RowCodec | None:
+    """Return what rounds as a codec does, with its gradient by the range."""
+    if codec is None:
+        return None
+    stand_in = SimpleNamespace(run=codec.run, pass_through=codec.pass_by_range)
+    return cast(RowCodec, stand_in)
 
 
 def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 Scores are (q R3)·Q(k R3) = q·(Q(k R3) R3ᵀ): only what rounding leaves depends on R3, and the
 gradient of R3 comes from there alone. With R3 on both sides, as the network runs later, it would be
-what remains of two large parts that cancel.
+what remains of two large parts that cancel. What R3 can win is a smaller range, of which a
+straight-through gradient knows nothing: codecs give theirs by the range, where they have one.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -22,8 +23,7 @@ def learn_heads(model: PreTrainedModel, rotations: LearnedRotations) -> None:
     """Put a learned R3 in place of the one in a model's path of keys and queries; else nothing."""
     if rotations.r3 is not None:
         path = kv_path_of(model).turned_by(None)
-        parts = {f.name: getattr(path, f.name) for f in fields(path)}
-        set_kv_path(model, HeadPath(**parts, rotations=rotations))
+        set_kv_path(model, HeadPath(**vars(path), rotations=rotations))
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def _rounded(
 ) -> torch.Tensor:
     """Return Q(x R) Rᵀ for x (..., head_dim), taken as x + (Q(y) - y) Rᵀ, y = x R.
 
-    A 16-bit R then only blurs the error, and where the codec's gradient is that of the identity,
-    y gets none.
+    A 16-bit R then only blurs the error. Of the gradient, y gets what the codec's has beside the
+    identity: where that goes straight through, none.
     """
     r3, anchor = rotations.at("r3", layer), rotations.anchor("r3")
     sink = Sink(rotations.sink("r3", layer).add)
     y = rotate(x, r3, anchor, sink)
-    return x + rotate_back(codec.pass_through(y) - y, r3, anchor, sink)
+    return x + rotate_back(codec.pass_by_range(y) - y, r3, anchor, sink)

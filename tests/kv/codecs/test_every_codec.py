@@ -69,3 +69,17 @@ def test_coding_is_the_same_in_every_dtype_up_to_its_noise(chosen):
         found = codec.round(x.to(dtype))
         assert found.dtype == dtype
         assert ((found - exact).abs() > atol).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("chosen", SETTINGS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gradient_by_the_range_changes_no_number(chosen, dtype):
+    """It moves entries at the extremes alone, where a codec has ranges."""
+    codec = make_codec("kv.keys", chosen, 2 * GROUP.get(chosen.codec, 8), 0)
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(3, 24, codec.width, generator=generator).to(dtype) for _ in range(2))
+    by_range = codec.pass_by_range(x.requires_grad_())
+    assert torch.equal(by_range, codec.round(x.detach()))
+    (found,) = torch.autograd.grad(by_range, x, upstream)
+    others = (found != upstream).double().mean()
+    assert 0 < others < 0.9 if chosen.codec not in ("lloyd_max", "qjl") else others == 0
