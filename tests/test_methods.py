@@ -48,6 +48,7 @@ PARTS = {
     "duquant_gptq": _DUQUANT,
     "duquant_lwc": _DUQUANT,
     "learned_inputs": _DUQUANT,
+    **dict.fromkeys(("wush", "wush_gptq"), (_NEITHER, "r3", {(False, True)})),
     "spinquant_no_had": (_BOTH, "", set()),
     "learned_fused": (_BOTH, "r3r4", {(True, False)}),
     "learned_blocks": ((False, True), "r3r4", {(True, True), (True, False)}),

@@ -222,6 +222,25 @@ class Config:
                 "learn.rotations, or set kv.keys.bits"
             )
 
+    def _check_maps(self) -> None:
+        """Refuse to learn WUSH's maps, or R1 and R2 in front of maps of inputs that stay."""
+        rotation, learned = self.rotation, "inputs" in self.learn.rotations
+        wush = rotation.inputs == "wush"
+        if wush and learned:
+            raise InputError(
+                "rotation.inputs=wush makes maps that are no rotations, in closed form, and "
+                "inputs in learn.rotations are learned as rotations: use learn=none, or "
+                "rotation.inputs=blocks"
+            )
+        before = [name for name in ("r1", "r2") if getattr(rotation, name) != "none"]
+        if rotation.turns_inputs and before and not learned:
+            alone = " ".join(f"rotation.{name}=none" for name in before)
+            cure = "use learn=none" if wush else "add inputs to learn.rotations, use learn=none"
+            raise InputError(
+                f"rotation.inputs={rotation.inputs} turns what {' and '.join(before).upper()} "
+                f"give, and is not learned along with them: {cure}, or set {alone}"
+            )
+
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
@@ -237,6 +256,7 @@ class Config:
                 "rotation.inputs=scales with learn.lr.scale=0 leaves inputs in learn.rotations "
                 "nothing: set learn.lr.scale, or 'learn.rotations=[r1,r2]' rotation.inputs=none"
             )
+        self._check_maps()
         self._check_learned_scales()
         self._check_learned_heads()
         if learn.lr.input_clip and not inputs:

@@ -3,12 +3,16 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from spinlab.config.checks import at_least, choice, count
+from spinlab.config.checks import at_least, choice, count, positive
 from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
 # kinds of transforms of inputs that run online, and the rotations that they leave no room for
-_REPLACED = {"duquant": ("r1", "r2", "r4", "cross_head"), "blocks": ("cross_head",)}
+_REPLACED = {
+    "duquant": ("r1", "r2", "r4", "cross_head"),
+    "blocks": ("cross_head",),
+    "wush": ("cross_head",),
+}
 SAME = ("identity", "hadamard", "exact_hadamard")  # online, kinds that are not drawn
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 
@@ -34,13 +38,29 @@ class BlocksConfig:
     kind: str = "hadamard"  # in spinlab.rotation.kinds
 
     def __post_init__(self) -> None:
-        if self.size < 2 or self.size & (self.size - 1):
-            raise InputError(f"rotation.blocks.size={self.size} must be a power of two from 2 on")
+        _power("rotation.blocks.size", self.size)
+
+
+@dataclass(frozen=True)
+class WushConfig:
+    """Set rotation.inputs=wush: in every block what best suits inputs and weights (WUSH)."""
+
+    size: int = 32  # of blocks: a scale's group or a multiple of it; else as rotation.blocks.size
+    percdamp: float = 0.01  # added to diagonals of second moments, as a part of their mean
+
+    def __post_init__(self) -> None:
+        _power("rotation.wush.size", self.size)
+        positive("rotation.wush.percdamp", self.percdamp)
+
+
+def _power(name: str, size: int) -> None:
+    if size < 2 or size & (size - 1):
+        raise InputError(f"{name}={size} must be a power of two from 2 on")
 
 
 @dataclass(frozen=True)
 class StatisticsConfig(WindowsConfig):
-    """Set the calibration windows that smoothing and DuQuant look at."""
+    """Set the calibration windows that smoothing, DuQuant and WUSH look at."""
 
     place: ClassVar[str] = "rotation.statistics"
 
@@ -58,14 +78,16 @@ class RotationConfig:
     r1_block: int = 0  # R1 as blocks of this order, each drawn for itself; learning fills it
     r3_per_layer: bool = False  # an R3 for each layer, drawn and learned for itself; or one for all
     r4_block: int = 0  # R4 as equal blocks of this power of two; 0: over the full width
-    # a transform of its own for every input of linears. duquant, blocks: online, blocks but where
-    # R4 is; scales: of 1, to be learned, and folded as those of blocks into what produces the input
+    # a transform of its own for every input of linears. duquant, blocks, wush: online, the last two
+    # but where R4 is; scales: of 1, to be learned, and folded as those of blocks into what produces
+    # the input
     inputs: str = "none"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
     load: str | None = None  # a RotationSet (.safetensors) or SpinQuant's R.bin, instead of r1, r2
     duquant: DuQuantConfig = field(default_factory=DuQuantConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    wush: WushConfig = field(default_factory=WushConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
     def __post_init__(self) -> None:
@@ -105,6 +127,24 @@ class RotationConfig:
             )
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise InputError(f"rotation.smooth={self.smooth} must lie in [0, 1]")
+        if self.inputs == "wush":
+            self._check_wush()
+
+    def _check_wush(self) -> None:
+        """Refuse what stands before a transform that is made from what it stands behind."""
+        if searched := [name for name in ("r1", "r2") if getattr(self, name) in SEARCHED]:
+            name = f"rotation.{searched[0]}"
+            raise InputError(
+                f"{name}={getattr(self, searched[0])} is made from activations, and so is "
+                f"rotation.inputs=wush, from those that {searched[0].upper()} gives: set "
+                f"{name}=hadamard or none"
+            )
+        if self.smooth is not None:
+            raise InputError(
+                f"rotation.smooth={self.smooth} scales channels, and rotation.inputs=wush would "
+                "undo it for the best of all scales and rotations in blocks: set "
+                "rotation.smooth=null"
+            )
 
     @property
     def used(self) -> list[str]:
@@ -114,7 +154,7 @@ class RotationConfig:
 
     @property
     def turns_inputs(self) -> bool:
-        """Tell whether single inputs have rotations of their own, which run online."""
+        """Tell whether single inputs have maps of their own, which run online."""
         return self.inputs in _REPLACED
 
     @property
@@ -125,7 +165,7 @@ class RotationConfig:
     @property
     def needs_statistics(self) -> bool:
         """Tell whether anything here is made from activations."""
-        return self.smooth is not None or self.searches
+        return self.smooth is not None or self.searches or self.inputs == "wush"
 
     @property
     def searches(self) -> bool:

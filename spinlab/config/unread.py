@@ -160,12 +160,12 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
         return
     if rotation.load:
         yield "rotation.load=….bin, which holds R1 and R2", ["rotation.r1", "rotation.r2"]
-    if rotation.inputs != "blocks":
-        yield f"rotation.inputs={rotation.inputs}", ["rotation.blocks"]
+    others = [name for name in ("blocks", "wush") if name != rotation.inputs]
+    yield f"rotation.inputs={rotation.inputs}", [f"rotation.{name}" for name in others]
     if not rotation.searches:
         yield "no rotation by DuQuant", ["rotation.duquant"]
     if not rotation.needs_statistics:
-        yield "neither smoothing nor DuQuant", ["rotation.statistics"]
+        yield "neither smoothing, DuQuant nor WUSH", ["rotation.statistics"]
     if rotation.smooth is None:
         yield "rotation.smooth=null", ["rotation.smooth_groups"]
     if not rotation.online:

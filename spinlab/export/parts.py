@@ -24,7 +24,7 @@ from spinlab.rotation.rotations import ONLINE, RotationSet
 from spinlab.rotation.stored import read_about, read_stored
 
 # how tensors of an input's transform are called, by the parts that they make
-_ENDS = {"inputs": {"first"}, "scales": {"scale"}, "smoothing": {"scale", "folded_scale"}}
+_ENDS = {"inputs": {"first", "matrix"}, "scales": {"scale"}, "smoothing": {"scale", "folded_scale"}}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,16 @@ def check_learning(config: Config, brought: RotationSet | None) -> None:
             _check_heads(brought, load)
         if brought is not None and "inputs" in learn.rotations:
             check_inputs(brought.inputs, learn.lr.scale)
+        elif brought is not None and brought.inputs and _turns_stream(brought):
+            raise InputError(
+                f"rotation.load={config.rotation.load} brings transforms of inputs behind its R1 "
+                "and R2, which cannot be learned without them: add inputs to learn.rotations, or "
+                "use learn=none"
+            )
+
+
+def _turns_stream(rotations: RotationSet) -> bool:
+    return rotations.r1 is not None or rotations.r2 is not None
 
 
 def _check_heads(brought: RotationSet, load: str) -> None:

@@ -25,6 +25,7 @@ from spinlab.metrics.needle import NUMBERS
 from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS
+from spinlab.rotation.initial import block_orders
 from spinlab.weights.calibration import batch_of
 from spinlab.weights.methods import METHODS
 
@@ -159,12 +160,15 @@ def _loading(job: Job) -> Iterator[Need]:
 
 
 def _statistics(job: Job) -> Need:
-    """A search keeps the mean of every input of a window."""
+    """A search keeps the mean of every input of a window, WUSH the second moments of blocks."""
     rotation, length = job.config.rotation, job.config.rotation.statistics.sequence_length
     run = length * job.end // job.map.hidden * job.size
     widths = sum(input.width for input in job.map.inputs)
     widths += sum(site.out_features for site in job.map.sites if site.writes == "R2")
     means = length * widths * _FLOAT32 if rotation.searches else 0
+    if rotation.inputs == "wush":
+        orders = block_orders(rotation, job.map)
+        means += 2 * _FLOAT64 * sum(job.map.input_at[k].width * size for k, size in orders.items())
     windows = rotation.statistics.samples * length * _INDEX
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
     return Need("statistics", windows, job.untied * job.size + means + run, cure)

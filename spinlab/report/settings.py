@@ -10,9 +10,9 @@ from spinlab.config.values import values_of
 # Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
 # do what was done without them.
 LATER = (
-    *("data.held_out", "weights.gptaq", "weights.qronos", "rotation.blocks", "rotation.r1_block"),
+    *("data.held_out", "weights.gptaq", "weights.qronos"),
+    *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
-    "rotation.r3_per_layer",
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
     *(
         f"kv.{side}.{part}"

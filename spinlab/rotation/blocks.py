@@ -1,4 +1,4 @@
-"""A rotation of a linear's input in blocks: no number meets one of another block."""
+"""Transforms of a linear's input in blocks: no number meets one of another block."""
 
 import logging
 from dataclasses import dataclass
@@ -20,42 +20,26 @@ def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockRotation:
-    """x ↦ x·R1, block diagonal. first: (k, b, b) float64, one for each of k blocks."""
-
-    first: torch.Tensor
-
-    def __post_init__(self) -> None:
-        self._check("first", self.first)
-
-    def _check(self, name: str, rotation: torch.Tensor) -> None:
-        """Raise ResultError for blocks that are no rotations, or do not tile the width."""
-        k, b, _ = rotation.shape
-        if self.width % b or k not in (1, self.width // b):
-            raise ResultError(
-                f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
-            )
-        check_orthogonal(f"{name} rotation", rotation)
+class BlockMap:
+    """x ↦ x·T for inputs and W ↦ W·T⁻ᵀ for the weights behind them; T's parts are the fields."""
 
     @property
     def width(self) -> int:
-        return self.first.shape[0] * self.first.shape[1]
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform x: (..., C), in float32 or wider; W's rows get the same to keep x Wᵀ."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self._turned(wide).to(x.dtype)
+        """How many numbers, C, an input has."""
+        raise NotImplementedError
 
     def _turned(self, wide: torch.Tensor) -> torch.Tensor:
-        return rotate_blocks(wide, self.first)
+        """Return x·T for x: (..., C), in float32 or wider."""
+        raise NotImplementedError
 
-    def dense(self) -> torch.Tensor:
-        """Return the whole matrix: (C, C), float64."""
-        return self._dense(self.first)
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W·T⁻ᵀ for W: (out, C), in float32 or wider: (x·T)(W·T⁻ᵀ)ᵀ = x Wᵀ."""
+        raise NotImplementedError
 
-    def _dense(self, blocks: torch.Tensor) -> torch.Tensor:
-        count = self.width // blocks.shape[-1]
-        return torch.block_diag(*blocks.double().expand(count, -1, -1))
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform inputs x: (..., C), in float32 or wider."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self._turned(wide).to(x.dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Self:
         """Return the transform on `device`, so that apply copies and casts nothing there.
@@ -77,6 +61,83 @@ class BlockRotation:
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
         """Restore a transform from `tensors()`."""
         return cls(**{name: tensors[name] for name in cls.__dataclass_fields__})
+
+    def _check_tiles(self, name: str, blocks: torch.Tensor) -> None:
+        """Raise ResultError for blocks (k, b, b) that do not tile the width."""
+        k, b, _ = blocks.shape
+        if self.width % b or k not in (1, self.width // b):
+            raise ResultError(
+                f"the {name} rotation {tuple(blocks.shape)} does not tile width {self.width}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRotation(BlockMap):
+    """x ↦ x·R1, block diagonal. first: (k, b, b) float64, one for each of k blocks."""
+
+    first: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self._check("first", self.first)
+
+    def _check(self, name: str, rotation: torch.Tensor) -> None:
+        """Raise ResultError for blocks that are no rotations, or do not tile the width."""
+        self._check_tiles(name, rotation)
+        check_orthogonal(f"{name} rotation", rotation)
+
+    @property
+    def width(self) -> int:
+        return self.first.shape[0] * self.first.shape[1]
+
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.apply(weight)
+
+    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(wide, self.first)
+
+    def dense(self) -> torch.Tensor:
+        """Return the whole matrix: (C, C), float64."""
+        return self._dense(self.first)
+
+    def _dense(self, blocks: torch.Tensor) -> torch.Tensor:
+        count = self.width // blocks.shape[-1]
+        return torch.block_diag(*blocks.double().expand(count, -1, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class InvertibleBlocks(BlockMap):
+    """x ↦ x·T, block diagonal and not orthogonal: weights get the inverse, where they are fused.
+
+    matrix: (k, b, b) float64, one for each of k blocks.
+    """
+
+    matrix: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not self.matrix.isfinite().all():
+            raise ResultError("a transform of an input holds numbers that are not finite")
+
+    @property
+    def width(self) -> int:
+        return self.matrix.shape[0] * self.matrix.shape[1]
+
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(weight, inverse_transposed(self.matrix))
+
+    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(wide, self.matrix)
+
+
+def inverse_transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Return T⁻ᵀ of matrices (..., b, b), in float64; not finite where there is none."""
+    inverse, failed = torch.linalg.inv_ex(matrix.double())
+    return inverse.mT.masked_fill((failed != 0)[..., None, None], torch.nan)
+
+
+def inverse_error(matrix: torch.Tensor) -> float:
+    """Return max|T·T⁻¹ - I| over (..., b, b), in float64: how well a map can be undone."""
+    eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    return (matrix.double() @ inverse_transposed(matrix).mT - eye).abs().max().item()
 
 
 def power_block(width: int, most: int) -> int:

@@ -10,7 +10,7 @@ from spinlab.config.checks import choice
 from spinlab.config.rotation import SEARCHED
 from spinlab.errors import InputError
 from spinlab.model.map import ModelMap
-from spinlab.rotation.blocks import BlockRotation, power_block
+from spinlab.rotation.blocks import BlockMap, BlockRotation, InvertibleBlocks, power_block
 from spinlab.rotation.duquant import (
     DualTransform,
     dual_transforms,
@@ -23,6 +23,7 @@ from spinlab.rotation.kinds import KINDS
 from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics
+from spinlab.rotation.wush import wush_blocks
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,33 @@ def initial_rotations(
     result is on the CPU.
     """
     check_rotations(config, model_map)
+    assert statistics is not None or not config.needs_statistics
     maker = _Maker(config, model_map, generator, statistics, device)
-    r1 = maker.matrix("r1", config.r1, 0)
-    heads = [maker.matrix("r2", config.r2, layer) for layer in range(len(model_map.layers))]
-    r2 = None if config.r2 == "none" else torch.stack([h for h in heads if h is not None])
+    r1, r2 = maker.stream()
     r3, r4 = maker.heads(), maker.of_mlp()
     return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, model_map), maker.inputs())
+
+
+def stream_rotations(
+    config: RotationConfig, model_map: ModelMap, generator: torch.Generator
+) -> RotationSet:
+    """Draw R1 and R2 alone, those of `initial_rotations` from such a generator.
+
+    Neither may be made from statistics: these are to be those of what R1 and R2 give.
+    """
+    check_rotations(config, model_map)
+    return RotationSet(*_Maker(config, model_map, generator, None, "cpu").stream())
+
+
+def block_orders(config: RotationConfig, model_map: ModelMap) -> dict[str, int]:
+    """Return the orders of the blocks that turn inputs, by the keys of inputs, where any do."""
+    size = {"blocks": config.blocks.size, "wush": config.wush.size}.get(config.inputs)
+    if size is None:
+        return {}
+    r4 = "r4" in config.used and config.r4 != "identity"
+    inputs = [input for input in model_map.inputs if not (r4 and input.reads == "R4")]
+    of_width = {width: power_block(width, size) for width in sorted({i.width for i in inputs})}
+    return {input.key: of_width[input.width] for input in inputs}
 
 
 def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
@@ -127,10 +149,17 @@ class _Maker:
         statistics: Statistics | None,
         device: torch.device | str,
     ) -> None:
-        assert statistics is not None or not config.needs_statistics
         self.config, self.map, self.generator = config, model_map, generator
         self.statistics, self.device = statistics, device
         self._mixers: dict[int, torch.Tensor] = {}
+
+    def stream(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Make R1, then R2 for all layers."""
+        r1 = self.matrix("r1", self.config.r1, 0)
+        layers = range(len(self.map.layers))
+        heads = [self.matrix("r2", self.config.r2, layer) for layer in layers]
+        made = [head for head in heads if head is not None]
+        return r1, torch.stack(made) if made else None
 
     def matrix(self, where: str, kind: str, layer: int) -> torch.Tensor | None:
         """Make an (n, n) rotation for the width that `where` (r1, r2, ...) acts on, or None."""
@@ -182,17 +211,24 @@ class _Maker:
                 found[input.key] = ScaledDual(scale, folded, rotation)
         return found
 
-    def _rotations(self, scales: Mapping[str, torch.Tensor]) -> Mapping[str, BlockRotation]:
-        """Make the rotations of single inputs, by their keys."""
+    def _rotations(self, scales: Mapping[str, torch.Tensor]) -> Mapping[str, BlockMap]:
+        """Make the maps of single inputs, by their keys."""
         if self.config.inputs == "duquant":
             return self._duals(scales)
-        if self.config.inputs == "blocks":
-            r4 = "r4" in self.config.used and self.config.r4 != "identity"
-            inputs = [input for input in self.map.inputs if not (r4 and input.reads == "R4")]
-            widths = sorted({input.width for input in inputs})
-            sizes = {width: power_block(width, self.config.blocks.size) for width in widths}
-            return {i.key: self._blocks(i.width, sizes[i.width]) for i in inputs}
-        return {}
+        orders, inputs = block_orders(self.config, self.map), self.map.input_at
+        if self.config.inputs == "wush":
+            return {key: self._wush(key) for key in orders if key in self._known.moments}
+        return {key: self._blocks(inputs[key].width, size) for key, size in orders.items()}
+
+    @property
+    def _known(self) -> Statistics:
+        assert self.statistics is not None
+        return self.statistics
+
+    def _wush(self, key: str) -> InvertibleBlocks:
+        known, percdamp = self._known, self.config.wush.percdamp
+        moments = known.moments[key], known.weight_moments[key]
+        return InvertibleBlocks(wush_blocks(*moments, percdamp))
 
     def _blocks(self, width: int, size: int) -> BlockRotation:
         """Draw a rotation of its own for each block of a width."""
@@ -205,32 +241,30 @@ class _Maker:
         return [] if self.config.smooth is None else self.config.smooth_groups
 
     def _scale(self, key: str) -> torch.Tensor:
-        assert self.statistics is not None and self.config.smooth is not None
-        peaks, weights = self.statistics.peaks[key], self.statistics.weights[key]
+        assert self.config.smooth is not None
+        peaks, weights = self._known.peaks[key], self._known.weights[key]
         return smoothing_scale(peaks, weights, self.config.smooth)
 
     def _rows(self, where: str, layer: int) -> torch.Tensor:
         """Return the activations (rows, n) that R1 or R2 of a layer shall flatten."""
-        assert self.statistics is not None
         if where == "r2":
-            values = self.statistics.values[str(layer)].to(self.device)
+            values = self._known.values[str(layer)].to(self.device)
             return values.unflatten(-1, (-1, self.map.width("r2"))).flatten(0, 1)
         keys = [input.key for input in self.map.inputs if input.reads == "R1"]
-        rows = torch.cat([self.statistics.means[key] for key in keys])
+        rows = torch.cat([self._known.means[key] for key in keys])
         highest = rows.abs().amax(-1).argsort(descending=True, stable=True)
         return rows[highest[:_MOST_ROWS]].to(self.device)
 
     def _duals(self, scales: Mapping[str, torch.Tensor]) -> dict[str, DualTransform]:
         """Search the dual transforms of all inputs, each divided by its scale if it has one."""
-        assert self.statistics is not None
         by_name: dict[str, list[str]] = {}
-        for key in self.statistics.means:
+        for key in self._known.means:
             by_name.setdefault(self.map.input_at[key].name, []).append(key)
         found: dict[str, DualTransform] = {}
         for keys in by_name.values():
             for begin in range(0, len(keys), _SEARCHED_AT_ONCE):
                 some = keys[begin : begin + _SEARCHED_AT_ONCE]
-                rows = [self.statistics.means[key].to(self.device) for key in some]
+                rows = [self._known.means[key].to(self.device) for key in some]
                 scaled = [
                     x / scales[key].to(x) if key in scales else x
                     for key, x in zip(some, rows, strict=True)

@@ -1,25 +1,26 @@
-"""Transforms of a linear's input: scales, a rotation in blocks, DuQuant's dual transform."""
+"""Transforms of a linear's input: scales, a map in blocks, DuQuant's dual transform."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from spinlab.model.map import Input
-from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.blocks import BlockMap, BlockRotation, InvertibleBlocks
 from spinlab.rotation.duquant import DualTransform
 
 
 @dataclass(eq=False)
 class ScaledDual:
-    """Divide inputs by a scale, then rotate them: x ↦ (x / scale)·T; either part may be absent.
+    """Divide inputs by a scale, then turn them: x ↦ (x / scale)·T; either part may be absent.
 
     scale: (in,) float64. With `folded` the division is not done here: what produces the input
-    (a norm, or a linear) carries it, behind R1 or R2. dual: T, a dual transform or blocks alone.
+    (a norm, or a linear) carries it, behind R1 or R2. dual: T, a dual transform, a rotation in
+    blocks, or blocks that are no rotations.
     """
 
     scale: torch.Tensor | None = None
     folded: bool = True
-    dual: BlockRotation | None = None
+    dual: BlockMap | None = None
 
     def __post_init__(self) -> None:
         self._moved: dict[tuple[torch.dtype, torch.device], ScaledDual] = {}
@@ -45,11 +46,11 @@ class ScaledDual:
         return (wide if moved.dual is None else moved.dual.apply(wide)).to(x.dtype)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return (W·diag(scale))·T: (out, in)."""
+        """Return (W·diag(scale))·T⁻ᵀ: (out, in)."""
         moved = self._to(weight.dtype, weight.device)
         if moved.scale is not None:
             weight = weight * moved.scale
-        return weight if moved.dual is None else moved.dual.apply(weight)
+        return weight if moved.dual is None else moved.dual.of_weight(weight)
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> "ScaledDual":
         key = (dtype, device)
@@ -73,9 +74,9 @@ class ScaledDual:
         """Rebuild a transform from its stored form."""
         folded = "folded_scale" in stored
         scale = stored.get("folded_scale" if folded else "scale")
-        kind = DualTransform if "permutation" in stored else BlockRotation
-        dual = kind.from_tensors(stored) if "first" in stored else None
-        return ScaledDual(scale, folded, dual)
+        kinds = {"permutation": DualTransform, "matrix": InvertibleBlocks, "first": BlockRotation}
+        kind = next((kinds[part] for part in kinds if part in stored), None)
+        return ScaledDual(scale, folded, kind and kind.from_tensors(stored))
 
 
 def to_channels(rows: torch.Tensor, input: Input) -> torch.Tensor:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from spinlab.config.kv import Kept
 from spinlab.model.map import Input, Site
+from spinlab.rotation.blocks import InvertibleBlocks, inverse_error
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import InputTransform, LayerRotations, OnlineRotation
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
@@ -58,12 +59,15 @@ class RotationSet:
         return {"R4": self.r4, "R2": self.cross_head}.get(place.reads or "")
 
     def orthogonality(self) -> dict[str, float]:
-        """Return max|RRᵀ-I| of every rotation that is on."""
+        """Return max|RRᵀ-I| of every rotation that is on, and max|TT⁻¹-I| of inputs' other maps."""
         found = {name: getattr(self, name) for name in _FUSED}
         found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
         errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
         duals = [t.dual for t in self.inputs.values() if t.dual is not None]
-        if duals:
+        others = [dual for dual in duals if isinstance(dual, InvertibleBlocks)]
+        if others:
+            errors["inverses"] = max(inverse_error(dual.matrix) for dual in others)
+        elif duals:
             parts = [part for dual in duals for part in dual.tensors().values()]
             blocks = [part for part in parts if part.is_floating_point()]
             errors["inputs"] = max(orthogonality_error(block) for block in blocks)

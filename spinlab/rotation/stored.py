@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from spinlab.config.kv import KEPT
 from spinlab.errors import InputError
 from spinlab.model.map import Input, ModelMap
+from spinlab.rotation.blocks import inverse_error
 from spinlab.rotation.inputs import to_channels, to_rows
 from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
 from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet, kv_clip_key
@@ -23,7 +24,7 @@ from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet, kv_clip_key
 Shape = tuple[int, ...]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_BLOCKS, _DUAL = {"first"}, {"first", "permutation", "second"}
+_BLOCKS, _MAP, _DUAL = {"first"}, {"matrix"}, {"first", "permutation", "second"}
 _SCALES = {"scale", "folded_scale"}
 _LARGEST_SCALE = 1e18  # so that squares of scales, and of their inverses, are float32 numbers
 # what code reads of `about`; anything else in it is nobody's business
@@ -131,6 +132,11 @@ def _input_rules(prefix: str, width: int) -> dict[str, Rule]:
     order = exactly((width,), _no_permutation, ("I64",))
     scales = {f"{prefix}.{name}": exactly((width,), _no_scale) for name in _SCALES}
     parts = {f"{prefix}.first": dual, f"{prefix}.second": dual, f"{prefix}.permutation": order}
+    parts[f"{prefix}.matrix"] = Rule(
+        lambda s: _tiles(s, width) and s[0] * s[1] == width,
+        f"square blocks that tile {width}",
+        _not_invertible,
+    )
     return parts | scales
 
 
@@ -179,6 +185,14 @@ def not_orthogonal(tensor: torch.Tensor, most: float = ORTHOGONAL_TOLERANCE) -> 
     )
 
 
+def _not_invertible(tensor: torch.Tensor) -> str | None:
+    """Return what is wrong with matrices (..., n, n) that cannot be undone."""
+    error = inverse_error(tensor)
+    if error <= ORTHOGONAL_TOLERANCE:
+        return None
+    return not_finite(tensor) or f"has no inverse to speak of: max|TT⁻¹-I| = {error:.1e}"
+
+
 def _no_ratio(tensor: torch.Tensor) -> str | None:
     wrong = tensor[~((tensor > 0) & (tensor <= 1))]
     return f"has the clip ratio {wrong[0].item():.3g}, not in (0, 1]" if wrong.numel() else None
@@ -221,12 +235,14 @@ def _check_parts(
 
 def _check_input(what: str, found: Mapping[str, torch.Tensor], input: Input) -> None:
     """Raise InputError where the parts of an input's transform make none."""
-    if found.keys() & _DUAL not in (set(), _BLOCKS, _DUAL) or found.keys() >= _SCALES:
+    turns = found.keys() - _SCALES
+    if turns not in (set(), _BLOCKS, _MAP, _DUAL) or found.keys() >= _SCALES:
         raise InputError(
             f"{what} is no transform: it has {', '.join(sorted(found))}, where a dual one has "
-            f"{', '.join(sorted(_DUAL))}, one in blocks first alone, and there is at most one scale"
+            f"{', '.join(sorted(_DUAL))}, one in blocks first or matrix alone, and there is at "
+            "most one scale"
         )
-    if found.keys() & _DUAL == _BLOCKS:
+    if turns == _BLOCKS:
         count, size, _ = shape = tuple(found["first"].shape)
         if count * size != input.width:
             raise InputError(

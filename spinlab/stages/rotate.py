@@ -58,7 +58,7 @@ def rotation_settings(run: Run) -> dict[str, Any]:
     config = run.config.rotation
     unused = {"load"} | (set() if config.searches else {"duquant"})
     unused |= set() if config.needs_statistics else {"statistics"}
-    unused |= set() if config.inputs == "blocks" else {"blocks"}
+    unused |= {"blocks", "wush"} - {config.inputs}
     return {name: value for name, value in plain(config).items() if name not in unused}
 
 

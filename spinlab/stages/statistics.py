@@ -7,6 +7,8 @@ from safetensors.torch import load_file
 from spinlab.cache import Artifact
 from spinlab.config import plain
 from spinlab.finite import check_finite
+from spinlab.model.modules import map_of
+from spinlab.rotation.initial import block_orders, stream_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics, gather_statistics
 from spinlab.stages.original import Original
@@ -19,14 +21,24 @@ _FILE = "statistics.safetensors"
 
 
 def statistics(run: Run, original: Original, calibration: Calibration) -> Artifact:
-    """Gather statistics of the original's activations, its norms folded."""
-    settings, searches = run.config.rotation.statistics, run.config.rotation.searches
+    """Gather statistics of the original's activations, its norms folded.
+
+    Moments are those of what R1 and R2 give, which are then drawn already.
+    """
+    config, searches = run.config.rotation, run.config.rotation.searches
+    settings, model_map = config.statistics, map_of(original.shape)
     depends = [original.identity, calibration.key, plain(settings), run.config.seed, searches]
+    moments = block_orders(config, model_map) if config.inputs == "wush" else {}
+    if moments:
+        depends += [config.r1, config.r1_block, config.r2, moments]
 
     def work(out: Path) -> None:
-        model = networks_of(run, original).stream_rotated(RotationSet())
+        stream = RotationSet()
+        if moments:
+            stream = stream_rotations(config, model_map, run.generator("init"))
+        model = networks_of(run, original).stream_rotated(stream)
         windows = calibration.windows("statistics", settings.samples, settings.sequence_length)
-        found = gather_statistics(model, windows, searches).tensors()
+        found = gather_statistics(model, windows, searches, moments).tensors()
         check_finite(found, "the model is broken, or its activations overflow")
         write_tensors(out / _FILE, found)
 

@@ -34,6 +34,7 @@ from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.files import LISTING
 from spinlab.model.load import check_model
 from spinlab.model.modules import map_of
+from spinlab.rotation.blocks import InvertibleBlocks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.exchange import read_rotations
 from spinlab.rotation.inputs import ScaledDual
@@ -58,12 +59,14 @@ MIXED = QuantConfig(
 
 
 def with_inputs(rotations: RotationSet) -> RotationSet:
-    """Add learned ranges, a dual transform of one input, and a scale that runs online."""
+    """Add learned ranges, a scale that runs online with a dual transform, and maps in blocks."""
     generator = torch.Generator().manual_seed(5)
     blocks = [torch.stack([random_orthogonal(8, generator) for _ in range(4)]) for _ in range(2)]
     dual = DualTransform(blocks[0], torch.randperm(32, generator=generator), blocks[1])
     scale = torch.rand(32, generator=generator, dtype=torch.float64) + 0.5
+    maps = torch.randn(2, 16, 16, generator=generator, dtype=torch.float64)
     inputs = {"0.qkv": ScaledDual(scale, False, dual)}
+    inputs["1.gate_up"] = ScaledDual(dual=InvertibleBlocks(maps))
     return replace(rotations, inputs=inputs, clips={"1.down": 0.9})
 
 

@@ -36,7 +36,7 @@ class LearnedGroup:
     ) -> None:
         self.inputs = list(inputs)
         self._places = {input.layer: place for place, input in enumerate(inputs)}
-        duals = [transform.dual for transform in transforms if transform.dual is not None]
+        duals = [t.dual for t in transforms if isinstance(t.dual, BlockRotation)]
         twice = [dual for dual in duals if isinstance(dual, DualTransform)]
         self.folded = transforms[0].folded and inputs[0].producer is not None and not twice
         self.behind = behind if self.folded and not duals else None

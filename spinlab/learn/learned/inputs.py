@@ -15,15 +15,21 @@ from spinlab.learn.learned.group import LearnedGroup
 from spinlab.learn.learned.log_parameters import LogParameters
 from spinlab.learn.learned.transforms import BlockTransform
 from spinlab.model.map import Input
+from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
 
 
 def check_inputs(inputs: Mapping[str, ScaledDual], lr_scale: float) -> None:
-    """Raise InputError where a transform has nothing to learn, or is unlike those of its group."""
+    """Raise InputError where a transform cannot be learned, or is unlike those of its group."""
     kinds: dict[str, tuple] = {}
     for key, transform in inputs.items():
         dual, group = transform.dual, key.partition(".")[2]
+        if not isinstance(dual, BlockRotation | None):
+            raise InputError(
+                f"learn.rotations=[inputs] learns rotations, and input {key} has a map that is "
+                "none, of rotation.inputs=wush: use learn=none, or rotation.inputs=blocks"
+            )
         if dual is None and not lr_scale:
             raise InputError(
                 f"learn.rotations=[inputs] with learn.lr.scale=0 learns rotations, and input {key} "

@@ -15,7 +15,7 @@ from spinlab.rotation.hadamard import has_hadamard
 
 _ONLINE = {
     **{"r3": "R3", "r4": "R4", "cross_head": "across heads"},
-    **{"duquant": "dual transforms", "blocks": "blocks"},
+    **{"duquant": "dual transforms", "blocks": "blocks", "wush": "maps in blocks"},
 }
 
 
