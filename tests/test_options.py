@@ -27,7 +27,17 @@ NEEDED = {
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
 RUN = [
     *("rotation=identity", "rotation=block_r4", "rotation=r1_blocks", "rotation=input_blocks"),
-    *("quant=mxfp4", "quant=nvfp4", "quant=nvfp4_weights", "quant=w4a4_g32", "kv=nvfp4"),
+    *(
+        "quant=mxfp4",
+        "quant=nvfp4",
+        "quant=mxfp6",
+        "quant=mxfp8",
+        "quant=fp8",
+        "quant=nvfp4_weights",
+        "quant=w4a4_g32",
+        "kv=nvfp4",
+        "kv=fp8",
+    ),
     *("quant=w4a4_llmc", "quant=w4a8", "quant=w4a8_ends8", "runtime=torch"),
     *("kv=kv8", "kv=lloyd_max3", "kv=turboquant_prod3", "kv=kivi2", "kv=qjl"),
     *(f"+method={name}" for name in options_of("method") if "/" in name),

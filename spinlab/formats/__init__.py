@@ -5,13 +5,16 @@ twins than its definition, `spinlab.formats.twins` names them.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from spinlab.config import TensorQuant
 from spinlab.config.checks import choice
 from spinlab.errors import InputError
 from spinlab.formats.base import Format, Parameters
+from spinlab.formats.coded import FP8, MXFP6E2M3, MXFP6E3M2, MXFP8
 from spinlab.formats.integer import IntegerFormat
+from spinlab.formats.microscaling import Microscaled
 from spinlab.formats.mxfp4 import MXFP4
 from spinlab.formats.nvfp4 import NVFP4
 
@@ -26,13 +29,24 @@ __all__ = [
     "name_of",
 ]
 
-FORMATS: dict[str, Callable[[int, bool], Format]] = {
+_Make = Callable[[int, bool], Format]
+
+
+def _by_rules(make: Callable[..., Microscaled], name: str) -> dict[str, _Make]:
+    """Name what a format is with each rule for its scales."""
+    floor, mse = (partial(make, up_from=up_from) for up_from in (2.0, None))
+    return {name: make, f"{name}_floor": floor, f"{name}_mse": mse}
+
+
+FORMATS: dict[str, _Make] = {
     "integer": IntegerFormat,
-    "mxfp4": MXFP4,
-    "mxfp4_floor": partial(MXFP4, up_from=2.0),
-    "mxfp4_mse": partial(MXFP4, up_from=None),
+    **_by_rules(MXFP4, "mxfp4"),
     "nvfp4": NVFP4,
     "nvfp4_four_over_six": partial(NVFP4, four_over_six=True),
+    **_by_rules(MXFP6E2M3, "mxfp6_e2m3"),
+    **_by_rules(MXFP6E3M2, "mxfp6_e3m2"),
+    **_by_rules(MXFP8, "mxfp8"),
+    "fp8": FP8,
 }
 
 
@@ -57,5 +71,8 @@ def format_of(settings: TensorQuant, place: str = "quant") -> Format:
 
 def name_of(format: Format) -> str:
     """Return the name that `FORMATS` has for a format that it makes."""
-    parts = format.bits, format.symmetric
-    return next(name for name, make in FORMATS.items() if make(*parts) == format)
+    for name, make in FORMATS.items():
+        with suppress(InputError):  # one that has other bits
+            if make(format.bits, format.symmetric) == format:
+                return name
+    raise KeyError(f"{format} has no name")

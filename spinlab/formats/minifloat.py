@@ -1,11 +1,13 @@
-"""Floats of a few bits: rounding to E2M1 numbers, and to E8M0 and E4M3 scales (OCP, 2023).
+"""Floats of a few bits: rounding to them, and to E8M0 and E4M3 scales (OCP, 2023).
 
 A number of E2M1 is held as its double, a whole number: 0, 1, 2, 3, 4, 6, 8 or 12, and its sign. So
 a group is scale·level as on an integer grid, with a scale that is half of what a file holds, and
-products of groups are integers.
+products of groups are integers. Wider floats are held as their codes (`spinlab.formats.coded`).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,15 +26,65 @@ SMALLEST = smallest_scale(torch.float32)
 
 
 @dataclass(frozen=True)
-class GroupFloat(Format):
-    """Code groups of `group` numbers as E2M1 times a scale that the group shares."""
+class ScaledFloat(Format):
+    """Code groups of numbers as small floats times a scale that the group shares.
 
-    bits: int = 4
-    symmetric: bool = True
+    width: the bits of such a float. top: the largest, in units of a scale. unit: what a scale is
+    smaller by than the one that files hold.
+    """
+
+    bits: int
+    symmetric: bool
+    width: ClassVar[int]
+    top: ClassVar[float]
+    unit: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if (self.bits, self.symmetric) != (4, True):
-            raise InputError(f"{self.name} has 4 bits and no zero points: bits=4 symmetric=true")
+        if (self.bits, self.symmetric) != (self.width, True):
+            raise InputError(
+                f"{self.name} has {self.width} bits and no zero points: bits={self.width} "
+                "symmetric=true"
+            )
+
+    @abstractmethod
+    def _step(self, size: torch.Tensor) -> torch.Tensor:
+        """Return how far floats lie apart around magnitudes, in units of a scale."""
+
+    def _placed(self, x: torch.Tensor, scale: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """Return x, rounded, in units of its scale; what lies outside is not clipped."""
+        step = self._step((x / scale).abs_())
+        return rounding(x, scale * step).mul_(step)
+
+    def pull_back(
+        self,
+        x: torch.Tensor,
+        gradient: torch.Tensor,
+        lowest: torch.Tensor,
+        highest: torch.Tensor,
+        rounding: Rounding,
+    ) -> Pulled:
+        """Pull back as `Format` says; how a scale is rounded counts as a factor that stays."""
+        parameters = self.choose(x, lowest, highest, None)
+        placed = self._placed(x, parameters.scale, rounding)
+        kept = placed.clamp(-self.top, self.top)
+        inside = placed == kept
+        of_scale = gradient * torch.where(inside, kept - x / parameters.scale, kept)
+        peak, up = magnitude(lowest, highest), highest >= -lowest
+        factor = parameters.scale / peak.clamp(min=SMALLEST)
+        of_peak = of_scale.sum(-1, keepdim=True) * factor
+        return Pulled(gradient * inside, -of_peak * ~up, of_peak * up)
+
+    def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+        return -self.top * parameters.scale, self.top * parameters.scale
+
+
+@dataclass(frozen=True)
+class GroupFloat(ScaledFloat):
+    """Code groups of `group` numbers as E2M1: levels are doubles of its numbers."""
+
+    width: ClassVar[int] = 4
+    top: ClassVar[float] = TOP
+    unit: ClassVar[int] = 2
 
     @property
     def lowest(self) -> int:
@@ -46,33 +98,15 @@ class GroupFloat(Format):
     def is_int8(self) -> bool:
         return True
 
+    def _step(self, size: torch.Tensor) -> torch.Tensor:
+        """Return 1, 2 or 4."""
+        return 1 + (size >= 4).to(size.dtype) + 2 * (size >= 8).to(size.dtype)
+
     def encode(self, x: torch.Tensor, parameters: Parameters, rounding: Rounding) -> torch.Tensor:
-        step = _step((x / parameters.scale).abs_())
-        return rounding(x, parameters.scale * step).mul_(step).clamp_(-TOP, TOP)
+        return self._placed(x, parameters.scale, rounding).clamp_(-TOP, TOP)
 
     def decode(self, levels: torch.Tensor, parameters: Parameters) -> torch.Tensor:
         return levels * parameters.scale
-
-    def pull_back(
-        self,
-        x: torch.Tensor,
-        gradient: torch.Tensor,
-        lowest: torch.Tensor,
-        highest: torch.Tensor,
-        rounding: Rounding,
-    ) -> Pulled:
-        """Pull back as `Format` says; how a scale is rounded counts as a factor that stays."""
-        parameters = self.choose(x, lowest, highest, None)
-        exact = x / parameters.scale
-        step = _step(exact.abs())
-        placed = rounding(x, parameters.scale * step).mul_(step)
-        levels = placed.clamp(-TOP, TOP)
-        inside = placed == levels
-        of_scale = gradient * torch.where(inside, levels - exact, levels)
-        peak, up = magnitude(lowest, highest), highest >= -lowest
-        factor = parameters.scale / peak.clamp(min=SMALLEST)
-        of_peak = of_scale.sum(-1, keepdim=True) * factor
-        return Pulled(gradient * inside, -of_peak * ~up, of_peak * up)
 
     def pack(self, levels: torch.Tensor) -> torch.Tensor:
         return pack_nibbles(codes_of(levels))
@@ -107,7 +141,7 @@ def power_of_two(exponent: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     exponent: whole.
     """
-    return _power(exponent).to(like.dtype).clamp(min=SMALLEST) + (like - like)
+    return whole_power(exponent).to(like.dtype).clamp(min=SMALLEST) + (like - like)
 
 
 def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
@@ -117,7 +151,7 @@ def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
 
 def powers_of(e8m0: torch.Tensor) -> torch.Tensor:
     """Return the powers of two, float32, that bytes of E8M0 stand for."""
-    return _power(e8m0.to(torch.int32) - _BIAS)
+    return whole_power(e8m0.to(torch.int32) - _BIAS)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -132,10 +166,10 @@ def round_mantissa(x: torch.Tensor, lowest: int | None = None) -> torch.Tensor:
     """
     _, exponent = floor_exponent(x)
     exponent = exponent if lowest is None else exponent.clamp(min=lowest)
-    return (x * _power(3 - exponent)).round_() * _power(exponent - 3)
+    return (x * whole_power(3 - exponent)).round_() * whole_power(exponent - 3)
 
 
-def _power(exponent: torch.Tensor) -> torch.Tensor:
+def whole_power(exponent: torch.Tensor) -> torch.Tensor:
     """Return 2^exponent in float32, put together from its bits: a library's may be off by one.
 
     exponent: whole; beyond those of normal numbers the nearest of them.
@@ -166,8 +200,3 @@ def _error(
 ) -> torch.Tensor:
     found = format.decode(format.encode(x, parameters, rounding), parameters)
     return found.sub_(x).square_().sum(-1, keepdim=True)
-
-
-def _step(size: torch.Tensor) -> torch.Tensor:
-    """Return how far numbers of E2M1 lie apart around magnitudes in levels: 1, 2 or 4."""
-    return 1 + (size >= 4).to(size.dtype) + 2 * (size >= 8).to(size.dtype)

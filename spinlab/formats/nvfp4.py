@@ -83,7 +83,7 @@ class NVFP4(GroupFloat):
 
         Either scale may have been rounded down, the other up, by 1/16.
         """
-        top = self.highest * parameters.scale * (1.5 * 1.25 if self.four_over_six else 1)
+        top = self.top * parameters.scale * (1.5 * 1.25 if self.four_over_six else 1)
         return -top, top
 
     def store_scale(

@@ -45,6 +45,11 @@ from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.weights.quantized import QuantizedWeight
 from tests.artefact.conftest import ENDS
 
+FLOATS = QuantConfig(
+    weights=TensorQuant(8, True, 8, format="fp8"),
+    activations=TensorQuant(8, True, format="fp8"),
+    o_proj_per_head=False,
+)
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 MIXED = QuantConfig(
     weights=TensorQuant(bits=3, group_size=8),
@@ -87,6 +92,7 @@ CASES = {
     "cache": {"kv": KVConfig(CodecConfig(bits=2, group_size=4), CodecConfig(bits=8))},
     "inputs": {"change": with_inputs},
     "an R3 for each layer": {"rotation": RotationConfig(r3="random", r3_per_layer=True)},
+    "floats": {"quant": FLOATS},
     "no rotations": {"change": lambda rotations: RotationSet()},
 }
 

@@ -26,7 +26,7 @@ from spinlab.weights.quantized import effective_bits, load_weights, save_weights
 from spinlab.weights.rtn import round_to_nearest, rtn
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code, of which 3 bits are magnitude
-NAMES = [name for name in FORMATS if name != "integer"]
+NAMES = [name for name in FORMATS if "fp4" in name]
 ONE = Parameters(torch.tensor([0.5]), torch.tensor([0.0]))  # half the scale 1
 
 

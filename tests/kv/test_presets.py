@@ -30,7 +30,7 @@ def kv_of(name: str) -> KVConfig:
 def test_every_preset_makes_its_codecs(name, width):
     """Of the toy's heads, and of those of models; a layer takes as many bytes as are counted."""
     kv = kv_of(name)
-    if width < 32 and kv.keys.codec == "mxfp4":
+    if width < 32 and kv.keys.codec.startswith("mxfp"):
         pytest.skip("the group of this format is wider than a head")
     path, sizes = kv_path(kv, width, layers=NAMES), SIZES[width]
     keys, values = torch.randn(2, 1, 2, 200, width, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4 as integers: exact for every group, and the same network everywhere."""
+"""Small floats, those of 4 bits as integers, exact for every group: one network everywhere."""
 
 import logging
 from pathlib import Path
@@ -23,14 +23,15 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
 from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.rtn import rtn
+from tests.formats.test_coded import made
 
-NAMES = [name for name in FORMATS if name != "integer"]
+NAMES = [name for name in FORMATS if "fp4" in name]
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
 def settings(name: str) -> TensorQuant:
-    group = FORMATS[name](4, True).group
-    return TensorQuant(format=name, symmetric=True, group_size=group)
+    format = made(name)
+    return TensorQuant(format.bits, True, format.group, format=name)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,7 +43,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def linear_of(name: str, backend: str, dtype: torch.dtype) -> tuple[IntegerLinear, torch.Tensor]:
     """Return a linear of 160 inputs, and the float64 numbers of its weight."""
     weight = rtn(random(24, 160, seed=1), settings(name), ClipSearch())
-    quantizer = TokenQuantizer(FORMATS[name](4, True), weight.levels.shape[1] // weight.groups)
+    quantizer = TokenQuantizer(made(name), weight.levels.shape[1] // weight.groups)
     found = IntegerLinear(weight, None, InputPath(None, quantizer), KERNELS[backend], dtype)
     return found, weight.dequantize(torch.float64)
 
@@ -66,7 +67,9 @@ def test_what_a_group_adds_is_exact_and_the_sum_is_that_of_float64(name, backend
     assert torch.equal(linear(x), linear_of(name, "torch", torch.float32)[0](x))
 
 
-@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "nvfp4 inputs alone"])
+@pytest.mark.parametrize(
+    "quant", ["mxfp4", "nvfp4", "nvfp4 inputs alone", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8"]
+)
 @torch.no_grad()
 def test_the_runtime_leaves_them_to_torch_and_says_so(make_family_model, ids, quant, caplog):
     def original():
@@ -90,7 +93,7 @@ def test_the_runtime_leaves_them_to_torch_and_says_so(make_family_model, ids, qu
 
 
 @pytest.mark.usefixtures("toy_cache")
-@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "mxfp6", "fp8"])
 @pytest.mark.parametrize("method", ["learned_ranges", "learned_inputs"])
 def test_learned_recipes_agree_on_integers_and_in_floats(tmp_path: Path, quant, method):
     small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]

@@ -1,4 +1,4 @@
-"""GPTQ, GPTAQ and Qronos on the grids of MXFP4 and NVFP4."""
+"""GPTQ, GPTAQ and Qronos on the grids of small floats."""
 
 import pytest
 import torch
@@ -11,14 +11,15 @@ from spinlab.weights.gptq import Moment, error_spread, gptq
 from spinlab.weights.mismatch import gptaq, mismatch, qronos
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import rtn
+from tests.formats.test_coded import made
 
 WIDTH = 128
 NAMES = [name for name in FORMATS if name != "integer"]
 
 
 def settings(name: str) -> TensorQuant:
-    group = FORMATS[name](4, True).group
-    return TensorQuant(format=name, symmetric=True, group_size=group)
+    format = made(name)
+    return TensorQuant(format.bits, True, format.group, format=name)
 
 
 def rows(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +28,7 @@ def rows(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     mix = torch.randn(WIDTH, WIDTH, generator=g) * torch.logspace(0, -1, WIDTH)[:, None]
     exact = torch.randn(512, WIDTH, generator=g) @ mix
     off = exact + exact @ (0.2 * torch.randn(WIDTH, WIDTH, generator=g) / WIDTH**0.5)
-    return exact, TokenQuantizer(FORMATS[name](4, True), settings(name).group_size).round(off)
+    return exact, TokenQuantizer(made(name), settings(name).group_size).round(off)
 
 
 def rounded(method: str, name: str, weight: torch.Tensor, **changes) -> QuantizedWeight:
@@ -56,7 +57,8 @@ def test_a_sweep_beats_rounding_to_nearest_and_stays_on_the_grid(method, name):
     weight = torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(1))
     found, plain = rounded(method, name, weight), rtn(weight, settings(name), ClipSearch())
     assert error(found, weight, name, method) < 0.8 * error(plain, weight, name, method)
-    assert set(found.levels.abs().unique().tolist()) <= set(MAGNITUDES)
+    levels = MAGNITUDES if "fp4" in name else range(made(name).highest + 1)
+    assert set(found.levels.abs().unique().tolist()) <= set(levels)
     again = QuantizedWeight.from_tensors(found.tensors(), found.format, WIDTH)
     assert torch.equal(again.dequantize(), found.dequantize())
 

@@ -13,7 +13,7 @@ from spinlab.config.unread import Rule
 from spinlab.errors import InputError
 from spinlab.kv.base import RowCodec
 from spinlab.kv.codecs.affine import AffineCodec
-from spinlab.kv.codecs.float_groups import FloatGroupCodec
+from spinlab.kv.codecs.float_groups import FLOATS, FloatGroupCodec
 from spinlab.kv.codecs.kivi import KIVICodec
 from spinlab.kv.codecs.lloyd_max import LloydMaxCodec
 from spinlab.kv.codecs.qjl import QJLCodec
@@ -21,8 +21,7 @@ from spinlab.seeds import stream
 
 CODECS: dict[str, type[RowCodec]] = {
     "affine": AffineCodec,
-    "mxfp4": FloatGroupCodec,
-    "nvfp4": FloatGroupCodec,
+    **dict.fromkeys(FLOATS, FloatGroupCodec),
     "kivi": KIVICodec,
     "lloyd_max": LloydMaxCodec,
     "qjl": QJLCodec,

@@ -20,8 +20,11 @@ SETTINGS = [
     CodecConfig(codec="kivi", bits=2, run=6, symmetric=True, clip_ratio=0.9),
     CodecConfig(codec="mxfp4"),
     CodecConfig(codec="nvfp4", clip_ratio=0.9),
+    *(CodecConfig(codec=f"mxfp6_{kind}", bits=6) for kind in ("e2m3", "e3m2")),
+    CodecConfig(codec="mxfp8", bits=8, clip_ratio=0.9),
+    CodecConfig(codec="fp8", bits=8),
 ]
-GROUP = {"mxfp4": 32, "nvfp4": 16}  # of which widths are multiples
+GROUP = {"nvfp4": 16, **dict.fromkeys(("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8"), 32)}
 
 
 def name(codec: CodecConfig) -> str:

@@ -1,18 +1,17 @@
-"""Rows of MXFP4 and NVFP4: bytes hold what fake quantization computes, and are counted."""
+"""Rows of small floats: bytes hold what fake quantization computes, and are counted."""
 
 import pytest
 import torch
 
 from spinlab.config import CodecConfig
 from spinlab.errors import InputError
-from spinlab.formats import FORMATS
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codecs import make_codec
-from spinlab.kv.codecs.float_groups import FloatGroupCodec
+from spinlab.kv.codecs.float_groups import FLOATS, FloatGroupCodec
 
 CODECS = [
-    FloatGroupCodec(FORMATS[name](4, True), 64, ratio)
-    for name in ("mxfp4", "nvfp4")
+    FloatGroupCodec(make(make.width, True), 64, ratio)
+    for make in FLOATS.values()
     for ratio in (1.0, 0.9)
 ]
 
@@ -43,10 +42,20 @@ def test_bytes_hold_exactly_what_fake_quantization_computes(codec, dtype):
 def test_stored_bits_count_all_scales():
     assert make_codec("kv.keys", CodecConfig(codec="mxfp4"), 64, 0).bits == 4.25
     assert make_codec("kv.keys", CodecConfig(codec="nvfp4"), 64, 0).bits == 4.5 + 8 / 64
+    for codec, bits, scale in (
+        ("mxfp6_e3m2", 6, 8 / 32),
+        ("mxfp8", 8, 8 / 32),
+        ("fp8", 8, 32 / 64),
+    ):
+        assert (
+            make_codec("kv.keys", CodecConfig(codec=codec, bits=bits), 64, 0).bits == bits + scale
+        )
 
 
 def test_settings_that_are_no_such_codec_are_refused():
     with pytest.raises(InputError, match=r"kv\.keys\.bits=3: nvfp4 codes 4 bits"):
         make_codec("kv.keys", CodecConfig(codec="nvfp4", bits=3), 64, 0)
+    with pytest.raises(InputError, match=r"kv\.values\.bits=4: fp8 codes 8 bits; 16 switches"):
+        make_codec("kv.values", CodecConfig(codec="fp8"), 64, 0)
     with pytest.raises(InputError, match="its group=32 does not divide 16"):
         make_codec("kv.keys", CodecConfig(codec="mxfp4"), 16, 0)
