@@ -21,25 +21,28 @@ def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
-    """x ↦ x·T for inputs and W ↦ W·T⁻ᵀ for the weights behind them; T's parts are the fields."""
+    """x ↦ x·T for inputs, T block diagonal, and W ↦ W·T⁻ᵀ for the weights behind them.
+
+    first: (k, b, b) float64, one for each of k blocks.
+    """
+
+    first: torch.Tensor
 
     @property
     def width(self) -> int:
-        """How many numbers, C, an input has."""
-        raise NotImplementedError
-
-    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
-        """Return x·T for x: (..., C), in float32 or wider."""
-        raise NotImplementedError
+        return self.first.shape[0] * self.first.shape[1]
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W·T⁻ᵀ for W: (out, C), in float32 or wider: (x·T)(W·T⁻ᵀ)ᵀ = x Wᵀ."""
         raise NotImplementedError
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform inputs x: (..., C), in float32 or wider."""
+        """Return x·T for x: (..., C), computed in float32 or wider."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self._turned(wide).to(x.dtype)
+
+    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(wide, self.first)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Self:
         """Return the transform on `device`, so that apply copies and casts nothing there.
@@ -49,7 +52,7 @@ class BlockMap:
         wide = torch.promote_types(dtype, torch.float32)
         moved = {
             name: part.to(device, wide if part.is_floating_point() else None)
-            for name, part in self.tensors().items()
+            for name, part in vars(self).items()
         }
         return type(self)(**moved)
 
@@ -62,38 +65,25 @@ class BlockMap:
         """Restore a transform from `tensors()`."""
         return cls(**{name: tensors[name] for name in cls.__dataclass_fields__})
 
-    def _check_tiles(self, name: str, blocks: torch.Tensor) -> None:
-        """Raise ResultError for blocks (k, b, b) that do not tile the width."""
-        k, b, _ = blocks.shape
-        if self.width % b or k not in (1, self.width // b):
-            raise ResultError(
-                f"the {name} rotation {tuple(blocks.shape)} does not tile width {self.width}"
-            )
-
 
 @dataclass(frozen=True, eq=False)
 class BlockRotation(BlockMap):
-    """x ↦ x·R1, block diagonal. first: (k, b, b) float64, one for each of k blocks."""
-
-    first: torch.Tensor
+    """x ↦ x·R1, block diagonal: what weights get is the same."""
 
     def __post_init__(self) -> None:
         self._check("first", self.first)
 
     def _check(self, name: str, rotation: torch.Tensor) -> None:
         """Raise ResultError for blocks that are no rotations, or do not tile the width."""
-        self._check_tiles(name, rotation)
+        k, b, _ = rotation.shape
+        if self.width % b or k not in (1, self.width // b):
+            raise ResultError(
+                f"the {name} rotation {tuple(rotation.shape)} does not tile width {self.width}"
+            )
         check_orthogonal(f"{name} rotation", rotation)
-
-    @property
-    def width(self) -> int:
-        return self.first.shape[0] * self.first.shape[1]
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return self.apply(weight)
-
-    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
-        return rotate_blocks(wide, self.first)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix: (C, C), float64."""
@@ -106,26 +96,24 @@ class BlockRotation(BlockMap):
 
 @dataclass(frozen=True, eq=False)
 class InvertibleBlocks(BlockMap):
-    """x ↦ x·T, block diagonal and not orthogonal: weights get the inverse, where they are fused.
+    """x ↦ x·T with blocks that are no rotations: weights get the inverse, when they are fused.
 
-    matrix: (k, b, b) float64, one for each of k blocks.
+    Files call them `matrix`: what stands as `first` there is orthogonal.
     """
 
-    matrix: torch.Tensor
-
     def __post_init__(self) -> None:
-        if not self.matrix.isfinite().all():
+        if not self.first.isfinite().all():
             raise ResultError("a transform of an input holds numbers that are not finite")
 
-    @property
-    def width(self) -> int:
-        return self.matrix.shape[0] * self.matrix.shape[1]
-
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        return rotate_blocks(weight, inverse_transposed(self.matrix))
+        return rotate_blocks(weight, inverse_transposed(self.first))
 
-    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
-        return rotate_blocks(wide, self.matrix)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"matrix": self.first}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        return cls(tensors["matrix"])
 
 
 def inverse_transposed(matrix: torch.Tensor) -> torch.Tensor:

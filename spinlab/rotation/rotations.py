@@ -66,7 +66,7 @@ class RotationSet:
         duals = [t.dual for t in self.inputs.values() if t.dual is not None]
         others = [dual for dual in duals if isinstance(dual, InvertibleBlocks)]
         if others:
-            errors["inverses"] = max(inverse_error(dual.matrix) for dual in others)
+            errors["inverses"] = max(inverse_error(dual.first) for dual in others)
         elif duals:
             parts = [part for dual in duals for part in dual.tensors().values()]
             blocks = [part for part in parts if part.is_floating_point()]

@@ -221,14 +221,14 @@ def test_moments_are_those_of_what_r1_gives_and_of_all_linears_that_read_it(make
         blocks = torch.stack([whole[n : n + 8, n : n + 8] for n in range(0, len(whole), 8)])
         assert torch.allclose(moments["1.gate_up"], blocks, rtol=1e-6, atol=1e-12)
     maps = wush_blocks(found.moments["1.gate_up"], found.weight_moments["1.gate_up"], 0.01)
-    assert torch.equal(rotations.inputs["1.gate_up"].dual.matrix, maps)
+    assert torch.equal(rotations.inputs["1.gate_up"].dual.first, maps)
     stored = Statistics.from_tensors(found.tensors())
     assert torch.equal(stored.moments["0.qkv"], found.moments["0.qkv"])
 
 
 def test_a_file_whose_maps_cannot_be_undone_is_refused(make_model, tmp_path):
     rotations, _ = made(config_of(), make_model)
-    matrix = rotations.inputs["0.qkv"].dual.matrix
+    matrix = rotations.inputs["0.qkv"].dual.first
     for broken, said in (
         (torch.zeros_like(matrix), "has no inverse to speak of"),
         (matrix * torch.inf, "holds numbers that are not finite"),

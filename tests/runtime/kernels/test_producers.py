@@ -5,7 +5,7 @@ import torch
 
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.blocks import BlockRotation, InvertibleBlocks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
@@ -283,6 +283,17 @@ def test_rotations_in_blocks_are_their_definition(run, case, tokens):
     assert_close(*run("norm_quantize", up / 256, None, 1e-5, quantizer, rotation), gate.dtype)
     (empty, _) = run("rotate_quantize", up[:0], rotation, quantizer)
     assert empty.levels.shape == (0, rotation.width)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_blocks_that_are_no_rotations_are_their_definition(run, tokens):
+    sizes = torch.tensor([1e-2, 1.0, 30.0], dtype=torch.float64)[:, None, None]
+    rotation = ScaledDual(dual=InvertibleBlocks(sizes * torch.randn(3, 32, 32).double()))
+    quantizer = TokenQuantizer(GRIDS[0], 32)
+    gate, up = rows(tokens, 2 * rotation.width, dtype=torch.float16).chunk(2, dim=1)
+    assert gpu.has_rotation_kernel(gate, rotation, quantizer)
+    assert_close(*run("rotate_quantize", up, rotation, quantizer), gate.dtype)
+    assert_close(*run("gate_quantize", gate, up, rotation, quantizer), gate.dtype)
 
 
 @pytest.mark.parametrize("dual", [False, True])
