@@ -20,6 +20,7 @@ NEEDED = {
     "learn=inputs": ["rotation=duquant"],  # the transforms that it learns
     "learn=fused": ["rotation=scales"],
     "learn=blocks": ["rotation=blocks"],
+    "rotation=blocks": ["learn=blocks"],  # R2 is learned with what turns behind it
     # rounded weights, the only thing that depends on rotations
     "quant=w4a16": ["learn=two_cores"],
     "quant=nvfp4_weights": ["learn=two_cores"],

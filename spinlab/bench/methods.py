@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from spinlab.config import Config
+from spinlab.config.rotation import BlocksConfig
 from spinlab.model.map import ModelMap
 from spinlab.rotation.duquant import DualTransform, largest_block
 from spinlab.rotation.initial import initial_rotations
@@ -25,13 +26,16 @@ def random_rotations(config: Config, model_map: ModelMap) -> RotationSet:
     """Draw what a method's network runs online: R3, R4, across heads, and transforms of inputs.
 
     What is fused, R1, R2 and scales that fold, costs nothing and is left out. A learned dual
-    transform has rotations of its own for each block, a searched one shares one.
+    transform has rotations of its own for each block, a searched one shares one; WUSH's blocks cost
+    what rotations of their size do.
     """
     generator, rotation = torch.Generator().manual_seed(0), config.rotation
     dual = rotation.inputs == "duquant"
     plain = replace(
         rotation, r1="none", r2="none", smooth=None, inputs="none" if dual else rotation.inputs
     )
+    if rotation.inputs == "wush":
+        plain = replace(plain, inputs="blocks", blocks=BlocksConfig(rotation.wush.size))
     found = initial_rotations(plain, model_map, generator)
     if not dual:
         return found

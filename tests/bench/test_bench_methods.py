@@ -26,6 +26,7 @@ def toy():
         ("spinquant_no_had", (False, False), None, 0, 0),
         ("learned_fused", (True, True), None, 0, 0),
         ("learned_blocks", (True, True), BlockRotation, 6, 48 // 16),
+        ("wush", (True, False), BlockRotation, 8, 48 // 16),
         ("duquant", (True, False), DualTransform, 8, 1),
         ("learned_inputs", (True, False), DualTransform, 8, 48 // 48),
     ],
