@@ -181,7 +181,7 @@ def test_rotations_of_another_family_are_refused(tmp_path):
             "there are r3 that is no exact Hadamard",
         ),
     ],
-    ids=str,
+    ids=["R2 off", "clip ratios", "weight ranges", "inputs", "dense R3", "an R3 for each layer"],
 )
 def test_an_r_bin_that_would_lose_a_part_is_not_written(tmp_path, changes, message):
     with pytest.raises(InputError, match=message + r"; use \.safetensors"):
