@@ -20,6 +20,7 @@ from spinlab.config.kv import (
     QJLConfig,
 )
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
+from spinlab.config.learned import check_learned_heads, check_maps
 from spinlab.config.model import ModelConfig
 from spinlab.config.outputs import (
     ExportConfig,
@@ -205,42 +206,6 @@ class Config:
                 "'learn.rotations=[r1,r2]' rotation.inputs=none)"
             )
 
-    def _check_learned_heads(self) -> None:
-        """Refuse to learn an R3 that is not there, or that no codec would notice."""
-        rotation = self.rotation
-        if "r3" not in self.learn.rotations:
-            return
-        brought = rotation.load is not None and rotation.load.endswith(".safetensors")
-        if not brought and "r3" not in rotation.used:
-            raise InputError(
-                "r3 in learn.rotations is the rotation of queries and keys, which is off: set "
-                "rotation.r3=hadamard rotation.online=true, or leave r3 out"
-            )
-        if not self.kv.codes("keys", "queries"):
-            raise InputError(
-                "with keys and queries of 16 bits nothing depends on R3: leave r3 out of "
-                "learn.rotations, or set kv.keys.bits"
-            )
-
-    def _check_maps(self) -> None:
-        """Refuse to learn WUSH's maps, or R1 and R2 in front of maps of inputs that stay."""
-        rotation, learned = self.rotation, "inputs" in self.learn.rotations
-        wush = rotation.inputs == "wush"
-        if wush and learned:
-            raise InputError(
-                "rotation.inputs=wush makes maps that are no rotations, in closed form, and "
-                "inputs in learn.rotations are learned as rotations: use learn=none, or "
-                "rotation.inputs=blocks"
-            )
-        before = [name for name in ("r1", "r2") if getattr(rotation, name) != "none"]
-        if rotation.turns_inputs and before and not learned:
-            alone = " ".join(f"rotation.{name}=none" for name in before)
-            cure = "use learn=none" if wush else "add inputs to learn.rotations, use learn=none"
-            raise InputError(
-                f"rotation.inputs={rotation.inputs} turns what {' and '.join(before).upper()} "
-                f"give, and is not learned along with them: {cure}, or set {alone}"
-            )
-
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
@@ -256,9 +221,9 @@ class Config:
                 "rotation.inputs=scales with learn.lr.scale=0 leaves inputs in learn.rotations "
                 "nothing: set learn.lr.scale, or 'learn.rotations=[r1,r2]' rotation.inputs=none"
             )
-        self._check_maps()
+        check_maps(self.rotation, learn)
         self._check_learned_scales()
-        self._check_learned_heads()
+        check_learned_heads(self.rotation, learn, self.kv)
         if learn.lr.input_clip and not inputs:
             raise InputError(
                 f"learn.lr.input_clip={learn.lr.input_clip}: activations of 16 bits have no range: "
