@@ -54,7 +54,7 @@ class StageReport:
     """Tell how a stage went: seconds and peak memory are those of the run that made it.
 
     peak_memory_bytes: of its process so far. peak_device_bytes: of tensors on its GPU during the
-    stage, 0 without one
+    stage, 0 without one. Of several processes these are the first's.
     """
 
     name: str

@@ -135,8 +135,9 @@ def set_arithmetic(runtime: RuntimeConfig) -> None:
 def float32_products_for(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices no finer than numbers of `dtype` need, that are made of them.
 
-    For 16-bit ones a GPU takes TF32, which keeps ten bits behind the point (bfloat16: seven) and
-    sums in float32, several times as fast as float32. Everywhere else products stay whole.
+    For 16-bit ones a GPU takes TF32, several times as fast as float32: it keeps ten bits behind the
+    point, as many as float16 and three more than bfloat16, and sums in float32. Everywhere else
+    products stay whole.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda" and dtype.itemsize == 2:

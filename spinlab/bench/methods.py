@@ -37,11 +37,16 @@ def random_rotations(config: Config, model_map: ModelMap) -> RotationSet:
     if rotation.inputs == "wush":
         plain = replace(plain, inputs="blocks", blocks=BlocksConfig(rotation.wush.size))
     found = initial_rotations(plain, model_map, generator)
-    if not dual:
-        return found
-    own = "inputs" in config.learn.rotations and config.learn.steps > 0
-    size = rotation.duquant.block_size
-    return replace(found, inputs=dict(_duals(model_map, size, own, generator)))
+    inputs = dict(found.inputs)
+    if dual:
+        own = "inputs" in config.learn.rotations and config.learn.steps > 0
+        inputs |= _duals(model_map, rotation.duquant.block_size, own, generator)
+    groups = rotation.smooth_groups if rotation.smooth is not None else ()
+    for input in (i for i in model_map.inputs if i.name in groups and not i.folds):
+        scale = 0.5 + torch.rand(input.width, generator=generator, dtype=torch.float64)
+        turn = inputs[input.key].dual if input.key in inputs else None
+        inputs[input.key] = ScaledDual(scale, folded=False, dual=turn)
+    return replace(found, inputs=inputs)
 
 
 def _duals(

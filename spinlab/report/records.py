@@ -206,7 +206,7 @@ def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
     InputError where there are none.
     """
     found, files = Records(), sorted(folder.glob(f"{prefix}*_seed*.json"))
-    of_runs = [path for path in record_files(folder) if path.name == _NAME]
+    of_runs = [path for path in record_files(folder) if path.name == _NAME and not prefix]
     for path in files or of_runs:
         found.add(path, _complete(path))
     named: dict[str, dict[Path, Record]] = {}
@@ -247,8 +247,14 @@ def seeds_of(records: Mapping[Path, Record]) -> tuple[dict[Path, Record], dict[P
         elif seed in seeds:
             left[path] = f"a second one with its seed: {seeds[seed]} has {seed} too"
         else:
-            chosen[path], seeds[seed] = record, path.name
+            chosen[path] = record
+            seeds[seed] = _named(path)
     return chosen, left
+
+
+def _named(path: Path) -> str:
+    """Return what tells a record from others: its file, or the folder of a run."""
+    return path.parent.name if path.name == _NAME else path.name
 
 
 def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
@@ -256,7 +262,7 @@ def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
     chosen = seeds_of(records)[0]
     first, model = next(iter(chosen.items()))
     return {
-        path: f"unlike others of its row: {', '.join(names)} is not that of {first.name}"
+        path: f"unlike others of its row: {', '.join(names)} is not that of {_named(first)}"
         for path, record in chosen.items()
         if (names := differing(record, model))
     }

@@ -1,6 +1,6 @@
 """Transforms of a linear's input: scales, a map in blocks, DuQuant's dual transform."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -9,7 +9,7 @@ from spinlab.rotation.blocks import BlockMap, BlockRotation, InvertibleBlocks
 from spinlab.rotation.duquant import DualTransform
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ScaledDual:
     """Divide inputs by a scale, then turn them: x ↦ (x / scale)·T; either part may be absent.
 
@@ -21,9 +21,7 @@ class ScaledDual:
     scale: torch.Tensor | None = None
     folded: bool = True
     dual: BlockMap | None = None
-
-    def __post_init__(self) -> None:
-        self._moved: dict[tuple[torch.dtype, torch.device], ScaledDual] = {}
+    _moved: dict = field(default_factory=dict, init=False, repr=False)  # by dtype and device
 
     @property
     def is_online(self) -> bool:

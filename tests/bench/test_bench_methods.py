@@ -28,26 +28,28 @@ def toy():
         ("learned_blocks", (True, True), BlockRotation, 6, 48 // 16),
         ("wush", (True, False), BlockRotation, 8, 48 // 16),
         ("duquant", (True, False), DualTransform, 8, 1),
-        ("learned_inputs", (True, False), DualTransform, 8, 48 // 48),
+        ("learned_inputs", (True, False), DualTransform, 8, 48 // 16),
     ],
 )
 def test_what_a_method_runs_online_is_drawn(toy, method, online, kind, inputs, matrices):
-    found = random_rotations(composed(f"+method={method}"), toy)
+    """A learned dual transform has rotations of its own for each block, a searched one shares."""
+    config = composed(f"+method={method}", "rotation.duquant.block_size=16")
+    found = random_rotations(config, toy)
     assert (found.r3 is not None, found.r4 is not None) == online
     assert found.r1 is None and found.r2 is None
     turning = {key: each for key, each in found.inputs.items() if each.is_online}
     assert len(turning) == inputs
-    for transform in turning.values():
-        assert type(transform.dual) is kind
-        assert transform.dual.first.shape[0] >= matrices
+    assert {type(each.dual) for each in turning.values()} == ({kind} if kind else set())
+    assert not kind or turning["0.qkv"].dual.first.shape[0] == matrices
     assert found.orthogonality() == pytest.approx(dict.fromkeys(found.orthogonality(), 0), abs=1e-9)
 
 
-def test_a_learned_dual_transform_has_rotations_of_its_own(toy):
-    config = composed("+method=learned_inputs", "rotation.duquant.block_size=16")
-    assert random_rotations(config, toy).inputs["0.qkv"].dual.first.shape == (3, 16, 16)
-    shared = composed("+method=duquant", "rotation.duquant.block_size=16")
-    assert random_rotations(shared, toy).inputs["0.qkv"].dual.first.shape == (1, 16, 16)
+def test_scales_that_cannot_fold_are_there(toy):
+    """With grouped queries that of what o_proj reads, where it is smoothed."""
+    found = random_rotations(composed("+method=duquant"), toy).inputs
+    scaled = {key for key, each in found.items() if each.scale is not None}
+    assert scaled == {"0.o", "1.o"}
+    assert not any(found[key].folded for key in scaled)
 
 
 def test_without_a_method_r3_and_r4_run(toy):

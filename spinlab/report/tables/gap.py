@@ -55,6 +55,7 @@ def _online(record: Record) -> str:
 
 
 def runs_of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
+    """Return the records of a method. Raises InputError, with the nearest name, for none."""
     if method not in records:
         raise InputError(f"no record is of {method!r}: {did_you_mean(method, [*records])}")
     return records[method]
@@ -65,7 +66,7 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
 
     (log b - log m) / (log b - log o), for perplexities of the baseline, the method and the
     original on a text. Records are paired by seed. Raises InputError for a seed of the method that
-    the baseline does not have.
+    the baseline does not have, and for records of other models or texts.
     """
     found = []
     of_seed = {record["config"]["seed"]: record for record in baseline}
@@ -73,11 +74,27 @@ def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) 
         if (seed := record["config"]["seed"]) not in of_seed:
             seeds = ", ".join(map(str, of_seed))
             raise InputError(f"seed {seed} has no record of the baseline: that has {seeds}")
-        other = of_seed[seed]
+        _check_pair(record, other := of_seed[seed], text)
         ours, theirs = (math.log(r["metrics"][f"ppl/{text}/fake"]) for r in (record, other))
         original = math.log(record["metrics"][f"ppl/{text}/fp"])
         found.append((theirs - ours) / (theirs - original))
     return found
+
+
+def _check_pair(record: Record, other: Record, text: str) -> None:
+    """Raise InputError for records of two models, and of texts that one of them lacks."""
+    names = [r["config"].get("model", {}).get("name") for r in (record, other)]
+    if names[0] != names[1]:
+        raise InputError(
+            f"a gap is that of one model, and records are of {names[0]} and {names[1]}: name the "
+            "folder of one"
+        )
+    for one in (record, other):
+        if f"ppl/{text}/fake" not in one["metrics"]:
+            raise InputError(
+                f"a record of {one['experiment']} has no perplexity of {text}, which others have: "
+                "a folder's records must be of the same texts"
+            )
 
 
 def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
@@ -96,6 +113,8 @@ def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:
         metrics[f"quality/gap_closed/{text}"] = mean(shares)
         metrics[f"quality/gap_closed/{text}/deviation"] = stdev(shares)
     path = (folder.parent / name).resolve()
+    if not folder.resolve().is_relative_to(path.parent):
+        raise InputError(f"{path} does not lie above {folder}, whose records it names")
     place = folder.resolve().relative_to(path.parent)
     names = [
         f"{place.as_posix()}/{name}_seed{record['config']['seed']}.json"

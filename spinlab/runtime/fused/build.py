@@ -6,6 +6,7 @@ A Maker says what a linear multiplies; the LayerBuilder puts the modules where t
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ class Maker(ABC):
     def __init__(self, operations: Operations) -> None:
         self.operations = operations
         self.apart: dict[str, list[str]] = {}  # reason -> names
+        self.turned_apart: list[str] = []  # inputs whose transforms have no kernel
 
     @abstractmethod
     def packed(
@@ -64,6 +66,8 @@ class Maker(ABC):
         if self.apart:
             kinds = (f"{_some(names)} ({reason})" for reason, names in self.apart.items())
             log.warning("outside the 4-bit kernels, in torch: %s", "; ".join(kinds))
+        if self.turned_apart:
+            log.warning("turned in torch, before the kernels: what %s", _some(self.turned_apart))
 
     @staticmethod
     def input_groups(linear: nn.Linear, path: InputPath) -> int:
@@ -125,6 +129,7 @@ class LayerBuilder:
     def __init__(self, model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
         self.model, self.maker, self.kv = model, maker, parts.kv
         self.operations, self.map = maker.operations, map_of(model)
+        self.like: Any = {"dtype": model.dtype, "device": model.device}
         self.paths = input_paths(self.map, parts.rotations, parts.quant)
         self.linears: dict[str, dict[str, nn.Linear]] = {}
         for site, linear in linears_of(model):
@@ -163,7 +168,13 @@ class LayerBuilder:
         """Return what the linears that share a linear's input multiply, and how they read."""
         key = self.map.site_at[reader].key
         path = self.paths[key]
-        return self.maker.product(self.linears[key], path), path, self.operations
+        product = self.maker.product(self.linears[key], path)
+        if isinstance(product, PackedProduct) and path.rotation is not None:
+            like = torch.empty(1, self.map.input_at[key].width, **self.like)
+            known = path.quantizer is not None
+            if not (known and self.operations.rotates(like, path.rotation, path.quantizer)):
+                self.maker.turned_apart.append(f"{reader} reads")
+        return product, path, self.operations
 
 
 def _by_kernels(format: Format) -> bool:

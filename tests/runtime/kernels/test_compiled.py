@@ -44,12 +44,16 @@ PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PR
 DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGES": 4}
 
 
-def instructions(kernel, numbers, constants, capability, warps=4):
+STRIDES = ("stride", "other_stride")
+
+
+def instructions(kernel, numbers, constants, capability, warps=4, even=()):
     if "PDL" in kernel.arg_names:
         constants = {**constants, "PDL": capability >= 90}
     types = {**NUMBERS, **numbers, **dict.fromkeys(constants, "constexpr")}
     types = {name: types[name] for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n][0] == "*"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types)
+               if types[n][0] == "*" or n in even}
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     compiled = compile(source, target=target, options={"num_warps": warps})
@@ -78,16 +82,21 @@ ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64
            "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
-BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "SHARED": False,
-          "BLOCKS": 32, "B": 128, "BLOCK": 128, "STEP": 64, "MANY": 4}
-PARTS = {**SIZES, "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
+BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "PARTS": 2,
+          "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128, "STEP": 64}
+PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
-for capability, name in ((80, "mma.sync"), (90, "wgmma")):
-    found, _ = instructions(block_kernels.blocks_kernel, PARTS, BLOCKS, capability)
-    assert found and all(name in one and "bf16" in one for one in found), found
-DUAL = {**BLOCKS, "NORMED": False, "GAIN": False, "DEALT": True}
-found, _ = instructions(block_kernels.blocks_kernel, {**PARTS, "x_ptr": "*fp32"}, DUAL, 90)
-assert found and all("wgmma" in one and "bf16" in one for one in found), found
+ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}
+WIDE = {"x_ptr": "*fp32", "parts_ptr": "*fp32"}
+for capability, name in ((80, "mma.sync"), (89, "mma.sync"), (90, "mma")):
+    for constants, kinds in (
+        (BLOCKS, {}), (ALONE, {"out_ptr": "*fp32"}), ({**ALONE, "GATED": True}, {}),
+        ({**ALONE, "DEALT": True, "PARTS": 1}, WIDE),
+    ):
+        kernel = block_kernels.blocks_kernel
+        found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
+        kind = "tf32" if kinds is WIDE else "bf16"
+        assert found and all(name in one and kind in one for one in found), found
 NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}
 instructions(block_kernels.inverse_kernel, PARTS, NORM, 90)
 POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "r3_ptr",

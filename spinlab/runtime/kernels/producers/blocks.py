@@ -1,8 +1,8 @@
 """Rotations of inputs in blocks, on CUDA: DuQuant's dual transforms, and blocks alone.
 
-A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores: every
-matrix is a sum of two of 16 bits, and so is what stands between the two rotations of a dual
-transform. Its entries are then within 2^-16 of themselves, and products add up in float32.
+A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores. Its
+matrix is a sum of two of the input's dtype where that holds every row to 2^-16, else float32 in
+products of three TF32 ones, as is what a dual transform has between its rotations.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _TILE = 8192  # numbers that one program norms, at least
 
 @dataclass(frozen=True)
 class _Pass:
-    """One rotation: the parts (2, k, b, b) of its matrices, behind a deal of channels if any."""
+    """One rotation: (2 or 1, k, b, b) that sum up to its matrices, behind a deal of channels."""
 
     parts: torch.Tensor
     order: torch.Tensor | None
@@ -35,7 +35,7 @@ _passes: WeakKeyDictionary[ScaledDual, dict[tuple[torch.dtype, torch.device], li
 def has_block_kernel(x: torch.Tensor, rotation: ScaledDual) -> bool:
     """Tell whether `turned` takes inputs such as x: (..., width), of 16 bits.
 
-    Blocks have at most 128 numbers. A scale that is not folded must leave 16-bit numbers.
+    Blocks have at most 128 numbers.
     """
     return x.dtype.itemsize == 2 and bool(_passes_of(rotation, x))
 
@@ -87,10 +87,10 @@ def _turned(
     from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
 
     tokens, width = x.shape
-    matrices, b = by.parts.shape[1:3]
+    parts, matrices, b = by.parts.shape[:3]
     x = x if x.stride(1) == 1 else x.contiguous()
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
-    other = up if up is not None else gain if gain is not None else x
+    other = up if up is not None else gain.contiguous() if gain is not None else x
     found = torch.empty(tokens, width, dtype=dtype, device=x.device)
     if not tokens:
         return found
@@ -99,13 +99,13 @@ def _turned(
     many = _blocks_a_program(tiles, blocks, x.device)
     arguments = (
         x, other, x if inverse is None else inverse, x if by.order is None else by.order,
-        by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0),
+        by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0), many,
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": inverse is not None,
-        "GAIN": gain is not None, "DEALT": by.order is not None,
+        "GAIN": gain is not None, "DEALT": by.order is not None, "PARTS": parts,
         "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
-        "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step, "MANY": many,
+        "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step,
     }  # fmt: skip
     launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
     return found
@@ -138,18 +138,27 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
     if rotation.scale is not None and not rotation.folded:
         scale = rotation.scale.to(first.device).double()
         first = first / scale.view(-1, first.shape[1], 1)
-    steps = [(first, None)]
+    steps: list[tuple[torch.Tensor, torch.Tensor | None]] = [(first, None)]
     if isinstance(dual, DualTransform):
         steps.append((dual.second.double(), dual.permutation.to(x.device, torch.int32)))
     for matrices, order in steps:
-        b, parts = matrices.shape[-1], _parts(matrices, x.dtype)
-        if b > _WIDEST or not parts.isfinite().all():
+        if matrices.shape[-1] > _WIDEST:
             return []
-        found.append(_Pass(parts.to(x.device), order))
+        # what comes behind a deal of channels is float32
+        parts = _halves(matrices, x.dtype) if order is None else None
+        parts = matrices[None].float() if parts is None else parts
+        found.append(_Pass(parts.to(x.device).contiguous(), order))
     return found
 
 
-def _parts(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return (2, k, b, b) of a 16-bit dtype whose sum is nearest to float64 matrices: (k, b, b)."""
+def _halves(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return (2, k, b, b) of a 16-bit dtype with float64 matrices (k, b, b) as their sum.
+
+    None where a row is off by more than 2^-16 of its largest entry: float16 has no small numbers,
+    and no large ones.
+    """
     high = matrices.to(dtype)
-    return torch.stack((high, (matrices - high.double()).to(dtype)))
+    low = (matrices - high.double()).to(dtype)
+    off = (high.double() + low.double() - matrices).abs().amax(-1)
+    exact = (off <= 2**-16 * matrices.abs().amax(-1)).all()
+    return torch.stack((high, low)) if exact else None

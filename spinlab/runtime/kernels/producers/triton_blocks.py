@@ -24,25 +24,25 @@ def inverse_kernel(
 
 
 @triton.jit
-def _product(x, high, low):
-    """Return x (high + low) in float32; a float32 x is taken as two 16-bit numbers too."""
-    if x.dtype == tl.float32:
-        coarse = x.to(high.dtype)
-        fine = (x - coarse.to(tl.float32)).to(high.dtype)
-        found = tl.dot(coarse, high, tl.dot(coarse, low, tl.dot(fine, high)))
-    else:
+def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr):
+    """Return x M in float32: M is float32 itself, or a sum of two matrices of x's dtype."""
+    high = tl.load(ptr, mask=known, other=0.0)
+    if PARTS == 2:
+        low = tl.load(ptr + APART, mask=known, other=0.0)
         found = tl.dot(x, high, tl.dot(x, low))
+    else:
+        found = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
     return found
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "many"])
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
-    GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
-    SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
-    STEP: tl.constexpr, MANY: tl.constexpr, PDL: tl.constexpr,
+    many, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
+    PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotate MANY blocks of B numbers of STEP tokens; parts are (2, BLOCKS or 1, B, B).
+    """Rotate `many` blocks of B numbers of STEP tokens; parts are (PARTS, BLOCKS or 1, B, B).
 
     GATED: of silu(x)·other. NORMED: of x·inverse, times other where there is GAIN. DEALT: place j
     takes number order[j] of x.
@@ -52,8 +52,9 @@ def blocks_kernel(
     b = tl.arange(0, BLOCK)
     inside = (token < tokens) & (b < B)[None, :]
     square, known = b[:, None] * B + b[None, :], (b < B)[:, None] & (b < B)[None, :]
-    for index in range(MANY):
-        block = tl.program_id(1) * MANY + index
+    # one stage: loads ahead would take more shared memory than there is
+    for index in tl.range(0, many, num_stages=1):
+        block = tl.program_id(1) * many + index
         place = block * B + b[None, :]
         source = tl.load(order_ptr + place, mask=(b < B)[None, :], other=0) if DEALT else place
         x = tl.load(x_ptr + token * stride + source, mask=inside, other=0.0)
@@ -67,9 +68,7 @@ def blocks_kernel(
                 gain = tl.load(other_ptr + source, mask=(b < B)[None, :], other=0.0).to(x.dtype)
                 x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
         matrix = parts_ptr + (0 if SHARED else block * B * B) + square
-        high = tl.load(matrix, mask=known, other=0.0)
-        low = tl.load(matrix + (1 if SHARED else BLOCKS) * B * B, mask=known, other=0.0)
-        y = _product(x, high, low)
+        y = _product(x, matrix, known, PARTS, (1 if SHARED else BLOCKS) * B * B)
         tl.store(
             out_ptr + token * (BLOCKS * B) + place, y.to(out_ptr.dtype.element_ty), mask=inside
         )
