@@ -27,16 +27,12 @@ _FOREIGN = "no record of a run"
 _PARTS = {"schema": object, "experiment": object, "status": object, "config": dict, "metrics": dict}
 _OF_ANY_RUN = {
     **_PARTS,
-    "experiment": str,
-    "status": str,
-    "key": str,
-    "overrides": list,
-    "stages": list,
+    **{"experiment": str, "status": str, "key": str, "overrides": list, "stages": list},
 }
-# one function: the emulation, and the integer kernels
-TWINS: Mapping[str, tuple[str, ...]] = {"fake": ("fake", "integer")}
-# what may differ between the runs whose mean a table has
-_OF_A_RUN = ("seed", "runtime", "tracker", "sweep", "name")
+TWINS: Mapping[str, tuple[str, ...]] = {
+    "fake": ("fake", "integer")
+}  # one function, emulated or not
+_OF_A_RUN = ("seed", "runtime", "tracker", "sweep", "name")  # may differ where a table has a mean
 
 
 @dataclass

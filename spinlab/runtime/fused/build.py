@@ -171,8 +171,8 @@ class LayerBuilder:
         product = self.maker.product(self.linears[key], path)
         if isinstance(product, PackedProduct) and path.rotation is not None:
             like = torch.empty(1, self.map.input_at[key].width, **self.like)
-            known = path.quantizer is not None
-            if not (known and self.operations.rotates(like, path.rotation, path.quantizer)):
+            quantizer = path.quantizer
+            if quantizer is None or not self.operations.rotates(like, path.rotation, quantizer):
                 self.maker.turned_apart.append(f"{reader} reads")
         return product, path, self.operations
 

@@ -17,10 +17,12 @@ _NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of 
 @triton.jit
 def table(ptr, MANY: tl.constexpr, WIDE: tl.constexpr):
     """Load MANY levels as 16 scalars, the last one repeated, in float16 unless WIDE."""
-    kind: tl.constexpr = tl.float32 if WIDE else tl.float16
     found = ()
-    for index in tl.static_range(16):
-        found += (tl.load(ptr + (index if index < MANY else 0)).to(kind) if MANY > 0 else 0.0,)
+    for index in tl.static_range(16):  # pyright: ignore[reportGeneralTypeIssues]
+        level = tl.load(ptr + (index if index < MANY else 0)) if MANY > 0 else 0.0
+        if MANY > 0 and not WIDE:
+            level = level.to(tl.float16)  # pyright: ignore[reportAttributeAccessIssue]
+        found += (level,)
     return found
 
 

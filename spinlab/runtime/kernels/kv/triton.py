@@ -145,11 +145,11 @@ def _write(
     MANY: how many levels there are, or 0 for a grid.
     """
     if MANY > 0:
-        n_low, n_high, scale, low, high = _by_levels(
+        n_low, n_high, scale, low, high = _by_levels(  # pyright: ignore[reportGeneralTypeIssues]
             low, high, levels_ptr, between_ptr, D, HALF, MANY, LENGTH
         )
     else:
-        n_low, n_high, scale, low, high = _on_grid(
+        n_low, n_high, scale, low, high = _on_grid(  # pyright: ignore[reportGeneralTypeIssues]
             low, high, zero_ptr, place, inside, clip, LOWEST, HIGHEST, FUSED
         )
     tl.store(scale_ptr + place, scale.to(tl.float16), mask=inside)
