@@ -25,7 +25,7 @@ from spinlab.learn.spaces import (
 )
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.model.load import cast_model, exact_norms
-from spinlab.model.modules import decoder_of, head_of, map_of
+from spinlab.model.modules import decoder_of, head_of, map_of, read_by_head
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
 from spinlab.tensors import kept_tensors, save_tensors
@@ -147,10 +147,9 @@ class RotationLearner:
         objective, known = self.learn.objective, None
         if objective.kl:
             with self._as_teacher() as teacher, torch.no_grad():
-                known = decoder_of(teacher)(input_ids=ids, use_cache=False)[0]
-                known = known, head_of(teacher).weight
+                known = read_by_head(teacher, ids), head_of(teacher).weight
         self.local.share = share
-        hidden = decoder_of(self.model)(input_ids=ids, use_cache=False)[0]
+        hidden = read_by_head(self.model, ids)
         self.local.share = 0
         loss, terms = self.space.head_loss(hidden, self.head, ids, objective, known)
         (loss * share).backward()

@@ -2,28 +2,27 @@
 
 import numpy as np
 import torch
-from torch import nn
 
 from spinlab import parallel
-from spinlab.metrics.states import States
+from spinlab.metrics.states import Head, States
 
 CHUNK = 2**24  # logits of the original that are there at once
 
 
 def compare(
-    states: torch.Tensor, head: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor
+    states: torch.Tensor, head: Head, logits: torch.Tensor, logs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL(original || network) in nats and whether the likeliest token is another: (n,) each.
 
-    states: (n, hidden), what the original's head (vocabulary, hidden) read. logits, logs: the
-    network's (n, vocabulary) logits in float32, and their log-probabilities. Taken in float32, as
-    many tokens at a time as `CHUNK` has room for.
+    states: (n, hidden), what the original's head read. logits, logs: the network's (n, vocabulary)
+    logits in float32, and their log-probabilities. Taken in float32, as many tokens at a time as
+    `CHUNK` has room for.
     """
     divergences, flips = [], []
-    rows = max(1, CHUNK // len(head))
+    rows = max(1, CHUNK // len(head.weight))
     for n in range(0, len(states), rows):
         part = slice(n, n + rows)
-        original = nn.functional.linear(states[part], head).float()
+        original = head.logits(states[part])
         flips.append(original.argmax(-1) != logits[part].argmax(-1))
         of_original = original.log_softmax(-1)
         del original
@@ -46,7 +45,7 @@ class Divergence:
     def see(self, places: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor) -> None:
         """Compare windows with the original's; shapes are those of `perplexity`'s `See`."""
         for place, *of_network in zip(places.tolist(), logits, logs, strict=True):
-            states = self._states.of_window(self._label, place)[:-1].to(self._head.device)
+            states = self._states.of_window(self._label, place)[:-1].to(self._head.weight.device)
             found = compare(states, self._head, *of_network)
             self._divergences[place], self._flips[place] = (t.cpu().double() for t in found)
 

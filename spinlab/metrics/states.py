@@ -11,12 +11,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.metrics.perplexity import See
-from spinlab.model.modules import head_of
+from spinlab.model.modules import head_of, map_of
 from spinlab.tensors import write_tensors
+
+
+@dataclass(frozen=True)
+class Head:
+    """Make logits of what a head reads. weight: (vocabulary, hidden); divisor: of its product."""
+
+    weight: torch.Tensor
+    divisor: float = 1.0
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., vocabulary) of states (..., hidden), in float32."""
+        logits = nn.functional.linear(states, self.weight)
+        return (logits if self.divisor == 1 else logits / self.divisor).float()
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,9 @@ class States:
         self._file(label, 0).parent.mkdir(parents=True, exist_ok=True)
         head, read = head_of(model), []
         if parallel.is_main():
-            write_tensors(self._head, {"weight": head.weight.detach().cpu().contiguous()})
+            weight = head.weight.detach().cpu().contiguous()
+            divisor = torch.tensor(map_of(model).logit_divisor, dtype=torch.float64)
+            write_tensors(self._head, {"weight": weight, "divisor": divisor})
 
         def keep(places: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor) -> None:
             for place, states in zip(places.tolist(), read.pop().cpu(), strict=True):
@@ -46,9 +62,10 @@ class States:
         finally:
             hook.remove()
 
-    def head(self, device: torch.device) -> torch.Tensor:
-        """Load the original's head: (vocabulary, hidden)."""
-        return load_file(self._head)["weight"].to(device)
+    def head(self, device: torch.device) -> Head:
+        """Load the original's head."""
+        kept = load_file(self._head)
+        return Head(kept["weight"].to(device), kept["divisor"].item())
 
     def of_window(self, label: str, place: int) -> torch.Tensor:
         """Load what the head read of a window: (length, hidden)."""

@@ -154,6 +154,7 @@ class ModelMap:
     """Describe a model. Sites stand in the order in which they are computed.
 
     cannot: by the name of a rotation (r1, r2, ...), why the family's function does not survive it.
+    logit_divisor: logits are what the head gives, divided by it.
     """
 
     family: str
@@ -169,6 +170,7 @@ class ModelMap:
     rope: str
     rope_kind: str
     cannot: dict[str, str] = field(default_factory=dict)
+    logit_divisor: float = 1.0
 
     @cached_property
     def input_at(self) -> dict[str, Input]:

@@ -69,6 +69,16 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     return linear_at(model, map_of(model).head)
 
 
+def read_by_head(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return what the head multiplies to logits for token ids (batch, tokens), none of them cached.
+
+    (batch, tokens, hidden), divided by what else would divide the logits.
+    """
+    hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+    divisor = map_of(model).logit_divisor
+    return hidden if divisor == 1 else hidden / divisor
+
+
 def ends_of(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     """Return embedding and head."""
     return embedding_of(model), head_of(model)

@@ -80,6 +80,7 @@ CASES = {
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3"},
     "phi3": {"family": "phi3"},
+    "granite": {"family": "granite"},
     "bfloat16": {"dtype": "bfloat16"},
     "float64": {"dtype": "float64"},
     "mixed formats": {"quant": MIXED},

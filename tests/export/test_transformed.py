@@ -65,7 +65,7 @@ def put(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen2", "granite"])
 def test_an_export_is_an_ordinary_checkpoint_to_others(
     export, make_family_model, tmp_path, ids, model_type
 ):

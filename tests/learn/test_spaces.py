@@ -95,6 +95,45 @@ def test_loss_and_gradient_are_those_of_the_plain_definition(
         assert error < 1e-8, f"{name}: {error:.1e}"
 
 
+MULTIPLIERS = {
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
+    **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
+}
+OF_FAMILIES = {
+    "granite": ({**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}, RotationConfig()),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_families_of_other_layers_learn_by_the_plain_definition(
+    make_family_model, learner_in, family, rounded, objective
+):
+    changes, rotation = OF_FAMILIES[family]
+
+    def make(dtype):
+        return make_family_model(family, **changes).to(dtype)
+
+    learn = LearnConfig(
+        **SETTINGS,
+        rotations=[name for name in ("r1", "r2") if getattr(rotation, name) != "none"],
+        quantize_weights=rounded,
+        objective=OBJECTIVES[objective],
+        optimizer=EUCLIDEAN,
+    )
+    quant = QuantConfig(weights=TensorQuant(symmetric=True))
+    found, plain = (
+        loss_and_gradients(learner_in(make, space, learn, quant, rotation))
+        for space in (None, PlainSpace)
+    )
+    assert found[0] == pytest.approx(plain[0], rel=1e-10)
+    assert found[2] == pytest.approx(plain[2], rel=1e-8)
+    for name, gradient in plain[1].items():
+        assert gradient.norm() > 1e-6
+        assert (found[1][name] - gradient).norm() < 1e-8 * gradient.norm(), name
+
+
 WIDE = [Override("*.0.mlp.*_proj", activations=FormatChange(bits=16))]
 
 

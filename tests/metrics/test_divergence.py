@@ -8,7 +8,7 @@ from scipy.special import rel_entr, softmax
 from spinlab.metrics import divergence
 from spinlab.metrics.divergence import Divergence, compare
 from spinlab.metrics.perplexity import perplexity
-from spinlab.metrics.states import States
+from spinlab.metrics.states import Head, States
 from spinlab.model.modules import head_of
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_divergence_is_scipys_however_many_tokens_are_compared_at_once(logits, monkeypatch, chunk):
     monkeypatch.setattr(divergence, "CHUNK", chunk)
     states, head, other = logits
-    found, flips = compare(states, head, other, other.log_softmax(-1))
+    found, flips = compare(states, Head(head), other, other.log_softmax(-1))
     np.testing.assert_allclose(found, oracle(states @ head.mT, other), rtol=1e-5, atol=1e-6)
     assert torch.equal(flips, (states @ head.mT).argmax(-1) != other.argmax(-1))
     assert 0 < flips.sum() < 50
@@ -43,9 +43,28 @@ def test_divergence_is_scipys_however_many_tokens_are_compared_at_once(logits, m
 def test_logits_of_the_model_dtype_are_compared_in_float32(logits, dtype):
     states, head, other = (t.to(dtype) for t in logits)
     original, other = (states @ head.mT).float(), other.float()
-    found, _ = compare(states, head, other, other.log_softmax(-1))
+    found, _ = compare(states, Head(head), other, other.log_softmax(-1))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, oracle(original, other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_divided_product_is_compared_divided(logits):
+    states, head, other = logits
+    found, _ = compare(states, Head(head, 3.0), other, other.log_softmax(-1))
+    np.testing.assert_allclose(found, oracle(states @ head.mT / 3, other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_original_that_divides_its_logits_does_not_diverge_from_itself(
+    make_family_model, tmp_path, dtype
+):
+    model, states = make_family_model("granite", logits_scaling=3.0).to(dtype), States(tmp_path)
+    windows = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
+    with states.keeping(model, "text") as keep:
+        kept = perplexity(model, windows, 1, "", keep)
+    itself = Divergence(states, "text", windows, CPU)
+    assert perplexity(model, windows, 1, "", itself.see) == kept
+    assert itself.metrics() == {"kl": 0.0, "kl_p99": 0.0, "flips": 0.0}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

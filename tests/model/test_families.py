@@ -18,6 +18,11 @@ MULTI_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12
 SLIDES_WITHOUT_ROPE = {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [1, 0]}
 SOME_LAYERS_SLIDE = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
+MULTIPLIERS = {
+    **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
+    **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
+}
+
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
 SHAPES = [
     ("llama", {}),
@@ -35,6 +40,8 @@ SHAPES = [
     ("phi3", {"head_dim": None, "hidden_size": 48}),
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
     ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),
+    ("granite", MULTIPLIERS),
+    ("granite", {"attention_bias": True, "mlp_bias": True, **MULTIPLIERS, **MULTI_HEAD, **UNTIED}),
 ]
 every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
 one_of_each = pytest.mark.parametrize("family", sorted(FAMILIES))

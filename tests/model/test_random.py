@@ -32,6 +32,8 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "qwen3_8b": 8_190_735_360,
     "phi3_mini": 3_821_079_552,
     "tinyllama_1b": 1_100_048_384,
+    "smollm3_3b": 3_075_098_624,
+    "granite_3_1_2b": 2_533_531_648,
 }
 
 

@@ -184,6 +184,10 @@ FAMILIES = {
     "qwen2": {"head_dim": None, "hidden_size": 48},
     "qwen3": {},
     "smollm3": {"no_rope_layers": [0, 1]},
+    "granite": {
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
+        **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
+    },
     "phi3": {
         "hidden_size": 32,
         "rope_parameters": {

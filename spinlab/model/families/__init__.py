@@ -2,6 +2,7 @@
 
 from spinlab.errors import InputError
 from spinlab.model.families.blocked import BLOCKED
+from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.phi3 import PHI3
 from spinlab.model.map import Family
@@ -13,6 +14,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": LLAMA,
     "smollm3": LLAMA,
     "phi3": PHI3,
+    "granite": GRANITE,
 }
 
 
