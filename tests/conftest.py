@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter, chosen
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spinlab.collector import leave_modules
-from spinlab.config import ModelConfig
+from spinlab.config import ModelConfig, RotationConfig
+from spinlab.errors import InputError
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.load import exact_norms, load_model
+from spinlab.model.map import ModelMap
+from spinlab.rotation.initial import check_rotations
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -130,6 +134,21 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
         return load_model(ModelConfig(architecture=shape, dtype="float64"), None, seed)
 
     return make
+
+
+@pytest.fixture
+def fitting() -> Callable[[RotationConfig, ModelMap], RotationConfig]:
+    """Return what leaves out the rotations that a family refuses, and sees that it does."""
+
+    def fit(config: RotationConfig, model_map: ModelMap) -> RotationConfig:
+        for name in set(model_map.cannot) & set(config.used):
+            with pytest.raises(
+                InputError, match=rf"{name} does not fit .* set rotation\.{name}=none"
+            ):
+                check_rotations(config, model_map)
+        return replace(config, **dict.fromkeys(model_map.cannot, "none"))
+
+    return fit
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import pytest
 from spinlab.compose import CONF, composed, options_of
 from spinlab.config import Config, ModelConfig, plain
 from spinlab.model.families import FAMILIES
+from spinlab.model.load import meta_model
+from spinlab.model.modules import map_of
 from spinlab.stages.pipeline import Pipeline
 
 EXPERIMENTS, METHODS, MODELS = (options_of(g) for g in ("experiment", "method", "model"))
@@ -75,7 +77,7 @@ def test_what_composes_to_the_same_settings_has_one_name():
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "/" not in name])
-def test_every_method_runs_on_every_family(method, tmp_path):
+def test_every_method_runs_on_every_family(method, fitting, tmp_path):
     """From a tiny random model to integers; published formats differ in settings alone."""
     file = tmp_path / "text.txt"
     file.write_text("".join(chr(97 + i * i % 89 % 26) for i in range(2_000)))
@@ -84,6 +86,7 @@ def test_every_method_runs_on_every_family(method, tmp_path):
     learn = replace(config.learn, steps=min(config.learn.steps, 1))
     for family in sorted(FAMILIES):
         model = replace(config.model, architecture={**SHAPE, "model_type": family})
-        run = Pipeline(replace(config, learn=learn, model=model))
+        rotation = fitting(config.rotation, map_of(meta_model(model, None)))
+        run = Pipeline(replace(config, learn=learn, model=model, rotation=rotation))
         assert run.handoff_error("integer") < 1e-9, family
         assert (run.learned.path != run.initial.path) == (learn.steps > 0), family

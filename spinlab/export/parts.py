@@ -107,14 +107,18 @@ def of_settings(config: Config, among: Collection[str]) -> list[str]:
         there |= {f"drawn_{name}": kind not in SAME for name, kind in kinds.items()}
         there["inputs"] = rotation.turns_inputs
         there["smoothing"] = rotation.smooth is not None or rotation.scales_inputs
-        there["scales"] = rotation.smooth is not None and "scales" in among and _runs_online(config)
+        there["scales"] = there["smoothing"] and "scales" in among and _runs_online(config)
     return [name for name in among if there.get(name)]
 
 
 def _runs_online(config: Config) -> bool:
-    """Tell whether a scale of smoothing has nowhere to go: no norm or linear takes all of it."""
-    inputs = map_of(meta_model(config.model, None)).inputs
-    return any(not i.folds for i in inputs if i.name in config.rotation.smooth_groups)
+    """Tell whether a scale has nowhere to go: no norm or linear takes all of it.
+
+    Those of smoothing are drawn for every channel, those that are learned alone for every row.
+    """
+    inputs, rotation = map_of(meta_model(config.model, None)).inputs, config.rotation
+    smoothed = () if rotation.smooth is None else rotation.smooth_groups
+    return any(not i.folds if i.name in smoothed else i.producer is None for i in inputs)
 
 
 def source_of(config: Config) -> tuple[str, Path] | None:

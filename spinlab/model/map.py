@@ -54,9 +54,10 @@ class Input:
     """Describe the tensor that some linears of a layer read, (..., width).
 
     producer: the norm or linear whose gains or rows multiply it, channel by channel, so that a
-    scale of it can move there. shared: how many of its channels one row of the producer feeds;
-    with grouped queries a row of the values feeds one of every query head that shares the head, so
-    that channels come in runs of a head, `shared` of them in a row from the same rows.
+    scale of it can move there; None where linears read the stream itself. shared: how many of its
+    channels one row of the producer feeds; with grouped queries a row of the values feeds one of
+    every query head that shares the head, so that channels come in runs of a head, `shared` of them
+    in a row from the same rows.
     """
 
     layer: int
@@ -97,7 +98,8 @@ class Norm:
 class Attention:
     """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
 
-    window: how far back a token looks, or None. query_norm, key_norm: norms of single heads.
+    window: how far back a token looks, or None. query_norm, key_norm: norms of single heads, or
+    with wide_norms of all heads of a token together.
     key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
     turns number d of a head with number d + rotary_dim/2.
     """
@@ -114,6 +116,7 @@ class Attention:
     window: int | None
     query_norm: str | None = None
     key_norm: str | None = None
+    wide_norms: bool = False
     key_bias: bool = False
 
 

@@ -94,6 +94,12 @@ def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
         )
     if config.smooth is not None:
         _check_smoothing(config, model_map)
+    if config.scales_inputs and not config.online:
+        for input in (input for input in model_map.inputs if input.producer is None):
+            raise InputError(
+                f"rotation.inputs=scales runs online before the {input.name} input of a "
+                f"{model_map.family} model, where no norm stands: set rotation.online=true"
+            )
 
 
 def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
@@ -109,10 +115,10 @@ def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
                     f"rotation.{rotation} mixes: set rotation.{rotation}=none"
                 )
         if not input.folds and not config.online:
+            why = "with grouped queries" if input.producer else "without a norm before it"
             raise InputError(
-                f"rotation.smooth of the {input.name} input runs online on a model with grouped "
-                f"queries: take {input.name} out of rotation.smooth_groups, or set "
-                "rotation.online=true"
+                f"rotation.smooth of the {input.name} input runs online on a model {why}: take "
+                f"{input.name} out of rotation.smooth_groups, or set rotation.online=true"
             )
 
 
@@ -205,8 +211,9 @@ class _Maker:
             scale, rotation = scales.get(input.key), rotations.get(input.key)
             folded = input.folds
             if scale is None and self.config.scales_inputs:
-                # one for all can move into any producer
-                scale, folded = torch.ones(input.width, dtype=torch.float64), True
+                # one for all can move into any producer there is
+                scale = torch.ones(input.width, dtype=torch.float64)
+                folded = input.producer is not None
             if scale is not None or rotation is not None:
                 found[input.key] = ScaledDual(scale, folded, rotation)
         return found

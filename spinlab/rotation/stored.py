@@ -250,6 +250,8 @@ def _check_input(what: str, found: Mapping[str, torch.Tensor], input: Input) -> 
                 f"{input.width} channels"
             )
     scale = found.get("folded_scale")
+    if scale is not None and input.producer is None:
+        raise InputError(f"{what}.folded_scale has no norm or linear to move into")
     if scale is not None and not torch.equal(to_channels(to_rows(scale, input), input), scale):
         raise InputError(
             f"{what}.folded_scale differs between heads that share values, whose rows carry it"

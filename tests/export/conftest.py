@@ -17,15 +17,19 @@ from spinlab.weights.layerwise import quantize_rtn
 
 
 @pytest.fixture
-def make_subject(make_family_model) -> Callable[..., Subject]:
-    """Return a maker of subjects: float32 models of a family, rotated and rounded to nearest."""
+def make_subject(make_family_model, fitting) -> Callable[..., Subject]:
+    """Return a maker of subjects: float32 models of a family, rotated and rounded to nearest.
+
+    Rotations that a family refuses are left out.
+    """
 
     def make(model_type: str, config: Config, seed: int = 0, **changes) -> Subject:
         def original():
             return cast_model(make_family_model(model_type, seed, **changes), torch.float32)
 
-        generator = torch.Generator().manual_seed(seed)
-        rotations = initial_rotations(config.rotation, map_of(original()), generator)
+        model_map, generator = map_of(original()), torch.Generator().manual_seed(seed)
+        config = replace(config, rotation=fitting(config.rotation, model_map))
+        rotations = initial_rotations(config.rotation, model_map, generator)
         networks = QuantizedNetworks(original, config.quant, config.kv)
 
         def weights():

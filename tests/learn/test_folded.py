@@ -63,7 +63,8 @@ def with_scales(config: RotationConfig, model) -> RotationSet:
     for key, transform in start.inputs.items():
         input = places.input_at[key]
         rows = torch.rand(input.width // input.shared, generator=g, dtype=torch.float64) + 0.5
-        inputs[key] = ScaledDual(in_gains(to_channels(rows, input)), True, transform.dual)
+        scale, folded = in_gains(to_channels(rows, input)), input.producer is not None
+        inputs[key] = ScaledDual(scale, folded, transform.dual)
     return RotationSet(start.r1, start.r2, start.r3, start.r4, None, inputs)
 
 
@@ -73,14 +74,16 @@ def make_biased(make_family_model):
     return partial(make_family_model, "qwen2")
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @KINDS
-def test_networks_with_folded_scales_keep_logits_in_float64(make_family_model, ids, family, config):
+def test_networks_with_folded_scales_keep_logits_in_float64(
+    make_family_model, fitting, ids, family, config
+):
     make = partial(make_family_model, family)
-    rotations = with_scales(config, make())
+    rotations = with_scales(fitting(config, map_of(make())), make())
     rotated = partial(QuantizedNetworks(make, QUANT, KVConfig()).rotated, rotations)
     assert check_invariance(make, rotated, rotations, ids[:1]) < 1e-9
 

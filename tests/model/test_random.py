@@ -34,6 +34,7 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "tinyllama_1b": 1_100_048_384,
     "smollm3_3b": 3_075_098_624,
     "granite_3_1_2b": 2_533_531_648,
+    "olmo2_7b": 7_298_617_344,
 }
 
 

@@ -65,15 +65,30 @@ def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv
     assert check_invariance(lambda: original, lambda: model, rotations, ids[:1]) < 1e-9
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "granite"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_every_family_takes_every_transform(make_family_model, ids, config, model_type):
+def test_every_family_takes_every_transform(make_family_model, fitting, ids, config, model_type):
     def make(**changes):
         return make_family_model(model_type, **changes)
 
-    rotations = made(config, make)
+    rotations = made(fitting(config, map_of(make())), make)
     model = QuantizedNetworks(make, None, None).rotated(rotations)
     assert check_invariance(make, lambda: model, rotations, ids[:1]) < 1e-9
+
+
+def test_scales_before_the_stream_itself_run_online_or_not_at_all(make_family_model):
+    model_map = map_of(make_family_model("olmo2"))
+    alone = {"r1": "none", "r2": "none", "r4": "none"}
+    smooth = RotationConfig(**alone, smooth=0.5, smooth_groups=["qkv"])
+    learned = RotationConfig(**{**alone, "r2": "random"}, inputs="scales")
+    check_rotations(smooth, model_map)
+    drawn = initial_rotations(learned, model_map, torch.Generator().manual_seed(0)).inputs
+    assert {key for key, transform in drawn.items() if not transform.folded} == {
+        *("0.qkv", "0.gate_up", "1.qkv", "1.gate_up")
+    }
+    for config in (smooth, learned):
+        with pytest.raises(InputError, match=r"qkv input .*: .*rotation\.online=true"):
+            check_rotations(replace(config, online=False), model_map)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -184,6 +184,7 @@ FAMILIES = {
     "qwen2": {"head_dim": None, "hidden_size": 48},
     "qwen3": {},
     "smollm3": {"no_rope_layers": [0, 1]},
+    "olmo2": {"attention_bias": True},
     "granite": {
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
         **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
@@ -201,8 +202,12 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, ids, family):
-    networks, rotations, weights = prepared(lambda: make_family_model(family, **FAMILIES[family]))
+def test_families_keep_their_biases_norms_and_partial_rope(make_family_model, fitting, ids, family):
+    def make():
+        return make_family_model(family, **FAMILIES[family])
+
+    rotation = fitting(RotationConfig(), map_of(make()))
+    networks, rotations, weights = prepared(make, rotation=rotation)
     model = runtime(networks, rotations, weights)
     expected = networks.dequantized(rotations, weights)(ids).logits
     cache = new_cache(model, 24)

@@ -146,7 +146,9 @@ def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, window
     assert not torch.equal(found[0][name].levels, found[1][name].levels)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2"]
+)
 def test_every_family_is_quantized(make_family_model, quantize, family):
     model = make_family_model(family)
     names = {site.path for site in map_of(model).sites}

@@ -4,6 +4,7 @@ from spinlab.errors import InputError
 from spinlab.model.families.blocked import BLOCKED
 from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
+from spinlab.model.families.olmo2 import OLMO2
 from spinlab.model.families.phi3 import PHI3
 from spinlab.model.map import Family
 
@@ -15,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": LLAMA,
     "phi3": PHI3,
     "granite": GRANITE,
+    "olmo2": OLMO2,
 }
 
 

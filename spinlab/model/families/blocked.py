@@ -1,7 +1,7 @@
 """Model families that rotations do not fit, and what stands in the way of each."""
 
 _MEAN = "its LayerNorm subtracts the mean, which does not commute with a rotation of the stream"
-_POST_NORM = (
+POST_NORM = (
     "a norm with gains stands between its blocks' outputs and the residual stream, and R1 cannot "
     "pass those gains"
 )
@@ -18,7 +18,7 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi", "stablelm"),
         "starcoder2",
     ),
-    _POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "olmo3"),
+    POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo3"),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
         *("llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),

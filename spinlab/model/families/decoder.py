@@ -1,4 +1,4 @@
-"""Decoders whose layers are attention and a gated MLP, each behind a norm: most families are."""
+"""Decoders whose layers are attention and a gated MLP, with norms around: most families are."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from spinlab.model.map import Attention, GatedMLP, Input, Layer, ModelMap, Norm,
 class Names:
     """Name the parts of such a model, and those of a layer as seen from it.
 
-    A family without norms of single heads has no module at `query_norm` and `key_norm`.
+    A family without norms of queries and keys has no module at `query_norm` and `key_norm`. Norms
+    before attention and MLP are read by their linears; those behind stand before the stream.
     """
 
     layers: str
@@ -23,8 +24,8 @@ class Names:
     rope: str
     attention: str
     mlp: str
-    attention_norm: str
-    mlp_norm: str
+    attention_norm: str | None
+    mlp_norm: str | None
     queries: str
     keys: str
     values: str
@@ -34,6 +35,8 @@ class Names:
     down: str
     query_norm: str
     key_norm: str
+    behind_attention: str | None = None
+    behind_mlp: str | None = None
 
 
 def read_decoder(
@@ -126,31 +129,39 @@ class _LayerReader:
             ("down", names.down, "R4", names.up, (1, 1)),
         ]
         return [
-            Input(self.index, name, self._shape(reader)[1], reads, self._at(producer), *heads)
-            for name, reader, reads, producer, heads in places
+            Input(self.index, name, self._shape(reader)[1], reads, at and self._at(at), *heads)
+            for name, reader, reads, at, heads in places
         ]
 
     def norms(self) -> list[Norm]:
-        """Return the norms of the stream, with the linears behind them, and those of heads."""
+        """Return the norms of the stream, with the linears behind them, and what linears give."""
         names = self.names
         return [
-            self._norm(names.attention_norm, names.queries, names.keys, names.values),
-            *(self._head_norm(*pair) for pair in self._head_norms()),
-            self._norm(names.mlp_norm, names.gate, names.up),
+            *self._norm(names.attention_norm, names.queries, names.keys, names.values),
+            *(self._norm_of(*pair) for pair in self._head_norms()),
+            *self._behind(names.behind_attention, names.out),
+            *self._norm(names.mlp_norm, names.gate, names.up),
+            *self._behind(names.behind_mlp, names.down),
         ]
 
-    def _norm(self, name: str, *readers: str) -> Norm:
+    def _norm(self, name: str | None, *readers: str) -> list[Norm]:
+        if name is None:
+            return []
         norm, paths = self.block.get_submodule(name), tuple(self._at(r) for r in readers)
         width = self._shape(readers[0])[1]
-        return Norm(self._at(name), self.index, paths, width, _epsilon(norm), self.offset)
+        return [Norm(self._at(name), self.index, paths, width, _epsilon(norm), self.offset)]
+
+    def _behind(self, name: str | None, linear: str) -> list[Norm]:
+        return [] if name is None else [self._norm_of(name, linear)]
 
     def _head_norms(self) -> list[tuple[str, str]]:
-        """Return the names of norms of single heads, and of the linears before them."""
+        """Return the names of norms of queries and keys, and of the linears before them."""
         names, there = self.names, {name for name, _ in self.block.named_modules()}
         pairs = [(names.query_norm, names.queries), (names.key_norm, names.keys)]
         return [(norm, linear) for norm, linear in pairs if norm in there]
 
-    def _head_norm(self, name: str, linear: str) -> Norm:
+    def _norm_of(self, name: str, linear: str) -> Norm:
+        """Return the norm of what a linear gives: nothing that reads it is a linear."""
         width, epsilon = self._shape(linear)[0], _epsilon(self.block.get_submodule(name))
         return Norm(self._at(name), self.index, (), width, epsilon, self.offset)
 
@@ -170,10 +181,16 @@ class _LayerReader:
             window=self._window(),
             query_norm=at(names.query_norm) if names.query_norm in of_heads else None,
             key_norm=at(names.key_norm) if names.key_norm in of_heads else None,
+            wide_norms=any(self._width(name) > self.head_dim for name in of_heads),
             key_bias=self._has_bias(names.keys) and names.key_norm not in of_heads,
         )
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
         return Layer(self.path, attention, GatedMLP(*parts, self.config.hidden_act))
+
+    def _width(self, norm: str) -> int:
+        """Return how many gains a norm has."""
+        module: Any = self.block.get_submodule(norm)
+        return module.weight.shape[0]
 
     def _window(self) -> int | None:
         """Return the window that the layer says, or else the config."""

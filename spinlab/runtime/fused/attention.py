@@ -17,20 +17,20 @@ from spinlab.kv.path import KVPath
 from spinlab.kv.rope import Angles, rotary
 from spinlab.model.map import Attention
 from spinlab.runtime.fused.cache import IntegerCache
-from spinlab.runtime.fused.modules import NormReader, Reader
+from spinlab.runtime.fused.modules import Reader
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.slots import PlainRows
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
 
 
 class IntegerAttention(nn.Module):
-    """Stand for a stock attention module and the norm before it."""
+    """Stand for a stock attention module and the norm before it, where there is one."""
 
     def __init__(
         self,
         stock: nn.Module,
         layer: int,
-        readers: tuple[NormReader, Reader],
+        readers: tuple[Reader, Reader],
         path: KVPath,
         described: Attention,
         operations: Operations,
@@ -44,6 +44,7 @@ class IntegerAttention(nn.Module):
         self.head_dim, self.rope = described.head_dim, described.rope
         self.scaling: float = stock.scaling  # type: ignore[assignment]
         norms = (described.query_norm, described.key_norm)
+        self.wide_norms = described.wide_norms
         inside = [path.removeprefix(f"{described.path}.") for path in norms if path]
         self.head_norms = nn.ModuleList(stock.get_submodule(name) for name in inside)
 
@@ -66,10 +67,20 @@ class IntegerAttention(nn.Module):
     def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:
         """Cut one product into queries, keys, values: (batch, tokens, heads, head_dim) each."""
         sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (part.unflatten(2, (-1, self.head_dim)) for part in qkv.split(sizes, dim=2))
-        if self.head_norms:  # Qwen3 norms every head of queries and keys
-            q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k), strict=True))
+        q, k, v = qkv.split(sizes, dim=2)
+        if self.wide_norms:  # OLMo-2 norms all heads of queries, and of keys, together
+            q, k = self._normed(q, k)
+        q, k, v = (part.unflatten(2, (-1, self.head_dim)) for part in (q, k, v))
+        if not self.wide_norms:  # Qwen3 norms every head
+            q, k = self._normed(q, k)
         return [q, k, v]
+
+    def _normed(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys behind their norms, if they have some."""
+        if not self.head_norms:
+            return q, k
+        of_queries, of_keys = self.head_norms
+        return of_queries(q), of_keys(k)
 
     def _packed(
         self,

@@ -151,16 +151,17 @@ class LayerBuilder:
         self.model.set_submodule(attention.path, twin)
         self.model.set_submodule(mlp.path, IntegerMLP(gate_up, down))
         for reader in (attention.queries, mlp.gate):
-            self.model.set_submodule(self._norm_before(reader), nn.Identity())
+            if (norm := self._norm_before(reader)) is not None:
+                self.model.set_submodule(norm, nn.Identity())
 
-    def _norm_before(self, reader: str) -> str:
-        """Return the path of the norm whose output a linear reads."""
-        producer = self.map.input_at[self.map.site_at[reader].key].producer
-        assert producer is not None, f"no norm stands before {reader}"
-        return producer
+    def _norm_before(self, reader: str) -> str | None:
+        """Return the path of the norm whose output a linear reads; None before the stream."""
+        return self.map.input_at[self.map.site_at[reader].key].producer
 
-    def _behind_norm(self, reader: str) -> NormReader:
+    def _behind_norm(self, reader: str) -> Reader:
         path = self._norm_before(reader)
+        if path is None:
+            return Reader(*self._parts(reader))
         norm = self.map.norm_at[path]
         return NormReader(norm_at(self.model, path), norm, *self._parts(reader))
 

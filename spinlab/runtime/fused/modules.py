@@ -104,9 +104,9 @@ class GateReader(Reader):
 
 
 class IntegerMLP(nn.Module):
-    """Stand for a stock gated MLP and the norm before it."""
+    """Stand for a stock gated MLP and the norm before it, where there is one."""
 
-    def __init__(self, gate_up: NormReader, down: GateReader) -> None:
+    def __init__(self, gate_up: Reader, down: GateReader) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
