@@ -13,7 +13,7 @@ from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
 from spinlab.export.parts import check_made, check_settings
-from spinlab.export.stock import save_stock
+from spinlab.export.stock import check_stock, save_stock
 from spinlab.finite import check_finite
 from spinlab.model.load import cast_model
 from spinlab.rotation.rotations import ONLINE
@@ -32,9 +32,13 @@ _CANNOT = (
 
 
 def check(setting: str, target: Path, config: Config) -> None:
-    """Raise InputError for rotations that such a file cannot hold, and as `check_folder` does."""
+    """Raise InputError for rotations or a family that such a file cannot hold.
+
+    As `check_folder` does, too.
+    """
     check_settings(setting, _FORM, _CANNOT, config)
     check_folder(setting, target, config)
+    check_stock(setting, config)
 
 
 def write(subject: Subject, path: str) -> None:

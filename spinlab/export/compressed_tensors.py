@@ -39,7 +39,7 @@ from spinlab.export.profiles import (
     ranges_differ,
     schemes_of,
 )
-from spinlab.export.stock import save_stock
+from spinlab.export.stock import check_stock, save_stock
 from spinlab.finite import check_finite
 from spinlab.model.load import cast_model, meta_model
 from spinlab.model.modules import map_of
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 def check(setting: str, target: Path, config: Config) -> None:
     """Raise InputError for what the profile cannot carry, and as `check_folder` does."""
     check_installed(setting)
+    check_stock(setting, config)
     check_profile(setting, config)
     check_settings(setting, FORM, CANNOT, config)
     schemes_of(setting, map_of(meta_model(config.model, None)), config.quant)

@@ -7,11 +7,25 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from spinlab.config import Config
+from spinlab.errors import InputError
 from spinlab.files import write_json
+from spinlab.model.families import family_of
 from spinlab.model.files import CONFIG, GENERATION, read_json
+from spinlab.model.load import family_named
 from spinlab.model.modules import restore
 
 _TOKENIZER = "tokenizer_config.json"
+
+
+def check_stock(setting: str, config: Config) -> None:
+    """Raise InputError for a family whose stock modules cannot compute a rotated model."""
+    model_type = family_named(config.model)
+    if (reason := family_of(model_type).no_stock) is not None:
+        raise InputError(
+            f"{setting}: a stock checkpoint of the family {model_type!r} cannot hold a rotated "
+            f"model, because {reason}: use export.artefact"
+        )
 
 
 def save_stock(

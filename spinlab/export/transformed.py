@@ -8,20 +8,27 @@ together, so neither is forgotten.
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spinlab.config import Config
 from spinlab.export.base import Subject
-from spinlab.export.folder import check_folder as check
-from spinlab.export.folder import new_folder
+from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.identity import digests_of, mark
-from spinlab.export.stock import save_stock
+from spinlab.export.stock import check_stock, save_stock
 from spinlab.model.files import MANIFEST
 from spinlab.rotation.rotations import RotationSet
 
 __all__ = ["check", "save_transformed", "write"]
 
 log = logging.getLogger(__name__)
+
+
+def check(setting: str, target: Path, config: Config) -> None:
+    """Raise InputError for a family without such files, and as `check_folder` does."""
+    check_folder(setting, target, config)
+    check_stock(setting, config)
 
 
 def write(subject: Subject, path: str) -> None:

@@ -22,14 +22,18 @@ from spinlab.tensors import write_tensors
 
 @dataclass(frozen=True)
 class Head:
-    """Make logits of what a head reads. weight: (vocabulary, hidden); divisor: of its product."""
+    """Make logits of what a head reads.
+
+    weight: (vocabulary, hidden); bias: (vocabulary,); divisor: of what both give.
+    """
 
     weight: torch.Tensor
+    bias: torch.Tensor | None = None
     divisor: float = 1.0
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., vocabulary) of states (..., hidden), in float32."""
-        logits = nn.functional.linear(states, self.weight)
+        logits = nn.functional.linear(states, self.weight, self.bias)
         return (logits if self.divisor == 1 else logits / self.divisor).float()
 
 
@@ -50,7 +54,8 @@ class States:
         if parallel.is_main():
             weight = head.weight.detach().cpu().contiguous()
             divisor = torch.tensor(map_of(model).logit_divisor, dtype=torch.float64)
-            write_tensors(self._head, {"weight": weight, "divisor": divisor})
+            of_bias = {} if head.bias is None else {"bias": head.bias.detach().cpu()}
+            write_tensors(self._head, {"weight": weight, "divisor": divisor, **of_bias})
 
         def keep(places: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor) -> None:
             for place, states in zip(places.tolist(), read.pop().cpu(), strict=True):
@@ -65,7 +70,8 @@ class States:
     def head(self, device: torch.device) -> Head:
         """Load the original's head."""
         kept = load_file(self._head)
-        return Head(kept["weight"].to(device), kept["divisor"].item())
+        bias = kept["bias"].to(device) if "bias" in kept else None
+        return Head(kept["weight"].to(device), bias, kept["divisor"].item())
 
     def of_window(self, label: str, place: int) -> torch.Tensor:
         """Load what the head read of a window: (length, hidden)."""

@@ -124,6 +124,13 @@ def meta_model(config: ModelConfig, converted: Path | None) -> PreTrainedModel:
     return prepared(on_meta(_described(config, converted)), getattr(torch, config.dtype))
 
 
+def family_named(config: ModelConfig) -> str:
+    """Return the model type that settings or a checkpoint's config name; no model is made."""
+    if config.weights == "random":
+        return config.architecture.get("model_type", "llama")
+    return _described(config, None).model_type
+
+
 def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
     """Return the transformers config of a model without loading it."""
     if config.weights == "random":

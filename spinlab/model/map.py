@@ -54,10 +54,10 @@ class Input:
     """Describe the tensor that some linears of a layer read, (..., width).
 
     producer: the norm or linear whose gains or rows multiply it, channel by channel, so that a
-    scale of it can move there; None where linears read the stream itself. shared: how many of its
-    channels one row of the producer feeds; with grouped queries a row of the values feeds one of
-    every query head that shares the head, so that channels come in runs of a head, `shared` of them
-    in a row from the same rows.
+    scale of it can move there; None where linears read the stream itself, or a norm that
+    another input reads too. shared: how many of its channels one row of the producer feeds; with
+    grouped queries a row of the values feeds one of every query head that shares the head, so that
+    channels come in runs of a head, `shared` of them in a row from the same rows.
     """
 
     layer: int
@@ -259,9 +259,10 @@ class Family:
     """Say how models of a family are read, and what has to be changed before and after.
 
     prepare: bring a stock model, in place, to modules that a map can name; restore: undo it, so
-    that the model saves as a stock checkpoint.
+    that the model saves as a stock checkpoint. no_stock: why that cannot be undone once rotated.
     """
 
     read: Callable[[PreTrainedModel], ModelMap]
     prepare: Callable[[PreTrainedModel], None] = _as_it_is
     restore: Callable[[PreTrainedModel], None] = _as_it_is
+    no_stock: str | None = None

@@ -65,7 +65,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
             norm = described.norm_at.get(name.rpartition(".")[0])
-            if norm is not None:
+            if norm is not None and not name.endswith(".bias"):
                 parameter.data.uniform_(0.5, 1.5).sub_(norm.offset)
             elif name.endswith(".bias"):
                 # within what weights of deviation 0.02 add up to

@@ -71,6 +71,8 @@ def _check_count(name: str, value: Any, most: int) -> None:
 
 def _reason(error: Exception) -> str:
     """Say in one line why settings make no model."""
+    if isinstance(error, InputError):  # of the family
+        return str(error)
     if isinstance(error, StrictDataclassError):  # its cause is the sentence without bookkeeping
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         return " ".join(str(error).split())

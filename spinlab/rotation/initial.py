@@ -98,7 +98,7 @@ def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
         for input in (input for input in model_map.inputs if input.producer is None):
             raise InputError(
                 f"rotation.inputs=scales runs online before the {input.name} input of a "
-                f"{model_map.family} model, where no norm stands: set rotation.online=true"
+                f"{model_map.family} model, which has no norm of its own: set rotation.online=true"
             )
 
 
@@ -115,7 +115,7 @@ def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
                     f"rotation.{rotation} mixes: set rotation.{rotation}=none"
                 )
         if not input.folds and not config.online:
-            why = "with grouped queries" if input.producer else "without a norm before it"
+            why = "with grouped queries" if input.producer else "without a norm of its own there"
             raise InputError(
                 f"rotation.smooth of the {input.name} input runs online on a model {why}: take "
                 f"{input.name} out of rotation.smooth_groups, or set rotation.online=true"

@@ -81,6 +81,7 @@ CASES = {
     "qwen3": {"family": "qwen3"},
     "phi3": {"family": "phi3"},
     "granite": {"family": "granite"},
+    "stablelm": {"family": "stablelm"},
     "olmo2": {"family": "olmo2", "rotation": RotationConfig(r1="none")},
     "bfloat16": {"dtype": "bfloat16"},
     "float64": {"dtype": "float64"},

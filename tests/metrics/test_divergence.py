@@ -50,7 +50,7 @@ def test_logits_of_the_model_dtype_are_compared_in_float32(logits, dtype):
 
 def test_a_divided_product_is_compared_divided(logits):
     states, head, other = logits
-    found, _ = compare(states, Head(head, 3.0), other, other.log_softmax(-1))
+    found, _ = compare(states, Head(head, divisor=3.0), other, other.log_softmax(-1))
     np.testing.assert_allclose(found, oracle(states @ head.mT / 3, other), rtol=1e-5, atol=1e-6)
 
 

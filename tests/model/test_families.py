@@ -41,6 +41,9 @@ SHAPES = [
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
     ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),
     ("granite", MULTIPLIERS),
+    ("stablelm", {}),
+    ("stablelm", {"use_qkv_bias": True, "num_key_value_heads": 4, **UNTIED}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, **UNTIED}),
     ("olmo2", {}),
     ("olmo2", {"attention_bias": True, **MULTI_HEAD, **UNTIED}),
     ("olmo2", {"num_key_value_heads": 1, "head_dim": 24}),
@@ -160,8 +163,10 @@ def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
     assert len(norms) == (9 if family in ("qwen3", "olmo2") else 5)
+    known = model.config.to_dict()
+    epsilon = known.get("rms_norm_eps") or known["layer_norm_eps"]
     for norm in norms:
         x = torch.randn(3, len(norm.weight), dtype=torch.float64)
         mean = x.square().mean(-1, keepdim=True)
-        expected = x / (mean + model.config.rms_norm_eps).sqrt() * norm.weight
+        expected = x / (mean + epsilon).sqrt() * norm.weight
         assert torch.allclose(norm(x), expected, atol=1e-14, rtol=0)

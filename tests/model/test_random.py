@@ -35,6 +35,7 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "smollm3_3b": 3_075_098_624,
     "granite_3_1_2b": 2_533_531_648,
     "olmo2_7b": 7_298_617_344,
+    "stablelm2_1_6b": 1_644_515_328,
 }
 
 
@@ -55,7 +56,10 @@ def test_configured_shapes_are_those_of_the_published_models(name):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_random_models_of_every_family_load_and_run(family):
-    model = load_model(replace(shaped(model_type=family), dtype="bfloat16"), None, seed=0)
+    stream = {"hidden_size": 48, "head_dim": 12} if family == "stablelm" else {}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    stream |= {"rope_parameters": rope} if stream else {}
+    model = load_model(replace(shaped(model_type=family, **stream), dtype="bfloat16"), None, seed=0)
     assert model.config.model_type == family
     assert model.dtype == torch.bfloat16
     assert model(torch.arange(16)[None]).logits.isfinite().all()

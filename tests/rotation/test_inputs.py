@@ -65,7 +65,9 @@ def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv
     assert check_invariance(lambda: original, lambda: model, rotations, ids[:1]) < 1e-9
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2"])
+@pytest.mark.parametrize(
+    "model_type", ["mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "stablelm"]
+)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_every_family_takes_every_transform(make_family_model, fitting, ids, config, model_type):
     def make(**changes):

@@ -15,13 +15,15 @@ def head_loss(
     config: ObjectiveConfig,
     teacher: tuple[Tensor, Tensor] | None,
     chunk: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return cross_entropy·CE + kl·KL of the next token, and both means by name.
 
     hidden: (batch, length, n), normed; head: (vocab, n), gets no gradient; labels: (batch,
     length) token ids, of which position t predicts the one at t + 1; teacher: hidden states
-    and head of the original model, if kl > 0. Logits exist for `chunk` positions at a time, and
-    nothing of the vocabulary's size is kept for the backward pass. Terms of weight 0 are absent.
+    and head of the original model, if kl > 0; bias: (vocab,), of both heads. Logits exist for
+    `chunk` positions at a time, and nothing of the vocabulary's size is kept for the backward pass.
+    Terms of weight 0 are absent.
     """
     assert config.on_logits, "no term looks at logits"
     assert teacher is not None or not config.kl, "kl compares with a teacher"
@@ -32,7 +34,7 @@ def head_loss(
         states, matrix = (tensor.detach() for tensor in teacher)
         original = states[:, :-1].flatten(0, 1), matrix.to(states.dtype)
     # a Function's apply carries no types
-    loss, terms = _HeadLoss.apply(student, head, following, config, original, chunk)  # pyright: ignore
+    loss, terms = _HeadLoss.apply(student, head, following, config, original, chunk, bias)  # pyright: ignore
     named = dict(zip(("cross_entropy", "kl"), terms, strict=True))
     return loss, {name: term for name, term in named.items() if getattr(config, name)}
 
@@ -49,17 +51,19 @@ class _HeadLoss(torch.autograd.Function):
         config: ObjectiveConfig,
         teacher: tuple[Tensor, Tensor] | None,  # (tokens, m), (vocab, m)
         chunk: int,
+        bias: Tensor | None,  # (vocab,)
     ) -> tuple[Tensor, Tensor]:
         head = head.to(hidden.dtype)
+        bias = None if bias is None else bias.detach().to(hidden.dtype)
         kept = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(2, dtype=_wide(hidden), device=hidden.device)
         unit = _gradient_unit(config)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             terms, gradient = _chunk_terms(
-                hidden[rows] @ head.mT,
+                _logits(hidden[rows], head, bias),
                 labels[rows, None],
-                None if teacher is None else teacher[0][rows] @ teacher[1].mT,
+                None if teacher is None else _logits(teacher[0][rows], teacher[1], bias),
                 config,
             )
             sums += terms
@@ -75,7 +79,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.kept * gradients[0], None, None, None, None, None
+        return ctx.kept * gradients[0], *[None] * 6
+
+
+def _logits(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    logits = states @ head.mT
+    return logits if bias is None else logits.add_(bias)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ from spinlab.config import ClipSearch, LearnConfig, ObjectiveConfig, QuantConfig
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.objectives import head_loss
 from spinlab.learn.spaces.local import LocalTerms
+from spinlab.model.modules import head_of
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
 
@@ -36,6 +37,7 @@ class LearningSpace:
     def __init__(self, parts: Parts) -> None:
         """Put the rotations of these parts into their model."""
         self.rotations, self.learn = parts.rotations, parts.learn
+        self.head_bias = head_of(parts.model).bias
 
     @classmethod
     def check(cls, learn: LearnConfig) -> None:
@@ -74,7 +76,8 @@ class LearningSpace:
         hidden: (batch, tokens, hidden); head: (vocabulary, hidden); ids: (batch, tokens). teacher:
         the original's hidden states and head, for terms that compare with them.
         """
-        return head_loss(hidden, head, ids, objective, teacher, CHUNK[ids.device.type])
+        chunk, bias = CHUNK[ids.device.type], self.head_bias
+        return head_loss(hidden, head, ids, objective, teacher, chunk, bias)
 
     def clips(self) -> dict[str, torch.Tensor]:
         """Return learned clip ratios by linear."""

@@ -76,13 +76,13 @@ class PlainSpace(LearningSpace):
         teacher: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss on whole logits and its terms: torch's own losses, by autograd."""
-        logits = at_least_float32(hidden[:, :-1] @ self.ends[1].weight.mT).flatten(0, 1)
+        logits = self._logits(hidden, self.ends[1].weight)
         terms = {}
         if objective.cross_entropy:
             terms["cross_entropy"] = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         if objective.kl:
             assert teacher is not None
-            known = at_least_float32(teacher[0][:, :-1] @ teacher[1].mT).flatten(0, 1)
+            known = self._logits(*teacher)
             if objective.kl_top_k:
                 known, places = known.topk(min(objective.kl_top_k, known.shape[-1]))
                 logits = logits.gather(-1, places)
@@ -92,6 +92,11 @@ class PlainSpace(LearningSpace):
             (getattr(objective, name) * term for name, term in terms.items()), hidden.sum() * 0
         )
         return loss, terms
+
+    def _logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Return the logits of every token but the last: (batch·(tokens-1), vocabulary)."""
+        logits = nn.functional.linear(hidden[:, :-1], head, self.head_bias)
+        return at_least_float32(logits).flatten(0, 1)
 
     def begin(self, index: int) -> None:
         """Search clip ratios where it is time to; learned ones start from the first search."""

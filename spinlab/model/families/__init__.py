@@ -6,6 +6,7 @@ from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
 from spinlab.model.families.phi3 import PHI3
+from spinlab.model.families.stablelm import STABLELM
 from spinlab.model.map import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "granite": GRANITE,
     "olmo2": OLMO2,
+    "stablelm": STABLELM,
 }
 
 

@@ -108,6 +108,12 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
     if not kv.codes_all:
         return _FLOATS
     for layer in map_of(model).layers:
+        norms = (layer.attention.query_norm, layer.attention.key_norm)
+        if any(path is not None and path not in map_of(model).norm_at for path in norms):
+            return (
+                f"queries and keys of {layer.path} go through norms that are no RMSNorms, and the "
+                "integer runtime knows no other"
+            )
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
         if layer.mlp.activation not in _SILU:
