@@ -156,8 +156,9 @@ class Dimensions:
 class ModelMap:
     """Describe a model. Sites stand in the order in which they are computed.
 
-    cannot: by the name of a rotation (r1, r2, ...), why the family's function does not survive it.
-    logit_divisor: logits are what the head gives, divided by it.
+    rope_kind: that of RoPE, or with commas all that there are. cannot: by the name of a rotation
+    (r1, r2, ...), why the family's function does not survive it. logit_divisor: logits are what the
+    head gives, divided by it.
     """
 
     family: str
@@ -198,7 +199,7 @@ class ModelMap:
     @property
     def moving_rope(self) -> bool:
         """Tell whether RoPE's frequencies depend on how long a text is."""
-        return "dynamic" in self.rope_kind or self.rope_kind == "longrope"
+        return "dynamic" in self.rope_kind or "longrope" in self.rope_kind
 
     @cached_property
     def key_biases(self) -> frozenset[int]:

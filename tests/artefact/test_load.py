@@ -83,6 +83,7 @@ CASES = {
     "granite": {"family": "granite"},
     "stablelm": {"family": "stablelm"},
     "olmo2": {"family": "olmo2", "rotation": RotationConfig(r1="none")},
+    "olmo3": {"family": "olmo3", "rotation": RotationConfig(r1="none")},
     "bfloat16": {"dtype": "bfloat16"},
     "float64": {"dtype": "float64"},
     "mixed formats": {"quant": MIXED},

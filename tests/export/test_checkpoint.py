@@ -23,9 +23,10 @@ from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
 FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
-FAMILIES = {"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}}
-FAMILIES["granite"] = {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 5}
-FAMILIES["olmo2"] = {}
+FAMILIES = {
+    **{"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}},
+    **{"granite": {"residual_multiplier": 0.3, "logits_scaling": 5}, "olmo2": {}, "olmo3": {}},
+}
 SMALL = ["+experiment=toy", "learn=none"]
 
 

@@ -23,6 +23,13 @@ MULTIPLIERS = {
     **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
 }
 
+SLIDES = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {**YARN, "rope_theta": 5e4},
+}
+
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
 SHAPES = [
     ("llama", {}),
@@ -47,6 +54,8 @@ SHAPES = [
     ("olmo2", {}),
     ("olmo2", {"attention_bias": True, **MULTI_HEAD, **UNTIED}),
     ("olmo2", {"num_key_value_heads": 1, "head_dim": 24}),
+    ("olmo3", {"sliding_window": 5}),
+    ("olmo3", {**SLIDES, "rope_parameters": TWO_ROPES, "attention_bias": True, **UNTIED}),
     ("granite", {"attention_bias": True, "mlp_bias": True, **MULTIPLIERS, **MULTI_HEAD, **UNTIED}),
 ]
 every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
@@ -148,7 +157,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
     assert all(logits_error(a, b) < 1e-9 for a, b in steps)
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "olmo3"])
 def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
     sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
     for model in (sliding, whole):
@@ -162,7 +171,7 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
-    assert len(norms) == (9 if family in ("qwen3", "olmo2") else 5)
+    assert len(norms) == (9 if family in ("qwen3", "olmo2", "olmo3") else 5)
     known = model.config.to_dict()
     epsilon = known.get("rms_norm_eps") or known["layer_norm_eps"]
     for norm in norms:

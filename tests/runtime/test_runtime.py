@@ -185,6 +185,7 @@ FAMILIES = {
     "qwen3": {},
     "smollm3": {"no_rope_layers": [0, 1]},
     "olmo2": {"attention_bias": True},
+    "olmo3": {},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
     "granite": {
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},

@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "granite": GRANITE,
     "olmo2": OLMO2,
+    "olmo3": OLMO2,
     "stablelm": STABLELM,
 }
 

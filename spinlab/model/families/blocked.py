@@ -18,7 +18,7 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),
-    POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4", "olmo3"),
+    POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4"),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
         *("llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),

@@ -71,7 +71,7 @@ def read_decoder(
         head=names.head,
         final_norm=names.final_norm,
         rope=names.rope,
-        rope_kind=getattr(model.get_submodule(names.rope), "rope_type", "default"),
+        rope_kind=_rope_kind(model.get_submodule(names.rope)),
         cannot=cannot or {},
     )
 
@@ -196,6 +196,12 @@ class _LayerReader:
         """Return the window that the layer says, or else the config."""
         general = getattr(self.config, "sliding_window", None)
         return getattr(self.attention, "sliding_window", general)
+
+
+def _rope_kind(rope: nn.Module) -> str:
+    """Return the kind of RoPE, or all kinds where layers that slide have another than the rest."""
+    kind: Any = getattr(rope, "rope_type", "default")
+    return ", ".join(sorted(set(kind.values()))) if isinstance(kind, dict) else kind
 
 
 def _epsilon(norm: Any) -> float:
