@@ -99,7 +99,8 @@ class Attention:
     """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
 
     window: how far back a token looks, or None. query_norm, key_norm: norms of single heads, or
-    with wide_norms of all heads of a token together.
+    with wide_norms of all heads of a token together. neighbours: RoPE turns numbers 2d and 2d + 1
+    of a head together.
     key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
     turns number d of a head with number d + rotary_dim/2.
     """
@@ -117,6 +118,7 @@ class Attention:
     query_norm: str | None = None
     key_norm: str | None = None
     wide_norms: bool = False
+    neighbours: bool = False
     key_bias: bool = False
 
 

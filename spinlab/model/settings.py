@@ -1,5 +1,6 @@
 """transformers configs from the settings of a user or of a checkpoint, which may say anything."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -56,9 +57,12 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the stock model of a config on the meta device: names, shapes and no numbers."""
+    """Return the stock model of a config on the meta device: names, shapes and no numbers.
+
+    Its config is a copy: a family that cuts a tie between embedding and head says so there.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **OURS)
+        return AutoModelForCausalLM.from_config(deepcopy(config), **OURS)
 
 
 def _check_count(name: str, value: Any, most: int) -> None:

@@ -82,6 +82,7 @@ CASES = {
     "phi3": {"family": "phi3"},
     "granite": {"family": "granite"},
     "stablelm": {"family": "stablelm"},
+    "cohere": {"family": "cohere"},
     "olmo2": {"family": "olmo2", "rotation": RotationConfig(r1="none")},
     "olmo3": {"family": "olmo3", "rotation": RotationConfig(r1="none")},
     "bfloat16": {"dtype": "bfloat16"},

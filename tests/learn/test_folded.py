@@ -74,7 +74,18 @@ def make_biased(make_family_model):
     return partial(make_family_model, "qwen2")
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "olmo2", "stablelm"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi3",
+    "granite",
+    "olmo2",
+    "stablelm",
+    "cohere",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

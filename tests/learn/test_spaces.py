@@ -100,6 +100,7 @@ MULTIPLIERS = {
     **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
 }
 OF_FAMILIES = {
+    "cohere": ({"logit_scale": 0.3, "attention_bias": True}, RotationConfig()),
     "stablelm": ({"use_parallel_residual": True}, RotationConfig()),
     "olmo2": ({"attention_bias": True}, RotationConfig(r1="none")),
     "granite": ({**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}, RotationConfig()),

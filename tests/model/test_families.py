@@ -48,6 +48,8 @@ SHAPES = [
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
     ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),
     ("granite", MULTIPLIERS),
+    ("cohere", {"logit_scale": 0.3}),
+    ("cohere", {"attention_bias": True, "use_qk_norm": True, **MULTI_HEAD, **UNTIED}),
     ("stablelm", {}),
     ("stablelm", {"use_qkv_bias": True, "num_key_value_heads": 4, **UNTIED}),
     ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, **UNTIED}),
@@ -171,7 +173,8 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
-    assert len(norms) == (9 if family in ("qwen3", "olmo2", "olmo3") else 5)
+    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "olmo2", "olmo3"), 9)}
+    assert len(norms) == expected.get(family, 5)
     known = model.config.to_dict()
     epsilon = known.get("rms_norm_eps") or known["layer_norm_eps"]
     for norm in norms:

@@ -36,6 +36,7 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "granite_3_1_2b": 2_533_531_648,
     "olmo2_7b": 7_298_617_344,
     "stablelm2_1_6b": 1_644_515_328,
+    "command_r_35b": 34_980_831_232,
 }
 
 

@@ -148,7 +148,18 @@ def test_layers_are_calibrated_behind_the_quantized_embedding(make_model, window
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "olmo3", "stablelm"],
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "granite",
+        "olmo2",
+        "olmo3",
+        "stablelm",
+        "cohere",
+    ],
 )
 def test_every_family_is_quantized(make_family_model, quantize, family):
     model = make_family_model(family)

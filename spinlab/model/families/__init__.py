@@ -2,6 +2,7 @@
 
 from spinlab.errors import InputError
 from spinlab.model.families.blocked import BLOCKED
+from spinlab.model.families.cohere import COHERE
 from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "stablelm": STABLELM,
+    "cohere": COHERE,
 }
 
 

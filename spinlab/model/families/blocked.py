@@ -14,7 +14,7 @@ _SCAN = "it mixes tokens by a recurrent scan over channels, which no map describ
 
 _GROUPS = {
     _MEAN: (
-        *("bloom", "codegen", "cohere", "cohere2", "falcon", "gpt2", "gpt_bigcode", "gpt_neo"),
+        *("bloom", "codegen", "cohere2", "falcon", "gpt2", "gpt_bigcode", "gpt_neo"),
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),

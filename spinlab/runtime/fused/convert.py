@@ -114,6 +114,10 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
                 f"queries and keys of {layer.path} go through norms that are no RMSNorms, and the "
                 "integer runtime knows no other"
             )
+        if layer.attention.neighbours:
+            return (
+                f"RoPE of {layer.path} turns neighbours, and the integer runtime halves of a head"
+            )
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
         if layer.mlp.activation not in _SILU:

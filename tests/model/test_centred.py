@@ -1,14 +1,16 @@
-"""StableLM: LayerNorms become RMSNorms without a change of the function, and what stays behind."""
+"""StableLM and Cohere: LayerNorms become RMSNorms and the function stays; what does not work."""
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from spinlab.compose import composed
 from spinlab.config import KVConfig, ModelConfig
 from spinlab.errors import InputError
 from spinlab.export.base import check_exports
-from spinlab.model.load import load_model
-from spinlab.model.modules import map_of, prepare
+from spinlab.model.load import check_model, check_weights, load_model
+from spinlab.model.modules import embedding_of, head_of, map_of, prepare
 from spinlab.model.random import random_model
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import logits, logits_error
@@ -73,12 +75,43 @@ def test_norms_of_single_heads_that_are_no_rmsnorms_run_in_torch():
     assert "go through norms that are no RMSNorms" in str(why_not_runtime(model, path))
 
 
+@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": True, "attention_bias": True}], ids=str)
+def test_a_prepared_cohere_has_the_stock_logits(ids, changes):
+    """Stock norms are float32 whatever the dtype, and so is the oracle's error; ties are cut."""
+    changes = {"model_type": "cohere", "logit_scale": 0.3, **changes}
+    expected, model = logits(stock(**changes), ids), prepare(stock(**changes))
+    assert logits_error(logits(model, ids), expected) < 1e-5
+    described = map_of(model)
+    assert described.logit_divisor == pytest.approx(1 / 0.3)
+    assert [len(norm.readers) for norm in described.norms] == [5, 5, 1]
+    path = QuantizedNetworks(lambda: model, None, KVConfig()).kv_path(model, RotationSet())
+    sentence = "no RMSNorms" if "use_qk_norm" in changes else "turns neighbours"
+    assert sentence in str(why_not_runtime(model, path))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "cohere"])
 @pytest.mark.parametrize("export", ["checkpoint", "transformed", "compressed_tensors"])
-def test_a_rotated_model_is_no_stock_checkpoint(tmp_path, export):
-    settings = ["model=random", "+model.architecture.model_type=stablelm", *ONLINE_OFF]
+def test_a_rotated_model_is_no_stock_checkpoint(tmp_path, export, family):
+    settings = ["model=random", f"+model.architecture.model_type={family}", *ONLINE_OFF]
     config = composed("+experiment=toy", *settings, f"export.{export}={tmp_path / 'c'}")
-    with pytest.raises(InputError, match=r"'stablelm' cannot hold a rotated model.*artefact"):
+    with pytest.raises(InputError, match=rf"'{family}' cannot hold a rotated model.*artefact"):
         check_exports(config)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "cohere"])
+def test_a_tied_checkpoint_is_loaded_with_a_head_of_its_own(tmp_path, save_checkpoint, ids, family):
+    """What reads its config goes on seeing the tie that the files have."""
+    save_checkpoint(tmp_path, model_type=family, hidden_size=32, tie_word_embeddings=True)
+    config = ModelConfig(weights="pretrained", path=str(tmp_path), dtype="float64")
+    check_model(config)
+    check_weights(config)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert stored.config.tie_word_embeddings
+    model = load_model(config, None, 0)
+    assert head_of(model).weight is not embedding_of(model).weight
+    assert not torch.equal(head_of(model).weight, embedding_of(model).weight)
+    # stock norms of the one are float32
+    assert logits_error(logits(model, ids), logits(stored.eval(), ids)) < 1e-5
 
 
 def test_heads_of_another_width_than_the_streams_share_are_refused():
