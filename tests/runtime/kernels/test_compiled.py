@@ -88,7 +88,7 @@ PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "p
          "out_ptr": "*bf16"}
 ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}
 WIDE = {"x_ptr": "*fp32", "parts_ptr": "*fp32"}
-for capability, name in ((80, "mma.sync"), (89, "mma.sync"), (90, "mma")):
+for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared memory, and Hopper
     for constants, kinds in (
         (BLOCKS, {}), (ALONE, {"out_ptr": "*fp32"}), ({**ALONE, "GATED": True}, {}),
         ({**ALONE, "DEALT": True, "PARTS": 1}, WIDE),

@@ -45,23 +45,26 @@ IN_BLOCKS = RotationConfig(
 )
 
 
+W4A4 = QuantConfig(weights=SYMMETRIC)
+W4A16 = QuantConfig(weights=TensorQuant(), activations=TensorQuant(bits=16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(
-    "quant",
+    ("quant", "inputs", "kv"),
     [
-        QuantConfig(weights=SYMMETRIC),
-        QuantConfig(weights=TensorQuant(), activations=TensorQuant(bits=16)),
+        (W4A4, "none", "affine"),
+        (W4A16, "none", "affine"),
+        (W4A4, "blocks", "affine"),
+        (W4A4, "none", "levels"),
     ],
-    ids=["w4a4", "w4a16"],
-)
-@pytest.mark.parametrize(
-    ("inputs", "kv"), [("none", "affine"), ("blocks", "affine"), ("none", "levels")]
+    ids=["w4a4", "w4a16", "blocks", "levels"],
 )
 # NumPy, which interprets, minds the logarithm of an empty slot's scale
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @torch.no_grad()
 def test_triton_gives_the_logits_of_the_reference(
-    make_model, ids, device, inputs, kv, quant, dtype, caplog, monkeypatch
+    make_model, ids, device, quant, inputs, kv, dtype, caplog, monkeypatch
 ):
     """Prefill of a padded batch, a chunk, and decode steps, on all kernels together."""
 
