@@ -1,6 +1,7 @@
 """Transforms of a linear's input in blocks: no number meets one of another block."""
 
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,7 +21,7 @@ def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockMap:
+class BlockMap(ABC):
     """x ↦ x·T for inputs, T block diagonal, and W ↦ W·T⁻ᵀ for the weights behind them.
 
     first: (k, b, b) float64, one for each of k blocks.
@@ -32,9 +33,9 @@ class BlockMap:
     def width(self) -> int:
         return self.first.shape[0] * self.first.shape[1]
 
+    @abstractmethod
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W·T⁻ᵀ for W: (out, C), in float32 or wider: (x·T)(W·T⁻ᵀ)ᵀ = x Wᵀ."""
-        raise NotImplementedError
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x·T for x: (..., C), computed in float32 or wider."""

@@ -9,6 +9,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.formats.integer import SMALLEST_HALF
 from spinlab.runtime.kernels.attention.triton_rows import (
+    NOTHING,
     add,
     levels_of_floats,
     parameters,
@@ -22,7 +23,6 @@ from spinlab.runtime.kernels.overlap import wait_for_inputs
 _ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
 _LEAST = tl.constexpr(-1e30)  # below every score, and finite
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_HALF)  # that a codec stores
-_NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def attend_kernel(
         ROTARY, WAVES,
     )  # fmt: skip
     if WHOLE:
-        norm = (1 / tl.maximum(total, _NOTHING))[None, :]
+        norm = (1 / tl.maximum(total, NOTHING))[None, :]
         kind = out_ptr.dtype.element_ty
         out_ptr += row.to(tl.int64)[None, :] * D
         for index in tl.static_range(4):
@@ -192,7 +192,7 @@ def combine_kernel(
     place = (row.to(tl.int64) * splits + split)[:, None] * D + d[None, :]
     sums = tl.load(sums_ptr + place, mask=there[:, None] & (d < D)[None, :], other=0.0)
     share = tl.exp2(most - tl.max(most, 0))
-    found = tl.sum(share[:, None] * sums, 0) / tl.maximum(tl.sum(share * total, 0), _NOTHING)
+    found = tl.sum(share[:, None] * sums, 0) / tl.maximum(tl.sum(share * total, 0), NOTHING)
     place = places(d % (D // 4), d // (D // 4), D)
     out_ptr += row.to(tl.int64) * D
     tl.store(out_ptr + place, found.to(out_ptr.dtype.element_ty), mask=d < D)

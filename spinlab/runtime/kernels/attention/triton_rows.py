@@ -11,7 +11,7 @@ makes two operands.
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-_NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
+NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def queries(ptr, pair, taken, factor, D: tl.constexpr, LEVELS: tl.constexpr, WID
     q2 = tl.load(ptr + places(pair, 2, D)[:, None], mask=taken, other=0).to(tl.float32)
     q3 = tl.load(ptr + places(pair, 3, D)[:, None], mask=taken, other=0).to(tl.float32)
     peak = tl.maximum(tl.maximum(tl.abs(q0), tl.abs(q1)), tl.maximum(tl.abs(q2), tl.abs(q3)))
-    unit = inverse_power(tl.maximum(tl.max(peak, 0), _NOTHING))
+    unit = inverse_power(tl.maximum(tl.max(peak, 0), NOTHING))
     if not WIDE:
         even = unit if LEVELS > 0 else unit * 16  # nibble 0 counts 16 times less than 1
         q0 = (q0 * even[None, :]).to(tl.float16)

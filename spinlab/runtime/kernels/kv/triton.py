@@ -9,11 +9,10 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.formats.integer_kernels import parameters_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
-from spinlab.runtime.kernels.producers.triton import levels_of
+from spinlab.runtime.kernels.producers.triton import MAGIC, levels_of
 
 _TINY = tl.constexpr(1e-30)  # a head of zeros has no direction
 _LARGEST_HALF = tl.constexpr(65504.0)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
 
 
 @triton.jit
@@ -130,7 +129,7 @@ def _by_levels(
 @triton.jit
 def _settled(unit):
     """Round numbers of at most 1 to multiples of 2^-16."""
-    return (unit * 65536.0 + _MAGIC - _MAGIC) * (1 / 65536.0)
+    return (unit * 65536.0 + MAGIC - MAGIC) * (1 / 65536.0)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from spinlab.formats.integer_kernels import on_ties, parameters_of, part_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is added to it is rounded to even
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
@@ -47,8 +47,8 @@ def levels_of(
     x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr
 ):
     """Return the levels of x, less SHIFT, in int32; scale and zero broadcast against x."""
-    placed = on_ties(_quotient(x, part_of(scale), FUSED)) + _MAGIC
-    placed = tl.minimum(tl.maximum(placed, _MAGIC + (LOW - zero)), _MAGIC + (HIGH - zero))
+    placed = on_ties(_quotient(x, part_of(scale), FUSED)) + MAGIC
+    placed = tl.minimum(tl.maximum(placed, MAGIC + (LOW - zero)), MAGIC + (HIGH - zero))
     # integers are the low bits of their sum with the magic number
     return placed.to(tl.int32, bitcast=True) + (zero.to(tl.int32) - (SHIFT + _MAGIC_BITS))
 
