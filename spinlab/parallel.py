@@ -21,6 +21,8 @@ from spinlab.launch import launched, launched_here, local_rank
 __all__ = [
     "alone",
     "barrier",
+    "begin_share",
+    "begin_sum",
     "is_main",
     "launched",
     "launched_here",
@@ -117,6 +119,30 @@ def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
             whole = tensor.detach().contiguous()
             dist.broadcast(whole.view(-1).view(torch.uint8), src=0)  # as bytes: of any dtype
             tensor.copy_(whole)
+
+
+@torch.no_grad()
+def begin_share(tensor: torch.Tensor, source: int) -> list[dist.Work]:
+    """Begin to overwrite a contiguous tensor by one process's, bit for bit.
+
+    Return what to wait for before anyone reads it. All processes begin in the same order.
+    """
+    if world() == 1:
+        return []
+    work = dist.broadcast(tensor.view(-1).view(torch.uint8), src=source, async_op=True)
+    return [] if work is None else [work]
+
+
+@torch.no_grad()
+def begin_sum(tensor: torch.Tensor, target: int) -> list[dist.Work]:
+    """Begin to add up a contiguous tensor over all processes in one of them, in place.
+
+    Elsewhere it is of no use afterwards. Return what to wait for, as `begin_share` does.
+    """
+    if world() == 1:
+        return []
+    work = dist.reduce(tensor, dst=target, async_op=True)
+    return [] if work is None else [work]
 
 
 def part(rows: torch.Tensor) -> torch.Tensor:

@@ -151,7 +151,8 @@ def _weights(job: _Job) -> int:
     # transforms of inputs make rotated weights twice instead of keeping them
     rotated = job.wide if job.learn.lr.clip and "inputs" not in job.learn.rotations else 0
     teacher = whole if job.learn.objective.needs_teacher else 0
-    return whole + teacher + job.layers * (job.model.dtype.itemsize + gradient + rotated)
+    own = -(-job.layers // job.processes)  # that this process rotates and rounds
+    return whole + teacher + job.layers * gradient + own * (job.model.dtype.itemsize + rotated)
 
 
 def _activations(job: _Job) -> tuple[int, int]:
@@ -208,7 +209,8 @@ def _rest(job: _Job) -> int:
     step = _MOVING * learned * job.wide
     if job.rounded:
         largest = max(site.numbers for site in job.map.sites)
-        step += 4 * largest * job.wide  # of one weight and its gradient
+        under_way = job.processes if job.processes > 1 else 0  # sums of gradients
+        step += (4 + under_way) * largest * job.wide  # of one weight and its gradient
     work = [layer, step, logits if learn.objective.on_logits else 0]
     return rotations + ends + max(work)
 
@@ -232,7 +234,8 @@ def _operations(job: _Job) -> tuple[float, float, float]:
         each = forward + rotating
     # R4 in two factors of about √n, forward and backward; weights rotated, their gradients pulled
     wide = tokens * max(passes, 1) * 2 * 2 * 2 * sum(width**1.5 for width in job.read("R4"))
-    wide += learn.steps * 2 * 2 * job.layers * job.map.hidden if job.rounded else 0
+    of_weights = learn.steps * 2 * 2 * job.layers * job.map.hidden / job.processes
+    wide += of_weights if job.rounded else 0
     return tokens * each, tokens * passes * forward, wide
 
 

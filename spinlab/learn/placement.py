@@ -33,7 +33,9 @@ def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.devi
         fixes.insert(0, f"a smaller learn.micro_batch than {learn.micro_batch}")
     if not checkpoint and estimate.bytes(True) <= has:
         fixes.insert(0, "learn.checkpoint=on")
-    fixes.append("learn.quantize_weights=false" if learn.quantize_weights else "more processes")
+    if learn.quantize_weights:
+        fixes.append("learn.quantize_weights=false")
+    fixes.append("more processes")
     raise InputError(
         f"learning needs about {gib(estimate.bytes(checkpoint))} GiB with learn.checkpoint="
         f"{'on' if checkpoint else 'off'}, and {device} has {gib(has)} for it: use "

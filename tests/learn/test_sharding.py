@@ -20,7 +20,9 @@ from spinlab.config import (
     RatesConfig,
     RotationConfig,
 )
+from spinlab.config.rotation import BlocksConfig
 from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
+from spinlab.learn.spaces import WeightSpace
 from spinlab.model.load import load_model
 from spinlab.model.modules import layers_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -37,52 +39,78 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
-CASES = [(False, False), (False, True), (True, False)]  # rounded in the loop, layers recomputed
+CASES = ["16-bit weights", "layers run again", "rounded weights", "blocks before inputs"]
+STARTS = {
+    "blocks before inputs": RotationConfig(
+        r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(8)
+    )
+}
+ROTATIONS = {"blocks before inputs": ["r2", "inputs"]}
+OBJECTIVES = {"blocks before inputs": ObjectiveConfig(kl=1.0, layer_mse=0.5)}
 WINDOWS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(2))
-OBJECTIVE = ObjectiveConfig(kl=1.0, layer_mse=0.5, kurtosis=0.1)
 
 
 def original():
     return load_model(ModelConfig(architecture=ARCHITECTURE, dtype="float64"), None, 0)
 
 
-def learned(rounded: bool, recompute: bool) -> dict:
+def rates(case: str) -> RatesConfig:
+    """Return rates of everything that learns in a case, beside rotations."""
+    if case == "rounded weights":
+        return RatesConfig(clip=0.03, input_clip=0.01, kv_clip=0.01)
+    if case == "blocks before inputs":
+        return RatesConfig(r1=0.003, r2=None, clip=0.03, input_clip=0.01, scale=0.03)
+    return RatesConfig()
+
+
+def learned(case: str) -> dict:
     """Learn three steps on the processes there are; return what came of it and what was sharded."""
+    rounded = case in CASES[2:]
     learn = LearnConfig(
         steps=3,
         batch=4,
         sequence_length=16,
-        objective=OBJECTIVE,
+        objective=OBJECTIVES.get(case, ObjectiveConfig(kl=1.0, layer_mse=0.5, kurtosis=0.1)),
         quantize_weights=rounded,
         optimizer=OptimizerConfig(grad_norm="euclidean"),
-        rotations=["r1", "r2", "r3"],
-        lr=RatesConfig(clip=0.03, input_clip=0.01, kv_clip=0.01) if rounded else RatesConfig(),
+        rotations=ROTATIONS.get(case, ["r1", "r2", "r3"]),
+        lr=rates(case),
     )
     networks = QuantizedNetworks(original, QuantConfig(), KVConfig())
     model_map = map_of(original())
-    start = initial_rotations(
-        RotationConfig(r3_per_layer=True), model_map, torch.Generator().manual_seed(0)
-    )
-    model, teacher = networks.learnable(start), original() if rounded else None
+    rotation = STARTS.get(case, RotationConfig(r3_per_layer=True))
+    start = initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
+    model = networks.learnable(start, inputs="inputs" in learn.rotations)
+    teacher = original() if rounded else None
     learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
-    if recompute:
+    if case == "layers run again":
         recompute_layers(model)
     if not rounded:
         shard_layers(model)
     curve: list[dict] = []
     learn_rotations(learner, WINDOWS, 0, lambda step, values: curve.append(values))
-    weight = next(p for p in layers_of(model)[0].parameters() if p.dim() == 2)
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
     result = learner.result()
+    rotations = {"r1": result.r1, "r2": result.r2, "r3": result.r3.dense()}
+    inputs = {key: found.dual.first for key, found in result.inputs.items() if found.dual}
     return {
         "curve": curve,
-        "r1": result.r1,
-        "r2": result.r2,
-        "r3": result.r3.dense(),
+        "rotations": {name: r for name, r in {**rotations, **inputs}.items() if r is not None},
+        "scales": {key: found.scale for key, found in result.inputs.items()},
         "clips": result.clips,
         "kv_clips": result.kv_clips,
-        "share": local.numel() / weight.numel(),
+        "weight_clips": result.weight_clips,
+        "share": kept(learner),
     }
+
+
+def kept(learner: RotationLearner) -> float:
+    """Return the share of the frozen weights that this process keeps."""
+    if isinstance(learner.space, WeightSpace):
+        frozen = sum(linear.frozen.numel() for linear in learner.space.linears)
+        return frozen / sum(linear.module.weight.numel() for linear in learner.space.linears)
+    weight = next(p for p in layers_of(learner.model)[0].parameters() if p.dim() == 2)
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local.numel() / weight.numel()
 
 
 def _process(rank: int, port: int, folder: Path) -> None:
@@ -90,7 +118,7 @@ def _process(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     parallel.start("cpu")
-    torch.save([learned(*case) for case in CASES], folder / f"{rank}.pt")
+    torch.save([learned(case) for case in CASES], folder / f"{rank}.pt")
     parallel.stop()
 
 
@@ -109,14 +137,18 @@ def two_processes(tmp_path_factory) -> list[tuple[dict, dict]]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_learn_what_one_learns(case, two_processes):
     """Only the order of summation differs, and float64 leaves it nothing to flip."""
-    rounded, _ = case
-    alone, (first, second) = learned(*case), two_processes[CASES.index(case)]
+    alone, (first, second) = learned(case), two_processes[CASES.index(case)]
     for found in (first, second):
         for ours, expected in zip(found["curve"], alone["curve"], strict=True):
             assert ours == pytest.approx(expected, rel=1e-8, abs=1e-12)
-        assert torch.allclose(found["r1"], alone["r1"], atol=1e-9)
-        assert torch.allclose(found["r2"], alone["r2"], atol=1e-9)
-        assert torch.allclose(found["r3"], alone["r3"], atol=1e-9)
-        assert found["clips"] == pytest.approx(alone["clips"], rel=1e-6)
-    assert torch.equal(first["r1"], second["r1"])
-    assert first["share"] + second["share"] == pytest.approx(2 if rounded else 1)
+        for kind in ("rotations", "scales", "weight_clips"):
+            assert found[kind].keys() == alone[kind].keys()
+            for name, expected in alone[kind].items():
+                assert torch.allclose(found[kind][name], expected, atol=1e-9), (kind, name)
+        for kind in ("clips", "kv_clips"):
+            assert found[kind] == pytest.approx(alone[kind], rel=1e-6)
+    assert alone["rotations"]
+    for name, rotation in first["rotations"].items():
+        assert torch.equal(rotation, second["rotations"][name])
+    assert first["share"] + second["share"] == pytest.approx(1)
+    assert first["share"] == pytest.approx(0.5, abs=0.15)

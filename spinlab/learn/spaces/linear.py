@@ -1,11 +1,15 @@
 """Linears while rotations are learned: their frozen numbers, and the gradients they pass on."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import Work
 
+from spinlab import parallel
 from spinlab.config import TensorQuant
 from spinlab.formats import format_of
 from spinlab.formats.gradient import pull_back
@@ -20,7 +24,10 @@ TOGETHER = {"cpu": 1, "cuda": 1 << 26}
 
 @dataclass
 class LearnedLinear:
-    """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations."""
+    """Keep a linear's frozen numbers, rotate them, and pull gradients back to the rotations.
+
+    frozen: (out, in), empty where another process works with it.
+    """
 
     site: Site
     module: nn.Linear
@@ -80,6 +87,11 @@ class LearnedLinear:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and gradient of the rotations on both sides, given the weight's: (out, in)."""
         yield from self._sides(self.frozen.to(self.wide), gradient, r1, r2, both=True)
+
+    def bias_pulled_back(
+        self, r1: torch.Tensor | None, r2: torch.Tensor | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and gradient of the rotation behind the bias, if there is one."""
         if self.bias is not None:
             column, of_column = self.bias.to(self.wide)[:, None], self.gradient("bias")[:, None]
             yield from self._sides(column, of_column, r1, r2, both=False)
@@ -103,11 +115,13 @@ class LearnedLinear:
 class LearnedBatch:
     """Linears of one name in several layers, which are rounded and differentiated together.
 
-    clip: the ratios (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights
-    (n, out, in) before rounding, kept only while a gradient of their ranges is awaited.
+    One process rotates, rounds and differentiates them, the owner. clip: the ratios
+    (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights (n, out, in)
+    before rounding, kept only while a gradient of their ranges is awaited.
     """
 
     linears: list[LearnedLinear]
+    owner: int = 0
     clip: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
 
@@ -118,6 +132,21 @@ class LearnedBatch:
     @property
     def layers(self) -> list[int]:
         return [linear.site.layer for linear in self.linears]
+
+    @property
+    def mine(self) -> bool:
+        return self.owner == parallel.rank()
+
+    @property
+    def numbers(self) -> int:
+        return sum(linear.module.weight.numel() for linear in self.linears)
+
+    def give_to(self, owner: int) -> None:
+        """Leave the work to a process; the others forget the frozen numbers."""
+        self.owner = owner
+        if not self.mine:
+            for linear in self.linears:
+                linear.frozen = linear.frozen.new_empty(0)
 
     def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weights: (n, out, in)."""
@@ -137,9 +166,35 @@ class LearnedBatch:
             linear.module.weight.data.copy_(weight)
             linear.module.weight.grad = None
 
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of rotated weights and of log clip ratios, shaped as these are."""
-        gradient, of_clip = _stacked([linear.gradient() for linear in self.linears]), None
+    def begin_share(self, searched: bool) -> list[Work]:
+        """Begin to send what the owner wrote, and ratios that it searched, to all processes."""
+        sent: list[Work] = []
+        if searched and self.format is not None:
+            if not self.mine:
+                self.clip = torch.empty(self._ratios(self.format), **self._as_rotated())
+            assert self.clip is not None
+            sent += parallel.begin_share(self.clip, self.owner)
+        for linear in self.linears:
+            sent += parallel.begin_share(linear.module.weight.data, self.owner)
+        return sent
+
+    def _ratios(self, format: TensorQuant) -> tuple[int, int, int, int]:
+        rows, width = self.linears[0].module.weight.shape
+        return len(self.linears), rows, width // (format.group_size or width), 1
+
+    def _as_rotated(self) -> dict[str, Any]:
+        return {"dtype": self.linears[0].wide, "device": self.linears[0].module.weight.device}
+
+    def written(self) -> torch.Tensor:
+        """Return the gradient of the written weights (n, out, in), and forget it."""
+        return _stacked([linear.gradient() for linear in self.linears])
+
+    def gradients(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of rotated weights and of log clip ratios, shaped as these are.
+
+        gradient: that of the written weights, (n, out, in).
+        """
+        of_clip = None
         if self.rotated is not None and self.format is not None and self.clip is not None:
             format, group_size = format_of(self.format), self.format.group_size
             of_rounded = gradient.contiguous()
@@ -161,6 +216,38 @@ def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
         some = max(1, TOGETHER[group[0].frozen.device.type] // shape.numel())
         found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
     return found
+
+
+def share_out(batches: list[LearnedBatch]) -> None:
+    """Give every batch to the process that has the fewest numbers so far."""
+    given = [0] * parallel.world()
+    for batch in batches:
+        owner = given.index(min(given))
+        given[owner] += batch.numbers
+        batch.give_to(owner)
+
+
+def summed(batches: Iterable[LearnedBatch]) -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
+    """Yield this process's batches with the gradients of written weights, over all processes.
+
+    As many sums are under way as there are processes, so that each works while others do.
+    """
+    under_way: deque[tuple[LearnedBatch, torch.Tensor, list[Work]]] = deque()
+
+    def oldest() -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
+        batch, gradient, begun = under_way.popleft()
+        for work in begun:
+            work.wait()
+        if batch.mine:
+            yield batch, gradient
+
+    for batch in batches:
+        gradient = batch.written()
+        under_way.append((batch, gradient, parallel.begin_sum(gradient, batch.owner)))
+        if len(under_way) == parallel.world():
+            yield from oldest()
+    while under_way:
+        yield from oldest()
 
 
 def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed import Work
 
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
@@ -18,7 +19,7 @@ from spinlab.fakequant.insert import FakeQuantLinear, weight_format
 from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.heads import learn_heads
-from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of
+from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of, share_out, summed
 from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of
@@ -46,6 +47,7 @@ class WeightSpace(LearningSpace):
             if site.writes == "R2":
                 _show(local.watch("r2", site.layer), module, output=True)
         self.paths, self.batches = paths, batches_of(self.linears)
+        share_out(self.batches)
         if rotations.inputs is not None:
             for key, producer in rotations.inputs.producers.items():
                 divide = partial(rotations.inputs.divide, key)
@@ -82,38 +84,54 @@ class WeightSpace(LearningSpace):
     def begin(self, index: int) -> None:
         """Write every rotated weight into the network, rounded where it has a format."""
         refresh = index % self.learn.clip_refresh == 0
-        fresh: dict[str, torch.Tensor] = {}
         rotations, inputs = self.rotations, self.rotations.inputs
         for key, path in self.paths.items():
             if inputs is not None and key in inputs.transforms:
                 path.rotation = inputs.transforms[key]
         for linear in self.linears:
             linear.rotate_bias(rotations.r1, rotations.r2)
+        sent: list[Work] = []
         for batch in self.batches:
-            weights = batch.weights(rotations.r1, rotations.r2)
-            if inputs is not None:
-                weights = inputs.of_weights(batch.linears[0].site.input, batch.layers, weights)
-            if batch.format is not None:
-                batch.clip = self._clip(batch, batch.format, weights, refresh)
-                names = [linear.site.path for linear in batch.linears]
-                fresh |= zip(names, batch.clip.unbind(), strict=True)
-            # transforms of inputs need them again, and make them anew
-            batch.write(weights, keep=self.learn.lr.clip > 0 and inputs is None)
+            search = not self.ranges.logs and (refresh or batch.clip is None)
+            if batch.format is not None and self.ranges.logs:
+                ratios = [self.ranges.value(linear.site.path) for linear in batch.linears]
+                batch.clip = torch.stack(ratios)
+            if batch.mine:
+                self._write(batch, search)
+            sent += batch.begin_share(search)
+        for work in sent:
+            work.wait()
         if self.learn.lr.clip and not self.ranges.logs:
-            self.ranges.start(fresh)
+            self.ranges.start(self._clips())
 
-    def _clip(
-        self, batch: LearnedBatch, format: TensorQuant, weights: torch.Tensor, refresh: bool
+    def _write(self, batch: LearnedBatch, search: bool) -> None:
+        """Rotate and round the weights of a batch, and write them into the network."""
+        inputs = self.rotations.inputs
+        weights = batch.weights(self.rotations.r1, self.rotations.r2)
+        if inputs is not None:
+            weights = inputs.of_weights(batch.linears[0].site.input, batch.layers, weights)
+        if batch.format is not None and search:
+            batch.clip = self._searched(batch, batch.format, weights)
+        # transforms of inputs need them again, and make them anew
+        batch.write(weights, keep=self.learn.lr.clip > 0 and inputs is None)
+
+    def _searched(
+        self, batch: LearnedBatch, format: TensorQuant, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return clip ratios (n, out, in/g, 1): learned, or searched anew, or searched before."""
-        if self.ranges.logs:
-            return torch.stack([self.ranges.value(linear.site.path) for linear in batch.linears])
-        if refresh or batch.clip is None:
-            found = search_ratios(weights.flatten(0, 1), format, self.search)
-            searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
-            pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
-            return torch.stack([given.to(ratio) for given, ratio in pairs])
-        return batch.clip
+        """Return clip ratios (n, out, in/g, 1) that suit the weights, or those that were given."""
+        found = search_ratios(weights.flatten(0, 1), format, self.search)
+        searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
+        pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
+        return torch.stack([given.to(ratio) for given, ratio in pairs])
+
+    def _clips(self) -> dict[str, torch.Tensor]:
+        """Return the clip ratios that weights are rounded with, by linear."""
+        found: dict[str, torch.Tensor] = {}
+        for batch in self.batches:
+            if batch.clip is not None:
+                names = [linear.site.path for linear in batch.linears]
+                found |= zip(names, batch.clip.unbind(), strict=True)
+        return found
 
     def after_backward(self) -> None:
         """Add up the gradients of a micro-batch in float32, where the network has 16 bits."""
@@ -124,13 +142,16 @@ class WeightSpace(LearningSpace):
     def collect(self) -> None:
         """Hand the rotations and the clip ratios their gradients through the weights."""
         rotations, inputs = self.rotations, self.rotations.inputs
-        for batch in self.batches:
+        for linear in self.linears:
+            for name, part in linear.bias_pulled_back(rotations.r1, rotations.r2):
+                rotations.add_gradient(name.lower(), linear.site.layer, part)
+        for batch, of_written in summed(self.batches):
             group, weights = batch.linears[0].site.input, None
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)
                 if self.learn.lr.clip and batch.format is not None:
                     batch.rotated = inputs.of_weights(group, batch.layers, weights)
-            gradients, of_ranges = batch.gradients()
+            gradients, of_ranges = batch.gradients(of_written)
             if of_ranges is not None:
                 for linear, of_range in zip(batch.linears, of_ranges, strict=True):
                     self.ranges.logs[linear.site.path].grad = of_range
@@ -175,11 +196,7 @@ class WeightSpace(LearningSpace):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what a resumed run needs beside the rotations."""
-        tensors: dict[str, torch.Tensor] = {}
-        for batch in self.batches:
-            if batch.clip is not None:
-                names = [f"clip.{linear.site.path}" for linear in batch.linears]
-                tensors |= zip(names, batch.clip.unbind(), strict=True)
+        tensors = {f"clip.{path}": ratios for path, ratios in self._clips().items()}
         for kind, ranges in self._ranges().items():
             tensors |= {f"{kind}.{name}": value for name, value in ranges.state().items()}
         return tensors
