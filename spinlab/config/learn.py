@@ -71,21 +71,22 @@ class RatesConfig:
     r1: float = 1.5
     r2: float | None = None  # as r1 if absent
     r3: float | None = None  # as r1 if absent
-    inputs: float | None = None  # rotations of single inputs; as r1 if absent
+    inputs: float | None = None  # rotations of single inputs; as r1 if absent, 0: scales alone
     scale: float = 0.0  # log scales of single inputs; 0: not learned
     clip: float = 0.0  # log clip ratios of weights: searched once, then learned; 0: not learned
     input_clip: float = 0.0  # log clip ratios, one for each quantized input; 0: not learned
     kv_clip: float = 0.0  # those of the keys and of the values of each layer; 0: not learned
 
     def __post_init__(self) -> None:
-        for name in ("r1", "r2", "r3", "inputs"):
+        for name in ("r1", "r2", "r3"):
             positive(f"learn.lr.{name}", getattr(self, name))
-        for name in ("scale", "clip", "input_clip", "kv_clip"):
+        for name in ("inputs", "scale", "clip", "input_clip", "kv_clip"):
             at_least(f"learn.lr.{name}", getattr(self, name), 0)
 
     def of_rotation(self, name: str) -> float:
         """Return the rate of r1, r2, r3, or of the rotation of an input of another name."""
-        return {"r1": self.r1, "r2": self.r2, "r3": self.r3}.get(name, self.inputs) or self.r1
+        rate = {"r1": self.r1, "r2": self.r2, "r3": self.r3}.get(name, self.inputs)
+        return self.r1 if rate is None else rate
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,11 @@ class LearnConfig:
         if not self.rotations:
             raise InputError(
                 "learn.rotations is empty: name r1, r2, r3 or inputs, or use learn=none"
+            )
+        if "inputs" in self.rotations and self.lr.inputs == 0 and not self.lr.scale:
+            raise InputError(
+                "learn.lr.inputs=0 holds the rotations of inputs, and learn.lr.scale=0 their "
+                "scales: set one of them, or leave inputs out of learn.rotations"
             )
         if self.optimizer.warmup >= self.steps:
             raise InputError(

@@ -275,7 +275,7 @@ def test_scales_of_one_are_no_scales(make_biased):
 
 def test_what_cannot_be_learned_together_is_refused():
     scale = ScaledDual(torch.ones(8, dtype=torch.float64))
-    with pytest.raises(InputError, match=r"input 0\.o has a scale only: set learn\.lr\.scale"):
+    with pytest.raises(InputError, match=r"inputs have scales only: set learn\.lr\.scale"):
         check_inputs({"0.o": scale}, 0.0)
     online = ScaledDual(torch.ones(8, dtype=torch.float64), folded=False)
     with pytest.raises(InputError, match=r"that of 1\.o is of another"):

@@ -168,6 +168,17 @@ def test_learned_transforms_are_what_the_network_learned_with(make_model, learne
     assert loss == pytest.approx(seen, rel=1e-5)
 
 
+def test_rotations_without_a_rate_stay_where_they_start(make_model, learner_from):
+    held = RatesConfig(scale=0.03, inputs=0)
+    learner = learner_from(make_model, transforms(make_model()), lr=held)
+    start = learner.result().inputs
+    learn_rotations(learner, BATCH.repeat(4, 1), 0, lambda step, values: None)
+    for key, found in learner.result().inputs.items():
+        assert torch.allclose(found.dual.first, start[key].dual.first, atol=1e-12)
+        assert torch.allclose(found.dual.second, start[key].dual.second, atol=1e-12)
+        assert not torch.allclose(found.scale, start[key].scale, atol=1e-3)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_path):
     inputs, windows = transforms(make_model()), BATCH.repeat(4, 1)
     rates = RatesConfig(scale=0.03, inputs=0.01, clip=0.03, input_clip=0.02, kv_clip=0.02)

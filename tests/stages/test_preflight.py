@@ -142,7 +142,7 @@ def test_inputs_with_scales_only_cannot_be_learned_and_are_refused_before_any_st
     RotationSet(inputs={"0.qkv": scale}).save(file)
     learned = ["learn=inputs", "learn.sequence_length=64", f"rotation.load={file}"]
     learned.append("learn.lr.scale=0")
-    assert "input 0.qkv has a scale only" in refused(tmp_path, *learned)
+    assert "inputs have scales only" in refused(tmp_path, *learned)
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "head"])

@@ -23,17 +23,17 @@ from spinlab.rotation.rotations import RotationSet
 def check_inputs(inputs: Mapping[str, ScaledDual], lr_scale: float) -> None:
     """Raise InputError where a transform cannot be learned, or is unlike those of its group."""
     kinds: dict[str, tuple] = {}
+    if inputs and not lr_scale and all(transform.dual is None for transform in inputs.values()):
+        raise InputError(
+            "learn.rotations=[inputs] with learn.lr.scale=0 learns rotations, and inputs have "
+            "scales only: set learn.lr.scale, or use rotation.inputs=blocks or duquant"
+        )
     for key, transform in inputs.items():
         dual, group = transform.dual, key.partition(".")[2]
         if not isinstance(dual, BlockRotation | None):
             raise InputError(
                 f"learn.rotations=[inputs] learns rotations, and input {key} has a map that is "
                 "none, of rotation.inputs=wush: use learn=none, or rotation.inputs=blocks"
-            )
-        if dual is None and not lr_scale:
-            raise InputError(
-                f"learn.rotations=[inputs] with learn.lr.scale=0 learns rotations, and input {key} "
-                "has a scale only: set learn.lr.scale, or use rotation.inputs=blocks or duquant"
             )
         kind = transform.folded, dual is None or (type(dual), dual.first.shape[-1])
         if kinds.setdefault(group, kind) != kind:
