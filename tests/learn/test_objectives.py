@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from spinlab.config import ObjectiveConfig
 from spinlab.learn.objectives import head_loss, kurtosis_loss, whip_loss
+from spinlab.learn.objectives.logits import _chunk_terms, _gradient_unit
+from spinlab.learn.objectives.logits_triton import full_terms
 from spinlab.learn.teacher import relative_error
 
 VOCAB, WIDTH, TEACHER_WIDTH = 37, 12, 10
@@ -183,3 +185,49 @@ def test_the_relative_error_is_a_ratio_of_energies():
         0.01
     )
     assert relative_error(original.bfloat16(), original) == 0
+
+
+@pytest.mark.parametrize("vocabulary", [1, 37, 4096, 5001])  # below, at and above a program's reach
+@pytest.mark.parametrize("kind", ["cross-entropy", "kl", "both"])
+def test_a_kernel_gives_the_terms_and_gradients_of_the_definition(kind, vocabulary):
+    """In float32 against float64, logits far from 0 and far apart among them."""
+    config, g = MIXTURES[kind], torch.Generator().manual_seed(5)
+    logits, original = (20 * torch.randn(6, vocabulary, generator=g) - 50 for _ in range(2))
+    logits[0, 0], original[1, -1] = 300.0, 250.0
+    original[2] = logits[2]
+    labels = torch.randint(vocabulary, (6, 1), generator=g)
+    known = original if config.kl else None
+    wanted = _chunk_terms(
+        logits.double(), labels, None if known is None else known.double(), config
+    )
+    share = config.kl / _gradient_unit(config)
+    terms, gradient = full_terms(logits.clone(), labels, known, share)
+    weights = torch.tensor([config.cross_entropy > 0, config.kl > 0])
+    assert torch.allclose(terms.double() * weights, wanted[0] * weights, rtol=2e-6, atol=2e-4)
+    assert torch.allclose(gradient.double(), wanted[1], atol=2e-5)
+    if kind == "kl":
+        assert not gradient[2].any()  # it is equal to its teacher
+
+
+def test_a_kernel_leaves_gradients_in_the_dtype_of_the_logits():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([[4], [49], [0]])
+    _, wanted = _chunk_terms(logits.double(), labels, None, ObjectiveConfig())
+    _, gradient = full_terms(logits, labels, None, 0.0)
+    assert gradient.dtype == torch.bfloat16
+    assert torch.allclose(gradient.double(), wanted, rtol=2**-7, atol=1e-7)  # at most cut off
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is a GPU's")
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_a_gpu_gives_the_loss_of_the_definition_in_float64(config):
+    problems = [problem(dtype) for dtype in (torch.float64, torch.bfloat16)]
+    found = []
+    for hidden, head, labels, teacher in problems:
+        states = hidden.detach().cuda().requires_grad_()
+        known = teacher[0].cuda(), teacher[1].cuda()
+        loss, _ = head_loss(states, head.cuda(), labels.cuda(), config, known, 7)
+        found.append([t.double() for t in with_gradient(loss, states)])
+    (wanted, of_wanted), (loss, of_loss) = found
+    assert loss == pytest.approx(wanted.item(), rel=0.02)
+    assert (of_loss - of_wanted).norm() <= 0.03 * of_wanted.norm()

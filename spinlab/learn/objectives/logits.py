@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spinlab.config import ObjectiveConfig
+from spinlab.learn.objectives import logits_triton
 
 
 def head_loss(
@@ -105,10 +106,12 @@ def _chunk_terms(
     """Return (CE, KL) summed over a chunk and the weighted sum's gradient in logits / unit.
 
     logits, original: (tokens, vocab), labels: (tokens, 1). With softmaxes q of the logits and p of
-    the original's, the gradients are q - onehot(label) and q - p.
+    the original's, the gradients are q - onehot(label) and q - p. Logits may be overwritten.
     """
     share = config.kl / _gradient_unit(config)
     if original is None or not config.kl_top_k:
+        if logits_triton.has_kernel(logits):
+            return logits_triton.full_terms(logits, labels, original, share)
         return _full_terms(logits, labels, original, config, share)
     k = min(config.kl_top_k, original.shape[-1])
     kl, places, pull = _top_k_kl(logits, original, k)

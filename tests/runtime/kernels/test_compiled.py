@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from spinlab.formats import integer_kernels
+from spinlab.learn.objectives import logits_kernels
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
@@ -124,6 +125,11 @@ for capability in (80, 90):
         coded = {**TILE, "KNOWN": known, "HALF": True}
         instructions(integer_kernels.encode_kernel, kinds, coded, capability)
         instructions(integer_kernels.round_kernel, kinds, {**coded, "ERROR": True}, capability)
+OF_LOGITS = {"logits": "*bf16", "original": "*bf16", "labels": "*i64", "terms": "*fp32",
+             "share": "fp32"}
+for capability, teacher in ((80, True), (90, False)):
+    LOSS = {"COLUMNS": 151936, "TEACHER": teacher, "BLOCK": 2048}
+    instructions(logits_kernels.loss_kernel, OF_LOGITS, LOSS, capability, warps=8)
 NAMES = "columns_ptr errors_ptr scale_ptr zero_ptr spread_ptr ahead_ptr first_ptr"
 OF_COLUMNS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*i16", "group_ptr": "*i32"}
 OF_COLUMNS |= dict.fromkeys(("outputs", "width", "begin", "end"), "i32")
