@@ -108,7 +108,10 @@ def test_a_new_codec_runs_the_toy_and_says_its_bits(tmp_path, settings, bits):
     run = pipeline(tmp_path, *settings, "learn.steps=2", "eval.variants=[fake,integer]")
     preflight(run, settings)
     fake, integer = (run.measure(variant) for variant in ("fake", "integer"))
-    assert fake["ppl/wiki/fake"] == integer["ppl/wiki/integer"] < 100  # of 256 bytes
+    on_a_gpu = torch.cuda.is_available()  # sums of products in another order
+    same = pytest.approx(fake["ppl/wiki/fake"], rel=1e-6 if on_a_gpu else 0, abs=0)
+    assert integer["ppl/wiki/integer"] == same
+    assert fake["ppl/wiki/fake"] < 100  # of 256 bytes
     assert fake["bits/kv/fake"] == integer["bits/kv/integer"] == (bits + 4 + 24 / 16) / 2
     assert run.handoff_error("integer") < 1e-9
 
