@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.files import writing
+from spinlab.report.figures.ablation import ablation
 from spinlab.report.figures.bars import ratios, shares
 from spinlab.report.figures.curves import curves
 from spinlab.report.figures.layers import layers
@@ -28,6 +29,7 @@ KINDS: Mapping[str, Callable[..., Drawing]] = {
     "layers": layers,
     "bits": bits,
     "speed": speed,
+    "ablation": ablation,
     "ratios": ratios,
     "shares": shares,
 }

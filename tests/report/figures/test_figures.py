@@ -268,6 +268,7 @@ def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
         "layers": [f"run={folder}"],
         "bits": [f"records={sweep}"],
         "speed": [f"records={smollm2}", f"bench={bench}"],
+        "ablation": [f"records={smollm2}", "methods=learned_blocks,learned_inputs"],
         "ratios": [f"record={bench}"],
         "shares": [f"record={EXPERIMENTS / 'bench' / 'learn_llama2_7b_h100.json'}"],
     }
