@@ -15,6 +15,7 @@ from spinlab.report.figures.bars import ratios, shares
 from spinlab.report.figures.curves import curves
 from spinlab.report.figures.layers import layers
 from spinlab.report.figures.outliers import outliers, surface
+from spinlab.report.figures.pareto import pareto
 from spinlab.report.figures.spread import seed_variance
 from spinlab.report.figures.steps import duquant
 from spinlab.report.figures.style import Drawing
@@ -29,6 +30,7 @@ KINDS: Mapping[str, Callable[..., Drawing]] = {
     "layers": layers,
     "bits": bits,
     "speed": speed,
+    "pareto": pareto,
     "ablation": ablation,
     "ratios": ratios,
     "shares": shares,

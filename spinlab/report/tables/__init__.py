@@ -15,6 +15,7 @@ from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
 from spinlab.report.tables.methods import methods_sheet, methods_table
 from spinlab.report.tables.paper import paper_table
+from spinlab.report.tables.pareto import pareto_table
 from spinlab.report.tables.quality import quality_summary
 from spinlab.report.tables.record import record_table
 from spinlab.report.tables.seeds import seeds_sheet, seeds_table
@@ -28,6 +29,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "exports": exports_table,
     "seeds": seeds_table,
     "differences": differences_table,
+    "pareto": pareto_table,
 }
 
 # of records of one's own, in any format
