@@ -3,7 +3,7 @@
 python -m spinlab.report                     all pages, from their records: make tables
 python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
 python -m spinlab.report table=methods records=runs/mine     a row for each experiment; also seeds
-python -m spinlab.report table=gap records=runs/mine methods=quarot,learned_blocks     and the gap
+python -m spinlab.report table=gap records=runs/mine methods=quarot,learned_blocks; also differences
 python -m spinlab.report figure=curves run=runs/toy/KEY out=curves.pdf
 python -m spinlab.report page=index.html     all records in one file, to look through: make report
 
@@ -29,6 +29,11 @@ from spinlab.streams import ending, keep_streams
 
 _ROOT = Path(__file__).parent.parent.parent
 _RECORDS = "runs,experiments"
+# tables of methods that are named, and who they are
+_COMPARED = {
+    "gap": "BASELINE,METHOD: whose gap, and who closes it",
+    "differences": "BASE,CHOICE: who is held against whom",
+}
 # what is made, by the word that asks for it, with the others that are read; figures have their own
 _OUTPUTS = {"table": ("format", "model", "records", "methods"), "page": ("records",), "figure": ()}
 
@@ -104,9 +109,9 @@ def _own(table: str, asked: dict[str, str]) -> Sheet:
     if len(folders) != 1:
         raise InputError(f"table={table} is of one folder of records: write records=FOLDER")
     methods = asked["methods"].split(",") if "methods" in asked else []
-    if table == "gap" and len(methods) < 2:
-        raise InputError("table=gap needs methods=BASELINE,METHOD: whose gap, and who closes it")
-    if table != "gap" and methods:
+    if table in _COMPARED and len(methods) < 2:
+        raise InputError(f"table={table} needs methods={_COMPARED[table]}")
+    if table not in _COMPARED and methods:
         raise InputError(f"table={table} has all methods of its folder: leave methods= out")
     return SHEETS[table](folders[0], *methods)
 

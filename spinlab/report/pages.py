@@ -5,12 +5,14 @@
     <!-- file: <kind> <file or folder of records> <more words> -->
 
 A table is Markdown between its marks; a file is made beside the records, for the page to link.
-Kinds are those of `spinlab.report.tables`; paths are relative to the repository.
+Kinds are those of `spinlab.report.tables`; paths of records are relative to the repository, those
+among more words too.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ def _made(kinds: Mapping[str, Callable[..., Any]], mark: re.Match[str], root: Pa
         inspect.signature(kinds[kind]).bind(*words)
     except TypeError as error:
         raise InputError(f"{told}: {error}") from error
-    place, *more = words
-    return kinds[kind](root / place, *more)
+    place = root.absolute() / words[0]
+    with chdir(root):  # records may be among the other words too
+        return kinds[kind](place, *words[1:])
 
 
 def pages(root: Path) -> list[Path]:

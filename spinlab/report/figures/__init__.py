@@ -10,10 +10,12 @@ from pathlib import Path
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.files import writing
+from spinlab.report.figures.ablation import ablation
 from spinlab.report.figures.bars import ratios, shares
 from spinlab.report.figures.curves import curves
 from spinlab.report.figures.layers import layers
 from spinlab.report.figures.outliers import outliers, surface
+from spinlab.report.figures.pareto import pareto
 from spinlab.report.figures.spread import seed_variance
 from spinlab.report.figures.steps import duquant
 from spinlab.report.figures.style import Drawing
@@ -28,6 +30,8 @@ KINDS: Mapping[str, Callable[..., Drawing]] = {
     "layers": layers,
     "bits": bits,
     "speed": speed,
+    "pareto": pareto,
+    "ablation": ablation,
     "ratios": ratios,
     "shares": shares,
 }

@@ -61,11 +61,17 @@ _SERIES = (
     Series("#f2c14e", ":", "D", "xx"),
     Series("#000000", (0, (5, 1, 1, 1, 1, 1)), "v", "\\\\\\"),  # type: ignore[arg-type]
 )
+_FILLS = ("full", "none", "left", "top")
 
 
 def series(number: int) -> Series:
     """Return the looks of a series; after the last they start again."""
     return _SERIES[number % len(_SERIES)]
+
+
+def fill(number: int) -> str:
+    """Return how a series' marker is filled, which tells it from that with the same looks."""
+    return _FILLS[number // len(_SERIES) % len(_FILLS)]
 
 
 def scale_for(values: Iterable[float]) -> str:

@@ -6,12 +6,11 @@ from typing import Any
 
 from spinlab.errors import InputError
 from spinlab.report.figures.groups import axis_label, grouped, records_in
-from spinlab.report.figures.style import COLUMN, Drawing, blank, scale_for, series, style
+from spinlab.report.figures.style import COLUMN, Drawing, blank, fill, scale_for, series, style
 from spinlab.report.records import read_benchmark
 
 Points = Mapping[str, Sequence[tuple[float, ...]]]
 
-_FILLS = ("full", "none", "left", "top")  # of markers, where there are more groups than these
 _ENDS = ("", "/seconds_per_token")  # of a timing's name, in seconds
 
 
@@ -82,7 +81,7 @@ def draw_points(groups: Points, x: str, y: str) -> Drawing:
         looks = series(number)
         axis.plot(
             *zip(*points, strict=True), linestyle="", marker=looks.marker, color=looks.colour,
-            label=name, fillstyle=_FILLS[number // 5 % len(_FILLS)],
+            label=name, fillstyle=fill(number),
         )  # fmt: skip
     heights = (point[1] for points in groups.values() for point in points)
     axis.set(xlabel=x, ylabel=y, yscale=scale_for(heights))

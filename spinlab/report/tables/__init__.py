@@ -10,10 +10,12 @@ from pathlib import Path
 from spinlab.report.figures import figure_file
 from spinlab.report.formats import Sheet
 from spinlab.report.tables.ablation import ablation_table
+from spinlab.report.tables.differences import differences_sheet, differences_table
 from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
 from spinlab.report.tables.methods import methods_sheet, methods_table
 from spinlab.report.tables.paper import paper_table
+from spinlab.report.tables.pareto import pareto_table
 from spinlab.report.tables.quality import quality_summary
 from spinlab.report.tables.record import record_table
 from spinlab.report.tables.seeds import seeds_sheet, seeds_table
@@ -26,6 +28,8 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "paper": paper_table,
     "exports": exports_table,
     "seeds": seeds_table,
+    "differences": differences_table,
+    "pareto": pareto_table,
 }
 
 # of records of one's own, in any format
@@ -33,6 +37,7 @@ SHEETS: Mapping[str, Callable[..., Sheet]] = {
     "methods": methods_sheet,
     "gap": gap_sheet,
     "seeds": seeds_sheet,
+    "differences": differences_sheet,
 }
 
 FILES: Mapping[str, Callable[..., Path]] = {

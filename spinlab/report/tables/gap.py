@@ -1,22 +1,17 @@
 """How much of what quantization costs a method wins back: fractions of a log-perplexity gap."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-from spinlab.errors import InputError, did_you_mean
+from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.report.formats import Sheet
+from spinlab.report.online import online_parts
+from spinlab.report.pairs import gap_closed, runs_of
 from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.settings import settings_of
 from spinlab.report.tables.methods import perplexities, titles_of
-from spinlab.rotation.hadamard import has_hadamard
-
-_ONLINE = {
-    **{"r3": "R3", "r4": "R4", "cross_head": "across heads"},
-    **{"duquant": "dual transforms", "blocks": "blocks", "wush": "maps in blocks"},
-}
 
 
 def gap_table(folder: Path, baseline: str, *methods: str) -> str:
@@ -34,67 +29,24 @@ def gap_sheet(folder: Path, baseline: str, *methods: str) -> Sheet:
     rows.append(["", "original", "", *perplexities(runs, texts, "fp"), *("" for _ in texts)])
     for method in (baseline, *methods):
         found = runs_of(method, records)
-        cells = [method, titles.get(method, ""), _online(found[0])]
-        shares = [mean(gap_closed(found, runs, text)) for text in texts]
-        closed = [f"{100 * share:.0f} %" if method != baseline else "" for share in shares]
+        cells = [method, titles.get(method, ""), online_title(found[0])]
+        closed = shares_closed(found, runs, texts)
         rows.append([*cells, *perplexities(found, texts, "fake"), *closed])
     return Sheet(rows)
 
 
-def _online(record: Record) -> str:
-    """Say what a network runs beside its linears, by the settings of its rotations."""
-    rotation: Mapping[str, Any] = record["config"]["rotation"]
-    if not rotation["online"]:
-        return "nothing"
-    names = ("r3", "r4", *(("cross_head",) if has_hadamard(record["model"]["heads"]) else ()))
-    off = {"r3": ("none",)}  # an identity is there to be learned
-    online = (n for n in names if rotation[n] not in off.get(n, ("none", "identity")))
-    found = [_ONLINE[name] for name in online]
-    found += [_ONLINE[rotation["inputs"]]] if rotation["inputs"] in _ONLINE else []
-    return ", ".join(found) or "nothing"
+def online_title(record: Record) -> str:
+    """Say what a record's network runs beside its linears."""
+    return ", ".join(online_parts(settings_of(record), record["model"]["heads"])) or "nothing"
 
 
-def runs_of(method: str, records: Mapping[str, list[Record]]) -> list[Record]:
-    """Return the records of a method. Raises InputError, with the nearest name, for none."""
-    if method not in records:
-        raise InputError(f"no record is of {method!r}: {did_you_mean(method, [*records])}")
-    return records[method]
-
-
-def gap_closed(method: Sequence[Record], baseline: Sequence[Record], text: str) -> list[float]:
-    """Return, seed by seed, the share of the way from the baseline to the original.
-
-    (log b - log m) / (log b - log o), for perplexities of the baseline, the method and the
-    original on a text. Records are paired by seed. Raises InputError for a seed of the method that
-    the baseline does not have, and for records of other models or texts.
-    """
-    found = []
-    of_seed = {record["config"]["seed"]: record for record in baseline}
-    for record in method:
-        if (seed := record["config"]["seed"]) not in of_seed:
-            seeds = ", ".join(map(str, of_seed))
-            raise InputError(f"seed {seed} has no record of the baseline: that has {seeds}")
-        _check_pair(record, other := of_seed[seed], text)
-        ours, theirs = (math.log(r["metrics"][f"ppl/{text}/fake"]) for r in (record, other))
-        original = math.log(record["metrics"][f"ppl/{text}/fp"])
-        found.append((theirs - ours) / (theirs - original))
-    return found
-
-
-def _check_pair(record: Record, other: Record, text: str) -> None:
-    """Raise InputError for records of two models, and of texts that one of them lacks."""
-    names = [r["config"].get("model", {}).get("name") for r in (record, other)]
-    if names[0] != names[1]:
-        raise InputError(
-            f"a gap is that of one model, and records are of {names[0]} and {names[1]}: name the "
-            "folder of one"
-        )
-    for one in (record, other):
-        if f"ppl/{text}/fake" not in one["metrics"]:
-            raise InputError(
-                f"a record of {one['experiment']} has no perplexity of {text}, which others have: "
-                "a folder's records must be of the same texts"
-            )
+def shares_closed(
+    method: Sequence[Record], baseline: Sequence[Record], texts: Sequence[str]
+) -> list[str]:
+    """Return what a method closes of the gap of each text, in the mean; the baseline, nothing."""
+    if method is baseline:
+        return ["" for _ in texts]
+    return [f"{100 * mean(gap_closed(method, baseline, text)):.0f} %" for text in texts]
 
 
 def gap_summary(folder: Path, name: str, baseline: str, method: str) -> Path:

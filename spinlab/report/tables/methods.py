@@ -35,15 +35,15 @@ def methods_sheet(folder: Path) -> Sheet:
     """
     records, titles = read_seeds(folder), titles_of(folder)
     originals = [run for runs in records.values() for run in runs]
-    columns = _columns(originals)
+    columns = columns_of(originals)
     head = ["method", "transform", "weights", "learned", "seeds", *columns]
-    rows = [head, ["", "original", "16 bits", "", "", *_cells(columns, originals, "fp")]]
-    for method in [*(t for t in titles if t in records), *sorted(records.keys() - titles.keys())]:
+    rows = [head, ["", "original", "16 bits", "", "", *filled(columns, originals, "fp")]]
+    for method in in_order(records, titles):
         runs = records[method]
         config = runs[0]["config"]
         weights, learned = method_title(config["weights"]["method"]), _learned(config)
         cells = [method, titles.get(method, ""), weights, learned, str(len(runs))]
-        rows.append([*cells, *_cells(columns, runs, "fake")])
+        rows.append([*cells, *filled(columns, runs, "fake")])
     return Sheet(rows)
 
 
@@ -54,7 +54,12 @@ def titles_of(folder: Path) -> dict[str, str]:
     return {str(name): str(title) for name, title in titles.items()}
 
 
-def _columns(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
+def in_order(records: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+    """Return the names of records in the order of titles, those without one behind them."""
+    return [*(t for t in titles if t in records), *sorted(records.keys() - titles.keys())]
+
+
+def columns_of(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
     """Return what makes the cells of every column that some record has numbers for, by title."""
     texts = texts_of(records[0]["metrics"])
     has = {name.rpartition("/")[0] for run in records for name in run["metrics"]}
@@ -68,9 +73,10 @@ def _columns(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
     return found
 
 
-def _cells(
+def filled(
     columns: Mapping[str, Callable[..., str]], runs: Sequence[Record], variant: str
 ) -> list[str]:
+    """Return the cells of columns for a variant: what its runs have, in the mean over them."""
     return [make([run["metrics"] for run in runs], variant) for make in columns.values()]
 
 

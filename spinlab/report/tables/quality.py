@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from spinlab.files import write_json
+from spinlab.report.pairs import gap_closed, runs_of
 from spinlab.report.records import Record, read_seeds, texts_of
-from spinlab.report.tables.gap import gap_closed, runs_of
 
 _ANSWERS = "zeroshot_mean/accuracy"
 

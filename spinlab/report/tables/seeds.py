@@ -6,7 +6,7 @@ from pathlib import Path
 from spinlab.config import VARIANTS
 from spinlab.report.formats import Sheet, spread
 from spinlab.report.records import Record, read_seeds, texts_of
-from spinlab.report.tables.methods import titles_of
+from spinlab.report.tables.methods import in_order, titles_of
 
 
 def seeds_table(folder: Path) -> str:
@@ -25,7 +25,7 @@ def seeds_sheet(folder: Path) -> Sheet:
     texts = texts_of(next(iter(records.values()))[0]["metrics"])
     of_texts = [f"{text} {title}" for text in texts for title in ("ppl", "range", "change")]
     rows = [["rotation", "network", "seeds", *of_texts]]
-    for start in [*(t for t in titles if t in records), *sorted(records.keys() - titles.keys())]:
+    for start in in_order(records, titles):
         runs = records[start]
         for variant in VARIANTS[1:]:
             if all(f"ppl/{text}/{variant}" in run["metrics"] for run in runs for text in texts):

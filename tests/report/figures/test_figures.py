@@ -255,7 +255,7 @@ def test_bars_hold_ratios_by_kind_and_shares_in_percent():
         draw_ratios({"speed/a": 1.0}, "cpu")
 
 
-def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
+def test_every_kind_is_drawn_by_a_command(run, sweep, time_network, tmp_path, capsys):
     folder, cache = run
     bench = str(EXPERIMENTS / "bench" / "cpu.json")
     smollm2 = str(EXPERIMENTS / "quality" / "smollm2_135m")
@@ -268,6 +268,8 @@ def test_every_kind_is_drawn_by_a_command(run, sweep, tmp_path, capsys):
         "layers": [f"run={folder}"],
         "bits": [f"records={sweep}"],
         "speed": [f"records={smollm2}", f"bench={bench}"],
+        "pareto": [f"records={smollm2}", f"speeds={time_network('decode', None, {'b1': 3.0})}"],
+        "ablation": [f"records={smollm2}", "methods=learned_blocks,learned_inputs"],
         "ratios": [f"record={bench}"],
         "shares": [f"record={EXPERIMENTS / 'bench' / 'learn_llama2_7b_h100.json'}"],
     }

@@ -1,0 +1,64 @@
+"""What a network runs online beside its linears, as its settings say."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from spinlab.config import Config, plain
+from spinlab.config.values import values_of
+from spinlab.report.settings import stands_in
+from spinlab.rotation.hadamard import has_hadamard
+
+Settings = Mapping[str, Any]  # by dotted names
+
+# transforms of inputs: their title, and the setting of their blocks' size
+_INPUTS = {
+    "duquant": ("dual transforms", "rotation.duquant.block_size"),
+    "blocks": ("blocks", "rotation.blocks.size"),
+    "wush": ("maps in blocks", "rotation.wush.size"),
+}
+_EXACT = ("hadamard", "exact_hadamard")  # online they are one matrix, and have kernels of their own
+_OFF = ("none", "identity")
+
+
+def online_parts(settings: Settings, heads: int) -> dict[str, str]:
+    """Return what runs online by its titles, each with what its time depends on but for widths.
+
+    heads: of the model; there is no Hadamard matrix across some numbers of them. Scales that do not
+    fold are left out: whether they do is the model's affair, not the method's.
+    """
+    if not settings["rotation.online"]:
+        return {}
+    found: dict[str, str] = {}
+    learned = settings.get("learn.rotations", []) if settings["learn.steps"] else []
+    r3, r4, across = (settings[f"rotation.{name}"] for name in ("r3", "r4", "cross_head"))
+    if r3 != "none":  # an identity is there to be learned
+        own = ", by layer" if settings.get("rotation.r3_per_layer") else ""
+        found["R3"] = ("Hadamard" if r3 in _EXACT and "r3" not in learned else "dense") + own
+    if r4 not in _OFF:
+        block = settings.get("rotation.r4_block", 0)
+        found["R4"] = f"{'Hadamard' if r4 in _EXACT else 'dense'}, blocks of {block or 'its width'}"
+    if across not in _OFF and has_hadamard(heads):
+        found["across heads"] = "Hadamard"
+    if (inputs := settings["rotation.inputs"]) in _INPUTS:
+        title, size = _INPUTS[inputs]
+        shared = inputs == "duquant" and "inputs" not in learned  # searched blocks share a matrix
+        found[title] = f"blocks of {settings[size]}" + ", all the same" * shared
+    return found
+
+
+def online_form(settings: Settings, heads: int) -> dict[str, Any]:
+    """Return `online_parts`, with number formats that are not those by default.
+
+    Networks of one form take one time on one shape. How far values are clipped takes none.
+    """
+    usual = {n: v for n, v in defaults().items() if stands_in(n, ("quant", "kv"))}
+    timed = {n: v for n, v in usual.items() if not n.endswith(("clip_ratio", "key_bias"))}
+    others = {n: settings[n] for n, v in timed.items() if settings.get(n, v) != v}
+    return {**online_parts(settings, heads), **others}
+
+
+@cache
+def defaults() -> Settings:
+    """Return all settings as they are by default."""
+    return values_of(plain(Config()))
