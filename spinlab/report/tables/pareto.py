@@ -1,6 +1,6 @@
 """Accuracy against measured speed: every method of a model, with what its network takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spinlab.report.formats import Sheet
@@ -18,7 +18,8 @@ def pareto_table(folder: Path, baseline: str, *speeds: str) -> str:
 
     Shares of a gap are of the baseline's, in log perplexity; the difference is that of zero-shot
     accuracy from the original's. speeds: records of whole networks as `read_speeds` takes them; a
-    cell is empty where none is of what a method's networks run online. Raises InputError where a
+    cell is empty where none is of what a method's networks run online, and a column that would be
+    empty is left out. Raises InputError where a
     record is missing.
     """
     records, titles, timed = read_seeds(folder), titles_of(folder), read_speeds(speeds)
@@ -26,15 +27,16 @@ def pareto_table(folder: Path, baseline: str, *speeds: str) -> str:
     texts = texts_of(against[0]["metrics"])
     every = [run for runs in records.values() for run in runs]
     columns = {t: make for t, make in columns_of(every).items() if t.endswith(_MEASURED)}
-    rows = [["method", "online", *(f"{text} gap" for text in texts), *columns, *CASES]]
+    cases = [case for case in CASES if any(case in timed.of(run) for run in every)]
+    rows = [["method", "online", *(f"{text} gap" for text in texts), *columns, *cases]]
     original = [*("" for _ in texts), *filled(columns, every, "fp")]
-    rows.append(["original", "", *original, *_measured(dict.fromkeys(CASES, 1.0))])
+    rows.append(["original", "", *original, *_measured(cases, dict.fromkeys(cases, 1.0))])
     for method in in_order(records, titles):
         runs = records[method]
         cells = [method, online_title(runs[0]), *shares_closed(runs, against, texts)]
-        rows.append([*cells, *filled(columns, runs, "fake"), *_measured(timed.of(runs[0]))])
+        rows.append([*cells, *filled(columns, runs, "fake"), *_measured(cases, timed.of(runs[0]))])
     return Sheet(rows, [timed.note]).markdown()
 
 
-def _measured(found: Mapping[str, float]) -> list[str]:
-    return [f"{found[case]:.2f}" if case in found else "" for case in CASES]
+def _measured(cases: Sequence[str], found: Mapping[str, float]) -> list[str]:
+    return [f"{found[case]:.2f}" if case in found else "" for case in cases]
