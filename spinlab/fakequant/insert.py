@@ -38,20 +38,20 @@ def input_paths(
     """Make one InputPath for every input of quantized linears, by its key.
 
     Without `config` nothing is rounded. Clip ratios that were learned go before those of the
-    settings.
+    settings. Experts, each of which gets its own rows of an input, come to one path in turn.
     """
     if config is not None:
         check_patterns(model_map, config)
     paths: dict[str, InputPath] = {}
     sites = [site for site in model_map.sites if site.quantized]
-    readers = Counter(site.key for site in sites)
+    readers = Counter(site.rows for site in sites)
     for site in sites:
         quantizer = token_quantizer(model_map, site, config)
         if quantizer is not None and site.key in rotations.clips:
             quantizer = replace(quantizer, clip_ratio=rotations.clips[site.key])
         first = paths.get(site.key)
         if first is None:
-            paths[site.key] = InputPath(rotations.online(site), quantizer, readers[site.key])
+            paths[site.key] = InputPath(rotations.online(site), quantizer, readers[site.rows])
         elif first.quantizer != quantizer:
             raise InputError(
                 f"{site.path} shares its input with other linears: quant.overrides must give all "

@@ -25,7 +25,8 @@ class Site:
     `reads` says what rotates its input rows, `writes` what its output rows: reads="R1" means
     W ← W R1, writes="R1" means W ← R1ᵀ W. Linears of a layer with the same `input` read the very
     same tensor and share its quantizer. One that is not quantized, such as a router, is rotated
-    like the others and keeps its weight and input in 16 bits.
+    like the others and keeps its weight and input in 16 bits. Experts share their input out: the
+    linears of one see its rows of it, on average the `share` of all.
     """
 
     layer: int
@@ -37,11 +38,18 @@ class Site:
     in_features: int
     out_features: int
     quantized: bool = True
+    expert: int | None = None
+    share: float = 1.0
 
     @property
     def key(self) -> str:
         """The key of its input."""
         return input_key(self.layer, self.input)
+
+    @property
+    def rows(self) -> tuple[str, int | None]:
+        """Tell which tensor it is given: that of its input, or the rows that its expert gets."""
+        return self.key, self.expert
 
     @property
     def numbers(self) -> int:
@@ -71,6 +79,11 @@ class Input:
     @property
     def key(self) -> str:
         return input_key(self.layer, self.name)
+
+    @property
+    def kind(self) -> str:
+        """Its name, without the number of its expert."""
+        return self.name.partition(".")[0]
 
     @property
     def folds(self) -> bool:
@@ -187,6 +200,20 @@ class ModelMap:
     def site_at(self) -> dict[str, Site]:
         """The sites by their paths."""
         return {site.path: site for site in self.sites}
+
+    @cached_property
+    def watched(self) -> dict[str, str]:
+        """The linears, by path, at which inputs are looked at, by their keys.
+
+        It is the first that is quantized, but a router where experts share its input out.
+        """
+        whole = {site.key: site for site in reversed(self.sites) if site.expert is None}
+        first = {site.key: site for site in reversed(self.sites) if site.quantized}
+        shared = {site.key for site in self.sites if site.expert is not None}
+        return {
+            key: (whole.get(key, site) if key in shared else site).path
+            for key, site in first.items()
+        }
 
     @cached_property
     def norm_at(self) -> dict[str, Norm]:

@@ -74,23 +74,30 @@ def first_broken(
     """Return the name of the first linear whose output, rotated back, is not the original's.
 
     A linear that writes a rotated space must give the original's output times that rotation, one
-    that carries a scale the original's divided by it.
+    that carries a scale the original's divided by it. Experts without tokens give none.
     """
     expected = _outputs(original(), ids)
     gc.collect()
     model = rotated()
     found = _outputs(model, ids)
     scales = dict(folded_scales(map_of(model), rotations))
-    for site in map_of(model).sites:
+    for site in (s for s in map_of(model).sites if s.path in expected):
         _, writes = rotations_at(site, rotations.r1, rotations.r2)
         want = expected[site.path].double()
         if writes is not None:
             want = rotate_input(want, writes.to(want.device))
         if site.path in scales:
             want = want / scales[site.path].to(want)
-        if not (found[site.path].double() - want).abs().max() <= limit * want.std():
+        if site.path not in found or not _is_near(found[site.path], want, limit):
             return site.path
     return "the embedding, the final norm or the head"
+
+
+def _is_near(found: torch.Tensor, want: torch.Tensor, limit: float) -> bool:
+    """Tell whether a linear gave what it should, to `limit` times the deviation of that."""
+    if found.shape != want.shape:  # of an expert, for other tokens
+        return False
+    return bool((found.double() - want).abs().max() <= limit * want.std())
 
 
 @torch.no_grad()

@@ -104,10 +104,10 @@ def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
 
 def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
     """Refuse scales of inputs that a rotation mixes, or that nothing could carry offline."""
-    names = tuple({input.name: None for input in model_map.inputs})
+    names = tuple({input.kind: None for input in model_map.inputs})
     for name in config.smooth_groups:
         choice("rotation.smooth_groups", name, names)
-    for input in (i for i in model_map.inputs if i.name in config.smooth_groups):
+    for input in (i for i in model_map.inputs if i.kind in config.smooth_groups):
         for rotation in _MIXED_BY.get(input.reads or "", ()):
             if getattr(config, rotation) != "none":
                 raise InputError(
@@ -205,7 +205,7 @@ class _Maker:
         found: dict[str, ScaledDual] = {}
         quantized = {site.key for site in self.map.sites if site.quantized}
         inputs = [input for input in self.map.inputs if input.key in quantized]
-        scales = {i.key: self._scale(i.key) for i in inputs if i.name in self._smoothed}
+        scales = {i.key: self._scale(i.key) for i in inputs if i.kind in self._smoothed}
         rotations = self._rotations(scales)
         for input in inputs:
             scale, rotation = scales.get(input.key), rotations.get(input.key)

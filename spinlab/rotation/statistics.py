@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.model.hooks import temporary_hooks
-from spinlab.model.modules import linears_of
+from spinlab.model.modules import linears_of, map_of
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,14 @@ class Statistics:
     weights  (in,) the largest |weight| of each channel, over the linears that read it
     means    (length, in) inputs averaged over windows, position by position, for DuQuant's search
              (appendix E.4; its code averages the first layer's input and passes that on through
-             quantized layers, here every input is averaged where it is read)
+             quantized layers, here every input is averaged where it is read); of the rows that
+             an expert gets, by the order in which they come
     values   by layer: (length, kv_heads·head_dim) values of all heads, averaged alike
     moments  (k, b, b) float64 second moments E[xᵀx] within each of k blocks of an input
     weight_moments  (k, b, b) float64 E[wᵀw] within each, over the rows of linears that read it
 
     Means and values are large, and gathered only for a search; moments for blocks that are asked
-    for.
+    for. An expert without tokens has no means and moments, and peaks of 0.
     """
 
     peaks: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,32 +66,34 @@ def gather_statistics(
     """
     found, blocks = Statistics(), blocks or {}
     rows: dict[str, int] = {}
+    gathered: dict[str, _Gather] = {}
+    watched = map_of(model).watched
     with temporary_hooks() as hooks:
         for site, linear in linears_of(model):
+            key = site.key
+            if watched.get(key) == site.path:
+                found.peaks[key] = linear.weight.new_zeros(site.in_features, dtype=torch.float32)
+                gathered[key] = _Gather(found, key, windows.shape[1], searches, blocks.get(key, 0))
+                hooks.append(linear.register_forward_pre_hook(gathered[key]))
             if not site.quantized:
                 continue
-            key = site.key
             peak = linear.weight.abs().amax(0).float().cpu()
             first = key not in found.weights
             found.weights[key] = peak if first else torch.maximum(found.weights[key], peak)
             if key in blocks:
                 _add(found.weight_moments, key, _products(linear.weight.detach(), blocks[key]))
                 rows[key] = rows.get(key, 0) + site.out_features
-            if first:
-                gather = _Gather(found, key, searches, blocks.get(key, 0))
-                hooks.append(linear.register_forward_pre_hook(gather))
             if searches and site.writes == "R2":
                 hooks.append(linear.register_forward_hook(_GatherValues(found, str(site.layer))))
         for window in tqdm(windows, desc="statistics"):
             model(input_ids=window[None].to(model.device), use_cache=False)
-    for kept, count in (
-        (found.means, len(windows)),
-        (found.values, len(windows)),
-        (found.moments, windows.numel()),
-        (found.peaks, 1),
-    ):
+    for kept in (found.means, found.values):
         for key in kept:
-            kept[key] = (kept[key] / count).cpu()
+            kept[key] = (kept[key] / len(windows)).cpu()
+    for key, gather in gathered.items():
+        found.peaks[key] = found.peaks[key].cpu()
+        if key in found.moments:
+            found.moments[key] = (found.moments[key] / gather.rows).cpu()
     for key, moment in found.weight_moments.items():
         found.weight_moments[key] = (moment / rows[key]).cpu()
     return found
@@ -108,20 +111,25 @@ def _add(kept: dict[str, torch.Tensor], key: str, part: torch.Tensor) -> None:
 
 @dataclass
 class _Gather:
-    """Pre-hook that adds a linear's input to the statistics; block: of moments, 0 for none."""
+    """Pre-hook that adds a linear's input to the statistics.
+
+    length: tokens of a window; block: of moments, 0 for none; rows: that it has seen.
+    """
 
     found: Statistics
     key: str
+    length: int
     whole: bool
     block: int
+    rows: int = 0
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        x = cast(torch.Tensor, args[0])[0].float()
-        peaks, peak = self.found.peaks, x.abs().amax(0)
-        peaks[self.key] = torch.maximum(peaks[self.key], peak) if self.key in peaks else peak
+        x = cast(torch.Tensor, args[0]).flatten(0, -2).float()
+        self.rows += len(x)
+        peaks = self.found.peaks
+        peaks[self.key] = torch.maximum(peaks[self.key], x.abs().amax(0))
         if self.whole:
-            means = self.found.means
-            means[self.key] = means[self.key] + x if self.key in means else x.clone()
+            _add(self.found.means, self.key, nn.functional.pad(x, (0, 0, 0, self.length - len(x))))
         if self.block:
             _add(self.found.moments, self.key, _products(x, self.block))
 

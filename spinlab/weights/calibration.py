@@ -72,16 +72,17 @@ class LayerInputs:
         """Return what the current layer is called with beside a batch x."""
         return self._arguments[x.shape[0]][self.index]
 
-    def visit(self, linear: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
+    def visit(self, linear: nn.Linear, see: Callable[[torch.Tensor], None]) -> None:
         """Call `see` with what a linear of the current layer is given, batch after batch."""
         for batch in range(len(self.batches)):
             see(self.shown(batch, linear))
 
     @torch.no_grad()
-    def shown(self, batch: int, linear: nn.Module) -> torch.Tensor:
+    def shown(self, batch: int, linear: nn.Linear) -> torch.Tensor:
         """Return what a linear of the current layer is given in a batch.
 
-        What the layer computes after the linear is left out.
+        What the layer computes after the linear is left out. An expert that the batch has no token
+        for is given none: (0, in).
         """
         seen: list[torch.Tensor] = []
 
@@ -94,7 +95,7 @@ class LayerInputs:
             self._call(batch)
         if linear is self._attentions[self.index][1]:
             self._attended[batch] = seen[0]
-        return seen[0]
+        return seen[0] if seen else self.batches[batch].new_zeros(0, linear.in_features)
 
     @torch.no_grad()
     def advance(self) -> None:

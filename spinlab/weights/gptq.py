@@ -22,6 +22,10 @@ from spinlab.weights.rtn import search_range
 from spinlab.weights.sweep_triton import has_kernel, round_columns
 
 
+class NoRows(Exception):
+    """Tell that a linear was given no calibration token, as an expert may be."""
+
+
 class Moment:
     """Gather 2/n Σ yᵀx over pairs of input rows of a linear, in float32 with TF32 off.
 
@@ -39,9 +43,11 @@ class Moment:
         self.rows += right.shape[0]
 
     def value(self) -> torch.Tensor:
-        """Return the moment of the rows that all processes have added."""
+        """Return the moment of the rows that all processes have added; raise NoRows for none."""
         rows = int(parallel.sum_(torch.tensor(self.rows)))
-        return parallel.sum_(self.sum * (2 / max(rows, 1)))
+        if not rows:
+            raise NoRows
+        return parallel.sum_(self.sum * (2 / rows))
 
 
 @dataclass(frozen=True)

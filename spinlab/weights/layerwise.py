@@ -29,7 +29,7 @@ from spinlab.tensors import kept_tensors, save_tensors
 from spinlab.weights.base import Rounding
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.ends import quantize_ends
-from spinlab.weights.gptq import ErrorSpread, Moment, error_spread, gptq
+from spinlab.weights.gptq import ErrorSpread, Moment, NoRows, error_spread, gptq
 from spinlab.weights.mismatch import Mismatch, gptaq, mismatch, qronos
 from spinlab.weights.pairs import PairedInputs
 from spinlab.weights.quantized import (
@@ -39,6 +39,7 @@ from spinlab.weights.quantized import (
     stored_form,
 )
 from spinlab.weights.rtn import round_to_nearest, rtn, search_ratios
+from spinlab.weights.unseen import unswept, warn_of_unseen
 
 # what a sweep knows of a linear's inputs, and a sweep
 Factors = TypeVar("Factors", ErrorSpread, Mismatch)
@@ -205,27 +206,37 @@ def _quantize_layer(
     """Quantize the current decoder layer, input after input in the order of computation.
 
     Weights of one input and format are rounded in one sweep, but for formats with a scale of the
-    whole tensor: there each weight has its own, as it has in rounding to nearest.
+    whole tensor: there each weight has its own, as it has in rounding to nearest. Each expert is
+    rounded for its own tokens, and to nearest if it has none.
     """
     model = rounding.model
-    readers: dict[str, dict[tuple[TensorQuant, str], list[str]]] = {}
+    readers: dict[tuple, dict[tuple[TensorQuant, str], list[str]]] = {}
     for site, format in rounded_sites(map_of(model), rounding.quant):
         if site.layer == inputs.index:
             alike = format, site.path if format_of(format).of_tensor else ""
-            readers.setdefault(site.key, {}).setdefault(alike, []).append(site.path)
+            readers.setdefault(site.rows, {}).setdefault(alike, []).append(site.path)
     found: dict[str, QuantizedWeight] = {}
+    unseen: list[str] = []
     for stacks in readers.values():
-        (first, *_), *_ = stacks.values()
-        known = factors(cast(FakeQuantLinear, linear_at(model, first)))
+        names = [name for stack in stacks.values() for name in stack]
+        try:
+            known = factors(cast(FakeQuantLinear, linear_at(model, names[0])))
+        except NoRows:
+            unseen += names
+            known = None
         for (format, _), stack in stacks.items():
             weights = [linear_at(model, name).weight for name in stack]
             ratios = _ratios(rounding, stack, format)
-            whole = sweep(torch.cat(weights), known, format, rounding.config, ratios)
+            if known is None:
+                whole = unswept(torch.cat(weights), format, ratios, rounding.config.clip)
+            else:
+                whole = sweep(torch.cat(weights), known, format, rounding.config, ratios)
             parallel.share_tensors([whole.levels, whole.scale, whole.zero])
             rows = [weight.shape[0] for weight in weights]
             found |= zip(stack, whole.split(rows), strict=True)
-        for name in (name for stack in stacks.values() for name in stack):
+        for name in names:
             set_dequantized(linear_at(model, name), found[name])
+    warn_of_unseen(rounding, inputs.index, unseen)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.kv.cache import set_kv_path
 from spinlab.kv.path import KVPath
+from spinlab.model.families.experts import Router
+from spinlab.model.hooks import temporary_hooks
 from spinlab.weights.calibration import LayerInputs
 
 
@@ -25,6 +28,20 @@ def unquantized_inputs(layer: nn.Module) -> Iterator[None]:
     finally:
         for path, quantizer in quantizers.items():
             path.quantizer = quantizer
+
+
+@contextmanager
+def routed_alike(layer: nn.Module) -> Iterator[None]:
+    """Let the routers of a layer choose at every pass as they do at the first."""
+    chosen: dict[nn.Module, Any] = {}
+
+    def keep(router: nn.Module, args: tuple, output: Any) -> Any:
+        return chosen.setdefault(router, output)
+
+    with temporary_hooks() as hooks:
+        routers = [module for module in layer.modules() if isinstance(module, Router)]
+        hooks += [router.register_forward_hook(keep) for router in routers]
+        yield
 
 
 class PairedInputs:
@@ -59,12 +76,14 @@ class PairedInputs:
         """Call `see` with both inputs of a linear of the current layer, batch after batch.
 
         They are what it multiplies: the original's, transformed, and the quantized network's,
-        transformed and rounded.
+        transformed and rounded. Both of an expert are of the tokens that it gets in the latter.
         """
         for batch in range(len(self.quantized.batches)):
-            with self._as_original():
-                exact = linear.path(self.original.shown(batch, linear))
-            see(exact, linear.path(self.quantized.shown(batch, linear)))
+            with routed_alike(self.quantized.layer):
+                x = linear.path(self.quantized.shown(batch, linear))
+                with self._as_original():
+                    exact = linear.path(self.original.shown(batch, linear))
+            see(exact, x)
 
     def advance(self) -> None:
         """Go through the current layer to the next, in both networks."""

@@ -30,6 +30,8 @@ TWO_ROPES = {
     "full_attention": {**YARN, "rope_theta": 5e4},
 }
 
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
 SHAPES = [
     ("llama", {}),
@@ -59,6 +61,11 @@ SHAPES = [
     ("olmo3", {"sliding_window": 5}),
     ("olmo3", {**SLIDES, "rope_parameters": TWO_ROPES, "attention_bias": True, **UNTIED}),
     ("granite", {"attention_bias": True, "mlp_bias": True, **MULTIPLIERS, **MULTI_HEAD, **UNTIED}),
+    ("qwen3_moe", EXPERTS),
+    ("qwen3_moe", {"attention_bias": True, "norm_topk_prob": True, **EXPERTS, **UNTIED}),
+    ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 40, "mlp_only_layers": [0]}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, **UNTIED}),
 ]
 every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
 one_of_each = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -173,7 +180,7 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
-    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "olmo2", "olmo3"), 9)}
+    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "qwen3_moe", "olmo2", "olmo3"), 9)}
     assert len(norms) == expected.get(family, 5)
     known = model.config.to_dict()
     epsilon = known.get("rms_norm_eps") or known["layer_norm_eps"]

@@ -54,7 +54,7 @@ class ActivationSpace(LearningSpace):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         rotations, local = parts.rotations, parts.local
-        self.rotations = rotations
+        self.rotations, self.watched = rotations, map_of(parts.model).watched
         rotated: dict[InputPath, InputPath] = {}
         for site, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
@@ -72,7 +72,8 @@ class ActivationSpace(LearningSpace):
     def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
         if name == "r2":
             return OutputPath(path, self.rotations, site.layer)
-        see = local.watch("r1", site.layer) if site.quantized else None
+        watched = self.watched[site.key] == site.path
+        see = local.watch("r1", site.layer) if watched else None
         return StreamPath(path, self.rotations, site.layer, see)
 
     def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:

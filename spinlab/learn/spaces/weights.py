@@ -36,17 +36,21 @@ class WeightSpace(LearningSpace):
         self.ranges = LogParameters(self.learn.lr.clip, most=1.0)  # of weights, by linear
         self.given = parts.clips if self.learn.lr.clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
+        self.readers: dict[InputPath, str] = {}  # the keys of all
+        watched = map_of(model).watched
         self.linears: list[LearnedLinear] = []
         for site, module in linears_of(model):
             format = self._format(site)
             self.linears.append(LearnedLinear.take(site, module, format, rotations.wide))
-            if site.quantized and site.key not in paths:
-                if site.reads == "R1":
-                    _show(local.watch("r1", site.layer), module, output=False)
-                paths[site.key] = cast(FakeQuantLinear, module).path
+            if site.reads == "R1" and watched[site.key] == site.path:
+                _show(local.watch("r1", site.layer), module, output=False)
+            path = cast(FakeQuantLinear, module).path
+            if site.quantized:
+                paths.setdefault(site.key, path)
+            self.readers.setdefault(path, site.key)
             if site.writes == "R2":
                 _show(local.watch("r2", site.layer), module, output=True)
-        self.paths, self.batches = paths, batches_of(self.linears)
+        self.batches = batches_of(self.linears)
         share_out(self.batches)
         if rotations.inputs is not None:
             for key, producer in rotations.inputs.producers.items():
@@ -85,7 +89,7 @@ class WeightSpace(LearningSpace):
         """Write every rotated weight into the network, rounded where it has a format."""
         refresh = index % self.learn.clip_refresh == 0
         rotations, inputs = self.rotations, self.rotations.inputs
-        for key, path in self.paths.items():
+        for path, key in self.readers.items():
             if inputs is not None and key in inputs.transforms:
                 path.rotation = inputs.transforms[key]
         for linear in self.linears:

@@ -7,6 +7,7 @@ from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
 from spinlab.model.families.phi3 import PHI3
+from spinlab.model.families.sparse import MIXTRAL, QWEN3_MOE
 from spinlab.model.families.stablelm import STABLELM
 from spinlab.model.map import Family
 
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "stablelm": STABLELM,
     "cohere": COHERE,
+    "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
 }
 
 

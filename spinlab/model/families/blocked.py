@@ -6,8 +6,8 @@ POST_NORM = (
     "pass those gains"
 )
 _EXPERTS = (
-    "it is a mixture of experts, whose weights lie stacked in one tensor and are no linears that a "
-    "map could name"
+    "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE and "
+    "Mixtral"
 )
 _ONE_PLUS_GAIN = "its norms multiply by 1 + weight, which folding the gains does not handle"
 _SCAN = "it mixes tokens by a recurrent scan over channels, which no map describes"
@@ -21,7 +21,7 @@ _GROUPS = {
     POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4"),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
-        *("llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+        *("llama4_text", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
     ),
     _ONE_PLUS_GAIN: ("gemma",),
     _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),

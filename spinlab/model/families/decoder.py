@@ -1,6 +1,7 @@
 """Decoders whose layers are attention and a gated MLP, with norms around: most families are."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ class Names:
 
     A family without norms of queries and keys has no module at `query_norm` and `key_norm`. Norms
     before attention and MLP are read by their linears; those behind stand before the stream.
+    experts: where a layer has them, each of which names its linears as the MLP of other layers
+    does, and router: the linear that chooses among them.
     """
 
     layers: str
@@ -37,6 +40,8 @@ class Names:
     key_norm: str
     behind_attention: str | None = None
     behind_mlp: str | None = None
+    experts: str | None = None
+    router: str | None = None
 
 
 def read_decoder(
@@ -76,6 +81,18 @@ def read_decoder(
     )
 
 
+@dataclass(frozen=True)
+class _MLP:
+    """Name the linears of a gated MLP, what its last one reads, and whose it is."""
+
+    gate: str
+    up: str
+    down: str
+    input: str = "down"
+    expert: int | None = None
+    share: float = 1.0
+
+
 class _LayerReader:
     """Read one layer."""
 
@@ -86,6 +103,21 @@ class _LayerReader:
         self.path, self.offset = f"{names.layers}.{index}", offset
         self.attention: Any = block.get_submodule(names.attention)
         self.head_dim: int = self.attention.head_dim
+        experts = None if names.experts is None else _submodule(block, names.experts)
+        self.router = None if experts is None else names.router
+        self.mlps = [_MLP(names.gate, names.up, names.down)]
+        if experts is not None:
+            self.mlps = list(self._experts(len(experts)))
+
+    def _experts(self, count: int) -> Iterator[_MLP]:
+        """Yield the experts; a token goes to a few of them."""
+        share = self.config.num_experts_per_tok / count
+        linears = (self.names.gate, self.names.up, self.names.down)
+        gate, up, down = (name.rpartition(".")[2] for name in linears)
+        for index in range(count):
+            at = f"{self.names.experts}.{index}"
+            parts = f"{at}.{gate}", f"{at}.{up}", f"{at}.{down}"
+            yield _MLP(*parts, f"down.{index}", index, share)
 
     def _at(self, name: str) -> str:
         return f"{self.path}.{name}"
@@ -102,21 +134,26 @@ class _LayerReader:
     def sites(self) -> list[Site]:
         """Return the linears, in the order in which they are computed."""
         names = self.names
-        places = [
-            (names.queries, "qkv", "R1", None),
-            (names.keys, "qkv", "R1", None),
-            (names.values, "qkv", "R1", "R2"),
-            (names.out, "o", "R2", "R1"),
-            (names.gate, "gate_up", "R1", None),
-            (names.up, "gate_up", "R1", None),
-            (names.down, "down", "R4", "R1"),
+        found = [
+            self._site(names.queries, "qkv", "R1", None),
+            self._site(names.keys, "qkv", "R1", None),
+            self._site(names.values, "qkv", "R1", "R2"),
+            self._site(names.out, "o", "R2", "R1"),
         ]
-        found: list[Site] = []
-        for name, input, reads, writes in places:
-            out, width = self._shape(name)
-            path = self._at(name)
-            found.append(Site(self.index, name, path, input, reads, writes, width, out))
+        if self.router is not None:
+            found.append(replace(self._site(self.router, "gate_up", "R1", None), quantized=False))
+        for mlp in self.mlps:
+            own = [
+                self._site(mlp.gate, "gate_up", "R1", None),
+                self._site(mlp.up, "gate_up", "R1", None),
+                self._site(mlp.down, mlp.input, "R4", "R1"),
+            ]
+            found += [replace(site, expert=mlp.expert, share=mlp.share) for site in own]
         return found
+
+    def _site(self, name: str, input: str, reads: str, writes: str | None) -> Site:
+        out, width = self._shape(name)
+        return Site(self.index, name, self._at(name), input, reads, writes, width, out)
 
     def inputs(self) -> list[Input]:
         """Return what the linears read; a row of values feeds every head that shares it."""
@@ -125,8 +162,8 @@ class _LayerReader:
         places = [
             ("qkv", names.queries, "R1", names.attention_norm, (1, 1)),
             ("o", names.out, "R2", names.values, (shared, self.head_dim)),
-            ("gate_up", names.gate, "R1", names.mlp_norm, (1, 1)),
-            ("down", names.down, "R4", names.up, (1, 1)),
+            ("gate_up", self.mlps[0].gate, "R1", names.mlp_norm, (1, 1)),
+            *((mlp.input, mlp.down, "R4", mlp.up, (1, 1)) for mlp in self.mlps),
         ]
         return [
             Input(self.index, name, self._shape(reader)[1], reads, at and self._at(at), *heads)
@@ -136,12 +173,14 @@ class _LayerReader:
     def norms(self) -> list[Norm]:
         """Return the norms of the stream, with the linears behind them, and what linears give."""
         names = self.names
+        routers = [] if self.router is None else [self.router]
+        readers = [name for mlp in self.mlps for name in (mlp.gate, mlp.up)]
         return [
             *self._norm(names.attention_norm, names.queries, names.keys, names.values),
             *(self._norm_of(*pair) for pair in self._head_norms()),
             *self._behind(names.behind_attention, names.out),
-            *self._norm(names.mlp_norm, names.gate, names.up),
-            *self._behind(names.behind_mlp, names.down),
+            *self._norm(names.mlp_norm, *routers, *readers),
+            *self._behind(names.behind_mlp, self.mlps[0].down),
         ]
 
     def _norm(self, name: str | None, *readers: str) -> list[Norm]:
@@ -184,6 +223,8 @@ class _LayerReader:
             wide_norms=any(self._width(name) > self.head_dim for name in of_heads),
             key_bias=self._has_bias(names.keys) and names.key_norm not in of_heads,
         )
+        if self.router is not None:
+            return Layer(self.path, attention, None)
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
         return Layer(self.path, attention, GatedMLP(*parts, self.config.hidden_act))
 
@@ -196,6 +237,11 @@ class _LayerReader:
         """Return the window that the layer says, or else the config."""
         general = getattr(self.config, "sliding_window", None)
         return getattr(self.attention, "sliding_window", general)
+
+
+def _submodule(block: nn.Module, name: str) -> Any:
+    """Return a module of a layer; None where it has none of this name."""
+    return dict(block.named_modules()).get(name)
 
 
 def _rope_kind(rope: nn.Module) -> str:

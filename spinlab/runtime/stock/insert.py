@@ -20,20 +20,21 @@ from spinlab.weights.quantized import QuantizedWeight, set_dequantized
 def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: str) -> None:
     """Swap every rotated linear for its integer twin, in place.
 
-    Linears of one layer that read the same input, by weights of one format, are multiplied as one.
+    Linears of one layer that read the same input, by weights of one format, are multiplied as one,
+    those of an expert apart from others.
     Where activations or weights have more than 8 bits there are no integers to multiply: such
     linears hold the dequantized weight, or their own where none is given.
     """
     weights = parts.weights
     paths = input_paths(map_of(model), parts.rotations, parts.quant)
-    inputs: dict[str, dict[str, nn.Linear]] = {}
+    inputs: dict[tuple[str, int | None], dict[str, nn.Linear]] = {}
     for site, linear in linears_of(model):
         if site.quantized:
-            inputs.setdefault(site.key, {})[site.path] = linear
+            inputs.setdefault(site.rows, {})[site.path] = linear
         elif (online := parts.rotations.online(site)) is not None:
             model.set_submodule(site.path, FakeQuantLinear(linear, InputPath(online, None)))
-    for key, linears in inputs.items():
-        path, readers = paths[key], 0
+    for (key, _), linears in inputs.items():
+        path, readers = InputPath(paths[key].rotation, paths[key].quantizer), 0
         for stack in _stacks(linears, weights, path):
             for name, twin in zip(
                 stack, _integer(list(stack.values()), path, backend), strict=True
