@@ -80,6 +80,7 @@ CASES = {
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3"},
     "phi3": {"family": "phi3"},
+    "mixtral": {"family": "mixtral"},
     "granite": {"family": "granite"},
     "stablelm": {"family": "stablelm"},
     "cohere": {"family": "cohere"},

@@ -26,6 +26,8 @@ FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
 FAMILIES = {
     **{"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}},
     **{"granite": {"residual_multiplier": 0.3, "logits_scaling": 5}, "olmo2": {}, "olmo3": {}},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
 }
 SMALL = ["+experiment=toy", "learn=none"]
 

@@ -99,11 +99,15 @@ MULTIPLIERS = {
     **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
     **{"attention_multiplier": 0.2, "logits_scaling": 5.0},
 }
+# some of which get no token of a batch
+EXPERTS = {"num_experts": 24, "num_experts_per_tok": 1, "moe_intermediate_size": 20}
 OF_FAMILIES = {
     "cohere": ({"logit_scale": 0.3, "attention_bias": True}, RotationConfig()),
     "stablelm": ({"use_parallel_residual": True}, RotationConfig()),
     "olmo2": ({"attention_bias": True}, RotationConfig(r1="none")),
     "granite": ({**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}, RotationConfig()),
+    "qwen3_moe": ({**EXPERTS, "attention_bias": True}, RotationConfig()),
+    "mixtral": ({"num_local_experts": 3, "num_experts_per_tok": 2}, RotationConfig()),
 }
 
 

@@ -193,7 +193,7 @@ def test_the_network_keeps_its_function(make_model, ids, tmp_path, stream, r4, k
     assert torch.equal(networks.rotated(loaded)(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "mixtral"])
 def test_every_family_takes_it(make_family_model, ids, model_type):
     def make(**changes):
         return make_family_model(model_type, **changes)
