@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import Config
+from spinlab.errors import InputError
 from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing

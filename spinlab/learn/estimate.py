@@ -8,6 +8,7 @@ nothing, one whose weight gets a gradient its input.
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from spinlab.learn.spaces import CHUNK
 from spinlab.machine import gib, memory_for
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
+from spinlab.model.shares import active_numbers, numbers_given, numbers_read
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +69,14 @@ class _Job:
     def map(self) -> ModelMap:
         return map_of(self.model)
 
-    def read(self, space: str) -> list[int]:
-        """Return the widths of the inputs that a rotation (R1, R2, R4) acts on, of all layers."""
-        return [input.width for input in self.map.inputs if input.reads == space]
+    def read(self, space: str) -> float:
+        """Return how many numbers of a token's inputs a rotation (R1, R2, R4) acts on, in all."""
+        return sum(self.numbers[input.key] for input in self.map.inputs if input.reads == space)
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Numbers of inputs that are read for a token, by their keys."""
+        return numbers_read(self.map)
 
     @property
     def rounded(self) -> bool:
@@ -172,10 +179,10 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     queries = attention.heads * attention.head_dim
     values = attention.kv_heads * attention.head_dim
     inputs = [input for input in job.map.inputs if input.layer == layer]
-    stream = sum(input.width for input in inputs if input.reads == "R1")
-    gated = sum(input.width for input in inputs if input.reads == "R4")
+    stream = sum(job.numbers[input.key] for input in inputs if input.reads == "R1")
+    gated = sum(job.numbers[input.key] for input in inputs if input.reads == "R4")
     if job.rounded:
-        widths, learn = sum(input.width for input in inputs), job.learn
+        widths, learn = sum(job.numbers[input.key] for input in inputs), job.learn
         # as they are rounded, as a range that is learned meets them, as their transform does
         copies = 1 + (learn.lr.input_clip > 0) + ("inputs" in learn.rotations)
         kept = widths * copies
@@ -188,7 +195,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
     kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
     numbers = kept + 2 * queries + 2 * values + 3 * gated
-    return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
+    numbers += numbers_given(job.map, layer)  # which is weighted
+    return int(numbers * job.size) + attention.heads * 4  # attention's normalizers are float32
 
 
 def _rest(job: _Job) -> int:
@@ -219,10 +227,10 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     """Return floating-point operations: in the network's dtype, of one more forward, in float32."""
     learn, objective = job.learn, job.learn.objective
     tokens = learn.steps * job.rows * learn.sequence_length
-    linears, head = 2 * job.layers, 2 * job.head
-    attention = 2 * learn.sequence_length * sum(job.read("R2"))  # causal: half of T²
+    linears, head = 2 * active_numbers(job.map), 2 * job.head
+    attention = 2 * learn.sequence_length * job.read("R2")  # causal: half of T²
     # one product with R1 everywhere
-    rotating = 0 if job.rounded else 2 * job.map.hidden * sum(job.read("R1"))
+    rotating = 0 if job.rounded else 2 * job.map.hidden * job.read("R1")
     forward = linears + attention + 2 * rotating
     whole = rotating if learn.optimizer.grad_norm == "euclidean" else 0
     backward = linears * (2 if job.rounded else 1) + 2.5 * attention + rotating + whole
@@ -233,7 +241,8 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     if not objective.end_to_end:
         each = forward + rotating
     # R4 in two factors of about √n, forward and backward; weights rotated, their gradients pulled
-    wide = tokens * max(passes, 1) * 2 * 2 * 2 * sum(width**1.5 for width in job.read("R4"))
+    turned = (job.numbers[i.key] * i.width**0.5 for i in job.map.inputs if i.reads == "R4")
+    wide = tokens * max(passes, 1) * 2 * 2 * 2 * sum(turned)
     of_weights = learn.steps * 2 * 2 * job.layers * job.map.hidden / job.processes
     wide += of_weights if job.rounded else 0
     return tokens * each, tokens * passes * forward, wide

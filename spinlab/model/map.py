@@ -202,20 +202,6 @@ class ModelMap:
         return {site.path: site for site in self.sites}
 
     @cached_property
-    def watched(self) -> dict[str, str]:
-        """The linears, by path, at which inputs are looked at, by their keys.
-
-        It is the first that is quantized, but a router where experts share its input out.
-        """
-        whole = {site.key: site for site in reversed(self.sites) if site.expert is None}
-        first = {site.key: site for site in reversed(self.sites) if site.quantized}
-        shared = {site.key for site in self.sites if site.expert is not None}
-        return {
-            key: (whole.get(key, site) if key in shared else site).path
-            for key, site in first.items()
-        }
-
-    @cached_property
     def norm_at(self) -> dict[str, Norm]:
         """The norms by their paths."""
         return {norm.path: norm for norm in self.norms}

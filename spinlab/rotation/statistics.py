@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.modules import linears_of, map_of
+from spinlab.model.shares import watched
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def gather_statistics(
     found, blocks = Statistics(), blocks or {}
     rows: dict[str, int] = {}
     gathered: dict[str, _Gather] = {}
-    watched = map_of(model).watched
+    whole = watched(map_of(model))
     with temporary_hooks() as hooks:
         for site, linear in linears_of(model):
             key = site.key
-            if watched.get(key) == site.path:
+            if whole[key] == site.path:
                 found.peaks[key] = linear.weight.new_zeros(site.in_features, dtype=torch.float32)
                 gathered[key] = _Gather(found, key, windows.shape[1], searches, blocks.get(key, 0))
                 hooks.append(linear.register_forward_pre_hook(gathered[key]))

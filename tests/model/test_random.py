@@ -37,6 +37,8 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "olmo2_7b": 7_298_617_344,
     "stablelm2_1_6b": 1_644_515_328,
     "command_r_35b": 34_980_831_232,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "mixtral_8x7b": 46_702_792_704,
 }
 
 
@@ -89,10 +91,11 @@ def test_biases_are_not_the_zeros_that_transformers_starts_with():
         ({"hiden_size": 24}, "hiden_size is no field of llama: did you mean hidden_size"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is no field of qwen2"),
         (
-            {"model_type": "mixtral"},
-            "'mixtral' cannot be rotated, because it is a mixture",
+            {"model_type": "olmoe"},
+            "'olmoe' cannot be rotated, because it is a mixture",
         ),
         ({"model_type": "nonsense"}, "'nonsense' is not known"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is not in 1"),
         ({"hidden_size": 25}, r"hidden size \(25\) is not a multiple"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),

@@ -29,6 +29,7 @@ from spinlab.learn.spaces.rotate import (
 )
 from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of, norm_at
+from spinlab.model.shares import watched
 
 See = Callable[[torch.Tensor], None]  # looks at rotated activations
 
@@ -54,7 +55,7 @@ class ActivationSpace(LearningSpace):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         rotations, local = parts.rotations, parts.local
-        self.rotations, self.watched = rotations, map_of(parts.model).watched
+        self.rotations, self.watched = rotations, watched(map_of(parts.model))
         rotated: dict[InputPath, InputPath] = {}
         for site, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
@@ -72,8 +73,8 @@ class ActivationSpace(LearningSpace):
     def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
         if name == "r2":
             return OutputPath(path, self.rotations, site.layer)
-        watched = self.watched[site.key] == site.path
-        see = local.watch("r1", site.layer) if watched else None
+        whole = self.watched[site.key] == site.path
+        see = local.watch("r1", site.layer) if whole else None
         return StreamPath(path, self.rotations, site.layer, see)
 
     def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of,
 from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of
+from spinlab.model.shares import watched
 from spinlab.weights.rtn import search_ratios
 
 
@@ -37,12 +38,12 @@ class WeightSpace(LearningSpace):
         self.given = parts.clips if self.learn.lr.clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.readers: dict[InputPath, str] = {}  # the keys of all
-        watched = map_of(model).watched
+        whole = watched(map_of(model))
         self.linears: list[LearnedLinear] = []
         for site, module in linears_of(model):
             format = self._format(site)
             self.linears.append(LearnedLinear.take(site, module, format, rotations.wide))
-            if site.reads == "R1" and watched[site.key] == site.path:
+            if site.reads == "R1" and whole[site.key] == site.path:
                 _show(local.watch("r1", site.layer), module, output=False)
             path = cast(FakeQuantLinear, module).path
             if site.quantized:
