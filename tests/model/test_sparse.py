@@ -1,0 +1,248 @@
+"""Mixtures of experts: what is special about them, against stock modules and plain arithmetic."""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import (
+    ClipSearch,
+    KVConfig,
+    ModelConfig,
+    QuantConfig,
+    RotationConfig,
+    TensorQuant,
+)
+from spinlab.errors import InputError
+from spinlab.fakequant.insert import FakeQuantLinear
+from spinlab.model.families.experts import Router
+from spinlab.model.hooks import temporary_hooks
+from spinlab.model.load import load_model
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import linear_at, linears_of, map_of, restore
+from spinlab.model.random import random_model
+from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation.check import BrokenSite, check_invariance, logits
+from spinlab.rotation.fuse import fold_norms
+from spinlab.rotation.initial import check_rotations, initial_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.statistics import gather_statistics
+from spinlab.runtime.fused.convert import why_not_runtime
+from spinlab.weights.rtn import rtn
+
+QWEN3 = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+SHAPES = {
+    "qwen3_moe": QWEN3,
+    "qwen3_moe, normalized": {**QWEN3, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
+OFF = {"r1": "none", "r2": "none", "r4": "none"}
+Chosen = list[tuple[torch.Tensor, torch.Tensor]]
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def architecture(shape: str) -> dict:
+    return {"model_type": shape.partition(",")[0], **SHAPES[shape]}
+
+
+@pytest.fixture
+def make(make_family_model):
+    """Return a maker of models in float64 by the name of their shape."""
+
+    def made(shape: str, **changes) -> PreTrainedModel:
+        settings = architecture(shape) | changes
+        return make_family_model(settings.pop("model_type"), **settings)
+
+    return made
+
+
+def drawn(model_map: ModelMap, **changes) -> RotationSet:
+    return initial_rotations(RotationConfig(**changes), model_map, torch.Generator().manual_seed(0))
+
+
+def routed(model: PreTrainedModel, ids: torch.Tensor) -> Chosen:
+    """Return what every router gives, and whom it chooses, layer by layer."""
+    kept: Chosen = []
+    with temporary_hooks() as hooks:
+        for router in (m for m in model.modules() if isinstance(m, Router)):
+            hooks.append(
+                router.register_forward_hook(lambda m, args, out: kept.append((out[0], out[2])))
+            )
+        model(input_ids=ids)
+    return kept
+
+
+def random_blocks(shape: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the MLP of a layer as its family prepares it, and a stock one of the same numbers."""
+    base = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "initializer_range": 0.2}
+    base |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ModelConfig(architecture={**base, **architecture(shape)}, dtype=str(dtype)[6:])
+    ours, stock = load_model(config, None, 0), random_model(config, 0).to(dtype)
+    stock.set_experts_implementation("eager")
+    return ours.model.layers[0].mlp, stock.model.layers[0].mlp
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_router_and_experts_compute_what_stock_ones_do(shape, dtype):
+    """Their products have other shapes, and may be rounded otherwise: as far as stock ones are."""
+    ours, stock = random_blocks(shape, dtype)
+    exact = random_blocks(shape, torch.float32)[1]
+    exact.load_state_dict({n: t.float() for n, t in stock.state_dict().items()})
+    x = torch.randn(2, 50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all(map(torch.equal, ours.gate(x.flatten(0, 1)), stock.gate(x)))
+    found, expected = ours(x), stock(x)
+    assert found.dtype == expected.dtype == dtype
+    reference = exact.double()(x.double()).float() if dtype == torch.float32 else exact(x.float())
+    own = (expected - reference).abs().max()
+    assert (found - reference).abs().max() <= 2 * own + 1e-7
+
+
+@every_shape
+def test_a_restored_model_is_the_stock_one(shape):
+    base = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    base |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ModelConfig(architecture={**base, **architecture(shape)})
+    model, stock = load_model(config, None, 0), random_model(config, 0)
+    restore(model)
+    expected = stock.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
+    kinds = [[type(m) for m in x.modules()] for x in (model.model.layers, stock.model.layers)]
+    assert kinds[0] == kinds[1]
+    restore(model)  # of a stock one nothing is to be done
+    assert model.state_dict().keys() == expected.keys()
+
+
+@every_shape
+def test_routers_give_the_same_logits_and_choose_the_same_experts(make, ids, shape):
+    original = make(shape)
+    rotations = drawn(map_of(original), r1="random", r2="random", r3="random", r4="random")
+    rotated = QuantizedNetworks(partial(make, shape), QUANT, KVConfig()).rotated(rotations)
+    pairs = list(zip(routed(original, ids), routed(rotated, ids), strict=True))
+    assert len(pairs) == 2
+    for (given, chosen), (again, then) in pairs:
+        assert torch.equal(chosen, then)
+        assert (given - again).abs().max() < 1e-9 * given.std()
+
+
+def test_a_router_takes_the_gain_and_r1_and_reads_its_input_unquantized(make, ids):
+    networks = QuantizedNetworks(lambda: make("mixtral"), QUANT, KVConfig())
+    original = make("mixtral")
+    rotations = drawn(map_of(original))
+    fused, name = networks.fused(rotations), "model.layers.1.mlp.gate.linear"
+    gain = original.get_submodule("model.layers.1.post_attention_layernorm").weight
+    expected = linear_at(original, name).weight * gain @ rotations.r1
+    assert torch.allclose(linear_at(fused, name).weight, expected, atol=1e-12)
+    weights = {
+        site.path: rtn(linear.weight, QUANT.weights, ClipSearch())
+        for site, linear in linears_of(fused)
+        if site.quantized
+    }
+    for network in (
+        networks.dequantized(rotations, weights),
+        networks.emulated(rotations, weights),
+    ):
+        router = network.get_submodule(name)
+        assert not isinstance(router, FakeQuantLinear) or router.path.quantizer is None
+        assert torch.equal(router.weight, linear_at(fused, name).weight)
+        seen: list[torch.Tensor] = []
+        with temporary_hooks() as hooks:
+            norm = network.get_submodule("model.layers.1.post_attention_layernorm")
+            hooks.append(norm.register_forward_hook(lambda m, a, out, to=seen: to.append(out)))
+            kept = routed(network, ids)
+        assert torch.allclose(kept[1][0], seen[0].flatten(0, 1) @ router.weight.T, atol=1e-12)
+
+
+def test_a_broken_expert_and_a_broken_router_are_named(make, ids):
+    rotations = drawn(map_of(make("mixtral")))
+    networks = QuantizedNetworks(lambda: make("mixtral"), QUANT, KVConfig())
+    used = routed(make("mixtral"), ids[:1])[1][1].flatten().mode().values.item()
+    for name in (f"mlp.experts.{used}.up_proj", "mlp.gate.linear"):
+        rotated = networks.rotated(rotations)
+        weight = linear_at(rotated, f"model.layers.1.{name}").weight
+        weight.data = weight.data.roll(1, 0)
+        with pytest.raises(BrokenSite, match=f"model.layers.1.{name}"):
+            check_invariance(lambda: make("mixtral"), lambda m=rotated: m, rotations, ids[:1])
+
+
+def test_experts_share_one_scale_of_the_input_they_share_out(make, ids):
+    """It is that of all tokens and of the weights of all experts, and the router takes it too."""
+    model = make("qwen3_moe")
+    fold_norms(model)
+    found = gather_statistics(model, ids)
+    inputs: list[torch.Tensor] = []
+    with temporary_hooks() as hooks:
+        norm = model.get_submodule("model.layers.0.post_attention_layernorm")
+        hooks.append(norm.register_forward_hook(lambda m, args, out: inputs.append(out)))
+        for window in ids:
+            model(input_ids=window[None])
+    expected = torch.cat(inputs).abs().amax((0, 1)).float()
+    assert torch.equal(found.peaks["0.gate_up"], expected)
+    assert torch.allclose(found.means["0.gate_up"], torch.cat(inputs).mean(0).float(), atol=1e-6)
+    names = ("gate_proj", "up_proj")
+    experts = [
+        linear_at(model, f"model.layers.0.mlp.experts.{e}.{n}").weight
+        for e in range(5)
+        for n in names
+    ]
+    largest = torch.cat(experts).abs().amax(0).float()
+    assert torch.equal(found.weights["0.gate_up"], largest)
+    settings = {**OFF, "smooth": 0.5, "smooth_groups": ["gate_up", "down"]}
+    config, generator = RotationConfig(**settings), torch.Generator().manual_seed(0)
+    rotations = initial_rotations(config, map_of(model), generator, found)
+    assert rotations.inputs.keys() == {
+        f"{layer}.{name}"
+        for layer in range(2)
+        for name in ("gate_up", *(f"down.{e}" for e in range(5)))
+    }
+    assert all(transform.folded for transform in rotations.inputs.values())
+    networks = QuantizedNetworks(lambda: make("qwen3_moe"), QUANT, KVConfig())
+    original = lambda: make("qwen3_moe")  # noqa: E731
+    rotated = lambda: networks.rotated(rotations)  # noqa: E731
+    assert check_invariance(original, rotated, rotations, ids[:1]) < 1e-9
+
+
+@pytest.mark.parametrize("inputs", ["duquant", "wush"])
+def test_an_expert_that_no_token_reaches_keeps_its_input_as_it_is(make, ids, inputs):
+    make = partial(make, "qwen3_moe", num_experts=40, num_experts_per_tok=1)
+    config = RotationConfig(**OFF, inputs=inputs)
+    networks = QuantizedNetworks(make, QUANT, KVConfig())
+    orders = {i.key: 4 for i in map_of(make()).inputs} if inputs == "wush" else None
+    found = gather_statistics(networks.stream_rotated(RotationSet()), ids, blocks=orders)
+    rotations = initial_rotations(config, map_of(make()), torch.Generator().manual_seed(0), found)
+    used = [set(chosen.flatten().tolist()) for _, chosen in routed(make(), ids)]
+    assert all(len(experts) < 40 for experts in used)
+    downs = {key for key in rotations.inputs if ".down." in key}
+    assert downs == {f"{layer}.down.{e}" for layer, experts in enumerate(used) for e in experts}
+    assert check_invariance(make, lambda: networks.rotated(rotations), rotations, ids[:1]) < 1e-9
+
+
+def test_layers_of_other_widths_have_no_common_r4(make, ids):
+    make = partial(make, "qwen3_moe", mlp_only_layers=[0], intermediate_size=40)
+    model_map = map_of(make())
+    assert [layer.mlp is None for layer in model_map.layers] == [False, True]
+    with pytest.raises(InputError, match=r"one width in all layers.*: set rotation\.r4=none"):
+        check_rotations(RotationConfig(), model_map)
+    rotations = drawn(model_map, r4="none")
+    networks = QuantizedNetworks(make, QUANT, KVConfig())
+    assert check_invariance(make, lambda: networks.rotated(rotations), rotations, ids[:1]) < 1e-9
+
+
+def test_the_fused_runtime_leaves_experts_to_torch(make, ids, caplog):
+    networks = QuantizedNetworks(lambda: make("mixtral"), QUANT, KVConfig())
+    rotations = drawn(map_of(make("mixtral")))
+    fused = networks.fused(rotations)
+    reason = why_not_runtime(fused, networks.kv_path(fused, rotations))
+    assert reason is not None and "model.layers.0 has no gated MLP alone" in reason
+    weights = {
+        site.path: rtn(linear.weight, QUANT.weights, ClipSearch())
+        for site, linear in linears_of(fused)
+        if site.quantized
+    }
+    found = logits(networks.integer(rotations, weights, "auto"), ids)
+    assert "has no gated MLP alone" in caplog.text
+    assert torch.equal(found, logits(networks.emulated(rotations, weights), ids))
