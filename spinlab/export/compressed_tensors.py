@@ -54,14 +54,14 @@ def check(setting: str, target: Path, config: Config) -> None:
     """Raise InputError for what the profile cannot carry, and as `check_folder` does."""
     check_installed(setting)
     check_stock(setting, config)
-    check_profile(setting, config)
-    check_settings(setting, FORM, CANNOT, config)
     described = map_of(meta_model(config.model, None))
     if any(site.expert is not None for site in described.sites):
         raise InputError(
             f"{setting}: stock {described.family} models stack the weights of experts in one "
             "tensor, of which no packed form is written: use export.artefact"
         )
+    check_profile(setting, config)
+    check_settings(setting, FORM, CANNOT, config)
     schemes_of(setting, described, config.quant)
     check_folder(setting, target, config)
 

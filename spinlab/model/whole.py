@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from spinlab.errors import InputError
@@ -32,17 +33,37 @@ def check_whole(place: str, config: PreTrainedConfig, files: list[Path]) -> None
     """
     stored = _stored_shapes(files)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
-    load: Any = type(on_meta(config)).from_pretrained
+    model = on_meta(config)
+    load: Any = type(model).from_pretrained
     with _silence():  # what its report says is said below
-        _, report = load(
-            None,
-            config=config,
-            state_dict=tensors,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            _, report = load(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            if any(name not in stored for name, *_ in report["mismatched_keys"]):
+                report = _differences(model, stored) or report  # a stack of experts' matrices
+        except RuntimeError:  # matrices of experts that do not stack
+            if not (report := _differences(model, stored)):
+                raise
     check_report(place, config, report)
+
+
+def _differences(model: PreTrainedModel, stored: dict[str, list[int]]) -> Report:
+    """Report how stored shapes differ from those that transformers would write, if they do."""
+    written = revert_weight_conversion(model, model.state_dict())
+    due = {name: list(tensor.shape) for name, tensor in written.items()}
+    both = [name for name in due if stored.get(name, due[name]) != due[name]]
+    report: Report = {
+        "missing_keys": due.keys() - stored.keys() - set(model.all_tied_weights_keys),
+        "unexpected_keys": stored.keys() - due.keys(),
+        "mismatched_keys": {(name, tuple(stored[name]), tuple(due[name])) for name in both},
+    }
+    return report if any(report.values()) else {}
 
 
 def check_report(place: str, config: PreTrainedConfig, report: Report) -> None:

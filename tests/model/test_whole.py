@@ -51,6 +51,47 @@ def test_a_missing_norm_of_single_heads_is_named(tmp_path, part, save_checkpoint
     assert f"lacks model.layers.0.self_attn.{part}" in refusal(tmp_path)
 
 
+QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: tensors.pop(EXPERT), f"lacks {EXPERT}: it is not the whole"),
+        (
+            lambda tensors: tensors.update({EXPERT: tensors[EXPERT][:-1].clone()}),
+            f"has {EXPERT} of shape (23, 20) for (24, 20)",
+        ),
+        (
+            lambda tensors: tensors.update({EXPERT.replace(".2.", ".9."): tensors[EXPERT].clone()}),
+            f"holds {EXPERT.replace('.2.', '.9.')}, which qwen3_moe has no place for",
+        ),
+    ],
+    ids=["missing", "of another shape", "left over"],
+)
+def test_a_matrix_of_an_expert_that_does_not_fit_is_named(
+    tmp_path, save_checkpoint, change_tensors, change, sentence
+):
+    """In files experts have a tensor each, which transformers stacks as it loads them."""
+    save_checkpoint(tmp_path, model_type="qwen3_moe", **QWEN3_MOE)
+    check_model(local(tmp_path))
+    change_tensors(tmp_path, change)
+    assert sentence in refusal(tmp_path)
+
+
+def test_a_mixture_in_shards_is_loaded_as_it_was_saved(tmp_path, save_checkpoint):
+    shape = {"model_type": "mixtral", "num_local_experts": 4}
+    save_checkpoint(tmp_path, size="20KB", **shape)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    check_model(local(tmp_path))
+    check_weights(local(tmp_path))
+    found = load_model(local(tmp_path), None, 0).state_dict()
+    expected = prepare(random_model(ModelConfig(architecture={**SHAPE, **shape}), 0)).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def test_missing_biases_are_counted(tmp_path, save_checkpoint, change_tensors):
     save_checkpoint(tmp_path, model_type="qwen2")
     change_tensors(
