@@ -225,7 +225,10 @@ def _calibrating(job: Job) -> Iterator[Need]:
     states = samples * length * width * job.size * streams
     work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     if config.by_columns:
-        work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * d.intermediate**2)
+        widest = max(
+            input.width for input in job.map.inputs
+        )  # the stream's, where experts are narrow
+        work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * widest**2)
         weights += (streams - 1) * job.before_last * job.size
     host = job.levels + windows.samples * length * _INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]

@@ -76,6 +76,24 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
 
 
+def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
+    mixture = [*LLAMA, "model=qwen3_30b_a3b"]
+    attention, experts = 2048 * (2 * 4096 + 2 * 512), 128 * 3 * 2048 * 768
+    layer, end = attention + 128 * 2048 + experts, 151936 * 2048
+    whole = 48 * layer + 2 * end
+    gate = need_of("the gate of the rotated model, in float32,", *mixture)
+    kept = 256 * 151936 * 4
+    assert gate.device == pytest.approx(4 * whole + 16 * end + kept, rel=0.01)
+    windows, hessian = 128 * 2048 * (2048 + 4096) * 2, 2048**2 * 20
+    gptq = need_of("GPTQ", *mixture, device=GPU)
+    assert gptq.device == pytest.approx(2 * whole + windows + hessian, rel=0.01)
+    assert gptq.host == pytest.approx(2 * 48 * (attention + experts), rel=0.01)
+    beside = need_of("GPTAQ", *mixture, "weights=gptaq", device=GPU)
+    twice = 2 * (layer - 4096 * 2048)  # of one layer, but for its largest linear
+    states = 2 * windows + 2048**2 * 24
+    assert beside.device == pytest.approx(2 * whole + twice + states, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("overrides", "more"),
     [
