@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spinlab.model.families.experts import alone
 from spinlab.model.hooks import hidden_states, temporary_hooks
 from spinlab.model.modules import layers_of, map_of
 
@@ -90,7 +91,7 @@ class LayerInputs:
             seen.append(args[0])
             raise _Stop
 
-        with temporary_hooks() as hooks, suppress(_Stop):
+        with temporary_hooks() as hooks, alone(self.layer, linear), suppress(_Stop):
             hooks.append(linear.register_forward_pre_hook(stop))
             self._call(batch)
         if linear is self._attentions[self.index][1]:

@@ -19,10 +19,10 @@ from spinlab.config import (
 )
 from spinlab.config.kv import CodecConfig
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.model.families.experts import Router
+from spinlab.model.families.experts import Router, alone
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.load import cast_model
-from spinlab.model.modules import linear_at, linears_of, map_of
+from spinlab.model.modules import layers_of, linear_at, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import logits, logits_error
 from spinlab.rotation.online import hadamard_rotation
@@ -40,7 +40,7 @@ QUANT = QuantConfig(
 )
 ROTATIONS = RotationSet(r3=hadamard_rotation(8), r4=hadamard_rotation(20))
 Weights = dict[str, QuantizedWeight]
-LAYER = "model.layers.{}.mlp"
+LAYER, ATTENTION = "model.layers.{}.mlp", "model.layers.0.self_attn.o_proj"
 
 
 @pytest.fixture
@@ -214,6 +214,27 @@ def test_all_networks_of_rounded_experts_are_one_function(networks, windows, tmp
     assert torch.equal(emulated, integer)
     assert logits_error(fake, emulated) < 1e-3
     assert logits_error(emulated, logits(networks.original(), windows)) > 1e-2
+
+
+def test_where_one_expert_is_looked_at_others_are_not_computed(networks, windows):
+    model = networks.original()
+    layer, called = layers_of(model)[0], []
+    with temporary_hooks() as hooks:
+        for site, linear in linears_of(model):
+            if site.layer == 0 and site.expert is not None:
+                see = partial(lambda e, m, args: called.append(e), site.expert)
+                hooks.append(linear.register_forward_pre_hook(see))
+        model(input_ids=windows)
+        every = set(called)
+        for name in (LAYER.format(0) + f".experts.{min(every)}.down_proj", ATTENTION):
+            called.clear()
+            with pytest.raises(KeyError), alone(layer, linear_at(model, name)):
+                model(input_ids=windows)
+                raise KeyError
+            assert set(called) == (every if name == ATTENTION else {min(every)})
+        called.clear()
+        model(input_ids=windows)  # as before
+    assert set(called) == every
 
 
 def test_a_run_that_was_killed_continues_with_the_same_bits(networks, windows, tmp_path):

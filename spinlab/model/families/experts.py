@@ -6,6 +6,8 @@ so that everything that swaps, rotates or rounds linears works on them. An exper
 own tokens, and not at all without any.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,17 +64,23 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """Sum for every token what its experts give, each times its weight."""
+    """Sum for every token what its experts give, each times its weight.
+
+    only: the one expert that is computed, where others do not matter.
+    """
 
     def __init__(self, stock: Any) -> None:
         pairs = zip(stock.gate_up_proj.detach(), stock.down_proj.detach(), strict=True)
         super().__init__(Expert(gate_up, down, stock.act_fn) for gate_up, down in pairs)
+        self.only: int | None = None
         self._stock = (_emptied(stock, "gate_up_proj", "down_proj"),)
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Map x (tokens, hidden) to the same shape; chosen and weights are (tokens, top_k)."""
         total = torch.zeros_like(x)
         for index in chosen.unique().tolist():  # in ascending order
+            if self.only not in (None, index):
+                continue
             token, place = torch.where(chosen == index)
             found = self[index](x[token]) * weights[token, place, None]
             total.index_add_(0, token, found.to(total.dtype))
@@ -106,6 +114,20 @@ def split_experts(block: Any, normalized: bool, rounded: bool) -> None:
 def join_experts(block: Any) -> None:
     """Undo `split_experts` with the weights as they stand."""
     block.gate, block.experts = block.gate.stock(), block.experts.stock()
+
+
+@contextmanager
+def alone(layer: nn.Module, linear: nn.Module) -> Iterator[None]:
+    """Compute only the expert of a layer that a linear is part of; all for any other linear."""
+    mixtures = [module for module in layer.modules() if isinstance(module, Experts)]
+    for mixture in mixtures:
+        parts = (list(expert.modules()) for expert in mixture)
+        mixture.only = next((i for i, own in enumerate(parts) if linear in own), None)
+    try:
+        yield
+    finally:
+        for mixture in mixtures:
+            mixture.only = None
 
 
 def _emptied(stock: nn.Module, *names: str) -> Any:
