@@ -221,6 +221,13 @@ def test_an_expert_that_no_token_reaches_keeps_its_input_as_it_is(make, ids, inp
     assert check_invariance(make, lambda: networks.rotated(rotations), rotations, ids[:1]) < 1e-9
 
 
+@every_shape
+def test_a_loss_for_balance_is_left_out(make, ids, shape):
+    """Checkpoints that were saved in training ask for it; logits do not depend on it."""
+    found, expected = (make(shape, output_router_logits=asked) for asked in (True, False))
+    assert torch.equal(logits(found, ids), logits(expected, ids))
+
+
 def test_layers_of_other_widths_have_no_common_r4(make, ids):
     make = partial(make, "qwen3_moe", mlp_only_layers=[0], intermediate_size=40)
     model_map = map_of(make())

@@ -37,7 +37,8 @@ def _join(model: PreTrainedModel) -> None:
 
 
 def _blocks(model: PreTrainedModel) -> list[Any]:
-    """Return the MLPs that are mixtures."""
+    """Return the MLPs that are mixtures, whose loss for balance, of training, is left out."""
+    model.config.output_router_logits = False  # stock models look for stock routers to take it from
     layers: Any = model.get_submodule(NAMES.layers)
     return [layer.mlp for layer in layers if hasattr(layer.mlp, "experts")]
 
