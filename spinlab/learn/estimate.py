@@ -1,8 +1,9 @@
 """What a learning run takes: memory per process and operations from shapes, time from a probe.
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
-attention q, k, v and its output, a gated MLP gate, its activation and up. A frozen linear keeps
-nothing, one whose weight gets a gradient its input.
+attention q, k, v and its output, a gated MLP gate, its activation and up, or gate and up alone
+where one kernel takes both. A frozen linear keeps nothing, one whose weight gets a gradient its
+input.
 """
 
 import logging
@@ -187,7 +188,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     # keys as R3 meets them, as their codec does, and what that leaves
     kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
     kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
-    numbers = kept + 2 * queries + 2 * values + 3 * gated
+    fused = job.rounded and job.model.device.type == "cuda"
+    numbers = kept + 2 * queries + 2 * values + (2 if fused else 3) * gated
     return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
 
 

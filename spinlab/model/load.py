@@ -1,5 +1,6 @@
 """Load stock transformers models: packaged GGUF, a local folder, the hub, or random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,12 @@ def exact_norms(model: PreTrainedModel) -> None:
 
 
 class ExactNorm(nn.RMSNorm):
-    """torch's RMSNorm with the gain convention of the norm that it stands for."""
+    """torch's RMSNorm with the gain convention of the norm that it stands for.
+
+    factor: gives what the gain is multiplied by, (width,), if anything.
+    """
+
+    factor: Callable[[], torch.Tensor] | None = None
 
     def __init__(self, weight: torch.Tensor, norm: Norm) -> None:
         super().__init__(weight.shape[0], norm.epsilon, device="meta")
@@ -182,6 +188,8 @@ class ExactNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Norm x: (..., width)."""
         gain = self.weight + self.offset if self.offset else self.weight
+        if self.factor is not None:
+            gain = (gain * self.factor()).to(gain.dtype)
         return nn.functional.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
