@@ -21,7 +21,13 @@ from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ra
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.gates import fuse_gates
 from spinlab.learn.spaces.heads import learn_heads
-from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of, share_out, summed
+from spinlab.learn.spaces.linear import (
+    LearnedBatch,
+    LearnedLinear,
+    batches_of,
+    owned_gradients,
+    share_out,
+)
 from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.load import ExactNorm
 from spinlab.model.map import Site
@@ -161,7 +167,7 @@ class WeightSpace(LearningSpace):
         for linear in self.linears:
             for name, part in linear.bias_pulled_back(rotations.r1, rotations.r2):
                 rotations.add_gradient(name.lower(), linear.site.layer, part)
-        for batch, of_written in summed(self.batches):
+        for batch, of_written in owned_gradients(self.batches):
             group, weights = batch.linears[0].site.input, None
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)
