@@ -45,17 +45,33 @@ def test_the_definition_rounds_what_a_folded_scale_would_round():
     assert torch.equal(gated(gate, up), silu(gate) * up)
 
 
-@pytest.mark.skipif(not CUDA, reason="the kernel is a GPU's")
-def test_a_gpu_rounds_as_the_definition_does():
-    (gate, up, gradient), factor = numbers((64, 300), torch.bfloat16)
+# the interpreter rounds to float16, and cuts off to bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * CUDA)
+def test_kernels_round_where_the_definition_does(dtype):
+    """Each product to 16 bits, the factor before its own; its gradient is summed in float32."""
+    (gate, up, gradient), factor = numbers((64, 300), dtype)
     found = []
-    for device in ("cpu", "cuda"):
-        leaves = [t.to(device).requires_grad_() for t in (gate, up, factor)]
-        gated(*leaves).backward(gradient.to(device))
-        found.append([gated(*leaves).detach().cpu(), *(leaf.grad.cpu() for leaf in leaves[:2])])
-    for wanted, ours in zip(*found, strict=True):  # two exponentials may round apart
-        assert torch.allclose(ours.double(), wanted.double(), rtol=2**-7, atol=2**-12)
-        assert (ours != wanted).double().mean() < 0.02
+    for take, device in ((gated, "cpu"), (_Gated.apply, DEVICE)):
+        leaves = [t.detach().to(device).requires_grad_() for t in (gate, up, factor)]
+        out = take(*leaves)
+        out.backward(gradient.to(device))
+        found.append([t.cpu().double() for t in (out.detach(), *(leaf.grad for leaf in leaves))])
+    *wanted, of_factor = found[0]
+    *ours, sums = found[1]
+    for expected, result in zip(wanted, ours, strict=True):  # exponentials may round apart
+        assert torch.allclose(result, expected, rtol=2**-7, atol=2**-12)
+        assert (result != expected).double().mean() < 0.02
+    assert torch.allclose(sums, of_factor, rtol=0.02, atol=0.1)
+
+
+def test_kernels_take_what_lies_apart():
+    (gate, up, _), factor = numbers((40, 24))
+    apart = [t.mT.contiguous().mT.to(DEVICE).requires_grad_() for t in (gate, up)]
+    whole = [t.to(DEVICE).requires_grad_() for t in (gate, up)]
+    for pair in (apart, whole):
+        _Gated.apply(*pair, factor.to(DEVICE)).sum().backward()  # a gradient of stride 0
+    for ours, expected in zip(apart, whole, strict=True):
+        assert torch.equal(ours.grad, expected.grad)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])

@@ -211,6 +211,19 @@ def test_a_kernel_gives_the_terms_and_gradients_of_the_definition(kind, vocabula
         assert not gradient[2].any()  # it is equal to its teacher
 
 
+def test_a_kernel_takes_logits_that_lie_apart_and_none():
+    logits, original = (
+        torch.randn(30, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
+    labels = torch.tensor([[4], [29], [0], [7]]).to(DEVICE)
+    apart = full_terms(logits.mT.to(DEVICE), labels, original.mT.to(DEVICE), 0.5)
+    whole = [t.mT.contiguous().to(DEVICE) for t in (logits, original)]
+    for ours, expected in zip(apart, full_terms(whole[0], labels, whole[1], 0.5), strict=True):
+        assert torch.equal(ours, expected)
+    terms, gradient = full_terms(whole[0][:0], labels[:0], whole[1][:0], 0.5)
+    assert not terms.any() and gradient.shape == (0, 30)
+
+
 def test_a_kernel_leaves_gradients_in_the_dtype_of_the_logits():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     labels = torch.tensor([[4], [49], [0]])
