@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spinlab.bench.methods import hadamards, random_rotations
+from spinlab.bench.methods import hadamards, online_settings, random_rotations
 from spinlab.bench.models import random_llama
 from spinlab.compose import composed, options_of
 from spinlab.config import plain
