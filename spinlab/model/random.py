@@ -10,7 +10,7 @@ from spinlab.config import ModelConfig
 from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
 from spinlab.model.modules import map_of, norm_at, prepare
-from spinlab.model.settings import OURS, config_from, on_meta
+from spinlab.model.settings import config_from, on_meta, ours
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
@@ -61,7 +61,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     described = map_of(prepare(on_meta(architecture)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, **OURS)
+        model = AutoModelForCausalLM.from_config(architecture, **ours(architecture.model_type))
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
             norm = described.norm_at.get(name.rpartition(".")[0])

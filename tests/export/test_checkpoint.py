@@ -26,6 +26,7 @@ FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
 FAMILIES = {
     **{"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}},
     **{"granite": {"residual_multiplier": 0.3, "logits_scaling": 5}, "olmo2": {}, "olmo3": {}},
+    **{"gemma": {}, "gemma2": {"attn_logit_softcapping": 1.5}, "gemma3_text": {}},
 }
 SMALL = ["+experiment=toy", "learn=none"]
 
