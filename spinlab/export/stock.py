@@ -13,7 +13,7 @@ from spinlab.files import write_json
 from spinlab.model.families import family_of
 from spinlab.model.files import CONFIG, GENERATION, read_json
 from spinlab.model.load import family_named
-from spinlab.model.modules import restore
+from spinlab.model.modules import ends_of, restore
 
 _TOKENIZER = "tokenizer_config.json"
 
@@ -42,6 +42,7 @@ def save_stock(
     further entries of the config.
     """
     restore(model)
+    _tie_again(model)
     model.to(torch.device("cpu"))  # pyright: ignore[reportArgumentType]
     state = {n: t for n, t in model.state_dict().items() if n not in without} | dict(further or {})
     said, model.generation_config = model.generation_config, GenerationConfig()
@@ -49,6 +50,17 @@ def save_stock(
     save_generation(said or GenerationConfig(), folder)
     tokenizer.save_pretrained(folder)
     _write_for_earlier_versions(folder, settings or {})
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Let a head that holds what the embedding does be the same tensor, where nothing set it apart.
+
+    Some readers know a family with a tie alone, as vLLM does Gemma.
+    """
+    embedding, head = ends_of(model)
+    if head.bias is None and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        model.config.tie_word_embeddings = True
 
 
 def save_generation(settings: GenerationConfig, folder: Path) -> None:

@@ -71,7 +71,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
                 # within what weights of deviation 0.02 add up to
                 parameter.data.uniform_(-0.1, 0.1)
     for norm in described.norms:
-        if norm.readers:  # those of single heads are behind other linears
+        if norm.readers or norm.layer is None:  # those of single heads are behind other linears
             weight = norm_at(model, norm.path).weight.data
             weight[outliers] = (weight[outliers] + norm.offset) / config.outlier_scale - norm.offset
     cast(Any, model.get_submodule(described.embedding)).weight.data[:, outliers] *= (

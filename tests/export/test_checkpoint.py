@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spinlab.compose import composed
@@ -49,6 +50,22 @@ def test_any_tool_computes_the_originals_function(
     assert (found - expected).norm() < 2**-6 * expected.norm()
     assert (found - expected).abs().max() > 0
     assert read_listing("it", tmp_path / "c", "checkpoint")["record"] == {}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "gemma"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_that_no_rotation_cuts_is_in_the_file(make_subject, tmp_path, model_type, tied):
+    """No R1, and the last gain stays with its norm. Gemma 1 has R1, and a head of its own."""
+    subject = make_subject(model_type, FUSED, tie_word_embeddings=tied)
+    checkpoint.write(subject, str(tmp_path / "c"))
+    stored, kept = load_file(tmp_path / "c" / "model.safetensors"), tied and model_type != "gemma"
+    assert AutoConfig.from_pretrained(tmp_path / "c").tie_word_embeddings == kept
+    assert ("lm_head.weight" in stored) != kept
+    original = subject.original().state_dict()
+    assert torch.equal(stored["model.norm.weight"], original["model.norm.weight"].bfloat16()) == (
+        model_type != "gemma"
+    )
+    check_model(ModelConfig(weights="pretrained", path=str(tmp_path / "c")))
 
 
 def test_an_export_is_taken_as_a_model_again_and_replaced_by_a_new_one(make_subject, tmp_path):

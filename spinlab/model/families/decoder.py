@@ -58,7 +58,9 @@ def read_decoder(
         norms += reader.norms()
     final: Any = model.get_submodule(names.final_norm)
     hidden: int = final.weight.shape[0]
-    last = Norm(names.final_norm, None, (names.head,), hidden, _epsilon(final), offset)
+    cannot = cannot or {}
+    head = () if "r1" in cannot else (names.head,)  # no R1 has to pass its gain: it stays
+    last = Norm(names.final_norm, None, head, hidden, _epsilon(final), offset)
     return ModelMap(
         family=model.config.model_type,
         hidden=hidden,
@@ -72,7 +74,7 @@ def read_decoder(
         final_norm=names.final_norm,
         rope=names.rope,
         rope_kind=_rope_kind(model.get_submodule(names.rope)),
-        cannot=cannot or {},
+        cannot=cannot,
     )
 
 
