@@ -1,7 +1,8 @@
 """What a learning run takes: memory per process and operations from shapes, time from a probe.
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
-attention q, k, v and its output, a gated MLP gate, its activation and up. A frozen linear keeps
+attention q, k, v and its output, a gated MLP gate, its activation and up. Attention with soft caps
+is not fused: it keeps capped scores and probabilities. A frozen linear keeps
 nothing, one whose weight gets a gradient its input.
 """
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from spinlab.config import LearnConfig, QuantConfig
 from spinlab.learn.spaces import CHUNK
 from spinlab.machine import gib, memory_for
-from spinlab.model.map import ModelMap
+from spinlab.model.map import Attention, ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 
 log = logging.getLogger(__name__)
@@ -186,9 +187,19 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         kept = errors + queries + values
     # keys as R3 meets them, as their codec does, and what that leaves
     kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
-    kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
+    norms = [norm for norm in job.map.norms if norm.layer == layer]
+    kept += sum(norm.width for norm in norms if not norm.offset)
+    widened = sum(norm.width for norm in norms if norm.offset)  # such read float32
     numbers = kept + 2 * queries + 2 * values + 3 * gated
-    return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
+    return numbers * job.size + widened * job.wide + _kept_by_scores(job, attention)
+
+
+def _kept_by_scores(job: _Job, attention: Attention) -> int:
+    """Return the bytes that attention keeps for one token, beside its inputs and its output."""
+    if attention.softcap is None:
+        return attention.heads * 4  # its normalizers are float32
+    halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
+    return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)
 
 
 def _rest(job: _Job) -> int:

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 CAPPED = "spinlab_capped"
-_SCORES = 1 << 26  # that one step makes
+_SCORES = 1 << 24  # that one step makes
 
 
 def register_capped() -> None:

@@ -85,7 +85,8 @@ class Norm:
     """Describe an RMSNorm whose gain is `offset` + weight.
 
     readers: the linears behind it, into which its gain folds; none where there are none, as with
-    norms of single heads or behind a block, and before a head that may stay tied. width: how many numbers of a token it norms.
+    norms of single heads or behind a block, and before a head that may stay tied. width: how many
+    numbers of a token it norms.
     """
 
     path: str

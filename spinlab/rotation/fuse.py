@@ -80,8 +80,8 @@ def fold_norms(model: PreTrainedModel) -> None:
 
     A norm that no linear reads keeps its gain. Without gains RMSNorm commutes with rotations.
     Nothing is mean-centred: that would change the function of an RMSNorm model. Ties between
-    embedding and head are cut first, because the final gain belongs to the head alone. Where a family
-    has no R1 it stays with its norm, and both go on holding the same.
+    embedding and head are cut first, because the final gain belongs to the head alone. Where a
+    family has no R1 it stays with its norm, and both go on holding the same.
     """
     untie(model)
     for norm in map_of(model).norms:
