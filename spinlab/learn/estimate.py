@@ -215,7 +215,8 @@ def _rest(job: _Job) -> int:
     rotations = learned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
     chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
-    logits = chunk * job.model.config.vocab_size * 4 * (5 if learn.objective.kl else 2)
+    forms = (5 if learn.objective.kl else 2) + (job.map.logit_cap is not None)  # and its slope
+    logits = chunk * job.model.config.vocab_size * 4 * forms
     layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
     step = _MOVING * learned * job.wide
     if job.rounded:

@@ -119,6 +119,22 @@ def test_earlier_transformers_find_rope_and_tokenizer_by_their_own_names(
     assert found.apply_chat_template(message, tokenize=False) == "hello"
 
 
+def test_earlier_transformers_find_both_bases_of_rope(make_family_model, tmp_path):
+    """Oracle: transformers' own reading of Gemma 3's published words."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        "full_attention": {**linear, "rope_theta": 3e5},
+    }
+    model = make_family_model("gemma3_text", rope_parameters=rope)
+    save_stock(model, byte_tokenizer(), tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (3e5, 2e4)
+    del config["rope_parameters"]
+    assert AutoConfig.for_model(config.pop("model_type"), **config).rope_parameters == rope
+
+
 REFUSED = {
     "R3, R4: set rotation.r3=none rotation.r4=none": [],
     "R4: set rotation.r4=none": ["rotation.r3=none"],

@@ -1,9 +1,11 @@
 """Gemma 2 and 3: stock logits with both caps, what rotations cannot pass, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 
@@ -12,7 +14,8 @@ from spinlab.config import KVConfig, ModelConfig, RotationConfig
 from spinlab.errors import InputError
 from spinlab.export.base import check_exports
 from spinlab.model import attention
-from spinlab.model.load import exact_norms, load_model, prepared
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.load import check_model, exact_norms, load_model, prepared
 from spinlab.model.modules import map_of
 from spinlab.model.random import architecture_of, random_model
 from spinlab.model.settings import on_meta
@@ -24,7 +27,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import why_not_runtime
 
 SHAPE = {
-    **{"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
+    **{"vocab_size": 256, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},
     **{"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 6},
     "initializer_range": 0.2,
@@ -65,6 +68,42 @@ def wide_stock(monkeypatch):
 def test_a_loaded_model_has_the_stock_logits(ids, wide_stock, family):
     expected = logits(plain(family), ids)
     assert logits_error(logits(load_model(config_of(family), None, 0), ids), expected) < 1e-12
+
+
+# what config.json of google/gemma-2-2b and gemma-3-1b-pt says beside its widths, in the words of
+# their time
+HUB = {
+    "gemma2": {
+        **{"attention_bias": False, "hidden_act": "gelu_pytorch_tanh", "rope_theta": 20_000.0},
+        **{"hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+    },
+    "gemma3_text": {
+        **{"sliding_window_pattern": 2, "rope_local_base_freq": 20_000, "rope_theta": 3e5},
+        **{"rope_scaling": None, "cache_implementation": "hybrid", "attn_logit_softcapping": None},
+    },
+}
+
+
+@every_family
+def test_a_checkpoint_in_the_words_of_its_time_has_the_stock_logits(tmp_path, ids, family):
+    """Three layers, of which the second sees all; bases of RoPE that no default gives."""
+    kept = {name: value for name, value in SHAPE.items() if name != "layer_types"}
+    settings = {**kept, **FAMILIES[family], **HUB[family], "num_hidden_layers": 3}
+    stock_config = AutoConfig.for_model(family, **settings)
+    stock = AutoModelForCausalLM.from_config(stock_config, attn_implementation="eager")
+    for name, parameter in stock.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(-0.5, 0.5)
+    stock.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    told = {"model_type": family, "architectures": [type(stock).__name__], **settings}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    config = ModelConfig(weights="pretrained", path=str(tmp_path), dtype="float64")
+    check_model(config)
+    model, described = load_model(config, None, 0), map_of(load_model(config, None, 0))
+    assert [layer.attention.window for layer in described.layers] == [5, None, 5]
+    expected = logits(stock.double().eval(), ids)
+    assert logits_error(logits(model, ids), expected) < 1e-5  # whose norms are float32
 
 
 @every_family
