@@ -67,8 +67,9 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = capped(_logits(hidden[rows], head, bias), cap)
             slope = None if cap is None or kept is None else 1 - (logits / cap).square()
-            known = None if teacher is None else _logits(teacher[0][rows], teacher[1], bias)
-            original = None if known is None else capped(known, cap)
+            original = None
+            if teacher is not None:
+                original = capped(_logits(teacher[0][rows], teacher[1], bias), cap)
             terms, gradient = _chunk_terms(logits, labels[rows, None], original, config)
             sums += terms
             if kept is not None:
@@ -76,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
                 part, alpha = kept[rows], unit / len(hidden)
                 gradient = gradient if slope is None else gradient.mul_(slope)
                 torch.addmm(part, gradient.to(part.dtype), head, beta=0, alpha=alpha, out=part)
-            del logits, slope, known, original, gradient  # before the next chunk's logits
+            del logits, slope, original, gradient  # before the next chunk's logits
         ctx.kept = kept
         means = sums / len(hidden)
         ctx.mark_non_differentiable(means)

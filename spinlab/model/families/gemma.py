@@ -1,13 +1,13 @@
 """Gemma: Llama's layers with norms of 1 + weight, scaled embeddings and a gate of tanh GELU.
 
 Gemma 2 and 3 have norms behind both blocks as well. There R1 fails as it does for OLMo-2: a block
-adds norm(y)·diag(g) to the stream, y what its last linear writes. That linear can write
-y' = y·diag(g) R1 instead, but the norm divides by the length of y, and that of y' is another unless
-all gains are one. All else is possible. Norms before the blocks fold into their linears, and scales
-of those inputs into them. R2, the rotation across heads and R4 act between linears. R3 stands
-behind RoPE, of which Gemma 3 has two, and norms of single heads: scores are what they were, so that
-soft caps of scores do not miss it. Caps of logits stand behind the head, where losses on its input
-must know of them; the scale of embeddings stands before the stream.
+adds norm(y)·diag(g) to the stream, y what its last linear writes. That linear could write
+y·diag(g) R1 instead, but the norm is to divide by the length of y, which then is nowhere: only an
+R1 that mixes channels of one gain alone would pass. All else is possible. Norms before the blocks
+fold into their linears, and scales of those inputs into them. R2, the rotation across heads and R4
+act between linears. R3 stands behind RoPE, of which Gemma 3 has two, and norms of single heads:
+scores are what they were, so that their soft caps do not miss it. Caps of logits stand behind the
+head, where losses on its input must know of them, and the scale of embeddings before the stream.
 """
 
 from dataclasses import replace
