@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from spinlab.config import Config, plain
+from spinlab.config import Config
 from spinlab.config.rotation import BlocksConfig
-from spinlab.config.values import values_of
 from spinlab.model.map import ModelMap
 from spinlab.rotation.duquant import DualTransform, largest_block
 from spinlab.rotation.initial import initial_rotations
@@ -22,12 +20,6 @@ def hadamards(model_map: ModelMap) -> RotationSet:
     """Return R3 and R4, as QuaRot's and SpinQuant's networks have them online."""
     r3, r4 = (hadamard_rotation(model_map.width(name)) for name in ("r3", "r4"))
     return RotationSet(r3=r3, r4=r4)
-
-
-def online_settings(config: Config) -> dict[str, Any]:
-    """Return what decides on the form of a method's rotations, by dotted names."""
-    settings = values_of(plain(config))
-    return {n: v for n, v in settings.items() if n.startswith(("rotation.", "learn."))}
 
 
 def random_rotations(config: Config, model_map: ModelMap) -> RotationSet:

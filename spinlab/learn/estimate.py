@@ -2,8 +2,8 @@
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
 attention q, k, v and its output, a gated MLP gate, its activation and up, or gate and up alone
-where one kernel takes both. A frozen linear keeps nothing, one whose weight gets a gradient its
-input.
+where one kernel takes both. Attention with soft caps is not fused: it keeps capped scores and
+probabilities. A frozen linear keeps nothing, one whose weight gets a gradient its input.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from spinlab.config import LearnConfig, QuantConfig
 from spinlab.learn.spaces import CHUNK
 from spinlab.learn.spaces.gates import has_kernel, is_gated
 from spinlab.learn.spaces.linear import together
-from spinlab.model.map import ModelMap
+from spinlab.model.map import Attention, ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
@@ -185,10 +185,20 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         kept = errors + queries + values
     # keys as R3 meets them, as their codec does, and what that leaves
     kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
-    kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
+    norms = [norm for norm in job.map.norms if norm.layer == layer]
+    kept += sum(norm.width for norm in norms if not norm.offset)
+    widened = sum(norm.width for norm in norms if norm.offset)  # such read float32
     fused = job.rounded and is_gated(job.map.layers[layer]) and job.by_kernels
     numbers = kept + 2 * queries + 2 * values + (2 if fused else 3) * gated
-    return numbers * job.size + attention.heads * 4  # attention's normalizers are float32
+    return numbers * job.size + widened * job.wide + _kept_by_scores(job, attention)
+
+
+def _kept_by_scores(job: _Job, attention: Attention) -> int:
+    """Return the bytes that attention keeps for one token, beside its inputs and its output."""
+    if attention.softcap is None:
+        return attention.heads * 4  # its normalizers are float32
+    halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
+    return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)
 
 
 def _rest(job: _Job) -> int:
@@ -217,10 +227,10 @@ def _rest(job: _Job) -> int:
 
 def _of_logit(job: _Job) -> int:
     """Return the bytes that a logit takes: a kernel overwrites it, torch makes softmaxes of it."""
-    objective = job.learn.objective
+    objective, capped = job.learn.objective, job.map.logit_cap is not None  # and its slope
     if job.by_kernels and not objective.kl_top_k:
-        return job.size * (2 if objective.kl else 1)
-    return 4 * (5 if objective.kl else 2)
+        return job.size * ((2 if objective.kl else 1) + 2 * capped)
+    return 4 * ((5 if objective.kl else 2) + capped)
 
 
 def _largest_batch(job: _Job) -> int:

@@ -14,7 +14,7 @@ from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of, norm_at, prepare
-from spinlab.model.settings import OURS, config_from, on_meta
+from spinlab.model.settings import config_from, on_meta, ours
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
@@ -75,7 +75,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     described = _described(json.dumps(config.architecture))[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, **OURS)
+        model = AutoModelForCausalLM.from_config(architecture, **ours(architecture.model_type))
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
             norm = described.norm_at.get(name.rpartition(".")[0])
@@ -85,7 +85,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
                 # within what weights of deviation 0.02 add up to
                 parameter.data.uniform_(-0.1, 0.1)
     for norm in described.norms:
-        if norm.readers:  # those of single heads are behind other linears
+        if norm.readers or norm.layer is None:  # those of single heads are behind other linears
             weight = norm_at(model, norm.path).weight.data
             weight[outliers] = (weight[outliers] + norm.offset) / config.outlier_scale - norm.offset
     cast(Any, model.get_submodule(described.embedding)).weight.data[:, outliers] *= (

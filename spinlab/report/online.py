@@ -47,6 +47,12 @@ def online_parts(settings: Settings, heads: int) -> dict[str, str]:
     return found
 
 
+def online_settings(config: Config) -> dict[str, Any]:
+    """Return what decides on the form of a method's rotations, by dotted names."""
+    settings = values_of(plain(config))
+    return {n: v for n, v in settings.items() if n.startswith(("rotation.", "learn."))}
+
+
 def online_form(settings: Settings, heads: int) -> dict[str, Any]:
     """Return `online_parts`, with number formats that are not those by default.
 

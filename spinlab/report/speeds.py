@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spinlab.errors import InputError, did_you_mean
-from spinlab.report.online import Settings, defaults, online_form
+from spinlab.report.online import Settings, defaults, online_form, online_settings
 from spinlab.report.records import Record, read_benchmark
 from spinlab.report.settings import settings_of
 
@@ -123,7 +123,6 @@ def _timed(config: Mapping[str, Any]) -> Settings:
 
     Records without settings are of methods as they still are.
     """
-    from spinlab.bench.methods import online_settings
     from spinlab.compose import composed
 
     known = config.get("settings") or online_settings(composed(f"+method={config['method']}"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
     LearnConfig,
+    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     QuantConfig,
@@ -25,6 +26,7 @@ from spinlab.errors import InputError
 from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
 from spinlab.learn import duration as module
 from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.model.load import load_model
 from spinlab.model.modules import decoder_of, map_of
 
 GIB = 2**30
@@ -80,6 +82,22 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16):
 
 @pytest.mark.parametrize("learner", SPACES, indirect=True)
 def test_activations_are_what_autograd_keeps(learner):
+    check_kept(learner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_activations_of_other_attention_and_norms_are_what_autograd_keeps(
+    learner_of, family, dtype
+):
+    """Soft caps keep scores, 6·128 of each token; norms of 1 + weight read float32."""
+    config = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
+    learn = LearnConfig(**SETTINGS, rotations=["r2"])
+    start = RotationConfig(r1="none", r4="none")
+    check_kept(learner_of(lambda: load_model(config, None, 0), learn, QUANT, start=start))
+
+
+def check_kept(learner):
     learner.rotations.begin()
     learner.space.begin(0)
     fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]

@@ -37,6 +37,9 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "olmo2_7b": 7_298_617_344,
     "stablelm2_1_6b": 1_644_515_328,
     "command_r_35b": 34_980_831_232,
+    "gemma_2b": 2_506_172_416,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
 }
 
 
@@ -59,7 +62,8 @@ def test_configured_shapes_are_those_of_the_published_models(name):
         model = AutoModelForCausalLM.from_config(architecture_of(config))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     theta = config.architecture.get("rope_theta", 10_000.0)
-    assert model.config.rope_parameters["rope_theta"] == theta
+    rope = model.config.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == theta
     assert source_digest(replace(config, weights="random"))["random"] == config.architecture
 
 

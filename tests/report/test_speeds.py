@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from spinlab.bench.methods import hadamards, online_settings, random_rotations
+from spinlab.bench.methods import hadamards, random_rotations
 from spinlab.bench.models import random_llama
 from spinlab.compose import composed, options_of
 from spinlab.config import plain
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 from spinlab.model.modules import map_of
-from spinlab.report.online import defaults, online_form, online_parts
+from spinlab.report.online import defaults, online_form, online_parts, online_settings
 from spinlab.report.records import read_record, read_seeds
 from spinlab.report.settings import settings_of
 from spinlab.report.speeds import read_speeds

@@ -67,7 +67,10 @@ def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv
 
 @pytest.mark.parametrize(
     "model_type",
-    ["mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "olmo3", "stablelm", "cohere"],
+    [
+        *("mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "olmo3", "stablelm", "cohere"),
+        *("gemma", "gemma2", "gemma3_text"),
+    ],
 )
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_every_family_takes_every_transform(make_family_model, fitting, ids, config, model_type):
