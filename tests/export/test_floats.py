@@ -37,10 +37,9 @@ def config_of(profile: str, name: str, *settings: str) -> Config:
 
 
 def opened(folder: Path, ids: torch.Tensor) -> PreTrainedModel:
-    """Return what the reader makes of a folder, in float32; its weights come out as bfloat16."""
-    model = load_served(folder, torch.bfloat16)
-    model(ids)  # takes the weights out of their bytes
-    torch.nn.Module.float(model)  # transformers refuses to, for any quantized model
+    """Return what the reader makes of a folder, in float32."""
+    model = load_served(folder, torch.float32)
+    assert model(ids).logits.dtype == torch.float32
     return model
 
 
