@@ -110,7 +110,7 @@ def test_the_runtime_leaves_them_to_torch_and_says_so(make_family_model, ids, qu
 
 
 @pytest.mark.usefixtures("toy_cache")
-@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "mxfp6", "fp8"])
+@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "nvfp4_calibrated", "mxfp6", "fp8"])
 @pytest.mark.parametrize("method", ["learned_ranges", "learned_inputs"])
 def test_learned_recipes_agree_on_integers_and_in_floats(tmp_path: Path, quant, method):
     small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
