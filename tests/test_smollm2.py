@@ -28,6 +28,9 @@ from spinlab.data.text import fixed_windows, read_texts, tokenize
 from spinlab.experiment import export
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
+from spinlab.export.profiles import PROFILES
+from spinlab.formats import quantizer
+from spinlab.formats.integer import nearest
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.metrics.perplexity import perplexity
 from spinlab.model.gguf import convert_gguf
@@ -185,3 +188,28 @@ def test_the_real_model_is_served_as_the_run_computes_it(
     text = read_texts(DataConfig())[1][0].text[:400]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("profile", ["mxfp4", "nvfp4"])
+@torch.no_grad()
+def test_the_real_model_in_floats_of_4_bits_is_served_with_every_bit(
+    smollm2, short_text, tmp_path, monkeypatch, profile
+):
+    """Scales are the run's own: what is left are ties of inputs, and 16 bits of all that rests."""
+    given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
+    given += [f"quant={PROFILES[profile].preset}", f"export.profile={profile}"]
+    given += ["quant.calibration.samples=2", "quant.calibration.sequence_length=128"]
+    given += [f"export.compressed_tensors={tmp_path}/c", f"paths.cache={tmp_path}/cache"]
+    words = [word for word in SERVED if not word.startswith("quant=")]
+    pipeline = Pipeline(composed(*words, *given))
+    export(pipeline)
+    monkeypatch.setattr(quantizer, "settled", nearest)
+    config, load = pipeline.config, pipeline.original.load
+    built = QuantizedNetworks(load, config.quant, config.kv, config.seed)
+    parts = pipeline.rotations("fake"), weights_in(pipeline.weights("fake"))
+    network = built.dequantized(*parts)
+    for parameter in network.parameters():
+        parameter.data = parameter.bfloat16().float()
+    ids = windows_in(pipeline.evaluation)["wiki"][:, :128]
+    served = load_served(tmp_path / "c", torch.float32)
+    assert torch.equal(network(ids).logits, served(ids).logits)

@@ -56,10 +56,12 @@ def online_settings(config: Config) -> dict[str, Any]:
 def online_form(settings: Settings, heads: int) -> dict[str, Any]:
     """Return `online_parts`, with number formats that are not those by default.
 
-    Networks of one form take one time on one shape. How far values are clipped takes none.
+    Networks of one form take one time on one shape. How far values are clipped takes none, nor does
+    the text on which ranges were found.
     """
     usual = {n: v for n, v in defaults().items() if stands_in(n, ("quant", "kv"))}
-    timed = {n: v for n, v in usual.items() if not n.endswith(("clip_ratio", "key_bias"))}
+    apart = [n for n in usual if n.endswith(("clip_ratio", "key_bias"))]
+    timed = {n: v for n, v in usual.items() if not stands_in(n, ("quant.calibration", *apart))}
     others = {n: settings[n] for n, v in timed.items() if settings.get(n, v) != v}
     return {**online_parts(settings, heads), **others}
 

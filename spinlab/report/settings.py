@@ -10,7 +10,7 @@ from spinlab.config.values import values_of
 # Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
 # do what was done without them.
 LATER = (
-    *("data.held_out", "weights.gptaq", "weights.qronos"),
+    *("data.held_out", "quant.calibration", "weights.gptaq", "weights.qronos"),
     *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
