@@ -6,6 +6,7 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.values import values_of
+from spinlab.errors import InputError
 
 # Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
 # do what was done without them.
@@ -35,6 +36,16 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
         return own
     before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
     return {**_defaults(), **before, **own}
+
+
+def settings_of_today(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings_of` a record. Raises InputError for an older schema, with other names."""
+    if record["schema"] != _SCHEMA:
+        raise InputError(
+            f"a record of {record['experiment']} has schema {record['schema']}, whose settings are "
+            f"not those of {_SCHEMA}: run it again"
+        )
+    return settings_of(record)
 
 
 def stands_in(name: str, stems: tuple[str, ...]) -> bool:
