@@ -1,9 +1,12 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,11 +44,12 @@ ARCHITECTURE = {
 
 # at least 10 s each, the longest first
 LONG = [
-    *("test_smollm2.py", "test_experiment.py", "test_grid.py", "test_parallel.py"),
-    *("test_methods.py", "test_cli.py", "test_commands.py", "test_options.py", "test_sweep.py"),
-    *("test_needs.py", "test_measure.py", "test_config.py", "test_resume.py", "test_notebooks.py"),
-    *("test_extending.py", "test_compressed_tensors.py", "test_load.py", "test_toy.py"),
-    *("test_gguf.py", "test_sharding.py", "test_preflight.py", "test_compiled.py"),
+    *("test_smollm2.py", "test_grid.py", "test_experiment.py", "test_methods.py"),
+    *("test_parallel.py", "test_triton_runtime.py", "test_cli.py", "test_sweep.py"),
+    *("test_notebooks.py", "test_needs.py", "test_config.py", "test_commands.py"),
+    *("test_extending.py", "test_resume.py", "test_options.py", "test_attention.py"),
+    *("test_trackers.py", "test_measure.py", "test_compiled.py", "test_compressed_tensors.py"),
+    *("test_load.py", "test_cache.py", "test_gguf.py", "test_sharding.py", "test_preflight.py"),
 ]
 
 
@@ -60,6 +64,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def collections_are_short() -> None:
+    """Leave what earlier files loaded out of garbage collections, of which stages start many."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def stages_end_at_once(request) -> Iterator[None]:
     """Let no stage of a toy give memory back or wait for the disk: both take longer than it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -70,6 +81,27 @@ def stages_end_at_once(request) -> Iterator[None]:
         if request.node.get_closest_marker("slow") is None and not of_cache:
             patch.setattr("spinlab.cache._give_back_memory", lambda: None)
             patch.setattr("os.fsync", lambda number: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_are_read_once() -> Iterator[None]:
+    """Let Hydra parse each file of conf/ once a session: they stay, and are composed 1500 times."""
+    if find_spec("hydra") is None:  # a GPU node may lack it
+        yield
+        return
+    from hydra._internal.config_repository import ConfigRepository
+
+    load, known = ConfigRepository.load_config, {}
+
+    def remembered(self, config_path: str):
+        key = (config_path, *(source.path for source in self.sources))
+        if key not in known:
+            known[key] = load(self, config_path)
+        return deepcopy(known[key])  # whoever composes changes it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigRepository, "load_config", remembered)
         yield
 
 

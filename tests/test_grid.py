@@ -21,6 +21,7 @@ NAMES = {
     "methods": "methods/qwen2_5_coder_0_5b/spinquant_had",
     "methods_smollm2": "methods_smollm2/spinquant_had",
     **{name: f"llama2_7b/{name}" for name in ("llmc_quarot", "llmc_gptq")},
+    **{"kv": "kv/smollm2_135m/kv4", "formats": "formats/smollm2_135m/w4a4_g32_hadamard_rtn"},
 }
 WINDOWS = (
     *(f"weights.{method}" for method in ("gptq", "gptaq", "qronos", "lwc")),

@@ -23,6 +23,7 @@ NEEDED = {
     "rotation=blocks": ["learn=blocks"],  # R2 is learned with what turns behind it
     # rounded weights, the only thing that depends on rotations
     "quant=w4a16": ["learn=two_cores"],
+    "quant=mxfp4_weights": ["learn=two_cores"],
     "quant=nvfp4_weights": ["learn=two_cores"],
 }
 # run whole elsewhere: methods, with their rotations, learning and rounding (test_methods)
@@ -34,7 +35,9 @@ RUN = [
         "quant=mxfp6",
         "quant=mxfp8",
         "quant=fp8",
+        "quant=nvfp4_calibrated",
         "quant=nvfp4_weights",
+        "quant=mxfp4_weights",
         "quant=w4a4_g32",
         "kv=nvfp4",
         "kv=fp8",
@@ -49,6 +52,7 @@ SMALL = [
     *(f"weights.{method}.sequence_length=64" for method in ("gptq", "gptaq", "qronos")),
     *("weights.lwc.samples=2", "weights.lwc.sequence_length=64", "weights.lwc.epochs=1"),
     *("rotation.statistics.samples=2", "rotation.statistics.sequence_length=64"),
+    *("quant.calibration.samples=2", "quant.calibration.sequence_length=64"),
     *("rotation.duquant.steps=4", "rotation.duquant.block_size=16"),
 ]
 

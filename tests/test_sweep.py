@@ -177,20 +177,19 @@ def test_a_torn_record_is_set_aside_and_its_point_is_not_finished(made, caplog):
     assert path.with_name("record.json.damaged").exists()
 
 
-def test_codecs_stand_side_by_side_with_their_bits_and_what_they_recall(tmp_path):
+@pytest.mark.usefixtures("toy_cache")
+def test_codecs_stand_side_by_side_with_their_bits_and_what_they_recall(tmp_path, monkeypatch):
     """On the toy, by the command of the README."""
     (line,) = [
         line
         for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("spinlab -m +experiment=toy +sweep=kv")
+        if line.startswith("spinlab -m +experiment=kv model=toy +sweep=kv")
     ]
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line, comments=True)
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
-    command = [sys.executable, "-m", "spinlab", *words, *paths, "tracker=none"]
-    made = subprocess.run(
-        [*command, "eval.max_windows=2"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
+    monkeypatch.setattr(sys, "argv", [*words, *paths, "tracker=none", "eval.max_windows=2"])
+    GlobalHydra.instance().clear()
+    main()
     (kept,) = tmp_path.glob("runs/sweeps/*/sweep.md")
     head, _, *rows = ([c.strip() for c in x.split("|")] for x in kept.read_text().splitlines()[:4])
     assert "no point measured" not in kept.read_text()
@@ -201,6 +200,15 @@ def test_codecs_stand_side_by_side_with_their_bits_and_what_they_recall(tmp_path
     assert 0.5 < float(qjl["coded/kv/fake"]) < 1  # its runs are of 128 tokens
     names = ("ppl/wiki", "kl/c4", "diverges/wiki", "needle/256", "needle_nats/256")
     assert all(row[f"{name}/fake"] for row in (kv4, qjl) for name in names)
+    metrics = json.loads(next(tmp_path.glob("runs/kv/toy/kv4/*/record.json")).read_text())[
+        "metrics"
+    ]
+    row = 16 // 2 + 3  # bytes of a head: 4 bits a number, a scale and a zero point
+    for tokens in (4096, 32768):
+        assert (
+            metrics[f"bytes/kv/{tokens}/fake"] == 2 * 2 * 2 * tokens * row
+        )  # sides, layers, heads
+    assert metrics["bits/weights/fake"] == 16
 
 
 def test_a_point_is_told_by_the_words_of_its_own():

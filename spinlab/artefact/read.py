@@ -18,6 +18,7 @@ from spinlab.device import choose_backend, choose_device
 from spinlab.errors import InputError
 from spinlab.export.listing import read_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, network_from
+from spinlab.fakequant.peaks import check_peaks
 from spinlab.kv.path import kv_path
 from spinlab.model.checkpoint import Checkpoint
 from spinlab.model.files import CONFIG, GENERATION, TOKENIZER, read_json
@@ -82,6 +83,7 @@ class Artefact:
         """Return what the model becomes a quantized network with; all of it fits the model."""
         model_map, network = map_of(model), self.network
         rotations = read_stored(self.folder / ROTATIONS, model_map)
+        check_peaks(model_map, rotations, network.quant)
         weights = StoredWeights(self.folder / WEIGHTS, device)
         paths = model_map.embedding, model_map.head
         ends = zip(paths, ends_of(model), strict=True)

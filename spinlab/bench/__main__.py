@@ -188,15 +188,17 @@ def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.end_to_end import Setting, bench_decode, bench_prefill
     from spinlab.bench.methods import hadamards, random_rotations
+    from spinlab.report.online import online_settings
     from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 
     operations = triton_operations() if device.type == "cuda" else REFERENCE
-    method, online = arguments.method, hadamards
+    method, online, settings = arguments.method, hadamards, {}
     if method:
-        online = partial(random_rotations, _composed([f"+method={method}"]))
+        config = _composed([f"+method={method}"])
+        online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     bench = bench_decode if arguments.command == "decode" else bench_prefill
-    setting = Setting(*sizes, method)
+    setting = Setting(*sizes, method, settings)
     return bench(operations, device, setting, arguments.batch, arguments.out, online)
 
 

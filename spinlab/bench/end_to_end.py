@@ -8,8 +8,8 @@ weights, cache and the logits of the last token.
 import functools
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ Online = Callable[[ModelMap], RotationSet]  # what a network runs online, for a 
 class Setting:
     """Say what is run: a model's name, fewer layers perhaps, prompt and generated tokens.
 
-    method: whose rotations run online, as in conf/method; R3 and R4 alone without one
+    method: whose rotations run online, as in conf/method; R3 and R4 alone without one. settings:
+    of its rotations and their learning, by dotted names, as they were when it was timed
     """
 
     model: str
@@ -47,6 +48,7 @@ class Setting:
     prompt: int
     tokens: int
     method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Stock:

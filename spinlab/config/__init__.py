@@ -178,6 +178,7 @@ class Config:
             (rotation.statistics, gathers),
             (self.learn, self.learn.steps > 0),
             (self.weights.windows, self.rounded_on_text),
+            (self.quant.calibration, self.quant.calibrates),
         )
         return {
             f"{part.place}.sequence_length": part.sequence_length

@@ -7,7 +7,10 @@ from typing import Any
 from spinlab.config.checks import choice
 from spinlab.errors import InputError
 
-PROFILES = ("vllm_w4a8", "vllm_w4a4", "weights_only", "mxfp4", "nvfp4_weights")
+PROFILES = (
+    *("vllm_w4a8", "vllm_w4a4", "weights_only"),
+    *("mxfp4", "mxfp4_weights", "nvfp4", "nvfp4_weights"),
+)
 LONGEST_TAG = 64  # characters that W&B takes
 
 

@@ -6,10 +6,12 @@ from typing import ClassVar, Literal, get_args
 
 from spinlab.config.changes import Change
 from spinlab.config.checks import at_least, bits, ratio
+from spinlab.config.data import WindowsConfig
 from spinlab.errors import InputError
 
 Kind = Literal["weights", "activations"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+CALIBRATED = "nvfp4_calibrated"  # of inputs alone: one scale of the tensor, from calibration
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class TensorQuant(Levels):
     """Describe the quantizer of a tensor. format: a name of `spinlab.formats.FORMATS`."""
 
     format: str = "integer"
+
+
+@dataclass(frozen=True)
+class PeaksConfig(WindowsConfig):
+    """Set the calibration windows whose largest inputs the scales of tensors are made of."""
+
+    place: ClassVar[str] = "quant.calibration"
 
 
 @dataclass
@@ -86,8 +95,10 @@ class QuantConfig:
     embedding: TensorQuant = field(default_factory=_off)  # per token of the vocabulary
     # both in one: the matrix that the original ties, rounded before it is rotated, stored once
     tied: TensorQuant = field(default_factory=_off)
+    calibration: PeaksConfig = field(default_factory=PeaksConfig)
 
     def __post_init__(self) -> None:
+        self._check_calibrated()
         for name in ("weights", "activations", "head", "embedding", "tied"):
             getattr(self, name).check(f"quant.{name}")
         for entry in self.overrides:
@@ -98,6 +109,22 @@ class QuantConfig:
                 f"quant.tied.bits={self.tied.bits} is the format of head and embedding: leave "
                 "quant.head.bits=16 and quant.embedding.bits=16"
             )
+
+    def _check_calibrated(self) -> None:
+        """Refuse a format for what comes in where the numbers are known before."""
+        formats = {name: [getattr(self, name)] for name in ("head", "embedding", "tied")}
+        for name, found in {"weights": self.formats("weights"), **formats}.items():
+            if any(format.quantizes and format.format == CALIBRATED for format in found):
+                raise InputError(
+                    f"quant.{name}.format={CALIBRATED} is a format of inputs, whose range is found "
+                    "by calibration: use nvfp4"
+                )
+
+    @property
+    def calibrates(self) -> bool:
+        """Tell whether any input has its range from calibration."""
+        inputs = self.formats("activations")
+        return any(format.quantizes and format.format == CALIBRATED for format in inputs)
 
     def format_at(self, kind: Kind, name: str) -> TensorQuant:
         """Return the format of a linear's weight or input, by the linear's full name."""

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from spinlab.config import Config, plain
-from spinlab.config.quant import KINDS, Levels
+from spinlab.config.quant import CALIBRATED, KINDS, Levels
 from spinlab.config.rotation import SAME
 from spinlab.config.values import nodes, words_of
 from spinlab.errors import InputError
@@ -146,6 +146,8 @@ def _of_formats(config: Config) -> Iterator[Rule]:
     if not config.kv.codes("keys", "values"):
         exact = ("first_layers", "last_layers", "sinks", "window")
         yield "keys and values of 16 bits", [f"kv.{name}" for name in exact]
+    if not quant.calibrates:
+        yield f"no input in {CALIBRATED}", ["quant.calibration"]
     if not quant.quantizes("activations"):
         yield "activations of 16 bits", ["quant.o_proj_per_head"]
 

@@ -10,6 +10,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,13 @@ def _read_arrow(path: Path) -> list[Row]:
         return pyarrow.ipc.open_stream(file).read_all().to_pylist()
 
 
+@cache
 def _read_requests(path: Path) -> list[Row]:
     """Return one `doc` per question: the file repeats a question once for each of its choices, and
-    again, from doc_id 1000000 on, without context."""
+    again, from doc_id 1000000 on, without context.
+
+    Read once, as each network of a run is asked them: what comes of a `doc` is a copy.
+    """
     docs: dict[int, Row] = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -92,7 +97,7 @@ def _arc(doc: Row) -> Row:
     """`query` is "Question: {question}\\nAnswer:", for OpenBookQA too."""
     question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     letters = [chr(ord("A") + index) for index in range(len(doc["choices"]))]
-    choices = {"text": doc["choices"], "label": letters}
+    choices = {"text": list(doc["choices"]), "label": letters}
     return {"question": question, "choices": choices, "answerKey": letters[doc["gold"]]}
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from spinlab.config import Config
 from spinlab.errors import InputError
 from spinlab.export.base import Subject
+from spinlab.export.floats import packed_input
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
 from spinlab.export.packing import (
@@ -88,6 +89,8 @@ def write(subject: Subject, path: str) -> None:
         tensors |= {
             f"{name}.{n}": t for n, t in packed(name, some, dtype, tops[fused[name]]).items()
         }
+        of_input = packed_input(schemes[name], subject.rotations.peaks.get(fused[name]))
+        tensors |= {f"{name}.{n}": t for n, t in of_input.items()}
     stored = quantization_config(tuple(dict.fromkeys(names.values())), schemes, transform)
     wide = {name: t for name, t in tensors.items() if t.dtype.itemsize > 1}  # bytes are finite
     check_finite({**dict(model.named_parameters()), **wide}, f"weights do not fit into {dtype}")

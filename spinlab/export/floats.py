@@ -3,6 +3,10 @@
 A byte holds the codes of two neighbours, the first in its low half. A weight's scales are bytes of
 E8M0, or E4M3 numbers with one float32 that they are divided by. Levels and scales are spinlab's
 own, with no bit rounded.
+
+An input in NVFP4 has one such float32, `input_global_scale`, from calibration, and a reader gives
+every group the scale max|x|/6 times that, rounded to E4M3 (`dynamic: local`). Inputs of that name
+are spinlab's `CalibratedNVFP4`, whose scale of the tensor is its inverse, a power of two.
 """
 
 from collections.abc import Sequence
@@ -14,6 +18,7 @@ from spinlab.errors import InputError
 from spinlab.export.profiles import Scheme
 from spinlab.formats import NVFP4
 from spinlab.formats.minifloat import codes_of
+from spinlab.formats.nvfp4 import CalibratedNVFP4
 from spinlab.weights.quantized import QuantizedWeight
 
 LAYOUTS = {  # by the format of weights
@@ -49,15 +54,28 @@ def packed_floats(
     return found | {"weight_global_scale": 1 / stored["tensor_scale"]}
 
 
+def packed_input(scheme: Scheme, peak: float | None) -> dict[str, torch.Tensor]:
+    """Return what readers are told of a linear's input, none but of one in NVFP4.
+
+    peak: the largest magnitude that calibration found; None for formats that do not ask for it.
+    """
+    if scheme.inputs == 16 or scheme.format != "nvfp4":
+        return {}
+    assert peak is not None, "calibration comes before any network of such inputs"
+    tensor = CalibratedNVFP4(4, True).tensor_scale(torch.tensor([peak]))
+    return {"input_global_scale": 1 / tensor}
+
+
 def float_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """Return the entry of linears with such weights, whose inputs are floats or like them."""
     common = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": scheme.group_size}
     dtype = str(_SCALES[scheme.format])
+    dynamic = "local" if scheme.format == "nvfp4" else True
     common |= {"strategy": _STRATEGIES[scheme.format], "scale_dtype": dtype, "zp_dtype": dtype}
     return {
         "targets": targets,
         "weights": {**common, "dynamic": False},
-        "input_activations": {**common, "dynamic": True} if scheme.inputs < 16 else None,
+        "input_activations": {**common, "dynamic": dynamic} if scheme.inputs < 16 else None,
         "output_activations": None,
         "format": LAYOUTS[scheme.format],
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from spinlab.config import Config, QuantConfig, TensorQuant
-from spinlab.config.quant import KINDS, Kind
+from spinlab.config.quant import CALIBRATED, KINDS, Kind
 from spinlab.errors import InputError
 from spinlab.export.overrides import changed, typed, value_typed
 from spinlab.export.parts import PARTS, of_settings
@@ -28,13 +28,19 @@ class Profile:
     """Describe what most linears have; quant.overrides may give single ones what `_OTHERS` has.
 
     weights, inputs: bits, of which inputs of 16 are floats. preset: of conf/quant, which fits.
-    formats: of weights, and the first of them of inputs.
+    formats: of weights. of_inputs: their format.
     """
 
     weights: tuple[int, ...]
     inputs: int
     preset: str
     formats: tuple[str, ...] = ("integer",)
+    of_inputs: str = "integer"
+
+    def takes(self, inputs: TensorQuant) -> bool:
+        """Tell whether inputs of a run have the bits and the format that this one is for."""
+        alike = inputs.format == self.of_inputs or not inputs.quantizes
+        return inputs.bits == self.inputs and alike
 
     @property
     def group(self) -> int:
@@ -47,12 +53,16 @@ class Profile:
         return (4, 16) if self.group else _OTHERS
 
 
+_MXFP4 = ("mxfp4", "mxfp4_floor", "mxfp4_mse")
+_NVFP4 = ("nvfp4", "nvfp4_four_over_six")
 PROFILES = {
     "vllm_w4a8": Profile((4,), 8, "w4a8_vllm"),
     "vllm_w4a4": Profile((4,), 4, "w4a4_vllm"),
     "weights_only": Profile((4, 8), 16, "w4a16"),
-    "mxfp4": Profile((4,), 4, "mxfp4", ("mxfp4", "mxfp4_floor", "mxfp4_mse")),
-    "nvfp4_weights": Profile((4,), 16, "nvfp4_weights", ("nvfp4", "nvfp4_four_over_six")),
+    "mxfp4": Profile((4,), 4, "mxfp4", _MXFP4, "mxfp4"),
+    "mxfp4_weights": Profile((4,), 16, "mxfp4_weights", _MXFP4),
+    "nvfp4": Profile((4,), 4, CALIBRATED, _NVFP4, CALIBRATED),
+    "nvfp4_weights": Profile((4,), 16, "nvfp4_weights", _NVFP4),
 }
 _OTHERS = (4, 8, 16)  # bits of weights, and of inputs
 _GROUPS = (0, 128, 64, 32)  # that vLLM's kernels take; 0: per channel
@@ -112,11 +122,11 @@ def check_profile(setting: str, config: Config) -> None:
 
 def _other_profiles(name: str, quant: QuantConfig) -> Iterator[str]:
     """Yield other profiles for these weights, with the preset where inputs are to be others."""
-    format, bits = quant.weights.format, quant.activations.bits
+    format, inputs = quant.weights.format, quant.activations
     alike = {n: p for n, p in PROFILES.items() if format in p.formats and n != name}
-    taking = [n for n, p in alike.items() if p.inputs == bits]
+    taking = [n for n, p in alike.items() if p.takes(inputs)]
     if taking or format == "integer":
-        yield from (f"export.profile={n}" for n in taking if PROFILES[name].inputs != bits)
+        yield from (f"export.profile={n}" for n in taking if not PROFILES[name].takes(inputs))
     else:
         yield from (f"export.profile={n} with quant={p.preset}" for n, p in alike.items())
 
@@ -217,7 +227,7 @@ def _faults_of_inputs(
         yield "bits", inputs.bits, _nearest(inputs.bits, bits)
     if not inputs.quantizes:
         return
-    yield from _faults_of_kind(inputs, profile.formats[:1])
+    yield from _faults_of_kind(inputs, (profile.of_inputs,))
     if inputs.group_size != profile.group:
         yield "group_size", inputs.group_size, profile.group
     ratios = (1.0,) if profile.group else _RATIOS.get(inputs.bits, (1.0,))

@@ -47,8 +47,8 @@ def input_paths(
     readers = Counter(site.rows for site in sites)
     for site in sites:
         quantizer = token_quantizer(model_map, site, config)
-        if quantizer is not None and site.key in rotations.clips:
-            quantizer = replace(quantizer, clip_ratio=rotations.clips[site.key])
+        if quantizer is not None:
+            quantizer = _ranged(quantizer, site, rotations)
         first = paths.get(site.key)
         if first is None:
             paths[site.key] = InputPath(rotations.online(site), quantizer, readers[site.rows])
@@ -58,6 +58,14 @@ def input_paths(
                 "of them the same activations"
             )
     return paths
+
+
+def _ranged(quantizer: TokenQuantizer, site: Site, rotations: RotationSet) -> TokenQuantizer:
+    """Return a quantizer with what was learned or found of the range of its input."""
+    if site.key in rotations.clips:
+        quantizer = replace(quantizer, clip_ratio=rotations.clips[site.key])
+    peak = rotations.peaks.get(site.key) if quantizer.format.calibrated else None
+    return quantizer if peak is None else replace(quantizer, peak=peak)
 
 
 def check_patterns(model_map: ModelMap, quant: QuantConfig) -> None:

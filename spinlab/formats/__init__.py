@@ -10,13 +10,14 @@ from functools import partial
 
 from spinlab.config import TensorQuant
 from spinlab.config.checks import choice
+from spinlab.config.quant import CALIBRATED
 from spinlab.errors import InputError
 from spinlab.formats.base import Format, Parameters
 from spinlab.formats.coded import FP8, MXFP6E2M3, MXFP6E3M2, MXFP8
 from spinlab.formats.integer import IntegerFormat
 from spinlab.formats.microscaling import Microscaled
 from spinlab.formats.mxfp4 import MXFP4
-from spinlab.formats.nvfp4 import NVFP4
+from spinlab.formats.nvfp4 import NVFP4, CalibratedNVFP4
 
 __all__ = [
     "FORMATS",
@@ -43,6 +44,7 @@ FORMATS: dict[str, _Make] = {
     **_by_rules(MXFP4, "mxfp4"),
     "nvfp4": NVFP4,
     "nvfp4_four_over_six": partial(NVFP4, four_over_six=True),
+    CALIBRATED: CalibratedNVFP4,
     **_by_rules(MXFP6E2M3, "mxfp6_e2m3"),
     **_by_rules(MXFP6E3M2, "mxfp6_e3m2"),
     **_by_rules(MXFP8, "mxfp8"),

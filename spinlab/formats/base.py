@@ -42,6 +42,7 @@ class Format(Protocol):
     name: ClassVar[str] = ""  # of what files hold, which may have been scaled by several rules
     group: ClassVar[int] = 0  # how many numbers share a scale, where the format itself says that
     of_tensor: ClassVar[bool] = False  # scales of groups depend on the range of the whole tensor
+    calibrated: ClassVar[bool] = False  # that range is found beforehand, and is one for all tokens
 
     @property
     def lowest(self) -> int: ...

@@ -150,8 +150,12 @@ def e8m0_of(powers: torch.Tensor) -> torch.Tensor:
 
 
 def powers_of(e8m0: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two, float32, that bytes of E8M0 stand for."""
-    return whole_power(e8m0.to(torch.int32) - _BIAS)
+    """Return the powers of two, float32, that bytes of E8M0 stand for; NaN for 255.
+
+    A byte is the exponent of a float32, but for 0, which there is a half of 1, and 255.
+    """
+    code = e8m0.to(torch.int32)
+    return (code << 23 | (code % 255 == 0).to(torch.int32) << 22).view(torch.float32)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:

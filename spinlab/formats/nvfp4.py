@@ -4,7 +4,8 @@ The tensor's scale is a float32, and others take the one with which the largest 
 448. Here it is the power of two above that. So every product of two groups is exact in float32, and
 every rounded number in bfloat16. It costs at most one of the eighteen powers of two that E4M3
 spans, and no precision above its subnormal numbers. Weights have one for each matrix, inputs one
-for each token, which needs no calibration and does not depend on the rest of a batch.
+for each token, which needs no calibration and does not depend on the rest of a batch; or, as other
+programs have it, one for all tokens that calibration finds (`CalibratedNVFP4`).
 """
 
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from spinlab.formats.minifloat import (
 )
 
 _SMALLEST = 2.0**-9  # of E4M3: a group that has less, as one of zeros, has this
+_OF_NOTHING = 2.0**-3  # with which a group whose scale is rounded to 0 becomes zeros
 _FOUR = 8  # the level of 4, which the largest number of a group becomes instead of 6
 _TOP_EXPONENT = 8  # of 448
 _ROOM = 256.0  # of 448, where the scale of a group may grow from 1/6 of its largest number to 1/4
@@ -68,8 +70,12 @@ class NVFP4(GroupFloat):
         if tensor is None:
             scale = round_mantissa(exact).clamp(min=SMALLEST) / 2
         else:
-            scale = round_e4m3(exact / tensor).clamp(min=_SMALLEST) * (tensor / 2)
+            scale = self._stored(exact / tensor) * (tensor / 2)
         return Parameters(scale, torch.zeros_like(scale))
+
+    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
+        """Return the number of E4M3 that a group has, for the scale that it would have."""
+        return round_e4m3(scale).clamp(min=_SMALLEST)
 
     def _tensor(self, peak: torch.Tensor) -> torch.Tensor:
         """Return the scale of a tensor: with it the largest one of its groups still has one."""
@@ -104,3 +110,23 @@ class NVFP4(GroupFloat):
     def load_scale(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the scales (out, in/g), float32, behind what `store_scale` returned."""
         return stored["scale"].float() * (stored["tensor_scale"] / 2)
+
+
+@dataclass(frozen=True)
+class CalibratedNVFP4(NVFP4):
+    """Have one scale of the tensor for all tokens of an input, from the range that was found there.
+
+    It is what compressed-tensors calls `dynamic: local`, with the same bits: groups have scales of
+    their own, up to 448 of the tensor's, beyond which numbers are clipped, and one whose scale is
+    rounded to 0 becomes zeros. While nothing is known of the input, each token has its own.
+    """
+
+    calibrated: ClassVar[bool] = True
+
+    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
+        found = round_e4m3(scale)
+        return torch.where(found == 0, _OF_NOTHING, found)
+
+    def tensor_scale(self, peak: torch.Tensor) -> torch.Tensor:
+        """Return the scale of a tensor, a power of two, of the largest magnitude in it."""
+        return self._tensor(peak)

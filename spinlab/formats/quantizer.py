@@ -27,12 +27,14 @@ class TokenQuantizer:
     """Quantize the last dimension dynamically, per token and group (0 = whole token).
 
     The range is min..max of the group, shrunk by clip_ratio, and always contains 0. A ratio that
-    is being learned is a tensor of no dimensions, on the device of what is quantized.
+    is being learned is a tensor of no dimensions, on the device of what is quantized. peak: the
+    largest magnitude of the input, for a format that has it from calibration.
     """
 
     format: Format
     group_size: int = 0
     clip_ratio: float | torch.Tensor = 1.0
+    peak: float | None = None
 
     def encode(self, x: torch.Tensor) -> Encoded:
         """Return the levels of x: (..., C)."""
@@ -40,6 +42,8 @@ class TokenQuantizer:
         if isinstance(self.clip_ratio, torch.Tensor) or self.clip_ratio != 1:
             lowest, highest = lowest * self.clip_ratio, highest * self.clip_ratio
         peak = peak_of(self.format, lowest, highest, (-2,))  # of a token
+        if peak is not None and self.peak is not None:
+            peak = torch.full_like(peak, self.peak)
         parameters = self.format.choose(grouped, lowest, highest, peak)
         return Encoded(self.format.encode(grouped, parameters, settled), *parameters)
 

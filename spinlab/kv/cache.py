@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinlab.errors import InputError
 from spinlab.kv.bias import KeyBias, Positions, RopeWatch, WavesAt
 from spinlab.kv.history import PassMasks
 from spinlab.kv.path import KVPath, taken_apart
+from spinlab.model.attention import attend
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
@@ -237,17 +237,17 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs,
 ):
-    """Rotate queries as the cache rotated keys, then attend as transformers' sdpa does."""
+    """Rotate queries as the cache rotated keys, then attend as stock models do."""
     path: KVPath = getattr(module, _KV_PATH)
     layer: int = getattr(module, _KV_LAYER)
     history, query = path.history(layer), path.turn_queries(query, layer)
     if not history.codes_all and query.shape[2] > 1:
         masks: PassMasks = getattr(module, _KV_MASKS)
         attention_mask = masks.of(history, attention_mask, query.shape[2], query.device)
-    attend = sdpa_attention_forward
-    if _has_fused_kernel_ungrouped(query, key):
-        attend = attend_ungrouped
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    uncapped = kwargs.get("softcap") is None
+    alone = uncapped and _has_fused_kernel_ungrouped(query, key)
+    found = attend_ungrouped if alone else attend
+    return found(module, query, key, value, attention_mask, **kwargs)
 
 
 def attend_ungrouped(
@@ -257,7 +257,7 @@ def attend_ungrouped(
     groups = query.shape[1] // key.shape[1]
     key, value = (rows.repeat_interleave(groups, dim=1) for rows in (key, value))
     alone: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
-    return sdpa_attention_forward(alone, query, key, value, *args, **kwargs)
+    return attend(alone, query, key, value, *args, **kwargs)
 
 
 def _has_fused_kernel_ungrouped(query: torch.Tensor, key: torch.Tensor) -> bool:

@@ -8,7 +8,8 @@ optimizer of `optim`, clipped by their own norm or that of Euclidean ones.
 
 from spinlab.learn.check import check_learning
 from spinlab.learn.divergence import Divergence
-from spinlab.learn.estimate import announce, estimate_of
+from spinlab.learn.duration import announce
+from spinlab.learn.estimate import estimate_of
 from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_progress
 from spinlab.learn.optim import unread_by_optimizer
 from spinlab.learn.placement import choose_checkpoint, recompute_layers, shard_layers

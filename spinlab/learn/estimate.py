@@ -1,12 +1,11 @@
-"""What a learning run takes: memory per process and operations from shapes, time from a probe.
+"""What a learning run takes, from shapes: memory per process, and operations.
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
-attention q, k, v and its output, a gated MLP gate, its activation and up. A frozen linear keeps
-nothing, one whose weight gets a gradient its input.
+attention q, k, v and its output, a gated MLP gate, its activation and up, or gate and up alone
+where one kernel takes both. Attention with soft caps is not fused: it keeps capped scores and
+probabilities. A frozen linear keeps nothing, one whose weight gets a gradient its input.
 """
 
-import logging
-import time
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,17 +14,12 @@ from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
 from spinlab.learn.spaces import CHUNK
-from spinlab.machine import gib, memory_for
-from spinlab.model.map import ModelMap
+from spinlab.learn.spaces.gates import has_kernel, is_gated
+from spinlab.learn.spaces.linear import together
+from spinlab.model.map import Attention, ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 from spinlab.model.shares import active_numbers, numbers_given, numbers_read
 
-log = logging.getLogger(__name__)
-
-_EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}  # of a run's products, in those of the probe
-_PROBE_ROWS = {"cpu": 256, "cuda": 8192}
-_TINY = {"cpu": 1e11, "cuda": 1e14}  # operations that are over before anyone asks
-_WORTH_TELLING = 5  # seconds
 _GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
 _MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
 
@@ -86,6 +80,11 @@ class _Job:
     def dtype(self) -> torch.dtype:
         """The network's dtype while it learns."""
         return getattr(torch, self.learn.dtype) if self.learn.dtype else self.model.dtype
+
+    @property
+    def by_kernels(self) -> bool:
+        """Tell whether gates and losses have kernels."""
+        return has_kernel(self.model.device, self.dtype)
 
     @property
     def size(self) -> int:
@@ -193,10 +192,21 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         kept = errors + queries + values
     # keys as R3 meets them, as their codec does, and what that leaves
     kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
-    kept += sum(norm.width for norm in job.map.norms if norm.layer == layer)
-    numbers = kept + 2 * queries + 2 * values + 3 * gated
+    norms = [norm for norm in job.map.norms if norm.layer == layer]
+    kept += sum(norm.width for norm in norms if not norm.offset)
+    widened = sum(norm.width for norm in norms if norm.offset)  # such read float32
+    fused = job.rounded and is_gated(job.map.layers[layer]) and job.by_kernels
+    numbers = kept + 2 * queries + 2 * values + (2 if fused else 3) * gated
     numbers += numbers_given(job.map, layer)  # which is weighted
-    return int(numbers * job.size) + attention.heads * 4  # attention's normalizers are float32
+    return int(numbers * job.size) + widened * job.wide + _kept_by_scores(job, attention)
+
+
+def _kept_by_scores(job: _Job, attention: Attention) -> int:
+    """Return the bytes that attention keeps for one token, beside its inputs and its output."""
+    if attention.softcap is None:
+        return attention.heads * 4  # its normalizers are float32
+    halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
+    return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)
 
 
 def _rest(job: _Job) -> int:
@@ -212,15 +222,31 @@ def _rest(job: _Job) -> int:
     rotations = learned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
     chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
-    logits = chunk * job.model.config.vocab_size * 4 * (5 if learn.objective.kl else 2)
+    logits = chunk * job.model.config.vocab_size * _of_logit(job)
     layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
     step = _MOVING * learned * job.wide
     if job.rounded:
-        largest = max(site.numbers for site in job.map.sites)
+        largest = _largest_batch(job)
         under_way = job.processes if job.processes > 1 else 0  # sums of gradients
         step += (4 + under_way) * largest * job.wide  # of one weight and its gradient
     work = [layer, step, logits if learn.objective.on_logits else 0]
     return rotations + ends + max(work)
+
+
+def _of_logit(job: _Job) -> int:
+    """Return the bytes that a logit takes: a kernel overwrites it, torch makes softmaxes of it."""
+    objective, capped = job.learn.objective, job.map.logit_cap is not None  # and its slope
+    if job.by_kernels and not objective.kl_top_k:
+        return job.size * ((2 if objective.kl else 1) + 2 * capped)
+    return 4 * ((5 if objective.kl else 2) + capped)
+
+
+def _largest_batch(job: _Job) -> int:
+    """Return the numbers of linears that are rotated, rounded and pulled back together at most."""
+    count, device = len(job.map.layers), job.model.device.type
+    places = {(site.name, site.numbers) for site in job.map.sites}
+    device = device if device == "cuda" else "cpu"
+    return max(n * min(count, together(n, count, device, job.processes)) for _, n in places)
 
 
 def _operations(job: _Job) -> tuple[float, float, float]:
@@ -246,52 +272,3 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     of_weights = learn.steps * 2 * 2 * job.layers * job.map.hidden / job.processes
     wide += of_weights if job.rounded else 0
     return tokens * each, tokens * passes * forward, wide
-
-
-def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None:
-    """Log about how long the run takes and how much memory."""
-    seconds = _seconds(estimate, checkpoint, device)
-    kept = estimate.activations_checkpointed if checkpoint else estimate.activations
-    log.info(
-        "%-12s %s%s of %s GiB (weights %s, activations %s%s, rest %s)",
-        "learn",
-        f"about {_duration(seconds)} and " if seconds >= _WORTH_TELLING else "",
-        gib(estimate.bytes(checkpoint)),
-        gib(memory_for(device)),
-        gib(estimate.weights),
-        gib(kept),
-        " recomputed" if checkpoint else "",
-        gib(estimate.rest),
-    )
-
-
-def _seconds(estimate: Estimate, checkpoint: bool, device: torch.device) -> float:
-    """Return about how long the run takes, from a short measurement; 0 for tiny ones."""
-    flops = estimate.flops_checkpointed if checkpoint else estimate.flops
-    if flops + estimate.wide_flops < _TINY[device.type]:
-        return 0.0
-    narrow = _rate(estimate.hidden, estimate.dtype, device)
-    wide = _rate(estimate.hidden, torch.promote_types(estimate.dtype, torch.float32), device)
-    return (flops / narrow + estimate.wide_flops / wide) / _EFFICIENCY[device.type]
-
-
-def _rate(width: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Measure operations per second of products (rows, n) (n, n): the best of three."""
-    rows = _PROBE_ROWS[device.type]
-    generator = torch.Generator(device).manual_seed(0)  # zeros would be faster than numbers are
-    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
-    matrix = torch.randn(width, width, device=device, generator=generator).to(dtype)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        found = x @ matrix
-        found[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * width**2 / best
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
-    return f"{seconds:.0f} s"

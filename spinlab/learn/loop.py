@@ -87,8 +87,8 @@ class RotationLearner:
         if (index + 1) % self.learn.optimizer.project_every == 0:
             self.rotations.project()
         self.rotations.agree()
-        first = self.optimizer.param_groups[0]["lr"]
-        return {**terms, "lr": first, "grad_norm": norm, **self._health()}
+        rates = (group["lr"] for group in self.optimizer.param_groups if group["base_lr"])
+        return {**terms, "lr": next(rates, 0.0), "grad_norm": norm, **self._health()}
 
     def gradients(self, index: int, batch: torch.Tensor) -> tuple[dict[str, float], float]:
         """Gather the gradients of a step on a batch of windows (batch, length), clipped.

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinlab.kv.cache import CodedCache, CodedLayer, kv_layer_of, kv_path_of, set_kv_path
 from spinlab.kv.path import KVPath
+from spinlab.model.attention import attend, capped
 from spinlab.model.modules import decoder_of, map_of
 
 _OBSERVED = "spinlab_observed"
@@ -47,9 +47,10 @@ class _Observed:
         layer = kv_layer_of(module)
         exact = self.path.uncoded().turn_queries(query, layer)
         queries = exact.float(), self.path.turn_queries(query, layer).float()
-        self.sums += self._errors(module, queries, key, attention_mask, kwargs["scaling"])
+        of_scores = kwargs["scaling"], kwargs.get("softcap")
+        self.sums += self._errors(module, queries, key, attention_mask, *of_scores)
         self.passes += 1
-        return sdpa_attention_forward(module, exact, key, value, attention_mask, **kwargs)
+        return attend(module, exact, key, value, attention_mask, **kwargs)
 
     def _errors(
         self,
@@ -58,6 +59,7 @@ class _Observed:
         key: torch.Tensor,
         mask: torch.Tensor | None,
         scaling: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Return square error of scores, KL of weights, relative error of outputs: (3,)."""
         layer, new = kv_layer_of(module), key.shape[2]
@@ -77,8 +79,9 @@ class _Observed:
 
         # a bias of keys that is apart is part of `key` alone
         coded_key = behind(key.float()) + (found[0].float() - behind(keys.float()))
-        scores = queries[0] @ shared(key).mT * scaling
-        coded = (queries[1] @ shared(coded_key).mT * scaling).masked_fill(~all_seen, 0)
+        scores = capped(queries[0] @ shared(key).mT * scaling, softcap)
+        coded = capped(queries[1] @ shared(coded_key).mT * scaling, softcap)
+        coded = coded.masked_fill(~all_seen, 0)
         folded = coded[..., :new].clone()
         folded[..., twice] += coded[..., new:]
         weights, of_coded = (s.masked_fill(~seen, -torch.inf) for s in (scores, folded))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.metrics.perplexity import See
+from spinlab.model.attention import capped
 from spinlab.model.modules import head_of, map_of
 from spinlab.tensors import write_tensors
 
@@ -24,17 +25,20 @@ from spinlab.tensors import write_tensors
 class Head:
     """Make logits of what a head reads.
 
-    weight: (vocabulary, hidden); bias: (vocabulary,); divisor: of what both give.
+    weight: (vocabulary, hidden); bias: (vocabulary,); divisor: of what both give; cap: of what
+    that leaves (`ModelMap.logit_cap`), 0 where there is none.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     divisor: float = 1.0
+    cap: float = 0.0
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., vocabulary) of states (..., hidden), in float32."""
         logits = nn.functional.linear(states, self.weight, self.bias)
-        return (logits if self.divisor == 1 else logits / self.divisor).float()
+        logits = logits if self.divisor == 1 else logits / self.divisor
+        return capped(logits, self.cap or None).float()
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,13 @@ class States:
         head, read = head_of(model), []
         if parallel.is_main():
             weight = head.weight.detach().cpu().contiguous()
-            divisor = torch.tensor(map_of(model).logit_divisor, dtype=torch.float64)
+            numbers = {
+                "divisor": map_of(model).logit_divisor,
+                "cap": map_of(model).logit_cap or 0.0,
+            }
+            behind = {n: torch.tensor(x, dtype=torch.float64) for n, x in numbers.items()}
             of_bias = {} if head.bias is None else {"bias": head.bias.detach().cpu()}
-            write_tensors(self._head, {"weight": weight, "divisor": divisor, **of_bias})
+            write_tensors(self._head, {"weight": weight, **behind, **of_bias})
 
         def keep(places: torch.Tensor, logits: torch.Tensor, logs: torch.Tensor) -> None:
             for place, states in zip(places.tolist(), read.pop().cpu(), strict=True):
@@ -71,7 +79,8 @@ class States:
         """Load the original's head."""
         kept = load_file(self._head)
         bias = kept["bias"].to(device) if "bias" in kept else None
-        return Head(kept["weight"].to(device), bias, kept["divisor"].item())
+        behind = kept["divisor"].item(), kept["cap"].item()
+        return Head(kept["weight"].to(device), bias, *behind)
 
     def of_window(self, label: str, place: int) -> torch.Tensor:
         """Load what the head read of a window: (length, hidden)."""

@@ -17,7 +17,7 @@ from spinlab.assets import packaged_file
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model.families import family_of
-from spinlab.model.settings import OURS
+from spinlab.model.settings import ours
 from spinlab.model.whole import check_report, is_finite
 
 _MAGIC = b"GGUF"
@@ -49,7 +49,8 @@ def convert_gguf(config: ModelConfig, folder: Path) -> None:
     """
     described = gguf_config(config)
     load = partial(AutoModelForCausalLM.from_pretrained, config=described)  # else it reads it again
-    model, report = _read(load, config, dtype=torch.float32, output_loading_info=True, **OURS)
+    settings = {"dtype": torch.float32, "output_loading_info": True, **ours(described.model_type)}
+    model, report = _read(load, config, **settings)
     check_report(_place(config), described, report)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):

@@ -1,5 +1,6 @@
 """Load stock transformers models: packaged GGUF, a local folder, the hub, or random weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from spinlab.model.gguf import gguf_config, gguf_of
 from spinlab.model.map import Norm
 from spinlab.model.modules import map_of, norm_at, prepare
 from spinlab.model.random import architecture_of, random_model
-from spinlab.model.settings import OURS, on_meta
+from spinlab.model.settings import on_meta, ours
 from spinlab.model.whole import check_numbers, check_report, check_tied
 
 
@@ -110,7 +111,7 @@ def load_model(config: ModelConfig, converted: Path | None, seed: int) -> PreTra
         local_files_only=True,
         ignore_mismatched_sizes=True,  # they are in the report
         output_loading_info=True,
-        **OURS,
+        **ours(checkpoint.config.model_type),
     )
     check_report(checkpoint.place, checkpoint.config, report)
     return prepared(model, dtype)
@@ -173,16 +174,26 @@ def exact_norms(model: PreTrainedModel) -> None:
 
 
 class ExactNorm(nn.RMSNorm):
-    """torch's RMSNorm with the gain convention of the norm that it stands for."""
+    """torch's RMSNorm with the gain convention of the norm that it stands for.
+
+    factor: gives what the gain is multiplied by, (width,), if anything.
+    """
+
+    factor: Callable[[], torch.Tensor] | None = None
 
     def __init__(self, weight: torch.Tensor, norm: Norm) -> None:
         super().__init__(weight.shape[0], norm.epsilon, device="meta")
         self.weight, self.offset = nn.Parameter(weight, requires_grad=False), norm.offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm x: (..., width)."""
-        gain = self.weight + self.offset if self.offset else self.weight
-        return nn.functional.rms_norm(x, self.normalized_shape, gain, self.eps)
+        """Norm x: (..., width). offset + weight is more than 16 bits hold: it meets x in 32."""
+        wide = torch.promote_types(x.dtype, torch.float32) if self.offset else self.weight.dtype
+        gain = self.weight.to(wide) + self.offset if self.offset else self.weight
+        if self.factor is not None:
+            gain = (gain * self.factor()).to(wide)
+        if not self.offset:
+            return nn.functional.rms_norm(x, self.normalized_shape, gain, self.eps)
+        return nn.functional.rms_norm(x.to(wide), self.normalized_shape, gain, self.eps).to(x.dtype)
 
 
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:

@@ -65,7 +65,8 @@ class Input:
     scale of it can move there; None where linears read the stream itself, or a norm that
     another input reads too. shared: how many of its channels one row of the producer feeds; with
     grouped queries a row of the values feeds one of every query head that shares the head, so that
-    channels come in runs of a head, `shared` of them in a row from the same rows.
+    channels come in runs of a head, `shared` of them in a row from the same rows. offset: what the
+    gain of a norm has beside its weight.
     """
 
     layer: int
@@ -75,6 +76,7 @@ class Input:
     producer: str | None
     shared: int = 1
     run: int = 1
+    offset: float = 0.0
 
     @property
     def key(self) -> str:
@@ -96,7 +98,8 @@ class Norm:
     """Describe an RMSNorm whose gain is `offset` + weight.
 
     readers: the linears behind it, into which its gain folds; none where there are none, as with
-    norms of single heads or behind a block. width: how many numbers of a token it norms.
+    norms of single heads or behind a block, and before a head that may stay tied. width: how many
+    numbers of a token it norms.
     """
 
     path: str
@@ -113,7 +116,7 @@ class Attention:
 
     window: how far back a token looks, or None. query_norm, key_norm: norms of single heads, or
     with wide_norms of all heads of a token together. neighbours: RoPE turns numbers 2d and 2d + 1
-    of a head together.
+    of a head together. softcap: scores are softcap·tanh(score / softcap), or as they are.
     key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
     turns number d of a head with number d + rotary_dim/2.
     """
@@ -133,6 +136,7 @@ class Attention:
     wide_norms: bool = False
     neighbours: bool = False
     key_bias: bool = False
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class ModelMap:
 
     rope_kind: that of RoPE, or with commas all that there are. cannot: by the name of a rotation
     (r1, r2, ...), why the family's function does not survive it. logit_divisor: logits are what the
-    head gives, divided by it.
+    head gives, divided by it. logit_cap: logits are then logit_cap·tanh(logit / logit_cap).
     """
 
     family: str
@@ -190,6 +194,7 @@ class ModelMap:
     rope_kind: str
     cannot: dict[str, str] = field(default_factory=dict)
     logit_divisor: float = 1.0
+    logit_cap: float | None = None
 
     @cached_property
     def input_at(self) -> dict[str, Input]:
@@ -276,9 +281,11 @@ class Family:
 
     prepare: bring a stock model, in place, to modules that a map can name; restore: undo it, so
     that the model saves as a stock checkpoint. no_stock: why that cannot be undone once rotated.
+    capped: scores of attention have soft caps.
     """
 
     read: Callable[[PreTrainedModel], ModelMap]
     prepare: Callable[[PreTrainedModel], None] = _as_it_is
     restore: Callable[[PreTrainedModel], None] = _as_it_is
     no_stock: str | None = None
+    capped: bool = False

@@ -1,6 +1,9 @@
 """Models of a configured shape with random weights, for tests, benchmarks and dry runs."""
 
+import json
+from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -9,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of, norm_at, prepare
-from spinlab.model.settings import OURS, config_from, on_meta
+from spinlab.model.settings import config_from, on_meta, ours
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
@@ -25,11 +29,21 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
         raise InputError(
             f"model.weights=random needs model.architecture, which {config.name} lacks"
         )
+    return deepcopy(_described(json.dumps(config.architecture))[0])
+
+
+@cache
+def _described(architecture: str) -> tuple[PreTrainedConfig, ModelMap]:
+    """Return the config of an architecture in JSON, and the map of its models when prepared.
+
+    To check it takes as long as to make a small model, and a run makes one architecture many times.
+    """
     # no padding: a family's default padding token can lie outside a small vocabulary
-    shape = {"pad_token_id": None, **config.architecture}
+    shape = {"pad_token_id": None, **json.loads(architecture)}
     shape.setdefault("model_type", "llama")
     _check_fields(shape)
-    return config_from("model.architecture.", shape)
+    config = config_from("model.architecture.", shape)
+    return config, map_of(prepare(on_meta(config)))
 
 
 def _check_fields(shape: dict[str, Any]) -> None:
@@ -58,10 +72,10 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             f"hidden_size={architecture.hidden_size}"
         )
     # the norms and ends of a stock model are where those of a prepared one are
-    described = map_of(prepare(on_meta(architecture)))
+    described = _described(json.dumps(config.architecture))[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, **OURS)
+        model = AutoModelForCausalLM.from_config(architecture, **ours(architecture.model_type))
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in model.named_parameters():
             norm = described.norm_at.get(name.rpartition(".")[0])
@@ -71,7 +85,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
                 # within what weights of deviation 0.02 add up to
                 parameter.data.uniform_(-0.1, 0.1)
     for norm in described.norms:
-        if norm.readers:  # those of single heads are behind other linears
+        if norm.readers or norm.layer is None:  # those of single heads are behind other linears
             weight = norm_at(model, norm.path).weight.data
             weight[outliers] = (weight[outliers] + norm.offset) / config.outlier_scale - norm.offset
     cast(Any, model.get_submodule(described.embedding)).weight.data[:, outliers] *= (

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.errors import InputError
+from spinlab.model.attention import CAPPED, register_capped
 from spinlab.model.families import family_of
 from spinlab.model.modules import map_of, prepare
 
@@ -18,7 +19,6 @@ _NOT_READ = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
-OURS: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "sdpa"}
 _WIDTHS = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -62,7 +62,14 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     Its config is a copy: a family that cuts a tie between embedding and head says so there.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(deepcopy(config), **OURS)
+        return AutoModelForCausalLM.from_config(deepcopy(config), **ours(config.model_type))
+
+
+def ours(model_type: str) -> dict[str, Any]:
+    """Return what transformers is told whenever it makes a model of a family."""
+    register_capped()
+    attention = CAPPED if family_of(model_type).capped else "sdpa"
+    return {"trust_remote_code": False, "attn_implementation": attention}
 
 
 def _check_count(name: str, value: Any, most: int) -> None:

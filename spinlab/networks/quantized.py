@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 from transformers import PreTrainedModel
 
+from spinlab.fakequant.peaks import check_peaks
 from spinlab.kv.bits import CONTEXT, cache_bits
 from spinlab.kv.cache import attach_kv, kv_path_of
 from spinlab.model.modules import linears_of, map_of
@@ -81,7 +82,9 @@ class QuantizedNetworks(RotatedNetworks):
         self, rotations: RotationSet, weights: Mapping[str, QuantizedWeight]
     ) -> PreTrainedModel:
         """Return the rotated model whose linears are about to take these weights."""
-        return self.fused(rotations, weights)
+        model = self.fused(rotations, weights)
+        check_peaks(map_of(model), rotations, self.quant)
+        return model
 
 
 def bits_of_cache(model: PreTrainedModel, tokens: int = CONTEXT) -> float:

@@ -4,6 +4,8 @@ python -m spinlab.report                     all pages, from their records: make
 python -m spinlab.report table=spinquant_1   the paper's numbers, ours beside them
 python -m spinlab.report table=methods records=runs/mine     a row for each experiment; also seeds
 python -m spinlab.report table=gap records=runs/mine methods=quarot,learned_blocks; also differences
+python -m spinlab.report table=kv records=runs/kv/smollm2_135m    codecs of one model's cache
+python -m spinlab.report table=formats records=runs/formats/smollm2_135m metric=ppl/wiki
 python -m spinlab.report figure=curves run=runs/toy/KEY out=curves.pdf
 python -m spinlab.report page=index.html     all records in one file, to look through: make report
 
@@ -34,8 +36,13 @@ _COMPARED = {
     "gap": "BASELINE,METHOD: whose gap, and who closes it",
     "differences": "BASE,CHOICE: who is held against whom",
 }
+_OF_A_METRIC = ("formats",)  # tables of one measure, by its name without a variant
 # what is made, by the word that asks for it, with the others that are read; figures have their own
-_OUTPUTS = {"table": ("format", "model", "records", "methods"), "page": ("records",), "figure": ()}
+_OUTPUTS = {
+    "table": ("format", "model", "records", "methods", "metric"),
+    "page": ("records",),
+    "figure": (),
+}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -88,7 +95,8 @@ def _table(asked: dict[str, str]) -> str:
     if not own and table not in published:
         near = did_you_mean(table, [*SHEETS, *published], "--help")
         raise InputError(f"unknown table {table!r}: {near}")
-    for word in ("model",) if own else ("methods",):
+    unread = ("model",) if own else ("methods",)
+    for word in (*unread, *(("metric",) if table not in _OF_A_METRIC else ())):
         if word in asked:
             raise InputError(f"table={table} does not read {word}=: leave it out")
     if own:
@@ -113,7 +121,8 @@ def _own(table: str, asked: dict[str, str]) -> Sheet:
         raise InputError(f"table={table} needs methods={_COMPARED[table]}")
     if table not in _COMPARED and methods:
         raise InputError(f"table={table} has all methods of its folder: leave methods= out")
-    return SHEETS[table](folders[0], *methods)
+    metric = [asked["metric"]] if "metric" in asked else []
+    return SHEETS[table](folders[0], *methods, *metric)
 
 
 def _folders(places: str) -> list[Path]:

@@ -81,6 +81,7 @@ def percent(value: float, error: float) -> str:
 
 
 def _number(value: float, digits: int) -> str:
+    value = round(value, digits) + 0.0  # a KL of noise is no -0.000
     return f"{value:.{digits}f}" if value < 1000 else f"{value:.0f}"
 
 

@@ -57,7 +57,8 @@ def _pairs(
     for record in method:
         if (seed := record["config"]["seed"]) not in of_seed:
             seeds = ", ".join(map(str, of_seed))
-            raise InputError(f"seed {seed} has no record of the baseline: that has {seeds}")
+            against = baseline[0]["experiment"]
+            raise InputError(f"seed {seed} has no record of {against}, which has {seeds}")
         _check_pair(record, of_seed[seed], text)
         yield record, of_seed[seed]
 
@@ -67,8 +68,7 @@ def _check_pair(record: Record, other: Record, text: str) -> None:
     names = [r["config"].get("model", {}).get("name") for r in (record, other)]
     if names[0] != names[1]:
         raise InputError(
-            f"a gap is that of one model, and records are of {names[0]} and {names[1]}: name the "
-            "folder of one"
+            f"records are of two models, {names[0]} and {names[1]}: name the folder of one"
         )
     for one in (record, other):
         if f"ppl/{text}/fake" not in one["metrics"]:

@@ -6,11 +6,12 @@ from typing import Any
 
 from spinlab.config import Config, plain
 from spinlab.config.values import values_of
+from spinlab.errors import InputError
 
 # Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
 # do what was done without them.
 LATER = (
-    *("data.held_out", "weights.gptaq", "weights.qronos"),
+    *("data.held_out", "quant.calibration", "weights.gptaq", "weights.qronos"),
     *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
@@ -35,6 +36,16 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
         return own
     before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
     return {**_defaults(), **before, **own}
+
+
+def settings_of_today(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings_of` a record. Raises InputError for an older schema, with other names."""
+    if record["schema"] != _SCHEMA:
+        raise InputError(
+            f"a record of {record['experiment']} has schema {record['schema']}, whose settings are "
+            f"not those of {_SCHEMA}: run it again"
+        )
+    return settings_of(record)
 
 
 def stands_in(name: str, stems: tuple[str, ...]) -> bool:

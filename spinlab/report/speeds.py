@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spinlab.config import plain
-from spinlab.config.values import values_of
 from spinlab.errors import InputError, did_you_mean
-from spinlab.report.online import Settings, defaults, online_form
+from spinlab.report.online import Settings, defaults, online_form, online_settings
 from spinlab.report.records import Record, read_benchmark
 from spinlab.report.settings import settings_of
 
@@ -84,8 +82,9 @@ def read_speeds(files: Sequence[str]) -> Speeds:
 def _phase(file: str, record: Record) -> str:
     """Return what was timed. Raises InputError for what is no whole network."""
     of_bench, _, rest = record["experiment"].partition("/")
-    phase = rest.partition("/")[0]
-    if of_bench != "bench" or phase not in _PHASES or record["config"].get("layers") is not None:
+    phase, config = rest.partition("/")[0], record.get("config") or {}
+    whole = "model" in config and config.get("layers") is None
+    if of_bench != "bench" or phase not in _PHASES or not whole:
         raise InputError(
             f"speeds={file} does not time a whole network: name a record of python -m "
             "spinlab.bench decode or prefill, with all layers"
@@ -116,13 +115,15 @@ def _form(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = composed(f"model={model}").model.architecture.get("num_attention_heads")
     if heads is None:
         raise InputError(f"conf/model/{model}.yaml has no num_attention_heads: speeds need it")
-    return online_form(defaults() if method is None else _timed(method), heads)
+    return online_form(defaults() if method is None else _timed(config), heads)
 
 
-def _timed(method: str) -> Settings:
-    """Return a method's settings with the number formats that benchmarks have, the default ones."""
+def _timed(config: Mapping[str, Any]) -> Settings:
+    """Return a method's settings with the number formats that benchmarks have, the default ones.
+
+    Records without settings are of methods as they still are.
+    """
     from spinlab.compose import composed
 
-    own = values_of(plain(composed(f"+method={method}")))
-    chosen = {n: v for n, v in own.items() if n.startswith(("rotation.", "learn."))}
-    return {**defaults(), **chosen}
+    known = config.get("settings") or online_settings(composed(f"+method={config['method']}"))
+    return {**defaults(), **known}

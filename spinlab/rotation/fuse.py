@@ -80,15 +80,17 @@ def fold_norms(model: PreTrainedModel) -> None:
 
     A norm that no linear reads keeps its gain. Without gains RMSNorm commutes with rotations.
     Nothing is mean-centred: that would change the function of an RMSNorm model. Ties between
-    embedding and head are cut first, because the final gain belongs to the head alone.
+    embedding and head are cut first, because the final gain belongs to the head alone. Where a
+    family has no R1 it stays with its norm, and both go on holding the same.
     """
     untie(model)
     for norm in map_of(model).norms:
-        if norm.readers:
-            _fold(model, norm)
+        _fold(model, norm)
 
 
 def _fold(model: PreTrainedModel, norm: Norm) -> None:
+    if not norm.readers:
+        return
     module = norm_at(model, norm.path)
     gain = module.weight.data.double() + norm.offset
     for path in norm.readers:
@@ -146,8 +148,7 @@ def fuse_ends(model: PreTrainedModel, r1: torch.Tensor | None) -> None:
     The layers between have been fused already; embedding and head hold what the original ties, and
     the final norm its gain.
     """
-    (final,) = (norm for norm in map_of(model).norms if norm.path == map_of(model).final_norm)
-    _fold(model, final)
+    _fold(model, map_of(model).norm_at[map_of(model).final_norm])
     if r1 is not None:
         _rotate_ends(model, r1.to(model.device))
 

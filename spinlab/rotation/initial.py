@@ -250,7 +250,8 @@ class _Maker:
     def _scale(self, key: str) -> torch.Tensor:
         assert self.config.smooth is not None
         peaks, weights = self._known.peaks[key], self._known.weights[key]
-        return smoothing_scale(peaks, weights, self.config.smooth)
+        offset = self.map.input_at[key].offset
+        return smoothing_scale(peaks, weights, self.config.smooth, offset)
 
     def _rows(self, where: str, layer: int) -> torch.Tensor:
         """Return the activations (rows, n) that R1 or R2 of a layer shall flatten."""

@@ -96,19 +96,28 @@ def of_rows(of_channels: torch.Tensor, input: Input) -> torch.Tensor:
     return of_channels.unflatten(-1, (-1, input.shared, input.run)).sum(-2).flatten(-2)
 
 
-def in_gains(scale: torch.Tensor) -> torch.Tensor:
-    """Return the nearest scale whose inverse is a bfloat16 number: a gain of any dtype holds it."""
-    return 1 / (1 / scale.double()).bfloat16().double()
+_LEAST = torch.finfo(torch.bfloat16).eps / 2  # what numbers below 1 are apart, down to a half
 
 
-def smoothing_scale(activations: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
+def in_gains(scale: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """Return the nearest scale whose inverse is offset + a bfloat16 number, and not nothing.
+
+    A gain of any dtype then holds it, of a norm whose gain is `offset` + weight.
+    """
+    stored = (1 / scale.double() - offset).bfloat16().double()
+    return 1 / (stored.clamp(min=(_LEAST - 1) * offset) + offset if offset else stored)
+
+
+def smoothing_scale(
+    activations: torch.Tensor, weights: torch.Tensor, alpha: float, offset: float = 0.0
+) -> torch.Tensor:
     """Return max|X_j|^alpha / max|W_j|^(1-alpha) per channel (SmoothQuant, eq. 4).
 
     activations, weights: (in,) the largest magnitudes per input channel; weights of all linears
     that read it, where DuQuant's code looks at q_proj and up_proj alone. A norm's gain can hold the
-    result (`in_gains`). Channels without activations or weights keep scale 1. Xiao et al. 2023,
-    arXiv 2211.10438.
+    result (`in_gains` of `offset`). Channels without activations or weights keep scale 1. Xiao et
+    al. 2023, arXiv 2211.10438.
     """
     scale = activations.double().pow(alpha) / weights.double().pow(1 - alpha)
     scale = torch.where((activations > 0) & (weights > 0), scale, 1.0)
-    return in_gains(scale)
+    return in_gains(scale, offset)

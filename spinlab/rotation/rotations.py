@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from spinlab.tensors import write_tensors
 
 _FUSED = ("r1", "r2")
 ONLINE = ("r3", "r4", "cross_head")
+_NUMBERS = {"clip": "clips", "kv_clip": "kv_clips", "peak": "peaks"}  # fields, by tensors' names
 WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of online rotations
 
 
@@ -30,6 +31,8 @@ class RotationSet:
     rotations is part of the set: `clips`, the clip ratios of input quantizers by that key,
     `kv_clips`, those of codecs by layer and side (`3.keys`), and `weight_clips`, those of weights
     by the path of the linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
+    `peaks`: the largest magnitudes of inputs behind the rotations, by key, as calibration found
+    them for formats that ask for it.
     """
 
     r1: torch.Tensor | None = None
@@ -42,6 +45,7 @@ class RotationSet:
     kv_clips: Mapping[str, float] = field(default_factory=dict)
     weight_clips: Mapping[str, torch.Tensor] = field(default_factory=dict)
     about: dict | None = None
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _FUSED:
@@ -83,9 +87,9 @@ class RotationSet:
         found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
         for key, transform in self.inputs.items():
             found |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
-        for prefix, ratios in (("clip", self.clips), ("kv_clip", self.kv_clips)):
-            for key, ratio in ratios.items():
-                found[f"{prefix}.{key}"] = torch.tensor(ratio, dtype=torch.float64)
+        for prefix, name in _NUMBERS.items():
+            for key, number in getattr(self, name).items():
+                found[f"{prefix}.{key}"] = torch.tensor(number, dtype=torch.float64)
         found |= {f"weight_clip.{name}": ratio for name, ratio in self.weight_clips.items()}
         return {name: t.cpu().contiguous() for name, t in found.items() if t is not None}
 
@@ -104,15 +108,16 @@ class RotationSet:
             key, _, part = name.rpartition(".")
             of_inputs.setdefault(key, {})[part] = tensor
         inputs = {key: ScaledDual.from_tensors(stored) for key, stored in of_inputs.items()}
-        clips, kv_clips = (
-            {key: ratio.item() for key, ratio in _part(tensors, prefix).items()}
-            for prefix in ("clip.", "kv_clip.")
-        )
+        numbers = {
+            name: {key: number.item() for key, number in _part(tensors, f"{prefix}.").items()}
+            for prefix, name in _NUMBERS.items()
+        }
         weight_clips = _part(tensors, "weight_clip.")
         r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
         r3, r4, cross_head = (online.get(name) for name in ONLINE)
         assert not isinstance(r4, LayerRotations) and not isinstance(cross_head, LayerRotations)
-        return RotationSet(r1, r2, r3, r4, cross_head, inputs, clips, kv_clips, weight_clips, about)
+        found = RotationSet(r1, r2, r3, r4, cross_head, inputs, about=about)
+        return replace(found, weight_clips=weight_clips, **numbers)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file; equal sets give equal bytes."""

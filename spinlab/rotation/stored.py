@@ -7,6 +7,7 @@ read, then the numbers, then what the file says of itself.
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
     for input in model_map.inputs:
         rules |= _input_rules(f"inputs.{input.key}", input.width)
         rules[f"clip.{input.key}"] = exactly((), _no_ratio)
+        rules[f"peak.{input.key}"] = exactly((), partial(_no_scale, least=0.0))
     for layer in range(layers):
         rules |= {f"kv_clip.{kv_clip_key(layer, side)}": exactly((), _no_ratio) for side in KEPT}
     for site in (s for s in model_map.sites if s.quantized):
@@ -198,11 +200,11 @@ def _no_ratio(tensor: torch.Tensor) -> str | None:
     return f"has the clip ratio {wrong[0].item():.3g}, not in (0, 1]" if wrong.numel() else None
 
 
-def _no_scale(tensor: torch.Tensor) -> str | None:
-    sound = (tensor >= 1 / _LARGEST_SCALE) & (tensor <= _LARGEST_SCALE)
+def _no_scale(tensor: torch.Tensor, least: float = 1 / _LARGEST_SCALE) -> str | None:
+    sound = (tensor >= least) & (tensor <= _LARGEST_SCALE)
     if sound.all():
         return None
-    return f"has the scale {tensor[~sound][0].item():.3g}, not in [1e-18, 1e18]"
+    return f"has the scale {tensor[~sound][0].item():.3g}, not in [{least:.0g}, 1e18]"
 
 
 def _no_permutation(tensor: torch.Tensor) -> str | None:

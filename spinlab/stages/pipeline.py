@@ -26,6 +26,7 @@ from spinlab.stages.learn import Learning, OnStep, check_batch, learns
 from spinlab.stages.measure import measure, metrics_of
 from spinlab.stages.original import Original
 from spinlab.stages.outliers import outliers
+from spinlab.stages.peaks import peaks
 from spinlab.stages.rotate import rotate
 from spinlab.stages.rotations import rotations_in
 from spinlab.stages.run import Run
@@ -45,6 +46,7 @@ class Pipeline:
         self.run = Run(config)
         self.original = Original(self.run)
         self.given = Given(self.run, self.original)
+        self._rotated: dict[str, Artifact | None] = {}  # by variant
 
     @cached_property
     def texts(self) -> tuple[Text, list[Text]]:
@@ -84,10 +86,22 @@ class Pipeline:
         return self.learning.artifact() if learns(self.run, self.initial) else self.initial
 
     def rotated(self, name: str) -> Artifact | None:
-        """Return the rotations of a variant; None for what has none."""
-        if name in ("fp", "rtn"):
+        """Return the rotations of a variant; None for what has none.
+
+        With them goes what calibration finds of inputs behind them, where a format asks for it.
+        """
+        if name == "fp":
             return None
-        return self.initial if name == "init" else self.learned
+        if name not in self._rotated:
+            made = self.initial if name == "init" else None if name == "rtn" else self.learned
+            parts = self.original, self.calibration, made
+            self._rotated[name] = peaks(self.run, *parts) if self.calibrates else made
+        return self._rotated[name]
+
+    @property
+    def calibrates(self) -> bool:
+        """Tell whether inputs have ranges from calibration."""
+        return self.config.quant.calibrates
 
     def rotations(self, name: str) -> RotationSet:
         """Load the rotations of a variant."""

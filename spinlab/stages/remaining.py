@@ -34,6 +34,8 @@ def stages_of(pipeline: Pipeline) -> list[tuple[str, Callable[[], Any]]]:
     asked.append(("rotate", lambda: pipeline.initial))
     if config.learn.steps:
         asked.append(("learn", lambda: pipeline.learned))
+    if config.quant.calibrates:
+        asked.append(("peaks", lambda: [pipeline.rotated(v) for v in config.eval.variants]))
     for variant in config.eval.variants:
         asked += _of_variant(pipeline, variant)
     if "fake" in config.eval.variants:

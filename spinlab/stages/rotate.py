@@ -77,7 +77,7 @@ def _initial(
     loaded, name = given.rotations, given.file.name
     if given.file.suffix != ".bin":
         log.info("%-12s all from %s, rotation.* is not used", "rotations", name)
-        return loaded
+        return replace(loaded, peaks={})  # found anew, where a format asks for them
     online = initial_rotations(
         replace(config, r1="none", r2="none", load=None), model_map, generator
     )

@@ -85,6 +85,18 @@ def test_right_answers_are_among_the_answers(task: str) -> None:
         assert all(answers)
 
 
+@pytest.mark.parametrize("task", SIZES)
+def test_questions_that_were_changed_are_read_as_before(task: str) -> None:
+    """A file may be read once; who asks again gets rows of its own."""
+    row, before = load_questions(task)[0], json.dumps(load_questions(task)[0])
+    for values in [row, *(value for value in row.values() if isinstance(value, dict))]:
+        for value in values.values():
+            if isinstance(value, list):
+                value.clear()
+        values.clear()
+    assert json.dumps(load_questions(task)[0]) == before
+
+
 @pytest.mark.parametrize("task", ["piqa", "winogrande", "social_iqa"])
 def test_questions_equal_those_of_the_second_source(task: str) -> None:
     rows = load_questions(task)

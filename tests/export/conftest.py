@@ -8,6 +8,7 @@ import torch
 
 from spinlab.config import Config
 from spinlab.export.base import Subject
+from spinlab.fakequant.peaks import input_peaks
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.load import cast_model
 from spinlab.model.modules import map_of
@@ -31,6 +32,10 @@ def make_subject(make_family_model, fitting) -> Callable[..., Subject]:
         config = replace(config, rotation=fitting(config.rotation, model_map))
         rotations = initial_rotations(config.rotation, model_map, generator)
         networks = QuantizedNetworks(original, config.quant, config.kv)
+        if config.quant.calibrates:
+            text = torch.randint(0, 50, (4, 16), generator=generator)
+            peaks = input_peaks(networks.rotated(rotations), text, config.quant)
+            rotations = replace(rotations, peaks=peaks)
 
         def weights():
             model = networks.fused(rotations)

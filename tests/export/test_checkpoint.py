@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spinlab.compose import composed
@@ -26,6 +27,7 @@ FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
 FAMILIES = {
     **{"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}},
     **{"granite": {"residual_multiplier": 0.3, "logits_scaling": 5}, "olmo2": {}, "olmo3": {}},
+    **{"gemma": {}, "gemma2": {"attn_logit_softcapping": 1.5}, "gemma3_text": {}},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
 }
@@ -50,6 +52,22 @@ def test_any_tool_computes_the_originals_function(
     assert (found - expected).norm() < 2**-6 * expected.norm()
     assert (found - expected).abs().max() > 0
     assert read_listing("it", tmp_path / "c", "checkpoint")["record"] == {}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "gemma"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_that_no_rotation_cuts_is_in_the_file(make_subject, tmp_path, model_type, tied):
+    """No R1, and the last gain stays with its norm. Gemma 1 has R1, and a head of its own."""
+    subject = make_subject(model_type, FUSED, tie_word_embeddings=tied)
+    checkpoint.write(subject, str(tmp_path / "c"))
+    stored, kept = load_file(tmp_path / "c" / "model.safetensors"), tied and model_type != "gemma"
+    assert AutoConfig.from_pretrained(tmp_path / "c").tie_word_embeddings == kept
+    assert ("lm_head.weight" in stored) != kept
+    original = subject.original().state_dict()
+    assert torch.equal(stored["model.norm.weight"], original["model.norm.weight"].bfloat16()) == (
+        model_type != "gemma"
+    )
+    check_model(ModelConfig(weights="pretrained", path=str(tmp_path / "c")))
 
 
 def test_an_export_is_taken_as_a_model_again_and_replaced_by_a_new_one(make_subject, tmp_path):
@@ -101,6 +119,22 @@ def test_earlier_transformers_find_rope_and_tokenizer_by_their_own_names(
     assert found("a text")["input_ids"] == tokenizer("a text")["input_ids"]
     message = [{"role": "user", "content": "hello"}]
     assert found.apply_chat_template(message, tokenize=False) == "hello"
+
+
+def test_earlier_transformers_find_both_bases_of_rope(make_family_model, tmp_path):
+    """Oracle: transformers' own reading of Gemma 3's published words."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        "full_attention": {**linear, "rope_theta": 3e5},
+    }
+    model = make_family_model("gemma3_text", rope_parameters=rope)
+    save_stock(model, byte_tokenizer(), tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (3e5, 2e4)
+    del config["rope_parameters"]
+    assert AutoConfig.for_model(config.pop("model_type"), **config).rope_parameters == rope
 
 
 REFUSED = {
@@ -167,4 +201,5 @@ def test_what_settings_cannot_tell_is_refused_when_it_is_written(make_subject, t
 
 def test_every_part_of_rotations_is_named():
     fields = set(RotationSet.__dataclass_fields__) - {"r1", "r2", "about"}
+    fields -= {"peaks"}  # no function of theirs: what rounds inputs finds them, or files hold them
     assert fields <= parts.PARTS.keys()

@@ -72,7 +72,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "granite", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "granite", "olmo2", "gemma2"])
 @pytest.mark.parametrize("profile", ["vllm_w4a8", "vllm_w4a4", "weights_only"])
 def test_transformers_computes_the_runs_network(
     make_subject, as_package_rounds, tmp_path, ids, model_type, profile

@@ -180,6 +180,31 @@ def test_decoding_in_chunks_equals_one_pass(make_model, ids, config):
         assert torch.allclose(again, expected[:, -1:], atol=1e-9)
 
 
+SLIDES = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "cap"), [("gemma2", {"attn_logit_softcapping": 1.5}), ("gemma3_text", {})]
+)
+@torch.no_grad()
+def test_soft_caps_and_windows_are_the_same_token_by_token(
+    make_family_model, ids, config, family, cap
+):
+    """One pass against steps, which see no token twice; caps and windows change what is seen."""
+
+    def made(store=True, **changes):
+        return coded(make_family_model(family, **{**cap, **SLIDES, **changes}), config, store)
+
+    expected, model = made(store=False)(ids).logits, made()
+    cache = CodedCache(kv_path_of(model), 2)
+    sizes = [5, *[1] * (ids.shape[1] - 5)]
+    steps = [model(p, past_key_values=cache, use_cache=True).logits for p in ids.split(sizes, 1)]
+    assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-9)
+    for change in ({"sliding_window": 64}, {name: None for name in cap}):
+        if change:
+            assert not torch.allclose(made(store=False, **change)(ids).logits, expected, atol=1e-3)
+
+
 @torch.no_grad()
 def test_beams_and_single_tokens_are_served(make_model, ids, config):
     model = coded(make_model(torch.float32), config)

@@ -15,7 +15,6 @@ from spinlab.kv.path import kv_path
 from spinlab.model.map import Dimensions
 
 SIZES = {d: Dimensions(4 * d, d, 8 * d, layers=6, heads=4, kv_heads=2) for d in (16, 64, 128)}
-OFF = ["quant.weights.bits=16", "quant.activations.bits=16", "learn=none"]
 NAMES = [f"model.layers.{n}.self_attn" for n in range(6)]
 SWEPT = OmegaConf.load(CONF / "sweep" / "kv.yaml").hydra.sweeper.params.kv
 
@@ -48,8 +47,9 @@ def test_the_sweep_is_over_presets_of_every_codec():
     chosen = [kv_of(name) for name in swept]
     used = {side.codec for kv in chosen for side in (kv.keys, kv.values) if side.quantizes}
     assert used == set(CODECS)
-    settings = composed("+experiment=smollm2_135m_w4a4kv4", "+sweep=kv", *OFF)
+    settings = composed("+experiment=kv", "+sweep=kv")
     assert settings.eval.continued == 256 and not settings.quant.rounds_weights
+    assert not settings.quant.quantizes("activations") and not settings.learn.steps
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -1,6 +1,7 @@
 """The estimate against what autograd really keeps and what torch really multiplies."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
     LearnConfig,
+    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     QuantConfig,
@@ -22,7 +24,9 @@ from spinlab.config import (
 from spinlab.config.rotation import BlocksConfig
 from spinlab.errors import InputError
 from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
-from spinlab.learn import estimate as module
+from spinlab.learn import duration as module
+from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.model.load import load_model
 from spinlab.model.modules import decoder_of, map_of
 
 GIB = 2**30
@@ -78,6 +82,22 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16):
 
 @pytest.mark.parametrize("learner", SPACES, indirect=True)
 def test_activations_are_what_autograd_keeps(learner):
+    check_kept(learner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_activations_of_other_attention_and_norms_are_what_autograd_keeps(
+    learner_of, family, dtype
+):
+    """Soft caps keep scores, 6·128 of each token; norms of 1 + weight read float32."""
+    config = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
+    learn = LearnConfig(**SETTINGS, rotations=["r2"])
+    start = RotationConfig(r1="none", r4="none")
+    check_kept(learner_of(lambda: load_model(config, None, 0), learn, QUANT, start=start))
+
+
+def check_kept(learner):
     learner.rotations.begin()
     learner.space.begin(0)
     fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]
@@ -260,3 +280,60 @@ def test_a_tiny_run_is_not_timed(device_with, caplog, make_model, monkeypatch):
 def test_a_probe_measures_a_plausible_rate():
     assert 1e8 < module._rate(64, torch.float32, CPU) < 1e13
     assert module.memory_for(CPU) > GIB / 4
+
+
+SHARED = LearnConfig(quantize_weights=True, lr=RatesConfig(clip=0.01), sequence_length=64)
+
+
+def shared_out(processes: int, **changes):
+    """The estimate of a process that runs 8 sequences at once, whatever their number."""
+    learn = replace(SHARED, batch=8 * processes, micro_batch=8, **changes)
+    return estimate_of(meta_llama("llama2_7b"), learn, QUANT, processes)
+
+
+def test_gradients_under_way_and_operations_of_weights_are_a_processs_own():
+    """By hand: the head's chunk is small here, so that work on weights counts."""
+    one, two, four = (shared_out(n) for n in (1, 2, 4))
+    largest = 4 * 4096 * 11008  # one linear of the MLP at a time, in float32
+    assert two.rest - one.rest == 2 * largest
+    assert four.rest - one.rest == 4 * largest
+    of_weights = SHARED.steps * 2 * 2 * 32 * 202.4e6 * 4096
+    assert one.wide_flops - two.wide_flops == pytest.approx(of_weights / 2, rel=0.01)
+    assert one.wide_flops - four.wide_flops == pytest.approx(of_weights * 3 / 4, rel=0.01)
+
+
+def test_linears_that_are_worked_on_together_count_together(monkeypatch):
+    alone = shared_out(1)
+    monkeypatch.setitem(TOGETHER, "cpu", 1 << 27)
+    largest = 4 * 4096 * 11008
+    assert shared_out(1).rest - alone.rest == 4 * (4 << 27) - 4 * largest  # eight of attention's
+    # 32 layers on 32 processes: one linear each
+    assert shared_out(32).rest - alone.rest == 32 * largest
+
+
+class OnGPU:
+    """Say of a model on the meta device that it is on a GPU."""
+
+    def __init__(self, model):
+        self.model, self.device = model, torch.device("cuda")
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_kernels_keep_is_less(activation, monkeypatch):
+    """Of gate, activation and up two where one kernel takes both; of a logit one or two copies."""
+    learn = replace(SHARED, sequence_length=2048, objective=ObjectiveConfig(kl=1.0))
+    with torch.device("meta"):
+        shape = {**SHAPES["llama2_7b"], "hidden_act": activation}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    here = estimate_of(model, learn, QUANT, 1)
+    there = estimate_of(OnGPU(model), learn, QUANT, 1)
+    fewer = learn.micro_batch * 2048 * 32 * 11008 * 2 if activation == "silu" else 0
+    assert here.activations - there.activations == fewer
+    wide = estimate_of(OnGPU(model), replace(learn, dtype="float64"), QUANT, 1)
+    assert (
+        wide.activations
+        == estimate_of(model, replace(learn, dtype="float64"), QUANT, 1).activations
+    )

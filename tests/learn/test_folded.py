@@ -63,7 +63,8 @@ def with_scales(config: RotationConfig, model) -> RotationSet:
     for key, transform in start.inputs.items():
         input = places.input_at[key]
         rows = torch.rand(input.width // input.shared, generator=g, dtype=torch.float64) + 0.5
-        scale, folded = in_gains(to_channels(rows, input)), input.producer is not None
+        scale = in_gains(to_channels(rows, input), input.offset)
+        folded = input.producer is not None
         inputs[key] = ScaledDual(scale, folded, transform.dual)
     return RotationSet(start.r1, start.r2, start.r3, start.r4, None, inputs)
 
@@ -85,6 +86,9 @@ FAMILIES = [
     "olmo2",
     "stablelm",
     "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
 ]
 
 

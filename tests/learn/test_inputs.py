@@ -12,8 +12,11 @@ from spinlab.config import (
     OptimizerConfig,
     QuantConfig,
     RatesConfig,
+    RotationConfig,
     TensorQuant,
 )
+from spinlab.config.rotation import BlocksConfig
+from spinlab.errors import InputError
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.learned.transforms import scaled, scaled_gradients
@@ -177,6 +180,33 @@ def test_rotations_without_a_rate_stay_where_they_start(make_model, learner_from
         assert torch.allclose(found.dual.first, start[key].dual.first, atol=1e-12)
         assert torch.allclose(found.dual.second, start[key].dual.second, atol=1e-12)
         assert not torch.allclose(found.scale, start[key].scale, atol=1e-3)
+
+
+def test_held_rotations_count_in_no_norm_and_no_clip(make_model, learner_of):
+    """R2 has the clip for itself, and the curve's rate is that of what moves."""
+    blocks = RotationConfig(r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(8))
+    clipped = OptimizerConfig("cayley_adam", max_grad_norm=0.01)
+
+    def learner(rate: float, names: list[str]):
+        lr = RatesConfig(r1=0.02, scale=0.03, inputs=rate)
+        learn = LearnConfig(**{**SETTINGS, "lr": lr, "rotations": names, "optimizer": clipped})
+        return learner_of(partial(make_model, torch.float64), learn, QUANT, start=blocks)
+
+    def of_r2(rate: float) -> tuple[float, float]:
+        found = learner(rate, ["r2", "inputs"])
+        _, norm = found.gradients(0, BATCH)
+        return norm, found.rotations.parameters["r2"].grad.norm().item()
+
+    (held, alone), (moved, shared) = of_r2(0.0), of_r2(0.01)
+    assert alone == pytest.approx(0.01, rel=1e-4) and shared < alone
+    assert 0 < held < moved
+    assert learner(0.0, ["inputs", "r2"]).step(0, BATCH)["lr"] == pytest.approx(0.02)
+    assert learner(0.0, ["inputs"]).step(0, BATCH)["lr"] == 0
+
+
+def test_what_would_learn_nothing_is_refused():
+    with pytest.raises(InputError, match=r"learn\.lr\.inputs=0 holds the rotations of inputs"):
+        LearnConfig(**{**SETTINGS, "lr": RatesConfig(inputs=0)})
 
 
 def test_a_resumed_run_ends_with_the_same_bits(make_model, learner_from, tmp_path):

@@ -38,10 +38,13 @@ def problem(dtype=torch.float64, batch=3, length=9):
     return hidden, normal(VOCAB, WIDTH), labels, teacher
 
 
-def plain(hidden, head, labels, config, teacher):
+def plain(hidden, head, labels, config, teacher, cap=None):
     """The same loss and terms on full logits, by autograd."""
     logits = (hidden[:, :-1] @ head.mT).flatten(0, 1)
-    log_p = (teacher[0][:, :-1] @ teacher[1].mT).flatten(0, 1).log_softmax(-1)
+    known = (teacher[0][:, :-1] @ teacher[1].mT).flatten(0, 1)
+    if cap is not None:
+        logits, known = cap * torch.tanh(logits / cap), cap * torch.tanh(known / cap)
+    log_p = known.log_softmax(-1)
     cross_entropy = F.cross_entropy(logits, labels[:, 1:].flatten())
     log_q = logits.log_softmax(-1)
     if config.kl_top_k:
@@ -57,12 +60,13 @@ def with_gradient(loss, hidden):
     return loss.detach(), *torch.autograd.grad(loss, hidden)
 
 
+@pytest.mark.parametrize("cap", [None, 3.0], ids=["free", "capped"])
 @pytest.mark.parametrize("chunk", [1, 5, 24, 100])
 @pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
-def test_the_loss_and_its_gradient_are_those_of_full_logits(config, chunk):
+def test_the_loss_and_its_gradient_are_those_of_full_logits(config, chunk, cap):
     hidden, head, labels, teacher = problem()
-    found, terms = head_loss(hidden, head, labels, config, teacher, chunk)
-    wanted, cross_entropy, kl = plain(hidden, head, labels, config, teacher)
+    found, terms = head_loss(hidden, head, labels, config, teacher, chunk, cap=cap)
+    wanted, cross_entropy, kl = plain(hidden, head, labels, config, teacher, cap)
     loss, gradient = with_gradient(found, hidden)
     wanted, wanted_gradient = with_gradient(wanted, hidden)
     assert abs(loss - wanted) <= 1e-12 * wanted
@@ -209,6 +213,19 @@ def test_a_kernel_gives_the_terms_and_gradients_of_the_definition(kind, vocabula
     assert torch.allclose(gradient.double(), wanted[1], atol=2e-5)
     if kind == "kl":
         assert not gradient[2].any()  # it is equal to its teacher
+
+
+def test_a_kernel_takes_logits_that_lie_apart_and_none():
+    logits, original = (
+        torch.randn(30, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 1)
+    )
+    labels = torch.tensor([[4], [29], [0], [7]]).to(DEVICE)
+    apart = full_terms(logits.mT.to(DEVICE), labels, original.mT.to(DEVICE), 0.5)
+    whole = [t.mT.contiguous().to(DEVICE) for t in (logits, original)]
+    for ours, expected in zip(apart, full_terms(whole[0], labels, whole[1], 0.5), strict=True):
+        assert torch.equal(ours, expected)
+    terms, gradient = full_terms(whole[0][:0], labels[:0], whole[1][:0], 0.5)
+    assert not terms.any() and gradient.shape == (0, 30)
 
 
 def test_a_kernel_leaves_gradients_in_the_dtype_of_the_logits():

@@ -1,5 +1,6 @@
 """Learning runs that are killed at some step and started again end with the same numbers."""
 
+import io
 import json
 import os
 import re
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
+from spinlab.__main__ import main
 from spinlab.compose import composed
 from spinlab.learn import RotationLearner
 from spinlab.stages import learn as learning
@@ -35,13 +39,28 @@ SETTINGS = [
 ]
 
 
-def start(cache: Path, text: list[str], recipes: str, *flags: str) -> subprocess.Popen:
-    """Start a run, or with -m one for each recipe."""
+def words(cache: Path, text: list[str], recipes: str) -> list[str]:
+    """Return the words of a run of one recipe, or of a sweep over more."""
     choice = [f"paths.cache={cache}", f"paths.runs={cache}-runs", f"learn={recipes}"]
-    command = [sys.executable, "-m", "spinlab", *flags, *SETTINGS, *text, *choice]
+    return [*SETTINGS, *text, *choice]
+
+
+def start(cache: Path, text: list[str], recipe: str) -> subprocess.Popen:
+    """Start a run in another process."""
+    command = [sys.executable, "-m", "spinlab", *words(cache, text, recipe)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def sweep_here(cache: Path, text: list[str]) -> str:
+    """Run all recipes in this process, which has imported everything; return what was said."""
+    GlobalHydra.instance().clear()
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", ["spinlab", "-m", *words(cache, text, ",".join(RECIPES))])
+        main()
+    return said.getvalue()
 
 
 def saved_steps(path: Path) -> int:
@@ -77,15 +96,15 @@ def learned(cache: Path, name: str) -> tuple[dict[str, torch.Tensor], list]:
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory, short_text) -> tuple[Path, Path, list[int], str]:
-    """Return the cache of unbroken runs, and that of killed ones with the steps that they left."""
+    """Return the cache of unbroken runs, and that of killed ones with the steps that they left.
+
+    In other processes they are killed, in this one they go on.
+    """
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
     left = [kill_in_the_middle(killed, short_text, recipe) for recipe in RECIPES]
-    for cache in (whole, killed):
-        process = start(cache, short_text, ",".join(RECIPES), "-m")
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    return whole, killed, left, output
+    sweep_here(whole, short_text)
+    return whole, killed, left, sweep_here(killed, short_text)
 
 
 def test_killed_runs_continue_where_they_were(caches):

@@ -105,6 +105,12 @@ OF_FAMILIES = {
     "cohere": ({"logit_scale": 0.3, "attention_bias": True}, RotationConfig()),
     "stablelm": ({"use_parallel_residual": True}, RotationConfig()),
     "olmo2": ({"attention_bias": True}, RotationConfig(r1="none")),
+    "gemma": ({"attention_bias": True}, RotationConfig()),
+    "gemma2": (
+        {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "sliding_window": 5},
+        RotationConfig(r1="none"),
+    ),
+    "gemma3_text": ({"sliding_window": 5}, RotationConfig(r1="none")),
     "granite": ({**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}, RotationConfig()),
     "qwen3_moe": ({**EXPERTS, "attention_bias": True}, RotationConfig()),
     "mixtral": ({"num_local_experts": 3, "num_experts_per_tok": 2}, RotationConfig()),

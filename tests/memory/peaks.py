@@ -12,6 +12,7 @@ from spinlab.cache import _give_back_memory
 from spinlab.compose import composed
 from spinlab.config.weights import method_title
 from spinlab.memory.needs import Job, needs
+from spinlab.metrics import needle
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
 
@@ -35,6 +36,7 @@ def peak(work) -> int:
 
 def main(folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
+    needle.ASKED = 1  # at every depth: one after the other, they take the memory of one
     run = Pipeline(composed(*overrides, f"paths.cache={folder}"))
     assert run.calibration and run.evaluation
     run.original.shape  # noqa: B018

@@ -54,11 +54,22 @@ def test_a_divided_product_is_compared_divided(logits):
     np.testing.assert_allclose(found, oracle(states @ head.mT / 3, other), rtol=1e-5, atol=1e-6)
 
 
+def test_a_capped_product_is_compared_capped(logits):
+    states, head, other = logits
+    found, _ = compare(states, Head(head, cap=3.0), other, other.log_softmax(-1))
+    capped = torch.from_numpy(3 * np.tanh((states @ head.mT).numpy() / 3))
+    np.testing.assert_allclose(found, oracle(capped, other), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_an_original_that_divides_its_logits_does_not_diverge_from_itself(
-    make_family_model, tmp_path, dtype
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("granite", {"logits_scaling": 3.0}), ("gemma2", {"final_logit_softcapping": 2.0})],
+)
+def test_an_original_that_changes_its_logits_does_not_diverge_from_itself(
+    make_family_model, tmp_path, dtype, family, change
 ):
-    model, states = make_family_model("granite", logits_scaling=3.0).to(dtype), States(tmp_path)
+    model, states = make_family_model(family, **change).to(dtype), States(tmp_path)
     windows = torch.randint(0, 64, (3, 24), generator=torch.Generator().manual_seed(1))
     with states.keeping(model, "text") as keep:
         kept = perplexity(model, windows, 1, "", keep)

@@ -14,6 +14,7 @@ from spinlab.metrics.needle import found_needles
 from spinlab.model.modules import decoder_of
 from spinlab.rotation.online import hadamard_rotation
 
+BIASED = {"attention_bias": True}
 PATHS = {
     "rows": KVConfig(),
     "history": KVConfig(CodecConfig(codec="kivi", bits=2, run=3), CodecConfig(bits=2), window=4),
@@ -26,7 +27,7 @@ def coded(model, config, store=False):
     return model
 
 
-def by_hand(path, query, keys, bias, values, scaling):
+def by_hand(path, query, keys, bias, values, scaling, cap=None):
     """Return the three errors of a layer, token by token; what is coded is written out."""
     history, squares, divergences, outputs = path.history(0), [], [], []
     turned, r3 = path.turn_queries(query), path.r3.dense()
@@ -48,6 +49,8 @@ def by_hand(path, query, keys, bias, values, scaling):
         )
         s = (query[:, :, n - 1 : n] @ r3) @ exact_k.mT * scaling
         found = turned[:, :, n - 1 : n] @ k.mT * scaling
+        if cap is not None:
+            s, found = (cap * torch.tanh(x / cap) for x in (s, found))
         squares.append((found - s).square())
         p, q = s.softmax(-1), found.softmax(-1)
         divergences.append((p * (p / q).log()).sum(-1))
@@ -83,17 +86,29 @@ def heads_of(model, ids):
 
 
 @pytest.mark.parametrize("config", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("gemma2", {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8}),
+        ("gemma2", {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, **BIASED}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
-def test_errors_of_attention_are_those_written_out(make_family_model, ids, config, family):
+def test_errors_of_attention_are_those_written_out(make_family_model, ids, config, family, changes):
     """Of the exact network's queries, keys and values; a bias that is apart is no error."""
-    stock = make_family_model(family, num_hidden_layers=1)
-    model = coded(make_family_model(family, num_hidden_layers=1), config)
+    changes = {"num_hidden_layers": 1, **changes}
+    stock = make_family_model(family, **changes)
+    model = coded(make_family_model(family, **changes), config)
     path, expected, before = kv_path_of(model), [], model(ids).logits
     for row in ids:
         q, k, b, v = heads_of(stock, row[None])
         r3 = path.r3.dense()
-        expected.append(by_hand(path, q, k @ r3, b @ r3, v, 8**-0.5))
+        expected.append(
+            by_hand(path, q, k @ r3, b @ r3, v, 8**-0.5, changes.get("attn_logit_softcapping"))
+        )
     square, *others = (torch.stack(x).mean().item() for x in zip(*expected, strict=True))
     found = attention_errors(model, ids)
     assert [*found.values()] == pytest.approx([square**0.5, *others], rel=1e-4)

@@ -30,6 +30,12 @@ TWO_ROPES = {
     "full_attention": {**YARN, "rope_theta": 5e4},
 }
 
+# caps that scores and logits of the tiny models reach; layers that slide first
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+LOCAL_FIRST = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GLOBAL_FIRST = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+GEMMA = {"query_pre_attn_scalar": 6}  # no head_dim
+GEMMA_YARN = {"rope_parameters": TWO_ROPES, "attention_bias": True}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
@@ -60,6 +66,13 @@ SHAPES = [
     ("olmo2", {"num_key_value_heads": 1, "head_dim": 24}),
     ("olmo3", {"sliding_window": 5}),
     ("olmo3", {**SLIDES, "rope_parameters": TWO_ROPES, "attention_bias": True, **UNTIED}),
+    ("gemma", {}),
+    ("gemma", {"attention_bias": True, **MULTI_HEAD, **UNTIED}),
+    ("gemma2", {**CAPS, **LOCAL_FIRST, **GEMMA}),
+    ("gemma2", {**CAPS, **GLOBAL_FIRST, "attention_bias": True, **MULTI_HEAD, **UNTIED}),
+    ("gemma2", {"attn_logit_softcapping": None, "head_dim": 24, "num_key_value_heads": 1}),
+    ("gemma3_text", {**LOCAL_FIRST, **GEMMA}),
+    ("gemma3_text", {**CAPS, **GLOBAL_FIRST, **GEMMA_YARN, "head_dim": 12, **UNTIED}),
     ("granite", {"attention_bias": True, "mlp_bias": True, **MULTIPLIERS, **MULTI_HEAD, **UNTIED}),
     ("qwen3_moe", EXPERTS),
     ("qwen3_moe", {"attention_bias": True, "norm_topk_prob": True, **EXPERTS, **UNTIED}),
@@ -136,7 +149,8 @@ def test_scales_move_between_an_input_and_its_producer(make_family_model, ids, f
             continue
         producer = model.get_submodule(input.producer)
         scale = torch.linspace(0.5, 2, len(producer.weight), dtype=torch.float64)
-        producer.weight.data *= scale.view(-1, *[1] * (producer.weight.dim() - 1))
+        of_rows = scale.view(-1, *[1] * (producer.weight.dim() - 1))
+        producer.weight.data = (producer.weight.data + input.offset) * of_rows - input.offset
         if getattr(producer, "bias", None) is not None:
             producer.bias.data *= scale
         if input.shared > 1:  # query heads share their key/value head's scales
@@ -166,7 +180,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
     assert all(logits_error(a, b) < 1e-9 for a, b in steps)
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3", "olmo3"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "olmo3", "gemma2", "gemma3_text"])
 def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
     sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
     for model in (sliding, whole):
@@ -180,12 +194,14 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
-    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "qwen3_moe", "olmo2", "olmo3"), 9)}
+    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma2"), 9)}
+    expected["gemma3_text"] = 13
+    offset = 1 if family.startswith("gemma") else 0
     assert len(norms) == expected.get(family, 5)
     known = model.config.to_dict()
     epsilon = known.get("rms_norm_eps") or known["layer_norm_eps"]
     for norm in norms:
         x = torch.randn(3, len(norm.weight), dtype=torch.float64)
         mean = x.square().mean(-1, keepdim=True)
-        expected = x / (mean + epsilon).sqrt() * norm.weight
+        expected = x / (mean + epsilon).sqrt() * (offset + norm.weight)
         assert torch.allclose(norm(x), expected, atol=1e-14, rtol=0)

@@ -37,6 +37,9 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "olmo2_7b": 7_298_617_344,
     "stablelm2_1_6b": 1_644_515_328,
     "command_r_35b": 34_980_831_232,
+    "gemma_2b": 2_506_172_416,
+    "gemma2_2b": 2_614_341_888,
+    "gemma3_1b": 999_885_952,
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
 }
@@ -46,6 +49,14 @@ def shaped(**changes) -> ModelConfig:
     return ModelConfig(architecture={**SHAPE, **changes}, outlier_channels=2)
 
 
+def test_an_architecture_that_was_changed_is_read_as_before():
+    """It is checked once; who asks again gets a copy of its own."""
+    first = architecture_of(shaped())
+    first.hidden_size = 48
+    assert architecture_of(shaped()).hidden_size == 24
+    assert load_model(shaped(), None, 0).config.hidden_size == 24
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_configured_shapes_are_those_of_the_published_models(name):
     config = ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()))
@@ -53,7 +64,8 @@ def test_configured_shapes_are_those_of_the_published_models(name):
         model = AutoModelForCausalLM.from_config(architecture_of(config))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     theta = config.architecture.get("rope_theta", 10_000.0)
-    assert model.config.rope_parameters["rope_theta"] == theta
+    rope = model.config.rope_parameters
+    assert rope.get("full_attention", rope)["rope_theta"] == theta
     assert source_digest(replace(config, weights="random"))["random"] == config.architecture
 
 

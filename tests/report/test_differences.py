@@ -105,7 +105,7 @@ def test_pairs_are_those_of_a_seed_in_whatever_order_records_come():
 def test_a_missing_record_is_named(choices):
     with pytest.raises(InputError, match="no record is of 'blocks_no_scales'"):
         differences_table(choices, "learned_blocks", "blocks_no_scales")
-    with pytest.raises(InputError, match="seed 1 has no record of the baseline: that has 0"):
+    with pytest.raises(InputError, match="seed 1 has no record of blocks_kl, which has 0"):
         differences_table(choices, "blocks_kl", "blocks_no_rotations")
 
 

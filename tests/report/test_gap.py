@@ -17,7 +17,7 @@ EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 
 def record(seed: int, wiki: float) -> dict:
     metrics = {"ppl/wiki/fake": wiki, "ppl/wiki/fp": 10.0}
-    return {"config": {"seed": seed}, "metrics": metrics}
+    return {"config": {"seed": seed}, "metrics": metrics, "experiment": "methods/quarot"}
 
 
 def test_the_share_of_a_gap_is_taken_in_logarithms_and_seed_by_seed():
@@ -28,7 +28,7 @@ def test_the_share_of_a_gap_is_taken_in_logarithms_and_seed_by_seed():
 
 
 def test_a_method_or_seed_without_records_is_named():
-    with pytest.raises(InputError, match=r"seed 2 has no record of the baseline: that has 0, 1"):
+    with pytest.raises(InputError, match=r"seed 2 has no record of methods/quarot, which has 0, 1"):
         gap_closed([record(2, 20.0)], [record(0, 20.0), record(1, 20.0)], "wiki")
     folder = EXPERIMENTS / "quality" / "smollm2_135m"
     with pytest.raises(InputError, match=r"no record is of 'quarott': did you mean quarot"):

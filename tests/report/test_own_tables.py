@@ -48,6 +48,18 @@ def test_seeds_have_a_table(runs, capsys):
     assert (first["rotation"], first["network"], first["seeds"]) == ("ours", "fake", "2")
 
 
+def test_formats_are_held_against_each_other_in_the_metric_that_is_asked_for(
+    tmp_path, save, capsys
+):
+    for rotation, wiki in {"none": 30.0, "hadamard": 20.0}.items():
+        config = composed("+experiment=formats", "model=toy", f"rotation={rotation}")
+        metrics = {"ppl/wiki/fp": 9.0, "ppl/wiki/fake": wiki, "bits/weights/fake": 4.25}
+        save(f"runs/{rotation}/key/record.json", config, metrics)
+    words = "table=formats", f"records={tmp_path / 'runs'}", "metric=ppl/wiki"
+    found = {row["rotation"]: row["RTN"] for row in rows(capsys, *words)}
+    assert found == {"none": "30.00", "R1, R2, R4": "20.00"}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -58,6 +70,9 @@ def test_seeds_have_a_table(runs, capsys):
         (["table=methods", "records=RUNS", "methods=ours"], "leave methods= out"),
         (["table=methods", "records=RUNS", "model=toy"], "does not read model=: leave it out"),
         (["table=spinquant_1", "methods=ours"], "does not read methods=: leave it out"),
+        (["table=methods", "records=RUNS", "metric=ppl/wiki"], "does not read metric=: leave it"),
+        (["table=spinquant_1", "metric=ppl/wiki"], "does not read metric=: leave it out"),
+        (["table=kv", "records=RUNS"], "mine/ours has no bits/kv/fake"),
         (["table=methods", "records=RUNS/none"], "none is no folder"),
         (["table=method", "records=RUNS"], "unknown table 'method': did you mean methods"),
         (["table=methods", "records=RUNS", "format=word"], "format=word is unknown"),

@@ -13,7 +13,7 @@ from spinlab.config import plain
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 from spinlab.model.modules import map_of
-from spinlab.report.online import defaults, online_form, online_parts
+from spinlab.report.online import defaults, online_form, online_parts, online_settings
 from spinlab.report.records import read_record, read_seeds
 from spinlab.report.settings import settings_of
 from spinlab.report.speeds import read_speeds
@@ -112,6 +112,10 @@ def test_records_that_do_not_belong_together_are_refused(time_network):
         read_speeds([])
     with pytest.raises(InputError, match=r"bench/prefill_x.json is no record of a benchmark"):
         read_speeds([str(decode), "bench/prefill_x.json"])
+    broken = time_network("decode", None, {"b1": 3.0}, config={"prompt": 512})
+    with pytest.raises(InputError, match="does not time a whole network"):
+        read_speeds([str(broken)])
+    decode = time_network("decode", None, {"b1": 3.0})
     with pytest.raises(InputError, match=r"kernels_h100.json does not time a whole network"):
         read_speeds([str(EXPERIMENTS / "bench" / "kernels_h100.json")])
     other = time_network("decode", "spinquant_had", {"b1": 3.0})
@@ -131,3 +135,17 @@ def test_records_that_do_not_belong_together_are_refused(time_network):
     other = time_network("decode", "rtn", {"b1": 3.0}, config={**config, "method": "quarott"})
     with pytest.raises(InputError, match="no method is called 'quarott': did you mean quarot"):
         read_speeds([str(other)])
+
+
+def test_what_was_timed_is_what_the_record_says_whatever_the_method_is_by_now(time_network, save):
+    """Timed with blocks of 32, and the method has others since."""
+    then = online_settings(composed("+method=learned_blocks", "rotation.blocks.size=32"))
+    config = {"model": "llama2_7b", "operations": "triton", "method": "learned_blocks"}
+    config |= {"prompt": 512, "tokens": 256, "layers": None, "settings": then}
+    speeds = read_speeds(
+        [str(time_network("decode", "learned_blocks", {"b1": 2.0}, config=config))]
+    )
+    for size, found in ((32, {"decode, batch 1": 2.0}), (64, {})):
+        words = "+experiment=toy", "+method=learned_blocks", f"rotation.blocks.size={size}"
+        record = read_record(save("one.json", composed(*words), {}, model={"heads": 9}))
+        assert speeds.of(record) == found

@@ -69,6 +69,7 @@ def test_every_transform_keeps_the_logits_in_float64(make_model, ids, config, kv
     "model_type",
     [
         *("mistral", "qwen2", "qwen3", "phi3", "granite", "olmo2", "olmo3", "stablelm", "cohere"),
+        *("gemma", "gemma2", "gemma3_text"),
         "mixtral",
     ],
 )

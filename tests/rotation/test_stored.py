@@ -50,6 +50,7 @@ def everything() -> RotationSet:
         {"0.keys": 0.9, "1.values": 0.85},
         {UP: torch.full((40, 1, 1), 0.9), DOWN: torch.full((24, 5, 1), 0.8)},
         {"family": "llama", "seed": 3, "learn": {"steps": 2}},
+        {"0.qkv": 3.5, "1.o": 0.0},
     )
 
 

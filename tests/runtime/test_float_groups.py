@@ -67,6 +67,23 @@ def test_what_a_group_adds_is_exact_and_the_sum_is_that_of_float64(name, backend
     assert torch.equal(linear(x), linear_of(name, "torch", torch.float32)[0](x))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sum_over_groups_is_rounded_once_for_each_group_that_is_added(name, backend):
+    """In float32: two groups are float64's sum, rounded once, and each further one once more."""
+    linear, weight = linear_of(name, backend, torch.float32)
+    x, size = random(7, 160), linear.path.quantizer.group_size
+    numbers = linear.path.quantizer.round(x).double()
+    products = [(numbers[:, i : i + size] @ weight[:, i : i + size].T) for i in range(0, 160, size)]
+    exact = products[0]
+    for product in products[1:]:
+        exact = (exact + product).float().double()
+    assert torch.equal(linear(x).double(), exact)
+    x[:, 2 * size :] = 0
+    two = linear.path.quantizer.round(x).double() @ weight.T
+    assert torch.equal(linear(x), two.float())
+
+
 @pytest.mark.parametrize(
     "quant", ["mxfp4", "nvfp4", "nvfp4 inputs alone", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8", "fp8"]
 )
@@ -93,7 +110,7 @@ def test_the_runtime_leaves_them_to_torch_and_says_so(make_family_model, ids, qu
 
 
 @pytest.mark.usefixtures("toy_cache")
-@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "mxfp6", "fp8"])
+@pytest.mark.parametrize("quant", ["mxfp4", "nvfp4", "nvfp4_calibrated", "mxfp6", "fp8"])
 @pytest.mark.parametrize("method", ["learned_ranges", "learned_inputs"])
 def test_learned_recipes_agree_on_integers_and_in_floats(tmp_path: Path, quant, method):
     small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]

@@ -186,6 +186,8 @@ FAMILIES = {
     "smollm3": {"no_rope_layers": [0, 1]},
     "olmo2": {"attention_bias": True},
     "olmo3": {},
+    "gemma": {"hidden_act": "silu"},
+    "gemma3_text": {"hidden_activation": "silu", "final_logit_softcapping": 2.0},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
     "granite": {
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.3},

@@ -65,12 +65,16 @@ class LearnedGroup:
         """Return the log scales of this step: (layers, in)."""
         return to_channels(self._log, self.inputs[0]) if self.folded else self._log
 
+    def _held(self, scales: torch.Tensor) -> torch.Tensor:
+        """Return scales as a gain holds them."""
+        return in_gains(scales, self.inputs[0].offset)
+
     def begin(self, log_scale: torch.Tensor) -> None:
         """Start a step with rotations as they stand, and with gradients of zero.
 
         Scales that are folded are those that a gain holds, as they will be when all is learned.
         """
-        self._log = in_gains(log_scale.exp()).log().to(log_scale) if self.folded else log_scale
+        self._log = self._held(log_scale.exp()).log().to(log_scale) if self.folded else log_scale
         first, *rest = self._rotations()
         at_input, at_weight = scaled(first, self._channels(), self.folded)
         second, order = rest[0] if rest else None, self._order or (None, None)
@@ -130,7 +134,7 @@ class LearnedGroup:
     def result(self) -> list[ScaledDual]:
         """Return the transforms of this step, on the host, rotations projected in float64."""
         scales = self._channels().double().exp()
-        scales = (in_gains(scales) if self.folded else scales).cpu()
+        scales = (self._held(scales) if self.folded else scales).cpu()
         stacks = zip(self.parameters, self._rotations(), strict=False)
         parts = {part: polar(stack).cpu() for part, stack in stacks}
         kind = BlockRotation

@@ -93,9 +93,13 @@ class LearnedInputs:
                 if group.parameters or not group.folded:
                     self.transforms[input.key] = group.transform(place)
 
+    def factor(self, key: str) -> torch.Tensor:
+        """Return what the producer of an input is multiplied by: 1 / scale of its rows, (rows,)."""
+        return (-self._divisors[key]).exp()
+
     def divide(self, key: str, x: torch.Tensor) -> torch.Tensor:
         """Return what the producer of an input gives, x (..., rows), over the scale of its rows."""
-        return x * (-self._divisors[key]).exp().to(x.dtype)
+        return x * self.factor(key).to(x.dtype)
 
     def of_weights(self, group: str, layers: list[int], weights: torch.Tensor) -> torch.Tensor:
         """Return T*(W) of the weights (n, out, in) of n layers; as they are if T is not learned."""

@@ -63,6 +63,8 @@ class LearnedRotations:
         if "inputs" in learn.rotations and start.inputs:
             self.inputs = LearnedInputs(start, inputs, learn.lr.scale, device, self.wide)
             self.parameters |= self.inputs.parameters
+        rates = {name: learn.lr.of_rotation(name) for name in self.parameters}
+        self.held = {name for name, rate in rates.items() if not rate}  # they count in no norm
         self.cast: dict[str, torch.Tensor] = {}
         self._generators: dict[str, torch.Tensor] = {}
         self._gradients: dict[str, torch.Tensor] = {}
@@ -139,6 +141,8 @@ class LearnedRotations:
             whole = self._generators[name] + self._gradients[name] @ parameter.detach().mT
             generator = parallel.sum_(whole.contiguous())
             parameter.grad = tangent(parameter.detach(), generator)
+            if name in self.held:
+                continue
             if self.euclidean:  # R does not change the norm
                 half = parallel.sum_(self._halves[name])
                 measured.append(generator + half + half.mT)
@@ -146,7 +150,8 @@ class LearnedRotations:
                 measured.append(parameter.grad)
         norm = nn.utils.get_total_norm(measured)
         limit = float("inf") if most is None else most
-        nn.utils.clip_grads_with_norm_(list(self.parameters.values()), limit, norm)
+        moved = [p for name, p in self.parameters.items() if name not in self.held]
+        nn.utils.clip_grads_with_norm_(moved, limit, norm)
         return norm
 
     def step_scales(self, rate: float) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spinlab.config import ObjectiveConfig
 from spinlab.learn.objectives import logits_triton
+from spinlab.model.attention import capped
 
 
 def head_loss(
@@ -17,14 +18,15 @@ def head_loss(
     teacher: tuple[Tensor, Tensor] | None,
     chunk: int,
     bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return cross_entropy·CE + kl·KL of the next token, and both means by name.
 
     hidden: (batch, length, n), normed; head: (vocab, n), gets no gradient; labels: (batch,
     length) token ids, of which position t predicts the one at t + 1; teacher: hidden states
-    and head of the original model, if kl > 0; bias: (vocab,), of both heads. Logits exist for
-    `chunk` positions at a time, and nothing of the vocabulary's size is kept for the backward pass.
-    Terms of weight 0 are absent.
+    and head of the original model, if kl > 0; bias: (vocab,), of both heads, as is the cap of their
+    logits (`ModelMap.logit_cap`). Logits exist for `chunk` positions at a time, and nothing of the
+    vocabulary's size is kept for the backward pass. Terms of weight 0 are absent.
     """
     assert config.on_logits, "no term looks at logits"
     assert teacher is not None or not config.kl, "kl compares with a teacher"
@@ -35,7 +37,8 @@ def head_loss(
         states, matrix = (tensor.detach() for tensor in teacher)
         original = states[:, :-1].flatten(0, 1), matrix.to(states.dtype)
     # a Function's apply carries no types
-    loss, terms = _HeadLoss.apply(student, head, following, config, original, chunk, bias)  # pyright: ignore
+    heads = bias, cap
+    loss, terms = _HeadLoss.apply(student, head, following, config, original, chunk, *heads)  # pyright: ignore
     named = dict(zip(("cross_entropy", "kl"), terms, strict=True))
     return loss, {name: term for name, term in named.items() if getattr(config, name)}
 
@@ -53,6 +56,7 @@ class _HeadLoss(torch.autograd.Function):
         teacher: tuple[Tensor, Tensor] | None,  # (tokens, m), (vocab, m)
         chunk: int,
         bias: Tensor | None,  # (vocab,)
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         head = head.to(hidden.dtype)
         bias = None if bias is None else bias.detach().to(hidden.dtype)
@@ -61,18 +65,19 @@ class _HeadLoss(torch.autograd.Function):
         unit = _gradient_unit(config)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            terms, gradient = _chunk_terms(
-                _logits(hidden[rows], head, bias),
-                labels[rows, None],
-                None if teacher is None else _logits(teacher[0][rows], teacher[1], bias),
-                config,
-            )
+            logits = capped(_logits(hidden[rows], head, bias), cap)
+            slope = None if cap is None or kept is None else 1 - (logits / cap).square()
+            original = None
+            if teacher is not None:
+                original = capped(_logits(teacher[0][rows], teacher[1], bias), cap)
+            terms, gradient = _chunk_terms(logits, labels[rows, None], original, config)
             sums += terms
             if kept is not None:
                 # alpha acts on the product's accumulator: bfloat16 is rounded once
                 part, alpha = kept[rows], unit / len(hidden)
+                gradient = gradient if slope is None else gradient.mul_(slope)
                 torch.addmm(part, gradient.to(part.dtype), head, beta=0, alpha=alpha, out=part)
-            del gradient  # before the next chunk's logits
+            del logits, slope, original, gradient  # before the next chunk's logits
         ctx.kept = kept
         means = sums / len(hidden)
         ctx.mark_non_differentiable(means)
@@ -80,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.kept * gradients[0], *[None] * 6
+        return ctx.kept * gradients[0], *[None] * 7
 
 
 def _logits(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:

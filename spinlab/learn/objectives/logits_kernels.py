@@ -32,6 +32,7 @@ def loss_kernel(
     logits += row * COLUMNS
     original += row * COLUMNS
     label = tl.load(labels + row)
+    right = tl.load(logits + label).to(tl.float32)  # before gradients take the place of logits
     lanes = tl.arange(0, BLOCK)
     most, total = tl.full([BLOCK], _LEAST, tl.float32), tl.zeros([BLOCK], tl.float32)
     most_p, total_p = tl.full([BLOCK], _LEAST, tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -47,8 +48,7 @@ def loss_kernel(
             apart = apart * shrunk + tl.where(there, part, 0.0)
     top, _, total_q = _whole(most, total)
     log_q = top + tl.log(total_q)
-    cross_entropy = log_q - tl.load(logits + label).to(tl.float32)
-    tl.store(terms + 2 * row, cross_entropy)
+    tl.store(terms + 2 * row, log_q - right)
     log_p = 0.0
     if TEACHER:
         top, shrunk, of_p = _whole(most_p, total_p)

@@ -10,7 +10,7 @@ from spinlab.config import ClipSearch, LearnConfig, ObjectiveConfig, QuantConfig
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.objectives import head_loss
 from spinlab.learn.spaces.local import LocalTerms
-from spinlab.model.modules import head_of
+from spinlab.model.modules import head_of, map_of
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
 
@@ -37,7 +37,7 @@ class LearningSpace:
     def __init__(self, parts: Parts) -> None:
         """Put the rotations of these parts into their model."""
         self.rotations, self.learn = parts.rotations, parts.learn
-        self.head_bias = head_of(parts.model).bias
+        self.head_bias, self.logit_cap = head_of(parts.model).bias, map_of(parts.model).logit_cap
 
     @classmethod
     def check(cls, learn: LearnConfig) -> None:
@@ -76,8 +76,8 @@ class LearningSpace:
         hidden: (batch, tokens, hidden); head: (vocabulary, hidden); ids: (batch, tokens). teacher:
         the original's hidden states and head, for terms that compare with them.
         """
-        chunk, bias = CHUNK[ids.device.type], self.head_bias
-        return head_loss(hidden, head, ids, objective, teacher, chunk, bias)
+        chunk, heads = CHUNK[ids.device.type], (self.head_bias, self.logit_cap)
+        return head_loss(hidden, head, ids, objective, teacher, chunk, *heads)
 
     def clips(self) -> dict[str, torch.Tensor]:
         """Return learned clip ratios by linear."""

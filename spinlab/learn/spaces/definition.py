@@ -23,6 +23,7 @@ from spinlab.kv.layers import rounded
 from spinlab.kv.path import KVPath, Sides
 from spinlab.learn.learned import LogParameters
 from spinlab.learn.spaces.base import LearningSpace, Parts
+from spinlab.model.attention import capped
 from spinlab.model.map import Site
 from spinlab.model.modules import decoder_of, ends_of, linears_of
 from spinlab.rotation.fuse import rotated_weight, rotations_at
@@ -96,7 +97,7 @@ class PlainSpace(LearningSpace):
     def _logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Return the logits of every token but the last: (batch·(tokens-1), vocabulary)."""
         logits = nn.functional.linear(hidden[:, :-1], head, self.head_bias)
-        return at_least_float32(logits).flatten(0, 1)
+        return capped(at_least_float32(logits), self.logit_cap).flatten(0, 1)
 
     def begin(self, index: int) -> None:
         """Search clip ratios where it is time to; learned ones start from the first search."""

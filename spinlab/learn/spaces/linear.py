@@ -47,7 +47,8 @@ class LearnedLinear:
             bias = module.bias.detach()
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
         frozen = module.weight.detach()
-        module.weight = nn.Parameter(torch.empty_like(frozen))
+        room = torch.empty_like(frozen, memory_format=torch.contiguous_format)
+        module.weight = nn.Parameter(room)
         return LearnedLinear(site, module, frozen, bias, format, wide)
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
@@ -215,21 +216,26 @@ def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
         groups.setdefault(key, []).append(linear)
     found: list[LearnedBatch] = []
     for (*_, shape), group in groups.items():
-        some = max(1, TOGETHER[group[0].frozen.device.type] // shape.numel())
+        some = together(shape.numel(), len(group), group[0].frozen.device.type, parallel.world())
         found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
     return found
 
 
+def together(numbers: int, count: int, device: str, processes: int) -> int:
+    """Return how many of `count` linears of so many numbers are a batch; processes have parts."""
+    return max(1, min(TOGETHER[device] // numbers, -(-count // processes)))
+
+
 def share_out(batches: list[LearnedBatch]) -> None:
-    """Give every batch to the process that has the fewest numbers so far."""
+    """Give every batch, the largest first, to the process that has the fewest numbers so far."""
     given = [0] * parallel.world()
-    for batch in batches:
+    for batch in sorted(batches, key=lambda batch: -batch.numbers):
         owner = given.index(min(given))
         given[owner] += batch.numbers
         batch.give_to(owner)
 
 
-def summed(batches: Iterable[LearnedBatch]) -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
+def owned_gradients(batches: Iterable[LearnedBatch]) -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
     """Yield this process's batches with the gradients of written weights, over all processes.
 
     As many sums are under way as there are processes, so that each works while others do.

@@ -12,15 +12,24 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed import Work
+from transformers import PreTrainedModel
 
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, weight_format
 from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
+from spinlab.learn.spaces.gates import fuse_gates
 from spinlab.learn.spaces.heads import learn_heads
-from spinlab.learn.spaces.linear import LearnedBatch, LearnedLinear, batches_of, share_out, summed
+from spinlab.learn.spaces.linear import (
+    LearnedBatch,
+    LearnedLinear,
+    batches_of,
+    owned_gradients,
+    share_out,
+)
 from spinlab.learn.spaces.rotate import rotate, rotate_back
+from spinlab.model.load import ExactNorm
 from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.shares import watched
@@ -53,10 +62,7 @@ class WeightSpace(LearningSpace):
                 _show(local.watch("r2", site.layer), module, output=True)
         self.batches = batches_of(self.linears)
         share_out(self.batches)
-        if rotations.inputs is not None:
-            for key, producer in rotations.inputs.producers.items():
-                divide = partial(rotations.inputs.divide, key)
-                model.get_submodule(producer).register_forward_hook(partial(_through, divide))
+        self._fold(model)
         lr = self.learn.lr.input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
         lr = self.learn.lr.kv_clip
@@ -66,6 +72,22 @@ class WeightSpace(LearningSpace):
             ends = map_of(model)
             for path, into in ((ends.embedding, self.enter), (ends.final_norm, self.leave)):
                 model.get_submodule(path).register_forward_hook(partial(_through, into))
+
+    def _fold(self, model: PreTrainedModel) -> None:
+        """Divide what producers of inputs give by folded scales, in their own kernels or behind."""
+        inputs = self.rotations.inputs
+        if inputs is None:
+            fuse_gates(model, {})
+            return
+        factors = {path: partial(inputs.factor, key) for key, path in inputs.producers.items()}
+        inside = fuse_gates(model, factors)
+        for key, path in inputs.producers.items():
+            producer = model.get_submodule(path)
+            if isinstance(producer, ExactNorm):
+                producer.factor = factors[path]
+            elif path not in inside:
+                divide = partial(inputs.divide, key)
+                producer.register_forward_hook(partial(_through, divide))
 
     def _format(self, site: Site) -> TensorQuant | None:
         """Return the format of a weight that is rounded in the loop."""
@@ -150,7 +172,7 @@ class WeightSpace(LearningSpace):
         for linear in self.linears:
             for name, part in linear.bias_pulled_back(rotations.r1, rotations.r2):
                 rotations.add_gradient(name.lower(), linear.site.layer, part)
-        for batch, of_written in summed(self.batches):
+        for batch, of_written in owned_gradients(self.batches):
             group, weights = batch.linears[0].site.input, None
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)

@@ -3,6 +3,7 @@
 from spinlab.errors import InputError
 from spinlab.model.families.blocked import BLOCKED
 from spinlab.model.families.cohere import COHERE
+from spinlab.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
@@ -23,6 +24,9 @@ FAMILIES: dict[str, Family] = {
     "olmo3": OLMO2,
     "stablelm": STABLELM,
     "cohere": COHERE,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
 }

@@ -9,7 +9,10 @@ _EXPERTS = (
     "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE and "
     "Mixtral"
 )
-_ONE_PLUS_GAIN = "its norms multiply by 1 + weight, which folding the gains does not handle"
+_TOWER = (
+    "its text model lies beside a vision tower, and transformers loads no model of text alone from "
+    "its checkpoints (a text model saved by itself, as gemma3_text, is taken)"
+)
 _SCAN = "it mixes tokens by a recurrent scan over channels, which no map describes"
 
 _GROUPS = {
@@ -18,12 +21,12 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),
-    POST_NORM: ("exaone4", "gemma2", "gemma3", "gemma3_text", "glm4"),
+    POST_NORM: ("exaone4", "glm4"),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
         *("llama4_text", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
     ),
-    _ONE_PLUS_GAIN: ("gemma",),
+    _TOWER: ("gemma3",),
     _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),
 }
 

@@ -63,7 +63,9 @@ def read_decoder(
         norms += reader.norms()
     final: Any = model.get_submodule(names.final_norm)
     hidden: int = final.weight.shape[0]
-    last = Norm(names.final_norm, None, (names.head,), hidden, _epsilon(final), offset)
+    cannot = cannot or {}
+    head = () if "r1" in cannot else (names.head,)  # no R1 has to pass its gain: it stays
+    last = Norm(names.final_norm, None, head, hidden, _epsilon(final), offset)
     return ModelMap(
         family=model.config.model_type,
         hidden=hidden,
@@ -77,7 +79,7 @@ def read_decoder(
         final_norm=names.final_norm,
         rope=names.rope,
         rope_kind=_rope_kind(model.get_submodule(names.rope)),
-        cannot=cannot or {},
+        cannot=cannot,
     )
 
 
@@ -159,15 +161,16 @@ class _LayerReader:
         """Return what the linears read; a row of values feeds every head that shares it."""
         names = self.names
         shared = self._shape(names.out)[1] // self._shape(names.values)[0]
+        normed = 1, 1, self.offset
         places = [
-            ("qkv", names.queries, "R1", names.attention_norm, (1, 1)),
+            ("qkv", names.queries, "R1", names.attention_norm, normed),
             ("o", names.out, "R2", names.values, (shared, self.head_dim)),
-            ("gate_up", self.mlps[0].gate, "R1", names.mlp_norm, (1, 1)),
+            ("gate_up", self.mlps[0].gate, "R1", names.mlp_norm, normed),
             *((mlp.input, mlp.down, "R4", mlp.up, (1, 1)) for mlp in self.mlps),
         ]
         return [
-            Input(self.index, name, self._shape(reader)[1], reads, at and self._at(at), *heads)
-            for name, reader, reads, at, heads in places
+            Input(self.index, name, self._shape(reader)[1], reads, at and self._at(at), *rest)
+            for name, reader, reads, at, rest in places
         ]
 
     def norms(self) -> list[Norm]:
@@ -226,7 +229,8 @@ class _LayerReader:
         if self.router is not None:
             return Layer(self.path, attention, None)
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
-        return Layer(self.path, attention, GatedMLP(*parts, self.config.hidden_act))
+        activation = getattr(self.config, "hidden_activation", None)  # Gemma's word
+        return Layer(self.path, attention, GatedMLP(*parts, activation or self.config.hidden_act))
 
     def _width(self, norm: str) -> int:
         """Return how many gains a norm has."""

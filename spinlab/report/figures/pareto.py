@@ -14,6 +14,7 @@ from spinlab.report.records import Record, read_seeds
 from spinlab.report.speeds import CASES, read_speeds
 
 _LESS_IS_BETTER = ("ppl/", "kl/", "flips/")
+_PERCENT = ("zeroshot_mean/",)  # of answers, which records have as parts
 _TO_THE_ORIGINAL = ("kl/", "flips/", "zeroshot_mean/difference")  # whose own is 0
 
 
@@ -58,7 +59,7 @@ def _original(run: Record, metric: str) -> float:
 def _value(run: Record, name: str) -> float:
     if (value := run["metrics"].get(name)) is None:
         raise InputError(f"a record of {run['experiment']} has no {name}: give another metric=")
-    return value
+    return 100 * value if name.startswith(_PERCENT) else value
 
 
 def front(points: Mapping[str, Point], costs_more: bool, less_is_better: bool) -> list[str]:
@@ -86,6 +87,8 @@ def draw_pareto(
     A grey line joins what no other beats in both.
     """
     cases = [case for case in CASES if all(case in of for of in costs.values())]
+    if not cases:
+        raise InputError(f"no case was timed for all of {', '.join(costs)}: name others")
     figure = blank(PAGE, 0.8 + 1.7 * len(scores) + 0.05 * len(costs))
     axes = figure.subplots(len(scores), len(cases), sharex="col", sharey="row", squeeze=False)
     for row, (metric, of_methods) in zip(axes, scores.items(), strict=True):
@@ -104,7 +107,9 @@ def draw_pareto(
 def _title(metric: str) -> str:
     """Return what the axis of a narrow panel says of a metric: kl/wiki is `wiki KL`."""
     kind, _, text = metric.partition("/")
-    return f"{text} {OF_TEXTS[kind][0]}" if kind in OF_TEXTS else metric.replace("_mean/", " ")
+    if kind in OF_TEXTS:
+        return f"{text} {OF_TEXTS[kind][0]}"
+    return metric.replace("_mean/", " ") + ", %" * metric.startswith(_PERCENT)
 
 
 def _draw(axis: Any, points: Mapping[str, Point]) -> None:

@@ -12,7 +12,9 @@ from spinlab.report.formats import Sheet
 from spinlab.report.tables.ablation import ablation_table
 from spinlab.report.tables.differences import differences_sheet, differences_table
 from spinlab.report.tables.exports import exports_table
+from spinlab.report.tables.formats import formats_sheet, formats_table
 from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
+from spinlab.report.tables.kv import kv_sheet, kv_summary, kv_table
 from spinlab.report.tables.methods import methods_sheet, methods_table
 from spinlab.report.tables.paper import paper_table
 from spinlab.report.tables.pareto import pareto_table
@@ -30,6 +32,8 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "seeds": seeds_table,
     "differences": differences_table,
     "pareto": pareto_table,
+    "kv": kv_table,
+    "formats": formats_table,
 }
 
 # of records of one's own, in any format
@@ -38,10 +42,13 @@ SHEETS: Mapping[str, Callable[..., Sheet]] = {
     "gap": gap_sheet,
     "seeds": seeds_sheet,
     "differences": differences_sheet,
+    "kv": kv_sheet,
+    "formats": formats_sheet,
 }
 
 FILES: Mapping[str, Callable[..., Path]] = {
     "gap": gap_summary,
     "quality": quality_summary,
+    "kv": kv_summary,
     "figure": figure_file,
 }

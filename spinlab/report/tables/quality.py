@@ -20,7 +20,7 @@ def quality_summary(folder: Path, name: str, baseline: str) -> Path:
     Returns the path of the file of that name.
     """
     metrics: dict[str, float] = {}
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for place in models_in(folder):
         records = read_seeds(place)
         found = _of_model(records, runs_of(baseline, records), baseline)
         metrics |= {key.replace("/", f"/{place.name}/", 1): value for key, value in found.items()}
@@ -40,12 +40,17 @@ def _of_model(
                 found[f"gap_closed/{method}/{text}"] = mean(shares)
                 if len(shares) > 1:
                     found[f"gap_closed/{method}/{text}/deviation"] = stdev(shares)
-            found |= _mean(runs, f"kl/{text}/fake", f"kl/{method}/{text}")
-        found |= _mean(runs, f"{_ANSWERS}/fake", f"zeroshot/{method}/mean")
-    return found | _mean(against, f"{_ANSWERS}/fp", "zeroshot/original/mean")
+            found |= mean_over(runs, f"kl/{text}/fake", f"kl/{method}/{text}")
+        found |= mean_over(runs, f"{_ANSWERS}/fake", f"zeroshot/{method}/mean")
+    return found | mean_over(against, f"{_ANSWERS}/fp", "zeroshot/original/mean")
 
 
-def _mean(runs: Sequence[Record], metric: str, name: str) -> dict[str, float]:
+def models_in(folder: Path) -> list[Path]:
+    """Return the folders of models below one, in order."""
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def mean_over(runs: Sequence[Record], metric: str, name: str) -> dict[str, float]:
     """Return the mean of a metric that all runs have, under a name; nothing where one lacks it."""
     values = [run["metrics"].get(metric) for run in runs]
     return {name: mean(values)} if all(value is not None for value in values) else {}

@@ -118,6 +118,11 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
             return (
                 f"RoPE of {layer.path} turns neighbours, and the integer runtime halves of a head"
             )
+        if (cap := layer.attention.softcap) is not None:
+            return (
+                f"attention of {layer.path} caps its scores at {cap:g}, and the integer runtime "
+                "has no soft caps"
+            )
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
         if layer.mlp.activation not in _SILU:

@@ -240,6 +240,34 @@ def test_points_are_bits_or_relative_speed_against_quality(sweep, tmp_path):
         speed(str(sweep), str(bench))
 
 
+def test_codecs_are_points_of_their_families_for_each_text(tmp_path):
+    """One that codes nothing is no point; families look the same in every panel."""
+    codecs = [("affine", 4.4, 0.1), ("qjl", 3.5, 0.9), ("affine", 2.4, 0.8), ("affine", 16.0, 0.0)]
+    for number, (codec, size, kl) in enumerate(codecs):
+        metrics = {"bits/kv/fake": size, "bits/weights/fake": 16.0, "ppl/wiki/fake": 9.0}
+        metrics |= {"kl/c4/fake": 2 * kl} | ({"kl/wiki/fake": kl} if number != 1 else {})
+        config = {"seed": 0, "kv": {"keys": {"codec": codec}}, "model": {"name": "toy"}}
+        path = tmp_path / str(number) / "record.json"
+        write_record(path, "none", 0, 9.0, metrics=metrics, config=config)
+    words = {"metric": "kl/wiki/fake,kl/c4/fake", "by": "kv.keys.codec", "of": "kv"}
+    axes = bits(str(tmp_path), **words).figure.axes
+    found = [{line.get_label(): line.get_xydata().tolist() for line in a.lines} for a in axes]
+    affine = np.array([[4.4, 0.1], [2.4, 0.8]])
+    assert found[0] == {"affine": affine.tolist()}  # the other has no KL of this text
+    twice = {"affine": (affine * [1, 2]).tolist(), "qjl": [[3.5, 1.8]]}
+    assert found[1] == twice
+    looks = [{a.lines[0].get_marker(), a.lines[0].get_color()} for a in axes]
+    assert looks[0] == looks[1]
+    assert [text.get_text() for text in axes[0].figure.legends[0].texts] == ["affine", "qjl"]
+    assert [a.get_ylabel() for a in axes] == [
+        f"{text} KL divergence to the original" for text in ("wiki", "c4")
+    ]
+    with pytest.raises(InputError, match=r"of=inputs has no bits: choose one of weights, kv"):
+        bits(str(tmp_path), of="inputs")
+    with pytest.raises(InputError, match="no record has the metrics bits/weights/fake, ppl/wiki"):
+        bits(str(tmp_path))  # of weights all have 16
+
+
 def test_many_groups_keep_their_markers_apart():
     (axis,) = draw_points({str(n): [(n, n)] for n in range(16)}, "x", "y").figure.axes
     assert len({(line.get_marker(), line.get_fillstyle()) for line in axis.lines}) == 16

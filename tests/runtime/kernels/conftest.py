@@ -4,6 +4,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from spinlab.runtime.kernels.producers import launch as gpu
+from spinlab.runtime.kernels.producers import reference as producers
+
 
 @pytest.fixture
 def device() -> torch.device:
@@ -20,3 +23,28 @@ def numpy_scalars() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patched
+
+
+@pytest.fixture
+def run(device, monkeypatch):
+    """Make inputs by a kernel and by definition; whatever the kernel leaves unwritten is poison."""
+
+    def poisoned(*shape, **options):
+        return torch.full(shape, 77, **options)
+
+    def both(name, *arguments):
+        arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", poisoned)
+            found = getattr(gpu, name)(*arguments)
+        wanted = getattr(producers, name)(*arguments)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert torch.equal(found.sums.long(), sums(found))
+        return found, wanted
+
+    return both
+
+
+def sums(found):
+    return found.levels.long().unflatten(1, (found.scale.shape[1], -1)).sum(2)

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource, compile
 
 from spinlab.formats import integer_kernels
 from spinlab.learn.objectives import logits_kernels
+from spinlab.learn.spaces import gate_kernels
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
@@ -130,6 +131,12 @@ OF_LOGITS = {"logits": "*bf16", "original": "*bf16", "labels": "*i64", "terms": 
 for capability, teacher in ((80, True), (90, False)):
     LOSS = {"COLUMNS": 151936, "TEACHER": teacher, "BLOCK": 2048}
     instructions(logits_kernels.loss_kernel, OF_LOGITS, LOSS, capability, warps=8)
+NAMES = "gate up out gradient of_gate of_up"
+OF_GATE = {**dict.fromkeys(NAMES.split(), "*bf16"), "factor": "*fp32", "sums": "*fp32",
+           "rows": "i32"}
+for kernel in (gate_kernels.gate_kernel, gate_kernels.gate_gradient_kernel):
+    GATED = {"WIDTH": 4864, "SCALED": True, "STEP": 32, "BLOCK": 128}
+    instructions(kernel, OF_GATE, GATED, 80)
 NAMES = "columns_ptr errors_ptr scale_ptr zero_ptr spread_ptr ahead_ptr first_ptr"
 OF_COLUMNS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*i16", "group_ptr": "*i32"}
 OF_COLUMNS |= dict.fromkeys(("outputs", "width", "begin", "end"), "i32")
