@@ -52,7 +52,8 @@ def check_peaks(model_map: ModelMap, rotations: RotationSet, quant: QuantConfig)
     if lost:
         raise InputError(
             f"the range of the input {min(lost)} was never found on calibration text, which its "
-            "format asks for: use quant.activations.format=nvfp4, or run the experiment again"
+            "format asks for: use quant.activations.format=nvfp4, or run the experiment again, "
+            f"with more {quant.calibration.place}.samples where no token went to an expert"
         )
 
 

@@ -120,3 +120,22 @@ def test_numbers_that_are_known_before_are_refused(place):
     words = "{format: nvfp4_calibrated, bits: 4, symmetric: true, group_size: 16}"
     with pytest.raises(InputError, match=f"quant.{place}.format=nvfp4_calibrated is a format of"):
         composed("+experiment=toy", f"quant.{place}={words}")
+
+
+def test_every_expert_needs_the_peak_of_its_own_input(make_family_model, ids):
+    shape = {**SHAPE, "moe_intermediate_size": 32, "num_experts": 24, "num_experts_per_tok": 1}
+
+    def original():
+        return make_family_model("qwen3_moe", 0, **shape)
+
+    networks = QuantizedNetworks(original, QUANT, KVConfig())
+    weights = quantize_rtn(networks.fused(RotationSet()), QUANT, ClipSearch(), {})
+    peaks = input_peaks(networks.rotated(RotationSet()), ids[:1, :6], QUANT)
+    assert {"0.gate_up", "1.gate_up", "0.qkv"} <= peaks.keys()
+    downs = [key for key in peaks if ".down." in key]
+    assert 0 < len(downs) <= 12  # six tokens, in two layers
+    with pytest.raises(InputError, match=r"0\.down\.\d+ .*more quant\.calibration\.samples"):
+        networks.emulated(RotationSet(peaks=peaks), weights)
+    known = dict.fromkeys((f"{layer}.down.{e}" for layer in range(2) for e in range(24)), 9.0)
+    found = networks.emulated(RotationSet(peaks=known | peaks), weights)
+    assert found(ids).logits.isfinite().all()
