@@ -81,7 +81,7 @@ def test_options_may_stand_between_settings():
         (["model="], "smollm2_135m"),
         (["learn=3"], "two_cores"),
         (["learn=non,null"], "did you mean none?"),
-        (["+experiment="], "there are llama2_7b_w4a4kv4, "),
+        (["+experiment="], "there are formats, kv, llama2_7b_w4a4kv4, "),
         (["seed=0,"], "cannot be read"),
         (["eval.variants=[fp,"], "cannot be read"),
     ],
