@@ -23,4 +23,4 @@ def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(known)}" if len(known) < 30 else f"{lists} lists them all"
+    return f"there are {', '.join(known)}" if len(known) < 40 else f"{lists} lists them all"
