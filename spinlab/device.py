@@ -19,6 +19,11 @@ _owned: list[FileLock] = []  # held as long as this process lives
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether what learning computes has kernels there; float64 goes through torch."""
+    return device.type == "cuda" and dtype != torch.float64
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device a config asks for; `auto` takes CUDA where there is one.
 

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
+from spinlab.device import has_kernels
 from spinlab.learn.spaces import CHUNK
-from spinlab.learn.spaces.gates import has_kernel, is_gated
 from spinlab.learn.spaces.linear import together
 from spinlab.model.map import Attention, ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
@@ -84,7 +84,7 @@ class _Job:
     @property
     def by_kernels(self) -> bool:
         """Tell whether gates and losses have kernels."""
-        return has_kernel(self.model.device, self.dtype)
+        return has_kernels(self.model.device, self.dtype)
 
     @property
     def size(self) -> int:
@@ -195,7 +195,8 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     norms = [norm for norm in job.map.norms if norm.layer == layer]
     kept += sum(norm.width for norm in norms if not norm.offset)
     widened = sum(norm.width for norm in norms if norm.offset)  # such read float32
-    fused = job.rounded and is_gated(job.map.layers[layer]) and job.by_kernels
+    mlp = job.map.layers[layer].mlp
+    fused = job.rounded and (mlp is not None and mlp.by_silu) and job.by_kernels
     numbers = kept + 2 * queries + 2 * values + (2 if fused else 3) * gated
     numbers += numbers_given(job.map, layer)  # which is weighted
     return int(numbers * job.size) + widened * job.wide + _kept_by_scores(job, attention)

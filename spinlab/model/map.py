@@ -149,6 +149,11 @@ class GatedMLP:
     down: str
     activation: str
 
+    @property
+    def by_silu(self) -> bool:
+        """Tell whether the activation is SiLU, which is all that kernels gate by."""
+        return self.activation in ("silu", "swish")
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -27,7 +26,7 @@ from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
 from spinlab.learn import duration as module
 from spinlab.learn.spaces.linear import TOGETHER
 from spinlab.model.load import load_model
-from spinlab.model.modules import decoder_of, map_of
+from spinlab.model.modules import map_of
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -81,38 +80,26 @@ def meta_llama(name: str, dtype: torch.dtype = torch.bfloat16):
 
 
 @pytest.mark.parametrize("learner", SPACES, indirect=True)
-def test_activations_are_what_autograd_keeps(learner):
-    check_kept(learner)
+def test_activations_are_what_autograd_keeps(learner, kept_bytes):
+    check_kept(learner, kept_bytes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_activations_of_other_attention_and_norms_are_what_autograd_keeps(
-    learner_of, family, dtype
+    learner_of, family, dtype, kept_bytes
 ):
     """Soft caps keep scores, 6·128 of each token; norms of 1 + weight read float32."""
     config = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
     learn = LearnConfig(**SETTINGS, rotations=["r2"])
     start = RotationConfig(r1="none", r4="none")
-    check_kept(learner_of(lambda: load_model(config, None, 0), learn, QUANT, start=start))
+    check_kept(
+        learner_of(lambda: load_model(config, None, 0), learn, QUANT, start=start), kept_bytes
+    )
 
 
-def check_kept(learner):
-    learner.rotations.begin()
-    learner.space.begin(0)
-    fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    kept: dict[int, torch.Tensor] = {}  # by storage, alive so that no address comes back
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in known:
-            kept.setdefault(place, tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder_of(learner.model)(input_ids=batch_of(learner.learn), use_cache=False)
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def check_kept(learner, kept_bytes):
+    found = kept_bytes(learner, batch_of(learner.learn))
     expected = estimate_of(learner.model, learner.learn, QUANT, 1).activations
     assert expected == pytest.approx(found, rel=0.25)
 

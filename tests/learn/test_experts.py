@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from spinlab.config import (
@@ -176,7 +175,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["activations", "weights"])
-def test_an_estimate_counts_what_tokens_meet(make_family_model, learner_of, rounded):
+def test_an_estimate_counts_what_tokens_meet(make_family_model, learner_of, rounded, kept_bytes):
     """Operations against torch's counter, kept bytes against autograd, weights against numel."""
     make = lambda: make_family_model("qwen3_moe", **WIDE).float()  # noqa: E731
     rates = {"lr": RatesConfig(clip=0.01)} if rounded else {}
@@ -195,19 +194,5 @@ def test_an_estimate_counts_what_tokens_meet(make_family_model, learner_of, roun
     assert active == attention + 4 * (16 * 96 + 4 * 3 * 96 * 48)
     ends = 2 * 256 * 96
     assert found.weights == 4 * ((4 if rounded else 1) * layers + ends)
-    learner.rotations.begin()
-    learner.space.begin(0)
-    fixed = [*learner.model.parameters(), *learner.rotations.cast.values()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in fixed}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in known:
-            kept.setdefault(place, tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder_of(learner.model)(input_ids=batch, use_cache=False)
-    taken = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    taken = kept_bytes(learner, batch)
     assert found.activations == pytest.approx(taken, rel=0.25)

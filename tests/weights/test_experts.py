@@ -159,24 +159,16 @@ def _clip():
 
 
 def test_both_inputs_of_an_expert_are_of_the_tokens_that_the_quantized_network_sends(
-    networks, windows, tmp_path, monkeypatch
+    networks, windows, tmp_path, seen_pairs
 ):
     """Coarse weights send tokens elsewhere: pairs are of one token, the original's as it would be.
 
     The original's inputs are worked out from its own stream, also where it routes otherwise.
     """
     windows = windows.repeat(1, 4)  # positions tell tokens apart
-    pairs: dict[FakeQuantLinear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    gather = layerwise.gather_pairs
-
-    def spy(inputs, linear):
-        inputs.visit(linear, lambda exact, x: pairs.setdefault(linear, []).append((exact, x)))
-        return gather(inputs, linear)
-
-    monkeypatch.setattr(layerwise, "gather_pairs", spy)
     found = rounded(networks, windows, tmp_path, "gptaq")
     rotated, quantized = networks.rotated(ROTATIONS), networks.dequantized(ROTATIONS, found)
-    seen = iter(pairs.values())
+    seen = iter(seen_pairs.values())
     elsewhere = 0
     for layer in range(2):
         original, then = (Seen(network, windows, layer) for network in (rotated, quantized))

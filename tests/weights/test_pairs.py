@@ -24,7 +24,6 @@ from spinlab.model.modules import linear_at, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights import layerwise
 from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_gptaq, quantize_gptq, quantize_qronos
 from spinlab.weights.quantized import QuantizedWeight
@@ -80,7 +79,7 @@ def multiplied(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, list[
 
 @pytest.mark.parametrize("key_bias", [None, 5.0])
 def test_both_inputs_are_those_of_whole_networks(
-    make_model, windows, tmp_path, monkeypatch, key_bias
+    make_model, windows, tmp_path, seen_pairs, key_bias
 ):
     """The original's are those of the rotated network with nothing rounded; the others those of
     the finished network, in which all that comes before a linear is as it was when it was seen."""
@@ -96,20 +95,12 @@ def test_both_inputs_are_those_of_whole_networks(
             keys.bias.data.normal_(0, key_bias, generator=torch.Generator().manual_seed(layer))
         return model
 
-    pairs: dict[FakeQuantLinear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    gather = layerwise.gather_pairs
-
-    def spy(inputs, linear):
-        inputs.visit(linear, lambda exact, x: pairs.setdefault(linear, []).append((exact, x)))
-        return gather(inputs, linear)
-
-    monkeypatch.setattr(layerwise, "gather_pairs", spy)
     found = rounded(networks(), windows, tmp_path)
     original = multiplied(networks().rotated(ROTATIONS), windows)
     quantized = multiplied(networks().dequantized(ROTATIONS, found), windows)
     names = [n for n in original if n.endswith(("q_proj", "o_proj", "gate_proj", "down_proj"))]
-    assert len(pairs) == len(names) == 8
-    for name, seen in zip(names, pairs.values(), strict=True):
+    assert len(seen_pairs) == len(names) == 8
+    for name, seen in zip(names, seen_pairs.values(), strict=True):
         for window, (exact, x) in enumerate(seen):
             torch.testing.assert_close(exact, original[name][window], msg=name)
             torch.testing.assert_close(x, quantized[name][window], msg=name)

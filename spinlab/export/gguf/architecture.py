@@ -122,7 +122,7 @@ def _faults(
     if len(shapes) > 1 or len({norm.epsilon for norm in model_map.norms}) > 1:
         yield "layers that differ"
     for index, layer in enumerate(layers):
-        if layer.mlp is None or layer.mlp.activation not in ("silu", "swish"):
+        if layer.mlp is None or not layer.mlp.by_silu:
             yield f"MLP like that of {layer.path}"
         for name, path in _linears(layer):
             if name not in architecture.biases and linear_at(model, path).bias is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spinlab.config import ObjectiveConfig
+from spinlab.device import has_kernels
 from spinlab.learn.objectives import logits_triton
 from spinlab.model.attention import capped
 
@@ -115,7 +116,7 @@ def _chunk_terms(
     """
     share = config.kl / _gradient_unit(config)
     if original is None or not config.kl_top_k:
-        if logits_triton.has_kernel(logits):
+        if has_kernels(logits.device, logits.dtype):
             return logits_triton.full_terms(logits, labels, original, share)
         return _full_terms(logits, labels, original, config, share)
     k = min(config.kl_top_k, original.shape[-1])

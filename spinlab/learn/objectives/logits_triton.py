@@ -11,11 +11,6 @@ import torch
 _BLOCK = 2048  # logits that one program holds at once
 
 
-def has_kernel(logits: torch.Tensor) -> bool:
-    """Tell whether there is a kernel for such logits; float64 goes through torch."""
-    return logits.is_cuda and logits.dtype != torch.float64
-
-
 def full_terms(
     logits: torch.Tensor, labels: torch.Tensor, original: torch.Tensor | None, share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from spinlab.model.map import Layer
+from spinlab.device import has_kernels
 from spinlab.model.modules import map_of
 
-_SILU = ("silu", "swish")
 _STEP, _BLOCK = 32, 128  # rows and columns of a program
 
 Factor = Callable[[], torch.Tensor]
@@ -31,22 +30,12 @@ def fuse_gates(model: PreTrainedModel, factors: dict[str, Factor]) -> set[str]:
     fused: set[str] = set()
     for layer in map_of(model).layers:
         mlp = layer.mlp
-        if mlp is not None and is_gated(layer):
+        if mlp is not None and mlp.by_silu:
             parts = (model.get_submodule(path) for path in (mlp.gate, mlp.up, mlp.down))
             forward = partial(_forward, *parts, factors.get(mlp.up))
             model.get_submodule(mlp.path).forward = forward  # type: ignore[method-assign]
             fused.add(mlp.up)
     return fused
-
-
-def is_gated(layer: Layer) -> bool:
-    """Tell whether a layer has a gated MLP alone, whose activation `gated` knows."""
-    return layer.mlp is not None and layer.mlp.activation in _SILU
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether gate and up are read by kernels; float64 goes through torch."""
-    return device.type == "cuda" and dtype != torch.float64
 
 
 def _forward(
@@ -61,7 +50,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, factor: torch.Tensor | None = No
     Each product is rounded to the dtype of gate and up, as it is in a network whose up_proj holds
     the factor.
     """
-    if has_kernel(gate.device, gate.dtype):
+    if has_kernels(gate.device, gate.dtype):
         return _Gated.apply(gate, up, factor)  # type: ignore[no-any-return]
     return silu(gate) * (up if factor is None else up * factor.to(up.dtype))
 

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
-_SILU = ("silu", "swish")
 _FLOATS = (
     "the settings of the KV cache keep tokens in floats (kv.sinks, kv.window, or a codec of runs), "
     "where the integer runtime codes them all"
@@ -125,7 +124,7 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
             )
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
-        if layer.mlp.activation not in _SILU:
+        if not layer.mlp.by_silu:
             return (
                 f"the model's activation is {layer.mlp.activation}, and the integer runtime gates "
                 "by SiLU only"
