@@ -84,16 +84,18 @@ ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64
            "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
-BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "PARTS": 2,
-          "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128, "STEP": 64}
+BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False,
+          "ACROSS": False, "PARTS": 2, "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128,
+          "STEP": 64, "AS_FLOATS": False}
 PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
 ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}
-WIDE = {"x_ptr": "*fp32", "parts_ptr": "*fp32"}
+DEALT, WIDE = {"x_ptr": "*fp32"}, {"parts_ptr": "*fp32"}
 for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared memory, and Hopper
     for constants, kinds in (
-        (BLOCKS, {}), (ALONE, {"out_ptr": "*fp32"}), ({**ALONE, "GATED": True}, {}),
-        ({**ALONE, "DEALT": True, "PARTS": 1}, WIDE),
+        (BLOCKS, {}), ({**ALONE, "ACROSS": True}, {"out_ptr": "*fp32"}),
+        ({**ALONE, "GATED": True}, {}), ({**ALONE, "DEALT": True}, DEALT),
+        ({**ALONE, "PARTS": 1}, WIDE),
     ):
         kernel = block_kernels.blocks_kernel
         found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)

@@ -2,7 +2,9 @@
 
 A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores. Its
 matrix is a sum of two of the input's dtype where that holds every row to 2^-16, else float32 in
-products of three TF32 ones, as is what a dual transform has between its rotations.
+products of three TF32 ones. What a dual transform has between its rotations is float32: a sum of
+two numbers of bfloat16, as is the second matrix. It lies with the tokens of a channel side by side,
+so that the channels are dealt in whole pieces of memory.
 """
 
 from dataclasses import dataclass
@@ -54,10 +56,8 @@ def turned(
     """
     first, *rest = _passes_of(rotation, x)
     inverse = None if epsilon is None else _inverse_rms(x, epsilon)
-    y = _turned(x, first, x.dtype if not rest else torch.float32, up, gain, inverse)
-    for further in rest:
-        y = _turned(y, further, x.dtype)
-    return y
+    y = _turned(x, first, None if rest else x.dtype, up, gain, inverse)
+    return _turned(y, rest[0], x.dtype) if rest else y
 
 
 def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -79,19 +79,24 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 def _turned(
     x: torch.Tensor,
     by: _Pass,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     up: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     inverse: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Return one rotation of x: (tokens, width); (width, tokens) in float32 without a dtype.
+
+    What is dealt is such a tensor.
+    """
     from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
 
-    tokens, width = x.shape
+    tokens, width = x.shape if by.order is None else (x.shape[1], x.shape[0])
     parts, matrices, b = by.parts.shape[:3]
     x = x if x.stride(1) == 1 else x.contiguous()
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
     other = up if up is not None else gain.contiguous() if gain is not None else x
-    found = torch.empty(tokens, width, dtype=dtype, device=x.device)
+    shape = (width, tokens) if dtype is None else (tokens, width)
+    found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
     if not tokens:
         return found
     step = _FEW if tokens <= _FEW else _STEP
@@ -103,9 +108,10 @@ def _turned(
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": inverse is not None,
-        "GAIN": gain is not None, "DEALT": by.order is not None, "PARTS": parts,
-        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
+        "GAIN": gain is not None, "DEALT": by.order is not None, "ACROSS": dtype is None,
+        "PARTS": parts, "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
         "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step,
+        "AS_FLOATS": not x.is_cuda,  # the interpreter multiplies no bfloat16
     }  # fmt: skip
     launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
     return found
@@ -144,8 +150,8 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
     for matrices, order in steps:
         if matrices.shape[-1] > _WIDEST:
             return []
-        # what comes behind a deal of channels is float32
-        parts = _halves(matrices, x.dtype) if order is None else None
+        # what comes behind a deal of channels is float32, whose range bfloat16 has
+        parts = _halves(matrices, x.dtype if order is None else torch.bfloat16)
         parts = matrices[None].float() if parts is None else parts
         found.append(_Pass(parts.to(x.device).contiguous(), order))
     return found

@@ -24,12 +24,30 @@ def inverse_kernel(
 
 
 @triton.jit
-def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr):
-    """Return x M in float32: M is float32 itself, or a sum of two matrices of x's dtype."""
+def _added(total, x, matrix, AS_FLOATS: tl.constexpr):
+    """Return total + x matrix in float32, of two factors of 16 bits."""
+    if AS_FLOATS:
+        total = tl.dot(x.to(tl.float32), matrix.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(x, matrix, total)
+    return total
+
+
+@triton.jit
+def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr, AS_FLOATS: tl.constexpr):
+    """Return x M in float32: M is float32 itself, or a sum of two 16-bit matrices.
+
+    So is an x of float32 a sum of two, and the product three products; the fourth counts nothing.
+    """
     high = tl.load(ptr, mask=known, other=0.0)
     if PARTS == 2:
         low = tl.load(ptr + APART, mask=known, other=0.0)
-        found = tl.dot(x, high, tl.dot(x, low))
+        top = x.to(high.dtype)
+        found = tl.zeros((x.shape[0], high.shape[1]), tl.float32)
+        found = _added(found, top, low, AS_FLOATS)
+        if x.dtype == tl.float32:
+            found = _added(found, (x - top.to(tl.float32)).to(high.dtype), high, AS_FLOATS)
+        found = _added(found, top, high, AS_FLOATS)
     else:
         found = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
     return found
@@ -39,13 +57,15 @@ def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr):
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
     many, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
-    PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    ACROSS: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, AS_FLOATS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotate `many` blocks of B numbers of STEP tokens; parts are (PARTS, BLOCKS or 1, B, B).
 
-    GATED: of silu(x)·other. NORMED: of x·inverse, times other where there is GAIN. DEALT: place j
-    takes number order[j] of x.
+    GATED: of silu(x)·other. NORMED: of x·inverse, times other where there is GAIN. ACROSS: what is
+    written is (width, tokens), so that what deals channels reads each of them in one piece. DEALT:
+    place j takes number order[j] of such an x.
     """
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
@@ -56,19 +76,21 @@ def blocks_kernel(
     for index in tl.range(0, many, num_stages=1):
         block = tl.program_id(1) * many + index
         place = block * B + b[None, :]
-        source = tl.load(order_ptr + place, mask=(b < B)[None, :], other=0) if DEALT else place
-        x = tl.load(x_ptr + token * stride + source, mask=inside, other=0.0)
+        if DEALT:
+            source = tl.load(order_ptr + place, mask=(b < B)[None, :], other=0).to(tl.int64)
+            x = tl.load(x_ptr + source * tokens + token, mask=inside, other=0.0)
+        else:
+            x = tl.load(x_ptr + token * stride + place, mask=inside, other=0.0)
         if GATED:
-            other = tl.load(other_ptr + token * other_stride + source, mask=inside, other=0.0)
+            other = tl.load(other_ptr + token * other_stride + place, mask=inside, other=0.0)
             x = gated(x, other, False)
         if NORMED:
             inverse = tl.load(inverse_ptr + token, mask=token < tokens, other=0.0)
             x = (x.to(tl.float32) * inverse).to(x.dtype)
             if GAIN:
-                gain = tl.load(other_ptr + source, mask=(b < B)[None, :], other=0.0).to(x.dtype)
+                gain = tl.load(other_ptr + place, mask=(b < B)[None, :], other=0.0).to(x.dtype)
                 x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
         matrix = parts_ptr + (0 if SHARED else block * B * B) + square
-        y = _product(x, matrix, known, PARTS, (1 if SHARED else BLOCKS) * B * B)
-        tl.store(
-            out_ptr + token * (BLOCKS * B) + place, y.to(out_ptr.dtype.element_ty), mask=inside
-        )
+        y = _product(x, matrix, known, PARTS, (1 if SHARED else BLOCKS) * B * B, AS_FLOATS)
+        at = place.to(tl.int64) * tokens + token if ACROSS else token * (BLOCKS * B) + place
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
