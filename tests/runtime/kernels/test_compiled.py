@@ -80,13 +80,13 @@ SIZES |= {"left_ptr": "*bf16", "right_ptr": "*bf16", "levels_ptr": "*i8", "scale
 ROWS = {**GRID, "GATED": False, "NORMED": True, "GAIN": True, "STEP": 1, "GROUPS": 1,
         "GROUP": 4096, "MANY": 1, "BLOCK": 4096}
 instructions(producer_kernels.rows_kernel, SIZES, ROWS, 90)
-ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64, "FIRST": 128,
-           "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
+ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": True, "B": 64, "FIRST": 128, "SECOND": 64,
+           "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
 BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False,
           "ACROSS": False, "PARTS": 2, "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128,
-          "STEP": 64, "AS_FLOATS": False}
+          "PIECE": 64, "STEP": 64, "AS_FLOATS": False}
 PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
 ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}

@@ -17,7 +17,8 @@ from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.kernels.launch import launch, power_of_two
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
-_FEW, _STEP = 16, 64  # tokens of a program
+_FEW, _STEP = 16, 64  # tokens of a tile
+_PIECES = 32, 64  # numbers of a block that one program writes: of few tokens, and of many
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -99,9 +100,11 @@ def _turned(
     found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
     if not tokens:
         return found
-    step = _FEW if tokens <= _FEW else _STEP
-    tiles, blocks = -(-tokens // step), width // b
-    many = _blocks_a_program(tiles, blocks, x.device)
+    few = tokens <= _FEW
+    step, blocks, block = _FEW if few else _STEP, width // b, max(_NARROWEST, power_of_two(b))
+    piece = min(_PIECES[not few], block)
+    tiles, pieces = -(-tokens // step), blocks * -(-b // piece)
+    many = _tiles_a_program(tiles, pieces, x.device)
     arguments = (
         x, other, x if inverse is None else inverse, x if by.order is None else by.order,
         by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0), many,
@@ -109,23 +112,20 @@ def _turned(
     constants = {
         "GATED": up is not None, "NORMED": inverse is not None,
         "GAIN": gain is not None, "DEALT": by.order is not None, "ACROSS": dtype is None,
-        "PARTS": parts, "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
-        "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step,
+        "PARTS": parts, "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block,
+        "PIECE": piece, "STEP": step,
         "AS_FLOATS": not x.is_cuda,  # the interpreter multiplies no bfloat16
     }  # fmt: skip
-    launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
+    launch(blocks_kernel, (-(-tiles // many), pieces), arguments, constants, num_warps=4)
     return found
 
 
-def _blocks_a_program(tiles: int, blocks: int, device: torch.device) -> int:
-    """Return how many blocks a program takes in turn, so that few programs wait."""
+def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
+    """Return how many tiles of tokens a program takes in turn with its matrix, so that few wait."""
     cores = 1
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
-    many = 1
-    while blocks % (2 * many) == 0 and tiles * blocks // (2 * many) >= 4 * cores:
-        many *= 2
-    return many
+    return max(1, min(tiles, tiles * pieces // (4 * cores)))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
