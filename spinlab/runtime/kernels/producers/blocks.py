@@ -18,7 +18,7 @@ from spinlab.runtime.kernels.launch import launch, power_of_two
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a tile
-_PIECES = 32, 64  # numbers of a block that one program writes: of few tokens, and of many
+_PIECE = 64  # numbers of a block that one program writes
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -100,9 +100,8 @@ def _turned(
     found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
     if not tokens:
         return found
-    few = tokens <= _FEW
-    step, blocks, block = _FEW if few else _STEP, width // b, max(_NARROWEST, power_of_two(b))
-    piece = min(_PIECES[not few], block)
+    step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
+    blocks, piece = width // b, min(_PIECE, block)
     tiles, pieces = -(-tokens // step), blocks * -(-b // piece)
     many = _tiles_a_program(tiles, pieces, x.device)
     arguments = (
