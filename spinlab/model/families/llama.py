@@ -5,6 +5,7 @@ rotated space and R3. SmolLM3 turns the queries and keys of some layers by no Ro
 not miss.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from spinlab.model.families.decoder import Names, read_decoder
@@ -31,4 +32,4 @@ NAMES = Names(
     key_norm="self_attn.k_norm",
 )
 
-LLAMA = Family(partial(read_decoder, names=NAMES))
+LLAMA = Family(partial(read_decoder, names=replace(NAMES, adds=True)))

@@ -31,8 +31,8 @@ def pareto(records: str, speeds: str, metric: str = "kl/wiki,kl/c4", methods: st
 
     records: one folder. speeds: records of whole networks, with commas. metric: without a variant,
     several with commas. methods: some of the folder's, with commas; else all that have a speed.
-    Raises InputError for a method or a metric without records, for a method that is named and has no
-    speed, and where none has one.
+    Raises InputError for a method or a metric without records, for a named method without a speed,
+    and where none has one.
     """
     found, timed = read_seeds(Path(records).expanduser()), read_speeds(speeds.split(","))
     runs = {name: runs_of(name, found) for name in (methods.split(",") if methods else found)}

@@ -38,12 +38,14 @@ NUMBERS = {"s_ptr": "*fp32", "z_ptr": "*i32", "a_ptr": "*i32", "t_ptr": "*fp32",
            "c_ptr": "*i32", "bias_ptr": "*fp32", "tokens": "i32", "out": "i32"}
 TILES = {"x_tiles": "tensordesc<i8[128, 64]>", "w_tiles": "tensordesc<u8[128, 64]>",
          "y_tiles": "tensordesc<bf16[128, 128]>"}
-ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "part_ptr": "*i32", "count_ptr": "*i32"}
+ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "added_ptr": "*bf16",
+        "part_ptr": "*i32", "count_ptr": "*i32"}
 ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may share
 SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
          "BIAS": False, "ASM": True}
 PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PROGRAMS": 264}
-DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGES": 4}
+DECODE = {**SHAPE, "IN": 4096, "ADDED": True, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2,
+          "STAGES": 4}
 
 
 STRIDES = ("stride", "other_stride")
