@@ -47,10 +47,9 @@ class PassGraph:
         self, forward: Callable[..., Any], form: Form, cache: IntegerCache, place: "Place | None"
     ) -> None:
         slots, before = cache.slots, cache.filled
-        shape = slots.batch, form.tokens
-        self.ids = torch.zeros(*shape, dtype=torch.int64, device=slots.start.device)
-        self.positions, self.offsets = torch.zeros_like(self.ids), torch.arange(form.tokens)
-        self.offsets = self.offsets.to(self.ids.device)
+        like = {"dtype": torch.int64, "device": slots.start.device}
+        self.ids, self.positions = torch.zeros(2, slots.batch, form.tokens, **like)
+        self.first = torch.arange(form.tokens, **like)
 
         def step(cache: IntegerCache) -> torch.Tensor:
             filled = cache.filled
@@ -73,7 +72,7 @@ class PassGraph:
         """Run a pass on new ids (batch, tokens); return a copy of its logits."""
         self.ids.copy_(ids)
         if positions is None:  # tokens count from the first slot, as in the stock model
-            positions = self.offsets + (cache.slots.length if cache.filled else 0)
+            positions = cache.slots.length if cache.filled else self.first
         self.positions.copy_(positions)
         self.run()
         cache.filled += self.ids.shape[1]
@@ -134,7 +133,8 @@ class GraphRunner:
         form = Form.of(kwargs)
         # outside of inference mode, so that its tensors can be written in any mode
         with torch.inference_mode(False), torch.no_grad():
-            graphs = cache.before_replay(len(kwargs["input_ids"]), form.tokens)
+            cache.before_replay(len(kwargs["input_ids"]), form.tokens)
+            graphs = cache.slots.graphs
             if form not in graphs:
                 if self.place is None and cache.slots.start.is_cuda:
                     self.place = Place()
