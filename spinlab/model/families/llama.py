@@ -1,4 +1,4 @@
-"""Llama, and the families that took its module names over: Mistral, Qwen2, Qwen3, SmolLM3.
+"""Llama, and the families that took its module names over: Mistral, Qwen2, Qwen3, and others.
 
 Qwen3's norms of single queries and keys stay as they are: they act between linears that write no
 rotated space and R3. SmolLM3 turns the queries and keys of some layers by no RoPE, which R3 does
