@@ -156,12 +156,12 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
     """Return a maker of identical tiny float64 models of any family, as `load_model` gives them.
 
     Gains and biases are random, and weights large enough for logits and attention with contrast.
-    head_dim=None leaves it to the family; StableLM's heads always make up the stream.
+    head_dim=None leaves it to the family; heads of StableLM and OLMoE always make up the stream.
     """
 
     def make(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
         shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2, **changes}
-        if model_type == "stablelm" and (width := shape.pop("head_dim")) is not None:
+        if model_type in ("stablelm", "olmoe") and (width := shape.pop("head_dim")) is not None:
             shape["hidden_size"] = width * shape["num_attention_heads"]
         if shape.get("head_dim", 0) is None:
             del shape["head_dim"]

@@ -86,7 +86,7 @@ KIN = (
     ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "smollm3"),
     ("exaone4", "olmo2", "olmo3"),
     ("gemma", "gemma2", "gemma3_text"),
-    ("mixtral", "qwen3_moe"),
+    ("mixtral", "olmoe", "qwen3_moe"),
 )
 
 

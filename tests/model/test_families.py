@@ -85,18 +85,12 @@ SHAPES = [
     ("qwen3_moe", EXPERTS),
     ("qwen3_moe", {"attention_bias": True, "norm_topk_prob": True, **EXPERTS, **UNTIED}),
     ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 40, "mlp_only_layers": [0]}),
+    ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, **UNTIED}),
 ]
-NORMED = (
-    "qwen3",
-    "qwen3_moe",
-    "olmo2",
-    "olmo3",
-    "exaone4",
-    "glm4",
-    "gemma2",
-)  # of heads, or behind blocks
+# with four norms a layer: of heads, or behind blocks
+NORMED = ("exaone4", "gemma2", "glm4", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
 every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
 one_of_each = pytest.mark.parametrize("family", sorted(FAMILIES))
 

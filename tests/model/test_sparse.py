@@ -35,6 +35,7 @@ QWEN3 = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20
 SHAPES = {
     "qwen3_moe": QWEN3,
     "qwen3_moe, normalized": {**QWEN3, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -253,3 +254,8 @@ def test_the_fused_runtime_leaves_experts_to_torch(make, ids, caplog):
     found = logits(networks.integer(rotations, weights, "auto"), ids)
     assert "has no gated MLP alone" in caplog.text
     assert torch.equal(found, logits(networks.emulated(rotations, weights), ids))
+
+
+def test_values_that_are_cut_off_are_refused(make_family_model):
+    with pytest.raises(InputError, match=r"clip_qkv=1\.5 cuts values off"):
+        map_of(make_family_model("olmoe", clip_qkv=1.5))

@@ -10,7 +10,7 @@ from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
 from spinlab.model.families.phi3 import PHI3
-from spinlab.model.families.sparse import MIXTRAL, QWEN3_MOE
+from spinlab.model.families.sparse import MIXTRAL, OLMOE, QWEN3_MOE
 from spinlab.model.families.stablelm import STABLELM
 from spinlab.model.map import Family
 
@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
     "mixtral": MIXTRAL,
 }
 

@@ -6,8 +6,8 @@ POST_NORM = (
     "pass those gains"
 )
 _EXPERTS = (
-    "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE and "
-    "Mixtral"
+    "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE, "
+    "OLMoE and Mixtral"
 )
 _TOWER = (
     "its text model lies beside a vision tower, and transformers loads no model of text alone from "
@@ -23,7 +23,7 @@ _GROUPS = {
     ),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
-        *("llama4_text", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
+        *("llama4_text", "phimoe", "qwen2_moe", "qwen3_next"),
     ),
     _TOWER: ("gemma3",),
     _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),

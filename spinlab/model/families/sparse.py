@@ -1,9 +1,9 @@
-"""Qwen3-MoE and Mixtral: Llama's attention, and MLPs that are routers and experts.
+"""Qwen3-MoE, OLMoE and Mixtral: Llama's attention, and MLPs that are routers and experts.
 
 The router reads the normed stream, as all experts do: its weight takes R1, the norm's gain and the
 scale of that input like theirs, and it sees its input unquantized, so that who is chosen changes
 with the stream alone. An expert is a gated MLP with an R4 input of its own. Some layers of a
-Qwen3-MoE may have one gated MLP instead.
+Qwen3-MoE may have one gated MLP instead. OLMoE norms all heads of queries, and of keys, together.
 """
 
 from dataclasses import replace
@@ -12,10 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from spinlab.errors import InputError
 from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.experts import Experts, join_experts, split_experts
 from spinlab.model.families.llama import NAMES
-from spinlab.model.map import Family
+from spinlab.model.map import Family, ModelMap
 
 _NAMES = replace(NAMES, router="mlp.gate.linear", experts="mlp.experts")
 
@@ -43,6 +44,13 @@ def _blocks(model: PreTrainedModel) -> list[Any]:
     return [layer.mlp for layer in layers if hasattr(layer.mlp, "experts")]
 
 
+def _read_olmoe(model: PreTrainedModel) -> ModelMap:
+    if (limit := model.config.clip_qkv) is not None:
+        raise InputError(f"clip_qkv={limit} cuts values off where they are, and R2 would turn them")
+    return read_decoder(model, _NAMES)
+
+
 _read = partial(read_decoder, names=_NAMES)
 QWEN3_MOE = Family(_read, prepare=_split_qwen3, restore=_join)
+OLMOE = Family(_read_olmoe, prepare=_split_qwen3, restore=_join)
 MIXTRAL = Family(_read, prepare=_split_mixtral, restore=_join)
