@@ -40,6 +40,10 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+# of its own, Qwen3-MoE would have 128 experts of 768 inputs, 30 times the rest of a tiny model
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+}
 
 
 # at least 10 s each, the longest first
@@ -160,7 +164,8 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
     """
 
     def make(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
-        shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2, **changes}
+        shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2}
+        shape |= {**EXPERTS.get(model_type, {}), **changes}
         if model_type == "stablelm" and (width := shape.pop("head_dim")) is not None:
             shape["hidden_size"] = width * shape["num_attention_heads"]
         if shape.get("head_dim", 0) is None:
