@@ -2,9 +2,9 @@
 
 import gc
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.load import exact_norms, load_model
 from spinlab.model.map import ModelMap
 from spinlab.rotation.initial import check_rotations
+from tests.forks import Forks
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -96,17 +97,25 @@ def settings_are_read_once() -> Iterator[None]:
         return
     from hydra._internal.config_repository import ConfigRepository
 
-    load, known = ConfigRepository.load_config, {}
+    load, known = ConfigRepository.load_config, dict[tuple[str, ...], bytes]()
 
     def remembered(self, config_path: str):
         key = (config_path, *(source.path for source in self.sources))
         if key not in known:
-            known[key] = load(self, config_path)
-        return deepcopy(known[key])  # whoever composes changes it
+            known[key] = pickle.dumps(load(self, config_path))
+        return pickle.loads(known[key])  # whoever composes changes it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", remembered)
         yield
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """What starts commands in processes that have imported everything."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
