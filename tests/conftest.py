@@ -1,11 +1,13 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
 import gc
+import inspect
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,6 +109,32 @@ def settings_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", remembered)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operations_are_listed_once() -> Iterator[None]:
+    """Let Triton's interpreter look for a language's operations once: it does at every call.
+
+    Of members that were none of them at first, none becomes one.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def operations(of) -> list[str]:
+        return [name for name, member in inspect.getmembers(of) if is_builtin(member)]
+
+    def replace_operations(of, builder, scope) -> None:
+        for name in operations(of):
+            if is_builtin(member := getattr(of, name)):  # not while it is replaced
+                interpreter._patch_attr(of, name, member, builder, scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", replace_operations)
         yield
 
 
