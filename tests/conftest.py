@@ -97,6 +97,7 @@ def settings_are_read_once() -> Iterator[None]:
     if find_spec("hydra") is None:  # a GPU node may lack it
         yield
         return
+    from hydra._internal import defaults_list
     from hydra._internal.config_repository import ConfigRepository
 
     load, known = ConfigRepository.load_config, dict[tuple[str, ...], bytes]()
@@ -109,6 +110,8 @@ def settings_are_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", remembered)
+        # of all choices so far, made for each file; lists of defaults here name no other choice
+        patch.setattr(defaults_list, "_create_interpolation_map", lambda *told: None)
         yield
 
 

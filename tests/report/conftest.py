@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from spinlab.bench.end_to_end import Setting
 from spinlab.bench.results import Results
+from spinlab.compose import composed
 from spinlab.config import Config
 from spinlab.track.record import Record
+
+composed_once = cache(composed)  # for records that a fixture writes for every test
 
 
 @pytest.fixture
