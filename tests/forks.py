@@ -24,14 +24,18 @@ class Forks:
         self._process: subprocess.Popen | None = None
 
     def start(self, folder: Path, module: str, *words: str) -> "Fork":
-        """Start `python -m module words`, which reads nothing; a folder keeps what it writes."""
+        """Start `python -m module words`, which reads nothing and does without the hub.
+
+        What it writes is kept in a new folder below the one that is given.
+        """
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         if self._process is None:
             command = [sys.executable, __file__]
-            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+            told: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+            self._process = subprocess.Popen(command, cwd=ROOT, text=True, **told)
         place = folder / f"fork-{len(list(folder.glob('fork-*')))}"
         place.mkdir(parents=True)
-        return Fork(self, self.ask(str(place), module, words, dict(os.environ)), place)
+        return Fork(self, self.ask(str(place), module, words, environment), place)
 
     def ask(self, *words: object) -> Any:
         """Send a line, and return what is answered."""
