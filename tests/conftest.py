@@ -119,7 +119,7 @@ def settings_are_read_once() -> Iterator[None]:
 def operations_are_listed_once() -> Iterator[None]:
     """Let Triton's interpreter look for a language's operations once: it does at every call.
 
-    Of members that were none of them at first, none becomes one.
+    Of members that were none of them at first, none becomes one. All are replaced together.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
@@ -132,9 +132,10 @@ def operations_are_listed_once() -> Iterator[None]:
         return [name for name, member in inspect.getmembers(of) if is_builtin(member)]
 
     def replace_operations(of, builder, scope) -> None:
-        for name in operations(of):
-            if is_builtin(member := getattr(of, name)):  # not while it is replaced
-                interpreter._patch_attr(of, name, member, builder, scope)
+        names = operations(of)
+        if names and is_builtin(getattr(of, names[0])):  # else all of them are replaced already
+            for name in names:
+                interpreter._patch_attr(of, name, getattr(of, name), builder, scope)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_builtin", replace_operations)
