@@ -1,11 +1,13 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
 import gc
+import inspect
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.load import exact_norms, load_model
 from spinlab.model.map import ModelMap
 from spinlab.rotation.initial import check_rotations
+from tests.forks import Forks
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -40,16 +43,21 @@ ARCHITECTURE = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+# of its own, Qwen3-MoE would have 128 experts of 768 inputs, 30 times the rest of a tiny model
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+}
 
 
 # at least 10 s each, the longest first
 LONG = [
-    *("test_smollm2.py", "test_grid.py", "test_experiment.py", "test_methods.py"),
-    *("test_parallel.py", "test_triton_runtime.py", "test_cli.py", "test_sweep.py"),
-    *("test_notebooks.py", "test_needs.py", "test_config.py", "test_commands.py"),
-    *("test_extending.py", "test_resume.py", "test_options.py", "test_attention.py"),
-    *("test_trackers.py", "test_measure.py", "test_compiled.py", "test_compressed_tensors.py"),
-    *("test_load.py", "test_cache.py", "test_gguf.py", "test_sharding.py", "test_preflight.py"),
+    *("test_smollm2.py", "test_grid.py", "test_experiment.py", "test_needs.py", "test_methods.py"),
+    *("test_parallel.py", "test_notebooks.py", "test_compiled.py", "test_cli.py"),
+    *("test_commands.py", "test_sweep.py", "test_config.py", "test_measure.py"),
+    *("test_trackers.py", "test_spaces.py", "test_options.py", "test_extending.py"),
+    *("test_compressed_tensors.py", "test_floats.py", "test_load.py", "test_attention.py"),
+    *("test_triton_runtime.py", "test_resume.py"),
 ]
 
 
@@ -90,19 +98,57 @@ def settings_are_read_once() -> Iterator[None]:
     if find_spec("hydra") is None:  # a GPU node may lack it
         yield
         return
+    from hydra._internal import defaults_list
     from hydra._internal.config_repository import ConfigRepository
 
-    load, known = ConfigRepository.load_config, {}
+    load, known = ConfigRepository.load_config, dict[tuple[str, ...], bytes]()
 
     def remembered(self, config_path: str):
         key = (config_path, *(source.path for source in self.sources))
         if key not in known:
-            known[key] = load(self, config_path)
-        return deepcopy(known[key])  # whoever composes changes it
+            known[key] = pickle.dumps(load(self, config_path))
+        return pickle.loads(known[key])  # whoever composes changes it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConfigRepository, "load_config", remembered)
+        # of all choices so far, made for each file; lists of defaults here name no other choice
+        patch.setattr(defaults_list, "_create_interpolation_map", lambda *told: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operations_are_listed_once() -> Iterator[None]:
+    """Let Triton's interpreter look for a language's operations once: it does at every call.
+
+    Of members that were none of them at first, none becomes one. All are replaced together.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def operations(of) -> list[str]:
+        return [name for name, member in inspect.getmembers(of) if is_builtin(member)]
+
+    def replace_operations(of, builder, scope) -> None:
+        names = operations(of)
+        if names and is_builtin(getattr(of, names[0])):  # else all of them are replaced already
+            for name in names:
+                interpreter._patch_attr(of, name, getattr(of, name), builder, scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", replace_operations)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """What starts commands in processes that have imported everything."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +206,8 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
     """
 
     def make(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
-        shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2, **changes}
+        shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2}
+        shape |= {**EXPERTS.get(model_type, {}), **changes}
         if model_type in ("stablelm", "olmoe") and (width := shape.pop("head_dim")) is not None:
             shape["hidden_size"] = width * shape["num_attention_heads"]
         if shape.get("head_dim", 0) is None:

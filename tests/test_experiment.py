@@ -25,22 +25,16 @@ ROOT = Path(__file__).parent.parent
 FAST = ["tracker=none", "eval.tasks=[]"]
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
+def words_of(folder: Path, *overrides: str) -> list[str]:
     paths = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
-    return [sys.executable, "-m", "spinlab", *overrides, "+experiment=toy", *paths]
-
-
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    words = command(folder, *overrides)
-    return subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return ["spinlab", *overrides, "+experiment=toy", *paths]
 
 
 def run(folder: Path, *overrides: str) -> tuple[dict, str]:
-    """Run to the end; return the record and what was printed."""
-    process = start(folder, *overrides)
-    output, _ = process.communicate(timeout=300)
+    """Run to the end in a process of its own; return the record and what was printed."""
+    command = [sys.executable, "-m", *words_of(folder, *overrides)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    output = process.stdout + process.stderr
     assert process.returncode == 0, output
     path = Path(output.rpartition("record: ")[2].split()[0])
     return json.loads(path.read_text()), output
@@ -167,11 +161,11 @@ def test_a_torn_cache_entry_is_computed_again_with_a_warning(finished, caplog):
     assert again["metrics"] == record["metrics"]
 
 
-def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
+def kill_when(process, folder: Path, pattern: str) -> None:
     """Send SIGKILL as soon as a file that matches appears."""
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -179,16 +173,17 @@ def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_run_killed_in_gptq_continues_and_ends_with_the_same_numbers(tmp_path, short_text):
+def test_a_run_killed_in_gptq_continues_and_ends_with_the_same_numbers(tmp_path, forks, short_text):
     """Learning that is killed is the subject of learn/test_resume.py."""
     pattern = "cache/weights-*.partial/progress/layer-001.safetensors"
     gptq = ["weights=gptq", "weights.gptq.samples=96", "weights.gptq.sequence_length=96"]
     model = ["model=random", "model.architecture.num_hidden_layers=4"]
     words = [*FAST, *gptq, *model, *short_text, "learn=none", "eval.variants=[fake,integer]"]
     whole = run_here(tmp_path / "whole", *words)
-    kill_when(start(tmp_path / "killed", *words), tmp_path / "killed", pattern)
-    assert list((tmp_path / "killed").glob(pattern))  # progress survived
-    resumed = run_here(tmp_path / "killed", *words)
+    killed = tmp_path / "killed"
+    kill_when(forks.start(tmp_path, *words_of(killed, *words)), killed, pattern)
+    assert list(killed.glob(pattern))  # progress survived
+    resumed = run_here(killed, *words)
     assert resumed["metrics"] == whole["metrics"]
 
 
@@ -230,10 +225,10 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_else(tmp_pat
             experiment.run(config, [])
 
 
-def test_two_processes_share_one_cache(tmp_path, short_text):
-    words = [*FAST, *short_text, "eval.variants=[fp,fake]"]
-    processes = [start(tmp_path, *words) for _ in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+def test_two_processes_share_one_cache(tmp_path, forks, short_text):
+    words = words_of(tmp_path, *FAST, *short_text, "eval.variants=[fp,fake]")
+    processes = [forks.start(tmp_path, *words) for _ in range(2)]
+    outputs = ["".join(process.communicate()) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("learn        done" in output for output in outputs) == 1
     assert not list(tmp_path.glob("cache/*.partial"))
@@ -241,7 +236,7 @@ def test_two_processes_share_one_cache(tmp_path, short_text):
 
 def test_a_sweep_leaves_one_record_per_seed(tmp_path, short_text, monkeypatch):
     words = [*FAST, *short_text, "seed=0,1", "eval.variants=[fp]", "learn.steps=0"]
-    monkeypatch.setattr(sys, "argv", command(tmp_path, "-m", *words)[2:])
+    monkeypatch.setattr(sys, "argv", words_of(tmp_path, "-m", *words))
     GlobalHydra.instance().clear()
     main()
     records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/toy/*/record.json")]

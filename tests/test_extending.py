@@ -17,15 +17,23 @@ FILE = re.compile(r"# (spinlab/\S+\.py)\n")
 LINE = re.compile(r"# in (\w+) of (spinlab/\S+\.py)\n")
 SMALL = ["tracker=none", "eval.tasks=[]", "eval.variants=[fp,fake]", "eval.max_windows=1"]
 
-# Run the commands of a page, in one process: what takes long is to import torch.
+# Run the commands of a page, then show what came of them, in one process: what takes long is to
+# import torch.
 RUNNER = """
 import json, sys
+from pathlib import Path
 from spinlab.compose import composed
 from spinlab.experiment import run
+from spinlab.report.__main__ import main
+from spinlab.report.pages import rebuilt
+
 found = {}
 for command in json.loads(sys.argv[1]):
     found[" ".join(command)] = dict(run(composed(*command), command).metrics)
-print("FOUND" + json.dumps(found))
+record = next(Path("runs").rglob("record.json"))
+main(["figure=stages", f"run={record.parent}", "out=stages.pdf"])
+table = rebuilt("<!-- table: seconds runs -->\\n<!-- end -->", Path("."))
+print("FOUND" + json.dumps([found, table]))
 """
 
 
@@ -74,12 +82,14 @@ def _add_line(path: Path, table: str, block: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory, short_text) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Return a copy of the repository with every addition of the page, and what its runs gave."""
+def extended(tmp_path_factory, short_text) -> tuple[Path, dict[str, dict[str, float]], str]:
+    """Return a copy of the repository with every addition of the page, and what its runs gave.
+
+    That is their metrics, and a table of them.
+    """
     root = tmp_path_factory.mktemp("extended")
-    skip = shutil.ignore_patterns("__pycache__")
     for folder in ("spinlab", "conf"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=skip)
+        shutil.copytree(ROOT / folder, root / folder)
     commands = [c for text in sections().values() for c in extend(root, text)[1]]
     paths = [f"paths.cache={root / 'cache'}", f"paths.runs={root / 'runs'}"]
     more = [*SMALL, *paths, short_text[0]]  # to calibrate on
@@ -88,8 +98,8 @@ def extended(tmp_path_factory, short_text) -> tuple[Path, dict[str, dict[str, fl
     run = [sys.executable, "-c", RUNNER, words]
     done = subprocess.run(run, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.split("FOUND")[1])
-    return root, {" ".join(c): m for c, m in zip(commands, found.values(), strict=True)}
+    found, table = json.loads(done.stdout.split("FOUND")[1])
+    return root, {" ".join(c): m for c, m in zip(commands, found.values(), strict=True)}, table
 
 
 def test_every_addition_is_one_file_and_one_line(tmp_path):
@@ -102,7 +112,7 @@ def test_every_addition_is_one_file_and_one_line(tmp_path):
 
 
 def test_every_addition_runs_and_its_integers_pass_the_gate(extended):
-    _, found = extended
+    _, found, _ = extended
     assert len(found) >= 8
     for command, metrics in found.items():
         least = metrics["ppl/wiki/fp"] if "model=random" not in command else 200  # of 256 bytes
@@ -111,7 +121,7 @@ def test_every_addition_runs_and_its_integers_pass_the_gate(extended):
 
 
 def test_additions_do_what_they_say(extended):
-    root, found = extended
+    root, found, table = extended
     assert (root / "r1.npy").stat().st_size > 0
     (latest,) = (root / "runs").rglob("latest.json")
     told = json.loads(latest.read_text())
@@ -119,12 +129,5 @@ def test_additions_do_what_they_say(extended):
     assert {"ppl/wiki", "bits/kv"} <= told.keys()
     (signs,) = (m for command, m in found.items() if "signs" in command)
     assert signs["bits/kv/fake"] < 4
-    table = [sys.executable, "-c", "from spinlab.report.pages import rebuilt; from pathlib import "]
-    table[-1] += "Path; print(rebuilt('<!-- table: seconds runs -->\\n<!-- end -->', Path('.')))"
-    env = {**os.environ, "PYTHONPATH": str(root)}
-    shown = subprocess.run(table, cwd=root, env=env, capture_output=True, text=True, check=True)
-    assert "| eval-fake" in shown.stdout
-    record = next((root / "runs").rglob("record.json"))
-    words = ["figure=stages", f"run={record.parent}", f"out={root / 'stages.pdf'}"]
-    subprocess.run([sys.executable, "-m", "spinlab.report", *words], cwd=root, env=env, check=True)
+    assert "| eval-fake" in table
     assert (root / "stages.pdf").read_bytes().startswith(b"%PDF")

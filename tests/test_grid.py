@@ -39,6 +39,12 @@ SHAPE = {
     **{"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 256},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
 }
+# two experts for a token, and more experts than tokens are sent to
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 16, "num_experts_per_tok": 1},
+}
 
 
 @cache
@@ -106,7 +112,8 @@ def test_every_method_runs_on_every_family(method, fitting, tmp_path):
     config = composed("+experiment=toy", "model=random", f"+method={method}", *TINY, *text)
     learn = replace(config.learn, steps=min(config.learn.steps, 1))
     for family in in_turn(METHODS.index(method)):
-        model = replace(config.model, architecture={**SHAPE, "model_type": family})
+        shape = {**SHAPE, **EXPERTS.get(family, {}), "model_type": family}
+        model = replace(config.model, architecture=shape)
         rotation = fitting(config.rotation, map_of(meta_model(model, None)))
         run = Pipeline(replace(config, learn=learn, model=model, rotation=rotation))
         assert run.handoff_error("integer") < 1e-9, family

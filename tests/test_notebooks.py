@@ -28,12 +28,14 @@ def build() -> ModuleType:
     return module
 
 
-# Run each script in a process of its own, of which none has to import torch again.
+# Run each script in a process of its own, of which none has to import torch again or read all code.
 RUNNER = """
 import os, runpy, sys, tempfile
 from pathlib import Path
 import matplotlib.pyplot, spinlab.experiment
+from spinlab.code import code_digest
 
+code_digest("spinlab.stages.pipeline")
 for place, script in zip(sys.argv[1::2], sys.argv[2::2]):
     if child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

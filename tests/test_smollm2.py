@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,12 @@ def test_an_artefact_has_the_bits_of_its_network_and_a_third_of_its_bytes(smollm
     assert size <= 0.32 * 2 * sum(p.numel() for p in built.original().parameters())
 
 
+@pytest.fixture(scope="module")
+def served_cache(tmp_path_factory) -> Path:
+    """A cache for all runs that are served: they rotate one model alike, on one text."""
+    return tmp_path_factory.mktemp("served")
+
+
 SERVED = [
     *("+experiment=smollm2_135m_w4a4kv4", "learn=none", "quant=w4a8_vllm", "kv=kv16"),
     *("rotation=block_r4", "rotation.r3=none", "weights.clip.search=false"),
@@ -158,7 +165,7 @@ SERVED = [
 
 @torch.no_grad()
 def test_the_real_model_is_served_as_the_run_computes_it(
-    smollm2, by_package, short_text, tmp_path, monkeypatch
+    smollm2, served_cache, by_package, short_text, tmp_path, monkeypatch
 ):
     """Bit for bit, once the run's ties of inputs and scales of weights are those of its readers.
 
@@ -166,7 +173,7 @@ def test_the_real_model_is_served_as_the_run_computes_it(
     """
     given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
     export_to = f"export.compressed_tensors={tmp_path}/c"
-    pipeline = Pipeline(composed(*SERVED, *given, export_to, f"paths.cache={tmp_path}/cache"))
+    pipeline = Pipeline(composed(*SERVED, *given, export_to, f"paths.cache={served_cache}"))
     export(pipeline)
     served = load_served(tmp_path / "c", torch.float32)
     ids = windows_in(pipeline.evaluation)["wiki"]
@@ -193,13 +200,13 @@ def test_the_real_model_is_served_as_the_run_computes_it(
 @pytest.mark.parametrize("profile", ["mxfp4", "nvfp4"])
 @torch.no_grad()
 def test_the_real_model_in_floats_of_4_bits_is_served_with_every_bit(
-    smollm2, short_text, tmp_path, monkeypatch, profile
+    smollm2, served_cache, short_text, tmp_path, monkeypatch, profile
 ):
     """Scales are the run's own: what is left are ties of inputs, and 16 bits of all that rests."""
     given = ["model.package=null", "model.file=null", f"model.path={smollm2[0]}", short_text[0]]
     given += [f"quant={PROFILES[profile].preset}", f"export.profile={profile}"]
     given += ["quant.calibration.samples=2", "quant.calibration.sequence_length=128"]
-    given += [f"export.compressed_tensors={tmp_path}/c", f"paths.cache={tmp_path}/cache"]
+    given += [f"export.compressed_tensors={tmp_path}/c", f"paths.cache={served_cache}"]
     words = [word for word in SERVED if not word.startswith("quant=")]
     pipeline = Pipeline(composed(*words, *given))
     export(pipeline)

@@ -46,13 +46,6 @@ def sweep_in(folder: Path, *words: str) -> list[str]:
     return ["-m", *SMALL, *texts, *paths, *words]
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "spinlab", *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def complete(folder: Path) -> dict[Path, int]:
     """Return the complete records, with the times at which they were written."""
     return {
@@ -62,13 +55,13 @@ def complete(folder: Path) -> dict[Path, int]:
     }
 
 
-def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path, monkeypatch, capsys):
+def test_a_killed_sweep_goes_on_and_names_what_failed(tmp_path, forks, monkeypatch, capsys):
     """In another process it is killed, in this one it goes on."""
     points = f"eval.window={','.join(map(str, WINDOWS))}"
-    process = start(sweep_in(tmp_path, points))
+    process = forks.start(tmp_path, "spinlab", *sweep_in(tmp_path, points))
     deadline = time.monotonic() + 120
     while len(complete(tmp_path)) < 2:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -41,11 +41,10 @@ from spinlab.streams import Lasting, ReaderLeft
 
 TEXT = "It was the best of times, it was the worst of times. " * 60
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
-Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, toy_tokens) -> Path:
+def place(tmp_path_factory, forks, toy_tokens) -> Path:
     """Return a folder with `artefact`, and the file `mine.txt`, on which it was measured too."""
     folder = tmp_path_factory.mktemp("commands")
     shutil.copytree(toy_tokens, folder / "cache")
@@ -56,8 +55,7 @@ def place(tmp_path_factory, toy_tokens) -> Path:
         *(f"data.evaluation=[wiki,{folder}/mine.txt]", f"export.artefact={folder}/artefact"),
         *(f"paths.cache={folder}/cache", f"paths.runs={folder}/runs"),
     )
-    done = command("spinlab", *words)
-    assert done.returncode == 0, done.stderr
+    run(forks, folder, "spinlab", *words)
     return folder
 
 
@@ -80,16 +78,12 @@ def altered(place, tmp_path) -> Callable[[Callable[[dict], None]], str]:
     return make
 
 
-def command(module: str, *words: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *words],
-        input=given,
-        stdin=subprocess.DEVNULL if given is None else None,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+def run(forks, folder: Path, module: str, *words: str) -> str:
+    """Run a command to its end in another process; return what it printed."""
+    process = forks.start(folder, module, *words)
+    said, told = process.communicate()
+    assert process.returncode == 0, told
+    return said
 
 
 def mistake(run: Callable[[list[str]], None], *words: str, capsys) -> str:
@@ -105,10 +99,9 @@ def mistake(run: Callable[[list[str]], None], *words: str, capsys) -> str:
 # evaluate ----------------------------------------------------------------------------------------
 
 
-def test_the_record_is_repeated_to_the_bit(place, artefact):
-    done = command("spinlab.evaluate", artefact, "--json", "--texts", str(place / "mine.txt"))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_record_is_repeated_to_the_bit(place, artefact, forks, tmp_path):
+    words = (artefact, "--json", "--texts", str(place / "mine.txt"))
+    found = json.loads(run(forks, tmp_path, "spinlab.evaluate", *words))
     assert found["agrees"] and found["differs"] == []
     assert {"ppl/wiki", "ppl/mine.txt", "zeroshot/arc_easy/acc_norm", "zeroshot_mean/accuracy"} < (
         found["metrics"].keys()

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from spinlab.stages import learn as learning
 from spinlab.stages.pipeline import Pipeline
 from spinlab.tensors import read_tensors
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 RECIPES = ("two_cores", "spinquant")  # rounded weights and learned clip ratios; 16-bit weights
 SETTINGS = [
@@ -45,14 +43,6 @@ def words(cache: Path, text: list[str], recipes: str) -> list[str]:
     return [*SETTINGS, *text, *choice]
 
 
-def start(cache: Path, text: list[str], recipe: str) -> subprocess.Popen:
-    """Start a run in another process."""
-    command = [sys.executable, "-m", "spinlab", *words(cache, text, recipe)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def sweep_here(cache: Path, text: list[str]) -> str:
     """Run all recipes in this process, which has imported everything; return what was said."""
     GlobalHydra.instance().clear()
@@ -71,14 +61,14 @@ def saved_steps(path: Path) -> int:
         return 0
 
 
-def kill_in_the_middle(cache: Path, text: list[str], recipe: str) -> int:
+def kill_in_the_middle(forks, cache: Path, text: list[str], recipe: str) -> int:
     """Start a recipe, send SIGKILL once two steps are saved, and return how many there are."""
     pattern = "learn-*.partial/progress/learn.safetensors"
     others = set(cache.glob(pattern))
-    process = start(cache, text, recipe)
+    process = forks.start(cache, "spinlab", *words(cache, text, recipe))
     deadline = time.monotonic() + 120
     while not any(saved_steps(path) >= 2 for path in set(cache.glob(pattern)) - others):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
@@ -95,14 +85,14 @@ def learned(cache: Path, name: str) -> tuple[dict[str, torch.Tensor], list]:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory, short_text) -> tuple[Path, Path, list[int], str]:
+def caches(tmp_path_factory, forks, short_text) -> tuple[Path, Path, list[int], str]:
     """Return the cache of unbroken runs, and that of killed ones with the steps that they left.
 
     In other processes they are killed, in this one they go on.
     """
     folder = tmp_path_factory.mktemp("resume")
     whole, killed = folder / "whole", folder / "killed"
-    left = [kill_in_the_middle(killed, short_text, recipe) for recipe in RECIPES]
+    left = [kill_in_the_middle(forks, killed, short_text, recipe) for recipe in RECIPES]
     sweep_here(whole, short_text)
     return whole, killed, left, sweep_here(killed, short_text)
 

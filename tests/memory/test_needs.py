@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from spinlab.compose import composed
+from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.memory.check import check_needs
 from spinlab.memory.needs import Job, Need, _recalling, needs
@@ -27,13 +29,21 @@ SMOLLM2 = (
     "model.architecture={vocab_size:49152,hidden_size:576,intermediate_size:1536,"
     "num_hidden_layers:30,num_attention_heads:9,num_key_value_heads:3}"
 )
+SHAPES: dict[str, PreTrainedModel] = {}
 _SLACK = 64 * 2**20  # of allocators, and of libraries as they are first called
+
+
+def shape_of(model: ModelConfig) -> PreTrainedModel:
+    """Return a model of names and shapes, which are looked at alone: each is made once."""
+    if repr(model) not in SHAPES:
+        SHAPES[repr(model)] = meta_model(model, None)
+    return SHAPES[repr(model)]
 
 
 def needs_of(*overrides: str, device: torch.device = CPU) -> list[Need]:
     config = composed(*overrides)
     names = {name for name, _ in stages_of(Pipeline(config))}
-    return needs(Job(config, meta_model(config.model, None), device, names))
+    return needs(Job(config, shape_of(config.model), device, names))
 
 
 def need_of(stage: str, *overrides: str, device: torch.device = CPU) -> Need:
@@ -127,7 +137,7 @@ def test_a_comparison_takes_the_originals_head_and_a_chunk_of_its_logits(overrid
 def test_what_is_measured_of_a_cache_at_work_is_counted(variant, settings, work):
     """On networks that need no fusing, and whose logits are small beside it."""
     config = composed(*LLAMA, "eval.variants=[fp,fake]", "eval.window=2048", *settings)
-    job = Job(config, meta_model(config.model, None), CPU, {f"eval-{variant}"})
+    job = Job(config, shape_of(config.model), CPU, {f"eval-{variant}"})
     cure = settings[0].split("=")[0].replace("continued", "window").replace("attention", "window")
     (found,) = _recalling(job, variant)
     assert found[0] == work and f"a smaller {cure} than" in found[1]
@@ -144,7 +154,7 @@ def test_recall_is_refused_where_it_takes_more_than_logits():
 
 def test_a_stage_that_is_cached_needs_no_memory():
     config = composed(*LLAMA, "eval.variants=[fp,integer]")
-    shape = meta_model(config.model, None)
+    shape = shape_of(config.model)
 
     def stages(*remaining: str) -> set[str]:
         return {need.stage for need in needs(Job(config, shape, CPU, remaining))}

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from spinlab.bench.results import Results
 from spinlab.bench.runners import Setting
+from spinlab.compose import composed
 from spinlab.config import Config
 from spinlab.track.record import Record
+
+composed_once = cache(composed)  # for records that a fixture writes for every test
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.report.tables.formats import formats_sheet, formats_table
+from tests.report.conftest import composed_once
 
 BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "w4a4_g32": 5.0}
 # format, rotation, rounding, seeds
@@ -45,7 +46,7 @@ def records(tmp_path, save):
     for number, (format, rotation, rounding, seeds) in enumerate(RUNS):
         chosen = [f"quant={format}", f"rotation={rotation}", f"weights={rounding}"]
         for seed in range(seeds):
-            config = composed("+experiment=formats", "model=toy", *chosen, f"seed={seed}")
+            config = composed_once("+experiment=formats", "model=toy", *chosen, f"seed={seed}")
             name = f"{format}_{rotation}_{rounding}"
             assert config.name == f"formats/toy/{name}"
             save(f"formats/{name}_seed{seed}.json", config, metrics_of(number, seed))

@@ -9,6 +9,7 @@ from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.report.tables import FILES, KINDS, SHEETS
 from spinlab.report.tables.kv import kv_sheet, kv_summary
+from tests.report.conftest import composed_once
 
 TEXTS = ("wiki", "c4")
 KINDS_OF_TEXTS = {"ppl": 9.0, "kl": 0.2, "flips": 0.1, "diverges": 40.0, "attention_output": 0.01}
@@ -45,7 +46,7 @@ def records(tmp_path, save):
     """Codecs of two models, the second with twice the numbers of the first and one codec alone."""
     for name, (words, seeds, *_) in CODECS.items():
         for seed in range(seeds):
-            config = composed("+experiment=kv", "model=toy", *words, f"seed={seed}")
+            config = composed_once("+experiment=kv", "model=toy", *words, f"seed={seed}")
             save(f"kv/small/{name}_seed{seed}.json", config, metrics_of(name, seed))
     config = composed("+experiment=kv", "model=random", "kv=kv4")
     save("kv/large/kv4_seed0.json", config, metrics_of("kv4", 0, 2.0))

@@ -8,6 +8,7 @@ import pytest
 
 from spinlab.compose import composed
 from spinlab.report.__main__ import main
+from tests.report.conftest import composed_once
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def runs(tmp_path, save):
     """Three methods with two seeds each, in the folders that runs leave."""
     for method, factor in (("quarot", 1.0), ("ours", 0.5), ("theirs", 0.75)):
         for seed in (0, 1):
-            config = composed("+experiment=toy", f"seed={seed}", f"name=mine/{method}")
+            config = composed_once("+experiment=toy", f"seed={seed}", f"name=mine/{method}")
             perplexity = math.exp(factor * (2 + seed / 10) + 2)
             metrics = {"ppl/wiki/fp": math.exp(2.0), "ppl/wiki/fake": perplexity}
             place = f"runs/mine/{method}/{method}{seed}/record.json"

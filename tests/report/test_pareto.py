@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.report.pages import rebuilt
 from spinlab.report.tables.pareto import pareto_table
+from tests.report.conftest import composed_once
 
 # of two seeds: perplexity, KL, difference of zero-shot accuracy
 SCORES = {
@@ -24,7 +24,7 @@ def quality(tmp_path, save):
     """Three methods of two seeds."""
     for method, scores in SCORES.items():
         for seed, (ppl, kl, difference) in enumerate(zip(*scores, strict=True)):
-            config = composed("+experiment=toy", f"+method={method}", f"seed={seed}")
+            config = composed_once("+experiment=toy", f"+method={method}", f"seed={seed}")
             metrics = {
                 **{"ppl/wiki/fp": 9.75, "ppl/wiki/fake": ppl, "kl/wiki/fake": kl},
                 "zeroshot_mean/difference/fake": difference,

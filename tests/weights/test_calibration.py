@@ -73,9 +73,13 @@ def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attention_is_computed_once_a_layer(make_family_model, windows, family):
-    """Every linear is changed once it was seen, as in rounding; the next layers see the change."""
-    model, plain = (make_family_model(family, num_hidden_layers=2) for _ in range(2))
-    inputs, calls = LayerInputs(model, windows, 3), 0
+    """Every linear is changed once it was seen, as in rounding; the next layers see the change.
+
+    Of many experts some are idle: no token is sent to them.
+    """
+    many = {"num_experts": 24, "num_experts_per_tok": 1} if family == "qwen3_moe" else {}
+    model, plain = (make_family_model(family, num_hidden_layers=2, **many) for _ in range(2))
+    inputs, calls, idle = LayerInputs(model, windows, 3), 0, 0
 
     def count(*_) -> None:
         nonlocal calls
@@ -95,11 +99,13 @@ def test_attention_is_computed_once_a_layer(make_family_model, windows, family):
                 hook = reader.register_forward_pre_hook(lambda _, x, kept=whole: kept.append(x[0]))
                 plain(windows)
                 hook.remove()
+                idle += not whole
                 expected = whole[0] if whole else torch.zeros(0, site.in_features)
                 assert torch.allclose(torch.cat(seen), expected.double(), atol=1e-12), site
         inputs.advance()
         # for what the values read, and o_proj; one more tells what attention returns
         assert calls == 2 * len(inputs.batches) + (index == 0), layer
+    assert (idle > 0) == bool(many)
 
 
 def test_a_gpu_takes_many_windows_at_once_and_a_cpu_one():
