@@ -1,13 +1,17 @@
 """Stage `weights`: the rotated weights, rounded by the method of the settings."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.cache import PROGRESS, Artifact
 from spinlab.config import WeightsConfig, plain
 from spinlab.finite import check_finite
+from spinlab.model.network import Load, as_it_is
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import networks_of, rotations_in
@@ -16,7 +20,7 @@ from spinlab.stages.text import Calibration
 from spinlab.weights.base import Rounding
 from spinlab.weights.ends import quantize_tied, with_tied
 from spinlab.weights.methods import METHODS
-from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
+from spinlab.weights.quantized import PackedWeights, QuantizedWeight, load_weights, save_weights
 
 _FILE = "weights.safetensors"
 
@@ -41,21 +45,26 @@ def round_weights(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        tied = quantize_tied(original.load, run.config.quant, config.clip)
-        start = with_tied(original.load, tied, run.config.quant)
-        networks = replace(networks_of(run, original), original=start)
-        model = networks.fused(rotations)
+        quant = run.config.quant
+        tied = quantize_tied(original.network(as_it_is).base, quant, config.clip)
+        networks = networks_of(run, original)
+
+        def fused(load: Load) -> PreTrainedModel:
+            return replace(networks, original=with_tied(load, tied, quant)).fused(rotations)
+
+        network = original.network(fused)
+        model = network.base()
         kv = networks.kv_path(model, rotations)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
         progress = out / PROGRESS
         weights = method.work(
-            Rounding(model, rotations, windows, run.config.quant, config, progress, kv)
+            Rounding(model, rotations, windows, quant, config, progress, kv, network.part)
         )
-        weights |= tied
-        scales = {name: weight.scale for name, weight in weights.items()}
-        check_finite(scales, "rounded weights have no scale")
+        weights.update(tied)
+        for name, weight in weights.items():
+            check_finite({name: weight.scale}, "rounded weights have no scale")
         if parallel.is_main():
             save_weights(weights, out / _FILE)
 
@@ -65,6 +74,11 @@ def round_weights(
 def weights_in(made: Artifact) -> dict[str, QuantizedWeight]:
     """Load what the stage has rounded, by linear."""
     return load_weights(made.path / _FILE)
+
+
+def weights_of(run: Run, made: Artifact) -> Mapping[str, QuantizedWeight]:
+    """Do the same, packed until they are asked for where layers come one by one."""
+    return PackedWeights.load(made.path / _FILE) if run.config.runtime.offload else weights_in(made)
 
 
 def _formats(run: Run) -> list[Any]:

@@ -7,9 +7,12 @@ name in `spinlab.config.weights`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from spinlab.config import WeightsConfig
 from spinlab.config.checks import choice
-from spinlab.weights.base import Rounding
+from spinlab.model.modules import map_of
+from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.layerwise import (
     quantize_gptaq,
     quantize_gptq,
@@ -17,7 +20,6 @@ from spinlab.weights.layerwise import (
     quantize_rtn,
 )
 from spinlab.weights.lwc import quantize_lwc
-from spinlab.weights.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,20 @@ class Method:
     those of keys, values and queries do.
     """
 
-    work: Callable[[Rounding], dict[str, QuantizedWeight]]
+    work: Callable[[Rounding], Weights]
     together: bool = False
     reads_inputs: bool = False
     reads_kv: bool = False
 
 
-def _rtn(rounding: Rounding) -> dict[str, QuantizedWeight]:
-    clip, learned = rounding.config.clip, rounding.rotations.weight_clips
-    return quantize_rtn(rounding.model, rounding.quant, clip, learned)
+def _rtn(rounding: Rounding) -> Weights:
+    settings = rounding.quant, rounding.config.clip, rounding.rotations.weight_clips
+    found = rounding.store()
+    found.update(quantize_rtn(rounding.model, *settings))
+    if (part := rounding.part) is not None:
+        for index in tqdm(range(len(map_of(rounding.model).layers)), desc="rtn"):
+            found.update(quantize_rtn(part(index), *settings))
+    return found
 
 
 METHODS = {

@@ -1,7 +1,7 @@
 """A quantized weight as integers: what is saved, what kernels multiply, what fake quant decodes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -89,6 +89,42 @@ def dequantize_in_calls(linear: nn.Linear, weight: QuantizedWeight) -> None:
     )
 
 
+class PackedWeights(MutableMapping[str, QuantizedWeight]):
+    """Keep weights in their stored form, and take each out of it whenever it is asked for."""
+
+    def __init__(self, weights: Mapping[str, QuantizedWeight] | None = None) -> None:
+        self._kept: dict[str, tuple[dict[str, torch.Tensor], dict[str, list]]] = {}
+        self.update(weights or {})
+
+    @staticmethod
+    def load(path: Path) -> "PackedWeights":
+        """Read what `save_weights` wrote."""
+        found, (tensors, formats) = PackedWeights(), _read(path)
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            parts.setdefault(key.rpartition(".")[0], {})[key] = tensor
+        found._kept = {name: (parts[name], {name: formats[name]}) for name in formats}
+        return found
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        return from_stored_form(*self._kept[name])[name]
+
+    def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
+        self._kept[name] = stored_form({name: weight})
+
+    def __delitem__(self, name: str) -> None:
+        del self._kept[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
 def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str, int]) -> float:
     """Return stored bits per weight over named linears, scales and zero points counted.
 
@@ -108,9 +144,14 @@ def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Read what `save_weights` wrote."""
+    return from_stored_form(*_read(path))
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+    """Return the stored form of the weights in a file."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return from_stored_form(tensors, json.loads(file.metadata()["formats"]))
+        return tensors, json.loads(file.metadata()["formats"])
 
 
 def stored_form(
