@@ -84,6 +84,7 @@ def command_line() -> argparse.ArgumentParser:
     exports.add_argument("overrides", nargs="+", help="+experiment=NAME export.artefact=PLACE ...")
     exports.add_argument("--out", type=Path, help="where the record goes")
     exports.set_defaults(run=_exports, device="auto", repeatable=True)
+    _add_memory(commands)
     _add_kernels(commands)
     return parser
 
@@ -99,6 +100,18 @@ def _add_place(command: argparse.ArgumentParser, device: str = "auto") -> None:
 def _add_model(command: argparse.ArgumentParser, model: str = "smollm2_135m") -> None:
     command.add_argument("--model", choices=sorted(SHAPES), default=model)
     command.add_argument("--layers", type=int, help="fewer than the model has")
+
+
+def _add_memory(commands: Any) -> None:
+    memory = commands.add_parser("memory", help="what the stages of an experiment hold")
+    _add_place(memory)
+    _add_model(memory, "llama2_7b")
+    memory.add_argument("--method", choices=("rtn", *sorted(SETTINGS), "lwc"), default="gptq")
+    memory.add_argument("--samples", type=int, default=8, help="calibration windows")
+    memory.add_argument("--windows", type=int, default=4, help="evaluation windows")
+    memory.add_argument("--window", type=int, default=2048, help="tokens of a window")
+    memory.add_argument("--whole", action="store_true", help="without runtime.offload")
+    memory.set_defaults(run=_memory, repeatable=True)
 
 
 def _add_kernels(commands: Any) -> None:
@@ -137,6 +150,15 @@ def _add_kernels(commands: Any) -> None:
 def _rounding(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     windows = (arguments.samples, arguments.length)
     return bench_rounding(arguments.method, arguments.model, windows, arguments.layers, device)
+
+
+def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.memory import Setting, bench_memory  # the whole pipeline loads here
+
+    sizes = arguments.samples, arguments.windows, arguments.window
+    kinds = arguments.method, not arguments.whole
+    setting = Setting(arguments.model, arguments.layers, *sizes, *kinds)
+    return bench_memory(setting, device, arguments.out)
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def perplexity(
         total += loss.item() * len(ids)
         if see is not None:
             see(places, logits, logs)
+        del logits, logs  # they would stand beside the next batch's
     try:
         return math.exp(parallel.sum_(total).item() / len(windows))
     except OverflowError:

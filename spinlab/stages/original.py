@@ -33,6 +33,7 @@ class Original:
 
     def __init__(self, run: Run) -> None:
         self.run, self.settings = run, run.config.model
+        self._known_parts: dict[str, Parts] = {}  # by dtype
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -93,9 +94,15 @@ class Original:
         """
         if not self.run.config.runtime.offload:
             return Resident(partial(make, partial(self.load, settings)))
-        parts = Parts(settings or self.settings, self.converted)
+        parts = self._parts(settings or self.settings)
 
         def part(layer: int | None) -> PreTrainedModel:
             return make(partial(parts.part, layer, self.run.device))
 
         return Streamed(part, parts.layers)
+
+    def _parts(self, settings: ModelConfig) -> Parts:
+        """Return what loads parts of the model in a dtype; its map is read once."""
+        if settings.dtype not in self._known_parts:
+            self._known_parts[settings.dtype] = Parts(settings, self.converted)
+        return self._known_parts[settings.dtype]

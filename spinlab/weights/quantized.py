@@ -106,6 +106,15 @@ class PackedWeights(MutableMapping[str, QuantizedWeight]):
         found._kept = {name: (parts[name], {name: formats[name]}) for name in formats}
         return found
 
+    def stored(self) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+        """Return what `stored_form` does, without a copy."""
+        tensors: dict[str, torch.Tensor] = {}
+        formats: dict[str, list] = {}
+        for of_one, format in self._kept.values():
+            tensors |= of_one
+            formats |= format
+        return tensors, formats
+
     def __getitem__(self, name: str) -> QuantizedWeight:
         return from_stored_form(*self._kept[name])[name]
 
@@ -158,6 +167,8 @@ def stored_form(
     weights: Mapping[str, QuantizedWeight],
 ) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
     """Return the tensors of named weights for a file, and each one's format and width for JSON."""
+    if isinstance(weights, PackedWeights):
+        return weights.stored()
     tensors = {
         f"{name}.{part}": tensor.cpu().contiguous()
         for name, weight in weights.items()

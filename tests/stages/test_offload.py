@@ -1,5 +1,6 @@
 """Networks that come layer by layer give the bits of whole ones: every family's, every method's."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from spinlab.compose import composed
 from spinlab.config import (
     GPTAQConfig,
     GPTQConfig,
@@ -21,6 +23,7 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.config.kv import CodecConfig
+from spinlab.errors import InputError
 from spinlab.model.load import load_model
 from spinlab.model.modules import linear_at, map_of
 from spinlab.model.network import Load, Make, Network, Resident, Streamed, as_it_is
@@ -34,6 +37,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
 from spinlab.runtime.fused.operations import REFERENCE
+from spinlab.stages.pipeline import Pipeline
 from spinlab.weights.base import Rounding
 from spinlab.weights.methods import METHODS
 
@@ -210,3 +214,25 @@ def test_no_more_than_a_layer_or_the_ends_are_there_at_once(save, ids):
     for part in streamed(config, as_it_is).parts([ids]):
         sizes.append(sum(p.numel() for p in part.parameters()))
     assert max(sizes) <= max(largest, ends) + SHAPE["hidden_size"]
+
+
+def test_a_run_whose_layers_come_one_by_one_has_the_numbers_of_any_other(toy_tokens, tmp_path):
+    words = ["+experiment=toy", "learn=none", "eval.variants=[fp,fake,integer]", "eval.limit=2"]
+    words += ["eval.max_windows=1", "eval.tasks=[piqa]", "eval.needle=[64]", "+method=smoothquant"]
+    words += ["eval.task_variants=[fp,integer]", "quant=nvfp4_calibrated", "weights=gptq"]
+    words += [f"{part}.samples=2" for part in ("weights.gptq", "rotation.statistics")]
+    words.append("quant.calibration.samples=2")
+    found = []
+    for offload in ("false", "true"):
+        cache = shutil.copytree(toy_tokens, tmp_path / offload)
+        run = Pipeline(composed(*words, f"runtime.offload={offload}", f"paths.cache={cache}"))
+        metrics = [run.measure(name) for name in run.config.eval.variants]
+        gates = [run.handoff_error("integer"), run.layers("fake")]
+        found.append([metrics, gates, {name: p.tolist() for name, p in run.outliers().items()}])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("asked", ["eval.attention=1", "export.artefact=there", "model=random"])
+def test_what_takes_the_whole_network_is_refused_by_name(asked):
+    with pytest.raises(InputError, match=r"with runtime\.offload=true it comes layer by layer"):
+        composed("+experiment=toy", "runtime.offload=true", asked)
