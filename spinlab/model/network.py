@@ -41,7 +41,7 @@ class Network(ABC):
     ) -> Iterator[PreTrainedModel]:
         """Yield the parts that `batches` of token ids (windows, tokens) go through.
 
-        A part is there until the next is asked for. It is called with the batches, in order and
+        A part is there until the next is asked for, and an empty name then. It is called with the batches, in order and
         each once, by whoever wants to see something of it; what nobody does is done with
         `use_cache`, as transformers take it. Only the last part gives logits.
         """
@@ -108,8 +108,9 @@ class Streamed(Network):
                 yield model
                 passing.run(model, batches, use_cache)
             states = passing.left
-            model.set_submodule(map_of(model).layers[index].path, Passage())  # the layer goes
-            del model, layer
+            model.set_submodule(map_of(model).layers[index].path, Passage())
+            _drop(model)
+            del layer
         model = self._part(None)
         first = model.get_submodule(map_of(model).layers[0].path)
         first.register_forward_pre_hook(_Passing(states).enter)  # as long as there is this part
@@ -126,7 +127,13 @@ class Streamed(Network):
         with temporary_hooks() as hooks:
             hooks.append(first.register_forward_hook(passing.leave))
             passing.run(model, batches, use_cache)
+        _drop(model)
         return passing.left
+
+
+def _drop(model: PreTrainedModel) -> None:
+    """Let go of a part that somebody may still name, and of what hangs on it and refers to it."""
+    vars(model).clear()
 
 
 class _Passing:
