@@ -12,13 +12,14 @@ from spinlab import parallel
 from spinlab.bench.collect import collect
 from spinlab.bench.models import SHAPES
 from spinlab.bench.rounding import SETTINGS, bench_rounding
-from spinlab.config import Config, RuntimeConfig
+from spinlab.config import VARIANTS, Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.streams import ending
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
+_MEASURED = ("fp", "fake", "integer")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 
 
@@ -110,6 +111,7 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--samples", type=int, default=8, help="calibration windows")
     memory.add_argument("--windows", type=int, default=4, help="evaluation windows")
     memory.add_argument("--window", type=int, default=2048, help="tokens of a window")
+    memory.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(_MEASURED))
     memory.add_argument("--whole", action="store_true", help="without runtime.offload")
     memory.set_defaults(run=_memory, repeatable=True)
 
@@ -156,7 +158,7 @@ def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     from spinlab.bench.memory import Setting, bench_memory  # the whole pipeline loads here
 
     sizes = arguments.samples, arguments.windows, arguments.window
-    kinds = arguments.method, not arguments.whole
+    kinds = arguments.method, not arguments.whole, tuple(arguments.variants)
     setting = Setting(arguments.model, arguments.layers, *sizes, *kinds)
     return bench_memory(setting, device, arguments.out)
 

@@ -56,7 +56,7 @@ class Setting:
     """Say what runs: a model's name, fewer layers perhaps, and how much text.
 
     samples: calibration windows; windows: of evaluation; window: tokens of either. method: that
-    rounds weights. offload: layers come one by one.
+    rounds weights. offload: layers come one by one. variants: that are measured.
     """
 
     model: str
@@ -66,6 +66,7 @@ class Setting:
     window: int
     method: str
     offload: bool
+    variants: tuple[str, ...] = ("fp", "fake", "integer")
 
 
 def bench_memory(setting: Setting, device: torch.device, path: Path | None = None) -> dict:
@@ -124,7 +125,7 @@ def experiment(setting: Setting, device: torch.device, folder: Path) -> Config:
         learn=LearnConfig(steps=0),
         weights=WeightsConfig(setting.method, **methods),  # type: ignore[arg-type]
         runtime=RuntimeConfig(device=str(device), offload=setting.offload),
-        eval=EvalConfig(["fp", "fake", "integer"], setting.window, setting.windows),
+        eval=EvalConfig(list(setting.variants), setting.window, setting.windows),
         paths=PathsConfig(cache=str(folder / "cache"), runs=str(folder / "runs")),
     )
 

@@ -14,7 +14,8 @@ def check_offload(model: ModelConfig, measured: EvalConfig, export: ExportConfig
         **{f"export.{n}": (f"export.{n}=null", path) for n, path in export.targets.items()},
         "model.weights=random": ("model.path", model.weights == "random"),
     }
-    whole.pop("export.rotations", None)  # written from their file
+    for name in ("rotations", "artefact"):  # written from a file, and layer by layer
+        whole.pop(f"export.{name}", None)
     for name, (cure, asked) in whole.items():
         if asked:
             raise InputError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.model.hooks import hidden_states, temporary_hooks
@@ -41,10 +42,14 @@ class Network(ABC):
     ) -> Iterator[PreTrainedModel]:
         """Yield the parts that `batches` of token ids (windows, tokens) go through.
 
-        A part is there until the next is asked for, and an empty name then. It is called with the batches, in order and
-        each once, by whoever wants to see something of it; what nobody does is done with
-        `use_cache`, as transformers take it. Only the last part gives logits.
+        A part is there until the next is asked for, and an empty name then. It is called with the
+        batches, in order and each once, by whoever wants to see something of it; what nobody does
+        is done with `use_cache`, as transformers take it. Only the last part gives logits.
         """
+
+    def pieces(self) -> Iterator[PreTrainedModel]:
+        """Yield the parts for what they hold, the ends last; nothing runs through them."""
+        yield self.base()
 
     def last(
         self, batches: Sequence[torch.Tensor], use_cache: bool | None = None
@@ -93,12 +98,17 @@ class Streamed(Network):
         """Return the ends."""
         return self._part(None)
 
+    def pieces(self) -> Iterator[PreTrainedModel]:
+        """Yield a part for each layer, then the ends."""
+        for index in (*range(self.layers), None):
+            yield self._part(index)
+
     def parts(
         self, batches: Sequence[torch.Tensor], use_cache: bool | None = None
     ) -> Iterator[PreTrainedModel]:
         """Yield a part for each layer, then the ends."""
         states = self._embedded(batches, use_cache)
-        for index in range(self.layers):
+        for index in tqdm(range(self.layers), desc="layers", leave=False):
             model = self._part(index)
             passing = _Passing(states)
             with temporary_hooks() as hooks:

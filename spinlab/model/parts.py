@@ -6,7 +6,7 @@ rounds by a map (`ModelMap.part`) does to a part what it does to that part of th
 
 import copy
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -79,12 +79,17 @@ class Parts:
         self._read(model, layer)
         model = prepared(model, self._dtype)
         self._add_passages(model)
+        if layer is None:
+            with suppress(OSError):  # a folder that says nothing of it
+                found = GenerationConfig.from_pretrained(self._checkpoint.folder)
+                model.generation_config = found
         return cast(PreTrainedModel, nn.Module.to(model, device))
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         """The stock model without numbers; layers are copied from it."""
         stock = on_meta(self._checkpoint.config)
+        stock.config.dtype = self._dtype  # as loading would have it
         for parameter in stock.parameters():
             parameter.data = parameter.data.to(self._dtype)
         return stock

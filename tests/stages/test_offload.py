@@ -37,6 +37,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
 from spinlab.runtime.fused.operations import REFERENCE
+from spinlab.stages.export import export
 from spinlab.stages.pipeline import Pipeline
 from spinlab.weights.base import Rounding
 from spinlab.weights.methods import METHODS
@@ -225,14 +226,18 @@ def test_a_run_whose_layers_come_one_by_one_has_the_numbers_of_any_other(toy_tok
     found = []
     for offload in ("false", "true"):
         cache = shutil.copytree(toy_tokens, tmp_path / offload)
-        run = Pipeline(composed(*words, f"runtime.offload={offload}", f"paths.cache={cache}"))
+        own = [f"paths.cache={cache}", f"export.artefact={tmp_path}/of-{offload}"]
+        run = Pipeline(composed(*words, f"runtime.offload={offload}", *own))
         metrics = [run.measure(name) for name in run.config.eval.variants]
         gates = [run.handoff_error("integer"), run.layers("fake")]
-        found.append([metrics, gates, {name: p.tolist() for name, p in run.outliers().items()}])
+        export(run)
+        files = {f.name: f.read_bytes() for f in (tmp_path / f"of-{offload}").iterdir()}
+        outliers = {name: peaks.tolist() for name, peaks in run.outliers().items()}
+        found.append([metrics, gates, outliers, files])
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("asked", ["eval.attention=1", "export.artefact=there", "model=random"])
+@pytest.mark.parametrize("asked", ["eval.attention=1", "export.checkpoint=there", "model=random"])
 def test_what_takes_the_whole_network_is_refused_by_name(asked):
     with pytest.raises(InputError, match=r"with runtime\.offload=true it comes layer by layer"):
         composed("+experiment=toy", "runtime.offload=true", asked)
