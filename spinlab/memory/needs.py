@@ -193,9 +193,10 @@ def _measuring(job: Job, variant: str) -> Need:
         return Need(name, _kept(job), run, job.cure(*cures))
     floats = job.untied - sum(job.linears.values())
     run = floats * job.size + (job.untied - floats) // 2 + most
-    if job.offload:
-        run = 2 * job.end * job.size + most
-    return Need(name, job.levels + _kept(job), max(job.made(job.size), run), job.cure(*cures))
+    host = job.levels
+    if job.offload:  # whose weights are read layer by layer
+        run, host = 2 * job.end * job.size + most, _kept(job)
+    return Need(name, host, max(job.made(job.size), run), job.cure(*cures))
 
 
 def _kept(job: Job) -> int:

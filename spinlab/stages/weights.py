@@ -9,8 +9,12 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.cache import PROGRESS, Artifact
-from spinlab.config import WeightsConfig, plain
+from spinlab.config import QuantConfig, WeightsConfig, plain
+from spinlab.errors import InputError
+from spinlab.fakequant.insert import rounded_sites
 from spinlab.finite import check_finite
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import map_of
 from spinlab.model.network import Load, as_it_is
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
@@ -62,6 +66,8 @@ def round_weights(
         weights = method.work(
             Rounding(model, rotations, windows, quant, config, progress, kv, network.part)
         )
+        if network.part is not None:
+            _check_all_rounded(map_of(original.shape), quant, config.method, weights)
         weights.update(tied)
         for name, weight in weights.items():
             check_finite({name: weight.scale}, "rounded weights have no scale")
@@ -69,6 +75,19 @@ def round_weights(
             save_weights(weights, out / _FILE)
 
     return run.cache.run("weights", depends, work, together=method.together)
+
+
+def _check_all_rounded(
+    model_map: ModelMap, quant: QuantConfig, method: str, weights: Mapping[str, QuantizedWeight]
+) -> None:
+    """Raise InputError where a method that was given a model in parts left some as they were."""
+    due = {site.path for site, _ in rounded_sites(model_map, quant)}
+    if lost := sorted(due - weights.keys()):
+        raise InputError(
+            f"weights.method={method} has not rounded {lost[0]} and {len(lost) - 1} more weights: "
+            "with runtime.offload=true a method goes through Rounding.pieces or Rounding.layer, "
+            "so use runtime.offload=false"
+        )
 
 
 def weights_in(made: Artifact) -> dict[str, QuantizedWeight]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab.config import QuantConfig, WeightsConfig
@@ -63,6 +64,13 @@ class Rounding:
         finally:
             model.set_submodule(path, Passage())
             set_map(model, ends)
+
+    def pieces(self) -> Iterator[PreTrainedModel]:
+        """Yield the model, then every layer that is not there, in a model of its own."""
+        yield self.model
+        if self.part is not None:
+            for index in tqdm(range(len(map_of(self.model).layers)), desc=self.config.method):
+                yield self.part(index)
 
     def biases_apart(self) -> KeyBiases:
         """Return the biases of keys that the path of keys keeps apart, of all layers."""

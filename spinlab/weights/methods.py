@@ -7,11 +7,8 @@ name in `spinlab.config.weights`.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from spinlab.config import WeightsConfig
 from spinlab.config.checks import choice
-from spinlab.model.modules import map_of
 from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.layerwise import (
     quantize_gptaq,
@@ -39,10 +36,8 @@ class Method:
 def _rtn(rounding: Rounding) -> Weights:
     settings = rounding.quant, rounding.config.clip, rounding.rotations.weight_clips
     found = rounding.store()
-    found.update(quantize_rtn(rounding.model, *settings))
-    if (part := rounding.part) is not None:
-        for index in tqdm(range(len(map_of(rounding.model).layers)), desc="rtn"):
-            found.update(quantize_rtn(part(index), *settings))
+    for piece in rounding.pieces():
+        found.update(quantize_rtn(piece, *settings))
     return found
 
 

@@ -1,8 +1,9 @@
 """A quantized weight as integers: what is saved, what kernels multiply, what fake quant decodes."""
 
 import json
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from spinlab.formats import FORMATS, Format, Parameters, name_of
 from spinlab.tensors import write_tensors
+
+Stored = tuple[dict[str, torch.Tensor], dict[str, list]]  # tensors, formats by weight
 
 
 @dataclass(frozen=True)
@@ -90,36 +93,46 @@ def dequantize_in_calls(linear: nn.Linear, weight: QuantizedWeight) -> None:
 
 
 class PackedWeights(MutableMapping[str, QuantizedWeight]):
-    """Keep weights in their stored form, and take each out of it whenever it is asked for."""
+    """Keep weights in their stored form, and take each out of it whenever it is asked for.
+
+    Those of a file are left there, and read then.
+    """
 
     def __init__(self, weights: Mapping[str, QuantizedWeight] | None = None) -> None:
-        self._kept: dict[str, tuple[dict[str, torch.Tensor], dict[str, list]]] = {}
+        self._kept: dict[str, Callable[[], Stored]] = {}
         self.update(weights or {})
 
     @staticmethod
     def load(path: Path) -> "PackedWeights":
         """Read what `save_weights` wrote."""
-        found, (tensors, formats) = PackedWeights(), _read(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            parts.setdefault(key.rpartition(".")[0], {})[key] = tensor
-        found._kept = {name: (parts[name], {name: formats[name]}) for name in formats}
+        found, file = PackedWeights(), safe_open(path, framework="pt")
+        keys: dict[str, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118
+            keys.setdefault(key.rpartition(".")[0], []).append(key)
+
+        def read(name: str, format: list) -> Stored:
+            return {key: file.get_tensor(key) for key in keys[name]}, {name: format}
+
+        for name, format in json.loads(file.metadata()["formats"]).items():
+            found._kept[name] = partial(read, name, format)
         return found
 
-    def stored(self) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
-        """Return what `stored_form` does, without a copy."""
+    def stored(self) -> Stored:
+        """Return what `stored_form` does, without a copy of what is packed in memory."""
         tensors: dict[str, torch.Tensor] = {}
         formats: dict[str, list] = {}
-        for of_one, format in self._kept.values():
+        for take in self._kept.values():
+            of_one, format = take()
             tensors |= of_one
             formats |= format
         return tensors, formats
 
     def __getitem__(self, name: str) -> QuantizedWeight:
-        return from_stored_form(*self._kept[name])[name]
+        return from_stored_form(*self._kept[name]())[name]
 
     def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
-        self._kept[name] = stored_form({name: weight})
+        found = stored_form({name: weight})
+        self._kept[name] = lambda: found
 
     def __delitem__(self, name: str) -> None:
         del self._kept[name]
@@ -153,19 +166,14 @@ def save_weights(weights: Mapping[str, QuantizedWeight], path: Path) -> None:
 
 def load_weights(path: Path) -> dict[str, QuantizedWeight]:
     """Read what `save_weights` wrote."""
-    return from_stored_form(*_read(path))
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
-    """Return the stored form of the weights in a file."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["formats"])
+        return from_stored_form(tensors, json.loads(file.metadata()["formats"]))
 
 
 def stored_form(
     weights: Mapping[str, QuantizedWeight],
-) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+) -> Stored:
     """Return the tensors of named weights for a file, and each one's format and width for JSON."""
     if isinstance(weights, PackedWeights):
         return weights.stored()

@@ -40,6 +40,7 @@ from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.stages.export import export
 from spinlab.stages.pipeline import Pipeline
 from spinlab.weights.base import Rounding
+from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.methods import METHODS
 
 CPU = torch.device("cpu")
@@ -241,3 +242,18 @@ def test_a_run_whose_layers_come_one_by_one_has_the_numbers_of_any_other(toy_tok
 def test_what_takes_the_whole_network_is_refused_by_name(asked):
     with pytest.raises(InputError, match=r"with runtime\.offload=true it comes layer by layer"):
         composed("+experiment=toy", "runtime.offload=true", asked)
+
+
+def test_a_method_that_knows_nothing_of_parts_is_told_what_it_left(toy_tokens, tmp_path):
+    cache = shutil.copytree(toy_tokens, tmp_path / "cache")
+    words = ["+experiment=toy", "learn=none", "runtime.offload=true", f"paths.cache={cache}"]
+    run = Pipeline(composed(*words))
+
+    def of_the_model_alone(rounding: Rounding):
+        settings = rounding.config.clip, {}
+        return quantize_rtn(rounding.model, rounding.quant, *settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "rtn", replace(METHODS["rtn"], work=of_the_model_alone))
+        with pytest.raises(InputError, match=r"weights\.method=rtn has not rounded .* 13 more"):
+            run.weights("rtn")
