@@ -83,8 +83,8 @@ def test_what_composes_to_the_same_settings_has_one_name():
 
 # families that are read by the same lines take turns
 KIN = (
-    ("llama", "mistral", "qwen2", "qwen3", "smollm3"),
-    ("olmo2", "olmo3"),
+    ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "smollm3"),
+    ("exaone4", "olmo2", "olmo3"),
     ("gemma", "gemma2", "gemma3_text"),
     ("mixtral", "qwen3_moe"),
 )

@@ -210,8 +210,9 @@ def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 
 
 def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    from spinlab.bench.end_to_end import Setting, bench_decode, bench_prefill
+    from spinlab.bench.end_to_end import bench_decode, bench_prefill
     from spinlab.bench.methods import hadamards, random_rotations
+    from spinlab.bench.runners import Setting
     from spinlab.report.online import online_settings
     from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 

@@ -50,8 +50,12 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """Describe a decoder layer; mlp is None where it is anything but one gated MLP."""
+    """Describe a decoder layer; mlp is None where it is anything but one gated MLP.
+
+    adds: what attention and MLP give is added to the stream as it is, and one after the other.
+    """
 
     path: str
     attention: Attention
     mlp: GatedMLP | None
+    adds: bool = False

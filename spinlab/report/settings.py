@@ -1,10 +1,11 @@
 """The settings of a record, with those that its code did not have yet."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from spinlab.config import Config, plain
+from spinlab.config import Config, WeightsConfig, plain
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
@@ -23,19 +24,23 @@ LATER = (
 )
 # By the family of a model, what was done where that is not what the default does.
 _BEFORE: Mapping[str, Mapping[str, Any]] = {"qwen2": {"kv.key_bias": "coded"}}
+_ROUNDING = {field.name for field in fields(WeightsConfig)} - {"method", "clip"}
 _SCHEMA = 3
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's settings by their dotted names, those that came later included.
 
-    A record of an older schema has its own alone.
+    Without those of methods of rounding that are not the record's own: nothing read them, and their
+    defaults may have changed. A record of an older schema has all it had, and no others.
     """
     own = values_of(record["config"])
     if record["schema"] != _SCHEMA:
         return own
     before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
-    return {**_defaults(), **before, **own}
+    found, method = {**_defaults(), **before, **own}, own.get("weights.method")
+    others = tuple(f"weights.{name}" for name in _ROUNDING if name != method)
+    return {name: value for name, value in found.items() if not stands_in(name, others)}
 
 
 def settings_of_today(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spinlab.config.values import text
-from spinlab.config.weights import method_title
+from spinlab.config.weights import WeightsConfig, method_title
 from spinlab.report.online import EXACT, INPUTS, OFF, Settings
 
 _TURNS = {"random": "a random turn", "hadamard": "a Hadamard turn", "none": ""}
@@ -134,6 +134,8 @@ def rounding_words(settings: Settings) -> str:
     parts = [method_title(method)]
     if method != "lwc" and not settings["weights.clip.search"]:
         parts.append("whole range")
-    if (strength := settings.get(f"weights.{method}.strength", 1)) != 1:
+    usual = getattr(WeightsConfig(method).own, "strength", None)
+    strength = settings.get(f"weights.{method}.strength", usual)
+    if strength != usual:
         parts.append(f"strength {strength:g}")
     return ", ".join(parts)

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spinlab.bench import peer_parts, peers
 from spinlab.bench.__main__ import main
 from spinlab.bench.collect import collect
-from spinlab.bench.end_to_end import Setting, Stock
 from spinlab.bench.kernels import bench_kernels, ceilings
 from spinlab.bench.kv_decode import kv
 from spinlab.bench.operands import random_floats, random_rows, random_weight
@@ -21,6 +20,7 @@ from spinlab.bench.peers import LinearPeer, Product, linear_peers
 from spinlab.bench.producers import producers
 from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
+from spinlab.bench.runners import Setting, Stock
 from spinlab.bench.timing import copies_for, measure
 from spinlab.errors import InputError, ResultError
 from spinlab.kv.codecs.affine import AffineCodec

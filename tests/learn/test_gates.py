@@ -56,12 +56,14 @@ def test_kernels_round_where_the_definition_does(dtype):
         out = take(*leaves)
         out.backward(gradient.to(device))
         found.append([t.cpu().double() for t in (out.detach(), *(leaf.grad for leaf in leaves))])
-    *wanted, of_factor = found[0]
-    *ours, sums = found[1]
+    wanted, (*ours, sums) = found[0][:3], found[1]
     for expected, result in zip(wanted, ours, strict=True):  # exponentials may round apart
         assert torch.allclose(result, expected, rtol=2**-7, atol=2**-12)
         assert (result != expected).double().mean() < 0.02
-    assert torch.allclose(sums, of_factor, rtol=0.02, atol=0.1)
+    # autograd sums in 16 bits: the oracle are the rounded terms in float64, two of which may be off
+    terms = (gradient.float() * silu(gate).float()).to(dtype).double() * up.double()
+    off = (sums - terms.sum(0)).abs()
+    assert (off <= 2 * torch.finfo(dtype).eps * terms.abs().amax(0)).all()
 
 
 def test_kernels_take_what_lies_apart():

@@ -52,9 +52,15 @@ SHAPES = [
     ("smollm3", {"no_rope_layers": [1, 0]}),
     ("smollm3", {"attention_bias": True, "no_rope_layers": [0, 1], **UNTIED}),
     ("smollm3", {"head_dim": 16, **SLIDES_WITHOUT_ROPE, **UNTIED}),
+    ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
+    ("ministral", {**SLIDES, **UNTIED}),
     ("phi3", {"head_dim": None, "hidden_size": 48}),
     ("phi3", {"sliding_window": 5, **MULTI_HEAD, **UNTIED}),
     ("phi3", {"head_dim": 24, "num_key_value_heads": 1}),
+    ("glm", {"attention_bias": True}),
+    ("glm", {**MULTI_HEAD, **UNTIED}),
+    ("glm4", {"head_dim": 24, "num_key_value_heads": 1}),
+    ("glm4", {"attention_bias": True, **UNTIED}),
     ("granite", MULTIPLIERS),
     ("cohere", {"logit_scale": 0.3}),
     ("cohere", {"attention_bias": True, "use_qk_norm": True, **MULTI_HEAD, **UNTIED}),
@@ -66,6 +72,8 @@ SHAPES = [
     ("olmo2", {"num_key_value_heads": 1, "head_dim": 24}),
     ("olmo3", {"sliding_window": 5}),
     ("olmo3", {**SLIDES, "rope_parameters": TWO_ROPES, "attention_bias": True, **UNTIED}),
+    ("exaone4", {"head_dim": 12}),
+    ("exaone4", {**SLIDES, **UNTIED}),
     ("gemma", {}),
     ("gemma", {"attention_bias": True, **MULTI_HEAD, **UNTIED}),
     ("gemma2", {**CAPS, **LOCAL_FIRST, **GEMMA}),
@@ -80,6 +88,15 @@ SHAPES = [
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, **UNTIED}),
 ]
+NORMED = (
+    "qwen3",
+    "qwen3_moe",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "glm4",
+    "gemma2",
+)  # of heads, or behind blocks
 every_shape = pytest.mark.parametrize(("family", "changes"), SHAPES, ids=str)
 one_of_each = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -194,7 +211,7 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
-    expected = {"cohere": 3, **dict.fromkeys(("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma2"), 9)}
+    expected = {"cohere": 3, **dict.fromkeys(NORMED, 9)}
     expected["gemma3_text"] = 13
     offset = 1 if family.startswith("gemma") else 0
     assert len(norms) == expected.get(family, 5)

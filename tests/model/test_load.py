@@ -100,7 +100,7 @@ def test_every_linear_of_a_layer_is_a_site():
 
 def test_unknown_families_and_empty_shapes_are_refused():
     with pytest.raises(
-        InputError, match=r"'exaone' is not known: supported are cohere, gemma, gemma2"
+        InputError, match=r"'exaone' is not known: supported are cohere, exaone4, gemma"
     ):
         family_of("exaone")
     with pytest.raises(InputError, match=r"model.architecture"):

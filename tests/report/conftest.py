@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spinlab.bench.end_to_end import Setting
 from spinlab.bench.results import Results
+from spinlab.bench.runners import Setting
 from spinlab.config import Config
 from spinlab.track.record import Record
 

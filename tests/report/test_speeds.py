@@ -64,7 +64,8 @@ def test_the_committed_methods_of_one_form_are_those_that_the_kernels_run_alike(
     }
     assert all(form == of[0] for of in forms.values() for form in of)
     assert {method for method, (form, *_) in forms.items() if form == SAME} == {
-        *("random", "quarot", "quarot_gptaq", "quarot_qronos", "duquant_learned"),
+        *("random", "quarot", "quarot_gptaq", "quarot_gptaq_full", "quarot_qronos"),
+        *("quarot_qronos_full", "duquant_learned"),
         *("spinquant_had", "spinquant_had_riemannian", "learned_ranges", "learned_fused"),
     }
     assert forms["learned_blocks"][0] == {**SAME, "blocks": "blocks of 64"}

@@ -113,7 +113,8 @@ def test_rotations(words, told):
         (["weights=rtn_fixed"], "RTN, whole range"),
         (["weights=gptq"], "GPTQ"),
         (["weights=lwc"], "LWC"),
-        (["weights=qronos", "weights.qronos.strength=0.5"], "Qronos, strength 0.5"),
+        (["weights=gptaq"], "GPTAQ"),
+        (["weights=qronos", "weights.qronos.strength=1"], "Qronos, strength 1"),
     ],
 )
 def test_roundings(words, told):

@@ -93,11 +93,11 @@ def stand_in(step, cache, stream):
     return lambda: result.copy_(step(frozen)), result
 
 
-def eager(model, parts, cache):
+def eager(model, parts, cache, **asked):
     """Return what passes give without graphs, side by side; the oracle, bit for bit."""
     runner = graph_runner(model)
     runner.enabled = False
-    found = [model(input_ids=part, past_key_values=cache).logits for part in parts]
+    found = [model(input_ids=part, past_key_values=cache, **asked).logits for part in parts]
     runner.enabled = True
     return torch.cat(found, 1)
 
@@ -162,16 +162,16 @@ def test_a_cache_that_grew_is_captured_anew(model, ids, captures):
     def run(runs):
         cache = new_cache(model, 64)
         first = runs(model, ids[:, :11].split([10, 1], dim=1), cache)
-        graph, cache.slots.capacity = cache.slots.graph, 11  # as if it were full
+        kept, cache.slots.capacity = cache.slots.graphs, 11  # as if it were full
         # the next step runs eagerly, and takes more memory
-        return torch.cat([first, runs(model, ids[:, 11:].split(1, dim=1), cache)], 1), graph, cache
+        return torch.cat([first, runs(model, ids[:, 11:].split(1, dim=1), cache)], 1), kept, cache
 
     def on_graphs(model, parts, cache):
         return torch.cat([model(input_ids=p, past_key_values=cache).logits for p in parts], 1)
 
-    found, graph, cache = run(on_graphs)
-    assert cache.slots.graph is not graph and captures == [2, 2]
-    del cache, graph
+    found, kept, cache = run(on_graphs)
+    assert cache.slots.graphs is not kept and captures == [2, 2]
+    del cache, kept
     assert torch.equal(found, run(eager)[0])
 
 
@@ -184,6 +184,40 @@ def test_a_graph_serves_the_caches_that_follow_on_its_slots(model, ids, captures
         del cache
         assert torch.equal(torch.cat(found, 1), eager(model, parts, new_cache(model, 64)))
     assert captures == [2]
+
+
+@torch.no_grad()
+def test_prompts_of_a_size_are_captured_once_where_asked_for(model, ids, captures):
+    """By size and by the logits that are kept; steps behind them have a graph of their own."""
+    graph_runner(model).prompts = True
+    for start, kept in ((0, 0), (3, 0), (5, 1), (7, 1)):
+        parts = ids[:, start : start + 11].split([10, 1], dim=1)
+        asked = {"logits_to_keep": kept}
+        expected = eager(model, parts, new_cache(model, 64), **asked)
+        cache = new_cache(model, 64)
+        mask = torch.ones_like(parts[0]) if start else None
+        first = model(input_ids=parts[0], past_key_values=cache, attention_mask=mask, **asked)
+        assert len(first.logits[0]) == (kept or 10) and cache.get_seq_length() == 10
+        step = model(input_ids=parts[1], past_key_values=cache)
+        assert torch.equal(torch.cat([first.logits, step.logits], 1), expected)
+        del cache, first, step  # the next one's slots, with their graphs
+    assert captures == [2, 2, 2]
+
+
+@torch.no_grad()
+def test_prompts_behind_padding_and_prompts_unasked_for_run_eagerly(model, ids, captures):
+    cache, mask = new_cache(model, 64), torch.ones_like(ids[:, :8])
+    mask[1, :3] = 0
+    prompt = {"input_ids": ids[:, :8], "past_key_values": cache}
+    assert not graph_runner(model).takes(prompt)
+    graph_runner(model).prompts = True
+    assert graph_runner(model).takes(prompt)
+    assert not graph_runner(model).takes({**prompt, "attention_mask": mask})
+    assert not graph_runner(model).takes({**prompt, "logits_to_keep": torch.tensor([1])})
+    model(**prompt, attention_mask=mask)
+    cache.reset()
+    found = model(**prompt).logits  # what an earlier prompt padded is none of this one's
+    assert captures == [2] and torch.equal(found, eager(model, [ids[:, :8]], new_cache(model, 64)))
 
 
 def fall_behind(*_) -> None:

@@ -186,6 +186,8 @@ FAMILIES = {
     "smollm3": {"no_rope_layers": [0, 1]},
     "olmo2": {"attention_bias": True},
     "olmo3": {},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "exaone4": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma": {"hidden_act": "silu"},
     "gemma3_text": {"hidden_activation": "silu", "final_logit_softcapping": 2.0},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},

@@ -43,8 +43,10 @@ def moments(exact: torch.Tensor, x: torch.Tensor) -> Rows:
     return found[0].value(), found[1].value()
 
 
-def settings(search: bool = True, **changes) -> WeightsConfig:
-    return WeightsConfig("gptaq", ClipSearch(search=search), gptaq=GPTAQConfig(**changes))
+def settings(search: bool = True, strength: float = 1.0, **changes) -> WeightsConfig:
+    """Both methods at the strength of their papers, unless another is asked for."""
+    gptaq = GPTAQConfig(strength=strength, **changes)
+    return WeightsConfig("gptaq", ClipSearch(search=search), gptaq=gptaq)
 
 
 def known(rows: Rows, config: WeightsConfig) -> Mismatch:

@@ -3,7 +3,9 @@
 from spinlab.errors import InputError
 from spinlab.model.families.blocked import BLOCKED
 from spinlab.model.families.cohere import COHERE
+from spinlab.model.families.exaone4 import EXAONE4
 from spinlab.model.families.gemma import GEMMA, GEMMA2, GEMMA3
+from spinlab.model.families.glm import GLM, GLM4
 from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.olmo2 import OLMO2
@@ -18,10 +20,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "smollm3": LLAMA,
+    "seed_oss": LLAMA,
+    "ministral": LLAMA,
     "phi3": PHI3,
+    "glm": GLM,
+    "glm4": GLM4,
     "granite": GRANITE,
     "olmo2": OLMO2,
     "olmo3": OLMO2,
+    "exaone4": EXAONE4,
     "stablelm": STABLELM,
     "cohere": COHERE,
     "gemma": GEMMA,

@@ -21,7 +21,6 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),
-    POST_NORM: ("exaone4", "glm4"),
     _EXPERTS: (
         *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
         *("llama4_text", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),

@@ -18,7 +18,7 @@ class Names:
     A family without norms of queries and keys has no module at `query_norm` and `key_norm`. Norms
     before attention and MLP are read by their linears; those behind stand before the stream.
     experts: where a layer has them, each of which names its linears as the MLP of other layers
-    does, and router: the linear that chooses among them.
+    does, and router: the linear that chooses among them. adds: as in `Layer`.
     """
 
     layers: str
@@ -43,6 +43,7 @@ class Names:
     behind_mlp: str | None = None
     experts: str | None = None
     router: str | None = None
+    adds: bool = False
 
 
 def read_decoder(
@@ -231,7 +232,8 @@ class _LayerReader:
             return Layer(self.path, attention, None)
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
         activation = getattr(self.config, "hidden_activation", None)  # Gemma's word
-        return Layer(self.path, attention, GatedMLP(*parts, activation or self.config.hidden_act))
+        mlp = GatedMLP(*parts, activation or self.config.hidden_act)
+        return Layer(self.path, attention, mlp, self.names.adds)
 
     def _width(self, norm: str) -> int:
         """Return how many gains a norm has."""

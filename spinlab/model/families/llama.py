@@ -1,10 +1,11 @@
-"""Llama, and the families that took its module names over: Mistral, Qwen2, Qwen3, SmolLM3.
+"""Llama, and the families that took its module names over: Mistral, Qwen2, Qwen3, and others.
 
 Qwen3's norms of single queries and keys stay as they are: they act between linears that write no
 rotated space and R3. SmolLM3 turns the queries and keys of some layers by no RoPE, which R3 does
 not miss.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from spinlab.model.families.decoder import Names, read_decoder
@@ -31,4 +32,4 @@ NAMES = Names(
     key_norm="self_attn.k_norm",
 )
 
-LLAMA = Family(partial(read_decoder, names=NAMES))
+LLAMA = Family(partial(read_decoder, names=replace(NAMES, adds=True)))

@@ -11,17 +11,17 @@ have sliding windows, and a RoPE of their own.
 from dataclasses import replace
 from functools import partial
 
+from spinlab.model.families import llama
 from spinlab.model.families.blocked import POST_NORM
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.llama import NAMES
 from spinlab.model.map import Family
 
-_NAMES = replace(
-    NAMES,
+NAMES = replace(
+    llama.NAMES,
     attention_norm=None,
     mlp_norm=None,
     behind_attention="post_attention_layernorm",
     behind_mlp="post_feedforward_layernorm",
 )
 
-OLMO2 = Family(partial(read_decoder, names=_NAMES, cannot={"r1": POST_NORM}))
+OLMO2 = Family(partial(read_decoder, names=NAMES, cannot={"r1": POST_NORM}))

@@ -23,6 +23,7 @@ _NAMES = replace(
     values=f"{_QKV}.v_proj",
     gate=f"{_GATE_UP}.gate_proj",
     up=f"{_GATE_UP}.up_proj",
+    adds=True,  # its dropouts are of training
 )
 
 

@@ -31,13 +31,15 @@ def pareto(records: str, speeds: str, metric: str = "kl/wiki,kl/c4", methods: st
 
     records: one folder. speeds: records of whole networks, with commas. metric: without a variant,
     several with commas. methods: some of the folder's, with commas; else all that have a speed.
-    Raises InputError for a method or a metric without records, and where no method has a speed.
+    Raises InputError for a method or a metric without records, for a named method without a speed,
+    and where none has one.
     """
     found, timed = read_seeds(Path(records).expanduser()), read_speeds(speeds.split(","))
     runs = {name: runs_of(name, found) for name in (methods.split(",") if methods else found)}
     costs = {name: taken for name, of in runs.items() if (taken := timed.of(of[0]))}
-    if not costs:
-        raise InputError(f"speeds={speeds} are not of what any method runs online")
+    if not costs or (methods and len(costs) < len(runs)):
+        without = ", ".join(name for name in runs if name not in costs)
+        raise InputError(f"speeds={speeds} are not of what these methods run online: {without}")
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     for name in metric.split(","):
         original = mean(_original(run, name) for of in runs.values() for run in of)

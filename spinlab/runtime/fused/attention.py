@@ -53,16 +53,17 @@ class IntegerAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: Angles,
         past_key_values: IntegerCache,
+        added: torch.Tensor | None = None,
         **unused: object,
     ) -> tuple[torch.Tensor, None]:
-        """Map the stream (batch, tokens, hidden) to what is added to it."""
+        """Map the stream (batch, tokens, hidden) to what is added to it, or to that sum."""
         q, k, v = self._heads(self.qkv(hidden_states))
         packed = past_key_values.pool.layout.packed(self.layer)
         attend = self._plain if packed is None else self._packed
         cos, sin = position_embeddings
         angles = (cos, sin) if self.rope else (cos[..., :0], sin[..., :0])
         found = attend(q, k, v, angles, past_key_values)
-        return self.out(found.transpose(1, 2).flatten(2)), None
+        return self.out(found.transpose(1, 2).flatten(2), added), None
 
     def _heads(self, qkv: torch.Tensor) -> list[torch.Tensor]:
         """Cut one product into queries, keys, values: (batch, tokens, heads, head_dim) each."""

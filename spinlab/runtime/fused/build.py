@@ -18,7 +18,14 @@ from spinlab.formats import Format, IntegerFormat, name_of
 from spinlab.model.layer import Layer
 from spinlab.model.modules import linears_of, map_of, norm_at
 from spinlab.runtime.fused.attention import IntegerAttention
-from spinlab.runtime.fused.modules import GateReader, IntegerMLP, NormReader, Product, Reader
+from spinlab.runtime.fused.modules import (
+    GateReader,
+    IntegerMLP,
+    NormReader,
+    Product,
+    Reader,
+    add_in_products,
+)
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.products import PackedProduct, SeparateProducts, stack
 from spinlab.runtime.kernels.formats import PackedWeight, pack_weight
@@ -150,6 +157,9 @@ class LayerBuilder:
         twin = IntegerAttention(stock, index, readers, self.kv, attention, self.operations)
         self.model.set_submodule(attention.path, twin)
         self.model.set_submodule(mlp.path, IntegerMLP(gate_up, down))
+        if layer.adds:
+            names = (part.path.removeprefix(f"{layer.path}.") for part in (attention, mlp))
+            add_in_products(self.model.get_submodule(layer.path), *names)
         for reader in (attention.queries, mlp.gate):
             if (norm := self._norm_before(reader)) is not None:
                 self.model.set_submodule(norm, nn.Identity())

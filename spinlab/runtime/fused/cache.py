@@ -63,6 +63,15 @@ class IntegerCache(Cache):
         self.slots.position.copy_(self.slots.length)
         self.slots.length.add_(tokens)
 
+    def before_replay(self, batch: int, tokens: int) -> None:
+        """Make ready for a pass that a graph runs; a first one has no padding."""
+        if self.tokens:  # the last pass broke off
+            self.rewind(self.filled)
+        self.check_window(self.filled + tokens)
+        self._reserve(batch, self.filled + tokens)
+        if self.filled == 0:
+            self.padded = self.all_padding = False
+
     def must_read(self, mask: torch.Tensor | None) -> bool:
         """Tell whether a mask (batch, tokens) of one more token may say what no earlier did.
 

@@ -4,6 +4,9 @@ Where a linear reads quantized inputs, what comes before it (norm, gate, rotatio
 are one operation. Transforms that no operation knows run in torch, and the quantizer behind them.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import silu
@@ -31,14 +34,18 @@ class Reader(nn.Module):
         """What quantizes the input of a packed product; None where that stays in floats."""
         return self.path.quantizer if isinstance(self.product, PackedProduct) else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the outputs side by side, (..., out), for x: (..., in)."""
+    def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the outputs side by side, (..., out), for x: (..., in).
+
+        added: (..., out), to which they are added, if given.
+        """
         if isinstance(self.product, SeparateProducts):
-            return self.product(x)
+            out = self.product(x)
+            return out if added is None else added + out
         if self.quantizer is None:
-            rotated = self._rotated(x).flatten(0, -2)
-            return self.product.of_floats(rotated).unflatten(0, x.shape[:-1])
-        return self._multiply(self._levels(x, self.quantizer), x)
+            rotated, rows = self._rotated(x).flatten(0, -2), _rows(added)
+            return self.product.of_floats(rotated, rows).unflatten(0, x.shape[:-1])
+        return self._multiply(self._levels(x, self.quantizer), x, added)
 
     def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
@@ -46,10 +53,12 @@ class Reader(nn.Module):
             return self.operations.rotate_quantize(x, rotation, quantizer)
         return self.operations.quantize(self._rotated(x), quantizer)
 
-    def _multiply(self, levels: TokenLevels, like: torch.Tensor) -> torch.Tensor:
+    def _multiply(
+        self, levels: TokenLevels, like: torch.Tensor, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the outputs for levels, in the shape and dtype of the floats they came from."""
         assert isinstance(self.product, PackedProduct)
-        out = self.product.of_levels(levels, like.dtype)
+        out = self.product.of_levels(levels, like.dtype, _rows(added))
         return out.unflatten(0, like.shape[:-1])
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,13 +103,15 @@ class NormReader(Reader):
 class GateReader(Reader):
     """Gate, rotate, quantize and multiply: what reads silu(gate)·up."""
 
-    def of_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return the output (..., out) for gate and up: (..., in)."""
+    def of_gate(
+        self, gate: torch.Tensor, up: torch.Tensor, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the output (..., out) for gate and up: (..., in), added to `added` if given."""
         rotation, quantizer = self.path.rotation, self.quantizer
         if quantizer is None or not self.operations.rotates(gate, rotation, quantizer):
-            return self(silu(gate) * up)
+            return self(silu(gate) * up, added)
         levels = self.operations.gate_quantize(gate, up, rotation, quantizer)
-        return self._multiply(levels, gate)
+        return self._multiply(levels, gate, added)
 
 
 class IntegerMLP(nn.Module):
@@ -110,7 +121,28 @@ class IntegerMLP(nn.Module):
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map the stream (..., hidden) to what is added to it."""
+    def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Map the stream (..., hidden) to what is added to it, or to its sum with `added`."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down.of_gate(gate, up)
+        return self.down.of_gate(gate, up, added)
+
+
+def add_in_products(layer: nn.Module, attention: str, mlp: str) -> None:
+    """Let products add to the stream what attention and MLP of a layer give it, in place.
+
+    For layers that are nothing but x + attention(x), then x + mlp(x); attention and mlp: their
+    twins' names. The layer stays one of its class, which those who record its outputs look for.
+    """
+    layer.forward = partial(_add, layer, attention, mlp)  # type: ignore[method-assign]
+
+
+def _add(
+    layer: nn.Module, attention: str, mlp: str, hidden_states: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    x, _ = layer.get_submodule(attention)(hidden_states, added=hidden_states, **kwargs)
+    return layer.get_submodule(mlp)(x, added=x)
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a tensor of any shape as rows (tokens, width)."""
+    return None if x is None else x.flatten(0, -2)

@@ -30,13 +30,15 @@ class PackedProduct(nn.Module):
     def weight(self) -> PackedWeight:
         return PackedWeight(self.packed, self.scale, self.zero, self.sums, self.chunk)
 
-    def of_levels(self, inputs: TokenLevels, dtype: torch.dtype) -> torch.Tensor:
-        """Return the outputs (tokens, out) for quantized inputs."""
-        return self.operations.linear(inputs, self.weight, self.bias, dtype)
+    def of_levels(
+        self, inputs: TokenLevels, dtype: torch.dtype, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the outputs (tokens, out) for quantized inputs, added to others if given."""
+        return self.operations.linear(inputs, self.weight, self.bias, dtype, added)
 
-    def of_floats(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (tokens, out) for inputs (tokens, in) that stay floats."""
-        return self.operations.linear16(x, self.weight, self.bias)
+    def of_floats(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same for inputs (tokens, in) that stay floats."""
+        return self.operations.linear16(x, self.weight, self.bias, added)
 
 
 class SeparateProducts(nn.Module):

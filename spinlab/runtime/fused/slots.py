@@ -101,7 +101,7 @@ def _name(codec: RowCodec) -> str:
 
 
 class Slots:
-    """Hold the memory of one cache, and the CUDA graph that was captured on it.
+    """Hold the memory of one cache, and the CUDA graphs that were captured on it.
 
     start     (batch,) int32: first valid slot of a sequence, behind its padding
     position  (1,) int64: slot of the first token of this pass
@@ -111,7 +111,7 @@ class Slots:
 
     def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
         self.batch, self.capacity = batch, capacity
-        self.graph: object | None = None
+        self.graphs: dict[object, object] = {}  # by what of a pass is captured
         # tensors made in inference mode could not be written outside of it
         with torch.inference_mode(False):
             self.rows = [layout.rows(n, batch, capacity) for n in range(layout.layers)]
@@ -131,7 +131,7 @@ class Slots:
 
 @dataclass
 class SlotPool:
-    """Make slots, and keep those of the last cache that died: with them lives their graph.
+    """Make slots, and keep those of the last cache that died: with them live their graphs.
 
     A deep copy, of a model that was copied, has no slots: graphs run on the original's weights.
     """

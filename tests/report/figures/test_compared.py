@@ -78,13 +78,13 @@ def test_methods_are_where_their_speed_and_their_score_put_them(time_network):
         files.append(time_network("prefill", method, {"b1": prefill}))
     named, places = ",".join(map(str, files)), {"quarot": None, "learned_blocks": "learned_blocks"}
     metrics = ["kl/c4", "ppl/wiki"]
-    drawing = pareto(str(SMOLLM2), named, ",".join(metrics), ",".join([*places, "learned_inputs"]))
+    drawing = pareto(str(SMOLLM2), named, ",".join(metrics), ",".join(places))
     axes = np.array(drawing.figure.axes).reshape(len(metrics), 4)
     original = {"kl/c4": 0.0, "ppl/wiki": metric_of("ppl/wiki/fp", "quarot").mean()}
     for row, metric in zip(axes, metrics, strict=True):
         for case, axis in enumerate(row):
             found = {c.get_label(): c.lines[0].get_data() for c in axis.containers}
-            assert [*found] == ["original", *places]  # of learned_inputs no speed is known
+            assert [*found] == ["original", *places]
             assert np.ravel(found["original"]) == pytest.approx([1, original[metric]])
             for bar, (method, timed) in zip(bars(axis)[1:], places.items(), strict=True):
                 one, many, prefill = speeds[timed]
@@ -102,7 +102,7 @@ def test_methods_are_where_their_speed_and_their_score_put_them(time_network):
 
 def test_without_a_speed_or_a_metric_there_is_no_figure(time_network):
     speed = str(time_network("decode", "learned_inputs", {"b1": 2.0}))
-    with pytest.raises(InputError, match="are not of what any method runs online"):
-        pareto(str(SMOLLM2), speed, methods="rtn,quarot")
+    with pytest.raises(InputError, match="are not of what these methods run online: rtn, quarot"):
+        pareto(str(SMOLLM2), speed, methods="rtn,learned_inputs,quarot")
     with pytest.raises(InputError, match=r"has no kl/wikitext2/fake: give another metric="):
         pareto(str(SMOLLM2), speed, "kl/wikitext2")

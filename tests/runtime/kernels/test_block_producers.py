@@ -77,8 +77,10 @@ def test_a_rotation_in_blocks_is_as_exact_as_float32(device, dual):
 
 
 @pytest.mark.parametrize("case", ["blocks of 32, scaled", "dual", "blocks of 128"])
-def test_a_program_takes_several_blocks_in_turn(run, monkeypatch, case):
-    monkeypatch.setattr("spinlab.runtime.kernels.producers.blocks._blocks_a_program", lambda *_: 3)
+def test_a_program_takes_several_tiles_in_turn(run, monkeypatch, case):
+    """The last one fewer than the others, and fewer tokens."""
+    monkeypatch.setattr("spinlab.runtime.kernels.producers.blocks._tiles_a_program", lambda *_: 2)
+    monkeypatch.setattr("spinlab.runtime.kernels.producers.blocks._STEP", 16)
     rotation = in_blocks(**IN_BLOCKS[case])
     x = rows(70, rotation.width, dtype=torch.float16)
     assert_close(*run("rotate_quantize", x, rotation, TokenQuantizer(GRIDS[0])), x.dtype)

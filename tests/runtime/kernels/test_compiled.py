@@ -38,12 +38,14 @@ NUMBERS = {"s_ptr": "*fp32", "z_ptr": "*i32", "a_ptr": "*i32", "t_ptr": "*fp32",
            "c_ptr": "*i32", "bias_ptr": "*fp32", "tokens": "i32", "out": "i32"}
 TILES = {"x_tiles": "tensordesc<i8[128, 64]>", "w_tiles": "tensordesc<u8[128, 64]>",
          "y_tiles": "tensordesc<bf16[128, 128]>"}
-ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "part_ptr": "*i32", "count_ptr": "*i32"}
+ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "added_ptr": "*bf16",
+        "part_ptr": "*i32", "count_ptr": "*i32"}
 ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may share
 SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
          "BIAS": False, "ASM": True}
 PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PROGRAMS": 264}
-DECODE = {**SHAPE, "IN": 4096, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2, "STAGES": 4}
+DECODE = {**SHAPE, "IN": 4096, "ADDED": True, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2,
+          "STAGES": 4}
 
 
 STRIDES = ("stride", "other_stride")
@@ -80,20 +82,22 @@ SIZES |= {"left_ptr": "*bf16", "right_ptr": "*bf16", "levels_ptr": "*i8", "scale
 ROWS = {**GRID, "GATED": False, "NORMED": True, "GAIN": True, "STEP": 1, "GROUPS": 1,
         "GROUP": 4096, "MANY": 1, "BLOCK": 4096}
 instructions(producer_kernels.rows_kernel, SIZES, ROWS, 90)
-ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": 172, "B": 64, "RIGHT": 64, "FIRST": 128,
-           "SECOND": 64, "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
+ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": True, "B": 64, "FIRST": 128, "SECOND": 64,
+           "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
-BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False, "PARTS": 2,
-          "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128, "STEP": 64}
+BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False,
+          "ACROSS": False, "PARTS": 2, "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128,
+          "PIECE": 64, "STEP": 64, "AS_FLOATS": False}
 PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
 ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}
-WIDE = {"x_ptr": "*fp32", "parts_ptr": "*fp32"}
+DEALT, WIDE = {"x_ptr": "*fp32"}, {"parts_ptr": "*fp32"}
 for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared memory, and Hopper
     for constants, kinds in (
-        (BLOCKS, {}), (ALONE, {"out_ptr": "*fp32"}), ({**ALONE, "GATED": True}, {}),
-        ({**ALONE, "DEALT": True, "PARTS": 1}, WIDE),
+        (BLOCKS, {}), ({**ALONE, "ACROSS": True}, {"out_ptr": "*fp32"}),
+        ({**ALONE, "GATED": True}, {}), ({**ALONE, "DEALT": True}, DEALT),
+        ({**ALONE, "PARTS": 1}, WIDE),
     ):
         kernel = block_kernels.blocks_kernel
         found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)

@@ -75,6 +75,20 @@ def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None
         assert (found - exact).abs().max() <= 2 * own + 1e-7 * exact.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sum_is_that_of_two_tensors(tokens: int, dtype: torch.dtype, device: torch.device):
+    """The product is rounded before it is added: bit for bit what torch adds."""
+    weight = pack_weight(random_weight(72, 512, 1, False), 1).to(device)
+    x, added = torch.randn(tokens, 512), 100 * torch.randn(tokens, 72).to(device, dtype)
+    kept, bias = added.clone(), torch.randn(72).to(device, dtype)
+    inputs = on(device, quantized(x, TokenQuantizer(IntegerFormat(4, False))), weight)[0]
+    for take, given in ((gpu.linear, (inputs, weight, bias, dtype)),
+                        (gpu.linear16, (x.to(device, dtype), weight, bias))):  # fmt: skip
+        assert torch.equal(take(*given, added), added + take(*given))
+        assert torch.equal(added, kept)
+
+
 def test_every_output_is_written_and_none_else(device: torch.device) -> None:
     """Shapes that fill no tile leave what lies behind the result alone."""
     weight = pack_weight(random_weight(40, 96, 1, True), 1)

@@ -22,9 +22,15 @@ _PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
 
 
 def linear(
-    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+    inputs: TokenLevels,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`, as the reference does.
+
+    Few tokens are added to others, where there are some, by the kernel that multiplies.
 
     Raises InputError for shapes that `why_not` names.
     """
@@ -45,7 +51,7 @@ def linear(
         inputs.scale, inputs.zero, sums, weight.scale,
         some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
     )  # fmt: skip
-    shape = {
+    shape: dict[str, Any] = {
         "HALF": weight.chunk // 2,
         "BLOCKS": weight.blocks,
         "INPUT_GROUPS": groups,
@@ -54,24 +60,30 @@ def linear(
         "BIAS": bias is not None,
     }
     if tokens <= _FEW:
-        _decode(inputs.levels, weight, out, pointers, shape)
-    else:
-        _prefill(inputs.levels, weight, out, pointers, shape)
-    return out
+        _decode(inputs.levels, weight, out, pointers, shape, added)
+        return out
+    _prefill(inputs.levels, weight, out, pointers, shape)
+    return out if added is None else out.add_(added)
 
 
-def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear16(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return x · weightᵀ + bias for inputs that are not quantized: (tokens, out) in x's dtype.
 
-    Of many tokens the operations are the time, and these are 16-bit ones: there the weight is
-    expanded for the length of the call.
+    added: as for `linear`. Of many tokens the operations are the time, and these are 16-bit ones:
+    there the weight is expanded for the length of the call.
     """
     _check(weight)
     tokens, width = x.shape
     assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
     assert weight.blocks == weight.groups, "a weight for inputs in groups meets none"
     if tokens > _FEW:
-        return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+        out = torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+        return out if added is None else out.add_(added)
     from spinlab.runtime.kernels.linear.triton_decode import decode16_kernel
 
     out = x.new_empty(tokens, weight.out_features)
@@ -83,14 +95,14 @@ def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     some = weight.scale
     arguments = (
         x.contiguous(), weight.packed, out, weight.scale,
-        some if weight.zero is None else weight.zero, some if bias is None else bias, part, count,
-        tokens, weight.out_features,
+        some if weight.zero is None else weight.zero, some if bias is None else bias,
+        x if added is None else added.contiguous(), part, count, tokens, weight.out_features,
     )  # fmt: skip
     warps = tile.pop("num_warps")
     constants = {
         "IN": width, "HALF": weight.chunk // 2, "BLOCKS": weight.blocks,
-        "ZEROS": weight.zero is not None, "BIAS": bias is not None, **tile,
-        "ASM": not interpreted(),
+        "ZEROS": weight.zero is not None, "BIAS": bias is not None, "ADDED": added is not None,
+        **tile, "ASM": not interpreted(),
     }  # fmt: skip
     launch(decode16_kernel, (tiles, tile["SPLIT"]), arguments, constants, num_warps=warps)
     return out
@@ -162,7 +174,12 @@ def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 
 
 def _decode(
-    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
+    levels: torch.Tensor,
+    weight: PackedWeight,
+    out: torch.Tensor,
+    pointers: tuple,
+    shape: dict,
+    added: torch.Tensor | None,
 ) -> None:
     from spinlab.runtime.kernels.linear.triton_decode import decode_kernel
 
@@ -171,10 +188,14 @@ def _decode(
     dtype = torch.int32 if weight.blocks == 1 else torch.float32
     part, count = _workspace(out, tiles, tile, dtype)
     arguments = (
-        levels, weight.packed, out, *pointers, part, count, len(levels), weight.out_features,
+        levels, weight.packed, out, *pointers, out if added is None else added.contiguous(), part,
+        count, len(levels), weight.out_features,
     )  # fmt: skip
     warps = tile.pop("num_warps")
-    constants = {"IN": weight.in_features, **shape, **tile, "ASM": not interpreted()}
+    constants = {
+        "IN": weight.in_features, **shape, "ADDED": added is not None, **tile,
+        "ASM": not interpreted(),
+    }  # fmt: skip
     grid = (tiles, tile["SPLIT"])
     launch(decode_kernel, grid, arguments, constants, num_warps=warps, enable_fp_fusion=False)
 

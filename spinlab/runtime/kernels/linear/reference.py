@@ -7,9 +7,15 @@ from spinlab.runtime.kernels.matmul.reference import matmul
 
 
 def linear(
-    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
+    inputs: TokenLevels,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`.
+    """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`, and added to a tensor if given.
+
+    added: (tokens, out), of that dtype; the sum is rounded once more, as it is of two tensors.
 
     Integers are exact up to the product with both scales, which is taken in the scales' dtype and
     summed over blocks. bias: (out,), in any float dtype.
@@ -34,17 +40,23 @@ def linear(
         out *= t[:, 0]
     if bias is not None:
         out += bias.to(out.dtype)
-    return out.to(dtype)
+    return out.to(dtype) if added is None else added + out.to(dtype)
 
 
-def linear16(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear16(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return x · weightᵀ + bias for inputs that are not quantized: (tokens, out) in x's dtype.
 
-    x: (tokens, in). Products are taken in float32 or wider.
+    x: (tokens, in). Products are taken in float32 or wider. added: as for `linear`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) @ dequantize(weight, wide).mT
-    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+    out = (out if bias is None else out + bias.to(wide)).to(x.dtype)
+    return out if added is None else added + out
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -60,13 +60,15 @@ def _sum_parts(found, part_ptr, count_ptr, SPLIT: tl.constexpr, BM: tl.constexpr
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode_kernel(
-    x_ptr, w_ptr, y_ptr, s_ptr, z_ptr, a_ptr, t_ptr, u_ptr, c_ptr, bias_ptr, part_ptr, count_ptr,
-    tokens, out, IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, s_ptr, z_ptr, a_ptr, t_ptr, u_ptr, c_ptr, bias_ptr, added_ptr, part_ptr,
+    count_ptr, tokens, out, IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
     INPUT_GROUPS: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute BN outputs of all tokens, at most BM, from levels; the grid is (tiles, SPLIT).
+
+    ADDED: they are added to others (tokens, out), after they are rounded.
 
     Of one block the columns are split, of several the blocks. Of several, BK divides HALF.
     """
@@ -117,15 +119,16 @@ def decode_kernel(
             total = found
         if WEIGHT_GROUPS == 1:
             total *= of_outputs(t_ptr, n, out, 0, 1)
-        _store(y_ptr, with_bias(total, bias_ptr, n, out, BIAS), m, n, tokens, out)
+        total = with_bias(total, bias_ptr, n, out, BIAS)
+        _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode16_kernel(
-    x_ptr, w_ptr, y_ptr, t_ptr, u_ptr, bias_ptr, part_ptr, count_ptr, tokens, out,
+    x_ptr, w_ptr, y_ptr, t_ptr, u_ptr, bias_ptr, added_ptr, part_ptr, count_ptr, tokens, out,
     IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr, ZEROS: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, ADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do the same from inputs that are floats; every block is a group of the weight."""
     wait_for_inputs(PDL)
@@ -158,11 +161,16 @@ def decode16_kernel(
     if SPLIT > 1:
         last, total = _sum_parts(total, part_ptr, count_ptr, SPLIT, BM, BN)
     if last:
-        _store(y_ptr, with_bias(total, bias_ptr, n, out, BIAS), m, n, tokens, out)
+        total = with_bias(total, bias_ptr, n, out, BIAS)
+        _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED)
 
 
 @triton.jit
-def _store(y_ptr, total, m, n, tokens, out):
+def _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED: tl.constexpr):
     y = tl.trans(total.to(y_ptr.dtype.element_ty))
     inside = (m < tokens)[:, None] & (n < out)[None, :]
-    tl.store(y_ptr + m[:, None].to(tl.int64) * out + n[None, :], y, mask=inside)
+    place = m[:, None].to(tl.int64) * out + n[None, :]
+    if ADDED:
+        added = tl.load(added_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        y = (added + y.to(tl.float32)).to(y.dtype)
+    tl.store(y_ptr + place, y, mask=inside)

@@ -2,7 +2,9 @@
 
 A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores. Its
 matrix is a sum of two of the input's dtype where that holds every row to 2^-16, else float32 in
-products of three TF32 ones, as is what a dual transform has between its rotations.
+products of three TF32 ones. What a dual transform has between its rotations is float32: a sum of
+two numbers of bfloat16, as is the second matrix. It lies with the tokens of a channel side by side,
+so that the channels are dealt in whole pieces of memory.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.kernels.launch import launch, power_of_two
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
-_FEW, _STEP = 16, 64  # tokens of a program
+_FEW, _STEP = 16, 64  # tokens of a tile
+_PIECE = 64  # numbers of a block that one program writes
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -54,10 +57,8 @@ def turned(
     """
     first, *rest = _passes_of(rotation, x)
     inverse = None if epsilon is None else _inverse_rms(x, epsilon)
-    y = _turned(x, first, x.dtype if not rest else torch.float32, up, gain, inverse)
-    for further in rest:
-        y = _turned(y, further, x.dtype)
-    return y
+    y = _turned(x, first, None if rest else x.dtype, up, gain, inverse)
+    return _turned(y, rest[0], x.dtype) if rest else y
 
 
 def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -79,47 +80,51 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 def _turned(
     x: torch.Tensor,
     by: _Pass,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     up: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     inverse: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Return one rotation of x: (tokens, width); (width, tokens) in float32 without a dtype.
+
+    What is dealt is such a tensor.
+    """
     from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
 
-    tokens, width = x.shape
+    tokens, width = x.shape if by.order is None else (x.shape[1], x.shape[0])
     parts, matrices, b = by.parts.shape[:3]
     x = x if x.stride(1) == 1 else x.contiguous()
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
     other = up if up is not None else gain.contiguous() if gain is not None else x
-    found = torch.empty(tokens, width, dtype=dtype, device=x.device)
+    shape = (width, tokens) if dtype is None else (tokens, width)
+    found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
     if not tokens:
         return found
-    step = _FEW if tokens <= _FEW else _STEP
-    tiles, blocks = -(-tokens // step), width // b
-    many = _blocks_a_program(tiles, blocks, x.device)
+    step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
+    blocks, piece = width // b, min(_PIECE, block)
+    tiles, pieces = -(-tokens // step), blocks * -(-b // piece)
+    many = _tiles_a_program(tiles, pieces, x.device)
     arguments = (
         x, other, x if inverse is None else inverse, x if by.order is None else by.order,
         by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0), many,
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": inverse is not None,
-        "GAIN": gain is not None, "DEALT": by.order is not None, "PARTS": parts,
-        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b,
-        "BLOCK": max(_NARROWEST, power_of_two(b)), "STEP": step,
+        "GAIN": gain is not None, "DEALT": by.order is not None, "ACROSS": dtype is None,
+        "PARTS": parts, "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block,
+        "PIECE": piece, "STEP": step,
+        "AS_FLOATS": not x.is_cuda,  # the interpreter multiplies no bfloat16
     }  # fmt: skip
-    launch(blocks_kernel, (tiles, blocks // many), arguments, constants, num_warps=4)
+    launch(blocks_kernel, (-(-tiles // many), pieces), arguments, constants, num_warps=4)
     return found
 
 
-def _blocks_a_program(tiles: int, blocks: int, device: torch.device) -> int:
-    """Return how many blocks a program takes in turn, so that few programs wait."""
+def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
+    """Return how many tiles of tokens a program takes in turn with its matrix, so that few wait."""
     cores = 1
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
-    many = 1
-    while blocks % (2 * many) == 0 and tiles * blocks // (2 * many) >= 4 * cores:
-        many *= 2
-    return many
+    return max(1, min(tiles, tiles * pieces // (4 * cores)))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
@@ -144,8 +149,8 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
     for matrices, order in steps:
         if matrices.shape[-1] > _WIDEST:
             return []
-        # what comes behind a deal of channels is float32
-        parts = _halves(matrices, x.dtype) if order is None else None
+        # what comes behind a deal of channels is float32, whose range bfloat16 has
+        parts = _halves(matrices, x.dtype if order is None else torch.bfloat16)
         parts = matrices[None].float() if parts is None else parts
         found.append(_Pass(parts.to(x.device).contiguous(), order))
     return found

@@ -7,6 +7,7 @@ NaNs are dropped: their token is scaled by its other values.
 
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +23,10 @@ from spinlab.runtime.kernels.producers.blocks import has_block_kernel, turned
 _TILE = 4096  # numbers that one program quantizes, at least
 _WIDEST = 32768  # of a token that one program holds
 _FACTOR = 256  # the largest order of a Hadamard factor that a program holds
+
+_operands: WeakKeyDictionary[
+    OnlineRotation, dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]]
+] = WeakKeyDictionary()
 
 
 def has_rotation_kernel(
@@ -172,7 +177,7 @@ def _launch_rotation(
     assert has_rotation_kernel(gate, rotation, quantizer), "ask has_rotation_kernel first"
     rows, columns, factor = _factors(rotation)
     first, second, block = _pieces(rows, columns)
-    left, right = rotation.factors(gate.dtype, gate.device)
+    left, right = _signs(rotation, gate)
     tokens, gated = len(gate), up is not None
     gate = gate if gate.stride(1) == 1 else gate.contiguous()
     up = gate if up is None else up if up.stride(1) == 1 else up.contiguous()
@@ -184,8 +189,8 @@ def _launch_rotation(
         float(quantizer.clip_ratio),
     )  # fmt: skip
     constants = {
-        "GATED": gated, "ROWS": rows, "LEFT": len(left), "B": columns, "RIGHT": len(right),
-        "FIRST": first, "SECOND": second, "BLOCK": block,
+        "GATED": gated, "ROWS": rows, "LEFT": len(rotation.left) > 1, "B": columns, "FIRST": first,
+        "SECOND": second, "BLOCK": block,
         "GROUP": quantizer.group_size % rotation.width, "GROUPS": found.scale.shape[1],
         **_constants(quantizer, gate),
     }  # fmt: skip
@@ -203,6 +208,31 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
         "LOW": format.lowest, "HIGH": format.highest, "SYMMETRIC": format.symmetric,
         "SHIFT": into_int8(format), "FUSED": x.is_cuda,
     }  # fmt: skip
+
+
+def _signs(rotation: OnlineRotation, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors as a program holds them for tokens x: with zeros outside, in whole rows.
+
+    left: (n, n) for all rows that are held, right: (block, block), transposed. What several blocks
+    share stands along their diagonals. They stay for as long as the rotation, in CUDA graphs too.
+    """
+    known = _operands.setdefault(rotation, {})
+    if (x.dtype, x.device) not in known:
+        rows, columns, _ = _factors(rotation)
+        first, second, block = _pieces(rows, columns)
+        left, right = rotation.factors(x.dtype, x.device)
+        known[x.dtype, x.device] = (
+            _along_diagonal(left, rows, first + second),
+            _along_diagonal(right.mT, columns, block),
+        )
+    return known[x.dtype, x.device]
+
+
+def _along_diagonal(factor: torch.Tensor, order: int, size: int) -> torch.Tensor:
+    """Return I ⊗ factor, of an order, in the corner of zeros: (size, size)."""
+    found = factor.new_zeros(size, size)
+    found[:order, :order] = torch.block_diag(*[factor] * (order // len(factor)))
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -24,12 +24,28 @@ def inverse_kernel(
 
 
 @triton.jit
-def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr):
-    """Return x M in float32: M is float32 itself, or a sum of two matrices of x's dtype."""
-    high = tl.load(ptr, mask=known, other=0.0)
+def _added(total, x, matrix, AS_FLOATS: tl.constexpr):
+    """Return total + x matrix in float32, of two factors of 16 bits."""
+    if AS_FLOATS:
+        total = tl.dot(x.to(tl.float32), matrix.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(x, matrix, total)
+    return total
+
+
+@triton.jit
+def _product(x, high, low, PARTS: tl.constexpr, AS_FLOATS: tl.constexpr):
+    """Return x M in float32: M is float32 itself, or a sum of two 16-bit matrices.
+
+    So is an x of float32 a sum of two, and the product three products; the fourth counts nothing.
+    """
     if PARTS == 2:
-        low = tl.load(ptr + APART, mask=known, other=0.0)
-        found = tl.dot(x, high, tl.dot(x, low))
+        top = x.to(high.dtype)
+        found = tl.zeros((x.shape[0], high.shape[1]), tl.float32)
+        found = _added(found, top, low, AS_FLOATS)
+        if x.dtype == tl.float32:
+            found = _added(found, (x - top.to(tl.float32)).to(high.dtype), high, AS_FLOATS)
+        found = _added(found, top, high, AS_FLOATS)
     else:
         found = tl.dot(x.to(tl.float32), high, input_precision="tf32x3")
     return found
@@ -39,36 +55,57 @@ def _product(x, ptr, known, PARTS: tl.constexpr, APART: tl.constexpr):
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
     many, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
-    PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    ACROSS: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
+    AS_FLOATS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotate `many` blocks of B numbers of STEP tokens; parts are (PARTS, BLOCKS or 1, B, B).
+    """Write PIECE numbers of a rotated block of B, of many·STEP tokens; one program each.
 
-    GATED: of silu(x)·other. NORMED: of x·inverse, times other where there is GAIN. DEALT: place j
-    takes number order[j] of x.
+    parts are (PARTS, BLOCKS or 1, B, B). GATED: of silu(x)·other. NORMED: of x·inverse, times other
+    where there is GAIN. ACROSS: what is written is (width, tokens), so that what deals channels
+    reads each of them in one piece. DEALT: place j takes number order[j] of such an x.
     """
+    first, second = tl.program_id(0).to(tl.int64) * many, tl.program_id(1)
+    pieces: tl.constexpr = (B + PIECE - 1) // PIECE
+    block, b = second // pieces, tl.arange(0, BLOCK)
+    piece = second % pieces * PIECE + tl.arange(0, PIECE)
+    place, found = block * B + b, block * B + piece
+    # what no kernel before has written, read before one waits for it
+    matrix = parts_ptr + (0 if SHARED else block * B * B) + b[:, None] * B + piece[None, :]
+    known = (b < B)[:, None] & (piece < B)[None, :]
+    high = tl.load(matrix, mask=known, other=0.0)
+    low = high
+    if PARTS == 2:
+        low = tl.load(matrix + (1 if SHARED else BLOCKS) * B * B, mask=known, other=0.0)
+    source = place
+    if DEALT:
+        source = tl.load(order_ptr + place, mask=b < B, other=0)
+    if GAIN:
+        gain = tl.load(other_ptr + place, mask=b < B, other=0.0)[None, :]
     wait_for_inputs(PDL)
-    token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)[:, None]
-    b = tl.arange(0, BLOCK)
-    inside = (token < tokens) & (b < B)[None, :]
-    square, known = b[:, None] * B + b[None, :], (b < B)[:, None] & (b < B)[None, :]
     # one stage: loads ahead would take more shared memory than there is
     for index in tl.range(0, many, num_stages=1):
-        block = tl.program_id(1) * many + index
-        place = block * B + b[None, :]
-        source = tl.load(order_ptr + place, mask=(b < B)[None, :], other=0) if DEALT else place
-        x = tl.load(x_ptr + token * stride + source, mask=inside, other=0.0)
+        token = (first + index) * STEP + tl.arange(0, STEP)[:, None]
+        inside = (token < tokens) & (b < B)[None, :]
+        if DEALT:
+            x = tl.load(
+                x_ptr + source[None, :].to(tl.int64) * tokens + token, mask=inside, other=0.0
+            )
+        else:
+            x = tl.load(x_ptr + token * stride + place[None, :], mask=inside, other=0.0)
         if GATED:
-            other = tl.load(other_ptr + token * other_stride + source, mask=inside, other=0.0)
+            other = tl.load(
+                other_ptr + token * other_stride + place[None, :], mask=inside, other=0.0
+            )
             x = gated(x, other, False)
         if NORMED:
             inverse = tl.load(inverse_ptr + token, mask=token < tokens, other=0.0)
             x = (x.to(tl.float32) * inverse).to(x.dtype)
             if GAIN:
-                gain = tl.load(other_ptr + source, mask=(b < B)[None, :], other=0.0).to(x.dtype)
-                x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
-        matrix = parts_ptr + (0 if SHARED else block * B * B) + square
-        y = _product(x, matrix, known, PARTS, (1 if SHARED else BLOCKS) * B * B)
-        tl.store(
-            out_ptr + token * (BLOCKS * B) + place, y.to(out_ptr.dtype.element_ty), mask=inside
-        )
+                x = (x.to(tl.float32) * gain.to(x.dtype).to(tl.float32)).to(x.dtype)
+        y = _product(x, high, low, PARTS, AS_FLOATS).to(out_ptr.dtype.element_ty)
+        inside = (token < tokens) & (piece < B)[None, :]
+        if ACROSS:
+            tl.store(out_ptr + found[None, :].to(tl.int64) * tokens + token, y, mask=inside)
+        else:
+            tl.store(out_ptr + token * (BLOCKS * B) + found[None, :], y, mask=inside)

@@ -9,13 +9,6 @@ from spinlab.runtime.kernels.producers.triton import gated, levels_of
 
 
 @triton.jit
-def _signs(ptr, row, column, SIZE: tl.constexpr, MANY: tl.constexpr):
-    """Load from I ⊗ signs, signs (SIZE, SIZE), of order MANY; zeros outside."""
-    inside = (row < MANY) & (column < MANY) & (row // SIZE == column // SIZE)
-    return tl.load(ptr + row % SIZE * SIZE + column % SIZE, mask=inside, other=0.0)
-
-
-@triton.jit
 def _rows(
     gate_ptr, up_ptr, START: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
     B: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr,
@@ -97,29 +90,30 @@ def _write_groups(
 def rotate_kernel(
     gate_ptr, up_ptr, left_ptr, right_ptr, levels_ptr, scale_ptr, zero_ptr, sums_ptr, tokens,
     gate_stride, up_stride, factor, clip, GATED: tl.constexpr, ROWS: tl.constexpr,
-    LEFT: tl.constexpr, B: tl.constexpr, RIGHT: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    LEFT: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
     FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize rotated tokens X (ROWS, B), of which FIRST rows and SECOND more are held apart.
 
-    Products are (right' X') left, so that the first result is an operand in registers. Signs are
-    loaded once: a program goes over many tokens.
+    Products are (right X') left, so that the first result is an operand in registers; right, of
+    order BLOCK, is a transposed factor already. LEFT: there is a left factor, of order FIRST +
+    SECOND. Signs are loaded once: a program goes over many tokens.
     """
-    wait_for_inputs(PDL)
     dtype = gate_ptr.dtype.element_ty
-    b = tl.arange(0, BLOCK)
-    right = tl.trans(_signs(right_ptr, b[:, None], b[None, :], RIGHT, B))
-    first = tl.arange(0, FIRST)
-    if LEFT > 1:
-        left11 = _signs(left_ptr, first[:, None], first[None, :], LEFT, ROWS)
+    b, first = tl.arange(0, BLOCK), tl.arange(0, FIRST)
+    right = tl.load(right_ptr + b[:, None] * BLOCK + b[None, :])
+    if LEFT:
+        size: tl.constexpr = FIRST + SECOND
+        left11 = tl.load(left_ptr + first[:, None] * size + first[None, :])
     if SECOND:
         second = FIRST + tl.arange(0, SECOND)
-        if LEFT > 1:
-            left12 = _signs(left_ptr, first[:, None], second[None, :], LEFT, ROWS)
-            left21 = _signs(left_ptr, second[:, None], first[None, :], LEFT, ROWS)
-            left22 = _signs(left_ptr, second[:, None], second[None, :], LEFT, ROWS)
+        if LEFT:
+            left12 = tl.load(left_ptr + first[:, None] * size + second[None, :])
+            left21 = tl.load(left_ptr + second[:, None] * size + first[None, :])
+            left22 = tl.load(left_ptr + second[:, None] * size + second[None, :])
+    wait_for_inputs(PDL)
     for token in tl.range(tl.program_id(0).to(tl.int64), tokens, tl.num_programs(0)):
         gates, ups = gate_ptr + token * gate_stride, up_ptr + token * up_stride
         x = _rows(gates, ups, 0, FIRST, ROWS, B, BLOCK, GATED, FUSED)
@@ -128,7 +122,7 @@ def rotate_kernel(
             x2 = _rows(gates, ups, FIRST, SECOND, ROWS, B, BLOCK, GATED, FUSED)
             x2 = (tl.dot(right, x2) * factor).to(dtype)
         y = x
-        if LEFT > 1:
+        if LEFT:
             y = tl.dot(x, left11)
             if SECOND:
                 y = tl.dot(x2, left21, y)
@@ -137,7 +131,7 @@ def rotate_kernel(
         y = y.to(dtype)
         if SECOND:
             y2 = x2
-            if LEFT > 1:
+            if LEFT:
                 y2 = tl.dot(x2, left22, tl.dot(x, left12))
             y2 = _by_group(y2, GROUP)
             low2, high2 = _ends(y2, dtype, GROUP)
