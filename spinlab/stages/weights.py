@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from spinlab import parallel
@@ -49,32 +50,45 @@ def round_weights(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        quant = run.config.quant
-        tied = quantize_tied(original.network(as_it_is).base, quant, config.clip)
-        networks = networks_of(run, original)
-
-        def fused(load: Load) -> PreTrainedModel:
-            return replace(networks, original=with_tied(load, tied, quant)).fused(rotations)
-
-        network = original.network(fused)
-        model = network.base()
-        kv = networks.kv_path(model, rotations)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
-        progress = out / PROGRESS
-        weights = method.work(
-            Rounding(model, rotations, windows, quant, config, progress, kv, network.part)
-        )
-        if network.part is not None:
-            _check_all_rounded(map_of(original.shape), quant, config.method, weights)
-        weights.update(tied)
+        weights = _rounded(run, original, (rotations, windows), config, out / PROGRESS)
         for name, weight in weights.items():
             check_finite({name: weight.scale}, "rounded weights have no scale")
         if parallel.is_main():
             save_weights(weights, out / _FILE)
 
     return run.cache.run("weights", depends, work, together=method.together)
+
+
+def _rounded(
+    run: Run,
+    original: Original,
+    given: tuple[RotationSet, torch.Tensor | None],
+    config: WeightsConfig,
+    progress: Path,
+) -> Mapping[str, QuantizedWeight]:
+    """Round the weights of a model that is whole, or comes in parts, on its way to a stage's file.
+
+    given: the rotations, and windows (samples, length) of token ids where the method reads some.
+    """
+    quant, (rotations, windows) = run.config.quant, given
+    tied = quantize_tied(original.network(as_it_is).base, quant, config.clip)
+    networks = networks_of(run, original)
+
+    def fused(load: Load) -> PreTrainedModel:
+        return replace(networks, original=with_tied(load, tied, quant)).fused(rotations)
+
+    network = original.network(fused)
+    model = network.base()
+    kv = networks.kv_path(model, rotations)
+    rounding = Rounding(model, rotations, windows, quant, config, progress, kv, network.part)
+    weights = METHODS[config.method].work(rounding)
+    if network.part is not None:
+        _check_all_rounded(map_of(original.shape), quant, config.method, weights)
+    weights.update(tied)
+    return weights
 
 
 def _check_all_rounded(
