@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,21 @@ from spinlab.cache import NotCached
 from spinlab.code import code_digest
 from spinlab.config import Config
 from spinlab.device import choose_device, set_arithmetic
-from spinlab.export.base import Subject, write_exports
 from spinlab.files import replacing, write_json, writing
 from spinlab.finite import check_finite
 from spinlab.held import Hold
 from spinlab.learn import warn_of_mismatch
 from spinlab.machine import memory_told
-from spinlab.model.license import with_license
-from spinlab.model.load import describe_model, file_dtype
-from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.model.load import describe_model
 from spinlab.report.figures.curves import draw_curves
 from spinlab.report.figures.outliers import TITLES, draw_outliers
 from spinlab.report.tables.record import result_table
 from spinlab.rotation.stored import read_about
+from spinlab.stages.export import export
 from spinlab.stages.measure import PREDICTIONS
 from spinlab.stages.outliers import peak_ratios, worst_layer
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
-from spinlab.stages.weights import weights_in
 from spinlab.track.environment import environment, packages
 from spinlab.track.journal import Journal
 from spinlab.track.mirrors.base import Outcome
@@ -171,33 +168,6 @@ def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
     warn_of_mismatch(pipeline.rotations("fake"), record.config.weights.method)
     _save(pipeline, record)
     return learned / "rotations.safetensors"
-
-
-def export(pipeline: Pipeline, record: Mapping[str, Any] | None = None) -> None:
-    """Write the files that the settings ask for. record: what they tell of the run.
-
-    Of several processes the first one writes, once all have done the stages that it needs.
-    """
-    config = pipeline.config
-    rounds = config.export.rounded and config.quant.rounds_weights
-    made = pipeline.weights("fake") if rounds else None
-    if not config.export.targets or not parallel.is_main():
-        return
-    rotations = pipeline.rotations("fake")
-    networks = QuantizedNetworks(pipeline.original.load, config.quant, config.kv, config.seed)
-    subject = Subject(
-        config,
-        rotations,
-        lambda: with_license(record or {}, config.model, pipeline.original.converted),
-        original=pipeline.original.load,
-        rotated=lambda: networks.stream_rotated(rotations),
-        fused=lambda weights: networks.fused(rotations, weights),
-        tokenizer=lambda: pipeline.original.tokenizer,
-        weights=lambda: {} if made is None else weights_in(made),
-        dtype=lambda: file_dtype(config.model, pipeline.original.converted),
-    )
-    with parallel.alone():
-        write_exports(config, subject)
 
 
 def _evaluations(pipeline: Pipeline, record: Record, trackers: Trackers) -> None:

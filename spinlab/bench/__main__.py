@@ -12,13 +12,14 @@ from spinlab import parallel
 from spinlab.bench.collect import collect
 from spinlab.bench.models import SHAPES
 from spinlab.bench.rounding import SETTINGS, bench_rounding
-from spinlab.config import Config, RuntimeConfig
+from spinlab.config import VARIANTS, Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.streams import ending
 
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
+_MEASURED = ("fp", "fake", "integer")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 
 
@@ -84,6 +85,7 @@ def command_line() -> argparse.ArgumentParser:
     exports.add_argument("overrides", nargs="+", help="+experiment=NAME export.artefact=PLACE ...")
     exports.add_argument("--out", type=Path, help="where the record goes")
     exports.set_defaults(run=_exports, device="auto", repeatable=True)
+    _add_memory(commands)
     _add_kernels(commands)
     return parser
 
@@ -99,6 +101,19 @@ def _add_place(command: argparse.ArgumentParser, device: str = "auto") -> None:
 def _add_model(command: argparse.ArgumentParser, model: str = "smollm2_135m") -> None:
     command.add_argument("--model", choices=sorted(SHAPES), default=model)
     command.add_argument("--layers", type=int, help="fewer than the model has")
+
+
+def _add_memory(commands: Any) -> None:
+    memory = commands.add_parser("memory", help="what the stages of an experiment hold")
+    _add_place(memory)
+    _add_model(memory, "llama2_7b")
+    memory.add_argument("--method", choices=("rtn", *sorted(SETTINGS), "lwc"), default="gptq")
+    memory.add_argument("--samples", type=int, default=8, help="calibration windows")
+    memory.add_argument("--windows", type=int, default=4, help="evaluation windows")
+    memory.add_argument("--window", type=int, default=2048, help="tokens of a window")
+    memory.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(_MEASURED))
+    memory.add_argument("--whole", action="store_true", help="without runtime.offload")
+    memory.set_defaults(run=_memory, repeatable=True)
 
 
 def _add_kernels(commands: Any) -> None:
@@ -137,6 +152,15 @@ def _add_kernels(commands: Any) -> None:
 def _rounding(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     windows = (arguments.samples, arguments.length)
     return bench_rounding(arguments.method, arguments.model, windows, arguments.layers, device)
+
+
+def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.memory import Setting, bench_memory  # the whole pipeline loads here
+
+    sizes = arguments.samples, arguments.windows, arguments.window
+    kinds = arguments.method, not arguments.whole, tuple(arguments.variants)
+    setting = Setting(arguments.model, arguments.layers, *sizes, *kinds)
+    return bench_memory(setting, device, arguments.out)
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

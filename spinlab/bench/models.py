@@ -30,8 +30,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
     },
+    "llama2_13b": {
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+    "llama2_70b": {
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
-DTYPES = {"toy": torch.float32, "smollm2_135m": torch.float32, "llama2_7b": torch.bfloat16}
+DTYPES = {
+    "toy": torch.float32,
+    "smollm2_135m": torch.float32,
+    "llama2_7b": torch.bfloat16,
+    "llama2_13b": torch.bfloat16,
+    "llama2_70b": torch.bfloat16,
+}
 
 
 def random_llama(name: str, layers: int | None, device: torch.device) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from spinlab.config.kv import (
 from spinlab.config.learn import LearnConfig, ObjectiveConfig, OptimizerConfig, RatesConfig
 from spinlab.config.learned import check_learned_heads, check_maps
 from spinlab.config.model import ModelConfig
+from spinlab.config.offload import check_offload
 from spinlab.config.outputs import (
     ExportConfig,
     PathsConfig,
@@ -122,6 +123,8 @@ class Config:
         if "integer" in self.eval.variants:
             self._check_integers()
         self._check_metric()
+        if self.runtime.offload:
+            check_offload(self.model, self.eval, self.export)
 
     def _check_metric(self) -> None:
         """Refuse a sweep's metrics of a variant or a text that is not measured."""

@@ -39,9 +39,13 @@ def write(subject: Subject, path: str) -> None:
     gains: dict[str, torch.Tensor] = {}
     if config.quant.tied.quantizes:  # its file needs no head, but what makes one of the embedding
         gains = _final_gain(subject.original())
-    model = subject.fused(weights)
-    tensors = model.state_dict() | gains
-    rest = {name: tensors[name].cpu().contiguous() for name in network.rest(model, weights)}
+    rest: dict[str, torch.Tensor] = {}
+    model: PreTrainedModel | None = None
+    for model in subject.fused_parts(weights):  # the last one has the ends
+        tensors = model.state_dict() | gains
+        names = network.rest(model, weights)
+        rest |= {name: tensors[name].cpu().contiguous() for name in names}
+    assert model is not None
     with new_folder("export.artefact", path) as partial:
         model.config.save_pretrained(partial)
         assert model.generation_config is not None

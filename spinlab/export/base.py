@@ -30,7 +30,8 @@ class Subject:
     dtype and without modules of spinlab's: the `original`; `rotated` has R1 and R2 fused and
     nothing quantized; `fused` has everything fused that is not online, but for the rounded weights
     that it is given. weights: the rounded ones, by linear. dtype: of 16 bits, which the original
-    declares, for files in 16 bits.
+    declares, for files in 16 bits. in_parts: gives `fused` as parts with a layer each, the ends
+    last, and `original` is then its ends, where the whole would be too much.
     """
 
     config: Config
@@ -42,6 +43,14 @@ class Subject:
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Callable[[], Mapping[str, QuantizedWeight]]
     dtype: Callable[[], torch.dtype]
+    in_parts: Callable[[Mapping[str, QuantizedWeight]], Iterator[PreTrainedModel]] | None = None
+
+    def fused_parts(self, weights: Mapping[str, QuantizedWeight]) -> Iterator[PreTrainedModel]:
+        """Yield the parts of the fused model, or all of it."""
+        if self.in_parts is not None:
+            yield from self.in_parts(weights)
+        else:
+            yield self.fused(weights)
 
 
 class Export(Protocol):

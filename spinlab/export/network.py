@@ -40,9 +40,16 @@ class Network:
         choice("dtype", self.dtype, DTYPES)
 
     def rest(self, model: PreTrainedModel, weights: Collection[str]) -> list[str]:
-        """Return the names of a rotated model's tensors that are in no packed weight."""
+        """Return the names of a rotated model's tensors that are in no packed weight.
+
+        Of a part of the model they are those of the part.
+        """
         paths = {*weights, map_of(model).head} if self.quant.tied.quantizes else set(weights)
-        return [name for name in model.state_dict() if name.removesuffix(".weight") not in paths]
+        names = [name for name in model.state_dict() if name.removesuffix(".weight") not in paths]
+        if map_of(model).has_ends:
+            return names
+        layers = tuple(f"{layer.path}." for layer in map_of(model).there.values())
+        return [name for name in names if name.startswith(layers)]
 
     def as_json(self) -> dict[str, Any]:
         return plain(self)

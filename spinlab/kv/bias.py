@@ -127,7 +127,7 @@ def take_key_biases(
         return ()
     found: list[KeyBias | None] = []
     for index, layer in enumerate(described.layers):
-        if index not in described.key_biases:
+        if index not in described.key_biases or index not in described.there:
             found.append(None)
             continue
         attention, linear = layer.attention, linear_at(model, layer.attention.keys)

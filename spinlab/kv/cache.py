@@ -23,7 +23,11 @@ from spinlab.model.attention import attend
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
-_KV_PATH, _KV_LAYER, _KV_MASKS = "kv_path", "kv_layer", "kv_masks"  # of an attention module
+_KV_PATH, _KV_LAYER, _KV_MASKS = (
+    "kv_path",
+    "kv_layer",
+    "kv_masks",
+)  # of an attention module, the first of the decoder too
 
 
 class CodedLayer(DynamicLayer):
@@ -141,7 +145,7 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     that hold biases in forms of their own are put in afterwards. Raises InputError for a model
     whose cache is coded.
     """
-    if hasattr(_attention_modules(model)[0], _KV_PATH):
+    if hasattr(decoder_of(model), _KV_PATH):
         raise InputError(
             "the model's cache is coded already, and its biases of keys are apart: begin with a "
             "fresh copy of the model, or change what its cache goes through with set_kv_path"
@@ -153,17 +157,14 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     set_kv_path(model, path)
     watch = RopeWatch(model) if path.biases else None
     masks = PassMasks()
-    for attention in _attention_modules(model):
+    for attention in _attention_modules(model).values():
         setattr(attention, _KV_MASKS, masks)
-    # what the hook holds, instead of the model: that would keep itself alive
-    first = _attention_modules(model)[0]
-    insert = partial(_insert, first, len(map_of(model).layers), store, watch)
+    insert = partial(_insert, len(map_of(model).layers), store, watch)
     decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
     decoder_of(model).register_forward_hook(partial(_end_pass, masks), always_call=True)
 
 
 def _insert(
-    first: nn.Module,
     layers: int,
     store: bool,
     watch: RopeWatch | None,
@@ -171,8 +172,8 @@ def _insert(
     args: tuple,
     kwargs: dict,
 ) -> tuple[tuple, dict]:
-    """Give a pass of the decoder a CodedCache. first: any attention, which knows the path."""
-    cache, path = kwargs.get("past_key_values"), cast(KVPath, getattr(first, _KV_PATH))
+    """Give a pass of the decoder, which knows the path, a CodedCache."""
+    cache, path = kwargs.get("past_key_values"), cast(KVPath, getattr(decoder, _KV_PATH))
     if not isinstance(cache, CodedCache):
         if cache is not None and cache.get_seq_length():
             raise InputError(f"a filled {type(cache).__name__} cannot be coded: begin without one")
@@ -204,14 +205,15 @@ def _check_starts(mask: torch.Tensor | None) -> None:
 
 def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
     """Change what keys, values and queries of a model go through, in place."""
-    for index, attention in enumerate(_attention_modules(model)):
+    setattr(decoder_of(model), _KV_PATH, path)
+    for index, attention in _attention_modules(model).items():
         setattr(attention, _KV_PATH, path)
         setattr(attention, _KV_LAYER, index)
 
 
 def kv_path_of(model: PreTrainedModel) -> KVPath:
     """Return what `set_kv_path` set."""
-    return getattr(_attention_modules(model)[0], _KV_PATH)
+    return getattr(decoder_of(model), _KV_PATH)
 
 
 def kv_layer_of(attention: nn.Module) -> int:
@@ -221,12 +223,14 @@ def kv_layer_of(attention: nn.Module) -> int:
 
 def storing_cache(model: PreTrainedModel) -> CodedCache | None:
     """Return an empty cache that stores what a coded model's passes code; None for other models."""
-    path: KVPath | None = getattr(_attention_modules(model)[0], _KV_PATH, None)
+    path: KVPath | None = getattr(decoder_of(model), _KV_PATH, None)
     return None if path is None else CodedCache(path, len(map_of(model).layers))
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [model.get_submodule(layer.attention.path) for layer in map_of(model).layers]
+def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the attentions that are there, by their layers."""
+    there = map_of(model).there
+    return {index: model.get_submodule(layer.attention.path) for index, layer in there.items()}
 
 
 def _attention(

@@ -16,7 +16,8 @@ from spinlab.config import LearnConfig, QuantConfig
 from spinlab.device import has_kernels
 from spinlab.learn.spaces import CHUNK
 from spinlab.learn.spaces.linear import together
-from spinlab.model.map import Attention, ModelMap
+from spinlab.model.layer import Attention
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 from spinlab.model.shares import active_numbers, numbers_given, numbers_read
 

@@ -42,7 +42,7 @@ def _set_quantizers(paths: Mapping[InputPath, TokenQuantizer | None]) -> None:
 def layer_states(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     """Return what every decoder layer reads, then what the last writes: (batch, length, hidden).
 
-    ids: (batch, length) token ids.
+    ids: (batch, length) token ids. Of a part of a network it is about the layers that are there.
     """
     states: list[torch.Tensor] = []
     layers = layers_of(model)

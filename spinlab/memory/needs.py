@@ -5,122 +5,23 @@ matrix of the vocabulary is left out, so that these are lower bounds: a run is r
 cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from transformers import PreTrainedModel
+from collections.abc import Iterator
 
 from spinlab import parallel
-from spinlab.config import Config
 from spinlab.config.weights import method_title
-from spinlab.fakequant.insert import rounded_sites
 from spinlab.kv.bits import cache_bytes
 from spinlab.kv.path import kv_path
 from spinlab.learn import estimate_of
+from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
 from spinlab.metrics.continuation import PROMPTS
 from spinlab.metrics.divergence import CHUNK
 from spinlab.metrics.needle import NUMBERS
-from spinlab.model.map import Dimensions, ModelMap
-from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.rotation.initial import block_orders
 from spinlab.weights.calibration import batch_of
 from spinlab.weights.methods import METHODS
 
-_FLOAT32, _FLOAT64, _INDEX, _LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
 _MASKS = 5  # bytes for every pair of tokens where a coded history is seen: one mask in the making
-_MORE = "a machine with more memory"
-
-
-@dataclass(frozen=True)
-class Need:
-    """Tell what a stage holds at once: bytes in the host's memory and on the device."""
-
-    stage: str
-    host: int
-    device: int
-    cure: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """Gather what the needs depend on.
-
-    shape: the original on the meta device. remaining: the stages that are not in the cache, by
-    their names there; those that are take no memory.
-    """
-
-    config: Config
-    shape: PreTrainedModel
-    device: torch.device
-    remaining: Collection[str]
-
-    def has(self, *stages: str) -> bool:
-        """Tell whether one of these stages has still to run."""
-        return any(stage in self.remaining for stage in stages)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number in the model's dtype."""
-        return getattr(torch, self.config.model.dtype).itemsize
-
-    @property
-    def gate_size(self) -> int:
-        """Bytes of a number in the invariance gate."""
-        return max(self.size, _FLOAT32)
-
-    @property
-    def map(self) -> ModelMap:
-        return map_of(self.shape)
-
-    @property
-    def dimensions(self) -> Dimensions:
-        return self.map.dimensions
-
-    @cached_property
-    def numbers(self) -> int:
-        """Numbers of the checkpoint, where embedding and head may be one."""
-        return sum(p.numel() for p in self.shape.parameters())
-
-    @cached_property
-    def end(self) -> int:
-        """Numbers of the embedding, and of the head."""
-        return embedding_of(self.shape).weight.numel()
-
-    @cached_property
-    def untied(self) -> int:
-        """Numbers of a rotated model, whose head is its own."""
-        return self.numbers + (self.end if self.shape.config.tie_word_embeddings else 0)
-
-    @cached_property
-    def linears(self) -> dict[str, int]:
-        """Numbers of the linears that are quantized, by path."""
-        rounded = rounded_sites(self.map, self.config.quant)
-        return {site.path: site.numbers for site, _ in rounded}
-
-    @cached_property
-    def before_last(self) -> int:
-        """Numbers of the first layer's linears, but for the largest."""
-        numbers = [site.numbers for site in self.map.sites if site.layer == 0]
-        return sum(numbers) - max(numbers)
-
-    @cached_property
-    def fusing(self) -> int:
-        """What fusing the largest matrix takes beside the model."""
-        return 2 * _FLOAT64 * max(self.end, *(w.numel() for w in self.shape.parameters()))
-
-    @property
-    def levels(self) -> int:
-        """Quantized weights in the host's memory, as stages pass them on."""
-        return _LEVEL * sum(self.linears.values())
-
-    def cure(self, *more: str) -> str:
-        """Name what helps: what a stage has, and what every stage has."""
-        dtype = [f"model.dtype=bfloat16 instead of {self.config.model.dtype}"]
-        named = [*more, *(dtype if self.size > 2 else []), "a smaller model"]
-        return f"{', '.join(named)} or {_MORE}"
 
 
 def needs(job: Job) -> list[Need]:
@@ -146,17 +47,36 @@ def needs(job: Job) -> list[Need]:
     return [*_loading(job), *found] if found or job.has("outliers") else []
 
 
+def disk(job: Job) -> int:
+    """Return the bytes that the stages write to the cache at least.
+
+    Rounding on text keeps layers apart until the last is finished; of an original that others are
+    compared with the head is kept, and what it read.
+    """
+    found = job.packed * job.has("weights-rtn")
+    if job.has("weights"):
+        found += job.packed * (2 if job.config.rounded_on_text else 1)
+    if job.has("eval-fp") and job.config.eval.compares:
+        tokens = (job.config.eval.max_windows or 0) * job.config.eval.window
+        found += (job.end + tokens * job.map.hidden) * job.size
+    return found
+
+
 def _loading(job: Job) -> Iterator[Need]:
-    """Converting dequantizes a whole GGUF file; random weights are drawn in float32."""
+    """Converting dequantizes a whole GGUF file; random weights are drawn in float32.
+
+    With offload the host holds no more than a part on its way to the device.
+    """
     model = job.config.model
     if model.weights == "random":
-        drawn = job.numbers * max(_FLOAT32, job.size)
-        yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {_MORE}")
+        drawn = job.numbers * max(FLOAT32, job.size)
+        yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {MORE}")
     elif job.has("model"):
-        read = job.numbers * _FLOAT32
-        yield Need("converting the GGUF file", read, 0, f"a smaller model or {_MORE}")
+        read = job.numbers * FLOAT32
+        yield Need("converting the GGUF file", read, 0, f"a smaller model or {MORE}")
     if job.device.type != "cpu":  # read by the host, then moved
-        yield Need("loading the model", job.numbers * job.gate_size, 0, job.cure())
+        numbers = job.part if job.offload else job.numbers
+        yield Need("loading the model", numbers * job.gate_size, 0, job.cure())
 
 
 def _statistics(job: Job) -> Need:
@@ -165,21 +85,28 @@ def _statistics(job: Job) -> Need:
     run = length * job.end // job.map.hidden * job.size
     widths = sum(input.width for input in job.map.inputs)
     widths += sum(site.out_features for site in job.map.sites if site.writes == "R2")
-    means = length * widths * _FLOAT32 if rotation.searches else 0
+    means = length * widths * FLOAT32 if rotation.searches else 0
     if rotation.inputs == "wush":
         orders = block_orders(rotation, job.map)
-        means += 2 * _FLOAT64 * sum(job.map.input_at[k].width * size for k, size in orders.items())
-    windows = rotation.statistics.samples * length * _INDEX
+        means += 2 * FLOAT64 * sum(job.map.input_at[k].width * size for k, size in orders.items())
+    tokens = rotation.statistics.samples * length
+    host = tokens * INDEX + _states(job, tokens)
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
-    return Need("statistics", windows, job.untied * job.size + means + run, cure)
+    made = max(job.made(job.size, fusing=job.offload), job.part * job.size + means + run)
+    return Need("statistics", host, made, cure)
+
+
+def _states(job: Job, tokens: int) -> int:
+    """Return what stands between layers for so many tokens, in the host's memory with offload."""
+    return tokens * job.map.hidden * job.size if job.offload else 0
 
 
 def _rotating(job: Job) -> Need:
     """The gate runs original and rotated model in turn."""
     kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
-    need = job.untied * job.gate_size + job.fusing + kept
+    need = job.made(job.gate_size) + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
-    return Need(name, 0, need, f"a smaller model or {_MORE}")
+    return Need(name, 0, need, f"a smaller model or {MORE}")
 
 
 def _learning(job: Job) -> Need:
@@ -187,7 +114,7 @@ def _learning(job: Job) -> Need:
     length, count = learn.sequence_length, learn.steps * learn.batch
     found = estimate_of(job.shape, learn, job.config.quant, parallel.launched())
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
-    windows = count * length * _INDEX
+    windows = count * length * INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]
     if windows > least:
         cures.insert(0, f"fewer learn.steps than {learn.steps}")
@@ -201,9 +128,9 @@ def _checkpoints(setting: str) -> tuple[bool, ...]:
 
 
 def _rounding(job: Job) -> Iterator[Need]:
-    weights, name = job.untied * job.size, "rounding weights"
-    yield Need(name, 0, weights + job.fusing, job.cure())
-    yield Need(name, job.levels, weights, job.cure())
+    name = "rounding weights"
+    yield Need(name, 0, job.made(job.size), job.cure())
+    yield Need(name, job.levels, job.part * job.size, job.cure())
 
 
 def _calibrating(job: Job) -> Iterator[Need]:
@@ -216,8 +143,10 @@ def _calibrating(job: Job) -> Iterator[Need]:
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
     weights = job.untied * job.size
+    if job.offload:  # the ends stay; of the layer the levels so far
+        weights = (2 * job.end + job.layer) * job.size + LEVEL * job.before_last
     assert windows is not None
-    yield Need(name, 0, weights + job.fusing, job.cure())
+    yield Need(name, 0, job.made(job.size), job.cure())
     length = windows.sequence_length
     samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
     streams = 2 if method.reads_inputs else 1
@@ -228,9 +157,9 @@ def _calibrating(job: Job) -> Iterator[Need]:
         widest = max(
             input.width for input in job.map.inputs
         )  # the stream's, where experts are narrow
-        work = max(work, (2 * _FLOAT64 + streams * _FLOAT32) * widest**2)
+        work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
         weights += (streams - 1) * job.before_last * job.size
-    host = job.levels + windows.samples * length * _INDEX
+    host = job.levels + windows.samples * length * INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")
     yield Need(name, host, weights + states + work, job.cure(*cures))
@@ -245,25 +174,35 @@ def _measuring(job: Job, variant: str) -> Need:
     measured, d = job.config.eval, job.dimensions
     batch = min(measured.batch, measured.max_windows or measured.batch)
     tokens = batch * measured.window
-    copy = job.size != _FLOAT32 or batch > 1
+    copy = job.size != FLOAT32 or batch > 1
     numbers = tokens * (job.end // d.hidden)
-    logits = numbers * (job.size + (1 + copy) * _FLOAT32)
+    logits = numbers * (job.size + (1 + copy) * FLOAT32)
     cures = [f"a smaller eval.window than {measured.window}"]
     if batch > 1:
         cures.insert(0, f"a smaller eval.batch than {batch}")
     if measured.compares and variant != "fp":
         chunk = min(numbers // batch, CHUNK)  # windows are compared one by one
-        logits = max(logits, 2 * (numbers + chunk) * _FLOAT32) + job.end * job.size
+        logits = max(logits, 2 * (numbers + chunk) * FLOAT32) + job.end * job.size
     most, name = logits, f"measuring {variant}"
     for work, shorter in _recalling(job, variant):
         if work > most:
             most, cures = work, [shorter]
     if variant == "fp":
-        return Need(name, 0, job.numbers * job.size + most, job.cure(*cures))
-    made = job.untied * job.size + job.fusing
+        numbers = 2 * job.end if job.offload else job.numbers
+        run = max(numbers * job.size + most, job.part * job.size)
+        return Need(name, _kept(job), run, job.cure(*cures))
     floats = job.untied - sum(job.linears.values())
     run = floats * job.size + (job.untied - floats) // 2 + most
-    return Need(name, job.levels, max(made, run), job.cure(*cures))
+    host = job.levels
+    if job.offload:  # whose weights are read layer by layer
+        run, host = 2 * job.end * job.size + most, _kept(job)
+    return Need(name, host, max(job.made(job.size), run), job.cure(*cures))
+
+
+def _kept(job: Job) -> int:
+    """Return the states between layers of all windows, as far as the settings bound them."""
+    measured = job.config.eval
+    return _states(job, (measured.max_windows or 0) * measured.window)
 
 
 def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
@@ -288,5 +227,5 @@ def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
         work = (window - measured.continued) * of_token + cache
         yield prompts * work, f"a smaller eval.window than {window} or eval.continued=0"
     if measured.attention and variant == "fake":
-        scores = d.heads * measured.window**2 * _FLOAT32
+        scores = d.heads * measured.window**2 * FLOAT32
         yield 8 * scores, f"a smaller eval.window than {measured.window} or eval.attention=0"

@@ -4,7 +4,7 @@ Of the logits of a prompt with its answer a few rows are asked for: the head's p
 softmax over a vocabulary are taken for these alone, and nothing waits for the device in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.modules import head_of
+from spinlab.model.network import Network
 
+MOST_TOKENS = 2**18  # whose states are kept between the layers of a network in parts
 Request = tuple[Any, list[int], list[int]]  # anything, tokens of a prompt, tokens of its answer
 Answer = tuple[float, bool]
 
@@ -38,7 +40,7 @@ class _Sequence(NamedTuple):
 
 @torch.no_grad()
 def likelihoods(
-    model: PreTrainedModel, requests: Sequence[Request], *, batch: int, longest: int
+    model: PreTrainedModel | Network, requests: Sequence[Request], *, batch: int, longest: int
 ) -> list[Answer]:
     """Return of every answer its log-likelihood in nats, and whether each token is the likeliest.
 
@@ -51,11 +53,11 @@ def likelihoods(
     if not requests:
         return []
     sequences = _sequences(requests, longest)
+    groups = [sequences[n : n + batch] for n in range(0, len(sequences), batch)]
     found = []
     with tqdm(total=len(requests), desc="answers") as bar:
-        for n in range(0, len(sequences), batch):
-            group = sequences[n : n + batch]
-            found.append(_ask(model, _asked(group)))
+        for group, (asked, part) in zip(groups, _parts(model, map(_asked, groups)), strict=True):
+            found.append(_ask(part, asked))
             bar.update(sum(len(sequence.answers) for sequence in group))
     logs, same = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
     asked = [answer for sequence in sequences for answer in sequence.answers]
@@ -66,6 +68,27 @@ def likelihoods(
     for (number, _), total, greedy in zip(asked, sums.tolist(), likeliest.tolist(), strict=True):
         answers[number] = total, greedy
     return answers
+
+
+def _parts(
+    model: PreTrainedModel | Network, groups: Iterable[_Asked]
+) -> Iterator[tuple[_Asked, PreTrainedModel]]:
+    """Yield groups, each with what gives their logits.
+
+    A network in parts takes as many groups through all of them as `MOST_TOKENS` has room for.
+    """
+    if not isinstance(model, Network):
+        yield from ((asked, model) for asked in groups)
+        return
+    together: list[_Asked] = []
+    for asked in (*groups, None):
+        tokens = sum(one.ids.numel() for one in together)
+        if together and (asked is None or tokens + asked.ids.numel() > MOST_TOKENS):
+            last = model.last([one.ids for one in together], use_cache=False)
+            last.config.use_cache = False
+            yield from ((one, last) for one in together)
+            together = []
+        together += [] if asked is None else [asked]
 
 
 def _sequences(requests: Sequence[Request], longest: int) -> list[_Sequence]:

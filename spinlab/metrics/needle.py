@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spinlab.metrics.likelihood import Request, likelihoods
+from spinlab.model.network import Network
 
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the text, before the number
 ASKED = 4  # at every depth, for another number in another text
@@ -22,7 +23,7 @@ _THINGS = ("the river", "a small house", "the green hill", "an empty road", "the
 
 
 def found_needles(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Network,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     batch: int,

@@ -14,6 +14,12 @@ from spinlab import parallel
 See = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
+def places_of(count: int, batch: int) -> list[torch.Tensor]:
+    """Return the numbers of this process's part of so many windows, batch by batch: (n,) each."""
+    mine = parallel.part(torch.arange(count))
+    return list(mine.split(batch)) if len(mine) else []
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows: torch.Tensor, batch: int, label: str, see: See | None = None
@@ -25,8 +31,7 @@ def perplexity(
     A loss whose exponential float64 cannot hold gives inf. see: is shown every batch.
     """
     total = torch.zeros((), dtype=torch.float64)
-    mine = parallel.part(torch.arange(len(windows)))
-    for places in tqdm(mine.split(batch) if len(mine) else (), desc=label):
+    for places in tqdm(places_of(len(windows), batch), desc=label):
         ids = windows[places].to(model.device)
         logits = model(input_ids=ids).logits[:, :-1].float()
         logs = logits.log_softmax(-1)
@@ -34,6 +39,7 @@ def perplexity(
         total += loss.item() * len(ids)
         if see is not None:
             see(places, logits, logs)
+        del logits, logs  # they would stand beside the next batch's
     try:
         return math.exp(parallel.sum_(total).item() / len(windows))
     except OverflowError:

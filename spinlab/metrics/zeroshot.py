@@ -20,6 +20,7 @@ from spinlab.data.questions import TASKS, check_task, digest, load_questions
 from spinlab.errors import InputError, ResultError
 from spinlab.metrics.likelihood import Answer, Request, likelihoods
 from spinlab.metrics.predictions import Predictions, predictions_of
+from spinlab.model.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Scored(NamedTuple):
 
 
 def zeroshot(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Network,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
@@ -60,15 +61,16 @@ def zeroshot(
     import lm_eval.models.huggingface
 
     harness: Any = lm_eval  # its decorators hide the signatures from a type checker
-    with _quiet(), _unchanged(model):
+    base = model.base() if isinstance(model, Network) else model
+    with _quiet(), _unchanged(base):
         loaded = load_tasks(tasks, limit=limit, source=source)
         lm = harness.models.huggingface.HFLM(
-            pretrained=model,
+            pretrained=base,
             backend="causal",
             tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a padding token
             batch_size=batch_size,
         )
-        with _swapped(lm, "_loglikelihood_tokens", partial(_score, lm)):
+        with _swapped(lm, "_loglikelihood_tokens", partial(_score, lm, model)):
             # Means have a closed-form standard error, which lm-eval omits only at 0 iterations.
             report = harness.evaluate(
                 lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1
@@ -150,7 +152,9 @@ def _splits(task: str, limit: int | None, **_: Any) -> dict[str, Any]:
     return {TASKS[task].split: Dataset.from_list(load_questions(task)[:limit])}
 
 
-def _score(lm: Any, requests: list[Request], **_: Any) -> list[Answer]:
+def _score(
+    lm: Any, model: PreTrainedModel | Network, requests: list[Request], **_: Any
+) -> list[Answer]:
     """Return the likelihoods of answers, if they are numbers; raise ResultError if they are not.
 
     Warn once if beginnings of prompts do not fit the model.
@@ -158,7 +162,7 @@ def _score(lm: Any, requests: list[Request], **_: Any) -> list[Answer]:
     cut = sum(len(prompt) + len(answer) > lm.max_length + 1 for _, prompt, answer in requests)
     if cut:
         log.warning("%d of %d prompts are cut to %d tokens", cut, len(requests), lm.max_length)
-    scores = likelihoods(lm.model, requests, batch=lm.batch_size, longest=lm.max_length)
+    scores = likelihoods(model, requests, batch=lm.batch_size, longest=lm.max_length)
     if wrong := sum(math.isnan(likelihood) for likelihood, _ in scores):
         raise ResultError(  # an argmax over them would be an accuracy like any other
             f"the network is broken: {wrong} of {len(scores)} answers have a likelihood of nan"

@@ -5,12 +5,13 @@ differ. It holds names and numbers, no tensors; `spinlab.model.modules` finds th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
+from spinlab.model.layer import Layer
 
 
 def input_key(layer: int, input: str) -> str:
@@ -111,64 +112,6 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
-
-    window: how far back a token looks, or None. query_norm, key_norm: norms of single heads, or
-    with wide_norms of all heads of a token together. neighbours: RoPE turns numbers 2d and 2d + 1
-    of a head together. softcap: scores are softcap·tanh(score / softcap), or as they are.
-    key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
-    turns number d of a head with number d + rotary_dim/2.
-    """
-
-    path: str
-    queries: str
-    keys: str
-    values: str
-    out: str
-    heads: int
-    kv_heads: int  # divides `heads`
-    head_dim: int
-    rope: bool
-    window: int | None
-    query_norm: str | None = None
-    key_norm: str | None = None
-    wide_norms: bool = False
-    neighbours: bool = False
-    key_bias: bool = False
-    softcap: float | None = None
-
-
-@dataclass(frozen=True)
-class GatedMLP:
-    """Describe down(activation(gate)·up) by the paths of its parts."""
-
-    path: str
-    gate: str
-    up: str
-    down: str
-    activation: str
-
-    @property
-    def by_silu(self) -> bool:
-        """Tell whether the activation is SiLU, which is all that kernels gate by."""
-        return self.activation in ("silu", "swish")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Describe a decoder layer; mlp is None where it is anything but one gated MLP.
-
-    adds: what attention and MLP give is added to the stream as it is, and one after the other.
-    """
-
-    path: str
-    attention: Attention
-    mlp: GatedMLP | None
-    adds: bool = False
-
-
-@dataclass(frozen=True)
 class Dimensions:
     """Hold a model's widths and counts; those in which layers differ are the largest."""
 
@@ -187,6 +130,7 @@ class ModelMap:
     rope_kind: that of RoPE, or with commas all that there are. cannot: by the name of a rotation
     (r1, r2, ...), why the family's function does not survive it. logit_divisor: logits are what the
     head gives, divided by it. logit_cap: logits are then logit_cap·tanh(logit / logit_cap).
+    only: of a part of a model (`part`), the layers that are there; None: all, and the ends.
     """
 
     family: str
@@ -204,6 +148,28 @@ class ModelMap:
     cannot: dict[str, str] = field(default_factory=dict)
     logit_divisor: float = 1.0
     logit_cap: float | None = None
+    only: tuple[int, ...] | None = None
+
+    def part(self, layer: int | None) -> "ModelMap":
+        """Return the map of a part of the model: one of its layers, or its ends.
+
+        Its sites and norms are those of the part. Layers and inputs are all of the model's: they
+        are names and widths.
+        """
+        sites = tuple(site for site in self.sites if site.layer == layer)
+        norms = tuple(norm for norm in self.norms if norm.layer == layer)
+        return replace(self, sites=sites, norms=norms, only=() if layer is None else (layer,))
+
+    @property
+    def there(self) -> dict[int, Layer]:
+        """The layers that are there, by their numbers."""
+        numbers = range(len(self.layers)) if self.only is None else self.only
+        return {number: self.layers[number] for number in numbers}
+
+    @property
+    def has_ends(self) -> bool:
+        """Tell whether embedding and head are there."""
+        return not self.only
 
     @cached_property
     def input_at(self) -> dict[str, Input]:

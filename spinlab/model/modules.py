@@ -24,6 +24,11 @@ def map_of(model: PreTrainedModel) -> ModelMap:
     return getattr(model, _MAP)
 
 
+def set_map(model: PreTrainedModel, found: ModelMap) -> None:
+    """Say what is there of a model, of which the rest comes later or not at all."""
+    setattr(model, _MAP, found)
+
+
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Bring a stock model to modules that its map names, in place."""
     family_of(model.config.model_type).prepare(model)
@@ -50,8 +55,8 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers in order."""
-    return [model.get_submodule(layer.path) for layer in map_of(model).layers]
+    """Return the decoder layers in order, of a part of a model those that are there."""
+    return [model.get_submodule(layer.path) for layer in map_of(model).there.values()]
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -1,6 +1,7 @@
 """The invariance gate: before anything is quantized, the rotated model must be the original.
 
-Gates run their networks in turn: each is made, gives its logits and is gone before the next.
+Gates run their networks in turn: each is made, gives its logits and is gone before the next. One
+that comes in parts is never there as a whole.
 """
 
 import gc
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import ResultError
 from spinlab.model.hooks import temporary_hooks
+from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of
+from spinlab.model.network import Network, network_of
 from spinlab.rotation.fuse import folded_scales, rotate_input, rotations_at
 from spinlab.rotation.rotations import RotationSet
 
@@ -32,9 +35,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).logits
 
 
-def logits_of(make: Make, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(made: Network | Make, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits (batch, tokens, vocabulary) of a network that lives for this call only."""
-    model = make()
+    model = network_of(made).last([ids])
     found, left = logits(model, ids), weakref.ref(model)
     del model
     if left() is not None:  # in a cycle, it would stand beside the next network
@@ -49,7 +52,10 @@ def logits_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_invariance(
-    original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor
+    original: Network | Make,
+    rotated: Network | Make,
+    rotations: RotationSet,
+    ids: torch.Tensor,
 ) -> float:
     """Return the logits error, or raise BrokenSite naming the first linear that is off.
 
@@ -69,28 +75,37 @@ def check_invariance(
 
 
 def first_broken(
-    original: Make, rotated: Make, rotations: RotationSet, ids: torch.Tensor, limit: float
+    original: Network | Make,
+    rotated: Network | Make,
+    rotations: RotationSet,
+    ids: torch.Tensor,
+    limit: float,
 ) -> str:
     """Return the name of the first linear whose output, rotated back, is not the original's.
 
     A linear that writes a rotated space must give the original's output times that rotation, one
     that carries a scale the original's divided by it. Experts without tokens give none.
     """
-    expected = _outputs(original(), ids)
+    expected: dict[str, torch.Tensor] = {}
+    for part in network_of(original).parts([ids]):
+        expected |= _outputs(part, ids)
+        del part
     gc.collect()
-    model = rotated()
-    found = _outputs(model, ids)
-    scales = dict(folded_scales(map_of(model), rotations))
-    for site in (s for s in map_of(model).sites if s.path in expected):
-        _, writes = rotations_at(site, rotations.r1, rotations.r2)
-        want = expected[site.path].double()
-        if writes is not None:
-            want = rotate_input(want, writes.to(want.device))
-        if site.path in scales:
-            want = want / scales[site.path].to(want)
-        if site.path not in found or not _is_near(found[site.path], want, limit):
-            return site.path
+    for part in network_of(rotated).parts([ids]):
+        found = _outputs(part, ids)
+        for site in (s for s in map_of(part).sites if s.path in expected):
+            want = _rotated_output(site, expected[site.path].double(), rotations)
+            scale = dict(folded_scales(map_of(part), rotations)).get(site.path)
+            want = want if scale is None else want / scale.to(want)
+            if site.path not in found or not _is_near(found[site.path], want, limit):
+                return site.path
     return "the embedding, the final norm or the head"
+
+
+def _rotated_output(site: Site, output: torch.Tensor, rotations: RotationSet) -> torch.Tensor:
+    """Return what a linear of the original gives, (..., out), in the space that the site writes."""
+    _, writes = rotations_at(site, rotations.r1, rotations.r2)
+    return output if writes is None else rotate_input(output, writes.to(output.device))
 
 
 def _is_near(found: torch.Tensor, want: torch.Tensor, limit: float) -> bool:

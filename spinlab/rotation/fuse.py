@@ -194,8 +194,8 @@ def folded_scales(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (path of the norm or linear that carries it, scale of its rows) of folded scales."""
     for key, transform in rotations.inputs.items():
-        if transform.scale is not None and transform.folded:
-            input = model_map.input_at[key]
+        input = model_map.input_at[key]
+        if input.layer in model_map.there and transform.scale is not None and transform.folded:
             assert input.producer is not None, f"no norm or linear carries a scale of input {key}"
             yield input.producer, to_rows(transform.scale, input)
 

@@ -5,6 +5,7 @@ import logging
 from transformers import PreTrainedModel
 
 from spinlab.kv.cache import attach_kv
+from spinlab.model.modules import map_of
 from spinlab.runtime.fused.convert import integer_runtime, why_not_runtime
 from spinlab.runtime.fused.operations import triton_operations
 from spinlab.runtime.quantized import Quantized
@@ -22,7 +23,7 @@ def run_on_integers(model: PreTrainedModel, parts: Quantized, backend: str) -> N
     """
     if backend == "auto":
         reason = why_not_runtime(model, parts.kv)
-        if reason is not None:
+        if reason is not None and map_of(model).has_ends:  # of a network in parts, not for each
             log.warning("%s: linears multiply by the exact product in torch", reason)
         backend = "triton" if reason is None else "torch"
     if backend == "triton":

@@ -2,11 +2,13 @@
 
 import json
 import logging
-from functools import partial
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from spinlab.errors import ResultError
 from spinlab.files import write_json
+from spinlab.model.network import Load
 from spinlab.networks.exact import ExactNetworks
 from spinlab.rotation.check import logits_error, logits_of
 from spinlab.stages.original import Original
@@ -35,12 +37,18 @@ def handoff_error(
     """
 
     def work(out: Path) -> None:
-        networks = ExactNetworks(original.load, run.config.quant, run.config.kv, run.config.seed)
+        settings = run.config.quant, run.config.kv, run.config.seed
         parts = variant.parts(run)
         ids = gate_ids(original, calibration).to(run.device)
-        expected = logits_of(partial(networks.dequantized, *parts), ids)
-        integers = partial(variant.on_integers, networks, run.backend, *parts)
-        error = logits_error(logits_of(integers, ids), expected)
+
+        def dequantized(load: Load) -> PreTrainedModel:
+            return ExactNetworks(load, *settings).dequantized(*parts)
+
+        def integers(load: Load) -> PreTrainedModel:
+            return variant.on_integers(ExactNetworks(load, *settings), run.backend, *parts)
+
+        expected = logits_of(original.network(dequantized), ids)
+        error = logits_error(logits_of(original.network(integers), ids), expected)
         log.info("%-12s %s differs by %.1e of the logits' spread", "handoff", variant.name, error)
         if not error <= _LIMIT:
             raise BrokenHandoff(

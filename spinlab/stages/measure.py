@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from spinlab import parallel
@@ -33,11 +34,12 @@ from spinlab.kv.bits import coded_share
 from spinlab.kv.path import kv_path
 from spinlab.metrics.divergence import Divergence
 from spinlab.metrics.paired import mean_accuracy, paired
-from spinlab.metrics.perplexity import perplexity
+from spinlab.metrics.perplexity import perplexity, places_of
 from spinlab.metrics.predictions import Predictions, read_predictions, write_predictions
 from spinlab.metrics.states import States
 from spinlab.metrics.zeroshot import zeroshot
 from spinlab.model.modules import embedding_of, map_of
+from spinlab.model.network import Network
 from spinlab.networks.quantized import bits_of_cache
 from spinlab.stages.original import Original
 from spinlab.stages.recall import bytes_of_cache, recall, recall_settings
@@ -63,15 +65,17 @@ def measure(
     """
 
     def work(out: Path) -> None:
-        model, weights = variant.assemble(run, original)
+        network, weights = variant.network(run, original)
+        model = network.last(_batches(run, evaluation))
         states = States(reference.path if reference else out)
         metrics = _of_texts(run, model, evaluation, variant, states)
         check_finite(metrics, f"the network {variant.name} is broken")
         if parallel.is_main():
             metrics |= _sizes(run, original, model, weights)
-            metrics |= _accuracies(run, original, model, variant, out)
+            asked = model if network.part is None else network
+            metrics |= _accuracies(run, original, asked, variant, out)
             folders = out, reference and reference.path
-            metrics |= recall(run, original, model, variant, windows_in(evaluation), folders)
+            metrics |= recall(run, original, asked, variant, windows_in(evaluation), folders)
             write_json(out / "metrics.json", metrics)
 
     depends = _depends(run, original, evaluation, variant)
@@ -140,6 +144,12 @@ def _coded(run: Run, original: Original) -> float:
     return coded_share(path, run.config.eval.window)
 
 
+def _batches(run: Run, evaluation: Artifact) -> list[torch.Tensor]:
+    """Return what a network is called with for the perplexities of all texts, in this order."""
+    batch, texts = run.config.eval.batch, windows_in(evaluation).values()
+    return [windows[places] for windows in texts for places in places_of(len(windows), batch)]
+
+
 def _of_texts(
     run: Run, model: PreTrainedModel, evaluation: Artifact, variant: Variant, states: States
 ) -> dict[str, float]:
@@ -160,7 +170,7 @@ def _of_texts(
 
 
 def _accuracies(
-    run: Run, original: Original, model: PreTrainedModel, variant: Variant, out: Path
+    run: Run, original: Original, model: PreTrainedModel | Network, variant: Variant, out: Path
 ) -> dict[str, float]:
     """Ask the questions of the tasks, and keep the answers."""
     tasks, measured = _tasks(run, variant), run.config.eval

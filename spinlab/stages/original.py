@@ -4,7 +4,7 @@ Stages `check`, which looks at every weight once, and `model`, which dequantizes
 """
 
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from spinlab.model.load import (
     source_digest,
 )
 from spinlab.model.modules import map_of
+from spinlab.model.network import Make, Network, Resident, Streamed
+from spinlab.model.parts import Parts
 from spinlab.stages.run import Run
 
 
@@ -31,6 +33,7 @@ class Original:
 
     def __init__(self, run: Run) -> None:
         self.run, self.settings = run, run.config.model
+        self._known_parts: dict[str, Parts] = {}  # by dtype
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -83,3 +86,23 @@ class Original:
         """Return a fresh copy of the model on the device; settings: with another dtype."""
         model = load_model(settings or self.settings, self.converted, self.run.config.seed)
         return cast(PreTrainedModel, nn.Module.to(model, self.run.device))
+
+    def network(self, make: Make, settings: ModelConfig | None = None) -> Network:
+        """Return what `make` makes of the model, or of one part after the other with offload.
+
+        settings: with another dtype. A network of parts reads the checkpoint whenever it is run.
+        """
+        if not self.run.config.runtime.offload:
+            return Resident(partial(make, partial(self.load, settings)))
+        parts = self._parts(settings or self.settings)
+
+        def part(layer: int | None) -> PreTrainedModel:
+            return make(partial(parts.part, layer, self.run.device))
+
+        return Streamed(part, parts.layers)
+
+    def _parts(self, settings: ModelConfig) -> Parts:
+        """Return what loads parts of the model in a dtype; its map is read once."""
+        if settings.dtype not in self._known_parts:
+            self._known_parts[settings.dtype] = Parts(settings, self.converted)
+        return self._known_parts[settings.dtype]

@@ -13,9 +13,10 @@ from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.finite import check_finite
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.modules import map_of
+from spinlab.model.network import Network
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
-from spinlab.stages.rotations import gate_ids, networks_of, rotations_in
+from spinlab.stages.rotations import gate_ids, rotated_network, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
 from spinlab.tensors import write_tensors
@@ -38,10 +39,11 @@ def outliers(
     """
 
     def work(out: Path) -> None:
-        networks, ids = networks_of(run, original), gate_ids(original, calibration)
+        ids = gate_ids(original, calibration)
         sets = {} if transformed else {"before": RotationSet()}
         sets |= {name: rotations_in(run, made) for name, made in rotated.items()}
-        seen = {name: attention_inputs(networks.rotated(s), ids) for name, s in sets.items()}
+        networks = {name: rotated_network(run, original, s) for name, s in sets.items()}
+        seen = {name: _inputs_of(network, ids) for name, network in networks.items()}
         peaks = {name: channel_peaks(inputs) for name, inputs in seen.items()}
         check_finite(peaks, "attention inputs on the way to the outlier figure")
         write_tensors(out / _PEAKS, peaks)
@@ -52,6 +54,11 @@ def outliers(
     keys = {name: made.key for name, made in rotated.items()}
     depends = [original.identity, calibration.key, keys]
     return load_file(run.cache.run("outliers", depends, work).path / _PEAKS)
+
+
+def _inputs_of(network: Network, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return what `attention_inputs` does, of all parts of a network."""
+    return [x for part in network.parts([ids]) for x in attention_inputs(part, ids)]
 
 
 def channel_peaks(inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -83,7 +90,7 @@ def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Te
         inputs.append(x.detach().abs().flatten(0, -2).float().cpu())
 
     with temporary_hooks() as hooks:
-        for layer in map_of(model).layers:
+        for layer in map_of(model).there.values():
             linear = model.get_submodule(layer.attention.queries)
             hooks.append(linear.register_forward_pre_hook(keep))
         model(input_ids=ids.to(model.device), use_cache=False)

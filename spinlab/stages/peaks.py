@@ -14,9 +14,10 @@ from spinlab.config import plain
 from spinlab.fakequant.peaks import input_peaks
 from spinlab.files import write_json
 from spinlab.finite import check_finite
+from spinlab.model.modules import map_of
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
-from spinlab.stages.rotations import FILE, networks_of, rotations_in
+from spinlab.stages.rotations import FILE, rotated_network, rotations_in
 from spinlab.stages.run import Run
 from spinlab.stages.text import Calibration
 
@@ -35,9 +36,11 @@ def peaks(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        model = networks_of(run, original).rotated(rotations)
         windows = calibration.windows("peaks", settings.samples, settings.sequence_length)
-        found = input_peaks(model, windows, quant)
+        found: dict[str, float] = {}
+        for part in rotated_network(run, original, rotations).parts(windows.split(1)):
+            if map_of(part).sites:
+                found |= input_peaks(part, windows, quant)
         numbers = {key: torch.tensor(peak) for key, peak in found.items()}
         check_finite(numbers, "the model is broken, or its inputs overflow")
         log.info("%-12s of %d inputs: %.3g to %.3g", "peaks", len(found), *_ends(found))

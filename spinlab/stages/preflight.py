@@ -21,7 +21,7 @@ from spinlab.kv.codecs import unread_by_codecs
 from spinlab.kv.path import KVPath, kv_path
 from spinlab.learn import check_learning, unread_by_optimizer
 from spinlab.memory.check import check_memory
-from spinlab.memory.needs import Job
+from spinlab.memory.job import Job
 from spinlab.metrics.zeroshot import check_questions, check_tokenizer
 from spinlab.model.context import check_context
 from spinlab.model.modules import map_of
@@ -56,6 +56,11 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_fits(pipeline)
     _check_given(pipeline)
     left = remaining(pipeline)
+    if pipeline.config.runtime.offload and "learn" in left:
+        log.warning(
+            "learning holds the whole model on %s: runtime.offload is about all other stages",
+            pipeline.run.device,
+        )
     check_memory(Job(pipeline.config, pipeline.original.shape, pipeline.run.device, left))
     _ = pipeline.original.identity
     if pipeline.config.eval.scored:

@@ -23,6 +23,7 @@ from spinlab.metrics.attention import attention_errors
 from spinlab.metrics.continuation import PROMPTS, continuations, first_divergence
 from spinlab.metrics.needle import found_needles
 from spinlab.model.modules import map_of
+from spinlab.model.network import Network
 from spinlab.runtime.fused.convert import slot_layout
 from spinlab.stages.original import Original
 from spinlab.stages.run import Run
@@ -46,21 +47,24 @@ def recall_settings(measured: EvalConfig, seed: int) -> list[object]:
 def recall(
     run: Run,
     original: Original,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Network,
     variant: Variant,
     windows: Mapping[str, torch.Tensor],
     folder: tuple[Path, Path | None],
 ) -> dict[str, float]:
-    """Return the metrics that are asked for.
+    """Return the metrics that are asked for, of a network in parts no more than needles.
 
     folder: where the stage leaves what it makes, and where it left that of the original.
     """
     measured = run.config.eval
-    found = _continued(model, variant, windows, measured.continued, folder)
+    found: dict[str, float] = {}
     for length in measured.needle:
         generator = run.generator(f"needle {length}")
         parts = original.tokenizer, length, measured.task_batch, generator
         found |= found_needles(model, *parts)
+    if isinstance(model, Network):  # whose settings ask for nothing else (`check_offload`)
+        return found
+    found |= _continued(model, variant, windows, measured.continued, folder)
     if measured.attention and variant.is_emulated:
         for label, ids in windows.items():
             errors = attention_errors(model, ids[: measured.attention])

@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import replace
-from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from spinlab.cache import Artifact
+from spinlab.config import ModelConfig
 from spinlab.model.context import context_of
+from spinlab.model.network import Load, Network, as_it_is
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.check import GATE_TOKENS, check_invariance
 from spinlab.rotation.ranges import with_fitting_ranges
@@ -39,12 +41,23 @@ def gate(
     """Compare the rotated model with the original and measure orthogonality."""
     dtype = "float64" if original.settings.dtype == "float64" else "float32"
     settings = replace(original.settings, dtype=dtype)
-    networks = replace(networks_of(run, original), original=partial(original.load, settings))
-    rotated = partial(networks.rotated, rotations)
     ids = gate_ids(original, calibration).to(run.device)
-    error = check_invariance(networks.original, rotated, rotations, ids)
+    rotated = rotated_network(run, original, rotations, settings)
+    error = check_invariance(original.network(as_it_is, settings), rotated, rotations, ids)
     log.info("%-12s logits differ by %.1e of their spread", "invariance", error)
     return {"logits_error": error, **rotations.orthogonality()}
+
+
+def rotated_network(
+    run: Run, original: Original, rotations: RotationSet, settings: ModelConfig | None = None
+) -> Network:
+    """Return the rotated network. settings: of a model with another dtype."""
+    networks = networks_of(run, original)
+
+    def make(load: Load) -> PreTrainedModel:
+        return replace(networks, original=load).rotated(rotations)
+
+    return original.network(make, settings)
 
 
 def gate_ids(original: Original, calibration: Calibration) -> torch.Tensor:

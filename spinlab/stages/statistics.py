@@ -1,7 +1,9 @@
 """Stage `statistics`: what the calibration text says about activations."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from spinlab.cache import Artifact
@@ -36,9 +38,15 @@ def statistics(run: Run, original: Original, calibration: Calibration) -> Artifa
         stream = RotationSet()
         if moments:
             stream = stream_rotations(config, model_map, run.generator("init"))
-        model = networks_of(run, original).stream_rotated(stream)
+        networks = networks_of(run, original)
+        network = original.network(
+            lambda load: replace(networks, original=load).stream_rotated(stream)
+        )
         windows = calibration.windows("statistics", settings.samples, settings.sequence_length)
-        found = gather_statistics(model, windows, searches, moments).tensors()
+        found: dict[str, torch.Tensor] = {}
+        for part in network.parts(windows.split(1)):
+            if map_of(part).sites:
+                found |= gather_statistics(part, windows, searches, moments).tensors()
         check_finite(found, "the model is broken, or its activations overflow")
         write_tensors(out / _FILE, found)
 

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from spinlab.cache import Artifact
 from spinlab.config import plain
+from spinlab.model.network import Load, Network, as_it_is
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import rotations_in
 from spinlab.stages.run import Run
-from spinlab.stages.weights import weights_in
+from spinlab.stages.weights import weights_of
 from spinlab.weights.quantized import QuantizedWeight
 
 
@@ -49,15 +50,29 @@ class Variant:
         depends += [plain(run.config.quant), original.kv_settings]
         return depends if self.is_emulated else [*depends, run.backend]
 
+    def network(
+        self, run: Run, original: Original
+    ) -> tuple[Network, Mapping[str, QuantizedWeight] | None]:
+        """Return what `assemble` does, whole or in parts as the settings of the run have it."""
+        if self.is_original:
+            return original.network(as_it_is), None
+        parts, config = self.parts(run), run.config
+
+        def make(load: Load) -> PreTrainedModel:
+            networks = QuantizedNetworks(load, config.quant, config.kv, config.seed)
+            return self.on_integers(networks, run.backend, *parts)
+
+        return original.network(make), parts[1]
+
     def parts(self, run: Run) -> tuple[RotationSet, Mapping[str, QuantizedWeight]]:
         """Load rotations and weights."""
         rotations = RotationSet() if self.rotated is None else rotations_in(run, self.rotated)
-        return rotations, {} if self.weights is None else weights_in(self.weights)
+        return rotations, {} if self.weights is None else weights_of(run, self.weights)
 
     def assemble(
         self, run: Run, original: Original
     ) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:
-        """Return the network and its quantized weights; the original has none."""
+        """Return the whole network and its quantized weights; the original has none."""
         if self.is_original:
             return original.load(), None
         networks = QuantizedNetworks(

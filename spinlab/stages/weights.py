@@ -1,13 +1,22 @@
 """Stage `weights`: the rotated weights, rounded by the method of the settings."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from spinlab import parallel
 from spinlab.cache import PROGRESS, Artifact
-from spinlab.config import WeightsConfig, plain
+from spinlab.config import QuantConfig, WeightsConfig, plain
+from spinlab.errors import InputError
+from spinlab.fakequant.insert import rounded_sites
 from spinlab.finite import check_finite
+from spinlab.model.map import ModelMap
+from spinlab.model.modules import map_of
+from spinlab.model.network import Load, as_it_is
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import networks_of, rotations_in
@@ -16,7 +25,7 @@ from spinlab.stages.text import Calibration
 from spinlab.weights.base import Rounding
 from spinlab.weights.ends import quantize_tied, with_tied
 from spinlab.weights.methods import METHODS
-from spinlab.weights.quantized import QuantizedWeight, load_weights, save_weights
+from spinlab.weights.quantized import PackedWeights, QuantizedWeight, load_weights, save_weights
 
 _FILE = "weights.safetensors"
 
@@ -41,30 +50,68 @@ def round_weights(
 
     def work(out: Path) -> None:
         rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
-        tied = quantize_tied(original.load, run.config.quant, config.clip)
-        start = with_tied(original.load, tied, run.config.quant)
-        networks = replace(networks_of(run, original), original=start)
-        model = networks.fused(rotations)
-        kv = networks.kv_path(model, rotations)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )
-        progress = out / PROGRESS
-        weights = method.work(
-            Rounding(model, rotations, windows, run.config.quant, config, progress, kv)
-        )
-        weights |= tied
-        scales = {name: weight.scale for name, weight in weights.items()}
-        check_finite(scales, "rounded weights have no scale")
+        weights = _rounded(run, original, (rotations, windows), config, out / PROGRESS)
+        for name, weight in weights.items():
+            check_finite({name: weight.scale}, "rounded weights have no scale")
         if parallel.is_main():
             save_weights(weights, out / _FILE)
 
     return run.cache.run("weights", depends, work, together=method.together)
 
 
+def _rounded(
+    run: Run,
+    original: Original,
+    given: tuple[RotationSet, torch.Tensor | None],
+    config: WeightsConfig,
+    progress: Path,
+) -> Mapping[str, QuantizedWeight]:
+    """Round the weights of a model that is whole, or comes in parts, on its way to a stage's file.
+
+    given: the rotations, and windows (samples, length) of token ids where the method reads some.
+    """
+    quant, (rotations, windows) = run.config.quant, given
+    tied = quantize_tied(original.network(as_it_is).base, quant, config.clip)
+    networks = networks_of(run, original)
+
+    def fused(load: Load) -> PreTrainedModel:
+        return replace(networks, original=with_tied(load, tied, quant)).fused(rotations)
+
+    network = original.network(fused)
+    model = network.base()
+    kv = networks.kv_path(model, rotations)
+    rounding = Rounding(model, rotations, windows, quant, config, progress, kv, network.part)
+    weights = METHODS[config.method].work(rounding)
+    if network.part is not None:
+        _check_all_rounded(map_of(original.shape), quant, config.method, weights)
+    weights.update(tied)
+    return weights
+
+
+def _check_all_rounded(
+    model_map: ModelMap, quant: QuantConfig, method: str, weights: Mapping[str, QuantizedWeight]
+) -> None:
+    """Raise InputError where a method that was given a model in parts left some as they were."""
+    due = {site.path for site, _ in rounded_sites(model_map, quant)}
+    if lost := sorted(due - weights.keys()):
+        raise InputError(
+            f"weights.method={method} has not rounded {lost[0]} and {len(lost) - 1} more weights: "
+            "with runtime.offload=true a method goes through Rounding.pieces or Rounding.layer, "
+            "so use runtime.offload=false"
+        )
+
+
 def weights_in(made: Artifact) -> dict[str, QuantizedWeight]:
     """Load what the stage has rounded, by linear."""
     return load_weights(made.path / _FILE)
+
+
+def weights_of(run: Run, made: Artifact) -> Mapping[str, QuantizedWeight]:
+    """Do the same, packed until they are asked for where layers come one by one."""
+    return PackedWeights.load(made.path / _FILE) if run.config.runtime.offload else weights_in(made)
 
 
 def _formats(run: Run) -> list[Any]:

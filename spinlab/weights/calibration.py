@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from spinlab.model.families.experts import alone
 from spinlab.model.hooks import hidden_states, temporary_hooks
-from spinlab.model.modules import layers_of, map_of
+from spinlab.model.modules import map_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
@@ -32,13 +32,9 @@ class LayerInputs:
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, batch: int) -> None:
         """Take token ids (samples, length) to the first layer, `batch` windows at once."""
-        self.layers = layers_of(model)
+        self._model, self._layers = model, map_of(model).layers
         self.index = 0
         self.batches: list[torch.Tensor] = []
-        self._attentions = [
-            (model.get_submodule(path), model.get_submodule(out))
-            for path, out in ((x.attention.path, x.attention.out) for x in map_of(model).layers)
-        ]
         self._attended: dict[int, torch.Tensor] = {}  # by batch
         self._forms: dict[type, bool] = {}  # whether such attentions return tuples
         self._arguments: dict[int, list[dict[str, Any]]] = {}  # by windows in a batch, by layer
@@ -50,7 +46,8 @@ class LayerInputs:
         """Keep the first layer's input, and the other arguments of all layers if they are new."""
         known = ids.shape[0] in self._arguments
         arguments = self._arguments.setdefault(ids.shape[0], [])
-        first, last = self.layers[0], self.layers[0 if known else -1]
+        layers = self.layers
+        first, last = layers[0], layers[0 if known else -1]
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if module is first:
@@ -61,13 +58,27 @@ class LayerInputs:
                 raise _Stop
 
         with temporary_hooks() as hooks, suppress(_Stop):
-            hooks += [x.register_forward_pre_hook(keep, with_kwargs=True) for x in self.layers]
+            hooks += [x.register_forward_pre_hook(keep, with_kwargs=True) for x in layers]
             model(input_ids=ids, use_cache=False)
+
+    def begin(self) -> None:
+        """Tell that the current layer is there, if it came just now, and nothing was changed."""
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All layers, or what stands where one is not."""
+        return [self._model.get_submodule(layer.path) for layer in self._layers]
 
     @property
     def layer(self) -> nn.Module:
         """The current layer."""
-        return self.layers[self.index]
+        return self._model.get_submodule(self._layers[self.index].path)
+
+    @property
+    def _attention(self) -> tuple[nn.Module, nn.Module]:
+        """The attention of the current layer, and its o_proj."""
+        attention = self._layers[self.index].attention
+        return self._model.get_submodule(attention.path), self._model.get_submodule(attention.out)
 
     def arguments(self, x: torch.Tensor) -> dict[str, Any]:
         """Return what the current layer is called with beside a batch x."""
@@ -94,7 +105,7 @@ class LayerInputs:
         with temporary_hooks() as hooks, alone(self.layer, linear), suppress(_Stop):
             hooks.append(linear.register_forward_pre_hook(stop))
             self._call(batch)
-        if linear is self._attentions[self.index][1]:
+        if linear is self._attention[1]:
             self._attended[batch] = seen[0]
         return seen[0] if seen else self.batches[batch].new_zeros(0, linear.in_features)
 
@@ -114,7 +125,7 @@ class LayerInputs:
     @contextmanager
     def _without_attention(self, batch: int) -> Iterator[None]:
         """Let the current layer's attention go on from what its o_proj reads, if that is kept."""
-        attention, out = self._attentions[self.index]
+        attention, out = self._attention
         if batch not in self._attended:
             yield
             return

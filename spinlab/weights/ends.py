@@ -42,8 +42,11 @@ def quantize_ends(
 ) -> dict[str, QuantizedWeight]:
     """Return embedding and head, if they have a format, rounded to nearest; set the embedding.
 
-    What reads the embedding then sees the quantized one, as layers see those before them.
+    What reads the embedding then sees the quantized one, as layers see those before them. Of a part
+    of a model without them there is none.
     """
+    if not map_of(model).has_ends:
+        return {}
     paths = map_of(model).embedding, map_of(model).head
     ends = zip(paths, ends_of(model), (quant.embedding, quant.head), strict=True)
     rounded = ((path, end.weight, format) for path, end, format in ends if format.quantizes)
@@ -76,6 +79,8 @@ def with_tied(
 
     def make() -> PreTrainedModel:
         model = original()
+        if not map_of(model).has_ends:
+            return model
         embedding = embedding_of(model)
         set_dequantized(embedding, weights[map_of(model).embedding])
         head_of(model).weight = embedding.weight
@@ -94,5 +99,5 @@ def write_ends(
     """
     paths = map_of(model).embedding, map_of(model).head
     for path, end in zip(paths, ends_of(model), strict=True):
-        if path in weights and not quant.tied.quantizes:
+        if map_of(model).has_ends and path in weights and not quant.tied.quantizes:
             set_dequantized(end, weights[path])

@@ -106,7 +106,7 @@ def _spread(
     del factor
     entries = inverse.diagonal().clone()
     inverse.div_(entries[:, None])
-    rows = inverse.flip(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    rows = inverse.to(torch.float32, memory_format=torch.contiguous_format).flip(0, 1)
     return rows, entries.square_().flip(0).float()
 
 

@@ -26,7 +26,7 @@ from spinlab.kv.path import KVPath
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import linear_at, map_of
 from spinlab.tensors import kept_tensors, save_tensors
-from spinlab.weights.base import Rounding
+from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.ends import quantize_ends
 from spinlab.weights.gptq import ErrorSpread, Moment, NoRows, error_spread, gptq
@@ -81,7 +81,8 @@ def quantize_rtn(
     learned: clip ratios (out, in/g, 1) by name; a weight without one gets its clip search.
     """
     found: dict[str, QuantizedWeight] = {}
-    for site, format in tqdm(list(rounded_sites(map_of(model), quant)), desc="rtn"):
+    sites, is_part = list(rounded_sites(map_of(model), quant)), map_of(model).only is not None
+    for site, format in tqdm(sites, desc="rtn", disable=is_part):
         weight = linear_at(model, site.path).weight.detach().float()
         if site.path in learned:
             ratios = learned[site.path].to(weight.device)
@@ -91,33 +92,33 @@ def quantize_rtn(
     return found | quantize_ends(model, quant, clip)
 
 
-def quantize_gptq(rounding: Rounding) -> dict[str, QuantizedWeight]:
+def quantize_gptq(rounding: Rounding) -> Weights:
     """Return every weight of fewer than 16 bits, rounded by GPTQ; the model is overwritten.
 
     Activations stay unquantized while Hessians are gathered. A linear sees inputs from already
     quantized layers and, within its layer, from the already quantized readers of earlier inputs.
     """
-    insert_fake_quant(rounding.model, rounding.rotations, None)
+    rounding.change(partial(insert_fake_quant, rotations=rounding.rotations, config=None))
     found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
     inputs = _windows_in(rounding)
 
     def spread(linear: FakeQuantLinear) -> ErrorSpread:
         return error_spread(gather(inputs, linear), rounding.config.gptq)
 
-    return found | _layer_by_layer(rounding, inputs, spread, gptq)
+    return _layer_by_layer(rounding, inputs, spread, gptq, found)
 
 
-def quantize_gptaq(rounding: Rounding) -> dict[str, QuantizedWeight]:
+def quantize_gptaq(rounding: Rounding) -> Weights:
     """Do what `_quantize_paired` does, by GPTAQ."""
     return _quantize_paired(rounding, gptaq)
 
 
-def quantize_qronos(rounding: Rounding) -> dict[str, QuantizedWeight]:
+def quantize_qronos(rounding: Rounding) -> Weights:
     """Do what `_quantize_paired` does, by Qronos."""
     return _quantize_paired(rounding, qronos)
 
 
-def _quantize_paired(rounding: Rounding, sweep: Sweeping[Mismatch]) -> dict[str, QuantizedWeight]:
+def _quantize_paired(rounding: Rounding, sweep: Sweeping[Mismatch]) -> Weights:
     """Return every weight of fewer than 16 bits, rounded towards the original's outputs.
 
     The model is overwritten. The network that a linear is rounded for has its inputs, keys, values
@@ -126,19 +127,22 @@ def _quantize_paired(rounding: Rounding, sweep: Sweeping[Mismatch]) -> dict[str,
     and head of their own in the quantized network alone.
     """
     model = rounding.model
-    insert_fake_quant(model, rounding.rotations, rounding.quant)
-    attach_kv(model, KVPath(rounding.kv.r3, apart=rounding.kv.apart), store=False)
+    rounding.change(partial(insert_fake_quant, rotations=rounding.rotations, config=rounding.quant))
+    path = KVPath(rounding.kv.r3, apart=rounding.kv.apart)
+    rounding.change(partial(attach_kv, path=path, store=False))
     exact = kv_path_of(model)
+    exact = replace(exact, biases=rounding.biases_apart() or exact.biases)
+    set_kv_path(model, exact)
     coded = replace(rounding.kv, biases=exact.biases)
     original = _windows_in(rounding)
     found = quantize_ends(model, rounding.quant, rounding.config.clip)
-    set_kv_path(model, coded)
+    rounding.change(partial(set_kv_path, path=coded))
     pairs = PairedInputs(model, original, _windows_in(rounding), exact, coded)
 
     def lack(linear: FakeQuantLinear) -> Mismatch:
         return mismatch(*gather_pairs(pairs, linear), rounding.config.own)
 
-    return found | _layer_by_layer(rounding, pairs, lack, sweep)
+    return _layer_by_layer(rounding, pairs, lack, sweep, found)
 
 
 def _layer_by_layer(
@@ -146,19 +150,23 @@ def _layer_by_layer(
     inputs: LayerInputs | PairedInputs,
     factors: Callable[[FakeQuantLinear], Factors],
     sweep: Sweeping[Factors],
-) -> dict[str, QuantizedWeight]:
-    """Round the linears of all layers, in the order of computation.
+    ends: Weights,
+) -> Weights:
+    """Round the linears of all layers, in the order of computation; return them behind the ends.
 
     factors: what `sweep` is to know of a linear's inputs. Finished layers are kept in `progress`; a
     later call takes them from there and continues with the same bits. Embedding and head are
     rounded to nearest. Of several processes each takes its part of the windows and adds to common
     moments; all end with the weights of the first, which alone writes.
     """
-    found: dict[str, QuantizedWeight] = {}
+    found = rounding.store()
+    found.update(ends)
     make = partial(_quantize_layer, rounding, inputs, factors, sweep)
     for index in tqdm(range(len(map_of(rounding.model).layers)), desc=rounding.config.method):
-        found |= kept_layer(rounding, index, make)
-        inputs.advance()
+        with rounding.layer(index):
+            inputs.begin()
+            found.update(kept_layer(rounding, index, make))
+            inputs.advance()
     return found
 
 

@@ -20,7 +20,7 @@ from spinlab.formats.base import peak_of
 from spinlab.formats.integer import extremes, nearest
 from spinlab.model.hooks import hidden_states
 from spinlab.model.modules import linear_at, map_of
-from spinlab.weights.base import Rounding
+from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.calibration import LayerInputs
 from spinlab.weights.ends import quantize_ends
 from spinlab.weights.layerwise import kept_layer
@@ -31,7 +31,7 @@ from spinlab.weights.rtn import WEIGHT, round_to_range, search_ratios
 _LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
 
 
-def quantize_lwc(rounding: Rounding) -> dict[str, QuantizedWeight]:
+def quantize_lwc(rounding: Rounding) -> Weights:
     """Return every weight of fewer than 16 bits, rounded in learned ranges.
 
     The model is overwritten. A step takes one of the windows. A layer learns on the outputs of the
@@ -41,16 +41,18 @@ def quantize_lwc(rounding: Rounding) -> dict[str, QuantizedWeight]:
     are rounded to nearest.
     """
     assert rounding.windows is not None
-    insert_fake_quant(rounding.model, rounding.rotations, rounding.quant)
+    rounding.change(partial(insert_fake_quant, rotations=rounding.rotations, config=rounding.quant))
     original = LayerInputs(rounding.model, rounding.windows, batch=1)
-    found = quantize_ends(rounding.model, rounding.quant, rounding.config.clip)
+    found = rounding.store()
+    found.update(quantize_ends(rounding.model, rounding.quant, rounding.config.clip))
     quantized = LayerInputs(rounding.model, rounding.windows, batch=1)
     for index in tqdm(range(len(original.layers)), desc="lwc"):
-        with unquantized_inputs(original.layer):
-            original.advance()
-        make = partial(_learn_layer, rounding, quantized, original.batches)
-        found |= kept_layer(rounding, index, make)
-        quantized.advance()
+        with rounding.layer(index):
+            with unquantized_inputs(original.layer):
+                original.advance()
+            make = partial(_learn_layer, rounding, quantized, original.batches)
+            found.update(kept_layer(rounding, index, make))
+            quantized.advance()
     return found
 
 

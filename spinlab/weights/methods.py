@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spinlab.config import WeightsConfig
 from spinlab.config.checks import choice
-from spinlab.weights.base import Rounding
+from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.layerwise import (
     quantize_gptaq,
     quantize_gptq,
@@ -17,7 +17,6 @@ from spinlab.weights.layerwise import (
     quantize_rtn,
 )
 from spinlab.weights.lwc import quantize_lwc
-from spinlab.weights.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,18 @@ class Method:
     those of keys, values and queries do.
     """
 
-    work: Callable[[Rounding], dict[str, QuantizedWeight]]
+    work: Callable[[Rounding], Weights]
     together: bool = False
     reads_inputs: bool = False
     reads_kv: bool = False
 
 
-def _rtn(rounding: Rounding) -> dict[str, QuantizedWeight]:
-    clip, learned = rounding.config.clip, rounding.rotations.weight_clips
-    return quantize_rtn(rounding.model, rounding.quant, clip, learned)
+def _rtn(rounding: Rounding) -> Weights:
+    settings = rounding.quant, rounding.config.clip, rounding.rotations.weight_clips
+    found = rounding.store()
+    for piece in rounding.pieces():
+        found.update(quantize_rtn(piece, *settings))
+    return found
 
 
 METHODS = {

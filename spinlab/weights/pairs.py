@@ -63,12 +63,16 @@ class PairedInputs:
     ) -> None:
         self.original, self.quantized = original, quantized
         self._model, self._kv = model, (exact, coded)
-        self._exact = _weights(self.quantized.layer)
+        self.begin()
 
     @property
     def index(self) -> int:
         """The number of the current layer."""
         return self.quantized.index
+
+    def begin(self) -> None:
+        """Take the weights of the current layer, which came just now, as the original's."""
+        self._exact = _weights(self.quantized.layer)
 
     def visit(
         self, linear: FakeQuantLinear, see: Callable[[torch.Tensor, torch.Tensor], None]
@@ -91,7 +95,7 @@ class PairedInputs:
             self.original.advance()
         self.quantized.advance()
         if self.index < len(self.quantized.layers):
-            self._exact = _weights(self.quantized.layer)
+            self.begin()
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:

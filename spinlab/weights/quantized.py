@@ -1,8 +1,9 @@
 """A quantized weight as integers: what is saved, what kernels multiply, what fake quant decodes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from spinlab.formats import FORMATS, Format, Parameters, name_of
 from spinlab.tensors import write_tensors
+
+Stored = tuple[dict[str, torch.Tensor], dict[str, list]]  # tensors, formats by weight
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,61 @@ def dequantize_in_calls(linear: nn.Linear, weight: QuantizedWeight) -> None:
     )
 
 
+class PackedWeights(MutableMapping[str, QuantizedWeight]):
+    """Keep weights in their stored form, and take each out of it whenever it is asked for.
+
+    Those of a file are left there, and read then.
+    """
+
+    def __init__(self, weights: Mapping[str, QuantizedWeight] | None = None) -> None:
+        self._kept: dict[str, Callable[[], Stored]] = {}
+        self.update(weights or {})
+
+    @staticmethod
+    def load(path: Path) -> "PackedWeights":
+        """Read what `save_weights` wrote."""
+        found, file = PackedWeights(), safe_open(path, framework="pt")
+        keys: dict[str, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118
+            keys.setdefault(key.rpartition(".")[0], []).append(key)
+
+        def read(name: str, format: list) -> Stored:
+            return {key: file.get_tensor(key) for key in keys[name]}, {name: format}
+
+        for name, format in json.loads(file.metadata()["formats"]).items():
+            found._kept[name] = partial(read, name, format)
+        return found
+
+    def stored(self) -> Stored:
+        """Return what `stored_form` does, without a copy of what is packed in memory."""
+        tensors: dict[str, torch.Tensor] = {}
+        formats: dict[str, list] = {}
+        for take in self._kept.values():
+            of_one, format = take()
+            tensors |= of_one
+            formats |= format
+        return tensors, formats
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        return from_stored_form(*self._kept[name]())[name]
+
+    def __setitem__(self, name: str, weight: QuantizedWeight) -> None:
+        found = stored_form({name: weight})
+        self._kept[name] = lambda: found
+
+    def __delitem__(self, name: str) -> None:
+        del self._kept[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
 def effective_bits(weights: Mapping[str, QuantizedWeight], numbers: Mapping[str, int]) -> float:
     """Return stored bits per weight over named linears, scales and zero points counted.
 
@@ -115,8 +173,10 @@ def load_weights(path: Path) -> dict[str, QuantizedWeight]:
 
 def stored_form(
     weights: Mapping[str, QuantizedWeight],
-) -> tuple[dict[str, torch.Tensor], dict[str, list]]:
+) -> Stored:
     """Return the tensors of named weights for a file, and each one's format and width for JSON."""
+    if isinstance(weights, PackedWeights):
+        return weights.stored()
     tensors = {
         f"{name}.{part}": tensor.cpu().contiguous()
         for name, weight in weights.items()

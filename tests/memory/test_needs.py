@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel
 from spinlab.compose import composed
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.memory.check import check_needs
-from spinlab.memory.needs import Job, Need, _recalling, needs
+from spinlab.memory.check import _check_disk, check_needs
+from spinlab.memory.needs import Job, Need, _recalling, disk, needs
 from spinlab.model.load import meta_model
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
@@ -84,6 +85,35 @@ def test_needs_of_a_7b_are_those_worked_out_by_hand():
     assert need_of("measuring integer", *LLAMA).host == 2 * layers
     drawn = need_of("drawing random weights", *LLAMA, device=GPU)
     assert (drawn.host, drawn.device) == (pytest.approx(4 * whole, rel=0.01), 0)
+
+
+def test_needs_of_layers_that_come_one_by_one_do_not_grow_with_their_number():
+    """But for what the host keeps packed; a 13B and a 70B, worked out by hand."""
+    shapes = {"llama2_13b": (5120, 13824, 5120, 40), "llama2_70b": (8192, 28672, 1024, 80)}
+    for name, (hidden, inner, heads, count) in shapes.items():
+        words = [*LLAMA, f"model={name}", "model.path=x", "learn=none", "eval.tasks=[]"]
+        words += ["runtime.offload=true", "eval.variants=[fp,integer]", "eval.max_windows=9"]
+        config = composed(*(word for word in words if word != "model.weights=random"))
+        layer = 2 * hidden * (hidden + heads) + 3 * hidden * inner
+        end, norms = 32000 * hidden, 2 * hidden
+        for layers in (2, count):
+            shape = {**config.model.architecture, "num_hidden_layers": layers}
+            model = replace(config.model, path=None, weights="random", architecture=shape)
+            names = {name for name, _ in stages_of(Pipeline(config))}
+            found: dict[str, list[int]] = {}
+            for need in needs(Job(config, meta_model(model, None), GPU, names)):
+                sides = found.setdefault(need.stage, [0, 0])
+                found[need.stage] = [max(sides[0], need.host), max(sides[1], need.device)]
+            r1, kept = 8 * hidden**2, 256 * 32000 * 4
+            fused = max(2 * end * 4 + 16 * end, (layer + norms) * 4 + 16 * hidden * inner)
+            gate = found["the gate of the rotated model, in float32,"]
+            assert gate == [0, fused + r1 + kept]
+            states = 128 * 2048 * 2 * hidden * 2
+            stays = (2 * end + layer + norms) * 2 + 2 * (layer - hidden * inner)
+            gptq = [layers * layer // 2 + 128 * 2048 * 8, stays + states + 20 * inner**2]
+            assert found["GPTQ"] == gptq
+            assert found["measuring integer"][0] == 9 * 2048 * hidden * 2
+            assert max(device for _, device in found.values()) < (20, 32)[hidden > 5120] * GIB
 
 
 def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
@@ -224,3 +254,13 @@ def test_host_and_gpu_are_held_apart():
         check_needs([need], 2 * GIB, 3 * GIB, GPU)
     with pytest.raises(InputError, match=r"6\.0 GiB of memory, and 5\.0 GiB are left: use less"):
         check_needs([need], 5 * GIB, None, CPU)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_stage(tmp_path):
+    config = composed(*LLAMA, "eval.max_windows=4", f"paths.cache={tmp_path / 'later'}")
+    job = Job(config, meta_model(config.model, None), CPU, {"weights", "eval-fp"})
+    layers, end = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096
+    assert disk(job) == 2 * layers // 2 + (end + 4 * 2048 * 4096) * 2
+    _check_disk(0, tmp_path / "later")
+    with pytest.raises(InputError, match=r"write at least .* GiB to paths\.cache=.*later"):
+        _check_disk(2**60, tmp_path / "later")

@@ -22,10 +22,12 @@ def rotations() -> RotationSet:
 def test_a_rotated_network_that_is_not_quantized_has_no_error(make_model, ids, rotations):
     networks = QuantizedNetworks(make_model, QuantConfig(), KVConfig())
     expected = layer_states(make_model(), ids[:1])
-    errors = stream_errors(networks.rotated(rotations), expected, rotations.r1, ids[:1])
+    errors = stream_errors(
+        layer_states(networks.rotated(rotations), ids[:1]), expected, rotations.r1
+    )
     assert len(errors) == 2
     assert max(errors) < 1e-12
-    unturned = stream_errors(networks.rotated(rotations), expected, None, ids[:1])
+    unturned = stream_errors(layer_states(networks.rotated(rotations), ids[:1]), expected, None)
     assert min(unturned) > 0.5  # the stream of the rotated network is another one
 
 
@@ -34,7 +36,7 @@ def test_the_error_is_that_of_every_token_on_its_own_scale(make_model, ids, rota
     weights = quantize_rtn(networks.fused(rotations), networks.quant, ClipSearch(search=False), {})
     expected = layer_states(make_model(), ids[:1])
     network = networks.emulated(rotations, weights)
-    found = stream_errors(network, expected, rotations.r1, ids[:1])
+    found = stream_errors(layer_states(network, ids[:1]), expected, rotations.r1)
     states = layer_states(networks.emulated(rotations, weights), ids[:1])
     for layer, error in enumerate(found):
         x, other = expected[layer + 1][0], states[layer + 1][0].double() @ rotations.r1.T
@@ -53,5 +55,5 @@ def test_fewer_bits_make_larger_errors(make_model, ids, rotations):
         networks = QuantizedNetworks(make_model, quant, KVConfig())
         weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(search=False), {})
         network = networks.emulated(rotations, weights)
-        found.append(stream_errors(network, expected, rotations.r1, ids[:1]))
+        found.append(stream_errors(layer_states(network, ids[:1]), expected, rotations.r1))
     assert all(eight < 0.5 * four for eight, four in zip(*found, strict=True))

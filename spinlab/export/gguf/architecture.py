@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
-from spinlab.model.map import Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import head_of, linear_at, map_of
 
 _QKV = ("queries", "keys", "values")

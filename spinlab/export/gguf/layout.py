@@ -14,7 +14,8 @@ from spinlab.export.gguf.architecture import Architecture, rope_factors
 from spinlab.export.gguf.blocks import BLOCK, half, packed, type_of
 from spinlab.export.gguf.writer import FileTensor
 from spinlab.finite import check_finite
-from spinlab.model.map import Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import linear_at, map_of, norm_at
 from spinlab.weights.quantized import QuantizedWeight
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from spinlab.model.families.centred import NO_STOCK, prepare_centred, with_shared_norms
 from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.llama import NAMES
-from spinlab.model.map import Family, Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import Family, ModelMap
 
 _NAMES = replace(NAMES, mlp_norm=None, query_norm="none", key_norm="none")
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.model.map import Attention, GatedMLP, Input, Layer, ModelMap, Norm, Site
+from spinlab.model.layer import Attention, GatedMLP, Layer
+from spinlab.model.map import Input, ModelMap, Norm, Site
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from spinlab.model.families.blocked import POST_NORM
 from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.olmo2 import NAMES
-from spinlab.model.map import Family, Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import Family, ModelMap
 
 
 def _read(model: PreTrainedModel) -> ModelMap:

@@ -20,7 +20,8 @@ from spinlab.errors import InputError
 from spinlab.model.families.blocked import POST_NORM
 from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.llama import NAMES
-from spinlab.model.map import Family, Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import Family, ModelMap
 
 _NAMES = replace(
     NAMES,

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from spinlab.model.families.blocked import POST_NORM
 from spinlab.model.families.decoder import Names, read_decoder
 from spinlab.model.families.llama import NAMES
-from spinlab.model.map import Family, Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import Family, ModelMap
 from spinlab.model.split import join, split
 
 _GATE_UP = "mlp.gate_up_proj"

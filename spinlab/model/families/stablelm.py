@@ -14,7 +14,8 @@ from spinlab.errors import InputError
 from spinlab.model.families.centred import NO_STOCK, prepare_centred, with_shared_norms
 from spinlab.model.families.decoder import Names, read_decoder
 from spinlab.model.families.llama import NAMES
-from spinlab.model.map import Family, Layer, ModelMap
+from spinlab.model.layer import Layer
+from spinlab.model.map import Family, ModelMap
 
 
 def _names(model: PreTrainedModel) -> Names:

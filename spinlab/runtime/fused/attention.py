@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spinlab.kv.bias import BiasScores
 from spinlab.kv.path import KVPath
 from spinlab.kv.rope import Angles, rotary
-from spinlab.model.map import Attention
+from spinlab.model.layer import Attention
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.modules import Reader
 from spinlab.runtime.fused.operations import Operations

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear, input_paths
 from spinlab.formats import Format, IntegerFormat, name_of
-from spinlab.model.map import Layer
+from spinlab.model.layer import Layer
 from spinlab.model.modules import linears_of, map_of, norm_at
 from spinlab.runtime.fused.attention import IntegerAttention
 from spinlab.runtime.fused.modules import (
@@ -143,8 +143,8 @@ class LayerBuilder:
             self.linears.setdefault(site.key, {})[site.path] = linear
 
     def build(self) -> None:
-        """Swap all layers."""
-        for index, layer in enumerate(self.map.layers):
+        """Swap all layers that are there."""
+        for index, layer in self.map.there.items():
             self._build(index, layer)
 
     def _build(self, index: int, layer: Layer) -> None:

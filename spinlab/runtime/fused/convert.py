@@ -153,12 +153,9 @@ def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
     parts = replace(parts, kv=taken_apart(model, parts.kv))
     layout = _layout(model, parts.kv)
     LayerBuilder(model, maker, parts).build()
-    maker.report()
-    if layout.in_torch:
-        log.warning("outside the attention kernels, in torch: %s", "; ".join(layout.in_torch))
-    packed = any(layout.packed(layer) for layer in range(layout.layers))
-    if layout.positions and packed and not maker.operations.biased:
-        log.warning(_APART)
+    if map_of(model).only in (None, (0,)):  # of a network in parts the first layer tells
+        maker.report()
+        _report(layout, maker.operations)
     pool = SlotPool(layout)
     # everything that hangs on the model is a method or a partial: a deep copy of it has its own
     setattr(model, _POOL, pool)
@@ -169,6 +166,15 @@ def _swap(model: PreTrainedModel, maker: Maker, parts: Quantized) -> None:
     on_cuda = maker.operations.on_device and model.device.type == "cuda"
     runner = run_on_graphs(model, pool, on_cuda and not map_of(model).moving_rope)
     setattr(model, _RUNNER, runner)
+
+
+def _report(layout: Layout, operations: Operations) -> None:
+    """Warn of what the cache's layout leaves to torch."""
+    if layout.in_torch:
+        log.warning("outside the attention kernels, in torch: %s", "; ".join(layout.in_torch))
+    packed = any(layout.packed(layer) for layer in range(layout.layers))
+    if layout.positions and packed and not operations.biased:
+        log.warning(_APART)
 
 
 def _layout(model: PreTrainedModel, path: KVPath) -> Layout:

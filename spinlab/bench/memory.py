@@ -1,0 +1,199 @@
+"""What the stages of an experiment hold at their peaks, on a model of a well-known shape.
+
+The model is a checkpoint of random weights in a temporary folder, drawn layer by layer, so that it
+is never there as a whole; the experiment is W4A4KV4 without learning. Names of the metrics:
+
+bytes/<stage>/device, bytes/<stage>/host   at its peak: of tensors on the GPU, of the process
+estimate/<stage>/device, …/host            what was said before, beyond what the process has
+whole/<stage>/device, …/host               the same of all layers of the shape
+bytes/start/host, bytes/checkpoint         of the process before the first stage; of the files
+speed/<stage>                              seconds
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from spinlab.bench.clock import now
+from spinlab.bench.models import DTYPES, SHAPES
+from spinlab.bench.results import Results
+from spinlab.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    GPTAQConfig,
+    GPTQConfig,
+    LearnConfig,
+    LWCConfig,
+    ModelConfig,
+    PathsConfig,
+    QronosConfig,
+    RuntimeConfig,
+    WeightsConfig,
+)
+from spinlab.files import write_json
+from spinlab.memory.job import Job
+from spinlab.memory.needs import needs
+from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.load import meta_model
+from spinlab.model.settings import config_from, on_meta
+from spinlab.stages.pipeline import Pipeline
+from spinlab.stages.remaining import stages_of
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Say what runs: a model's name, fewer layers perhaps, and how much text.
+
+    samples: calibration windows; windows: of evaluation; window: tokens of either. method: that
+    rounds weights. offload: layers come one by one. variants: that are measured.
+    """
+
+    model: str
+    layers: int | None
+    samples: int
+    windows: int
+    window: int
+    method: str
+    offload: bool
+    variants: tuple[str, ...] = ("fp", "fake", "integer")
+
+
+def bench_memory(setting: Setting, device: torch.device, path: Path | None = None) -> dict:
+    """Return the record of all stages, one after the other."""
+    about = {**vars(setting), "device": device.type}
+    results = Results(f"bench/memory/{setting.model}", about, path)
+    with tempfile.TemporaryDirectory() as folder:
+        size = write_checkpoint(shape_of(setting), DTYPES[setting.model], Path(folder), device)
+        results.add({"bytes/checkpoint": size})
+        config = experiment(setting, device, Path(folder))
+        pipeline = Pipeline(config)
+        _add_estimates(results, "estimate", config, config.model, device)
+        full = {**shape_of(replace(setting, layers=None)), "model_type": "llama"}
+        whole = replace(config.model, path=None, weights="random", architecture=full)
+        _add_estimates(results, "whole", config, whole, device)
+        assert pipeline.calibration and pipeline.evaluation and pipeline.original.identity
+        results.add({"bytes/start/host": _status("VmRSS")})
+        stages: dict[str, Callable[[], object]] = {}
+        for name, ask in stages_of(pipeline):
+            stages.setdefault(name, ask)  # two variants share their weights
+        for name, ask in stages.items():
+            start = now(device)
+            _begin(device)
+            ask()
+            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            found = {f"bytes/{name}/device": held} if device.type == "cuda" else {}
+            found[f"bytes/{name}/host"] = _status("VmHWM")
+            results.add({**found, f"speed/{name}": now(device) - start})
+    return results.record()
+
+
+def shape_of(setting: Setting) -> dict[str, Any]:
+    """Return the architecture of a setting's model."""
+    shape = {**SHAPES[setting.model], "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    shape["vocab_size"] = max(shape["vocab_size"], 256)  # the tokenizer reads bytes
+    if setting.layers is not None:
+        shape["num_hidden_layers"] = setting.layers
+    return shape
+
+
+def experiment(setting: Setting, device: torch.device, folder: Path) -> Config:
+    """Return the settings of an experiment on the checkpoint in a folder."""
+    sizes = setting.samples, setting.window
+    methods = {
+        "gptq": GPTQConfig(*sizes),
+        "gptaq": GPTAQConfig(*sizes),
+        "qronos": QronosConfig(*sizes),
+        "lwc": LWCConfig(*sizes),
+    }
+    return Config(
+        name="memory",
+        model=ModelConfig(
+            name=setting.model, path=str(folder), dtype=str(DTYPES[setting.model]).split(".")[1]
+        ),
+        data=DataConfig(),
+        learn=LearnConfig(steps=0),
+        weights=WeightsConfig(setting.method, **methods),  # type: ignore[arg-type]
+        runtime=RuntimeConfig(device=str(device), offload=setting.offload),
+        eval=EvalConfig(list(setting.variants), setting.window, setting.windows),
+        paths=PathsConfig(cache=str(folder / "cache"), runs=str(folder / "runs")),
+    )
+
+
+def write_checkpoint(
+    shape: dict[str, Any], dtype: torch.dtype, folder: Path, device: torch.device
+) -> int:
+    """Write a sharded checkpoint of random weights, a layer at a time; return its bytes.
+
+    Gains of norms are 1, other numbers have a deviation of 0.02. They are drawn on the device.
+    """
+    config = config_from("shape.", {"model_type": "llama", **shape})
+    model = on_meta(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    generator, placed, size = torch.Generator(device).manual_seed(0), {}, 0
+    for number, names in enumerate(_shards(list(model.state_dict()))):
+        tensors = {}
+        for name in names:
+            like = model.state_dict()[name]
+            drawn = torch.empty(like.shape, dtype=dtype, device=device)
+            drawn = (
+                drawn.fill_(1) if like.dim() == 1 else drawn.normal_(0, 0.02, generator=generator)
+            )
+            tensors[name] = drawn.cpu()
+        file = f"model-{number:05d}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        placed |= dict.fromkeys(names, file)
+        size += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": placed}
+    write_json(folder / "model.safetensors.index.json", index)
+    return size
+
+
+def _shards(names: list[str]) -> Iterator[list[str]]:
+    """Yield the names of the ends' tensors, then those of each layer."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        layer = _LAYER.search(name)
+        found.setdefault(-1 if layer is None else int(layer[1]), []).append(name)
+    yield from (found[number] for number in sorted(found))
+
+
+def _add_estimates(
+    results: Results, kind: str, config: Config, model: ModelConfig, device: torch.device
+) -> None:
+    """Keep what stages are said to need: the most, where a stage has several needs."""
+    names = {name for name, _ in stages_of(Pipeline(config))}
+    job = Job(config, meta_model(model, None), device, names)
+    found: dict[str, float] = {}
+    for need in needs(job):
+        for side, count in (("device", need.device), ("host", need.host)):
+            name = f"{kind}/{need.stage}/{side}"
+            found[name] = max(found.get(name, 0), count)
+    results.add(found)
+
+
+def _begin(device: torch.device) -> None:
+    """Let peaks count from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # a kernel without it: the peak is that since the start
+        _CLEAR.write_text("5")
+
+
+def _status(name: str) -> int:
+    """Return a line of the kernel's account of this process, in bytes; 0 where there is none."""
+    told = _STATUS.read_text(encoding="utf-8") if _STATUS.exists() else ""
+    found = re.search(rf"{name}:\s+(\d+) kB", told)
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,137 @@
+"""What the needs of stages depend on: a model's shape, settings, and the stages that are left."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from spinlab.config import Config
+from spinlab.fakequant.insert import rounded_sites
+from spinlab.model.map import Dimensions, ModelMap
+from spinlab.model.modules import embedding_of, map_of
+
+FLOAT32, FLOAT64, INDEX, LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
+MORE = "a machine with more memory"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Tell what a stage holds at once: bytes in the host's memory and on the device."""
+
+    stage: str
+    host: int
+    device: int
+    cure: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Gather what the needs depend on.
+
+    shape: the original on the meta device. remaining: the stages that are not in the cache, by
+    their names there; those that are take no memory.
+    """
+
+    config: Config
+    shape: PreTrainedModel
+    device: torch.device
+    remaining: Collection[str]
+
+    def has(self, *stages: str) -> bool:
+        """Tell whether one of these stages has still to run."""
+        return any(stage in self.remaining for stage in stages)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the model's dtype."""
+        return getattr(torch, self.config.model.dtype).itemsize
+
+    @property
+    def gate_size(self) -> int:
+        """Bytes of a number in the invariance gate."""
+        return max(self.size, FLOAT32)
+
+    @property
+    def map(self) -> ModelMap:
+        return map_of(self.shape)
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return self.map.dimensions
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of the checkpoint, where embedding and head may be one."""
+        return sum(p.numel() for p in self.shape.parameters())
+
+    @cached_property
+    def end(self) -> int:
+        """Numbers of the embedding, and of the head."""
+        return embedding_of(self.shape).weight.numel()
+
+    @cached_property
+    def untied(self) -> int:
+        """Numbers of a rotated model, whose head is its own."""
+        return self.numbers + (self.end if self.shape.config.tie_word_embeddings else 0)
+
+    @cached_property
+    def linears(self) -> dict[str, int]:
+        """Numbers of the linears that are quantized, by path."""
+        rounded = rounded_sites(self.map, self.config.quant)
+        return {site.path: site.numbers for site, _ in rounded}
+
+    @cached_property
+    def before_last(self) -> int:
+        """Numbers of the first layer's linears, but for the largest."""
+        numbers = [site.numbers for site in self.map.sites if site.layer == 0]
+        return sum(numbers) - max(numbers)
+
+    @cached_property
+    def fusing(self) -> int:
+        """What fusing the largest matrix takes beside the model."""
+        return 2 * FLOAT64 * max(self.end, *(w.numel() for w in self.shape.parameters()))
+
+    @property
+    def offload(self) -> bool:
+        """Tell whether layers come one by one."""
+        return self.config.runtime.offload
+
+    @cached_property
+    def layer(self) -> int:
+        """Numbers of the largest layer."""
+        layers = (self.shape.get_submodule(layer.path) for layer in self.map.layers)
+        return max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+
+    @property
+    def part(self) -> int:
+        """Numbers of a rotated model that are there at once."""
+        return max(self.layer, 2 * self.end) if self.offload else self.untied
+
+    def made(self, size: int, fusing: bool = True) -> int:
+        """Bytes of a network in numbers of so many bytes while it is made, with R1 if in parts."""
+        if not self.offload:
+            return self.untied * size + self.fusing * fusing
+        layers = (self.shape.get_submodule(layer.path) for layer in self.map.layers)
+        largest = max(p.numel() for layer in layers for p in layer.parameters())
+        beside = (2 * FLOAT64 * largest, 2 * FLOAT64 * self.end) if fusing else (0, 0)
+        parts = self.layer * size + beside[0], 2 * self.end * size + beside[1]
+        return max(parts) + FLOAT64 * self.map.hidden**2
+
+    @property
+    def levels(self) -> int:
+        """Quantized weights in the host's memory, as stages pass them on: packed with offload."""
+        return self.packed if self.offload else LEVEL * sum(self.linears.values())
+
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of the levels of quantized weights as they are stored."""
+        rounded = rounded_sites(self.map, self.config.quant)
+        return sum(site.numbers * format.bits // 8 for site, format in rounded)
+
+    def cure(self, *more: str) -> str:
+        """Name what helps: what a stage has, and what every stage has."""
+        dtype = [f"model.dtype=bfloat16 instead of {self.config.model.dtype}"]
+        named = [*more, *(dtype if self.size > 2 else []), "a smaller model"]
+        return f"{', '.join(named)} or {MORE}"

@@ -1,0 +1,42 @@
+"""Parts of a checkpoint hold, together, what the whole model does."""
+
+import pytest
+import torch
+
+from spinlab.config import ModelConfig
+from spinlab.errors import InputError
+from spinlab.model.families import FAMILIES
+from spinlab.model.load import load_model
+from spinlab.model.modules import map_of
+from spinlab.model.parts import Parts
+
+CPU = torch.device("cpu")
+OWN = {
+    "stablelm": {"hidden_size": 32},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_a_family_are_the_whole_model(tmp_path, save_checkpoint, family):
+    shape = {"bos_token_id": None, "eos_token_id": None, **OWN.get(family, {})}
+    save_checkpoint(tmp_path, size="8KB", model_type=family, **shape)
+    config = ModelConfig(path=str(tmp_path), dtype="float64" if family == "gemma" else "bfloat16")
+    whole, parts = load_model(config, None, 0), Parts(config, None)
+    expected, found = dict(whole.state_dict()), {}
+    final = map_of(whole).final_norm
+    for layer in (*range(parts.layers), None):
+        part = parts.part(layer, CPU)
+        there = {name: number for name, number in part.state_dict().items() if number.numel()}
+        found |= {n: x for n, x in there.items() if layer is None or not n.startswith(final)}
+        assert part.dtype == whole.dtype and not part.training
+        assert [*map_of(part).there] == ([] if layer is None else [layer])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], x) and found[n].dtype == x.dtype for n, x in expected.items())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+
+def test_random_weights_have_no_parts():
+    with pytest.raises(InputError, match=r"runtime\.offload=true reads layers from a checkpoint"):
+        Parts(ModelConfig(architecture={"hidden_size": 8}), None)
