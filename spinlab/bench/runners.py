@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import AttentionInterface, PreTrainedModel, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spinlab.bench.models import DTYPES, random_llama
 from spinlab.bench.operands import random_weight
@@ -20,6 +21,10 @@ from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.quantized import Quantized
 
 Online = Callable[[ModelMap], RotationSet]  # what a network runs online, for a model
+# torch's attention under a name that no mask function of transformers knows: where a graph is
+# captured they would make a mask, and torch's fastest attention takes none
+_UNMASKED = "sdpa_unmasked"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,18 @@ class Stock:
         return cache
 
     def prompter(self, ids: torch.Tensor) -> Callable[[], object]:
-        """Return a pass over a prompt (batch, tokens) into a new cache, a captured graph on CUDA.
-
-        The cache is a dynamic one: behind a static one torch's attention takes a mask.
-        """
-        work = functools.partial(self.model, ids, use_cache=True, logits_to_keep=1)
+        """Return what takes in a prompt (batch, tokens), a captured graph on CUDA."""
+        work = functools.partial(self.read, ids)
         return work if self.device.type != "cuda" else _graph(work, lambda: None)
+
+    def read(self, ids: torch.Tensor) -> object:
+        """Take in a prompt (batch, tokens), into a new cache; attention is torch's fastest."""
+        config = self.model.config
+        usual, config._attn_implementation = config._attn_implementation, _UNMASKED
+        try:
+            return self.model(ids, use_cache=True, logits_to_keep=1)
+        finally:
+            config._attn_implementation = usual
 
     def stepper(self, cache: StaticCache, ids: torch.Tensor, filled: int) -> Callable[[], object]:
         """Return one greedy step, a captured graph on CUDA: it feeds itself."""
@@ -132,13 +143,20 @@ class Ours:
     def prompter(self, ids: torch.Tensor) -> Callable[[], object]:
         """Return a pass over a prompt (batch, tokens), which the runtime replays on CUDA."""
 
+        runner = graph_runner(self.model)
+
         def work() -> None:
-            runner = graph_runner(self.model)
             runner.prompts = True
-            self.prefill(ids, ids.shape[1])
-            runner.prompts = False
+            try:
+                self.read(ids)
+            finally:
+                runner.prompts = False
 
         return work
+
+    def read(self, ids: torch.Tensor) -> object:
+        """Take in a prompt (batch, tokens), into a new cache."""
+        return self.prefill(ids, ids.shape[1])
 
     def stepper(self, cache: Any, ids: torch.Tensor, filled: int) -> Callable[[], object]:
         """Return one greedy step, which the runtime replays from a graph on CUDA."""

@@ -56,9 +56,9 @@ class GPTQConfig(WindowsConfig):
 class GPTAQConfig(GPTQConfig):
     """Set GPTAQ (Li et al. 2025): GPTQ's settings, and how far it goes.
 
-    The paper makes up for all of the mismatch of inputs; its published code, and so its figures,
-    for a quarter (`alpha`). The mismatch is noise for the most part, to which all of it would be
-    fitted: with 1, W4A4 networks come out worse than by GPTQ (experiments/methods_smollm2.md).
+    The paper makes up for all of the mismatch of inputs; its published code, and so presumably its
+    figures, for a quarter (`alpha`). With all of it W4A4 networks come out worse than by GPTQ, with
+    a quarter better (experiments/methods_smollm2.md).
     """
 
     place: ClassVar[str] = "weights.gptaq"

@@ -10,10 +10,11 @@ from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
 # Settings, and groups of them, that came while names stayed those of today's schema. Their defaults
-# do what was done without them.
+# do what was done without them, but for those below.
 LATER = (
     *("data.held_out", "quant.calibration", "weights.gptaq", "weights.qronos"),
     *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
+    "runtime.offload",
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
     *(
@@ -22,7 +23,9 @@ LATER = (
         for part in ("run", "lloyd_max", "qjl")
     ),
 )
-# By the family of a model, what was done where that is not what the default does.
+# What was done without a setting where that is not what the default does: always, and by the family
+# of a model.
+_ONCE: Mapping[str, Any] = {f"weights.{name}.strength": 1.0 for name in ("gptaq", "qronos")}
 _BEFORE: Mapping[str, Mapping[str, Any]] = {"qwen2": {"kv.key_bias": "coded"}}
 _ROUNDING = {field.name for field in fields(WeightsConfig)} - {"method", "clip"}
 _SCHEMA = 3
@@ -38,7 +41,7 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if record["schema"] != _SCHEMA:
         return own
     before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
-    found, method = {**_defaults(), **before, **own}, own.get("weights.method")
+    found, method = {**_defaults(), **_ONCE, **before, **own}, own.get("weights.method")
     others = tuple(f"weights.{name}" for name in _ROUNDING if name != method)
     return {name: value for name, value in found.items() if not stands_in(name, others)}
 

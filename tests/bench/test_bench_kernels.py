@@ -123,6 +123,31 @@ def test_a_captured_step_starts_where_the_prompt_ended(fake_cuda):
     assert all(int(cast(Any, layer).cumulative_length) == 5 for layer in cache.layers)
 
 
+def test_a_prompt_meets_no_mask_where_a_graph_is_captured(fake_cuda, monkeypatch):
+    """Some versions of transformers make one there, and attention is a slower one then."""
+    runner, ids = Stock(Setting("toy", 2, 5, 4), CPU), torch.randint(128, (2, 5))
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append(kwargs["attn_mask"])
+        return stock(*args, **kwargs)
+
+    stock = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    masked = "transformers.masking_utils._ignore_causal_mask_sdpa"
+    monkeypatch.setattr(masked, lambda *args, **kwargs: False)
+    with torch.no_grad():
+        expected = runner.model(ids, logits_to_keep=1).logits
+        assert all(mask is not None for mask in seen)
+        seen.clear()
+        found = cast(Any, runner.read(ids)).logits
+        cast(Any, runner).device = SimpleNamespace(type="cuda")
+        runner.prompter(ids)()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert len(seen) == 2 * (1 + 2 + 1) and all(mask is None for mask in seen)
+    assert fake_cuda.replays == 1
+
+
 def test_the_ceilings_are_rates(results):
     rates = ceilings(CPU, results, size=64)
     assert results.metrics["ceiling/copy"] == rates["copy"] > 1e6

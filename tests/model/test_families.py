@@ -74,6 +74,7 @@ SHAPES = [
     ("olmo3", {**SLIDES, "rope_parameters": TWO_ROPES, "attention_bias": True, **UNTIED}),
     ("exaone4", {"head_dim": 12}),
     ("exaone4", {**SLIDES, **UNTIED}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     ("gemma", {}),
     ("gemma", {"attention_bias": True, **MULTI_HEAD, **UNTIED}),
     ("gemma2", {**CAPS, **LOCAL_FIRST, **GEMMA}),

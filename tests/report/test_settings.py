@@ -52,6 +52,17 @@ def test_what_was_done_before_is_told_where_the_default_does_otherwise(family, t
     assert settings_of(NEWEST)["kv.key_bias"] == NEWEST["config"]["kv"]["key_bias"]
 
 
+@pytest.mark.parametrize("method", ["gptaq", "qronos", "gptq"])
+def test_what_other_methods_of_rounding_would_have_read_counts_for_nothing(method):
+    record = json.loads(json.dumps(NEWEST))
+    record["config"]["weights"]["method"] = method
+    other = json.loads(json.dumps(record))
+    other["config"]["weights"]["gptaq"]["strength"] = 0.75
+    assert (settings_of(other) == settings_of(record)) == (method != "gptaq")
+    older = without(record, f"weights.{method}.strength") if method != "gptq" else record
+    assert settings_of(older).get(f"weights.{method}.strength", 1.0) == 1.0  # what was done then
+
+
 def test_names_of_an_older_schema_are_not_filled_up():
     older = without(NEWEST, "kv.key_bias") | {"schema": 2}
     assert "kv.key_bias" not in settings_of(older)

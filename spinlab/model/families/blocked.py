@@ -1,10 +1,6 @@
 """Model families that rotations do not fit, and what stands in the way of each."""
 
 _MEAN = "its LayerNorm subtracts the mean, which does not commute with a rotation of the stream"
-POST_NORM = (
-    "a norm with gains stands between its blocks' outputs and the residual stream, and R1 cannot "
-    "pass those gains"
-)
 _EXPERTS = (
     "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE, "
     "OLMoE and Mixtral"

@@ -10,6 +10,12 @@ from transformers import PreTrainedModel
 from spinlab.model.layer import Attention, GatedMLP, Layer
 from spinlab.model.map import Input, ModelMap, Norm, Site
 
+# why a family with norms behind its blocks has no R1
+POST_NORM = (
+    "a norm with gains stands between its blocks' outputs and the residual stream, and R1 cannot "
+    "pass those gains"
+)
+
 
 @dataclass(frozen=True)
 class Names:

@@ -1,6 +1,6 @@
-"""EXAONE-4: norms behind both blocks, as in OLMo-2, and norms of single queries and keys.
+"""EXAONE-4: norms behind both blocks, as in OLMo-2, and norms of single heads.
 
-Where some layers have sliding windows, those alone have RoPE, and the others see everything.
+Where the config has a window, the layers that slide have RoPE, and the others see everything.
 """
 
 from dataclasses import replace
@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spinlab.model.families.blocked import POST_NORM
-from spinlab.model.families.decoder import read_decoder
+from spinlab.model.families.decoder import POST_NORM, read_decoder
 from spinlab.model.families.olmo2 import NAMES
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, ModelMap

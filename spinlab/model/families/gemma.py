@@ -17,8 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
-from spinlab.model.families.blocked import POST_NORM
-from spinlab.model.families.decoder import read_decoder
+from spinlab.model.families.decoder import POST_NORM, read_decoder
 from spinlab.model.families.llama import NAMES
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, ModelMap

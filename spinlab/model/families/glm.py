@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spinlab.model.families.blocked import POST_NORM
-from spinlab.model.families.decoder import Names, read_decoder
+from spinlab.model.families.decoder import POST_NORM, Names, read_decoder
 from spinlab.model.families.llama import NAMES
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, ModelMap

@@ -12,8 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from spinlab.model.families import llama
-from spinlab.model.families.blocked import POST_NORM
-from spinlab.model.families.decoder import read_decoder
+from spinlab.model.families.decoder import POST_NORM, read_decoder
 from spinlab.model.map import Family
 
 NAMES = replace(

@@ -46,7 +46,10 @@ def _blocks(model: PreTrainedModel) -> list[Any]:
 
 def _read_olmoe(model: PreTrainedModel) -> ModelMap:
     if (limit := model.config.clip_qkv) is not None:
-        raise InputError(f"clip_qkv={limit} cuts values off where they are, and R2 would turn them")
+        raise InputError(
+            f"clip_qkv={limit} cuts values off channel by channel, which neither R2 nor a scale of "
+            "what o_proj reads passes: only checkpoints with clip_qkv=null are taken"
+        )
     return read_decoder(model, _NAMES)
 
 

@@ -155,11 +155,11 @@ class LayerBuilder:
         down = GateReader(*self._parts(mlp.down))
         stock = self.model.get_submodule(attention.path)
         twin = IntegerAttention(stock, index, readers, self.kv, attention, self.operations)
+        gated = IntegerMLP(gate_up, down)
         self.model.set_submodule(attention.path, twin)
-        self.model.set_submodule(mlp.path, IntegerMLP(gate_up, down))
+        self.model.set_submodule(mlp.path, gated)
         if layer.adds:
-            names = (part.path.removeprefix(f"{layer.path}.") for part in (attention, mlp))
-            add_in_products(self.model.get_submodule(layer.path), *names)
+            add_in_products(self.model.get_submodule(layer.path), twin, gated)
         for reader in (attention.queries, mlp.gate):
             if (norm := self._norm_before(reader)) is not None:
                 self.model.set_submodule(norm, nn.Identity())

@@ -127,20 +127,20 @@ class IntegerMLP(nn.Module):
         return self.down.of_gate(gate, up, added)
 
 
-def add_in_products(layer: nn.Module, attention: str, mlp: str) -> None:
-    """Let products add to the stream what attention and MLP of a layer give it, in place.
+def add_in_products(layer: nn.Module, attention: nn.Module, mlp: IntegerMLP) -> None:
+    """Let products add to the stream what the twins of attention and MLP give it, in place.
 
-    For layers that are nothing but x + attention(x), then x + mlp(x); attention and mlp: their
-    twins' names. The layer stays one of its class, which those who record its outputs look for.
+    For layers that are nothing but x + attention(x), then x + mlp(x). The layer stays one of its
+    class, which those who record its outputs look for.
     """
-    layer.forward = partial(_add, layer, attention, mlp)  # type: ignore[method-assign]
+    layer.forward = partial(_add, attention, mlp)  # type: ignore[method-assign]
 
 
 def _add(
-    layer: nn.Module, attention: str, mlp: str, hidden_states: torch.Tensor, **kwargs: Any
+    attention: nn.Module, mlp: nn.Module, hidden_states: torch.Tensor, **kwargs: Any
 ) -> torch.Tensor:
-    x, _ = layer.get_submodule(attention)(hidden_states, added=hidden_states, **kwargs)
-    return layer.get_submodule(mlp)(x, added=x)
+    x, _ = attention(hidden_states, added=hidden_states, **kwargs)
+    return mlp(x, added=x)
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:

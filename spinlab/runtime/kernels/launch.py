@@ -55,6 +55,23 @@ def _overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many a GPU has; 2 of Triton's interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what the device was given: kernels may read before those before them have ended.
+
+    For tensors that are made once, on first use. While a graph is captured there are none.
+    """
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
 def interpreted() -> bool:
     """Tell whether kernels run in Triton's interpreter."""
     import triton  # pyright: ignore[reportMissingImports]

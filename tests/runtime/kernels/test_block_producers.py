@@ -29,6 +29,7 @@ IN_BLOCKS = {
     "blocks of 128": dict(width=384, block=128),
     "blocks of 8": dict(width=32, block=8),
     "dual, blocks of 48": dict(width=96, block=48, dual=True),
+    "blocks of 96": dict(width=192, block=96),
 }
 
 

@@ -76,12 +76,13 @@ def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 130])
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_sum_is_that_of_two_tensors(tokens: int, dtype: torch.dtype, device: torch.device):
+def test_a_sum_is_that_of_two_tensors(tokens: int, groups: int, dtype, device: torch.device):
     """The product is rounded before it is added: bit for bit what torch adds."""
-    weight = pack_weight(random_weight(72, 512, 1, False), 1).to(device)
-    x, added = torch.randn(tokens, 512), 100 * torch.randn(tokens, 72).to(device, dtype)
-    kept, bias = added.clone(), torch.randn(72).to(device, dtype)
+    weight = pack_weight(random_weight(72, 512, groups, False), 1).to(device)
+    added = (100 * torch.randn(tokens, 144).to(device, dtype))[:, ::2]
+    x, kept, bias = torch.randn(tokens, 512), added.clone(), torch.randn(72).to(device, dtype)
     inputs = on(device, quantized(x, TokenQuantizer(IntegerFormat(4, False))), weight)[0]
     for take, given in ((gpu.linear, (inputs, weight, bias, dtype)),
                         (gpu.linear16, (x.to(device, dtype), weight, bias))):  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
-from spinlab.runtime.kernels.launch import interpreted, launch, power_of_two
+from spinlab.runtime.kernels.launch import interpreted, launch, multiprocessors, power_of_two
 from spinlab.runtime.kernels.linear.reference import dequantize
 
 _FEW = 128  # tokens
@@ -139,7 +139,7 @@ def _prefill(
     tile = _prefill_tile(len(levels), weight)
     warps, bm, bn, bk = tile.pop("num_warps"), tile["BM"], tile["BN"], tile["BK"]
     tiles = _ceil(len(levels), bm) * _ceil(weight.out_features, bn)
-    programs = min(tiles, _PROGRAMS * _multiprocessors(levels.device))
+    programs = min(tiles, _PROGRAMS * multiprocessors(levels.device))
     arguments = (
         _tiles(levels, bm, bk),
         _tiles(weight.packed, bn, bk),
@@ -223,7 +223,7 @@ def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[st
     tile["BK"] = min(tile["BK"], max(32, power_of_two(half)))  # 32: the least of a product
     tiles = _ceil(weight.out_features, tile["BN"])
     parts = weight.blocks * _ceil(half, tile["BK"])
-    split, most = 1, programs * _multiprocessors(weight.packed.device)
+    split, most = 1, programs * multiprocessors(weight.packed.device)
     while split < 8 and 2 * split * tiles <= most and 4 * split <= parts:
         split *= 2
     return {**tile, "SPLIT": split}
@@ -245,13 +245,6 @@ def _workspace(
 def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
     """Return counters that every launch leaves at zero; those of a stream wait for each other."""
     return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # of Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _ceil(number: int, parts: int) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.runtime.kernels.launch import launch, power_of_two
+from spinlab.runtime.kernels.launch import launch, multiprocessors, power_of_two, settle
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a tile
@@ -87,7 +87,7 @@ def _turned(
 ) -> torch.Tensor:
     """Return one rotation of x: (tokens, width); (width, tokens) in float32 without a dtype.
 
-    What is dealt is such a tensor.
+    An x that is dealt is (width, tokens) too.
     """
     from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
 
@@ -95,7 +95,8 @@ def _turned(
     parts, matrices, b = by.parts.shape[:3]
     x = x if x.stride(1) == 1 else x.contiguous()
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
-    other = up if up is not None else gain.contiguous() if gain is not None else x
+    other = up if up is not None else x if gain is None else gain
+    assert other.stride(-1) == 1, "a gain lies in one piece: it is read before a kernel waits"
     shape = (width, tokens) if dtype is None else (tokens, width)
     found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
     if not tokens:
@@ -121,10 +122,7 @@ def _turned(
 
 def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
     """Return how many tiles of tokens a program takes in turn with its matrix, so that few wait."""
-    cores = 1
-    if device.type == "cuda":
-        cores = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, tiles * pieces // (4 * cores)))
+    return max(1, min(tiles, tiles * pieces // (4 * multiprocessors(device))))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
@@ -132,6 +130,7 @@ def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
     known = _passes.setdefault(rotation, {})
     if (x.dtype, x.device) not in known:
         known[x.dtype, x.device] = _made(rotation, x)
+        settle(x.device)
     return known[x.dtype, x.device]
 
 

@@ -17,7 +17,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
-from spinlab.runtime.kernels.launch import launch, power_of_two
+from spinlab.runtime.kernels.launch import launch, multiprocessors, power_of_two, settle
 from spinlab.runtime.kernels.producers.blocks import has_block_kernel, turned
 
 _TILE = 4096  # numbers that one program quantizes, at least
@@ -225,6 +225,7 @@ def _signs(rotation: OnlineRotation, x: torch.Tensor) -> tuple[torch.Tensor, tor
             _along_diagonal(left, rows, first + second),
             _along_diagonal(right.mT, columns, block),
         )
+        settle(x.device)
     return known[x.dtype, x.device]
 
 
@@ -279,7 +280,7 @@ def _programs(device: torch.device, held: int) -> int:
     if device.type != "cuda":
         return 3
     most = _shared(device)[1] // (held + 1024)
-    return min(most, 4) * torch.cuda.get_device_properties(device).multi_processor_count
+    return min(most, 4) * multiprocessors(device)
 
 
 def _options(size: int, block: int) -> dict[str, Any]:
