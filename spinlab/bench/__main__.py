@@ -12,12 +12,14 @@ from spinlab import parallel
 from spinlab.bench.collect import collect
 from spinlab.bench.models import SHAPES
 from spinlab.bench.rounding import SETTINGS, bench_rounding
+from spinlab.code import code_digest
 from spinlab.config import VARIANTS, Config, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.streams import ending
 
+_SELF = "spinlab.bench.__main__"
 _PARTS = ("prefill", "decode", "producers", "kv", "peers")
 _MEASURED = ("fp", "fake", "integer")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
@@ -39,6 +41,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.out:  # what cannot be written is known before hours of work
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = arguments.run(arguments, device)
+    if "environment" in record:  # gathered records have their own
+        record["environment"]["code"] = code_digest(_SELF)
     if parallel.is_main():
         for name, value in sorted(record["metrics"].items()):
             print(f"{name:32} {value:,.6g}")

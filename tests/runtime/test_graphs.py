@@ -205,6 +205,20 @@ def test_prompts_of_a_size_are_captured_once_where_asked_for(model, ids, capture
 
 
 @torch.no_grad()
+def test_prompts_know_the_positions_of_keys_whose_bias_is_apart(make_runtime, ids, captures):
+    model = make_runtime(model_type="qwen2")
+    graph_runner(model).prompts = True
+    parts = ids[:, :12].split([10, 1, 1], dim=1)
+    expected = eager(model, parts, new_cache(model, 64))
+    cache = new_cache(model, 64)
+    for _ in range(2):  # the second prompt comes behind a crop
+        found = [model(input_ids=part, past_key_values=cache).logits for part in parts]
+        assert torch.equal(torch.cat(found, 1), expected)
+        cache.crop(-12)
+    assert captures == [2, 2]
+
+
+@torch.no_grad()
 def test_prompts_behind_padding_and_prompts_unasked_for_run_eagerly(model, ids, captures):
     cache, mask = new_cache(model, 64), torch.ones_like(ids[:, :8])
     mask[1, :3] = 0

@@ -32,6 +32,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.cache import IntegerCache
 from spinlab.runtime.fused.convert import integer_runtime, new_cache, runtime_from_packed
 from spinlab.runtime.fused.operations import REFERENCE
+from spinlab.runtime.fused.products import PackedProduct
 from spinlab.runtime.kernels.formats import pack_weight
 from spinlab.runtime.kernels.matmul import cublas
 from spinlab.weights.layerwise import quantize_rtn
@@ -177,6 +178,23 @@ def test_assisted_generation_is_plain_generation(make_model, ids):
     settings = {"max_new_tokens": 12, **GREEDY}
     expected = model.generate(prompt, **settings)
     assert torch.equal(model.generate(prompt, assistant_model=small, **settings), expected)
+
+
+@pytest.mark.parametrize(("family", "adds"), [("llama", True), ("granite", False)])
+@torch.no_grad()
+def test_products_add_to_the_stream_where_layers_do_no_more(make_family_model, ids, family, adds):
+    """Of four products of a layer two: o_proj and down_proj."""
+    model, seen = runtime(*prepared(lambda: make_family_model(family))), []
+
+    def watched(*given):
+        seen.append(given[-1] is not None)
+        return REFERENCE.linear(*given)
+
+    for module in model.modules():
+        if isinstance(module, PackedProduct):
+            module.operations = replace(REFERENCE, linear=watched)
+    model(ids)
+    assert seen == [False, adds] * 2 * map_of(model).dimensions.layers
 
 
 FAMILIES = {
