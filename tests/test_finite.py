@@ -26,11 +26,11 @@ def test_answers_without_a_likelihood_are_no_accuracy(make_model):
     model = make_model(torch.float32)
     lm = SimpleNamespace(model=model, batch_size=2, max_length=8)
     requests = [(("", ""), [1, 2], [3]), (("", ""), [1, 5], [3]), (("", ""), [5], [3])]
-    assert len(_score(lm, requests)) == 3
+    assert len(_score(lm, model, requests)) == 3
     model.get_input_embeddings().weight[5] = torch.nan
     model.get_output_embeddings().weight = torch.nn.Parameter(torch.ones(64, 24))
     with pytest.raises(ResultError, match="2 of 3 answers have a likelihood of nan"):
-        _score(lm, requests)
+        _score(lm, model, requests)
 
 
 def test_a_hessian_that_is_not_finite_is_not_called_ill_conditioned():

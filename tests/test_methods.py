@@ -153,7 +153,7 @@ def test_a_transformed_models_rotations_are_not_mixed_with_others(tmp_path, text
 
 
 def test_an_export_that_does_not_tell_of_its_run_looks_up_no_license(tmp_path, monkeypatch):
-    monkeypatch.setattr("spinlab.experiment.with_license", None)
+    monkeypatch.setattr("spinlab.stages.export.with_license", None)
     files = (f"export.transformed={tmp_path / 't'}", f"export.rotations={tmp_path / 'r.bin'}")
     export(pipeline(tmp_path, "learn=none", *files))
     assert (tmp_path / "t").is_dir() and (tmp_path / "r.bin").is_file()

@@ -45,6 +45,7 @@ def write(subject: Subject, path: str) -> None:
         tensors = model.state_dict() | gains
         names = network.rest(model, weights)
         rest |= {name: tensors[name].cpu().contiguous() for name in names}
+        del tensors
     assert model is not None
     with new_folder("export.artefact", path) as partial:
         model.config.save_pretrained(partial)

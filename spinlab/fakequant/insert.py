@@ -51,7 +51,7 @@ def input_paths(
             quantizer = _ranged(quantizer, site, rotations)
         first = paths.get(site.key)
         if first is None:
-            paths[site.key] = InputPath(rotations.online(site), quantizer, readers[site.rows])
+            paths[site.key] = InputPath(rotations.for_network(site), quantizer, readers[site.rows])
         elif first.quantizer != quantizer:
             raise InputError(
                 f"{site.path} shares its input with other linears: quant.overrides must give all "
@@ -125,5 +125,5 @@ def insert_fake_quant(
     """
     paths = input_paths(map_of(model), rotations, config)
     for site, linear in list(linears_of(model)):
-        path = paths[site.key] if site.quantized else InputPath(rotations.online(site), None)
+        path = paths[site.key] if site.quantized else InputPath(rotations.for_network(site), None)
         model.set_submodule(site.path, FakeQuantLinear(linear, path))

@@ -41,7 +41,7 @@ def input_peaks(
     with temporary_hooks() as hooks:
         for key in wanted:
             hooks.append(paths[key].register_forward_hook(keeper(key)))
-        for window in tqdm(windows, desc="peaks"):
+        for window in tqdm(windows, desc="peaks", disable=map_of(model).only is not None):
             model(input_ids=window[None].to(model.device), use_cache=False, logits_to_keep=1)
     return {key: peak.item() for key, peak in found.items()}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.modules import head_of
-from spinlab.model.network import Network
+from spinlab.model.network import Network, drop
 
 MOST_TOKENS = 2**18  # whose states are kept between the layers of a network in parts
 Request = tuple[Any, list[int], list[int]]  # anything, tokens of a prompt, tokens of its answer
@@ -87,6 +87,7 @@ def _parts(
             last = model.last([one.ids for one in together], use_cache=False)
             last.config.use_cache = False
             yield from ((one, last) for one in together)
+            drop(last)  # whoever names it: the next one takes its place
             together = []
         together += [] if asked is None else [asked]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,9 @@ def zeroshot(
     import lm_eval.models.huggingface
 
     harness: Any = lm_eval  # its decorators hide the signatures from a type checker
-    base = model.base() if isinstance(model, Network) else model
+    # of a network in parts lm-eval reads the config alone
+    whole = isinstance(model, PreTrainedModel)
+    base = model if whole else cast(PreTrainedModel, torch.nn.Module.cpu(model.base()))
     with _quiet(), _unchanged(base):
         loaded = load_tasks(tasks, limit=limit, source=source)
         lm = harness.models.huggingface.HFLM(

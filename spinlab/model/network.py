@@ -100,8 +100,11 @@ class Streamed(Network):
 
     def pieces(self) -> Iterator[PreTrainedModel]:
         """Yield a part for each layer, then the ends."""
-        for index in (*range(self.layers), None):
-            yield self._part(index)
+        for index in range(self.layers):
+            part = self._part(index)
+            yield part
+            drop(part)
+        yield self._part(None)
 
     def parts(
         self, batches: Sequence[torch.Tensor], use_cache: bool | None = None
@@ -119,7 +122,7 @@ class Streamed(Network):
                 passing.run(model, batches, use_cache)
             states = passing.left
             model.set_submodule(map_of(model).layers[index].path, Passage())
-            _drop(model)
+            drop(model)
             del layer
         model = self._part(None)
         first = model.get_submodule(map_of(model).layers[0].path)
@@ -137,11 +140,11 @@ class Streamed(Network):
         with temporary_hooks() as hooks:
             hooks.append(first.register_forward_hook(passing.leave))
             passing.run(model, batches, use_cache)
-        _drop(model)
+        drop(model)
         return passing.left
 
 
-def _drop(model: PreTrainedModel) -> None:
+def drop(model: PreTrainedModel) -> None:
     """Let go of a part that somebody may still name, and of what hangs on it and refers to it."""
     vars(model).clear()
 

@@ -141,6 +141,7 @@ class Parts:
             }
             slices = {name: files[self._places[name]].get_slice(name) for name in names}
             report, _ = convert_and_load_state_dict_in_model(model, slices, settings)
+        model._adjust_missing_and_unexpected_keys(report)  # what loading a whole model ignores
         embedding, head = ends_of(model)
         missing = {name for name, p in model.named_parameters() if p.is_meta}
         if layer is None and model.config.tie_word_embeddings:

@@ -45,7 +45,7 @@ class ScaledDual:
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return (W·diag(scale))·T⁻ᵀ: (out, in)."""
-        moved = self._to(weight.dtype, weight.device)
+        moved = self._made(weight.dtype, weight.device)
         if moved.scale is not None:
             weight = weight * moved.scale
         return weight if moved.dual is None else moved.dual.of_weight(weight)
@@ -53,12 +53,15 @@ class ScaledDual:
     def _to(self, dtype: torch.dtype, device: torch.device) -> "ScaledDual":
         key = (dtype, device)
         if key not in self._moved:
-            self._moved[key] = replace(
-                self,
-                scale=None if self.scale is None else self.scale.to(device, dtype),
-                dual=None if self.dual is None else self.dual.to(device, dtype),
-            )
+            self._moved[key] = self._made(dtype, device)
         return self._moved[key]
+
+    def _made(self, dtype: torch.dtype, device: torch.device) -> "ScaledDual":
+        return replace(
+            self,
+            scale=None if self.scale is None else self.scale.to(device, dtype),
+            dual=None if self.dual is None else self.dual.to(device, dtype),
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored form."""

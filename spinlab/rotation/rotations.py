@@ -58,6 +58,11 @@ class RotationSet:
         own = self.inputs.get(site.key)
         return own if own is not None and own.is_online else self.behind(site)
 
+    def for_network(self, site: Site) -> InputTransform | None:
+        """Return `online`, for one network: what is copied to its device is gone with it."""
+        found = self.online(site)
+        return replace(found) if isinstance(found, ScaledDual) else found
+
     def behind(self, place: Site | Input) -> OnlineRotation | None:
         """Return what runs where an input has no online transform of its own, if anything."""
         return {"R4": self.r4, "R2": self.cross_head}.get(place.reads or "")

@@ -86,7 +86,7 @@ def gather_statistics(
                 rows[key] = rows.get(key, 0) + site.out_features
             if searches and site.writes == "R2":
                 hooks.append(linear.register_forward_hook(_GatherValues(found, str(site.layer))))
-        for window in tqdm(windows, desc="statistics"):
+        for window in tqdm(windows, desc="statistics", disable=map_of(model).only is not None):
             model(input_ids=window[None].to(model.device), use_cache=False)
     for kept in (found.means, found.values):
         for key in kept:

@@ -47,7 +47,7 @@ def _states(network: Network, ids: torch.Tensor) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for part in network.parts([ids]):
         if map_of(part).there:
-            found = [*found[:-1], *layer_states(part, ids)]
+            found = [*found[:-1], *(state.cpu() for state in layer_states(part, ids))]
     return found
 
 

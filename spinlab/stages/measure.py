@@ -73,6 +73,7 @@ def measure(
         if parallel.is_main():
             metrics |= _sizes(run, original, model, weights)
             asked = model if network.part is None else network
+            del model  # a part: others come and go now
             metrics |= _accuracies(run, original, asked, variant, out)
             folders = out, reference and reference.path
             metrics |= recall(run, original, asked, variant, windows_in(evaluation), folders)

@@ -13,6 +13,7 @@ from spinlab.config import QuantConfig, WeightsConfig
 from spinlab.kv.bias import KeyBiases, take_key_biases
 from spinlab.kv.path import KVPath
 from spinlab.model.modules import map_of, set_map
+from spinlab.model.network import drop
 from spinlab.model.parts import Passage
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.quantized import PackedWeights, QuantizedWeight
@@ -70,10 +71,15 @@ class Rounding:
         yield self.model
         if self.part is not None:
             for index in tqdm(range(len(map_of(self.model).layers)), desc=self.config.method):
-                yield self.part(index)
+                part = self.part(index)
+                yield part
+                drop(part)
 
     def biases_apart(self) -> KeyBiases:
-        """Return the biases of keys that the path of keys keeps apart, of all layers."""
+        """Return the biases of keys that are kept apart, of all layers where those come one by one.
+
+        A model that is there as a whole has them in its own path of keys.
+        """
         model_map = map_of(self.model)
         if self.part is None or not (self.kv.apart and model_map.key_biases):
             return ()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
@@ -40,3 +41,16 @@ def test_parts_of_a_family_are_the_whole_model(tmp_path, save_checkpoint, family
 def test_random_weights_have_no_parts():
     with pytest.raises(InputError, match=r"runtime\.offload=true reads layers from a checkpoint"):
         Parts(ModelConfig(architecture={"hidden_size": 8}), None)
+
+
+def test_frequencies_that_old_files_hold_are_ignored(tmp_path, save_checkpoint):
+    """As they are where the model is loaded as a whole."""
+    save_checkpoint(tmp_path, model_type="llama", bos_token_id=None, eos_token_id=None)
+    (file,) = tmp_path.glob("*.safetensors")
+    stored = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(stored, file, {"format": "pt"})
+    config = ModelConfig(path=str(tmp_path), dtype="bfloat16")
+    part = Parts(config, None).part(0, CPU)
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = load_model(config, None, 0).state_dict()[name]
+    assert torch.equal(part.state_dict()[name], expected)

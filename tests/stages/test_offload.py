@@ -1,6 +1,8 @@
 """Networks that come layer by layer give the bits of whole ones: every family's, every method's."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spinlab.compose import composed
 from spinlab.config import (
+    ClipSearch,
     GPTAQConfig,
     GPTQConfig,
     KVConfig,
@@ -23,6 +26,7 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.config.kv import CodecConfig
+from spinlab.config.rotation import BlocksConfig
 from spinlab.errors import InputError
 from spinlab.model.load import load_model
 from spinlab.model.modules import linear_at, map_of
@@ -216,6 +220,35 @@ def test_no_more_than_a_layer_or_the_ends_are_there_at_once(save, ids):
     for part in streamed(config, as_it_is).parts([ids]):
         sizes.append(sum(p.numel() for p in part.parameters()))
     assert max(sizes) <= max(largest, ends) + SHAPE["hidden_size"]
+
+
+@pytest.mark.parametrize("on_runtime", [False, True])
+def test_nothing_of_a_layer_is_left_when_the_next_one_comes(save, ids, on_runtime):
+    """Neither its modules, which nothing but the collector of cycles could find, nor its maps'."""
+    config = save("llama")
+    rotations = drawn(config, inputs="blocks", r1="none", blocks=BlocksConfig(8))
+
+    def made(load: Load) -> PreTrainedModel:
+        networks = networks_on(load)
+        model = networks.fused(rotations)
+        parts = networks.parts(model, rotations, quantize_rtn(model, QUANT, ClipSearch(), {}))
+        if on_runtime:
+            integer_runtime(model, parts, REFERENCE)
+            return model
+        return networks.emulated(rotations, parts.weights)
+
+    left: list[weakref.ref] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for part in streamed(config, made).parts([ids[:1]]):
+            assert not any(ref() for ref in left)
+            left += [weakref.ref(m) for m in part.modules() if type(m).__name__.endswith("MLP")]
+    finally:
+        gc.enable()
+    assert len(left) == SHAPE["num_hidden_layers"] and not any(
+        t._moved for t in rotations.inputs.values()
+    )
 
 
 def test_a_run_whose_layers_come_one_by_one_has_the_numbers_of_any_other(toy_tokens, tmp_path):

@@ -187,6 +187,7 @@ def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
         window=_window(model),
         dtype=model.dtype,
         device=model.device,
+        there=tuple(map_of(model).there),
         positions=bool(path.biases),
     )
 

@@ -42,8 +42,8 @@ Rows = PackedRows | PlainRows
 class Layout:
     """Say what a model keeps of a token: heads and their width, and the codecs of every layer.
 
-    window: how far back a token may look, or None. positions: they are kept, for biases of keys
-    that are apart (`spinlab.kv.bias`).
+    window: how far back a token may look, or None. there: the layers that the model has. positions:
+    they are kept, for biases of keys that are apart (`spinlab.kv.bias`).
     """
 
     kv_heads: int
@@ -52,6 +52,7 @@ class Layout:
     window: int | None
     dtype: torch.dtype
     device: torch.device
+    there: tuple[int, ...]
     positions: bool = False
 
     @property
@@ -114,7 +115,7 @@ class Slots:
         self.graphs: dict[object, object] = {}  # by what of a pass is captured
         # tensors made in inference mode could not be written outside of it
         with torch.inference_mode(False):
-            self.rows = [layout.rows(n, batch, capacity) for n in range(layout.layers)]
+            self.rows = {n: layout.rows(n, batch, capacity) for n in layout.there}
             self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
             self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
@@ -126,7 +127,7 @@ class Slots:
     def tensors(self) -> list[torch.Tensor]:
         """Return what is stored per slot; slots are dimension 2."""
         shared = [] if self.positions is None else [self.positions]
-        return [t for pair in self.rows for rows in pair for t in rows.tensors] + shared
+        return [t for pair in self.rows.values() for rows in pair for t in rows.tensors] + shared
 
 
 @dataclass

@@ -31,7 +31,7 @@ def insert_integer_linears(model: PreTrainedModel, parts: Quantized, backend: st
     for site, linear in linears_of(model):
         if site.quantized:
             inputs.setdefault(site.rows, {})[site.path] = linear
-        elif (online := parts.rotations.online(site)) is not None:
+        elif (online := parts.rotations.for_network(site)) is not None:
             model.set_submodule(site.path, FakeQuantLinear(linear, InputPath(online, None)))
     for (key, _), linears in inputs.items():
         path, readers = InputPath(paths[key].rotation, paths[key].quantizer), 0
