@@ -93,7 +93,8 @@ def _exporting(job: Job) -> Iterator[Need]:
     yield Need(name, levels, job.made(job.size), job.cure(), name)
     if export.rounded:
         copied = job.rest * job.size if export.artefact and job.device.type != "cpu" else 0
-        there = (2 * job.end if job.offload else job.untied) * job.size
+        size = job.size if export.artefact else min(job.size, 2)  # others cast before they pack
+        there = (2 * job.end if job.offload else job.untied) * size
         yield Need(name, levels + job.packed + copied, there, job.cure(), name)
 
 

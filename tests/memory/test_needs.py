@@ -180,6 +180,17 @@ def test_statistics_of_layers_that_come_one_by_one_wait_on_the_host():
     assert [n.device for n in of_whole] == [weights + 32 * layer + logits, weights]
 
 
+def test_rounded_weights_are_packed_beside_the_model_that_is_exported():
+    layers, end = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096
+    norms = 65 * 4096
+    for device, copied in ((CPU, 0), (GPU, 4 * (2 * end + norms))):
+        found = [n for n in needs_of(*LLAMA, "model.dtype=float32", "export.artefact=x",
+                                     device=device) if n.stage == "export"]  # fmt: skip
+        assert [n.host for n in found] == [2 * layers, 2 * layers + layers // 2 + copied]
+        whole = 4 * (layers + 2 * end + norms)
+        assert [n.device for n in found] == [whole + 16 * end, whole]
+
+
 def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
     mixture = [*LLAMA, "model=qwen3_30b_a3b"]
     attention, experts = 2048 * (2 * 4096 + 2 * 512), 128 * 3 * 2048 * 768
