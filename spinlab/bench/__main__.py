@@ -117,6 +117,7 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--window", type=int, default=2048, help="tokens of a window")
     memory.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(_MEASURED))
     memory.add_argument("--whole", action="store_true", help="without runtime.offload")
+    memory.add_argument("--folder", type=Path, help="where the checkpoint lies meanwhile")
     memory.set_defaults(run=_memory, repeatable=True)
 
 
@@ -164,7 +165,7 @@ def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     sizes = arguments.samples, arguments.windows, arguments.window
     kinds = arguments.method, not arguments.whole, tuple(arguments.variants)
     setting = Setting(arguments.model, arguments.layers, *sizes, *kinds)
-    return bench_memory(setting, device, arguments.out)
+    return bench_memory(setting, device, arguments.out, arguments.folder)
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What the stages of an experiment hold at their peaks, on a model of a well-known shape.
 
 The model is a checkpoint of random weights in a temporary folder, drawn layer by layer, so that it
-is never there as a whole; the experiment is W4A4KV4 without learning. Names of the metrics:
+is never there as a whole; the experiment is W4A4KV4 without learning. Stages have their names in
+the cache. Names of the metrics:
 
 bytes/<stage>/device, bytes/<stage>/host   at its peak: of tensors on the GPU, of the process
-estimate/<stage>/device, …/host            what was said before, beyond what the process has
+estimate/<stage>/device, …/host            what was said before, beyond what the process has; of
+                                           a variant eval-* stands for handoff-* and layers-* too,
+                                           `load` is what each stage does that reads the model
 whole/<stage>/device, …/host               the same of all layers of the shape
 bytes/start/host, bytes/checkpoint         of the process before the first stage; of the files
 speed/<stage>                              seconds
@@ -39,6 +42,7 @@ from spinlab.config import (
     WeightsConfig,
 )
 from spinlab.files import write_json
+from spinlab.memory.disk import Write, check_disks, disk
 from spinlab.memory.job import Job
 from spinlab.memory.needs import needs
 from spinlab.model.bytes import byte_tokenizer
@@ -69,19 +73,31 @@ class Setting:
     variants: tuple[str, ...] = ("fp", "fake", "integer")
 
 
-def bench_memory(setting: Setting, device: torch.device, path: Path | None = None) -> dict:
-    """Return the record of all stages, one after the other."""
+def bench_memory(
+    setting: Setting,
+    device: torch.device,
+    path: Path | None = None,
+    folder: Path | None = None,
+) -> dict:
+    """Return the record of all stages, one after the other.
+
+    folder: where the checkpoint and the cache lie meanwhile, the system's place for temporary files
+    by default. Raises InputError, before anything is written there, if they have no room.
+    """
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    _check_room(setting, device, place)
+    place.mkdir(parents=True, exist_ok=True)
     about = {**vars(setting), "device": device.type}
     results = Results(f"bench/memory/{setting.model}", about, path)
-    with tempfile.TemporaryDirectory() as folder:
-        size = write_checkpoint(shape_of(setting), DTYPES[setting.model], Path(folder), device)
+    with tempfile.TemporaryDirectory(prefix="spinlab-", dir=place) as temporary:
+        there = Path(temporary)
+        size = write_checkpoint(shape_of(setting), DTYPES[setting.model], there, device)
         results.add({"bytes/checkpoint": size})
-        config = experiment(setting, device, Path(folder))
+        config = experiment(setting, device, there)
         pipeline = Pipeline(config)
-        _add_estimates(results, "estimate", config, config.model, device)
-        full = {**shape_of(replace(setting, layers=None)), "model_type": "llama"}
-        whole = replace(config.model, path=None, weights="random", architecture=full)
-        _add_estimates(results, "whole", config, whole, device)
+        _add_estimates(results, "estimate", _job(setting, config, device))
+        whole = _job(replace(setting, layers=None), config, device)
+        _add_estimates(results, "whole", whole)
         assert pipeline.calibration and pipeline.evaluation and pipeline.original.identity
         results.add({"bytes/start/host": _status("VmRSS")})
         stages: dict[str, Callable[[], object]] = {}
@@ -170,16 +186,26 @@ def _shards(names: list[str]) -> Iterator[list[str]]:
     yield from (found[number] for number in sorted(found))
 
 
-def _add_estimates(
-    results: Results, kind: str, config: Config, model: ModelConfig, device: torch.device
-) -> None:
+def _job(setting: Setting, config: Config, device: torch.device) -> Job:
+    """Return what needs depend on, of a setting's shape, with every stage still to run."""
+    shape = {**shape_of(setting), "model_type": "llama"}
+    model = replace(config.model, path=None, weights="random", architecture=shape)
+    return Job(config, meta_model(model, None), device, {n for n, _ in stages_of(Pipeline(config))})
+
+
+def _check_room(setting: Setting, device: torch.device, folder: Path) -> None:
+    """Hold the checkpoint, and what the stages write beside it, against a folder's disk."""
+    job = _job(setting, experiment(setting, device, folder), device)
+    size = sum(t.numel() * t.element_size() for t in job.shape.state_dict().values())
+    check_disks([Write(f"--folder={folder}", folder, size + disk(job))])
+
+
+def _add_estimates(results: Results, kind: str, job: Job) -> None:
     """Keep what stages are said to need: the most, where a stage has several needs."""
-    names = {name for name, _ in stages_of(Pipeline(config))}
-    job = Job(config, meta_model(model, None), device, names)
     found: dict[str, float] = {}
     for need in needs(job):
         for side, count in (("device", need.device), ("host", need.host)):
-            name = f"{kind}/{need.stage}/{side}"
+            name = f"{kind}/{need.name}/{side}"
             found[name] = max(found.get(name, 0), count)
     results.add(found)
 

@@ -23,11 +23,8 @@ from spinlab.model.attention import attend
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
-_KV_PATH, _KV_LAYER, _KV_MASKS = (
-    "kv_path",
-    "kv_layer",
-    "kv_masks",
-)  # of an attention module, the first of the decoder too
+# attributes of an attention module, the first of the decoder too
+_KV_PATH, _KV_LAYER, _KV_MASKS = "kv_path", "kv_layer", "kv_masks"
 
 
 class CodedLayer(DynamicLayer):

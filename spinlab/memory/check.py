@@ -1,16 +1,16 @@
 """Before anything is loaded: does the machine hold every stage?"""
 
 import logging
-import shutil
+from collections.abc import Callable
 from operator import attrgetter
-from pathlib import Path
 
 import torch
 
 from spinlab.errors import InputError
 from spinlab.machine import gib, left_on_device, left_on_host
+from spinlab.memory.disk import check_disks, writes
 from spinlab.memory.job import Job, Need
-from spinlab.memory.needs import disk, needs
+from spinlab.memory.needs import needs
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +19,31 @@ def check_memory(job: Job) -> None:
     """Raise InputError naming the first stage to run that this machine cannot hold.
 
     Of several processes most stages are the first one's alone: it may take the whole host. So too
-    where the disk of the cache does not hold what they write.
+    where a disk does not hold what they write.
     """
     of_device = left_on_device(job.device) if job.device.type == "cuda" else None
-    stages = needs(job)
+    stages, written = needs(job), writes(job)
     if stages:
-        host, device = (max(stages, key=attrgetter(side)) for side in ("host", "device"))
-        log.info(
-            "%-12s at least %s GiB of %s (%s), %s GiB of the host (%s) and %s GiB of disk",
-            "memory",
-            *(gib(device.device), job.device, device.stage.rstrip(",")),
-            *(gib(host.host), host.stage.rstrip(","), gib(disk(job))),
-        )
+        of_disk = gib(sum(write.count for write in written))
+        log.info("%-12s at least %s and %s GiB of disk", "memory", _most(stages, job), of_disk)
     check_needs(stages, left_on_host(alone=True), of_device, job.device)
-    _check_disk(disk(job), Path(job.config.paths.cache))
+    check_disks(written)
+
+
+def _most(stages: list[Need], job: Job) -> str:
+    """Say what the largest needs are: of device and host, or of both where they are one memory."""
+    sides: dict[str, Callable[[Need], int]] = {
+        str(job.device): attrgetter("device"),
+        "the host": attrgetter("host"),
+    }
+    if job.device.type == "cpu":
+        sides = {"memory": lambda need: need.host + need.device}
+    found = {side: max(stages, key=of) for side, of in sides.items()}
+    told = [
+        f"{gib(sides[side](need))} GiB of {side} ({need.stage.rstrip(',')})"
+        for side, need in found.items()
+    ]
+    return ", ".join(told)
 
 
 def check_needs(
@@ -48,16 +59,6 @@ def check_needs(
         else:
             _check(need, need.host, of_host, "host memory")
             _check(need, need.device, of_device, f"memory of {device}")
-
-
-def _check_disk(count: int, folder: Path) -> None:
-    """Hold bytes against what is free where a folder is, or will be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if count > (free := shutil.disk_usage(there).free):
-        raise InputError(
-            f"the stages write at least {gib(count)} GiB to paths.cache={folder}, where "
-            f"{gib(free)} GiB are free: make room, or take another folder"
-        )
 
 
 def _check(need: Need, count: int, has: int, kind: str) -> None:

@@ -11,6 +11,7 @@ from spinlab.config import Config
 from spinlab.fakequant.insert import rounded_sites
 from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
+from spinlab.rotation.initial import block_orders
 
 FLOAT32, FLOAT64, INDEX, LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
 MORE = "a machine with more memory"
@@ -18,12 +19,16 @@ MORE = "a machine with more memory"
 
 @dataclass(frozen=True)
 class Need:
-    """Tell what a stage holds at once: bytes in the host's memory and on the device."""
+    """Tell what a stage holds at once: bytes in the host's memory and on the device.
+
+    stage: as sentences call it; name: what it is in the cache, or `load` or `export`.
+    """
 
     stage: str
     host: int
     device: int
     cure: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,13 @@ class Job:
         return {site.path: site.numbers for site, _ in rounded}
 
     @cached_property
+    def rest(self) -> int:
+        """Numbers of a rotated model that nothing rounds; a tied matrix makes both ends."""
+        quant = self.config.quant
+        ends = quant.head.quantizes + quant.embedding.quantizes + 2 * quant.tied.quantizes
+        return self.untied - sum(self.linears.values()) - ends * self.end
+
+    @cached_property
     def before_last(self) -> int:
         """Numbers of the first layer's linears, but for the largest."""
         numbers = [site.numbers for site in self.map.sites if site.layer == 0]
@@ -129,6 +141,34 @@ class Job:
         """Bytes of the levels of quantized weights as they are stored."""
         rounded = rounded_sites(self.map, self.config.quant)
         return sum(site.numbers * format.bits // 8 for site, format in rounded)
+
+    @cached_property
+    def statistics(self) -> dict[int, int]:
+        """Bytes of what activations are like, by layer.
+
+        A search keeps the mean of every input of a window, WUSH the second moments of blocks.
+        """
+        rotation, length = self.config.rotation, self.config.rotation.statistics.sequence_length
+        found = dict.fromkeys(range(len(self.map.layers)), 0)
+        if rotation.searches:
+            for input in self.map.inputs:
+                found[input.layer] += length * input.width * FLOAT32
+            for site in self.map.sites:
+                if site.writes == "R2":
+                    found[site.layer] += length * site.out_features * FLOAT32
+        if rotation.inputs == "wush":
+            for key, order in block_orders(rotation, self.map).items():
+                input = self.map.input_at[key]
+                found[input.layer] += 2 * FLOAT64 * input.width * order
+        return found
+
+    @property
+    def windows(self) -> int:
+        """Windows of all evaluation texts, if these are as long as `eval.max_windows` says.
+
+        Where it says nothing one of each, for a shorter text is refused.
+        """
+        return len(self.config.data.evaluation) * (self.config.eval.max_windows or 1)
 
     def cure(self, *more: str) -> str:
         """Name what helps: what a stage has, and what every stage has."""

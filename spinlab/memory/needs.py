@@ -15,9 +15,9 @@ from spinlab.learn import estimate_of
 from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
 from spinlab.metrics.continuation import PROMPTS
 from spinlab.metrics.divergence import CHUNK
+from spinlab.metrics.likelihood import MOST_TOKENS
 from spinlab.metrics.needle import NUMBERS
 from spinlab.rotation.check import GATE_TOKENS
-from spinlab.rotation.initial import block_orders
 from spinlab.weights.calibration import batch_of
 from spinlab.weights.methods import METHODS
 
@@ -28,38 +28,21 @@ def needs(job: Job) -> list[Need]:
     """Return the needs of the stages that have still to run, in their order."""
     found: list[Need] = []
     if job.has("statistics"):
-        found.append(_statistics(job))
+        found += _statistics(job)
     if job.has("rotate", "learn"):
         found.append(_rotating(job))
     if job.has("learn"):
         found.append(_learning(job))
     if set(job.config.export.targets) - {"rotations"}:  # written each time
-        # rounded weights are there unpacked, then packed as well
-        levels = 2 * job.levels if job.config.export.rounded else 0
-        found.append(Need("export", levels, job.untied * job.size + job.fusing, job.cure()))
-    if job.has("weights-rtn") or (job.has("weights") and not job.config.rounded_on_text):
-        found += _rounding(job)
-    if job.has("weights") and job.config.rounded_on_text:
-        found += _calibrating(job)
+        found += _exporting(job)
+    if job.has("weights-rtn"):
+        found += _rounding(job, "weights-rtn")
+    if job.has("weights"):
+        found += _calibrating(job) if job.config.rounded_on_text else _rounding(job, "weights")
     for variant in job.config.eval.variants:
         if job.has(*(f"{stage}-{variant}" for stage in ("handoff", "eval", "layers"))):
             found.append(_measuring(job, variant))
     return [*_loading(job), *found] if found or job.has("outliers") else []
-
-
-def disk(job: Job) -> int:
-    """Return the bytes that the stages write to the cache at least.
-
-    Rounding on text keeps layers apart until the last is finished; of an original that others are
-    compared with the head is kept, and what it read.
-    """
-    found = job.packed * job.has("weights-rtn")
-    if job.has("weights"):
-        found += job.packed * (2 if job.config.rounded_on_text else 1)
-    if job.has("eval-fp") and job.config.eval.compares:
-        tokens = (job.config.eval.max_windows or 0) * job.config.eval.window
-        found += (job.end + tokens * job.map.hidden) * job.size
-    return found
 
 
 def _loading(job: Job) -> Iterator[Need]:
@@ -69,31 +52,50 @@ def _loading(job: Job) -> Iterator[Need]:
     """
     model = job.config.model
     if model.weights == "random":
-        drawn = job.numbers * max(FLOAT32, job.size)
-        yield Need("drawing random weights", drawn, 0, f"a smaller model.architecture or {MORE}")
+        drawn, cure = (
+            job.numbers * max(FLOAT32, job.size),
+            f"a smaller model.architecture or {MORE}",
+        )
+        yield Need("drawing random weights", drawn, 0, cure, "load")
     elif job.has("model"):
         read = job.numbers * FLOAT32
-        yield Need("converting the GGUF file", read, 0, f"a smaller model or {MORE}")
+        yield Need("converting the GGUF file", read, 0, f"a smaller model or {MORE}", "model")
     if job.device.type != "cpu":  # read by the host, then moved
         numbers = job.part if job.offload else job.numbers
-        yield Need("loading the model", numbers * job.gate_size, 0, job.cure())
+        yield Need("loading the model", numbers * job.gate_size, 0, job.cure(), "load")
 
 
-def _statistics(job: Job) -> Need:
-    """A search keeps the mean of every input of a window, WUSH the second moments of blocks."""
-    rotation, length = job.config.rotation, job.config.rotation.statistics.sequence_length
-    run = length * job.end // job.map.hidden * job.size
-    widths = sum(input.width for input in job.map.inputs)
-    widths += sum(site.out_features for site in job.map.sites if site.writes == "R2")
-    means = length * widths * FLOAT32 if rotation.searches else 0
-    if rotation.inputs == "wush":
-        orders = block_orders(rotation, job.map)
-        means += 2 * FLOAT64 * sum(job.map.input_at[k].width * size for k, size in orders.items())
-    tokens = rotation.statistics.samples * length
-    host = tokens * INDEX + _states(job, tokens)
+def _statistics(job: Job) -> Iterator[Need]:
+    """What is gathered is on the device until a part's windows are through, then on the host.
+
+    Of layers that come one by one it is that of one layer, and the head is never read.
+    """
+    windows, of_layers = job.config.rotation.statistics, job.statistics.values()
+    length, tokens = windows.sequence_length, windows.samples * windows.sequence_length
+    held, numbers, run = sum(of_layers), job.untied, length * job.end // job.map.hidden * job.size
+    if job.offload:
+        held, numbers, run = max(of_layers), job.layer, 0
+    kept = tokens * INDEX + _states(job, tokens) + sum(of_layers)
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
-    made = max(job.made(job.size, fusing=job.offload), job.part * job.size + means + run)
-    return Need("statistics", host, made, cure)
+    made = max(job.made(job.size, fusing=job.offload), numbers * job.size + held + run)
+    for host, device in ((kept - held, made), (kept, job.part * job.size)):
+        yield Need("statistics", host, device, cure, "statistics")
+
+
+def _exporting(job: Job) -> Iterator[Need]:
+    """Rounded weights are there as stages pass them on, then packed as well.
+
+    With offload they are read as parts are made of them, and once more when all are written. What
+    an artefact has beside them is copied from a device to the host, while the ends are still there.
+    """
+    name, export = "export", job.config.export
+    levels = job.levels if export.rounded and not job.offload else 0
+    yield Need(name, levels, job.made(job.size), job.cure(), name)
+    if export.rounded:
+        copied = job.rest * job.size if export.artefact and job.device.type != "cpu" else 0
+        size = job.size if export.artefact else min(job.size, 2)  # others cast before they pack
+        there = (2 * job.end if job.offload else job.untied) * size
+        yield Need(name, levels + job.packed + copied, there, job.cure(), name)
 
 
 def _states(job: Job, tokens: int) -> int:
@@ -106,7 +108,7 @@ def _rotating(job: Job) -> Need:
     kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
     need = job.made(job.gate_size) + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
-    return Need(name, 0, need, f"a smaller model or {MORE}")
+    return Need(name, 0, need, f"a smaller model or {MORE}", "rotate")
 
 
 def _learning(job: Job) -> Need:
@@ -120,17 +122,17 @@ def _learning(job: Job) -> Need:
         cures.insert(0, f"fewer learn.steps than {learn.steps}")
     if learn.quantize_weights:
         cures.append("learn.quantize_weights=false")
-    return Need("learning", windows, least, job.cure(*cures))
+    return Need("learning", windows, least, job.cure(*cures), "learn")
 
 
 def _checkpoints(setting: str) -> tuple[bool, ...]:
     return {"on": (True,), "off": (False,)}.get(setting, (True, False))
 
 
-def _rounding(job: Job) -> Iterator[Need]:
+def _rounding(job: Job, stage: str) -> Iterator[Need]:
     name = "rounding weights"
-    yield Need(name, 0, job.made(job.size), job.cure())
-    yield Need(name, job.levels, job.part * job.size, job.cure())
+    yield Need(name, 0, job.made(job.size), job.cure(), stage)
+    yield Need(name, job.levels, job.part * job.size, job.cure(), stage)
 
 
 def _calibrating(job: Job) -> Iterator[Need]:
@@ -146,7 +148,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     if job.offload:  # the ends stay; of the layer the levels so far
         weights = (2 * job.end + job.layer) * job.size + LEVEL * job.before_last
     assert windows is not None
-    yield Need(name, 0, job.made(job.size), job.cure())
+    yield Need(name, 0, job.made(job.size), job.cure(), "weights")
     length = windows.sequence_length
     samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
     streams = 2 if method.reads_inputs else 1
@@ -154,15 +156,13 @@ def _calibrating(job: Job) -> Iterator[Need]:
     states = samples * length * width * job.size * streams
     work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
     if config.by_columns:
-        widest = max(
-            input.width for input in job.map.inputs
-        )  # the stream's, where experts are narrow
+        widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
         weights += (streams - 1) * job.before_last * job.size
     host = job.levels + windows.samples * length * INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")
-    yield Need(name, host, weights + states + work, job.cure(*cures))
+    yield Need(name, host, weights + states + work, job.cure(*cures), "weights")
 
 
 def _measuring(job: Job, variant: str) -> Need:
@@ -183,26 +183,36 @@ def _measuring(job: Job, variant: str) -> Need:
     if measured.compares and variant != "fp":
         chunk = min(numbers // batch, CHUNK)  # windows are compared one by one
         logits = max(logits, 2 * (numbers + chunk) * FLOAT32) + job.end * job.size
-    most, name = logits, f"measuring {variant}"
+    most, name, stage = logits, f"measuring {variant}", f"eval-{variant}"
     for work, shorter in _recalling(job, variant):
         if work > most:
             most, cures = work, [shorter]
     if variant == "fp":
         numbers = 2 * job.end if job.offload else job.numbers
         run = max(numbers * job.size + most, job.part * job.size)
-        return Need(name, _kept(job), run, job.cure(*cures))
+        return Need(name, _kept(job, variant), run, job.cure(*cures), stage)
     floats = job.untied - sum(job.linears.values())
     run = floats * job.size + (job.untied - floats) // 2 + most
     host = job.levels
     if job.offload:  # whose weights are read layer by layer
-        run, host = 2 * job.end * job.size + most, _kept(job)
-    return Need(name, host, max(job.made(job.size), run), job.cure(*cures))
+        run, host = 2 * job.end * job.size + most, _kept(job, variant)
+    return Need(name, host, max(job.made(job.size), run), job.cure(*cures), stage)
 
 
-def _kept(job: Job) -> int:
-    """Return the states between layers of all windows, as far as the settings bound them."""
+def _kept(job: Job, variant: str) -> int:
+    """Return the states between layers: of all windows, or of as many answers as go together.
+
+    Tasks fill the room for these unless `eval.limit` leaves few questions, whose tokens nobody
+    knows yet; a text of a needle is read in passes, and only whole ones go together.
+    """
     measured = job.config.eval
-    return _states(job, (measured.max_windows or 0) * measured.window)
+    tokens = [job.windows * measured.window]
+    if measured.tasks and variant in measured.task_variants and measured.limit is None:
+        tokens.append(MOST_TOKENS)
+    for length in measured.needle:
+        of_pass = min(measured.task_batch, NUMBERS) * length
+        tokens.append(min(max(MOST_TOKENS // of_pass, 1) * of_pass, NUMBERS * length))
+    return _states(job, max(tokens))
 
 
 def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:

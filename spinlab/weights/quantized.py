@@ -171,9 +171,7 @@ def load_weights(path: Path) -> dict[str, QuantizedWeight]:
         return from_stored_form(tensors, json.loads(file.metadata()["formats"]))
 
 
-def stored_form(
-    weights: Mapping[str, QuantizedWeight],
-) -> Stored:
+def stored_form(weights: Mapping[str, QuantizedWeight]) -> Stored:
     """Return the tensors of named weights for a file, and each one's format and width for JSON."""
     if isinstance(weights, PackedWeights):
         return weights.stored()

@@ -1,6 +1,7 @@
 """What stages are said to take, against what they take and what was worked out by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 from spinlab.compose import composed
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
-from spinlab.memory.check import _check_disk, check_needs
-from spinlab.memory.needs import Job, Need, _recalling, disk, needs
+from spinlab.memory.check import check_memory, check_needs
+from spinlab.memory.disk import Write, check_disks, disk, writes
+from spinlab.memory.needs import Job, Need, _recalling, needs
+from spinlab.metrics.likelihood import MOST_TOKENS
 from spinlab.model.load import meta_model
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
@@ -93,6 +96,7 @@ def test_needs_of_layers_that_come_one_by_one_do_not_grow_with_their_number():
     for name, (hidden, inner, heads, count) in shapes.items():
         words = [*LLAMA, f"model={name}", "model.path=x", "learn=none", "eval.tasks=[]"]
         words += ["runtime.offload=true", "eval.variants=[fp,integer]", "eval.max_windows=9"]
+        words.append("export.artefact=x")
         config = composed(*(word for word in words if word != "model.weights=random"))
         layer = 2 * hidden * (hidden + heads) + 3 * hidden * inner
         end, norms = 32000 * hidden, 2 * hidden
@@ -112,8 +116,79 @@ def test_needs_of_layers_that_come_one_by_one_do_not_grow_with_their_number():
             stays = (2 * end + layer + norms) * 2 + 2 * (layer - hidden * inner)
             gptq = [layers * layer // 2 + 128 * 2048 * 8, stays + states + 20 * inner**2]
             assert found["GPTQ"] == gptq
-            assert found["measuring integer"][0] == 9 * 2048 * hidden * 2
+            assert found["measuring integer"][0] == 2 * 9 * 2048 * hidden * 2  # of wiki and c4
+            rest = (2 * end + layers * norms + hidden) * 2
+            fused = max(2 * end * 2 + 16 * end, (layer + norms) * 2 + 16 * hidden * inner)
+            assert found["export"] == [layers * layer // 2 + rest, fused + r1]
             assert max(device for _, device in found.values()) < (20, 32)[hidden > 5120] * GIB
+
+
+OFFLOAD = ["+experiment=llama2_7b_w4a4kv4", "data=packaged", "learn=none", "model.path=x"]
+OFFLOAD += ["runtime.offload=true", "eval.variants=[fp,integer]"]
+
+
+def offloaded(*overrides: str, device: torch.device = GPU) -> Job:
+    """Return what the needs of a 7B depend on whose layers come one by one."""
+    config = composed(*OFFLOAD, *overrides)
+    shape = shape_of(replace(config.model, path=None, weights="random"))
+    names = {name for name, _ in stages_of(Pipeline(config))}
+    return Job(config, shape, device, names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fp", "integer"),
+    [
+        (["eval.tasks=[]", "eval.max_windows=null"], 2 * 2048, 2 * 2048),  # one window of each text
+        (["eval.tasks=[]", "eval.max_windows=9"], 18 * 2048, 18 * 2048),
+        (["eval.tasks=[piqa]", "eval.task_variants=[fp]"], MOST_TOKENS, 2 * 2048),
+        (["eval.tasks=[piqa]", "eval.limit=5"], 2 * 2048, 2 * 2048),
+        (["eval.tasks=[]", "eval.needle=[64,1000]"], 20 * 1000, 20 * 1000),
+        (
+            ["eval.tasks=[]", "eval.task_batch=8", "eval.needle=[64,20000]"],
+            8 * 20000,
+            8 * 20000,
+        ),  # two passes: more
+        (["eval.tasks=[]", "eval.task_batch=8", "eval.needle=[64,50000]"], 8 * 50000, 8 * 50000),
+    ],
+)
+def test_the_host_keeps_the_states_of_what_goes_through_a_layer_together(overrides, fp, integer):
+    found = {n.name: n.host for n in needs(offloaded("eval.max_windows=null", *overrides))}
+    assert found["eval-fp"] == fp * 4096 * 2
+    assert found["eval-integer"] == integer * 4096 * 2
+
+
+def test_statistics_of_layers_that_come_one_by_one_wait_on_the_host():
+    """Of DuQuant's search: three inputs of 4096, one of 11008 and the values, in float32."""
+    job = offloaded("rotation=duquant", "eval.tasks=[]")
+    windows = job.config.rotation.statistics
+    length, tokens = windows.sequence_length, windows.samples * windows.sequence_length
+    layer = length * (3 * 4096 + 11008 + 4096) * 4
+    found = [n for n in needs(job) if n.stage == "statistics"]
+    assert max(n.host for n in found) == tokens * (8 + 4096 * 2) + 32 * layer
+    assert disk(job) == 32 * layer + disk(replace(job, remaining={*job.remaining} - {"statistics"}))
+    made = 2 * 32000 * 4096 * (2 + 8) + 8 * 4096**2
+    assert max(n.device for n in found) == made  # of the ends, beside which those of a layer fit
+    long = offloaded("rotation=duquant", "rotation.statistics.sequence_length=65536")
+    beside = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    of_long = max(n.device for n in needs(long) if n.stage == "statistics")
+    assert of_long == beside + layer * 65536 // length
+    whole = offloaded("rotation=duquant", "eval.tasks=[]", "runtime.offload=false")
+    of_whole = [n for n in needs(whole) if n.stage == "statistics"]
+    logits = length * 32000 * 2
+    weights = 2 * whole.untied
+    assert [n.host for n in of_whole] == [tokens * 8, tokens * 8 + 32 * layer]
+    assert [n.device for n in of_whole] == [weights + 32 * layer + logits, weights]
+
+
+def test_rounded_weights_are_packed_beside_the_model_that_is_exported():
+    layers, end = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096
+    norms = 65 * 4096
+    for device, copied in ((CPU, 0), (GPU, 4 * (2 * end + norms))):
+        found = [n for n in needs_of(*LLAMA, "model.dtype=float32", "export.artefact=x",
+                                     device=device) if n.stage == "export"]  # fmt: skip
+        assert [n.host for n in found] == [2 * layers, 2 * layers + layers // 2 + copied]
+        whole = 4 * (layers + 2 * end + norms)
+        assert [n.device for n in found] == [whole + 16 * end, whole]
 
 
 def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
@@ -246,7 +321,7 @@ def test_a_stage_that_cannot_fit_is_named_with_what_it_needs_and_a_cure(override
 
 
 def test_host_and_gpu_are_held_apart():
-    need = Need("it", 2 * GIB, 4 * GIB, "less")
+    need = Need("it", 2 * GIB, 4 * GIB, "less", "eval-it")
     check_needs([need], 2 * GIB, 4 * GIB, GPU)
     with pytest.raises(InputError, match=r"2\.0 GiB of host memory, and 1\.0 GiB are left"):
         check_needs([need], GIB, 4 * GIB, GPU)
@@ -257,10 +332,42 @@ def test_host_and_gpu_are_held_apart():
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_stage(tmp_path):
-    config = composed(*LLAMA, "eval.max_windows=4", f"paths.cache={tmp_path / 'later'}")
+    cache, artefact = tmp_path / "later", tmp_path / "packed"
+    places = [f"paths.cache={cache}", f"export.artefact={artefact}"]
+    config = composed(*LLAMA, "eval.max_windows=4", *places)
     job = Job(config, meta_model(config.model, None), CPU, {"weights", "eval-fp"})
     layers, end = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32000 * 4096
-    assert disk(job) == 2 * layers // 2 + (end + 4 * 2048 * 4096) * 2
-    _check_disk(0, tmp_path / "later")
+    texts = 2 * 4 * 2048 * 4096
+    assert disk(job) == 2 * layers // 2 + (end + texts) * 2
+    of_cache, of_artefact = writes(job)
+    assert of_cache == (places[0], cache, disk(job))
+    assert of_artefact == (places[1], artefact, layers // 2 + (2 * end + 65 * 4096) * 2)
+    rotations = 4096**2 + 32 * 128**2
+    assert disk(replace(job, remaining={"rotate", "learn"})) == 2 * 8 * rotations
+    assert disk(replace(job, remaining={"model"})) == 4 * (layers + 2 * end + 65 * 4096)
+    check_disks([Write(places[0], cache, 0)])
     with pytest.raises(InputError, match=r"write at least .* GiB to paths\.cache=.*later"):
-        _check_disk(2**60, tmp_path / "later")
+        check_disks([Write(places[0], cache, 2**60)])
+    free = shutil.disk_usage(tmp_path).free
+    check_disks([Write(places[0], cache, free // 2)])
+    with pytest.raises(InputError, match=r"paths\.cache=.*later and export\.artefact=.*packed,"):
+        check_disks([Write(places[0], cache, free // 2), Write(places[1], artefact, free)])
+
+
+def test_one_memory_is_told_as_one(caplog, monkeypatch, tmp_path):
+    """A CPU's device and host are; the largest need is that of both together."""
+    monkeypatch.setattr("spinlab.memory.check.left_on_host", lambda alone: 2**50)
+    monkeypatch.setattr("spinlab.memory.check.left_on_device", lambda device: 2**50)
+    monkeypatch.setattr("spinlab.memory.check.check_disks", lambda found: None)
+    config, both = composed(*LLAMA), {}
+    names = {name for name, _ in stages_of(Pipeline(config))}
+    for device in (CPU, GPU):
+        job = Job(config, shape_of(config.model), device, names)
+        with caplog.at_level("INFO", logger="spinlab.memory.check"):
+            check_memory(job)
+        both[device.type] = caplog.messages[-1]
+    most = max(n.host + n.device for n in needs(Job(config, shape_of(config.model), CPU, names)))
+    assert f"at least {most / GIB:.1f} GiB of memory (" in both["cpu"]
+    assert "host" not in both["cpu"] and both["cpu"].count("GiB") == 2
+    assert "GiB of cuda:0 (" in both["cuda"] and "GiB of the host (" in both["cuda"]
+    assert both["cuda"].count("GiB") == 3 and both["cuda"].endswith("GiB of disk")
