@@ -43,7 +43,7 @@ from spinlab.rotation.check import check_invariance
 from spinlab.rotation.initial import initial_rotations
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.text import windows_in
-from spinlab.stages.weights import weights_in
+from spinlab.stages.weights import weights_of
 from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
 
@@ -183,7 +183,7 @@ def test_the_real_model_is_served_as_the_run_computes_it(
     monkeypatch.setattr(TokenQuantizer, "round_trip", by_package)
     weights = {
         name: replace(weight, scale=weight.scale.bfloat16().float())
-        for name, weight in weights_in(pipeline.weights("fake")).items()
+        for name, weight in weights_of(pipeline.run, pipeline.weights("fake")).items()
     }
     config, load = pipeline.config, pipeline.original.load
     built = QuantizedNetworks(load, config.quant, config.kv, config.seed)
@@ -213,7 +213,7 @@ def test_the_real_model_in_floats_of_4_bits_is_served_with_every_bit(
     monkeypatch.setattr(quantizer, "settled", nearest)
     config, load = pipeline.config, pipeline.original.load
     built = QuantizedNetworks(load, config.quant, config.kv, config.seed)
-    parts = pipeline.rotations("fake"), weights_in(pipeline.weights("fake"))
+    parts = pipeline.rotations("fake"), weights_of(pipeline.run, pipeline.weights("fake"))
     network = built.dequantized(*parts)
     for parameter in network.parameters():
         parameter.data = parameter.bfloat16().float()

@@ -16,6 +16,7 @@ from spinlab.cache import Artifact
 from spinlab.config import Config
 from spinlab.data.questions import identities
 from spinlab.data.text import Text, read_texts
+from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.load import tokenizer_digest
 from spinlab.rotation.rotations import RotationSet
@@ -122,8 +123,14 @@ class Pipeline:
         return Variant(name, self.rotated(name), self.weights(name) if rounded else None)
 
     def network(self, name: str) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:
-        """Assemble a variant's network; return its quantized weights too, None for the original."""
-        return self.variant(name).assemble(self.run, self.original)
+        """Assemble a variant's network; return its quantized weights too, None for the original.
+
+        Raises InputError where the network comes layer by layer.
+        """
+        network, weights = self.variant(name).network(self.run, self.original)
+        if network.part is not None:
+            raise InputError(f"the network {name} is whole only with runtime.offload=false")
+        return network.base(), weights
 
     def handoff_error(self, name: str) -> float:
         """Return how far a variant's integers are from the numbers they stand for."""

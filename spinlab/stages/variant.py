@@ -53,7 +53,10 @@ class Variant:
     def network(
         self, run: Run, original: Original
     ) -> tuple[Network, Mapping[str, QuantizedWeight] | None]:
-        """Return what `assemble` does, whole or in parts as the settings of the run have it."""
+        """Return the network, whole or in parts as settings have it, and its quantized weights.
+
+        The original has none.
+        """
         if self.is_original:
             return original.network(as_it_is), None
         parts, config = self.parts(run), run.config
@@ -68,18 +71,6 @@ class Variant:
         """Load rotations and weights."""
         rotations = RotationSet() if self.rotated is None else rotations_in(run, self.rotated)
         return rotations, {} if self.weights is None else weights_of(run, self.weights)
-
-    def assemble(
-        self, run: Run, original: Original
-    ) -> tuple[PreTrainedModel, Mapping[str, QuantizedWeight] | None]:
-        """Return the whole network and its quantized weights; the original has none."""
-        if self.is_original:
-            return original.load(), None
-        networks = QuantizedNetworks(
-            original.load, run.config.quant, run.config.kv, run.config.seed
-        )
-        parts = self.parts(run)
-        return self.on_integers(networks, run.backend, *parts), parts[1]
 
     def on_integers(
         self,

@@ -104,14 +104,10 @@ def _check_all_rounded(
         )
 
 
-def weights_in(made: Artifact) -> dict[str, QuantizedWeight]:
-    """Load what the stage has rounded, by linear."""
-    return load_weights(made.path / _FILE)
-
-
 def weights_of(run: Run, made: Artifact) -> Mapping[str, QuantizedWeight]:
-    """Do the same, packed until they are asked for where layers come one by one."""
-    return PackedWeights.load(made.path / _FILE) if run.config.runtime.offload else weights_in(made)
+    """Load what the stage has rounded, by linear: packed until asked for with offload."""
+    load = PackedWeights.load if run.config.runtime.offload else load_weights
+    return load(made.path / _FILE)
 
 
 def _formats(run: Run) -> list[Any]:

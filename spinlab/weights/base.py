@@ -41,7 +41,7 @@ class Rounding:
     progress: Path
     kv: KVPath = field(default_factory=KVPath)
     part: Callable[[int], PreTrainedModel] | None = None
-    _steps: list[Step] = field(default_factory=list)
+    _steps: list[Step] = field(init=False, default_factory=list)
 
     def change(self, step: Step) -> None:
         """Change the model, in place; layers that are not there are changed once they are."""

@@ -269,6 +269,8 @@ def test_a_run_whose_layers_come_one_by_one_has_the_numbers_of_any_other(toy_tok
         outliers = {name: peaks.tolist() for name, peaks in run.outliers().items()}
         found.append([metrics, gates, outliers, files])
     assert found[0] == found[1]
+    with pytest.raises(InputError, match=r"the network fake is whole only with runtime\.offload="):
+        run.network("fake")
 
 
 @pytest.mark.parametrize("asked", ["eval.attention=1", "export.checkpoint=there", "model=random"])
