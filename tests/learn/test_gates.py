@@ -118,7 +118,8 @@ def test_a_step_with_kernels_is_a_step_without(make_model, learner_of, monkeypat
 
     def on_kernels(gate, up, factor=None):
         calls.append(factor)
-        return _Gated.apply(gate, up, factor)
+        given = (None if x is None else x.to(DEVICE) for x in (gate, up, factor))
+        return _Gated.apply(*given).to(gate.device)
 
     monkeypatch.setattr(gates, "gated", on_kernels)
     found, ours = gradients()

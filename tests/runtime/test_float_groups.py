@@ -124,6 +124,6 @@ def test_learned_recipes_agree_on_integers_and_in_floats(tmp_path: Path, quant, 
     assert run.handoff_error("integer") < 1e-9
     found = run.measure("fp") | run.measure("fake") | run.measure("integer")
     assert found["ppl/wiki/fp"] < found["ppl/wiki/fake"] < 3 * found["ppl/wiki/fp"]
-    on_a_gpu = torch.cuda.is_available()  # sums of products in another order
-    same = pytest.approx(found["ppl/wiki/fake"], rel=1e-6 if on_a_gpu else 0, abs=0)
-    assert found["ppl/wiki/integer"] == same
+    # a GPU sums products in another order; one of fp8 is a whole row, in float32, and levels flip
+    off = (1e-3 if quant == "fp8" else 1e-6) if torch.cuda.is_available() else 0
+    assert found["ppl/wiki/integer"] == pytest.approx(found["ppl/wiki/fake"], rel=off, abs=0)

@@ -43,7 +43,8 @@ ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "added_ptr": "*bf16",
 ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may share
 SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
          "BIAS": False, "ASM": True}
-PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "PROGRAMS": 264}
+PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "ADDED": False,
+           "PROGRAMS": 264}
 DECODE = {**SHAPE, "IN": 4096, "ADDED": True, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2,
           "STAGES": 4}
 
@@ -66,10 +67,12 @@ def instructions(kernel, numbers, constants, capability, warps=4, even=()):
     return set(re.findall(r"(wgmma\\.mma_async\\S*|mma\\.sync\\S*)", ptx)), ptx
 
 
-found, ptx = instructions(linear_kernels.prefill_kernel, TILES, PREFILL, 90)
-assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
-# weights come from registers: the first operand is a list of them, not a descriptor
-assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
+for added in (False, True):
+    kernel, kinds = linear_kernels.prefill_kernel, {**TILES, "added_ptr": "*bf16"}
+    found, ptx = instructions(kernel, kinds, {**PREFILL, "ADDED": added}, 90)
+    assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
+    # weights come from registers: the first operand is a list of them, not a descriptor
+    assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
 found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 # what the interpreter takes and the compiler may not
@@ -86,23 +89,28 @@ ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": True, "B": 64, "FIRST": 1
            "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
-BLOCKS = {"GATED": False, "NORMED": True, "GAIN": True, "DEALT": False,
+BLOCKS = {"GATED": False, "NORMED": True, "ALONE": False, "GAIN": True, "DEALT": False,
           "ACROSS": False, "PARTS": 2, "SHARED": False, "BLOCKS": 32, "B": 128, "BLOCK": 128,
-          "PIECE": 64, "STEP": 64, "AS_FLOATS": False}
+          "PIECE": 64, "STEP": 64, "WHOLE": 4096, "STAGES": 1,
+          "AS_FLOATS": False}
 PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "parts_ptr": "*bf16",
          "out_ptr": "*bf16"}
-ALONE = {**BLOCKS, "NORMED": False, "GAIN": False}
+PLAIN = {**BLOCKS, "NORMED": False, "GAIN": False}
 DEALT, WIDE = {"x_ptr": "*fp32"}, {"parts_ptr": "*fp32"}
 for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared memory, and Hopper
     for constants, kinds in (
-        (BLOCKS, {}), ({**ALONE, "ACROSS": True}, {"out_ptr": "*fp32"}),
-        ({**ALONE, "GATED": True}, {}), ({**ALONE, "DEALT": True}, DEALT),
-        ({**ALONE, "PARTS": 1}, WIDE),
+        (BLOCKS, {}), ({**BLOCKS, "ALONE": True, "STEP": 16}, {}),
+        ({**PLAIN, "ACROSS": True}, {"out_ptr": "*fp32"}),
+        ({**PLAIN, "GATED": True}, {}), ({**PLAIN, "DEALT": True}, DEALT),
+        ({**PLAIN, "PARTS": 1}, WIDE),
     ):
         kernel = block_kernels.blocks_kernel
         found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
         kind = "tf32" if kinds is WIDE else "bf16"
         assert found and all(name in one and kind in one for one in found), found
+        if capability >= 90 and constants["STEP"] == 64:  # of many tokens
+            whole = {**constants, "PIECE": 128, "STAGES": 2}
+            instructions(kernel, {**PARTS, **kinds}, whole, capability, even=STRIDES)
 NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}
 instructions(block_kernels.inverse_kernel, PARTS, NORM, 90)
 POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "r3_ptr",

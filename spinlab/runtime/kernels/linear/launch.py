@@ -30,7 +30,7 @@ def linear(
 ) -> torch.Tensor:
     """Return inputs · weightᵀ + bias: (tokens, out) in `dtype`, as the reference does.
 
-    Few tokens are added to others, where there are some, by the kernel that multiplies.
+    The kernel that multiplies adds the outputs to others, where there are some.
 
     Raises InputError for shapes that `why_not` names.
     """
@@ -61,9 +61,9 @@ def linear(
     }
     if tokens <= _FEW:
         _decode(inputs.levels, weight, out, pointers, shape, added)
-        return out
-    _prefill(inputs.levels, weight, out, pointers, shape)
-    return out if added is None else out.add_(added)
+    else:
+        _prefill(inputs.levels, weight, out, pointers, shape, added)
+    return out
 
 
 def linear16(
@@ -132,7 +132,12 @@ def _check(weight: PackedWeight) -> None:
 
 
 def _prefill(
-    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
+    levels: torch.Tensor,
+    weight: PackedWeight,
+    out: torch.Tensor,
+    pointers: tuple,
+    shape: dict,
+    added: torch.Tensor | None,
 ) -> None:
     from spinlab.runtime.kernels.linear.triton import prefill_kernel
 
@@ -144,9 +149,12 @@ def _prefill(
         _tiles(levels, bm, bk),
         _tiles(weight.packed, bn, bk),
         _tiles(out, bm, bn),
-        *pointers, len(levels), weight.out_features,
+        *pointers, out if added is None else added.contiguous(), len(levels),
+        weight.out_features,
     )  # fmt: skip
-    constants = {**shape, **tile, "PROGRAMS": programs, "ASM": not interpreted()}
+    constants = {
+        **shape, "ADDED": added is not None, **tile, "PROGRAMS": programs, "ASM": not interpreted(),
+    }  # fmt: skip
     # a program takes so much room that the kernel before it would end more slowly
     options = {"overlap": False, "num_warps": warps, "enable_fp_fusion": False}
     launch(prefill_kernel, (programs,), arguments, constants, **options)

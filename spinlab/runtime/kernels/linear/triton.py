@@ -129,6 +129,18 @@ def with_bias(total, bias_ptr, n, out, BIAS: tl.constexpr):
 
 
 @triton.jit
+def with_added(y, added_ptr, row, column, tokens, out, ADDED: tl.constexpr):
+    """Return a tile of results (tokens, out) added to the one there, which begins at a place."""
+    if ADDED:
+        m, n = tl.arange(0, y.shape[0])[:, None], tl.arange(0, y.shape[1])[None, :]
+        inside = (row + m < tokens) & (column + n < out)
+        added_ptr += row * out.to(tl.int64) + column
+        added = tl.load(added_ptr + m * out + n, mask=inside, other=0.0).to(tl.float32)
+        y = (added + y.to(tl.float32)).to(y.dtype)
+    return y
+
+
+@triton.jit
 def _products(acc, x_tiles, w_tiles, row, column, block, at, HALF: tl.constexpr, ASM: tl.constexpr):
     """Add the products of one tile of packed weights."""
     packed = w_tiles.load([column, block * HALF + at])
@@ -141,10 +153,10 @@ def _products(acc, x_tiles, w_tiles, row, column, block, at, HALF: tl.constexpr,
 
 @triton.jit(do_not_specialize=["tokens"])
 def prefill_kernel(
-    x_tiles, w_tiles, y_tiles, s_ptr, z_ptr, a_ptr, t_ptr, u_ptr, c_ptr, bias_ptr, tokens, out,
-    HALF: tl.constexpr, BLOCKS: tl.constexpr, INPUT_GROUPS: tl.constexpr,
-    WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    x_tiles, w_tiles, y_tiles, s_ptr, z_ptr, a_ptr, t_ptr, u_ptr, c_ptr, bias_ptr,
+    added_ptr, tokens, out, HALF: tl.constexpr, BLOCKS: tl.constexpr, INPUT_GROUPS: tl.constexpr,
+    WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     PROGRAMS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute tiles (BM tokens, BN outputs); a program stays and takes every PROGRAMS-th one.
@@ -185,4 +197,6 @@ def prefill_kernel(
         if WEIGHT_GROUPS == 1:
             total *= of_outputs(t_ptr, n, out, 0, 1)
         total = with_bias(total, bias_ptr, n, out, BIAS)
-        y_tiles.store([row * BM, column * BN], tl.trans(total.to(y_tiles.dtype)))
+        y = tl.trans(total.to(y_tiles.dtype))
+        y = with_added(y, added_ptr, row * BM, column * BN, tokens, out, ADDED)
+        y_tiles.store([row * BM, column * BN], y)

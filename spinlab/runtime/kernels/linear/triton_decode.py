@@ -14,6 +14,7 @@ from spinlab.runtime.kernels.linear.triton import (
     of_outputs,
     of_tokens,
     times_16,
+    with_added,
     with_bias,
 )
 from spinlab.runtime.kernels.overlap import wait_for_inputs
@@ -120,7 +121,7 @@ def decode_kernel(
         if WEIGHT_GROUPS == 1:
             total *= of_outputs(t_ptr, n, out, 0, 1)
         total = with_bias(total, bias_ptr, n, out, BIAS)
-        _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED)
+        _store(y_ptr, total, added_ptr, m, n, tokens, out, BN, ADDED)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -162,15 +163,12 @@ def decode16_kernel(
         last, total = _sum_parts(total, part_ptr, count_ptr, SPLIT, BM, BN)
     if last:
         total = with_bias(total, bias_ptr, n, out, BIAS)
-        _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED)
+        _store(y_ptr, total, added_ptr, m, n, tokens, out, BN, ADDED)
 
 
 @triton.jit
-def _store(y_ptr, total, added_ptr, m, n, tokens, out, ADDED: tl.constexpr):
+def _store(y_ptr, total, added_ptr, m, n, tokens, out, BN: tl.constexpr, ADDED: tl.constexpr):
     y = tl.trans(total.to(y_ptr.dtype.element_ty))
+    y = with_added(y, added_ptr, 0, tl.program_id(0) * BN, tokens, out, ADDED)
     inside = (m < tokens)[:, None] & (n < out)[None, :]
-    place = m[:, None].to(tl.int64) * out + n[None, :]
-    if ADDED:
-        added = tl.load(added_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        y = (added + y.to(tl.float32)).to(y.dtype)
-    tl.store(y_ptr + place, y, mask=inside)
+    tl.store(y_ptr + m[:, None].to(tl.int64) * out + n[None, :], y, mask=inside)

@@ -18,7 +18,8 @@ from spinlab.runtime.kernels.launch import launch, multiprocessors, power_of_two
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a tile
-_PIECE = 64  # numbers of a block that one program writes
+_PIECE = 64  # numbers of a block that one program writes, but for many tokens on Hopper
+_MANY = 128  # tokens; more are many
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -56,8 +57,7 @@ def turned(
     gain (width,) if there is one.
     """
     first, *rest = _passes_of(rotation, x)
-    inverse = None if epsilon is None else _inverse_rms(x, epsilon)
-    y = _turned(x, first, None if rest else x.dtype, up, gain, inverse)
+    y = _turned(x, first, None if rest else x.dtype, up, gain, epsilon)
     return _turned(y, rest[0], x.dtype) if rest else y
 
 
@@ -83,7 +83,7 @@ def _turned(
     dtype: torch.dtype | None,
     up: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
-    inverse: torch.Tensor | None = None,
+    epsilon: float | None = None,
 ) -> torch.Tensor:
     """Return one rotation of x: (tokens, width); (width, tokens) in float32 without a dtype.
 
@@ -102,22 +102,36 @@ def _turned(
     if not tokens:
         return found
     step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
-    blocks, piece = width // b, min(_PIECE, block)
+    blocks, (piece, stages) = width // b, _piece(tokens, block, x.device)
     tiles, pieces = -(-tokens // step), blocks * -(-b // piece)
     many = _tiles_a_program(tiles, pieces, x.device)
+    normed = epsilon is not None
+    alone = normed and tokens == 1  # for one, every program finds it sooner than one does for all
+    inverse = _inverse_rms(x, epsilon) if epsilon is not None and not alone else x
     arguments = (
-        x, other, x if inverse is None else inverse, x if by.order is None else by.order,
-        by.parts, found, tokens, x.stride(0), 0 if up is None else up.stride(0), many,
+        x, other, inverse, x if by.order is None else by.order, by.parts, found, tokens,
+        x.stride(0), 0 if up is None else up.stride(0), many, epsilon or 0.0,
     )  # fmt: skip
     constants = {
-        "GATED": up is not None, "NORMED": inverse is not None,
-        "GAIN": gain is not None, "DEALT": by.order is not None, "ACROSS": dtype is None,
-        "PARTS": parts, "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block,
-        "PIECE": piece, "STEP": step,
+        "GATED": up is not None, "NORMED": normed, "ALONE": alone, "GAIN": gain is not None,
+        "DEALT": by.order is not None, "ACROSS": dtype is None, "PARTS": parts,
+        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block, "PIECE": piece,
+        "STEP": step, "WHOLE": power_of_two(width), "STAGES": stages,
         "AS_FLOATS": not x.is_cuda,  # the interpreter multiplies no bfloat16
     }  # fmt: skip
     launch(blocks_kernel, (-(-tiles // many), pieces), arguments, constants, num_warps=4)
     return found
+
+
+def _piece(tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Return how many numbers of a block a program writes, and how many tiles it loads ahead.
+
+    A whole block of 128 reads what comes in, and gates it, once; but before Hopper it has too few
+    registers, and of few tokens too few programs run.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    whole = hopper and tokens > _MANY and block > _PIECE
+    return (block, 2) if whole else (min(_PIECE, block), 1)
 
 
 def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:

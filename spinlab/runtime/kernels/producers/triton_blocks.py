@@ -18,9 +18,13 @@ def inverse_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (token < tokens)[:, None] & (column < WIDTH)
     wide = tl.load(x_ptr + token[:, None] * stride + column, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(wide * wide, 1) / WIDTH
-    inverse = tl.math.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + epsilon))
+    inverse = _inverse(tl.sum(wide * wide, 1) / WIDTH, epsilon)
     tl.store(inverse_ptr + token, inverse, mask=token < tokens)
+
+
+@triton.jit
+def _inverse(mean, epsilon):
+    return tl.math.div_rn(tl.zeros_like(mean) + 1.0, tl.sqrt_rn(mean + epsilon))
 
 
 @triton.jit
@@ -54,16 +58,18 @@ def _product(x, high, low, PARTS: tl.constexpr, AS_FLOATS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "many"])
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
-    many, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr, DEALT: tl.constexpr,
-    ACROSS: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
+    many, epsilon, GATED: tl.constexpr, NORMED: tl.constexpr, ALONE: tl.constexpr,
+    GAIN: tl.constexpr, DEALT: tl.constexpr, ACROSS: tl.constexpr, PARTS: tl.constexpr,
+    SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    PIECE: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
     AS_FLOATS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write PIECE numbers of a rotated block of B, of many·STEP tokens; one program each.
 
     parts are (PARTS, BLOCKS or 1, B, B). GATED: of silu(x)·other. NORMED: of x·inverse, times other
-    where there is GAIN. ACROSS: what is written is (width, tokens), so that what deals channels
-    reads each of them in one piece. DEALT: place j takes number order[j] of such an x.
+    where there is GAIN; that of a token that is ALONE is taken here. ACROSS: what is written is
+    (width, tokens), so that what deals channels reads each of them in one piece. DEALT: place j
+    takes number order[j] of such an x.
     """
     first, second = tl.program_id(0).to(tl.int64) * many, tl.program_id(1)
     pieces: tl.constexpr = (B + PIECE - 1) // PIECE
@@ -83,8 +89,11 @@ def blocks_kernel(
     if GAIN:
         gain = tl.load(other_ptr + place, mask=b < B, other=0.0)[None, :]
     wait_for_inputs(PDL)
-    # one stage: loads ahead would take more shared memory than there is
-    for index in tl.range(0, many, num_stages=1):
+    if ALONE:
+        column = tl.arange(0, WHOLE)
+        row = tl.load(x_ptr + column, mask=column < BLOCKS * B, other=0.0).to(tl.float32)
+        of_token = _inverse(tl.sum(row * row) / (BLOCKS * B), epsilon)
+    for index in tl.range(0, many, num_stages=STAGES):
         token = (first + index) * STEP + tl.arange(0, STEP)[:, None]
         inside = (token < tokens) & (b < B)[None, :]
         if DEALT:
@@ -97,9 +106,12 @@ def blocks_kernel(
             other = tl.load(
                 other_ptr + token * other_stride + place[None, :], mask=inside, other=0.0
             )
-            x = gated(x, other, False)
+            x = gated(x, other, not AS_FLOATS)
         if NORMED:
-            inverse = tl.load(inverse_ptr + token, mask=token < tokens, other=0.0)
+            if ALONE:
+                inverse = of_token
+            else:
+                inverse = tl.load(inverse_ptr + token, mask=token < tokens, other=0.0)
             x = (x.to(tl.float32) * inverse).to(x.dtype)
             if GAIN:
                 x = (x.to(tl.float32) * gain.to(x.dtype).to(tl.float32)).to(x.dtype)
