@@ -51,22 +51,29 @@ W4A16 = QuantConfig(weights=TensorQuant(), activations=TensorQuant(bits=16))
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(
-    ("quant", "inputs", "kv"),
+    ("quant", "inputs", "kv", "few"),
     [
-        (W4A4, "none", "affine"),
-        (W4A16, "none", "affine"),
-        (W4A4, "blocks", "affine"),
-        (W4A4, "none", "levels"),
+        (W4A4, "none", "affine", 128),
+        (W4A4, "none", "affine", 4),  # a prompt is many tokens
+        (W4A16, "none", "affine", 128),
+        (W4A4, "blocks", "affine", 128),
+        (W4A4, "none", "levels", 128),
     ],
-    ids=["w4a4", "w4a16", "blocks", "levels"],
+    ids=["w4a4", "prompt", "w4a16", "blocks", "levels"],
 )
 # NumPy, which interprets, minds the logarithm of an empty slot's scale
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @torch.no_grad()
 def test_triton_gives_the_logits_of_the_reference(
-    make_model, ids, device, quant, inputs, kv, dtype, caplog, monkeypatch
+    make_model, ids, device, quant, inputs, kv, few, dtype, caplog, monkeypatch
 ):
-    """Prefill of a padded batch, a chunk, and decode steps, on all kernels together."""
+    """Prefill of a padded batch, a chunk, and decode steps, on all kernels together.
+
+    few: how many tokens the kernels for few of them take.
+    """
+    monkeypatch.setattr(gpu, "_FEW", few)
+    gated, gate = [], gpu.linear_gated
+    monkeypatch.setattr(gpu, "linear_gated", lambda *given: gated.append(1) or gate(*given))
 
     def make():
         return make_model(dtype, **SHAPE).to(device)
@@ -92,6 +99,7 @@ def test_triton_gives_the_logits_of_the_reference(
         ]
         found.append(torch.cat(passes, 1).double()[mask.bool()])
     assert "outside" not in caplog.text
+    assert len(gated) == (few == 4)  # the one layer's, in the first pass
     assert graph_runner(model).capturable == (device.type == "cuda")
     expected, triton = found
     # float noise moves a few levels
