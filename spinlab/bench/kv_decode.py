@@ -1,4 +1,4 @@
-"""Time decode attention on 4-bit keys and values against torch on bf16 ones."""
+"""Time decode attention on coded keys and values against torch on bf16 ones."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from spinlab.bench.operands import random_floats, random_rows
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for, measure
+from spinlab.config import CodecConfig
+from spinlab.config.kv import LloydMaxConfig
 from spinlab.errors import ResultError
+from spinlab.kv.base import PackedLayout
+from spinlab.kv.codecs import make_codec
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.kernels.attention import reference as attention
 from spinlab.runtime.kernels.kv.rows import PackedRows
@@ -23,6 +27,16 @@ KV_CASES: dict[str, tuple[int, int, int, int]] = {
     "b1_c8192_h32_kv32": (1, 8192, 32, 32),
     "b64_c768_h32_kv32": (64, 768, 32, 32),
     "b16_c768_h32_kv32": (16, 768, 32, 32),
+}
+# what kernels read beside the 4-bit grid, in 4 bits a number too
+CODECS = {
+    "affine2": CodecConfig(bits=2),
+    **{
+        f"lloyd_max{bits}": CodecConfig(
+            codec="lloyd_max", bits=bits, lloyd_max=LloydMaxConfig(turn="none")
+        )
+        for bits in (2, 3, 4)
+    },
 }
 _CLOSE = 2.0**-6  # of the largest output; weights and outputs are rounded to 16 bits
 _BACKENDS = {
@@ -55,7 +69,10 @@ def kv_decode(
     results: Results,
     head_dim: int = HEAD_DIM,
 ) -> None:
-    """Add a case's speedup over torch's fastest back end, and the seconds of every one."""
+    """Add a case's speedup over torch's fastest back end, and the seconds of every one.
+
+    Those of other codecs are held against the same.
+    """
     name, (batch, context, heads, kv_heads) = case
     query = random_floats(batch, heads, 1, head_dim, generator=generator)
     works, row_bytes = ours(operations, query, (context, kv_heads), generator)
@@ -75,6 +92,12 @@ def kv_decode(
             f"floor/kv_decode/{name}": 2 * row_bytes / rates["copy"],
         }
     )
+    for codec, settings in CODECS.items():
+        side = make_codec("kv.keys", settings, head_dim, 0)
+        assert side is not None and side.packed is not None, "kernels read all of CODECS"
+        works, _ = ours(operations, query, (context, kv_heads), generator, side.packed)
+        seconds = results.measure(f"kv_decode/{codec}/{name}", {"ours": works}, query.device)
+        results.add({f"speedup/kv_decode/{codec}/{name}": best / seconds["ours"]})
 
 
 def ours(
@@ -82,15 +105,16 @@ def ours(
     query: torch.Tensor,
     cache: tuple[int, int],
     generator: torch.Generator,
+    layout: PackedLayout | None = None,
 ) -> tuple[list[Work], int]:
     """Return our attention over full caches, checked, and the bytes of one's keys.
 
-    query: (batch, heads, 1, head_dim); cache: slots, heads.
+    query: (batch, heads, 1, head_dim); cache: slots, heads; layout: as of `random_rows`.
     """
     (batch, _, _, head_dim), (context, kv_heads) = query.shape, cache
 
     def draw() -> PackedRows:
-        return random_rows(batch, kv_heads, context, head_dim, generator)
+        return random_rows(batch, kv_heads, context, head_dim, generator, layout)
 
     first = draw()
     count = copies_for(2 * first.bytes, query.device)

@@ -5,7 +5,8 @@ import torch
 from spinlab.formats import IntegerFormat
 from spinlab.formats.pack import unpack_nibbles
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.kv.layouts import GridLayout
+from spinlab.kv.base import PackedLayout
+from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
 
@@ -44,16 +45,32 @@ def random_floats(
 
 
 def random_rows(
-    batch: int, kv_heads: int, capacity: int, head_dim: int, generator: torch.Generator
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    generator: torch.Generator,
+    layout: PackedLayout | None = None,
 ) -> PackedRows:
-    """Draw the 4-bit keys or values of a full cache, about normal in distribution."""
-    device = generator.device
-    rows = empty_rows(batch, kv_heads, capacity, GridLayout(KV_GRID, head_dim), device)
-    assert rows.zero is not None
-    shape = (batch, kv_heads, capacity)
-    rows.packed.copy_(
-        torch.randint(256, rows.packed.shape, dtype=torch.uint8, generator=generator, device=device)
-    )
-    rows.scale.copy_(torch.rand(shape, generator=generator, device=device) * 0.2 + 0.2)
-    rows.zero.copy_(torch.randint(6, 10, shape, generator=generator, device=device))
+    """Draw the keys or values of a full cache, about normal in distribution.
+
+    layout: how a head is coded, by 4 bits on a grid unless it is given.
+    """
+    layout, device = layout or GridLayout(KV_GRID, head_dim), generator.device
+    rows = empty_rows(batch, kv_heads, capacity, layout, device)
+    shape, places = (batch, kv_heads, capacity), rows.packed.shape
+    nibbles = torch.randint(256, places, dtype=torch.uint8, generator=generator, device=device)
+    spread = torch.rand(shape, generator=generator, device=device) + 1
+    if isinstance(layout, LevelsLayout):  # of directions, whose lengths are those of numbers
+        many, scale = len(layout.levels.first), spread * head_dim**0.5
+    else:
+        assert isinstance(layout, GridLayout)
+        many = layout.grid.highest - layout.grid.lowest + 1
+        scale = spread * 3 / (many - 1)
+    rows.packed.copy_(nibbles & (many - 1) * 0x11)
+    rows.scale.copy_(scale)
+    if rows.zero is not None:
+        first = 3 * many // 8  # about the middle
+        zero = torch.randint(first, many - first, shape, generator=generator, device=device)
+        rows.zero.copy_(zero)
     return rows

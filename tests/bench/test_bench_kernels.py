@@ -14,7 +14,7 @@ from spinlab.bench import peer_parts, peers
 from spinlab.bench.__main__ import main
 from spinlab.bench.collect import collect
 from spinlab.bench.kernels import bench_kernels, ceilings
-from spinlab.bench.kv_decode import kv
+from spinlab.bench.kv_decode import CODECS, kv
 from spinlab.bench.operands import random_floats, random_rows, random_weight
 from spinlab.bench.peers import LinearPeer, Product, linear_peers
 from spinlab.bench.producers import producers
@@ -23,6 +23,7 @@ from spinlab.bench.results import Results
 from spinlab.bench.runners import Setting, Stock
 from spinlab.bench.timing import copies_for, measure
 from spinlab.errors import InputError, ResultError
+from spinlab.kv.codecs import make_codec
 from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.kv.rows import dequantize
@@ -162,9 +163,11 @@ def test_a_random_weight_holds_its_own_sums_and_is_about_orthonormal(generator):
     assert 0.7 < variance < 1.4
 
 
-def test_random_rows_spread_like_normal_numbers(generator):
-    numbers = dequantize(random_rows(2, 3, 50, 16, generator), 50, torch.float32)
-    assert abs(numbers.mean()) < 0.2 and 0.8 < numbers.std() < 2
+@pytest.mark.parametrize("codec", [None, *CODECS])
+def test_random_rows_spread_like_normal_numbers(generator, codec):
+    settings = None if codec is None else make_codec("kv.keys", CODECS[codec], 16, 0).packed
+    numbers = dequantize(random_rows(2, 3, 50, 16, generator, settings), 50, torch.float32)
+    assert abs(numbers.mean()) < 0.2 and 0.8 < numbers.std() < 2.5
 
 
 def test_prefill_and_decode_name_their_metrics_as_tables_read_them(results):
@@ -208,6 +211,9 @@ def test_attention_is_held_against_torchs_fastest_back_end(results):
     # keys and values of 40 rows: 64 bytes of nibbles, a scale and a zero point each
     assert results.metrics["floor/kv_decode/toy"] == 2 * 2 * 2 * 40 * 67 / RATES["copy"]
     assert any("cudnn" in name for name in results.skipped)
+    for codec in CODECS:
+        own = results.metrics[f"speed/kv_decode/{codec}/toy/ours"]
+        assert results.metrics[f"speedup/kv_decode/{codec}/toy"] == best / own
 
 
 def test_every_figure_is_in_the_file_at_once(results, tmp_path):
