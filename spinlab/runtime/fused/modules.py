@@ -39,46 +39,27 @@ class Reader(nn.Module):
 
         added: (..., out), to which they are added, if given.
         """
-        return self.multiply(self.levels(x), x, added)
-
-    def levels(self, x: torch.Tensor) -> TokenLevels | None:
-        """Return the input x (..., in), quantized; None where the product takes floats."""
-        return None if self.quantizer is None else self._quantized(x, self.quantizer)
-
-    def multiply(
-        self, levels: TokenLevels | None, x: torch.Tensor, added: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the outputs for levels of x, or for x where there are none."""
         if isinstance(self.product, SeparateProducts):
-            out = self.product(self._floats(x))
+            out = self.product(x)
             return out if added is None else added + out
-        rows = None if added is None else added.flatten(0, -2)
-        if levels is None:
-            out = self.product.of_floats(self._rotated(self._floats(x)).flatten(0, -2), rows)
-        else:
-            out = self.product.of_levels(levels, x.dtype, rows)
-        return out.unflatten(0, x.shape[:-1])
+        if self.quantizer is None:
+            rotated, rows = self._rotated(x).flatten(0, -2), _rows(added)
+            return self.product.of_floats(rotated, rows).unflatten(0, x.shape[:-1])
+        return self._multiply(self._levels(x, self.quantizer), x, added)
 
-    def gated(self, levels: TokenLevels | None, x: torch.Tensor) -> torch.Tensor | None:
-        """Return silu(gate)·up (..., out/2) of outputs for levels of x; None where no kernel does.
-
-        Outputs are gate's, then up's.
-        """
-        if levels is None or not isinstance(self.product, PackedProduct):
-            return None
-        if not self.product.gates(levels):
-            return None
-        return self.product.gated(levels, x.dtype).unflatten(0, x.shape[:-1])
-
-    def _floats(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what is quantized, or multiplied as it is: (..., in)."""
-        return x
-
-    def _quantized(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
+    def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
         if rotation is not None and self.operations.rotates(x, rotation, quantizer):
             return self.operations.rotate_quantize(x, rotation, quantizer)
         return self.operations.quantize(self._rotated(x), quantizer)
+
+    def _multiply(
+        self, levels: TokenLevels, like: torch.Tensor, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the outputs for levels, in the shape and dtype of the floats they came from."""
+        assert isinstance(self.product, PackedProduct)
+        out = self.product.of_levels(levels, like.dtype, _rows(added))
+        return out.unflatten(0, like.shape[:-1])
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.path.rotation is None else self.path.rotation(x)
@@ -102,19 +83,15 @@ class NormReader(Reader):
         self.norm, self.epsilon, self.offset = norm, described.epsilon, described.offset
         self.has_gain = not bool((self._gain() == 1).all())
 
-    def levels(self, x: torch.Tensor) -> TokenLevels | None:
-        """Return the stream x (..., hidden) behind the norm, quantized; None as for others."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs side by side, (..., out), for the stream x: (..., hidden)."""
         rotation, quantizer = self.path.rotation, self.quantizer
-        if quantizer is None:
-            return None
         known = isinstance(rotation, ScaledDual | None)
-        if not known or not self.operations.rotates(x, rotation, quantizer):
-            return self._quantized(self.norm(x), quantizer)
+        if quantizer is None or not known or not self.operations.rotates(x, rotation, quantizer):
+            return super().forward(self.norm(x))
         gain = self._gain() if self.has_gain else None
-        return self.operations.norm_quantize(x, gain, self.epsilon, quantizer, rotation)
-
-    def _floats(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x)
+        levels = self.operations.norm_quantize(x, gain, self.epsilon, quantizer, rotation)
+        return self._multiply(levels, x)
 
     def _gain(self) -> torch.Tensor:
         """Return the gain: (width,)."""
@@ -134,7 +111,7 @@ class GateReader(Reader):
         if quantizer is None or not self.operations.rotates(gate, rotation, quantizer):
             return self(silu(gate) * up, added)
         levels = self.operations.gate_quantize(gate, up, rotation, quantizer)
-        return self.multiply(levels, gate, added)
+        return self._multiply(levels, gate, added)
 
 
 class IntegerMLP(nn.Module):
@@ -146,11 +123,7 @@ class IntegerMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """Map the stream (..., hidden) to what is added to it, or to its sum with `added`."""
-        levels = self.gate_up.levels(x)
-        gated = self.gate_up.gated(levels, x)
-        if gated is not None:
-            return self.down(gated, added)
-        gate, up = self.gate_up.multiply(levels, x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down.of_gate(gate, up, added)
 
 
@@ -168,3 +141,8 @@ def _add(
 ) -> torch.Tensor:
     x, _ = attention(hidden_states, added=hidden_states, **kwargs)
     return mlp(x, added=x)
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a tensor of any shape as rows (tokens, width)."""
+    return None if x is None else x.flatten(0, -2)

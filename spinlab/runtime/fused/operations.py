@@ -9,7 +9,7 @@ import torch
 from spinlab.fakequant.activations import Transform
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.attention import reference as attention
-from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
+from spinlab.runtime.kernels.formats import TokenLevels
 from spinlab.runtime.kernels.kv import reference as kv
 from spinlab.runtime.kernels.linear import reference as linear
 from spinlab.runtime.kernels.producers import reference as producers
@@ -21,15 +21,12 @@ class Operations:
 
     on_device: nothing is read back by the host, so that a CUDA graph can hold a whole step
     biased: `attend` takes what biases of keys add to scores (`spinlab.kv.bias.BiasScores`)
-    gates: whether `linear_gated` should multiply inputs by a weight of gate and up
     """
 
     name: str
     on_device: bool
     biased: bool
     linear: Callable[..., torch.Tensor]
-    linear_gated: Callable[..., torch.Tensor]
-    gates: Callable[[TokenLevels, PackedWeight], bool]
     linear16: Callable[..., torch.Tensor]
     quantize: Callable[[torch.Tensor, TokenQuantizer], TokenLevels]
     norm_quantize: Callable[..., TokenLevels]
@@ -57,8 +54,6 @@ def _bundle(
     return Operations(
         name=name,
         linear=linear.linear,
-        linear_gated=linear.linear_gated,
-        gates=linear.gates,
         linear16=linear.linear16,
         quantize=producers.quantize,
         norm_quantize=producers.norm_quantize,

@@ -36,16 +36,8 @@ class PackedProduct(nn.Module):
         """Return the outputs (tokens, out) for quantized inputs, added to others if given."""
         return self.operations.linear(inputs, self.weight, self.bias, dtype, added)
 
-    def gates(self, inputs: TokenLevels) -> bool:
-        """Tell whether outputs for quantized inputs are better gated by what multiplies."""
-        return self.operations.gates(inputs, self.weight)
-
-    def gated(self, inputs: TokenLevels, dtype: torch.dtype) -> torch.Tensor:
-        """Return silu(gate)·up (tokens, out/2), of outputs that are gate's, then up's."""
-        return self.operations.linear_gated(inputs, self.weight, self.bias, dtype)
-
     def of_floats(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the outputs (tokens, out) for inputs (tokens, in) that stay floats."""
+        """Return the same for inputs (tokens, in) that stay floats."""
         return self.operations.linear16(x, self.weight, self.bias, added)
 
 

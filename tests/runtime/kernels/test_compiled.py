@@ -23,7 +23,6 @@ from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
 from spinlab.runtime.kernels.linear import triton as linear_kernels
 from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
-from spinlab.runtime.kernels.linear import triton_gate as gated_kernels
 from spinlab.runtime.kernels.producers import triton as producer_kernels
 from spinlab.runtime.kernels.producers import triton_blocks as block_kernels
 from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
@@ -74,11 +73,6 @@ for added in (False, True):
     assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
     # weights come from registers: the first operand is a list of them, not a descriptor
     assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
-OF_GATED = {**TILES, "w_tiles": "tensordesc<u8[64, 64]>", "y_tiles": "tensordesc<bf16[128, 64]>",
-            "channels": "i32"}
-GATED = {n: PREFILL[n] for n in PREFILL if n in gated_kernels.gate_kernel.arg_names}
-found, _ = instructions(gated_kernels.gate_kernel, OF_GATED, {**GATED, "BN": 64}, 90)
-assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
 found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 # what the interpreter takes and the compiler may not

@@ -90,43 +90,6 @@ def test_a_sum_is_that_of_two_tensors(tokens: int, groups: int, dtype, device: t
         assert torch.equal(added, kept)
 
 
-# channels that fill tiles and that do not; columns that do not
-@pytest.mark.parametrize(
-    ("tokens", "channels", "width", "symmetric"),
-    [(130, 72, 160, False), (129, 64, 256, True), (200, 136, 96, False)],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gated_products_are_outputs_that_are_gated(
-    tokens, channels, width, symmetric, dtype, device: torch.device
-) -> None:
-    weight = pack_weight(random_weight(2 * channels, width, 1, symmetric), 1)
-    bias = torch.randn(2 * channels) if symmetric else None
-    inputs = quantized(torch.randn(tokens, width), TokenQuantizer(IntegerFormat(4, False)))
-    inputs, placed = on(device, inputs, weight)
-    scale = 3 / gpu.linear(inputs, placed, None, torch.float32).std()  # where silu bends
-    inputs = inputs._replace(scale=inputs.scale * scale)
-    bias = None if bias is None else bias.to(device)
-    assert gpu.gates(inputs, placed)
-    found = gpu.linear_gated(inputs, placed, bias, dtype)
-    outputs = gpu.linear(inputs, placed, bias, dtype)
-    gate, up = outputs.double().chunk(2, dim=1)
-    exact = torch.nn.functional.silu(gate).to(dtype).double() * up
-    assert found.shape == exact.shape and found.dtype == dtype
-    off = 4 * torch.finfo(dtype).eps * exact.abs() + 1e-6 * exact.abs().max()
-    assert ((found.double() - exact).abs() <= off).all()
-    given = (*on(torch.device("cpu"), inputs, placed), None if bias is None else bias.cpu())
-    wanted = reference.linear_gated(*given, dtype)
-    assert torch.allclose(found.cpu(), wanted, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_few_tokens_and_several_blocks_are_not_gated(device: torch.device) -> None:
-    """What reads gate and up gates them; a product of blocks holds two sums already."""
-    for tokens, groups in ((128, 1), (129, 2)):
-        weight = pack_weight(random_weight(64, 256, groups, True), 1).to(device)
-        inputs = quantized(torch.randn(tokens, 256), TokenQuantizer(IntegerFormat(4, False)))
-        assert not gpu.gates(inputs, weight)
-
-
 def test_every_output_is_written_and_none_else(device: torch.device) -> None:
     """Shapes that fill no tile leave what lies behind the result alone."""
     weight = pack_weight(random_weight(40, 96, 1, True), 1)

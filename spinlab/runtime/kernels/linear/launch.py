@@ -46,7 +46,11 @@ def linear(
     sums = inputs.sums
     if weight.zero is not None and sums.shape[1] < weight.blocks:
         sums = inputs.levels.unflatten(1, (weight.blocks, -1)).sum(2, dtype=torch.int32)
-    pointers = _pointers(inputs, sums, weight, bias)
+    some = weight.scale  # stands for what is not there
+    pointers = (
+        inputs.scale, inputs.zero, sums, weight.scale,
+        some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
+    )  # fmt: skip
     shape: dict[str, Any] = {
         "HALF": weight.chunk // 2,
         "BLOCKS": weight.blocks,
@@ -55,38 +59,11 @@ def linear(
         "ZEROS": weight.zero is not None,
         "BIAS": bias is not None,
     }
-    take = _decode if tokens <= _FEW else _prefill
-    take(inputs.levels, weight, out, pointers, shape, added)
+    if tokens <= _FEW:
+        _decode(inputs.levels, weight, out, pointers, shape, added)
+    else:
+        _prefill(inputs.levels, weight, out, pointers, shape, added)
     return out
-
-
-def linear_gated(
-    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return silu(gate)·up: (tokens, channels) in `dtype`, of what `gates` takes.
-
-    weight: rows of gate, and those of up behind them. Bits are those of `linear` and of what gates
-    its outputs, which are not written.
-    """
-    from spinlab.runtime.kernels.linear.triton_gate import gate_kernel
-
-    assert gates(inputs, weight), "ask gates first"
-    (tokens, width), channels = inputs.levels.shape, weight.out_features // 2
-    tile = {**_prefill_tile(weight), "BN": 64}  # of each
-    out = torch.empty(tokens, channels, dtype=dtype, device=inputs.levels.device)
-    shape = {"HALF": width // 2, "ZEROS": weight.zero is not None, "BIAS": bias is not None}
-    arguments = *_pointers(inputs, inputs.sums, weight, bias), tokens, channels
-    _launch_many(gate_kernel, inputs.levels, weight, out, arguments, shape, tile)
-    return out
-
-
-def gates(inputs: TokenLevels, weight: PackedWeight) -> bool:
-    """Tell whether `linear_gated` takes inputs and a weight: many tokens, and one block.
-
-    Of few tokens, what reads gate and up gates them.
-    """
-    many, channels = len(inputs.levels) > _FEW, weight.out_features // 2
-    return many and weight.blocks == 1 and channels % 8 == 0
 
 
 def linear16(
@@ -154,17 +131,6 @@ def _check(weight: PackedWeight) -> None:
         raise InputError(f"there is no GPU kernel for this weight: {reason}; use the reference")
 
 
-def _pointers(
-    inputs: TokenLevels, sums: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """Return what scales the products of levels, and what is added to them."""
-    some = weight.scale  # stands for what is not there
-    return (
-        inputs.scale, inputs.zero, sums, weight.scale,
-        some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
-    )  # fmt: skip
-
-
 def _prefill(
     levels: torch.Tensor,
     weight: PackedWeight,
@@ -175,30 +141,23 @@ def _prefill(
 ) -> None:
     from spinlab.runtime.kernels.linear.triton import prefill_kernel
 
-    given = out if added is None else added.contiguous()
-    arguments = (*pointers, given, len(levels), weight.out_features)
-    shape = {**shape, "ADDED": added is not None}
-    _launch_many(prefill_kernel, levels, weight, out, arguments, shape, _prefill_tile(weight))
-
-
-def _launch_many(
-    kernel: Any,
-    levels: torch.Tensor,
-    weight: PackedWeight,
-    out: torch.Tensor,
-    arguments: tuple,
-    shape: dict[str, Any],
-    tile: dict[str, int],
-) -> None:
-    """Launch programs that stay on their multiprocessor, for tiles of many tokens."""
-    bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
-    tiles = _ceil(len(levels), bm) * _ceil(out.shape[1], bn)
+    tile = _prefill_tile(len(levels), weight)
+    warps, bm, bn, bk = tile.pop("num_warps"), tile["BM"], tile["BN"], tile["BK"]
+    tiles = _ceil(len(levels), bm) * _ceil(weight.out_features, bn)
     programs = min(tiles, _PROGRAMS * multiprocessors(levels.device))
-    tensors = _tiles(levels, bm, bk), _tiles(weight.packed, bn, bk), _tiles(out, bm, bn)
-    constants = {**shape, **tile, "PROGRAMS": programs, "ASM": not interpreted()}
+    arguments = (
+        _tiles(levels, bm, bk),
+        _tiles(weight.packed, bn, bk),
+        _tiles(out, bm, bn),
+        *pointers, out if added is None else added.contiguous(), len(levels),
+        weight.out_features,
+    )  # fmt: skip
+    constants = {
+        **shape, "ADDED": added is not None, **tile, "PROGRAMS": programs, "ASM": not interpreted(),
+    }  # fmt: skip
     # a program takes so much room that the kernel before it would end more slowly
-    options = {"overlap": False, "num_warps": 4, "enable_fp_fusion": False}
-    launch(kernel, (programs,), (*tensors, *arguments), constants, **options)
+    options = {"overlap": False, "num_warps": warps, "enable_fp_fusion": False}
+    launch(prefill_kernel, (programs,), arguments, constants, **options)
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -208,7 +167,7 @@ def _tiles(x: torch.Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [rows, columns])
 
 
-def _prefill_tile(weight: PackedWeight) -> dict[str, int]:
+def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program. Of several blocks it holds two sums, so it takes half."""
     several = weight.blocks > 1
     bk = min(64, weight.chunk // 2) if several else 64
@@ -218,6 +177,7 @@ def _prefill_tile(weight: PackedWeight) -> dict[str, int]:
         "BK": bk,
         "GROUP": 16,
         "STAGES": 2 if several else 3,
+        "num_warps": 4,
     }
 
 

@@ -1,7 +1,6 @@
 """The definition of products with packed weights."""
 
 import torch
-from torch.nn.functional import silu
 
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
 from spinlab.runtime.kernels.matmul.reference import matmul
@@ -42,19 +41,6 @@ def linear(
     if bias is not None:
         out += bias.to(out.dtype)
     return out.to(dtype) if added is None else added + out.to(dtype)
-
-
-def linear_gated(
-    inputs: TokenLevels, weight: PackedWeight, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return silu(gate)·up: (tokens, out/2) in `dtype`, of outputs that are gate's, then up's."""
-    gate, up = linear(inputs, weight, bias, dtype).chunk(2, dim=1)
-    return silu(gate) * up
-
-
-def gates(inputs: TokenLevels, weight: PackedWeight) -> bool:
-    """Tell whether to gate outputs where they are multiplied: what reads them does it here."""
-    return False
 
 
 def linear16(
