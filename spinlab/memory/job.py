@@ -157,6 +157,11 @@ class Job:
         return LEVEL * max(self._by_layer.values(), default=0)
 
     @cached_property
+    def taken_out(self) -> int:
+        """Bytes of the largest linear's levels as they are unpacked, from bytes to int16."""
+        return (1 + LEVEL) * max(self.linears.values(), default=0)
+
+    @cached_property
     def stacked(self) -> int:
         """Bytes of the levels of those linears that read one input, and are one product."""
         found: dict[tuple, int] = {}

@@ -131,12 +131,9 @@ def _checkpoints(setting: str) -> tuple[bool, ...]:
 def _rounding(job: Job, stage: str) -> Iterator[Need]:
     name = "rounding weights"
     yield Need(name, 0, job.made(job.size), job.cure(), stage)
-    yield Need(name, job.levels + _unpacked(job), job.part * job.size, job.cure(), stage)
-
-
-def _unpacked(job: Job) -> int:
-    """Return what the levels of a layer take on the host beside those that are packed there."""
-    return job.unpacked if job.offload and job.device.type != "cpu" else 0
+    apart = job.offload and job.device.type != "cpu"
+    host = job.levels + job.unpacked * apart  # of a layer that is not packed yet
+    yield Need(name, host, job.part * job.size, job.cure(), stage)
 
 
 def _calibrating(job: Job) -> Iterator[Need]:
@@ -163,7 +160,8 @@ def _calibrating(job: Job) -> Iterator[Need]:
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
         weights += (streams - 1) * job.before_last * job.size
-    host = job.levels + _unpacked(job) + windows.samples * length * INDEX
+    looked_at = job.taken_out if job.offload else 0  # one after the other, for its scale
+    host = job.levels + looked_at + windows.samples * length * INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")
     yield Need(name, host, weights + states + work, job.cure(*cures), "weights")

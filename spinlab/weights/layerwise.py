@@ -184,7 +184,10 @@ def check_samples(samples: int, config: WeightsConfig) -> None:
 def kept_layer(
     rounding: Rounding, index: int, make: Callable[[], dict[str, QuantizedWeight]]
 ) -> dict[str, QuantizedWeight]:
-    """Return the weights of a layer, in the host's memory; afterwards the model holds them.
+    """Return the weights of a layer; afterwards the model holds them.
+
+    They are in the host's memory, or where they were made if the store packs them: it does so
+    there, and the host never has the levels of a layer unpacked.
 
     They are those that an earlier call left in `progress`, if they are sound, or what `make`
     returns.
@@ -196,6 +199,8 @@ def kept_layer(
         set_dequantized(linear_at(rounding.model, name), weight)
     if kept is None and parallel.is_main():
         save_tensors(path, *stored_form(weights))
+    if rounding.part is not None:
+        return weights
     return {name: weight.cpu() for name, weight in weights.items()}
 
 

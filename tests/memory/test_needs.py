@@ -118,7 +118,7 @@ def test_needs_of_layers_that_come_one_by_one_do_not_grow_with_their_number():
             assert gate == [loaded + r1, fused + r1 + kept + PRODUCTS]
             states = 128 * 2048 * 2 * hidden * 2
             stays = (2 * end + layer + norms) * 2 + 2 * (layer - hidden * inner)
-            packed = layers * layer // 2 + 2 * layer + 128 * 2048 * 8  # those of a layer not yet
+            packed = layers * layer // 2 + 3 * hidden * inner + 128 * 2048 * 8
             assert found["GPTQ"] == [packed, stays + states + 20 * inner**2 + PRODUCTS]
             between = 2 * 9 * 2048 * hidden * 2  # of wiki and c4
             levels = 2 * hidden * inner * 2  # of gate and up
