@@ -4,19 +4,20 @@ The model is a checkpoint of random weights in a temporary folder, drawn layer b
 is never there as a whole; the experiment is W4A4KV4 without learning. Stages have their names in
 the cache. Names of the metrics:
 
-bytes/<stage>/device, bytes/<stage>/host   at its peak: of tensors on the GPU, of the process
+bytes/<stage>/device, bytes/<stage>/host   at its peak: of tensors on the GPU, of the process its
+                                           own (`spinlab.bench.resident`), not what it maps of files
 estimate/<stage>/device, …/host            what was said before, beyond what the process has; of
-                                           a variant eval-* stands for handoff-* and layers-* too,
-                                           `load` is what each stage does that reads the model
+                                           a variant eval-* stands for layers-* too, `load` is
+                                           what each stage does that reads the model
 whole/<stage>/device, …/host               the same of all layers of the shape
-bytes/start/host, bytes/checkpoint         of the process before the first stage; of the files
+bytes/start/host, bytes/checkpoint         of the process before the first stage, with the libraries
+                                           of its device; of the files
 speed/<stage>                              seconds
 """
 
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 from spinlab.bench.clock import now
 from spinlab.bench.models import DTYPES, SHAPES
+from spinlab.bench.resident import Watch, own_bytes
 from spinlab.bench.results import Results
 from spinlab.config import (
     Config,
@@ -52,7 +54,6 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.remaining import stages_of
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,30 @@ def bench_memory(
         results.add({"bytes/checkpoint": size})
         config = experiment(setting, device, there)
         pipeline = Pipeline(config)
-        _add_estimates(results, "estimate", _job(setting, config, device))
-        whole = _job(replace(setting, layers=None), config, device)
-        _add_estimates(results, "whole", whole)
+        for kind, of in (("estimate", setting), ("whole", replace(setting, layers=None))):
+            said = estimates_of(job_of(of, config, device))
+            results.add({f"{kind}/{name}": count for name, count in said.items()})
         assert pipeline.calibration and pipeline.evaluation and pipeline.original.identity
-        results.add({"bytes/start/host": _status("VmRSS")})
+        _warm(device)
+        results.add({"bytes/start/host": own_bytes()})
         stages: dict[str, Callable[[], object]] = {}
         for name, ask in stages_of(pipeline):
             stages.setdefault(name, ask)  # two variants share their weights
         for name, ask in stages.items():
-            start = now(device)
-            _begin(device)
-            ask()
-            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            found = {f"bytes/{name}/device": held} if device.type == "cuda" else {}
-            found[f"bytes/{name}/host"] = _status("VmHWM")
-            results.add({**found, f"speed/{name}": now(device) - start})
+            results.add(_looked_at(name, ask, device))
     return results.record()
+
+
+def _looked_at(name: str, ask: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Run a stage and return what it held at its peaks, and its seconds."""
+    on_gpu, start = device.type == "cuda", now(device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    with Watch() as watch:
+        ask()
+    seconds = now(device) - start
+    held = {f"bytes/{name}/device": torch.cuda.max_memory_allocated(device)} if on_gpu else {}
+    return {**held, f"bytes/{name}/host": watch.most, f"speed/{name}": seconds}
 
 
 def shape_of(setting: Setting) -> dict[str, Any]:
@@ -186,8 +194,11 @@ def _shards(names: list[str]) -> Iterator[list[str]]:
     yield from (found[number] for number in sorted(found))
 
 
-def _job(setting: Setting, config: Config, device: torch.device) -> Job:
-    """Return what needs depend on, of a setting's shape, with every stage still to run."""
+def job_of(setting: Setting, config: Config, device: torch.device) -> Job:
+    """Return what needs depend on, of a setting's shape, with every stage still to run.
+
+    config: what `experiment` makes of the setting.
+    """
     shape = {**shape_of(setting), "model_type": "llama"}
     model = replace(config.model, path=None, weights="random", architecture=shape)
     return Job(config, meta_model(model, None), device, {n for n, _ in stages_of(Pipeline(config))})
@@ -195,31 +206,27 @@ def _job(setting: Setting, config: Config, device: torch.device) -> Job:
 
 def _check_room(setting: Setting, device: torch.device, folder: Path) -> None:
     """Hold the checkpoint, and what the stages write beside it, against a folder's disk."""
-    job = _job(setting, experiment(setting, device, folder), device)
+    job = job_of(setting, experiment(setting, device, folder), device)
     size = sum(t.numel() * t.element_size() for t in job.shape.state_dict().values())
     check_disks([Write(f"--folder={folder}", folder, size + disk(job))])
 
 
-def _add_estimates(results: Results, kind: str, job: Job) -> None:
-    """Keep what stages are said to need: the most, where a stage has several needs."""
-    found: dict[str, float] = {}
+def estimates_of(job: Job) -> dict[str, int]:
+    """Return the bytes that stages are said to need, by <stage>/device and <stage>/host.
+
+    The most of them, where a stage has several needs.
+    """
+    found: dict[str, int] = {}
     for need in needs(job):
         for side, count in (("device", need.device), ("host", need.host)):
-            name = f"{kind}/{need.name}/{side}"
+            name = f"{need.name}/{side}"
             found[name] = max(found.get(name, 0), count)
-    results.add(found)
+    return found
 
 
-def _begin(device: torch.device) -> None:
-    """Let peaks count from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # a kernel without it: the peak is that since the start
-        _CLEAR.write_text("5")
-
-
-def _status(name: str) -> int:
-    """Return a line of the kernel's account of this process, in bytes; 0 where there is none."""
-    told = _STATUS.read_text(encoding="utf-8") if _STATUS.exists() else ""
-    found = re.search(rf"{name}:\s+(\d+) kB", told)
-    return int(found[1]) * 1024 if found else 0
+def _warm(device: torch.device) -> None:
+    """Have a device's libraries loaded: they would count as a stage's."""
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        eye = torch.eye(16, dtype=dtype, device=device)
+        torch.mm(eye, eye)
+    torch.linalg.cholesky_ex(torch.eye(16, dtype=torch.float64, device=device))

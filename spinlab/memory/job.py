@@ -13,7 +13,7 @@ from spinlab.model.map import Dimensions, ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.initial import block_orders
 
-FLOAT32, FLOAT64, INDEX, LEVEL = 4, 8, 8, 2  # bytes; levels of weights are int16
+HALF, FLOAT32, FLOAT64, INDEX, LEVEL = 2, 4, 8, 8, 2  # bytes; levels of weights are int16
 MORE = "a machine with more memory"
 
 
@@ -121,15 +121,60 @@ class Job:
         """Numbers of a rotated model that are there at once."""
         return max(self.layer, 2 * self.end) if self.offload else self.untied
 
-    def made(self, size: int, fusing: bool = True) -> int:
-        """Bytes of a network in numbers of so many bytes while it is made, with R1 if in parts."""
+    @cached_property
+    def largest(self) -> int:
+        """Numbers of the largest matrix of a layer."""
+        layers = (self.shape.get_submodule(layer.path) for layer in self.map.layers)
+        return max(p.numel() for layer in layers for p in layer.parameters())
+
+    @property
+    def r1(self) -> int:
+        """Bytes of R1."""
+        return FLOAT64 * self.map.hidden**2
+
+    def made(self, size: int, fusing: bool = True, replaced: bool = False) -> int:
+        """Bytes of a network in numbers of so many bytes while it is made, with R1 if in parts.
+
+        replaced: the linears of layers get other weights, and take the gains of norms alone.
+        """
         if not self.offload:
             return self.untied * size + self.fusing * fusing
-        layers = (self.shape.get_submodule(layer.path) for layer in self.map.layers)
-        largest = max(p.numel() for layer in layers for p in layer.parameters())
-        beside = (2 * FLOAT64 * largest, 2 * FLOAT64 * self.end) if fusing else (0, 0)
-        parts = self.layer * size + beside[0], 2 * self.end * size + beside[1]
-        return max(parts) + FLOAT64 * self.map.hidden**2
+        beside = (2 * FLOAT64 * self.largest, 2 * FLOAT64 * self.end) if fusing else (0, 0)
+        of_layer = self.layer * size + beside[0] + self.r1 * (not replaced)
+        return max(of_layer, 2 * self.end * size + beside[1] + self.r1)
+
+    def loaded(self, size: int) -> int:
+        """Bytes of the host's memory that a part takes on its way to another device.
+
+        What has 16 bits is moved from where it lies in its file, whose pages the system takes back.
+        """
+        moves = self.offload and self.device.type != "cpu" and size > HALF
+        return self.part * size * moves
+
+    @cached_property
+    def unpacked(self) -> int:
+        """Bytes of the levels of a layer's linears where they are not packed."""
+        return LEVEL * max(self._by_layer.values(), default=0)
+
+    @cached_property
+    def taken_out(self) -> int:
+        """Bytes of the largest linear's levels as they are unpacked, from bytes to int16."""
+        return (1 + LEVEL) * max(self.linears.values(), default=0)
+
+    @cached_property
+    def stacked(self) -> int:
+        """Bytes of the levels of those linears that read one input, and are one product."""
+        found: dict[tuple, int] = {}
+        for site, _ in rounded_sites(self.map, self.config.quant):
+            found[site.rows] = found.get(site.rows, 0) + LEVEL * site.numbers
+        return max(found.values(), default=0)
+
+    @property
+    def _by_layer(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for site, _ in rounded_sites(self.map, self.config.quant):
+            found[site.layer] = found.get(site.layer, 0) + site.numbers
+        return found
 
     @property
     def levels(self) -> int:

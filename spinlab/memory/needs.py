@@ -6,22 +6,18 @@ cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from spinlab import parallel
 from spinlab.config.weights import method_title
-from spinlab.kv.bits import cache_bytes
-from spinlab.kv.path import kv_path
 from spinlab.learn import estimate_of
 from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
-from spinlab.metrics.continuation import PROMPTS
-from spinlab.metrics.divergence import CHUNK
-from spinlab.metrics.likelihood import MOST_TOKENS
-from spinlab.metrics.needle import NUMBERS
+from spinlab.memory.measuring import measuring, outliers, states_of
 from spinlab.rotation.check import GATE_TOKENS
 from spinlab.weights.calibration import batch_of
 from spinlab.weights.methods import METHODS
 
-_MASKS = 5  # bytes for every pair of tokens where a coded history is seen: one mask in the making
+_OF_PRODUCTS = 32 * 2**20
 
 
 def needs(job: Job) -> list[Need]:
@@ -40,9 +36,16 @@ def needs(job: Job) -> list[Need]:
     if job.has("weights"):
         found += _calibrating(job) if job.config.rounded_on_text else _rounding(job, "weights")
     for variant in job.config.eval.variants:
-        if job.has(*(f"{stage}-{variant}" for stage in ("handoff", "eval", "layers"))):
-            found.append(_measuring(job, variant))
-    return [*_loading(job), *found] if found or job.has("outliers") else []
+        found += measuring(job, variant)
+    if job.has("outliers"):
+        found.append(outliers(job))
+    found = [*_loading(job), *found] if found else []
+    return [replace(need, device=need.device + _workspace(job, need)) for need in found]
+
+
+def _workspace(job: Job, need: Need) -> int:
+    """Return what torch gives cuBLAS for its products, on its largest GPUs so far."""
+    return _OF_PRODUCTS if need.device and job.device.type == "cuda" else 0
 
 
 def _loading(job: Job) -> Iterator[Need]:
@@ -75,7 +78,7 @@ def _statistics(job: Job) -> Iterator[Need]:
     held, numbers, run = sum(of_layers), job.untied, length * job.end // job.map.hidden * job.size
     if job.offload:
         held, numbers, run = max(of_layers), job.layer, 0
-    kept = tokens * INDEX + _states(job, tokens) + sum(of_layers)
+    kept = tokens * INDEX + states_of(job, tokens) + sum(of_layers)
     cure = job.cure(f"a smaller rotation.statistics.sequence_length than {length}")
     made = max(job.made(job.size, fusing=job.offload), numbers * job.size + held + run)
     for host, device in ((kept - held, made), (kept, job.part * job.size)):
@@ -98,17 +101,13 @@ def _exporting(job: Job) -> Iterator[Need]:
         yield Need(name, levels + job.packed + copied, there, job.cure(), name)
 
 
-def _states(job: Job, tokens: int) -> int:
-    """Return what stands between layers for so many tokens, in the host's memory with offload."""
-    return tokens * job.map.hidden * job.size if job.offload else 0
-
-
 def _rotating(job: Job) -> Need:
-    """The gate runs original and rotated model in turn."""
+    """The gate runs original and rotated model in turn; R1 is on the host meanwhile."""
     kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
     need = job.made(job.gate_size) + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
-    return Need(name, 0, need, f"a smaller model or {MORE}", "rotate")
+    host = job.loaded(job.gate_size) + job.r1 if job.offload else 0
+    return Need(name, host, need, f"a smaller model or {MORE}", "rotate")
 
 
 def _learning(job: Job) -> Need:
@@ -132,7 +131,9 @@ def _checkpoints(setting: str) -> tuple[bool, ...]:
 def _rounding(job: Job, stage: str) -> Iterator[Need]:
     name = "rounding weights"
     yield Need(name, 0, job.made(job.size), job.cure(), stage)
-    yield Need(name, job.levels, job.part * job.size, job.cure(), stage)
+    apart = job.offload and job.device.type != "cpu"
+    host = job.levels + job.unpacked * apart  # of a layer that is not packed yet
+    yield Need(name, host, job.part * job.size, job.cure(), stage)
 
 
 def _calibrating(job: Job) -> Iterator[Need]:
@@ -159,83 +160,8 @@ def _calibrating(job: Job) -> Iterator[Need]:
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
         weights += (streams - 1) * job.before_last * job.size
-    host = job.levels + windows.samples * length * INDEX
+    looked_at = job.taken_out if job.offload else 0  # one after the other, for its scale
+    host = job.levels + looked_at + windows.samples * length * INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")
     yield Need(name, host, weights + states + work, job.cure(*cures), "weights")
-
-
-def _measuring(job: Job, variant: str) -> Need:
-    """A window's logits are there in the model's dtype, in float32 and as probabilities.
-
-    What is compared with the original has the original's head beside them, and a chunk of its
-    logits in two forms. What else is measured comes after them.
-    """
-    measured, d = job.config.eval, job.dimensions
-    batch = min(measured.batch, measured.max_windows or measured.batch)
-    tokens = batch * measured.window
-    copy = job.size != FLOAT32 or batch > 1
-    numbers = tokens * (job.end // d.hidden)
-    logits = numbers * (job.size + (1 + copy) * FLOAT32)
-    cures = [f"a smaller eval.window than {measured.window}"]
-    if batch > 1:
-        cures.insert(0, f"a smaller eval.batch than {batch}")
-    if measured.compares and variant != "fp":
-        chunk = min(numbers // batch, CHUNK)  # windows are compared one by one
-        logits = max(logits, 2 * (numbers + chunk) * FLOAT32) + job.end * job.size
-    most, name, stage = logits, f"measuring {variant}", f"eval-{variant}"
-    for work, shorter in _recalling(job, variant):
-        if work > most:
-            most, cures = work, [shorter]
-    if variant == "fp":
-        numbers = 2 * job.end if job.offload else job.numbers
-        run = max(numbers * job.size + most, job.part * job.size)
-        return Need(name, _kept(job, variant), run, job.cure(*cures), stage)
-    floats = job.untied - sum(job.linears.values())
-    run = floats * job.size + (job.untied - floats) // 2 + most
-    host = job.levels
-    if job.offload:  # whose weights are read layer by layer
-        run, host = 2 * job.end * job.size + most, _kept(job, variant)
-    return Need(name, host, max(job.made(job.size), run), job.cure(*cures), stage)
-
-
-def _kept(job: Job, variant: str) -> int:
-    """Return the states between layers: of all windows, or of as many answers as go together.
-
-    Tasks fill the room for these unless `eval.limit` leaves few questions, whose tokens nobody
-    knows yet; a text of a needle is read in passes, and only whole ones go together.
-    """
-    measured = job.config.eval
-    tokens = [job.windows * measured.window]
-    if measured.tasks and variant in measured.task_variants and measured.limit is None:
-        tokens.append(MOST_TOKENS)
-    for length in measured.needle:
-        of_pass = min(measured.task_batch, NUMBERS) * length
-        tokens.append(min(max(MOST_TOKENS // of_pass, 1) * of_pass, NUMBERS * length))
-    return _states(job, max(tokens))
-
-
-def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
-    """Yield what the measures of a cache at work take beside a network, and what takes less.
-
-    A layer holds gate, up and their product for all tokens of a pass, a continuation the cache of
-    all its prompts, and errors of attention eight forms of a window's scores at once.
-    """
-    measured, d = job.config.eval, job.dimensions
-    of_token = 3 * d.intermediate * job.size
-    path = kv_path(job.config.kv, job.map.width("r3"), layers=job.map.attentions)
-    masks = 0 if variant == "fp" or path.codes_all else _MASKS
-    if measured.needle:
-        longest, batch = max(measured.needle), min(measured.task_batch, NUMBERS)
-        cure = f"a smaller eval.needle than {longest} or eval.task_batch than {measured.task_batch}"
-        yield batch * longest * of_token + masks * longest**2, cure
-    if measured.continued and measured.compares:
-        prompts, window = min(PROMPTS, measured.max_windows or PROMPTS), measured.window
-        cache = 2 * d.layers * d.kv_heads * d.head_dim * window * job.size
-        if variant != "fp":
-            cache = cache_bytes(path, d, window)
-        work = (window - measured.continued) * of_token + cache
-        yield prompts * work, f"a smaller eval.window than {window} or eval.continued=0"
-    if measured.attention and variant == "fake":
-        scores = d.heads * measured.window**2 * FLOAT32
-        yield 8 * scores, f"a smaller eval.window than {measured.window} or eval.attention=0"

@@ -55,16 +55,7 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x: (..., width)."""
-        if self.flat and x.dtype.itemsize == 2:
-            return self._by_signs(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        left, right = self.factors(dtype, x.device)
-        a, b = left.shape[0], right.shape[0]
-        # a row x, read as blocks X of (a, b), becomes Aᵀ X B
-        rotated = x.to(dtype).reshape(-1, b) @ right
-        if a > 1:
-            rotated = left.mT @ rotated.view(-1, a, b)
-        return rotated.reshape(x.shape).to(x.dtype)
+        return self.of_weight(x)
 
     def factors(
         self, dtype: torch.dtype, device: torch.device
@@ -88,8 +79,23 @@ class OnlineRotation(nn.Module):
         return rotated.reshape(x.shape)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W R for W: (out, width), since weights are rotated as inputs are."""
-        return self(weight)
+        """Return W R for W: (out, width), since weights are rotated as inputs are.
+
+        One that only the caller's argument names is gone before the second product: a weight in
+        float64 is there twice, not three times.
+        """
+        if self.flat and weight.dtype.itemsize == 2:
+            return self._by_signs(weight)
+        shape, dtype = weight.shape, weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        left, right = self.factors(wide, weight.device)
+        a, b = left.shape[0], right.shape[0]
+        # a row x, read as blocks X of (a, b), becomes Aᵀ X B
+        rotated = weight.to(wide).reshape(-1, b) @ right
+        del weight
+        if a > 1:
+            rotated = left.mT @ rotated.view(-1, a, b)
+        return rotated.reshape(shape).to(dtype)
 
     def whole(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, float]:
         """Return the whole matrix as one product takes it, and what the product is scaled by.

@@ -43,13 +43,16 @@ def outliers(
         sets = {} if transformed else {"before": RotationSet()}
         sets |= {name: rotations_in(run, made) for name, made in rotated.items()}
         networks = {name: rotated_network(run, original, s) for name, s in sets.items()}
-        seen = {name: _inputs_of(network, ids) for name, network in networks.items()}
-        peaks = {name: channel_peaks(inputs) for name, inputs in seen.items()}
+        peaks: dict[str, torch.Tensor] = {}
+        shown: dict[str, torch.Tensor] = {}
+        for name, network in networks.items():
+            inputs = _inputs_of(network, ids)
+            peaks[name] = channel_peaks(inputs)
+            shown[name] = inputs[worst_layer(peaks)]  # that of the first network
+            del inputs  # they would stand beside the next network's
         check_finite(peaks, "attention inputs on the way to the outlier figure")
         write_tensors(out / _PEAKS, peaks)
-        layer = worst_layer(peaks)
-        shown = {name: inputs[layer] for name, inputs in seen.items()}
-        write_tensors(out / _INPUTS, shown | {"layer": torch.tensor(layer)})
+        write_tensors(out / _INPUTS, shown | {"layer": torch.tensor(worst_layer(peaks))})
 
     keys = {name: made.key for name, made in rotated.items()}
     depends = [original.identity, calibration.key, keys]

@@ -6,6 +6,7 @@ gptq         round column by column, with a Hessian
 mismatch     GPTAQ and Qronos: the same towards the outputs of the original
 calibration  activations on their way through the layers
 pairs        the same in two networks, the quantized one and its original
+stacks       linears that read one input, those of one format in one sweep
 layerwise    RTN, GPTQ, GPTAQ and Qronos over a whole model, one layer's progress at a time
 lwc          RTN over a whole model, in ranges that are learned layer by layer
 methods      what `weights.method` names

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar, cast
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spinlab import parallel
-from spinlab.config import ClipSearch, QuantConfig, TensorQuant, WeightsConfig
+from spinlab.config import ClipSearch, QuantConfig, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import (
     FakeQuantLinear,
@@ -29,7 +28,7 @@ from spinlab.tensors import kept_tensors, save_tensors
 from spinlab.weights.base import Rounding, Weights
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.ends import quantize_ends
-from spinlab.weights.gptq import ErrorSpread, Moment, NoRows, error_spread, gptq
+from spinlab.weights.gptq import ErrorSpread, Moment, error_spread, gptq
 from spinlab.weights.mismatch import Mismatch, gptaq, mismatch, qronos
 from spinlab.weights.pairs import PairedInputs
 from spinlab.weights.quantized import (
@@ -38,14 +37,9 @@ from spinlab.weights.quantized import (
     set_dequantized,
     stored_form,
 )
-from spinlab.weights.rtn import round_to_nearest, rtn, search_ratios
-from spinlab.weights.unseen import unswept, warn_of_unseen
-
-# what a sweep knows of a linear's inputs, and a sweep
-Factors = TypeVar("Factors", ErrorSpread, Mismatch)
-Sweeping = Callable[
-    [torch.Tensor, Factors, TensorQuant, WeightsConfig, torch.Tensor | None], QuantizedWeight
-]
+from spinlab.weights.rtn import round_to_nearest, rtn
+from spinlab.weights.stacks import Factors, Stacks, Sweeping, round_stacks, round_unseen
+from spinlab.weights.unseen import warn_of_unseen
 
 
 def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
@@ -190,7 +184,10 @@ def check_samples(samples: int, config: WeightsConfig) -> None:
 def kept_layer(
     rounding: Rounding, index: int, make: Callable[[], dict[str, QuantizedWeight]]
 ) -> dict[str, QuantizedWeight]:
-    """Return the weights of a layer, in the host's memory; afterwards the model holds them.
+    """Return the weights of a layer; afterwards the model holds them.
+
+    They are in the host's memory, or where they were made if the store packs them: it does so
+    there, and the host never has the levels of a layer unpacked.
 
     They are those that an earlier call left in `progress`, if they are sound, or what `make`
     returns.
@@ -202,6 +199,8 @@ def kept_layer(
         set_dequantized(linear_at(rounding.model, name), weight)
     if kept is None and parallel.is_main():
         save_tensors(path, *stored_form(weights))
+    if rounding.part is not None:
+        return weights
     return {name: weight.cpu() for name, weight in weights.items()}
 
 
@@ -218,7 +217,7 @@ def _quantize_layer(
     rounded for its own tokens, and to nearest if it has none.
     """
     model = rounding.model
-    readers: dict[tuple, dict[tuple[TensorQuant, str], list[str]]] = {}
+    readers: dict[tuple, Stacks] = {}
     for site, format in rounded_sites(map_of(model), rounding.quant):
         if site.layer == inputs.index:
             alike = format, site.path if format_of(format).of_tensor else ""
@@ -227,45 +226,14 @@ def _quantize_layer(
     unseen: list[str] = []
     for stacks in readers.values():
         names = [name for stack in stacks.values() for name in stack]
-        try:
-            known = factors(cast(FakeQuantLinear, linear_at(model, names[0])))
-        except NoRows:
+        if (rounded := round_stacks(rounding, stacks, factors, sweep)) is None:
             unseen += names
-            known = None
-        for (format, _), stack in stacks.items():
-            weights = [linear_at(model, name).weight for name in stack]
-            ratios = _ratios(rounding, stack, format)
-            if known is None:
-                whole = unswept(torch.cat(weights), format, ratios, rounding.config.clip)
-            else:
-                whole = sweep(torch.cat(weights), known, format, rounding.config, ratios)
-            parallel.share_tensors([whole.levels, whole.scale, whole.zero])
-            rows = [weight.shape[0] for weight in weights]
-            found |= zip(stack, whole.split(rows), strict=True)
+            rounded = round_unseen(rounding, stacks)
+        found |= rounded
         for name in names:
             set_dequantized(linear_at(model, name), found[name])
     warn_of_unseen(rounding, inputs.index, unseen)
     return found
-
-
-def _ratios(rounding: Rounding, stack: list[str], format: TensorQuant) -> torch.Tensor | None:
-    """Return the clip ratios of stacked weights where they were learned: (out, in/g, 1).
-
-    A weight without any, beside others, gets its clip search.
-    """
-    learned, device = rounding.rotations.weight_clips, rounding.model.device
-    if not learned.keys() & set(stack):
-        return None
-    found = []
-    for name in stack:
-        weight = linear_at(rounding.model, name).weight.detach().float()
-        known = learned.get(name)
-        found.append(
-            search_ratios(weight, format, rounding.config.clip)
-            if known is None
-            else known.to(device)
-        )
-    return torch.cat(found)
 
 
 def gather(inputs: LayerInputs, linear: FakeQuantLinear) -> torch.Tensor:

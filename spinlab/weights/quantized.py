@@ -41,9 +41,14 @@ class QuantizedWeight:
         parameters = Parameters(*(t.to(wide)[..., None] for t in (self.scale, self.zero)))
         return self.format.decode(grouped, parameters).flatten(1).to(dtype)
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """Return the same weight on a device."""
+        moved = (t.to(device) for t in (self.levels, self.scale, self.zero))
+        return QuantizedWeight(*moved, format=self.format)
+
     def cpu(self) -> "QuantizedWeight":
         """Return the same weight in the host's memory."""
-        return QuantizedWeight(self.levels.cpu(), self.scale.cpu(), self.zero.cpu(), self.format)
+        return self.to(torch.device("cpu"))
 
     def split(self, rows: Sequence[int]) -> list["QuantizedWeight"]:
         """Cut a stack of weights with common inputs into weights of so many rows each."""
@@ -67,8 +72,11 @@ class QuantizedWeight:
 
 
 def set_dequantized(module: nn.Linear | nn.Embedding, weight: QuantizedWeight) -> None:
-    """Replace a module's weight by the floats of its quantized form, in its own dtype."""
-    dense = weight.dequantize(module.weight.dtype).to(module.weight.device)
+    """Replace a module's weight by the floats of its quantized form, in its own dtype.
+
+    They are made where the module is: of what they take meanwhile the host has nothing.
+    """
+    dense = weight.to(module.weight.device).dequantize(module.weight.dtype)
     module.weight = nn.Parameter(dense, requires_grad=False)
 
 

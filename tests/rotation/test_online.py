@@ -7,6 +7,7 @@ from spinlab.errors import ResultError
 from spinlab.rotation.hadamard import hadamard_matrix
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.rotation.orthogonal import random_orthogonal
+from tests.live import Live
 
 
 @pytest.mark.parametrize("n", [8, 20, 36, 64, 576, 1536])
@@ -54,3 +55,12 @@ def test_sixteen_bit_inputs_lose_no_length(n):
     exact = hadamard_rotation(n)(x.double())
     assert (found * exact).sum() / exact.square().sum() == pytest.approx(1, abs=2e-4)
     assert (found - exact).norm() / exact.norm() < 2**-8
+
+
+@pytest.mark.parametrize("n", [64, 1536])  # by one product, by two
+def test_a_weight_that_nobody_keeps_is_there_twice_at_most(n):
+    rotation, size = hadamard_rotation(n), 96 * n * 8
+    with Live() as live:
+        rotation.of_weight(torch.zeros(96, n, dtype=torch.float64))
+    factors = 8 * (rotation.left.numel() + rotation.right.numel())
+    assert 2 * size <= live.peak <= 2 * size + 2 * factors

@@ -27,9 +27,8 @@ from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import logits, logits_error
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
-from spinlab.weights import layerwise
 from spinlab.weights.base import Rounding
-from spinlab.weights.gptq import Moment, error_spread, gptq
+from spinlab.weights.gptq import Moment, NoRows, error_spread, gptq
 from spinlab.weights.methods import METHODS
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import rtn
@@ -239,5 +238,5 @@ def test_a_run_that_was_killed_continues_with_the_same_bits(networks, windows, t
 def test_a_moment_of_no_rows_is_none():
     moment = Moment(4, torch.device("cpu"))
     moment.add(torch.zeros(0, 4), torch.zeros(0, 4))
-    with pytest.raises(layerwise.NoRows):
+    with pytest.raises(NoRows):
         moment.value()

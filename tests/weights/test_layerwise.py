@@ -1,6 +1,7 @@
 """Layer by layer: formats, families, resuming."""
 
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,9 +19,10 @@ from spinlab.config import (
 )
 from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
-from spinlab.model.modules import linear_at, map_of
+from spinlab.model.modules import linear_at, linears_of, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights import layerwise
 from spinlab.weights.base import Rounding
 from spinlab.weights.ends import check_ends
 from spinlab.weights.layerwise import check_weight_groups, quantize_gptq, quantize_rtn
@@ -115,6 +117,30 @@ def test_weights_of_one_input_have_tensor_scales_of_their_own(
     plain = quantize_rtn(model(), quant, config.clip, {})
     first = [path for path in plain if ".0." in path and path[-6] in "qkv"]
     assert len(first) == 3 and all(torch.equal(found[p].scale, plain[p].scale) for p in first)
+
+
+def test_nothing_of_an_input_is_there_beside_the_hessian_of_the_next(
+    make_model, windows, tmp_path, monkeypatch
+):
+    """Neither what was known of it, nor the weights of its linears as they were."""
+    model, factor = make_model(torch.float32), layerwise.error_spread
+    old = {site.path: weakref.ref(linear.weight) for site, linear in linears_of(model)}
+    spreads: list[weakref.ref] = []
+    left: list[str] = []
+
+    def seen(*args):
+        left.extend("what was known" for rows in spreads if rows() is not None)
+        for path, weight in old.items():
+            if weight() is not None and weight() is not linear_at(model, path).weight:
+                left.append(path)
+        found = factor(*args)
+        spreads.append(weakref.ref(found.rows))
+        return found
+
+    monkeypatch.setattr(layerwise, "error_spread", seen)
+    config = WeightsConfig("gptq", gptq=GPTQConfig(block_size=10))
+    METHODS["gptq"].work(Rounding(model, RotationSet(), windows, QuantConfig(), config, tmp_path))
+    assert len(spreads) == 2 * 4 and not left
 
 
 def test_with_16_bits_everywhere_nothing_is_quantized(make_model, quantize):

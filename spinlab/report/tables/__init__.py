@@ -15,6 +15,7 @@ from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.formats import formats_sheet, formats_table
 from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
 from spinlab.report.tables.kv import kv_sheet, kv_summary, kv_table
+from spinlab.report.tables.memory import memory_table
 from spinlab.report.tables.methods import methods_sheet, methods_table
 from spinlab.report.tables.paper import paper_table
 from spinlab.report.tables.pareto import pareto_table
@@ -34,6 +35,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "pareto": pareto_table,
     "kv": kv_table,
     "formats": formats_table,
+    "memory": memory_table,
 }
 
 # of records of one's own, in any format
