@@ -42,7 +42,8 @@ def kv_sheet(folder: Path) -> Sheet:
     head += [f"MiB, {tokens} tokens" for tokens in _CONTEXTS] + ["coded"] * coded
     rows = [[*head, *columns, *(f"needle {length}" for length in needles)]]
     blank = [""] * (len(head) - 2)
-    found = [*filled(columns, every, "fp"), *(_needle(every, n, "fp") for n in needles)]
+    originals = [*{run["config"].get("seed", 0): run for run in every}.values()]
+    found = [*filled(columns, every, "fp"), *(_needle(originals, n, "fp") for n in needles)]
     rows.append(["", "original", *blank, *found])
     for name in sorted(records, key=lambda name: (-_bits(records[name][0]), name)):
         runs = records[name]
