@@ -1,13 +1,20 @@
 """Layers read in calibration what they read in the model."""
 
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.model.families import FAMILIES
+from spinlab.model.layer import Layer
 from spinlab.model.modules import linear_at, linears_of, map_of
 from spinlab.rotation.online import hadamard_rotation
 from spinlab.rotation.rotations import RotationSet
+from spinlab.weights import calibration
 from spinlab.weights.calibration import LayerInputs, batch_of
 from spinlab.weights.layerwise import gather
 
@@ -72,22 +79,17 @@ def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_attention_is_computed_once_a_layer(make_family_model, windows, family):
+def test_attention_and_gate_are_computed_once_a_layer(make_family_model, windows, family):
     """Every linear is changed once it was seen, as in rounding; the next layers see the change.
 
     Of many experts some are idle: no token is sent to them.
     """
     many = {"num_experts": 24, "num_experts_per_tok": 1} if family == "qwen3_moe" else {}
     model, plain = (make_family_model(family, num_hidden_layers=2, **many) for _ in range(2))
-    inputs, calls, idle = LayerInputs(model, windows, 3), 0, 0
-
-    def count(*_) -> None:
-        nonlocal calls
-        calls += 1
-
+    inputs, idle, calls = LayerInputs(model, windows, 3), 0, Counter()
     for index, layer in enumerate(map_of(model).layers):
-        calls, keys = 0, model.get_submodule(layer.attention.keys)
-        keys.register_forward_hook(count)
+        calls.clear()
+        count_calls(model, calls, layer)
         for site, linear in linears_of(model):
             if site.layer == index:
                 seen: list[torch.Tensor] = []
@@ -104,8 +106,46 @@ def test_attention_is_computed_once_a_layer(make_family_model, windows, family):
                 assert torch.allclose(torch.cat(seen), expected.double(), atol=1e-12), site
         inputs.advance()
         # for what the values read, and o_proj; one more tells what attention returns
-        assert calls == 2 * len(inputs.batches) + (index == 0), layer
+        batches, told = len(inputs.batches), index == 0
+        assert calls[layer.attention.keys] == 2 * batches + told, layer
+        assert calls[layer.attention.out] == batches + told, layer
+        if layer.mlp is not None:  # for down_proj, and where gate and up are apart, for up
+            apart = layer.mlp.gate != layer.mlp.up
+            assert calls[layer.mlp.gate] == batches * (1 + apart), layer
     assert (idle > 0) == bool(many)
+
+
+def count_calls(model: PreTrainedModel, calls: Counter[str], layer: Layer) -> None:
+    """Count what calls of a layer's keys, o_proj and gate_proj give something."""
+    paths = {layer.attention.keys, layer.attention.out, *([layer.mlp.gate] if layer.mlp else ())}
+    for path in paths:
+        hook = partial(lambda path, *_: calls.update([path]), path)
+        model.get_submodule(path).register_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("kept", "room"), [(0, 0), (1, 1.5), (2, 2)])
+def test_inputs_of_down_proj_are_kept_as_far_as_there_is_room(
+    make_model, windows, monkeypatch, kept, room
+):
+    model, windows = make_model(torch.float32), windows[:6]
+    layer = map_of(model).layers[0]
+    whole = torch.cat([model.model.layers[0](x, **a) for x, a in entering(model, windows)])
+    assert layer.mlp is not None
+    down, calls = linear_at(model, layer.mlp.down), Counter[str]()
+    bytes_of_batch = 3 * windows.shape[1] * down.in_features * 4
+    monkeypatch.setattr(calibration, "_GATED_BYTES", room * bytes_of_batch)
+    inputs = LayerInputs(model, windows, 3)
+    inputs.visit(down, lambda x: None)
+    count_calls(model, calls, layer)
+    inputs.advance()
+    assert calls[layer.mlp.gate] == 2 - kept
+    assert torch.equal(torch.cat(inputs.batches), whole)
+
+
+def entering(model: PreTrainedModel, windows: torch.Tensor) -> Iterator[tuple[torch.Tensor, dict]]:
+    """Yield what the first layer is called with, three windows at a time."""
+    inputs = LayerInputs(model, windows, 3)
+    return ((x, inputs.arguments(x)) for x in inputs.batches)
 
 
 def test_a_gpu_takes_many_windows_at_once_and_a_cpu_one():
