@@ -14,7 +14,7 @@ from spinlab.learn import estimate_of
 from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
 from spinlab.memory.measuring import measuring, outliers, states_of
 from spinlab.rotation.check import GATE_TOKENS
-from spinlab.weights.calibration import batch_of
+from spinlab.weights.calibration import GATED_BYTES, batch_of
 from spinlab.weights.methods import METHODS
 
 _OF_PRODUCTS = 32 * 2**20
@@ -139,9 +139,9 @@ def _rounding(job: Job, stage: str) -> Iterator[Need]:
 def _calibrating(job: Job) -> Iterator[Need]:
     """All windows are there at one layer, twice where the original's are beside them.
 
-    Methods that go by columns hold what o_proj reads beside the layer's input, and a Hessian twice
-    in float64 while it is factored; with the original beside it, what D takes, and the weights of a
-    layer that are rounded already.
+    Methods that go by columns hold what o_proj reads beside the layer's input, as much of what
+    down_proj reads as is kept, and a Hessian twice in float64 while it is factored; with the
+    original beside it, what D takes, and the weights of a layer that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
@@ -159,6 +159,8 @@ def _calibrating(job: Job) -> Iterator[Need]:
     if config.by_columns:
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
+        if any(layer.mlp for layer in job.map.layers):
+            work += min(samples * length * d.intermediate * job.size, GATED_BYTES) * streams
         weights += (streams - 1) * job.before_last * job.size
     looked_at = job.taken_out if job.offload else 0  # one after the other, for its scale
     host = job.levels + looked_at + windows.samples * length * INDEX

@@ -14,7 +14,7 @@ from spinlab.model.modules import map_of
 
 # tokens per forward pass: on a CPU one window, on a GPU enough to keep it busy
 _BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
-_GATED_BYTES = 2**28  # that inputs of down_proj may take, beyond which they are computed again
+GATED_BYTES = 2**28  # that inputs of down_proj may take, beyond which they are computed again
 
 
 def batch_of(device: torch.device, length: int) -> int:
@@ -120,7 +120,7 @@ class LayerInputs:
             self._call(batch, linear)
         if linear is self._attention[1]:
             self._attended[batch] = seen[0]
-        elif linear is self._down and (len(self._gated) + 1) * seen[0].nbytes <= _GATED_BYTES:
+        elif linear is self._down and (len(self._gated) + 1) * seen[0].nbytes <= GATED_BYTES:
             self._gated[batch] = seen[0]
         return seen[0] if seen else self.batches[batch].new_zeros(0, linear.in_features)
 

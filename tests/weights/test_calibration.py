@@ -133,7 +133,7 @@ def test_inputs_of_down_proj_are_kept_as_far_as_there_is_room(
     assert layer.mlp is not None
     down, calls = linear_at(model, layer.mlp.down), Counter[str]()
     bytes_of_batch = 3 * windows.shape[1] * down.in_features * 4
-    monkeypatch.setattr(calibration, "_GATED_BYTES", room * bytes_of_batch)
+    monkeypatch.setattr(calibration, "GATED_BYTES", room * bytes_of_batch)
     inputs = LayerInputs(model, windows, 3)
     inputs.visit(down, lambda x: None)
     count_calls(model, calls, layer)
