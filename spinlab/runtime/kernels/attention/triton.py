@@ -17,6 +17,7 @@ from spinlab.runtime.kernels.attention.triton_rows import (
     product,
     queries,
     table,
+    words,
 )
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
@@ -153,6 +154,9 @@ def attend_kernel(
         vectors = _vectors(vectors_ptr, row.to(tl.int64), member < GROUP, factor, ROTARY, WAVES)
     k_levels = table(k_levels_ptr, K_LEVELS, WIDE)
     v_levels = table(v_levels_ptr, V_LEVELS, WIDE)
+    if FAST and not WIDE:
+        k_levels = words(k_levels) if K_LEVELS > 0 else k_levels
+        v_levels = words(v_levels) if V_LEVELS > 0 else v_levels
     out, most, total = _over_slots(
         k_levels, k_ptr + base * (D // 4), k_scale_ptr + base, k_zero_ptr + base, v_levels,
         v_ptr + base * (D // 4), v_scale_ptr + base, v_zero_ptr + base,

@@ -12,6 +12,39 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 NOTHING = tl.constexpr(1e-30)  # below every sum of weights, and above that of none
+# A nibble below 8 names one of the 8 bytes of two registers, and four nibbles four of them, in one
+# permutation: levels are looked up as their low and their high bytes. Of 16 levels each half is
+# looked up, and the nibble's highest bit, spread over a byte as its sign, chooses between them.
+_UPPER = """
+shl.b32 e, $4, 4;
+prmt.b32 ma, e, $4, 0xD9C8; prmt.b32 mb, e, $4, 0xFBEA;
+prmt.b32 x, $9, $11, a; lop3.b32 la, la, x, ma, 0xD8;
+prmt.b32 x, $9, $11, b; lop3.b32 lb, lb, x, mb, 0xD8;
+prmt.b32 x, $17, $19, a; lop3.b32 ha, ha, x, ma, 0xD8;
+prmt.b32 x, $17, $19, b; lop3.b32 hb, hb, x, mb, 0xD8;
+"""
+_LOOKED_UP = """{{
+.reg .b32 a, b, e, x, la, lb, ha, hb, ma, mb;
+and.b32 a, $4, 0x77777777; shr.b32 b, a, 16;
+prmt.b32 la, $5, $7, a; prmt.b32 ha, $13, $15, a;
+prmt.b32 lb, $5, $7, b; prmt.b32 hb, $13, $15, b;
+{upper}
+prmt.b32 a, la, ha, 0x5140; prmt.b32 b, lb, hb, 0x5140;
+prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;
+prmt.b32 a, la, ha, 0x7362; prmt.b32 b, lb, hb, 0x7362;
+prmt.b32 $2, a, b, 0x5410; prmt.b32 $3, a, b, 0x7632;
+}}"""
+OF_EIGHT = tl.constexpr(_LOOKED_UP.format(upper=""))
+OF_SIXTEEN = tl.constexpr(_LOOKED_UP.format(upper=_UPPER))
+
+
+@triton.jit
+def _bytes(a, b, c, d, SHIFT: tl.constexpr):
+    """Return one byte of each of four numbers of float16 in a register."""
+    found = (a.to(tl.int16, bitcast=True) >> SHIFT).to(tl.int32) & 255
+    found |= ((b.to(tl.int16, bitcast=True) >> SHIFT).to(tl.int32) & 255) << 8
+    found |= ((c.to(tl.int16, bitcast=True) >> SHIFT).to(tl.int32) & 255) << 16
+    return found | (((d.to(tl.int16, bitcast=True) >> SHIFT).to(tl.int32) & 255) << 24)
 
 
 @triton.jit
@@ -24,6 +57,21 @@ def table(ptr, MANY: tl.constexpr, WIDE: tl.constexpr):
             level = level.to(tl.float16)  # pyright: ignore[reportAttributeAccessIssue]
         found += (level,)
     return found
+
+
+@triton.jit
+def words(levels):
+    """Return 16 levels as the registers of `OF_SIXTEEN`: low bytes of four in each, then high."""
+    return (
+        _bytes(levels[0], levels[1], levels[2], levels[3], 0),
+        _bytes(levels[4], levels[5], levels[6], levels[7], 0),
+        _bytes(levels[8], levels[9], levels[10], levels[11], 0),
+        _bytes(levels[12], levels[13], levels[14], levels[15], 0),
+        _bytes(levels[0], levels[1], levels[2], levels[3], 8),
+        _bytes(levels[4], levels[5], levels[6], levels[7], 8),
+        _bytes(levels[8], levels[9], levels[10], levels[11], 8),
+        _bytes(levels[12], levels[13], levels[14], levels[15], 8),
+    )
 
 
 @triton.jit
@@ -74,6 +122,27 @@ def nibbles(
         pairs = pairs >> 8 if INDEX >= 2 else pairs
         found = (pairs & (0xF0 if INDEX % 2 else 0x0F)).to(tl.float16, bitcast=True)
     return found
+
+
+@triton.jit
+def all_nibbles(
+    pairs, levels, LEVELS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Return all four nibbles of every pair, each as `nibbles` does."""
+    if LEVELS > 0 and FAST and not WIDE:
+        n0, n1, n2, n3 = tl.inline_asm_elementwise(
+            OF_SIXTEEN if LEVELS > 8 else OF_EIGHT,  # pyright: ignore[reportArgumentType]
+            "=r,=r,=r,=r" + 17 * ",r",
+            [pairs, levels[0], levels[1], levels[2], levels[3], levels[4], levels[5], levels[6],
+             levels[7]],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        n0 = nibbles(pairs, levels, 0, LEVELS, WIDE, FAST)
+        n1 = nibbles(pairs, levels, 1, LEVELS, WIDE, FAST)
+        n2 = nibbles(pairs, levels, 2, LEVELS, WIDE, FAST)
+        n3 = nibbles(pairs, levels, 3, LEVELS, WIDE, FAST)
+    return n0, n1, n2, n3
 
 
 @triton.jit
@@ -134,14 +203,11 @@ def product(
     k, q, levels, LEVELS: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """Return the products of levels (BLOCK, PAIRS) with queries: (BLOCK, HEADS)."""
-    n0 = nibbles(k, levels, 0, LEVELS, WIDE, FAST)
-    n1 = nibbles(k, levels, 1, LEVELS, WIDE, FAST)
-    n2 = nibbles(k, levels, 2, LEVELS, WIDE, FAST)
-    n3 = nibbles(k, levels, 3, LEVELS, WIDE, FAST)
-    found = tl.dot(n0, q[0], input_precision="tf32x3")
-    found = tl.dot(n1, q[1], found, input_precision="tf32x3")
-    found = tl.dot(n2, q[2], found, input_precision="tf32x3")
-    return tl.dot(n3, q[3], found, input_precision="tf32x3")
+    n = all_nibbles(k, levels, LEVELS, WIDE, FAST)
+    found = tl.dot(n[0], q[0], input_precision="tf32x3")
+    found = tl.dot(n[1], q[1], found, input_precision="tf32x3")
+    found = tl.dot(n[2], q[2], found, input_precision="tf32x3")
+    return tl.dot(n[3], q[3], found, input_precision="tf32x3")
 
 
 @triton.jit
@@ -150,14 +216,11 @@ def add(
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Shrink what each nibble has summed up, and add levels (PAIRS, BLOCK) times weights."""
-    n0 = nibbles(v, levels, 0, LEVELS, WIDE, FAST)
-    n1 = nibbles(v, levels, 1, LEVELS, WIDE, FAST)
-    n2 = nibbles(v, levels, 2, LEVELS, WIDE, FAST)
-    n3 = nibbles(v, levels, 3, LEVELS, WIDE, FAST)
-    out0 = tl.dot(n0, weights, out[0] * shrink, input_precision="tf32x3")
-    out1 = tl.dot(n1, weights, out[1] * shrink, input_precision="tf32x3")
-    out2 = tl.dot(n2, weights, out[2] * shrink, input_precision="tf32x3")
-    out3 = tl.dot(n3, weights, out[3] * shrink, input_precision="tf32x3")
+    n = all_nibbles(v, levels, LEVELS, WIDE, FAST)
+    out0 = tl.dot(n[0], weights, out[0] * shrink, input_precision="tf32x3")
+    out1 = tl.dot(n[1], weights, out[1] * shrink, input_precision="tf32x3")
+    out2 = tl.dot(n[2], weights, out[2] * shrink, input_precision="tf32x3")
+    out3 = tl.dot(n[3], weights, out[3] * shrink, input_precision="tf32x3")
     return out0, out1, out2, out3
 
 
