@@ -129,8 +129,9 @@ class Job:
 
     @property
     def r1(self) -> int:
-        """Bytes of R1."""
-        return FLOAT64 * self.map.hidden**2
+        """Bytes of R1, where there may be one."""
+        config = self.config.rotation
+        return 0 if config.r1 == "none" and not config.load else FLOAT64 * self.map.hidden**2
 
     def made(self, size: int, fusing: bool = True, replaced: bool = False) -> int:
         """Bytes of a network in numbers of so many bytes while it is made, with R1 if in parts.

@@ -139,9 +139,10 @@ def _rounding(job: Job, stage: str) -> Iterator[Need]:
 def _calibrating(job: Job) -> Iterator[Need]:
     """All windows are there at one layer, twice where the original's are beside them.
 
-    Methods that go by columns hold what o_proj reads beside the layer's input, as much of what
-    down_proj reads as is kept, and a Hessian twice in float64 while it is factored; with the
-    original beside it, what D takes, and the weights of a layer that are rounded already.
+    Methods that go by columns hold a Hessian twice in float64 while it is factored: o_proj's beside
+    what it reads of all windows, the widest beside what o_proj gave and what is kept of what
+    down_proj reads; with the original beside it, what D takes, and the weights of a layer that are
+    rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
@@ -153,17 +154,25 @@ def _calibrating(job: Job) -> Iterator[Need]:
     length = windows.sequence_length
     samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
     streams = 2 if method.reads_inputs else 1
-    width = d.hidden + (d.heads * d.head_dim if config.by_columns else 0)
-    states = samples * length * width * job.size * streams
-    work = min(samples, batch_of(job.device, length)) * length * d.intermediate * 2 * job.size
+    state = samples * length * job.size * streams  # of a number of each token
+    batch = min(samples, batch_of(job.device, length))
+    gated = batch * length * d.intermediate * job.size
+    work = state * d.hidden + 2 * gated
     if config.by_columns:
+        of_number = 2 * FLOAT64 + streams * FLOAT32
+        attended = d.heads * d.head_dim
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
-        work = max(work, (2 * FLOAT64 + streams * FLOAT32) * widest**2)
-        if any(layer.mlp for layer in job.map.layers):
-            work += min(samples * length * d.intermediate * job.size, GATED_BYTES) * streams
+        kept = 0
+        if any(layer.mlp for layer in job.map.layers):  # whole batches
+            kept = min(-(-samples // batch), GATED_BYTES // gated) * gated * streams
+        work = state * d.hidden + max(
+            2 * gated,
+            state * attended + of_number * attended**2,
+            state * d.hidden + kept + of_number * widest**2,
+        )
         weights += (streams - 1) * job.before_last * job.size
     looked_at = job.taken_out if job.offload else 0  # one after the other, for its scale
     host = job.levels + looked_at + windows.samples * length * INDEX
     cures = [f"fewer {windows.place}.samples than {windows.samples}"]
     cures.append(f"a smaller {windows.place}.sequence_length than {length}")
-    yield Need(name, host, weights + states + work, job.cure(*cures), "weights")
+    yield Need(name, host, weights + work, job.cure(*cures), "weights")

@@ -88,6 +88,10 @@ class LayerInputs:
         return self._model.get_submodule(attention.path), self._model.get_submodule(attention.out)
 
     @property
+    def _kept(self) -> int:
+        return sum(x.nbytes for x in self._gated.values())
+
+    @property
     def _down(self) -> nn.Module | None:
         """The down_proj of the current layer, if it has one gated MLP."""
         mlp = self._layers[self.index].mlp
@@ -120,7 +124,7 @@ class LayerInputs:
             self._call(batch, linear)
         if linear is self._attention[1]:
             self._attended[batch] = seen[0]
-        elif linear is self._down and (len(self._gated) + 1) * seen[0].nbytes <= GATED_BYTES:
+        elif linear is self._down and self._kept + seen[0].nbytes <= GATED_BYTES:
             self._gated[batch] = seen[0]
         return seen[0] if seen else self.batches[batch].new_zeros(0, linear.in_features)
 

@@ -167,7 +167,8 @@ def test_a_random_weight_holds_its_own_sums_and_is_about_orthonormal(generator):
 def test_random_rows_spread_like_normal_numbers(generator, codec):
     settings = None if codec is None else make_codec("kv.keys", CODECS[codec], 16, 0).packed
     numbers = dequantize(random_rows(2, 3, 50, 16, generator, settings), 50, torch.float32)
-    assert abs(numbers.mean()) < 0.2 and 0.8 < numbers.std() < 2.5
+    most = 2 if codec is None else 2.5  # few levels lie far apart
+    assert abs(numbers.mean()) < 0.2 and 0.8 < numbers.std() < most
 
 
 def test_prefill_and_decode_name_their_metrics_as_tables_read_them(results):

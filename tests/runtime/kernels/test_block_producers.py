@@ -8,6 +8,7 @@ from spinlab.rotation.blocks import InvertibleBlocks
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import hadamard_rotation
+from spinlab.runtime.kernels.producers import blocks
 from spinlab.runtime.kernels.producers import launch as gpu
 from spinlab.runtime.kernels.producers.blocks import turned
 from tests.runtime.kernels.test_producers import GRIDS, assert_close, in_blocks, rows
@@ -33,10 +34,13 @@ IN_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 70])
+# of a prompt, a large GPU turns whole blocks
+@pytest.mark.parametrize(("tokens", "whole"), [(1, False), (5, False), (70, False), (70, True)])
 @pytest.mark.parametrize("case", IN_BLOCKS)
-def test_rotations_in_blocks_are_their_definition(run, case, tokens):
+def test_rotations_in_blocks_are_their_definition(run, case, tokens, whole, monkeypatch):
     """Few tokens and many, of a tensor whose rows lie apart; behind norms and gates too."""
+    if whole:
+        monkeypatch.setattr(blocks, "_piece", lambda tokens, block, device: (block, 2))
     rotation = in_blocks(**IN_BLOCKS[case])
     group_size = (0, 16)[len(case) % 2]
     quantizer = TokenQuantizer(GRIDS[len(case) % 4], group_size, 0.95)

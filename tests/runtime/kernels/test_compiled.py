@@ -40,7 +40,8 @@ TILES = {"x_tiles": "tensordesc<i8[128, 64]>", "w_tiles": "tensordesc<u8[128, 64
          "y_tiles": "tensordesc<bf16[128, 128]>"}
 ROOM = {"x_ptr": "*i8", "w_ptr": "*u8", "y_ptr": "*bf16", "added_ptr": "*bf16",
         "part_ptr": "*i32", "count_ptr": "*i32"}
-ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may share
+# bytes that a program may share
+ROOM_OF = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 SHAPE = {"HALF": 2048, "BLOCKS": 1, "INPUT_GROUPS": 1, "WEIGHT_GROUPS": 1, "ZEROS": False,
          "BIAS": False, "ASM": True}
 PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "ADDED": False,
@@ -97,7 +98,8 @@ PARTS = {**SIZES, "many": "i32", "inverse_ptr": "*fp32", "order_ptr": "*i32", "p
          "out_ptr": "*bf16"}
 PLAIN = {**BLOCKS, "NORMED": False, "GAIN": False}
 DEALT, WIDE = {"x_ptr": "*fp32"}, {"parts_ptr": "*fp32"}
-for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared memory, and Hopper
+# the least shared memory, before Hopper and after it, and Hopper
+for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
     for constants, kinds in (
         (BLOCKS, {}), ({**BLOCKS, "ALONE": True, "STEP": 16}, {}),
         ({**PLAIN, "ACROSS": True}, {"out_ptr": "*fp32"}),
@@ -108,7 +110,7 @@ for capability, name in ((89, "mma.sync"), (90, "mma")):  # the least shared mem
         found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
         kind = "tf32" if kinds is WIDE else "bf16"
         assert found and all(name in one and kind in one for one in found), found
-        if capability >= 90 and constants["STEP"] == 64:  # of many tokens
+        if capability == 90 and constants["STEP"] == 64:  # of many tokens
             whole = {**constants, "PIECE": 128, "STAGES": 2}
             instructions(kernel, {**PARTS, **kinds}, whole, capability, even=STRIDES)
 NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}

@@ -14,12 +14,19 @@ import torch
 
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.runtime.kernels.launch import launch, multiprocessors, power_of_two, settle
+from spinlab.runtime.kernels.launch import (
+    interpreted,
+    launch,
+    multiprocessors,
+    power_of_two,
+    settle,
+)
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a tile
-_PIECE = 64  # numbers of a block that one program writes, but for many tokens on Hopper
+_PIECE = 64  # numbers of a block that one program writes, but for many tokens on large GPUs
 _MANY = 128  # tokens; more are many
+_SHARED = 160 * 1024  # bytes that a program of a whole block may take, and two stages
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -54,7 +61,7 @@ def turned(
     """Return the transform of x: (tokens, width), in x's dtype.
 
     up: (tokens, width), for silu(x)·up in place of x. epsilon: for x/rms(x) in its place, times a
-    gain (width,) if there is one.
+    gain (width,) if there is one; squares of one token alone are added in another order.
     """
     first, *rest = _passes_of(rotation, x)
     y = _turned(x, first, None if rest else x.dtype, up, gain, epsilon)
@@ -117,7 +124,7 @@ def _turned(
         "DEALT": by.order is not None, "ACROSS": dtype is None, "PARTS": parts,
         "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block, "PIECE": piece,
         "STEP": step, "WHOLE": power_of_two(width), "STAGES": stages,
-        "AS_FLOATS": not x.is_cuda,  # the interpreter multiplies no bfloat16
+        "AS_FLOATS": interpreted(),  # which multiplies no bfloat16
     }  # fmt: skip
     launch(blocks_kernel, (-(-tiles // many), pieces), arguments, constants, num_warps=4)
     return found
@@ -126,12 +133,19 @@ def _turned(
 def _piece(tokens: int, block: int, device: torch.device) -> tuple[int, int]:
     """Return how many numbers of a block a program writes, and how many tiles it loads ahead.
 
-    A whole block of 128 reads what comes in, and gates it, once; but before Hopper it has too few
-    registers, and of few tokens too few programs run.
+    A whole block of 128 reads what comes in, and gates it, once; but other GPUs than the large ones
+    from Hopper on have too few registers or too little to share, and of few tokens too few programs
+    run.
     """
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    whole = hopper and tokens > _MANY and block > _PIECE
+    whole = tokens > _MANY and block > _PIECE and _is_large(device)
     return (block, 2) if whole else (min(_PIECE, block), 1)
+
+
+def _is_large(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= _SHARED
 
 
 def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
