@@ -50,6 +50,7 @@ def linear(
     pointers = (
         inputs.scale, inputs.zero, sums, weight.scale,
         some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
+        out if added is None else added.contiguous(),
     )  # fmt: skip
     shape: dict[str, Any] = {
         "HALF": weight.chunk // 2,
@@ -58,11 +59,10 @@ def linear(
         "WEIGHT_GROUPS": weight.groups,
         "ZEROS": weight.zero is not None,
         "BIAS": bias is not None,
+        "ADDED": added is not None,
     }
-    if tokens <= _FEW:
-        _decode(inputs.levels, weight, out, pointers, shape, added)
-    else:
-        _prefill(inputs.levels, weight, out, pointers, shape, added)
+    take = _decode if tokens <= _FEW else _prefill
+    take(inputs.levels, weight, out, pointers, shape)
     return out
 
 
@@ -132,12 +132,7 @@ def _check(weight: PackedWeight) -> None:
 
 
 def _prefill(
-    levels: torch.Tensor,
-    weight: PackedWeight,
-    out: torch.Tensor,
-    pointers: tuple,
-    shape: dict,
-    added: torch.Tensor | None,
+    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
 ) -> None:
     from spinlab.runtime.kernels.linear.triton import prefill_kernel
 
@@ -149,12 +144,9 @@ def _prefill(
         _tiles(levels, bm, bk),
         _tiles(weight.packed, bn, bk),
         _tiles(out, bm, bn),
-        *pointers, out if added is None else added.contiguous(), len(levels),
-        weight.out_features,
+        *pointers, len(levels), weight.out_features,
     )  # fmt: skip
-    constants = {
-        **shape, "ADDED": added is not None, **tile, "PROGRAMS": programs, "ASM": not interpreted(),
-    }  # fmt: skip
+    constants = {**shape, **tile, "PROGRAMS": programs, "ASM": not interpreted()}
     # a program takes so much room that the kernel before it would end more slowly
     options = {"overlap": False, "num_warps": warps, "enable_fp_fusion": False}
     launch(prefill_kernel, (programs,), arguments, constants, **options)
@@ -182,12 +174,7 @@ def _prefill_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 
 
 def _decode(
-    levels: torch.Tensor,
-    weight: PackedWeight,
-    out: torch.Tensor,
-    pointers: tuple,
-    shape: dict,
-    added: torch.Tensor | None,
+    levels: torch.Tensor, weight: PackedWeight, out: torch.Tensor, pointers: tuple, shape: dict
 ) -> None:
     from spinlab.runtime.kernels.linear.triton_decode import decode_kernel
 
@@ -196,14 +183,10 @@ def _decode(
     dtype = torch.int32 if weight.blocks == 1 else torch.float32
     part, count = _workspace(out, tiles, tile, dtype)
     arguments = (
-        levels, weight.packed, out, *pointers, out if added is None else added.contiguous(), part,
-        count, len(levels), weight.out_features,
+        levels, weight.packed, out, *pointers, part, count, len(levels), weight.out_features,
     )  # fmt: skip
     warps = tile.pop("num_warps")
-    constants = {
-        "IN": weight.in_features, **shape, "ADDED": added is not None, **tile,
-        "ASM": not interpreted(),
-    }  # fmt: skip
+    constants = {"IN": weight.in_features, **shape, **tile, "ASM": not interpreted()}
     grid = (tiles, tile["SPLIT"])
     launch(decode_kernel, grid, arguments, constants, num_warps=warps, enable_fp_fusion=False)
 
