@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from spinlab.bench.models import DTYPES, SHAPES
+from spinlab.bench.resident import Watch, own_bytes
 from spinlab.config import Config, EvalConfig, ModelConfig, QuantConfig, RotationConfig, plain
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
@@ -30,7 +30,6 @@ from spinlab.track.environment import environment
 from spinlab.weights.quantized import QuantizedWeight, empty_weight
 
 SCHEMA = 1
-_INTERVAL = 0.01  # seconds between two looks at the memory
 
 
 class RandomWeights(Mapping[str, QuantizedWeight]):
@@ -115,38 +114,22 @@ def _loaded(folder: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
     read_listing(str(folder), folder, "artefact")
     digests = time.perf_counter() - start
-    before, peak = _held(), [0]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_INTERVAL):
-            peak[0] = max(peak[0], _held())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    model = spinlab.load(folder, device=device)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    held = _held()
+    before = own_bytes()
+    with Watch() as watch:
+        start = time.perf_counter()
+        model = spinlab.load(folder, device=device)
+        seconds = time.perf_counter() - start
+    held = own_bytes()
     found = {
         "speed/artefact/load/seconds": seconds,
         "speed/artefact/digests/seconds": digests,
-        "bytes/artefact/load/host": float(max(peak[0], held) - before),
+        "bytes/artefact/load/host": float(max(watch.most, held) - before),
         "bytes/artefact/loaded/host": float(held - before),
     }
     if model.device.type == "cuda":
         found["bytes/artefact/load/device"] = float(torch.cuda.max_memory_allocated(model.device))
         found["bytes/artefact/loaded/device"] = float(torch.cuda.memory_allocated(model.device))
     return found
-
-
-def _held() -> int:
-    """Return the bytes of memory that are this process's own: no pages of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
