@@ -143,6 +143,7 @@ def _add_kernels(commands: Any) -> None:
     cpu.add_argument("--context", type=int, default=128, help="tokens in the cache at the start")
     cpu.add_argument("--repeats", type=int, default=100, help="timed calls")
     cpu.add_argument("--threads", type=int, nargs="+", default=[1], help="to decode on")
+    cpu.add_argument("--method", nargs="+", default=[], help="to decode by, as in conf/method")
     cpu.set_defaults(run=_cpu, repeatable=False)
     artefact = commands.add_parser("artefact", help="load a packed network in a fresh process")
     _add_place(artefact)
@@ -237,8 +238,9 @@ def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     if device.type != "cpu":
         raise InputError(f"cpu times a CPU and --device is {device}: use kernels or decode")
+    methods = {method: _composed([f"+method={method}"]) for method in arguments.method}
     sizes = (arguments.layers, arguments.context, arguments.repeats)
-    return bench_cpu(arguments.model, *sizes, arguments.threads)
+    return bench_cpu(arguments.model, *sizes, arguments.threads, methods=methods)
 
 
 def _artefact(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -4,19 +4,19 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spinlab.bench.methods import random_rotations
 from spinlab.bench.models import random_llama
 from spinlab.config import (
     ClipSearch,
     CodecConfig,
+    Config,
     KVConfig,
-    QuantConfig,
-    RotationConfig,
     TensorQuant,
     plain,
 )
@@ -25,7 +25,7 @@ from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.model.modules import map_of
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.initial import initial_rotations
+from spinlab.report.online import online_settings
 from spinlab.runtime.kernels.matmul import kernel_for
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.track.environment import environment
@@ -33,6 +33,7 @@ from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.rtn import rtn
 
 SCHEMA = 1
+K = TypeVar("K")
 # (tokens, out, in): a square one, and what SmolLM2-135M multiplies, q k v as one
 LINEARS = (
     (1, 2048, 2048),
@@ -57,30 +58,37 @@ def bench_cpu(
     repeats: int = 100,
     threads: Sequence[int] = (1,),
     linears: Sequence[tuple[int, int, int]] = LINEARS,
+    methods: Mapping[str, Config] | None = None,
 ) -> dict[str, Any]:
     """Return the record of one run, all on random weights and tokens; seconds are medians.
 
     Linears run on one thread, and decoding on each number of `threads`; that on more than one has
     it in its metrics' names. What is compared takes turns, so that other work on the machine falls
     on all alike. context: tokens in the cache before the first one is timed; one is added each
-    time. repeats: timed calls.
+    time. repeats: timed calls. methods: by name, those whose rotations run online; without any R3
+    and R4 do, and metrics have no method's name.
     """
+    methods = methods or {"": Config()}
     metrics: dict[str, float] = {}
     with torch.inference_mode():
         with _threads(1):
             for shape in linears:
                 metrics |= _linear(*shape, repeats)
-        models = _models(name, layers)
+        models = _models(name, layers, methods)
         for count in threads:
             with _threads(count):
                 metrics |= _decode(models, context, repeats, count)
-    layers = models["fp32"].config.num_hidden_layers
+    layers = models["", "fp32"].config.num_hidden_layers
     settings = {"model": name, "layers": layers, "context": context, "repeats": repeats}
+    online = {
+        method: {"quant": plain(config.quant), "settings": online_settings(config)}
+        for method, config in methods.items()
+    }
     return {
         "schema": SCHEMA,
         "experiment": f"bench/cpu/{name}",
         "environment": environment(),
-        "config": {**settings, "threads": list(threads), "quant": plain(QuantConfig())},
+        "config": {**settings, "threads": list(threads), "methods": online},
         "metrics": metrics,
     }
 
@@ -100,35 +108,42 @@ def _linear(tokens: int, rows: int, columns: int, repeats: int) -> dict[str, flo
     return metrics | {f"speedup/{name}": seconds["fp32"] / seconds["w4a4"]}
 
 
-def _models(name: str, layers: int | None) -> dict[str, PreTrainedModel]:
-    """Return a random model as it is and, quantized by W4A4, with each kind of cache."""
+def _models(
+    name: str, layers: int | None, methods: Mapping[str, Config]
+) -> dict[tuple[str, str], PreTrainedModel]:
+    """Return a random model as it is ("", "fp32") and each method's, by kind of cache."""
 
     def original() -> PreTrainedModel:
         torch.manual_seed(0)
         return random_llama(name, layers, torch.device("cpu"))
 
-    quant, wide = QuantConfig(), original()
-    generator = torch.Generator().manual_seed(0)
-    rotations = initial_rotations(RotationConfig(), map_of(wide), generator)
-    networks = {
-        kind: QuantizedNetworks(original, quant, config) for kind, config in _CACHES.items()
-    }
-    weights = quantize_rtn(networks["kv16"].fused(rotations), quant, _ROUNDING, {})
-    integer = {f"int4_{k}": n.integer(rotations, weights, "cpu") for k, n in networks.items()}
-    return {"fp32": wide, **integer}
+    models = {("", "fp32"): original()}
+    for method, config in methods.items():
+        rotations = random_rotations(config, map_of(models["", "fp32"]))
+        networks = {k: QuantizedNetworks(original, config.quant, kv) for k, kv in _CACHES.items()}
+        weights = quantize_rtn(networks["kv16"].fused(rotations), config.quant, _ROUNDING, {})
+        for kind, network in networks.items():
+            models[method, kind] = network.integer(rotations, weights, "cpu")
+    return models
 
 
 def _decode(
-    models: Mapping[str, PreTrainedModel], context: int, repeats: int, threads: int
+    models: Mapping[tuple[str, str], PreTrainedModel], context: int, repeats: int, threads: int
 ) -> dict[str, float]:
     """Time a step of decoding behind `context` tokens."""
-    tokens = torch.randint(models["fp32"].config.vocab_size, (1, context + 1))
-    steps = {kind: _step(model, tokens) for kind, model in models.items()}
+    wide = models["", "fp32"]
+    tokens = torch.randint(wide.config.vocab_size, (1, context + 1))
+    steps = {key: _step(model, tokens) for key, model in models.items()}
     seconds = _taking_turns(steps, repeats)
-    name = "cpu/decode" if threads == 1 else f"cpu/decode/threads{threads}"
-    metrics = {f"speed/{name}/{kind}/seconds_per_token": value for kind, value in seconds.items()}
-    ratios = {kind: seconds["fp32"] / seconds[f"int4_{kind}"] for kind in _CACHES}
-    return metrics | {f"speedup/{name}/{kind}": value for kind, value in ratios.items()}
+    metrics: dict[str, float] = {}
+    for (method, kind), value in seconds.items():
+        parts = ("cpu/decode", method, "" if threads == 1 else f"threads{threads}")
+        name = "/".join(part for part in parts if part)
+        network = kind if kind == "fp32" else f"int4_{kind}"
+        metrics[f"speed/{name}/{network}/seconds_per_token"] = value
+        if kind != "fp32":
+            metrics[f"speedup/{name}/{kind}"] = seconds["", "fp32"] / value
+    return metrics
 
 
 def _step(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], object]:
@@ -139,13 +154,13 @@ def _step(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], object]:
 
 
 def _taking_turns(
-    work: Mapping[str, Callable[[], object]], repeats: int, unheard: int = 0
-) -> dict[str, float]:
+    work: Mapping[K, Callable[[], object]], repeats: int, unheard: int = 0
+) -> dict[K, float]:
     """Return the median seconds of each call; they alternate.
 
     unheard: calls before each timed one, which then finds the caches as it leaves them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[K, list[float]] = {name: [] for name in work}
     for index in range(_WARM_UP + repeats):
         for name, call in work.items():
             for _ in range(unheard):

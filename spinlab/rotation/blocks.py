@@ -15,9 +15,12 @@ log = logging.getLogger(__name__)
 
 def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Multiply each block of x: (..., C) by its rotation, or by the one shared: (k, b, b)."""
-    tiles = x.unflatten(-1, (-1, rotation.shape[-1]))
-    # einsum stretches k = 1
-    return torch.einsum("...kb,kbc->...kc", tiles, rotation.to(x.device, x.dtype)).flatten(-2)
+    count, size, _ = rotation.shape
+    rotation = rotation.to(x.device, x.dtype)
+    if count == 1:
+        return (x.unflatten(-1, (-1, size)) @ rotation[0]).flatten(-2)
+    tiles = x.reshape(-1, count, size).transpose(0, 1)
+    return torch.bmm(tiles, rotation).transpose(0, 1).reshape(x.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +43,10 @@ class BlockMap(ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x·T for x: (..., C), computed in float32 or wider."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self._turned(wide).to(x.dtype)
+        return self.turned(wide).to(x.dtype)
 
-    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+    def turned(self, wide: torch.Tensor) -> torch.Tensor:
+        """Return x·T for x: (..., C), computed in its own dtype."""
         return rotate_blocks(wide, self.first)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float64) -> Self:

@@ -109,9 +109,9 @@ class DualTransform(BlockRotation):
     def width(self) -> int:
         return self.permutation.numel()
 
-    def _turned(self, wide: torch.Tensor) -> torch.Tensor:
+    def turned(self, wide: torch.Tensor) -> torch.Tensor:
         order = self.permutation.to(wide.device)
-        return rotate_blocks(super()._turned(wide).index_select(-1, order), self.second)
+        return rotate_blocks(super().turned(wide).index_select(-1, order), self.second)
 
     def dense(self) -> torch.Tensor:
         """Return the whole matrix R1·P·R2: (C, C), float64."""

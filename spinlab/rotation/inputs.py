@@ -37,11 +37,11 @@ class ScaledDual:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Transform inputs x: (..., in), in float32 or wider."""
-        moved = self._to(torch.promote_types(x.dtype, torch.float32), x.device)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        moved, wide = self._to(dtype, x.device), x.to(dtype)
         if moved.scale is not None and not self.folded:
             wide = wide / moved.scale
-        return (wide if moved.dual is None else moved.dual.apply(wide)).to(x.dtype)
+        return (wide if moved.dual is None else moved.dual.turned(wide)).to(x.dtype)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return (W·diag(scale))·T⁻ᵀ: (out, in)."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spinlab.bench.cpu import bench_cpu
+from spinlab.compose import composed
 
 
 def test_a_record_compares_linears_and_decoding_with_float32():
@@ -24,3 +25,19 @@ def test_a_record_compares_linears_and_decoding_with_float32():
         found = metrics[f"speedup/{decode}/kv4"]
         assert found == pytest.approx(seconds["fp32"] / seconds["int4_kv4"])
         assert f"speedup/{decode}/kv16" in metrics
+
+
+def test_methods_decode_beside_the_same_float32():
+    names = ("learned_blocks", "duquant_gptq")
+    methods = {name: composed(f"+method={name}") for name in names}
+    sizes = {"context": 5, "repeats": 2, "linears": ()}
+    record = bench_cpu("toy", 1, **sizes, threads=(1, 2), methods=methods)
+    metrics, told = record["metrics"], record["config"]["methods"]
+    for decode in ("", "/threads2"):
+        slow = metrics[f"speed/cpu/decode{decode}/fp32/seconds_per_token"]
+        for name in names:
+            of_method = f"cpu/decode/{name}{decode}"
+            fast = metrics[f"speed/{of_method}/int4_kv4/seconds_per_token"]
+            assert metrics[f"speedup/{of_method}/kv4"] == pytest.approx(slow / fast)
+    assert told["learned_blocks"]["settings"]["rotation.inputs"] == "blocks"
+    assert told["duquant_gptq"]["settings"]["rotation.inputs"] == "duquant"
