@@ -137,6 +137,15 @@ def _add_kernels(commands: Any) -> None:
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
         whole.add_argument("--method", help="whose rotations run online, as in conf/method")
         whole.set_defaults(run=_end_to_end, repeatable=False)
+    compiled = commands.add_parser("compiled", help="kernels for GPUs that need not be there")
+    compiled.add_argument("--out", type=Path, help="where the record goes")
+    _add_model(compiled, "llama2_7b")
+    compiled.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    compiled.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    compiled.add_argument("--method", help="whose rotations run online, as in conf/method")
+    compiled.add_argument("--gpu", nargs="+", help="kinds, all that are known unless given")
+    compiled.add_argument("--kernel", nargs="+", default=[], help="names, all unless given")
+    compiled.set_defaults(run=_compiled, device="cpu", repeatable=False, tokens=1)
     cpu = commands.add_parser("cpu", help="int8 products and decoding on a CPU")
     _add_place(cpu, "cpu")
     _add_model(cpu)
@@ -217,20 +226,36 @@ def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 
 def _end_to_end(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.end_to_end import bench_decode, bench_prefill
-    from spinlab.bench.methods import hadamards, random_rotations
-    from spinlab.bench.runners import Setting
-    from spinlab.report.online import online_settings
     from spinlab.runtime.fused.operations import REFERENCE, triton_operations
 
     operations = triton_operations() if device.type == "cuda" else REFERENCE
+    bench = bench_decode if arguments.command == "decode" else bench_prefill
+    setting, online = _online(arguments)
+    return bench(operations, device, setting, arguments.batch, arguments.out, online)
+
+
+def _compiled(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.compiled import GPUS, bench_compiled
+
+    gpus = arguments.gpu or list(GPUS)
+    if unknown := set(gpus) - GPUS.keys():
+        raise InputError(f"--gpu {min(unknown)} is not known: known are {', '.join(GPUS)}")
+    setting, online = _online(arguments)
+    return bench_compiled(setting, online, arguments.batch, gpus, arguments.out, arguments.kernel)
+
+
+def _online(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return what is run, and how a method's rotations are made for it."""
+    from spinlab.bench.methods import hadamards, random_rotations
+    from spinlab.bench.runners import Setting
+    from spinlab.report.online import online_settings
+
     method, online, settings = arguments.method, hadamards, {}
     if method:
         config = _composed([f"+method={method}"])
         online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
-    bench = bench_decode if arguments.command == "decode" else bench_prefill
-    setting = Setting(*sizes, method, settings)
-    return bench(operations, device, setting, arguments.batch, arguments.out, online)
+    return Setting(*sizes, method, settings), online
 
 
 def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from spinlab.runtime.kernels.attention import launch as gpu
 from spinlab.runtime.kernels.attention import reference
 from spinlab.runtime.kernels.attention.launch import Plan
 from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
+from spinlab.runtime.kernels.launch import GPU, planning
 
 # Triton's interpreter cuts bfloat16 off where a GPU rounds
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
@@ -247,10 +248,11 @@ def test_a_sequence_without_slots_gives_zeros(device):
 
 
 def test_plans_fill_the_device_and_split_no_short_context():
-    cpu = torch.device("cpu")
-    assert gpu.plan_of(1, 8192, cpu).splits == 8
-    assert gpu.plan_of(1, 100, cpu).splits == 1
-    assert gpu.plan_of(64, 8192, cpu).splits == 1
+    cpu, small = torch.device("cpu"), GPU((9, 0), 1, shared=0, shared_by_all=0)
+    with planning(small):
+        assert gpu.plan_of(1, 8192, cpu).splits == 8
+        assert gpu.plan_of(1, 100, cpu).splits == 1
+        assert gpu.plan_of(64, 8192, cpu).splits == 1
 
 
 def test_slots_that_were_never_written_count_as_zeros(device):

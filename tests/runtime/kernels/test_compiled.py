@@ -48,6 +48,7 @@ PREFILL = {**SHAPE, "BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "STAGES": 3, "AD
            "PROGRAMS": 264}
 DECODE = {**SHAPE, "IN": 4096, "ADDED": True, "BM": 16, "BN": 64, "BK": 128, "SPLIT": 2,
           "STAGES": 4}
+OF_LEVELS = {**DECODE, "GROUP": 0}  # of what decodes, the kernel of quantized inputs alone
 
 
 STRIDES = ("stride", "other_stride")
@@ -74,7 +75,7 @@ for added in (False, True):
     assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
     # weights come from registers: the first operand is a list of them, not a descriptor
     assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
-found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 90)
+found, _ = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 # what the interpreter takes and the compiler may not
 GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FUSED": True}
@@ -167,8 +168,15 @@ OF_FLOATS = {**ROOM, "x_ptr": "*fp32", "part_ptr": "*fp32"}
 instructions(decode_kernels.decode16_kernel, OF_FLOATS, FLOATS, 89, warps=2)
 narrow = linear._decode_tile(4, NARROW)
 del narrow["num_warps"]
-instructions(decode_kernels.decode_kernel, ROOM, {**DECODE, "IN": 32, "HALF": 16, **narrow}, 90)
-found, _ = instructions(decode_kernels.decode_kernel, ROOM, DECODE, 80)
+instructions(decode_kernels.decode_kernel, ROOM, {**OF_LEVELS, "IN": 32, "HALF": 16, **narrow}, 90)
+found, _ = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 80)
+many = linear._many_tile(LARGE)  # tokens, before Hopper
+assert many.pop("num_warps") == 4
+for capability in (80, 89):
+    of_many, _ = instructions(
+        decode_kernels.decode_kernel, ROOM, {**DECODE, **many}, capability, even=("out",)
+    )
+    assert of_many == found
 assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
 """
 

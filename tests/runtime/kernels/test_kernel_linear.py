@@ -7,6 +7,7 @@ from spinlab.errors import InputError
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
+from spinlab.runtime.kernels.launch import GPU
 from spinlab.runtime.kernels.linear import launch as gpu
 from spinlab.runtime.kernels.linear import reference
 from spinlab.weights.quantized import QuantizedWeight
@@ -15,6 +16,14 @@ from spinlab.weights.quantized import QuantizedWeight
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["by descriptors", "by pointers"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load tiles of many tokens as Hopper does, and as GPUs before it."""
+    before_hopper = GPU((8, 6), multiprocessors=2, shared=99 * 1024, shared_by_all=100 * 1024)
+    if request.param == "by pointers":
+        monkeypatch.setattr(gpu, "gpu_of", lambda device: before_hopper)
 
 
 def random_weight(out: int, width: int, groups: int, symmetric: bool) -> QuantizedWeight:
@@ -51,6 +60,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("loads")
 @pytest.mark.parametrize("case", CASES)
 def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None:
     tokens, out, width, weight_groups, input_groups, symmetric, bits, with_bias = case
@@ -75,6 +85,7 @@ def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None
         assert (found - exact).abs().max() <= 2 * own + 1e-7 * exact.abs().max()
 
 
+@pytest.mark.usefixtures("loads")
 @pytest.mark.parametrize("tokens", [1, 20, 130])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -90,6 +101,7 @@ def test_a_sum_is_that_of_two_tensors(tokens: int, groups: int, dtype, device: t
         assert torch.equal(added, kept)
 
 
+@pytest.mark.usefixtures("loads")
 def test_every_output_is_written_and_none_else(device: torch.device) -> None:
     """Shapes that fill no tile leave what lies behind the result alone."""
     weight = pack_weight(random_weight(40, 96, 1, True), 1)

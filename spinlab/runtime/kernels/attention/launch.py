@@ -7,7 +7,7 @@ import torch
 from spinlab.kv.bias import BiasScores
 from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.runtime.kernels.kv.rows import PackedRows
-from spinlab.runtime.kernels.launch import launch, power_of_two
+from spinlab.runtime.kernels.launch import compiled_for, gpu_of, launch, power_of_two
 
 _RESIDENT = 8  # programs that one multiprocessor runs at a time
 _LEAST_SLOTS = 128  # per split; fewer would not pay for the sum over splits
@@ -73,7 +73,7 @@ def attend(
         "V_LEVELS": _levels(values),
         "WIDE": query.dtype == torch.float32,
         "EVEN": keys.capacity % block == 0,
-        "FAST": query.is_cuda,
+        "FAST": compiled_for(query),
         "ROTARY": rotary_dim,
         "WAVES": max(16, power_of_two(rotary_dim // 2)) if rotary_dim else 0,
     }
@@ -102,10 +102,7 @@ def _of_bias(
 
 def plan_of(owners: int, capacity: int, device: torch.device) -> Plan:
     """Choose a plan that fills the device once with programs, for so many pairs of KV heads."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = min(_RESIDENT * processors // owners, capacity // _LEAST_SLOTS)
+    wanted = min(_RESIDENT * gpu_of(device).multiprocessors // owners, capacity // _LEAST_SLOTS)
     splits = 1 << (max(wanted, 1).bit_length() - 1)
     return Plan(block=64, splits=splits, warps=2, stages=3)
 

@@ -6,7 +6,7 @@ from spinlab.config.kv import LENGTHS
 from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.kv.rows import PackedRows
-from spinlab.runtime.kernels.launch import launch, power_of_two
+from spinlab.runtime.kernels.launch import compiled_for, launch, power_of_two
 
 
 def store(
@@ -47,7 +47,7 @@ def store(
     constants = {
         "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
         "R3": r3 is not None, **_constants("K", keys), **_constants("V", values),
-        "ROUND": round_trip, "FUSED": q.is_cuda,
+        "ROUND": round_trip, "FUSED": compiled_for(q),
     }  # fmt: skip
     launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
     return (queries, k_round, v_round) if round_trip else (queries, None, None)

@@ -2,7 +2,8 @@
 
 Up to _FEW tokens the weights' bytes are the time, and the columns of a tile are split among
 programs; above, the operations are, and programs stay on their multiprocessor and take tile after
-tile. Weights rest packed in both: no expanded copy is made.
+tile. GPUs before Hopper load no tiles by descriptors: there the first kernel takes many tokens too.
+Weights rest packed in all: no expanded copy is made.
 """
 
 from functools import cache
@@ -12,7 +13,7 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
-from spinlab.runtime.kernels.launch import interpreted, launch, multiprocessors, power_of_two
+from spinlab.runtime.kernels.launch import gpu_of, interpreted, launch, power_of_two
 from spinlab.runtime.kernels.linear.reference import dequantize
 
 _FEW = 128  # tokens
@@ -61,8 +62,8 @@ def linear(
         "BIAS": bias is not None,
         "ADDED": added is not None,
     }
-    take = _decode if tokens <= _FEW else _prefill
-    take(inputs.levels, weight, out, pointers, shape)
+    few = tokens <= _FEW or not gpu_of(out.device).loads_tiles
+    (_decode if few else _prefill)(inputs.levels, weight, out, pointers, shape)
     return out
 
 
@@ -139,7 +140,7 @@ def _prefill(
     tile = _prefill_tile(len(levels), weight)
     warps, bm, bn, bk = tile.pop("num_warps"), tile["BM"], tile["BN"], tile["BK"]
     tiles = _ceil(len(levels), bm) * _ceil(weight.out_features, bn)
-    programs = min(tiles, _PROGRAMS * multiprocessors(levels.device))
+    programs = min(tiles, _PROGRAMS * gpu_of(levels.device).multiprocessors)
     arguments = (
         _tiles(levels, bm, bk),
         _tiles(weight.packed, bn, bk),
@@ -178,12 +179,13 @@ def _decode(
 ) -> None:
     from spinlab.runtime.kernels.linear.triton_decode import decode_kernel
 
-    tile = _decode_tile(len(levels), weight)
-    tiles = _ceil(weight.out_features, tile["BN"])
+    tokens = len(levels)
+    tile = _decode_tile(tokens, weight) if tokens <= _FEW else _many_tile(weight)
+    tiles = _ceil(weight.out_features, tile["BN"]) * _ceil(tokens, tile["BM"])
     dtype = torch.int32 if weight.blocks == 1 else torch.float32
     part, count = _workspace(out, tiles, tile, dtype)
     arguments = (
-        levels, weight.packed, out, *pointers, part, count, len(levels), weight.out_features,
+        levels, weight.packed, out, *pointers, part, count, tokens, weight.out_features,
     )  # fmt: skip
     warps = tile.pop("num_warps")
     constants = {"IN": weight.in_features, **shape, **tile, "ASM": not interpreted()}
@@ -196,7 +198,17 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
     bm = max(16, power_of_two(tokens))
     programs = 2 if bm <= 64 else 1
     tile = {"BM": bm, "BN": 64, "BK": 128, "STAGES": 5 if bm <= 32 else 3, "num_warps": 4}
-    return _split(tile, weight, programs)
+    return {**_split(tile, weight, programs), "GROUP": 0}
+
+
+def _many_tile(weight: PackedWeight) -> dict[str, int]:
+    """Choose the tile of a program for many tokens, where tiles are not loaded by descriptors.
+
+    By what the compiler makes of it for sm_80 to sm_89 (`spinlab.bench compiled`): sums stay in
+    registers, and three programs run on a multiprocessor, two of several blocks.
+    """
+    bk = min(64, max(32, power_of_two(weight.chunk // 2)))
+    return {"BM": 64, "BN": 128, "BK": bk, "SPLIT": 1, "GROUP": 16, "STAGES": 3, "num_warps": 4}
 
 
 def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dict[str, int]:
@@ -214,7 +226,7 @@ def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[st
     tile["BK"] = min(tile["BK"], max(32, power_of_two(half)))  # 32: the least of a product
     tiles = _ceil(weight.out_features, tile["BN"])
     parts = weight.blocks * _ceil(half, tile["BK"])
-    split, most = 1, programs * multiprocessors(weight.packed.device)
+    split, most = 1, programs * gpu_of(weight.packed.device).multiprocessors
     while split < 8 and 2 * split * tiles <= most and 4 * split <= parts:
         split *= 2
     return {**tile, "SPLIT": split}

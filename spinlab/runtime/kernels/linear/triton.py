@@ -69,7 +69,7 @@ def as_floats(packed, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _tile(index, rows, columns, GROUP: tl.constexpr):
+def tile_of(index, rows, columns, GROUP: tl.constexpr):
     """Walk over output tiles in groups of columns, so that operands meet in the cache."""
     group = index // (GROUP * rows)
     first = group * GROUP
@@ -168,7 +168,7 @@ def prefill_kernel(
     wait_for_inputs(PDL)
     rows, columns = tl.cdiv(tokens, BM), tl.cdiv(out, BN)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=BLOCKS == 1):
-        row, column = _tile(tile, rows, columns, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+        row, column = tile_of(tile, rows, columns, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
         m, n = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
         acc = tl.zeros((BN, BM), tl.int32)
         if BLOCKS == 1:

@@ -1,7 +1,7 @@
-"""The Triton kernels for few tokens behind `launch`.
+"""The Triton kernels for few tokens behind `launch`, and for many where GPUs load no tiles.
 
-Here the weights' bytes are the time. Programs share an output tile by splitting its columns; the
-last of them to finish adds the parts up, always in the same order.
+Of few tokens the weights' bytes are the time. Programs share an output tile by splitting its
+columns; the last of them to finish adds the parts up, always in the same order.
 """
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -13,6 +13,7 @@ from spinlab.runtime.kernels.linear.triton import (
     as_floats,
     of_outputs,
     of_tokens,
+    tile_of,
     times_16,
     with_added,
     with_bias,
@@ -65,23 +66,29 @@ def decode_kernel(
     count_ptr, tokens, out, IN: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
     INPUT_GROUPS: tl.constexpr, WEIGHT_GROUPS: tl.constexpr, ZEROS: tl.constexpr,
     BIAS: tl.constexpr, ADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute BN outputs of all tokens, at most BM, from levels; the grid is (tiles, SPLIT).
+    """Compute BN outputs of BM tokens from levels; the grid is (tiles, SPLIT).
 
-    ADDED: they are added to others (tokens, out), after they are rounded.
+    ADDED: they are added to others (tokens, out), after they are rounded. GROUP: of more than BM
+    tokens, how many tiles of outputs are taken side by side (`tile_of`); 0 where there are no more.
 
     Of one block the columns are split, of several the blocks. Of several, BK divides HALF.
     """
     wait_for_inputs(PDL)
-    part = tl.program_id(1)
-    m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    part, row, column = tl.program_id(1), 0, tl.program_id(0)
+    if GROUP:
+        row, column = tile_of(column, tl.cdiv(tokens, BM), tl.cdiv(out, BN), GROUP)
+        x_ptr += (row * BM).to(tl.int64) * IN
+    first_row, n = row * BM, column * BN + tl.arange(0, BN)
+    m, here = first_row + tl.arange(0, BM), tl.arange(0, BM)
     acc = tl.zeros((BN, BM), tl.int32)
     if BLOCKS == 1:
         steps: tl.constexpr = (HALF + BK * SPLIT - 1) // (BK * SPLIT)
         for step in tl.range(part * steps, (part + 1) * steps, num_stages=STAGES):
             packed, first, second = _tiles(
-                x_ptr, w_ptr, m, n, tokens, out, 0, step * BK, IN, HALF, BK
+                x_ptr, w_ptr, here, n, tokens - first_row, out, 0, step * BK, IN, HALF, BK
             )
             low, high = times_16(packed, ASM)
             acc = tl.dot(low, first.T, acc, out_dtype=tl.int32)
@@ -97,7 +104,7 @@ def decode_kernel(
             )  # fmt: skip
             for at in tl.static_range(0, HALF, BK):
                 packed, first, second = _tiles(
-                    x_ptr, w_ptr, m, n, tokens, out, block, at, IN, HALF, BK
+                    x_ptr, w_ptr, here, n, tokens - first_row, out, block, at, IN, HALF, BK
                 )
                 low, high = times_16(packed, ASM)
                 acc = tl.dot(low, first.T, acc, out_dtype=tl.int32)
@@ -121,7 +128,7 @@ def decode_kernel(
         if WEIGHT_GROUPS == 1:
             total *= of_outputs(t_ptr, n, out, 0, 1)
         total = with_bias(total, bias_ptr, n, out, BIAS)
-        _store(y_ptr, total, added_ptr, m, n, tokens, out, BN, ADDED)
+        _store(y_ptr, total, added_ptr, m, n, first_row, column * BN, tokens, out, ADDED)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -163,12 +170,12 @@ def decode16_kernel(
         last, total = _sum_parts(total, part_ptr, count_ptr, SPLIT, BM, BN)
     if last:
         total = with_bias(total, bias_ptr, n, out, BIAS)
-        _store(y_ptr, total, added_ptr, m, n, tokens, out, BN, ADDED)
+        _store(y_ptr, total, added_ptr, m, n, 0, tl.program_id(0) * BN, tokens, out, ADDED)
 
 
 @triton.jit
-def _store(y_ptr, total, added_ptr, m, n, tokens, out, BN: tl.constexpr, ADDED: tl.constexpr):
+def _store(y_ptr, total, added_ptr, m, n, row, column, tokens, out, ADDED: tl.constexpr):
     y = tl.trans(total.to(y_ptr.dtype.element_ty))
-    y = with_added(y, added_ptr, 0, tl.program_id(0) * BN, tokens, out, ADDED)
+    y = with_added(y, added_ptr, row, column, tokens, out, ADDED)
     inside = (m < tokens)[:, None] & (n < out)[None, :]
     tl.store(y_ptr + m[:, None].to(tl.int64) * out + n[None, :], y, mask=inside)

@@ -14,13 +14,7 @@ import torch
 
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.runtime.kernels.launch import (
-    interpreted,
-    launch,
-    multiprocessors,
-    power_of_two,
-    settle,
-)
+from spinlab.runtime.kernels.launch import gpu_of, interpreted, launch, power_of_two, settle
 
 _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are filled up
 _FEW, _STEP = 16, 64  # tokens of a tile
@@ -142,15 +136,13 @@ def _piece(tokens: int, block: int, device: torch.device) -> tuple[int, int]:
 
 
 def _is_large(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 9 and properties.shared_memory_per_block_optin >= _SHARED
+    gpu = gpu_of(device)
+    return gpu.capability >= (9, 0) and gpu.shared >= _SHARED
 
 
 def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
     """Return how many tiles of tokens a program takes in turn with its matrix, so that few wait."""
-    return max(1, min(tiles, tiles * pieces // (4 * multiprocessors(device))))
+    return max(1, min(tiles, tiles * pieces // (4 * gpu_of(device).multiprocessors)))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:

@@ -17,7 +17,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import OnlineRotation
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
-from spinlab.runtime.kernels.launch import launch, multiprocessors, power_of_two, settle
+from spinlab.runtime.kernels.launch import compiled_for, gpu_of, launch, power_of_two, settle
 from spinlab.runtime.kernels.producers.blocks import has_block_kernel, turned
 
 _TILE = 4096  # numbers that one program quantizes, at least
@@ -54,7 +54,7 @@ def _has_sign_kernel(x: torch.Tensor, rotation: OnlineRotation, quantizer: Token
         rotation.flat
         and x.dtype.itemsize == 2
         and max(rows, columns) <= _FACTOR
-        and _held(rotation, rows, columns) <= _shared(x.device)[0]
+        and _held(rotation, rows, columns) <= gpu_of(x.device).shared
         and (not group or (block == columns and group & (group - 1) == 0))
         and group <= block  # within a row: four rows to a group came out wrong
     )
@@ -206,7 +206,7 @@ def _constants(quantizer: TokenQuantizer, x: torch.Tensor) -> dict[str, Any]:
     assert isinstance(quantizer.clip_ratio, float | int), "the clip ratio is no longer learned"
     return {
         "LOW": format.lowest, "HIGH": format.highest, "SYMMETRIC": format.symmetric,
-        "SHIFT": into_int8(format), "FUSED": x.is_cuda,
+        "SHIFT": into_int8(format), "FUSED": compiled_for(x),
     }  # fmt: skip
 
 
@@ -266,21 +266,10 @@ def _held(rotation: OnlineRotation, rows: int, columns: int) -> int:
     return 2 * (left + block**2 + (first + second) * block)
 
 
-@lru_cache(maxsize=16)
-def _shared(device: torch.device) -> tuple[int, int]:
-    """Return the bytes of shared memory that a program may have, and all that share them."""
-    if device.type != "cuda":
-        return 227 * 1024, 228 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
-
-
 def _programs(device: torch.device, held: int) -> int:
     """Return how many programs a device runs at once."""
-    if device.type != "cuda":
-        return 3
-    most = _shared(device)[1] // (held + 1024)
-    return min(most, 4) * multiprocessors(device)
+    gpu = gpu_of(device)
+    return min(gpu.shared_by_all // (held + 1024), 4) * gpu.multiprocessors
 
 
 def _options(size: int, block: int) -> dict[str, Any]:

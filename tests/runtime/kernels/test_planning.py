@@ -1,0 +1,73 @@
+"""Launches are collected as another GPU would be given them."""
+
+import pytest
+import torch
+
+from spinlab.bench.methods import hadamards
+from spinlab.bench.runners import Ours, Setting
+from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.inputs import ScaledDual
+from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.kernels.launch import GPU, gpu_of, planning
+from spinlab.runtime.kernels.producers.blocks import turned
+
+KIB = 1024
+AMPERE = GPU((8, 0), 108, 163 * KIB, 164 * KIB)
+ADA = GPU((8, 9), 128, 99 * KIB, 100 * KIB)
+HOPPER = GPU((9, 0), 132, 227 * KIB, 228 * KIB)
+
+
+def launches_of(gpu, tokens=150):
+    setting, cpu = Setting("smollm2_135m", 1, tokens, 1), torch.device("cpu")
+    with torch.inference_mode(), planning(gpu) as found:
+        runner = Ours(setting, triton_operations(), cpu, hadamards)
+        runner.prefill(torch.zeros(1, tokens, dtype=torch.long), tokens)
+    return found
+
+
+def named(launches, name):
+    return [launch for launch in launches if launch.kernel.fn.__name__ == name]
+
+
+@pytest.mark.parametrize("gpu", [AMPERE, ADA, HOPPER], ids=["ampere", "ada", "hopper"])
+def test_a_network_is_cut_for_a_gpu_that_is_not_there(gpu):
+    launches = launches_of(gpu)
+    products = named(launches, "prefill_kernel"), named(launches, "decode_kernel")
+    by_descriptors, by_pointers = (len(found) for found in products)
+    assert (by_descriptors, by_pointers) == ((4, 0) if gpu is HOPPER else (0, 4))
+    for launch in products[0]:
+        assert launch.grid == (launch.constants["PROGRAMS"],)
+        assert launch.constants["PROGRAMS"] <= 2 * gpu.multiprocessors
+    for launch in products[1]:  # 150 tokens in tiles of 64, outputs in tiles of 128
+        out = launch.arguments[launch.kernel.arg_names.index("out")]
+        assert launch.grid == (3 * -(-out // launch.constants["BN"]), 1)
+    for launch in launches:
+        assert launch.constants["PDL"] == launch.options["launch_pdl"]
+        assert gpu is HOPPER or not launch.constants["PDL"]
+        names = [*launch.kernel.arg_names[len(launch.arguments) :]]
+        assert set(names) == launch.constants.keys()
+    assert any(launch.constants["PDL"] for launch in launches) == (gpu is HOPPER)
+
+
+def test_whole_blocks_are_turned_where_a_program_may_share_them():
+    rotation = ScaledDual(dual=BlockRotation(torch.eye(128, dtype=torch.float64).repeat(2, 1, 1)))
+    pieces = {}
+    for gpu in (ADA, HOPPER):
+        for tokens in (16, 150):
+            with planning(gpu) as launches:
+                turned(torch.zeros(tokens, 256, dtype=torch.bfloat16), rotation)
+            (launch,) = named(launches, "blocks_kernel")
+            pieces[gpu, tokens] = launch.constants["PIECE"]
+    assert pieces == {(ADA, 16): 64, (ADA, 150): 64, (HOPPER, 16): 64, (HOPPER, 150): 128}
+
+
+def test_plans_end_and_stand_in_each_other():
+    cpu = torch.device("cpu")
+    before = gpu_of(cpu)
+    with planning(HOPPER), pytest.raises(ZeroDivisionError):
+        assert gpu_of(cpu) is HOPPER
+        with planning(ADA):
+            assert gpu_of(cpu) is ADA
+        assert gpu_of(cpu) is HOPPER
+        _ = 1 / 0
+    assert gpu_of(cpu) is before
