@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+_TILES = 200 * 1024  # bytes of shared memory for the tiles of two programs
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -33,8 +35,8 @@ class GPU:
 
     @property
     def loads_tiles(self) -> bool:
-        """Tell whether it loads tiles by descriptors, past the registers of a program."""
-        return self.capability >= (9, 0)
+        """Tell whether it loads tiles by descriptors, and two programs of them fit."""
+        return self.capability >= (9, 0) and self.shared_by_all >= _TILES
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ KIB = 1024
 AMPERE = GPU((8, 0), 108, 163 * KIB, 164 * KIB)
 ADA = GPU((8, 9), 128, 99 * KIB, 100 * KIB)
 HOPPER = GPU((9, 0), 132, 227 * KIB, 228 * KIB)
+SMALL = GPU((12, 0), 170, 99 * KIB, 100 * KIB)  # after Hopper
 
 
 def launches_of(gpu, tokens=150):
@@ -29,7 +30,9 @@ def named(launches, name):
     return [launch for launch in launches if launch.kernel.fn.__name__ == name]
 
 
-@pytest.mark.parametrize("gpu", [AMPERE, ADA, HOPPER], ids=["ampere", "ada", "hopper"])
+@pytest.mark.parametrize(
+    "gpu", [AMPERE, ADA, HOPPER, SMALL], ids=["ampere", "ada", "hopper", "small"]
+)
 def test_a_network_is_cut_for_a_gpu_that_is_not_there(gpu):
     launches = launches_of(gpu)
     products = named(launches, "prefill_kernel"), named(launches, "decode_kernel")
@@ -43,10 +46,10 @@ def test_a_network_is_cut_for_a_gpu_that_is_not_there(gpu):
         assert launch.grid == (3 * -(-out // launch.constants["BN"]), 1)
     for launch in launches:
         assert launch.constants["PDL"] == launch.options["launch_pdl"]
-        assert gpu is HOPPER or not launch.constants["PDL"]
+        assert gpu in (HOPPER, SMALL) or not launch.constants["PDL"]
         names = [*launch.kernel.arg_names[len(launch.arguments) :]]
         assert set(names) == launch.constants.keys()
-    assert any(launch.constants["PDL"] for launch in launches) == (gpu is HOPPER)
+    assert any(launch.constants["PDL"] for launch in launches) == (gpu in (HOPPER, SMALL))
 
 
 def test_whole_blocks_are_turned_where_a_program_may_share_them():

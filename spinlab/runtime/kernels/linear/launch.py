@@ -2,8 +2,9 @@
 
 Up to _FEW tokens the weights' bytes are the time, and the columns of a tile are split among
 programs; above, the operations are, and programs stay on their multiprocessor and take tile after
-tile. GPUs before Hopper load no tiles by descriptors: there the first kernel takes many tokens too.
-Weights rest packed in all: no expanded copy is made.
+tile. GPUs before Hopper load no tiles by descriptors, and small ones after it have no room for
+them: there the first kernel takes many tokens too. Weights rest packed in all: no expanded copy is
+made.
 """
 
 from functools import cache
@@ -204,7 +205,7 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 def _many_tile(weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program for many tokens, where tiles are not loaded by descriptors.
 
-    By what the compiler makes of it for sm_80 to sm_89 (`spinlab.bench compiled`): sums stay in
+    By what the compiler makes of it for sm_80 to sm_120 (`spinlab.bench compiled`): sums stay in
     registers, and three programs run on a multiprocessor, two of several blocks.
     """
     bk = min(64, max(32, power_of_two(weight.chunk // 2)))

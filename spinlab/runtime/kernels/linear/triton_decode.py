@@ -1,4 +1,4 @@
-"""The Triton kernels for few tokens behind `launch`, and for many where GPUs load no tiles.
+"""The Triton kernels for few tokens behind `launch`, and for many on GPUs without room for tiles.
 
 Of few tokens the weights' bytes are the time. Programs share an output tile by splitting its
 columns; the last of them to finish adds the parts up, always in the same order.
