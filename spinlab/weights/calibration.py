@@ -153,7 +153,8 @@ class LayerInputs:
         attention, out = self._attention
         if linear is out:
             self._mixed.pop(batch, None)
-        if batch not in self._attended and batch not in self._mixed:
+        earlier = linear is not out and any(part is linear for part in attention.modules())
+        if earlier or (batch not in self._attended and batch not in self._mixed):
             yield
             return
         if type(attention) not in self._forms:  # one pass tells what they return

@@ -63,11 +63,13 @@ def test_batched_windows_give_the_hessian_of_single_ones(make_model, windows):
 
 
 def test_stopping_early_shows_a_linear_the_same_inputs(make_model, windows):
+    """In whichever order they are asked for."""
     model = make_model(torch.float32)
     insert_fake_quant(model, RotationSet(), None)
     inputs = LayerInputs(model, windows, 3)
     inputs.advance()
-    for site, linear in (item for item in linears_of(model) if item[0].layer == 1):
+    linears = [item for item in linears_of(model) if item[0].layer == 1]
+    for site, linear in (*linears, *reversed(linears)):
         early: list[torch.Tensor] = []
         inputs.visit(linear, early.append)
         whole: list[torch.Tensor] = []
