@@ -20,7 +20,10 @@ from spinlab.rotation.rotations import RotationSet
 
 
 class FakeQuantLinear(nn.Linear):
-    """A linear whose input goes through a rotation and a round trip on the integer grid."""
+    """A linear whose input goes through a rotation and a round trip on the integer grid.
+
+    It multiplies in the dtype of its input, which of some routers is a wider one than the weight's.
+    """
 
     def __init__(self, linear: nn.Linear, path: InputPath) -> None:
         nn.Module.__init__(self)  # takes the linear's parameters over instead of making its own
@@ -29,7 +32,9 @@ class FakeQuantLinear(nn.Linear):
         self.path = path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(self.path(x), self.weight, self.bias)
+        x = self.path(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
 def input_paths(

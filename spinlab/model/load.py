@@ -153,12 +153,14 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Bring a model's numbers to a dtype, in place, except the frequencies of RoPE.
 
     `Module.to` would round those too: in bfloat16 angles are off by whole turns at 2048 tokens.
+    What stock models keep in float32 has at least that.
     """
-    rope = map_of(model).rope
-    buffers = (b for name, b in model.named_buffers() if not name.startswith(f"{rope}."))
-    for tensor in (*model.parameters(), *buffers):
+    rope, wide = map_of(model).rope, torch.promote_types(dtype, torch.float32)
+    exact = set(model._keep_in_fp32_modules_strict or ())
+    buffers = (pair for pair in model.named_buffers() if not pair[0].startswith(f"{rope}."))
+    for name, tensor in (*model.named_parameters(), *buffers):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(wide if exact.intersection(name.split(".")) else dtype)
     return model
 
 

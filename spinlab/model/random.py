@@ -77,11 +77,11 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(architecture, **ours(architecture.model_type))
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
             norm = described.norm_at.get(name.rpartition(".")[0])
-            if norm is not None and not name.endswith(".bias"):
+            if norm is not None and not name.endswith("bias"):
                 parameter.data.uniform_(0.5, 1.5).sub_(norm.offset)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):  # those of experts are stacked, a router's may be a buffer
                 # within what weights of deviation 0.02 add up to
                 parameter.data.uniform_(-0.1, 0.1)
     for norm in described.norms:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from spinlab.model.families.decoder import Names
+from spinlab.model.families.names import Names, read_mlps
 from spinlab.model.map import Input, ModelMap, Norm
 
 NO_STOCK = "its LayerNorms would subtract the mean of a rotated stream, which the original has not"
@@ -30,14 +30,16 @@ def prepare_centred(model: PreTrainedModel, names: Names) -> None:
         model.config.tie_word_embeddings = False
     _centre(embedding, 1)
     for layer in model.get_submodule(names.layers).children():
-        for writer in (names.out, names.down):
+        routers, mlps = read_mlps(layer, names, model.config)
+        for writer in (names.out, *(mlp.down for mlp in mlps)):
             _centre(layer.get_submodule(writer), 0)
-        attention, mlp = (names.queries, names.keys, names.values), (names.gate, names.up)
+        attention = names.queries, names.keys, names.values
+        reading = (*routers, *(name for mlp in mlps for name in (mlp.gate, mlp.up)))
         if names.mlp_norm is None:
-            attention, mlp = (*attention, *mlp), ()
+            attention, reading = (*attention, *reading), ()
         _to_rms(layer, names.attention_norm, map(layer.get_submodule, attention))
         if names.mlp_norm is not None:
-            _to_rms(layer, names.mlp_norm, map(layer.get_submodule, mlp))
+            _to_rms(layer, names.mlp_norm, map(layer.get_submodule, reading))
     _to_rms(model, names.final_norm, [head])
 
 

@@ -1,12 +1,12 @@
 """Decoders whose layers are attention and a gated MLP, with norms around: most families are."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from spinlab.model.families.names import Names, read_mlps
 from spinlab.model.layer import Attention, GatedMLP, Layer
 from spinlab.model.map import Input, ModelMap, Norm, Site
 
@@ -15,41 +15,6 @@ POST_NORM = (
     "a norm with gains stands between its blocks' outputs and the residual stream, and R1 cannot "
     "pass those gains"
 )
-
-
-@dataclass(frozen=True)
-class Names:
-    """Name the parts of such a model, and those of a layer as seen from it.
-
-    A family without norms of queries and keys has no module at `query_norm` and `key_norm`. Norms
-    before attention and MLP are read by their linears; those behind stand before the stream.
-    experts: where a layer has them, each of which names its linears as the MLP of other layers
-    does, and router: the linear that chooses among them. adds: as in `Layer`.
-    """
-
-    layers: str
-    embedding: str
-    final_norm: str
-    head: str
-    rope: str
-    attention: str
-    mlp: str
-    attention_norm: str | None
-    mlp_norm: str | None
-    queries: str
-    keys: str
-    values: str
-    out: str
-    gate: str
-    up: str
-    down: str
-    query_norm: str
-    key_norm: str
-    behind_attention: str | None = None
-    behind_mlp: str | None = None
-    experts: str | None = None
-    router: str | None = None
-    adds: bool = False
 
 
 def read_decoder(
@@ -91,18 +56,6 @@ def read_decoder(
     )
 
 
-@dataclass(frozen=True)
-class _MLP:
-    """Name the linears of a gated MLP, what its last one reads, and whose it is."""
-
-    gate: str
-    up: str
-    down: str
-    input: str = "down"
-    expert: int | None = None
-    share: float = 1.0
-
-
 class _LayerReader:
     """Read one layer."""
 
@@ -113,21 +66,7 @@ class _LayerReader:
         self.path, self.offset = f"{names.layers}.{index}", offset
         self.attention: Any = block.get_submodule(names.attention)
         self.head_dim: int = self.attention.head_dim
-        experts = None if names.experts is None else _submodule(block, names.experts)
-        self.router = None if experts is None else names.router
-        self.mlps = [_MLP(names.gate, names.up, names.down)]
-        if experts is not None:
-            self.mlps = list(self._experts(len(experts)))
-
-    def _experts(self, count: int) -> Iterator[_MLP]:
-        """Yield the experts; a token goes to a few of them."""
-        share = self.config.num_experts_per_tok / count
-        linears = (self.names.gate, self.names.up, self.names.down)
-        gate, up, down = (name.rpartition(".")[2] for name in linears)
-        for index in range(count):
-            at = f"{self.names.experts}.{index}"
-            parts = f"{at}.{gate}", f"{at}.{up}", f"{at}.{down}"
-            yield _MLP(*parts, f"down.{index}", index, share)
+        self.routers, self.mlps = read_mlps(block, names, self.config)
 
     def _at(self, name: str) -> str:
         return f"{self.path}.{name}"
@@ -150,8 +89,8 @@ class _LayerReader:
             self._site(names.values, "qkv", "R1", "R2"),
             self._site(names.out, "o", "R2", "R1"),
         ]
-        if self.router is not None:
-            found.append(replace(self._site(self.router, "gate_up", "R1", None), quantized=False))
+        for name in self.routers:
+            found.append(replace(self._site(name, "gate_up", "R1", None), quantized=False))
         for mlp in self.mlps:
             own = [
                 self._site(mlp.gate, "gate_up", "R1", None),
@@ -184,13 +123,12 @@ class _LayerReader:
     def norms(self) -> list[Norm]:
         """Return the norms of the stream, with the linears behind them, and what linears give."""
         names = self.names
-        routers = [] if self.router is None else [self.router]
         readers = [name for mlp in self.mlps for name in (mlp.gate, mlp.up)]
         return [
             *self._norm(names.attention_norm, names.queries, names.keys, names.values),
             *(self._norm_of(*pair) for pair in self._head_norms()),
             *self._behind(names.behind_attention, names.out),
-            *self._norm(names.mlp_norm, *routers, *readers),
+            *self._norm(names.mlp_norm, *self.routers, *readers),
             *self._behind(names.behind_mlp, self.mlps[0].down),
         ]
 
@@ -234,7 +172,7 @@ class _LayerReader:
             wide_norms=any(self._width(name) > self.head_dim for name in of_heads),
             key_bias=self._has_bias(names.keys) and names.key_norm not in of_heads,
         )
-        if self.router is not None:
+        if self.routers:
             return Layer(self.path, attention, None)
         parts = at(names.mlp), at(names.gate), at(names.up), at(names.down)
         activation = getattr(self.config, "hidden_activation", None)  # Gemma's word
@@ -247,14 +185,11 @@ class _LayerReader:
         return module.weight.shape[0]
 
     def _window(self) -> int | None:
-        """Return the window that the layer says, or else the config."""
-        general = getattr(self.config, "sliding_window", None)
+        """Return the window that the layer says, or else the config of layers that slide."""
+        kinds = getattr(self.config, "layer_types", None)
+        slides = kinds is None or kinds[self.index] == "sliding_attention"
+        general = getattr(self.config, "sliding_window", None) if slides else None
         return getattr(self.attention, "sliding_window", general)
-
-
-def _submodule(block: nn.Module, name: str) -> Any:
-    """Return a module of a layer; None where it has none of this name."""
-    return dict(block.named_modules()).get(name)
 
 
 def _rope_kind(rope: nn.Module) -> str:

@@ -6,57 +6,90 @@ so that everything that swaps, rotates or rounds linears works on them. An exper
 own tokens, and not at all without any.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from spinlab.errors import InputError
 
 
 class Router(nn.Module):
-    """Choose experts for every token, by a softmax over what its linear gives.
+    """Choose experts for every token as a stock router does, whose one product is a linear's.
 
-    normalized: whether the weights of the chosen add up to one; rounded: whether they come in the
-    dtype of the tokens. The softmax is taken in float32, as stock routers have it, or wider where
-    the model is.
+    What follows that product is the stock module's own: softmax or sigmoid, groups, corrections,
+    and in which dtype. Its buffers stay under their names.
     """
 
-    def __init__(self, stock: Any, normalized: bool, rounded: bool) -> None:
+    def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.linear = _linear(stock.weight.detach())
-        self.top_k, self.normalized, self.rounded = stock.top_k, normalized, rounded
-        self._stock = (_emptied(stock, "weight"),)  # in a tuple it is no module of this one
+        bias = getattr(stock, "bias", None)
+        self.linear = _RouterLinear(stock.weight.detach(), None if bias is None else bias.detach())
+        self.top_k: int = stock.top_k
+        self._buffers = stock._buffers  # one dict, so that the stock module's move with these
+        emptied = _emptied(stock, "weight", *([] if bias is None else ["bias"]))
+        self._stock = (emptied.eval(),)  # in a tuple it is no module of this one, nor told later
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return for x (tokens, hidden): logits (tokens, experts), weights, and who is chosen.
+    def forward(self, x: torch.Tensor) -> Any:
+        """Return what the stock router does for x (..., hidden)."""
+        with _Product(self._multiplied, x):
+            return self._stock[0](x)
 
-        Weights and experts are (tokens, top_k).
-        """
-        logits = self.linear(x)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        weights, chosen = torch.topk(logits.softmax(-1, dtype=wide), self.top_k, dim=-1)
-        if self.normalized:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights.to(logits.dtype) if self.rounded else weights, chosen
+    def _multiplied(self, x: torch.Tensor, asked: torch.dtype) -> torch.Tensor:
+        """Return logits (tokens, experts), in the dtype that is asked for or that of x if wider."""
+        return self.linear(x.flatten(0, -2).to(torch.promote_types(x.dtype, asked)))
 
     def stock(self) -> nn.Module:
         """Return the stock router with the weight as it stands."""
         (found,) = self._stock
         found.weight = _frozen(self.linear.weight.detach())
+        if self.linear.bias is not None:
+            found.bias = _frozen(self.linear.bias.detach())
         return found
+
+
+class _RouterLinear(nn.Linear):
+    """A linear around its weight that multiplies in the dtype of what it is given.
+
+    Some stock routers do so in float32, whatever the dtype of the model.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = _frozen(weight)
+        if bias is not None:
+            self.bias = _frozen(bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+
+class _Product(TorchFunctionMode):
+    """Within it, the product of a linear with its input is another one, of x."""
+
+    def __init__(
+        self, product: Callable[[torch.Tensor, torch.dtype], torch.Tensor], x: torch.Tensor
+    ) -> None:
+        super().__init__()
+        self._product, self._x = product, x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return self._product(self._x, args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 class Expert(nn.Module):
     """Compute down(activation(gate)·up)."""
 
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, activation: nn.Module) -> None:
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, stock: Any) -> None:
         super().__init__()
-        gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj = _linear(gate.clone()), _linear(up.clone())
-        self.down_proj, self.act_fn = _linear(down.clone()), activation
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+        self.act_fn: nn.Module = stock.act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (tokens, hidden) to the same shape."""
@@ -69,11 +102,26 @@ class Experts(nn.ModuleList):
     only: the one expert that is computed, where others do not matter.
     """
 
+    names = ("gate_up_proj", "down_proj")  # what the stock module stacks
+
     def __init__(self, stock: Any) -> None:
-        pairs = zip(stock.gate_up_proj.detach(), stock.down_proj.detach(), strict=True)
-        super().__init__(Expert(gate_up, down, stock.act_fn) for gate_up, down in pairs)
+        super().__init__(self.taken_apart(stock))
         self.only: int | None = None
-        self._stock = (_emptied(stock, "gate_up_proj", "down_proj"),)
+        self._stock = (_emptied(stock, *self.names),)
+
+    def taken_apart(self, stock: Any) -> Iterator[Expert]:
+        """Yield the experts of a stock module."""
+        pairs = zip(stock.gate_up_proj.detach(), stock.down_proj.detach(), strict=True)
+        for gate_up, down in pairs:
+            gate, up = gate_up.chunk(2)
+            yield Expert(linear_of(gate), linear_of(up), linear_of(down), stock)
+
+    def stacked(self) -> dict[str, torch.Tensor]:
+        """Return what the stock module stacks, by `names`."""
+        experts: list[Any] = list(self)
+        pairs = [torch.cat((e.gate_proj.weight, e.up_proj.weight)).detach() for e in experts]
+        downs = [e.down_proj.weight.detach() for e in experts]
+        return {"gate_up_proj": torch.stack(pairs), "down_proj": torch.stack(downs)}
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Map x (tokens, hidden) to the same shape; chosen and weights are (tokens, top_k)."""
@@ -82,38 +130,44 @@ class Experts(nn.ModuleList):
             if self.only not in (None, index):
                 continue
             token, place = torch.where(chosen == index)
-            found = self[index](x[token]) * weights[token, place, None]
+            found = self.weighted(self[index], x[token], weights[token, place, None])
             total.index_add_(0, token, found.to(total.dtype))
         return total
+
+    def weighted(self, expert: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return what an expert adds for x (tokens, hidden); weights: (tokens, 1)."""
+        return expert(x) * weights
 
     def stock(self) -> nn.Module:
         """Return the stock module with the weights as they stand, stacked."""
         (found,) = self._stock
-        experts: list[Any] = list(self)
-        pairs = [torch.cat((e.gate_proj.weight, e.up_proj.weight)).detach() for e in experts]
-        found.gate_up_proj = _frozen(torch.stack(pairs))
-        found.down_proj = _frozen(torch.stack([e.down_proj.weight.detach() for e in experts]))
+        for name, stack in self.stacked().items():
+            setattr(found, name, _frozen(stack))
         return found
 
 
-def split_experts(block: Any, normalized: bool, rounded: bool) -> None:
-    """Replace the router (`gate`) and the stacked experts of a stock block, in place.
+def split_experts(block: Any, router: str = "gate", kind: type[Experts] = Experts) -> None:
+    """Replace the router and the stacked experts of a stock block, in place.
 
-    normalized, rounded: as `Router` has them. Raises InputError where a token would go to more
-    experts than there are.
+    kind: how they are stacked. Raises InputError where a token would go to more experts than there
+    are.
     """
-    count = len(block.gate.weight)
-    if not 1 <= block.gate.top_k <= count:
-        raise InputError(
-            f"num_experts_per_tok={block.gate.top_k} is not in 1 … {count}, the experts"
-        )
-    block.gate = Router(block.gate, normalized, rounded)
-    block.experts = Experts(block.experts)
+    stock = getattr(block, router)
+    count = len(stock.weight)
+    if not 1 <= stock.top_k <= count:
+        raise InputError(f"num_experts_per_tok={stock.top_k} is not in 1 … {count}, the experts")
+    setattr(block, router, Router(stock))
+    block.experts = kind(block.experts)
 
 
-def join_experts(block: Any) -> None:
-    """Undo `split_experts` with the weights as they stand."""
-    block.gate, block.experts = block.gate.stock(), block.experts.stock()
+def join_experts(block: Any, router: str = "gate") -> None:
+    """Undo `split_experts` with the weights as they stand; of a stock block nothing is to be done.
+
+    Its shared experts are linears already.
+    """
+    if isinstance(block.experts, Experts):
+        setattr(block, router, getattr(block, router).stock())
+        block.experts = block.experts.stock()
 
 
 @contextmanager
@@ -130,6 +184,15 @@ def alone(layer: nn.Module, linear: nn.Module) -> Iterator[None]:
             mixture.only = None
 
 
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """Return a linear around a copy of a weight (out, in) without drawing one of its own."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = _frozen(weight.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        linear.bias = _frozen(bias.clone(memory_format=torch.contiguous_format))
+    return linear
+
+
 def _emptied(stock: nn.Module, *names: str) -> Any:
     """Take the numbers of a stock module's parameters, whose shapes it keeps."""
     for name in names:
@@ -139,10 +202,3 @@ def _emptied(stock: nn.Module, *names: str) -> Any:
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    """Return a linear around a weight (out, in) without drawing one of its own."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = _frozen(weight)
-    return linear

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spinlab.model.families.decoder import POST_NORM, Names, read_decoder
+from spinlab.model.families.decoder import POST_NORM, read_decoder
 from spinlab.model.families.llama import NAMES
+from spinlab.model.families.names import Names
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, ModelMap
 from spinlab.model.split import join, split

@@ -8,7 +8,8 @@ not miss.
 from dataclasses import replace
 from functools import partial
 
-from spinlab.model.families.decoder import Names, read_decoder
+from spinlab.model.families.decoder import read_decoder
+from spinlab.model.families.names import Names
 from spinlab.model.map import Family
 
 NAMES = Names(

@@ -1,9 +1,11 @@
-"""Qwen3-MoE, OLMoE and Mixtral: Llama's attention, and MLPs that are routers and experts.
+"""Mixtures of experts behind Llama's attention: Qwen2-MoE, Qwen3-MoE, OLMoE, Mixtral, GLM-4.5, ...
 
 The router reads the normed stream, as all experts do: its weight takes R1, the norm's gain and the
 scale of that input like theirs, and it sees its input unquantized, so that who is chosen changes
-with the stream alone. An expert is a gated MLP with an R4 input of its own. Some layers of a
-Qwen3-MoE may have one gated MLP instead. OLMoE norms all heads of queries, and of keys, together.
+with the stream alone. So does the gate of a Qwen2-MoE's shared expert, a linear with one row. An
+expert is a gated MLP with an R4 input of its own, and so is one that all tokens share, of which
+GLM-4.5 has several in one. Some layers of these may have one gated MLP instead. OLMoE norms all
+heads of queries, and of keys, together. Granite's numbers are those of `granite.py`.
 """
 
 from dataclasses import replace
@@ -14,34 +16,40 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.experts import Experts, join_experts, split_experts
+from spinlab.model.families.experts import join_experts, split_experts
 from spinlab.model.families.llama import NAMES
+from spinlab.model.families.names import Names
 from spinlab.model.map import Family, ModelMap
 
 _NAMES = replace(NAMES, router="mlp.gate.linear", experts="mlp.experts")
+_QWEN2 = replace(_NAMES, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
+_GLM4 = replace(_NAMES, shared="mlp.shared_experts")
+_GRANITE = replace(
+    NAMES, router="block_sparse_moe.router.linear", experts="block_sparse_moe.experts"
+)
 
 
-def _split_qwen3(model: PreTrainedModel) -> None:
-    for block in _blocks(model):
-        split_experts(block, normalized=block.gate.norm_topk_prob, rounded=True)
+def _split(model: PreTrainedModel, names: Names) -> None:
+    for block, router in _blocks(model, names):
+        split_experts(block, router)
 
 
-def _split_mixtral(model: PreTrainedModel) -> None:
-    for block in _blocks(model):
-        split_experts(block, normalized=True, rounded=False)
+def _join(model: PreTrainedModel, names: Names) -> None:
+    for block, router in _blocks(model, names):
+        join_experts(block, router)
 
 
-def _join(model: PreTrainedModel) -> None:
-    for block in _blocks(model):
-        if isinstance(block.experts, Experts):
-            join_experts(block)
+def _blocks(model: PreTrainedModel, names: Names) -> list[tuple[Any, str]]:
+    """Return the MLPs that are mixtures, and what they call their routers.
 
-
-def _blocks(model: PreTrainedModel) -> list[Any]:
-    """Return the MLPs that are mixtures, whose loss for balance, of training, is left out."""
+    Their loss for balance, of training, is left out.
+    """
     model.config.output_router_logits = False  # stock models look for stock routers to take it from
-    layers: Any = model.get_submodule(NAMES.layers)
-    return [layer.mlp for layer in layers if hasattr(layer.mlp, "experts")]
+    assert names.router is not None
+    mlp, router, _ = names.router.split(".")
+    layers: Any = model.get_submodule(names.layers)
+    blocks = (getattr(layer, mlp) for layer in layers)
+    return [(block, router) for block in blocks if hasattr(block, "experts")]
 
 
 def _read_olmoe(model: PreTrainedModel) -> ModelMap:
@@ -53,7 +61,34 @@ def _read_olmoe(model: PreTrainedModel) -> ModelMap:
     return read_decoder(model, _NAMES)
 
 
-_read = partial(read_decoder, names=_NAMES)
-QWEN3_MOE = Family(_read, prepare=_split_qwen3, restore=_join)
-OLMOE = Family(_read_olmoe, prepare=_split_qwen3, restore=_join)
-MIXTRAL = Family(_read, prepare=_split_mixtral, restore=_join)
+def _read_granite(model: PreTrainedModel) -> ModelMap:
+    return replace(read_decoder(model, _GRANITE), logit_divisor=float(model.config.logits_scaling))
+
+
+def _read_glm4(model: PreTrainedModel) -> ModelMap:
+    config = model.config
+    size, rest = divmod(config.n_routed_experts, config.n_group)
+    most = config.topk_group * size
+    if rest or size < 2 or config.num_experts_per_tok > most:
+        raise InputError(
+            f"n_group={config.n_group} makes no groups of two or more of n_routed_experts="
+            f"{config.n_routed_experts} experts, topk_group={config.topk_group} of which hold "
+            f"num_experts_per_tok={config.num_experts_per_tok}"
+        )
+    return read_decoder(model, _GLM4)
+
+
+def _family(names: Names, **changes: Any) -> Family:
+    family = Family(
+        partial(read_decoder, names=names),
+        prepare=partial(_split, names=names),
+        restore=partial(_join, names=names),
+    )
+    return replace(family, **changes)
+
+
+QWEN2_MOE = _family(_QWEN2)
+QWEN3_MOE = MIXTRAL = _family(_NAMES)
+OLMOE = _family(_NAMES, read=_read_olmoe)
+GLM4_MOE = _family(_GLM4, read=_read_glm4)
+GRANITEMOE = _family(_GRANITE, read=_read_granite)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.centred import NO_STOCK, prepare_centred, with_shared_norms
-from spinlab.model.families.decoder import Names, read_decoder
+from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.llama import NAMES
+from spinlab.model.families.names import Names
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, ModelMap
 
