@@ -2,7 +2,7 @@
 
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
 attention q, k, v and its output, a gated MLP gate, its activation and up, or gate and up alone
-where one kernel takes both. Attention with soft caps is not fused: it keeps capped scores and
+where one kernel takes both. Attention with soft caps or sinks is not fused: it keeps scores and
 probabilities. A frozen linear keeps nothing, one whose weight gets a gradient its input.
 """
 
@@ -205,7 +205,7 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
 
 def _kept_by_scores(job: _Job, attention: Attention) -> int:
     """Return the bytes that attention keeps for one token, beside its inputs and its output."""
-    if attention.softcap is None:
+    if attention.softcap is None and not attention.sinks:
         return attention.heads * 4  # its normalizers are float32
     halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
     return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)

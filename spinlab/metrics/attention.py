@@ -47,7 +47,7 @@ class _Observed:
         layer = kv_layer_of(module)
         exact = self.path.uncoded().turn_queries(query, layer)
         queries = exact.float(), self.path.turn_queries(query, layer).float()
-        of_scores = kwargs["scaling"], kwargs.get("softcap")
+        of_scores = kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux")
         self.sums += self._errors(module, queries, key, attention_mask, *of_scores)
         self.passes += 1
         return attend(module, exact, key, value, attention_mask, **kwargs)
@@ -60,6 +60,7 @@ class _Observed:
         mask: torch.Tensor | None,
         scaling: float,
         softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return square error of scores, KL of weights, relative error of outputs: (3,)."""
         layer, new = kv_layer_of(module), key.shape[2]
@@ -77,6 +78,11 @@ class _Observed:
         def shared(x: torch.Tensor) -> torch.Tensor:
             return x.float().repeat_interleave(groups, dim=1)
 
+        def beside(x: torch.Tensor) -> torch.Tensor:
+            if sinks is None:
+                return x
+            return torch.cat((x, sinks.to(x).view(-1, 1, 1).expand(*x.shape[:-1], 1)), dim=-1)
+
         # a bias of keys that is apart is part of `key` alone
         coded_key = behind(key.float()) + (found[0].float() - behind(keys.float()))
         scores = capped(queries[0] @ shared(key).mT * scaling, softcap)
@@ -84,10 +90,12 @@ class _Observed:
         coded = coded.masked_fill(~all_seen, 0)
         folded = coded[..., :new].clone()
         folded[..., twice] += coded[..., new:]
-        weights, of_coded = (s.masked_fill(~seen, -torch.inf) for s in (scores, folded))
-        logs, coded_logs = (s.log_softmax(-1).masked_fill(~seen, 0) for s in (weights, of_coded))
-        weights, coded = weights.softmax(-1), coded.masked_fill(~all_seen, -torch.inf).softmax(-1)
-        output, coded_output = weights @ shared(values), coded @ shared(found[1])
+        pair = [beside(s.masked_fill(~seen, -torch.inf)) for s in (scores, folded)]
+        logs, coded_logs = (s.log_softmax(-1).masked_fill(s.isinf(), 0) for s in pair)
+        weights = pair[0].softmax(-1)
+        coded = beside(coded.masked_fill(~all_seen, -torch.inf)).softmax(-1)
+        output = weights[..., :new] @ shared(values)
+        coded_output = coded[..., : all_seen.shape[-1]] @ shared(found[1])
         error = (folded - scores).square().masked_fill(~seen, 0)
         return torch.stack(
             (

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Attention:
     """Describe a layer's attention by the paths of its parts, heads that are queries', and reach.
 
-    window: how far back a token looks, or None. query_norm, key_norm: norms of single heads, or
-    with wide_norms of all heads of a token together. neighbours: RoPE turns numbers 2d and 2d + 1
-    of a head together. softcap: scores are softcap·tanh(score / softcap), or as they are.
+    window: how far back a token looks at most, or None. query_norm, key_norm: norms of single
+    heads, or with wide_norms of all heads of a token together. neighbours: RoPE turns numbers 2d
+    and 2d + 1 of a head together. softcap: scores are softcap·tanh(score / softcap), or as they
+    are. sinks: a learned score of each head, without a value, joins the softmax.
     key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
     turns number d of a head with number d + rotary_dim/2.
     """
@@ -30,6 +31,7 @@ class Attention:
     neighbours: bool = False
     key_bias: bool = False
     softcap: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,11 @@ class Family:
 
     prepare: bring a stock model, in place, to modules that a map can name; restore: undo it, so
     that the model saves as a stock checkpoint. no_stock: why that cannot be undone once rotated.
-    capped: scores of attention have soft caps.
+    own_attention: its scores have soft caps or sinks, which torch's does not know.
     """
 
     read: Callable[[PreTrainedModel], ModelMap]
     prepare: Callable[[PreTrainedModel], None] = _as_it_is
     restore: Callable[[PreTrainedModel], None] = _as_it_is
     no_stock: str | None = None
-    capped: bool = False
+    own_attention: bool = False

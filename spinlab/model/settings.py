@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from spinlab.errors import InputError
-from spinlab.model.attention import CAPPED, register_capped
+from spinlab.model.attention import PLAIN, register_plain
 from spinlab.model.families import family_of
 from spinlab.model.modules import map_of, prepare
 
@@ -67,8 +67,8 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 def ours(model_type: str) -> dict[str, Any]:
     """Return what transformers is told whenever it makes a model of a family."""
-    register_capped()
-    attention = CAPPED if family_of(model_type).capped else "sdpa"
+    register_plain()
+    attention = PLAIN if family_of(model_type).own_attention else "sdpa"
     return {"trust_remote_code": False, "attn_implementation": attention}
 
 

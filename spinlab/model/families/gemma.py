@@ -66,5 +66,5 @@ def _with_cap(layer: Layer, cap: float | None) -> Layer:
 
 
 GEMMA = Family(_read_first, prepare=_prepare)
-GEMMA2 = Family(_read_capped, prepare=_prepare, capped=True)
+GEMMA2 = Family(_read_capped, prepare=_prepare, own_attention=True)
 GEMMA3 = Family(_read, prepare=_prepare)  # whose stock attention has no caps, whatever they say

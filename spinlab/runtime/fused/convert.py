@@ -122,6 +122,8 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
                 f"attention of {layer.path} caps its scores at {cap:g}, and the integer runtime "
                 "has no soft caps"
             )
+        if layer.attention.sinks:
+            return f"attention of {layer.path} has sinks, and the integer runtime has none"
         if layer.mlp is None:
             return f"{layer.path} has no gated MLP alone, and the integer runtime knows no other"
         if not layer.mlp.by_silu:
