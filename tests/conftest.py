@@ -45,8 +45,25 @@ ARCHITECTURE = {
 }
 # of its own, Qwen3-MoE would have 128 experts of 768 inputs, 30 times the rest of a tiny model
 EXPERTS = {
+    "qwen2_moe": {
+        **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+        "shared_expert_intermediate_size": 20,
+    },
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+        **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+    },
+    "llama4_text": {
+        **{"num_local_experts": 4, "intermediate_size_mlp": 40, "attention_chunk_size": 5},
+        **{"no_rope_layer_interval": 2, "floor_scale": 4},
+    },
+    "gpt_oss": {
+        **{"num_local_experts": 8, "num_experts_per_tok": 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "phimoe": {"num_local_experts": 4},
 }
 
 

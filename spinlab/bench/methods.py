@@ -42,7 +42,7 @@ def random_rotations(config: Config, model_map: ModelMap) -> RotationSet:
         own = "inputs" in config.learn.rotations and config.learn.steps > 0
         inputs |= _duals(model_map, rotation.duquant.block_size, own, generator)
     groups = rotation.smooth_groups if rotation.smooth is not None else ()
-    for input in (i for i in model_map.inputs if i.name in groups and not i.folds):
+    for input in (i for i in model_map.inputs if i.kind in groups and not i.folds):
         scale = 0.5 + torch.rand(input.width, generator=generator, dtype=torch.float64)
         turn = inputs[input.key].dual if input.key in inputs else None
         inputs[input.key] = ScaledDual(scale, folded=False, dual=turn)

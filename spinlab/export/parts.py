@@ -118,7 +118,7 @@ def _runs_online(config: Config) -> bool:
     """
     inputs, rotation = map_of(meta_model(config.model, None)).inputs, config.rotation
     smoothed = () if rotation.smooth is None else rotation.smooth_groups
-    return any(not i.folds if i.name in smoothed else i.producer is None for i in inputs)
+    return any(not i.folds if i.kind in smoothed else i.producer is None for i in inputs)
 
 
 def source_of(config: Config) -> tuple[str, Path] | None:

@@ -30,6 +30,12 @@ from spinlab.model.hub import snapshot
 from spinlab.model.settings import config_from
 from spinlab.model.whole import check_whole
 
+# where floats come from that no checkpoint has, by the method that packed them
+_FLOATS_OF = {
+    "mxfp4": "load it in transformers with quantization_config=Mxfp4Config(dequantize=True) and "
+    "name the folder of its save_pretrained",
+}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -45,12 +51,12 @@ class Checkpoint:
         check_folder(self.place, self.folder)
         file = self.folder / CONFIG
         settings = read_json(file)
-        quantization = settings.get("quantization_config")
-        if quantization:
+        if quantization := settings.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            cure = _FLOATS_OF.get(method or "", "name the checkpoint it was made from")
             raise InputError(
                 f"{self.place} is stored quantized ({method or 'unnamed method'}), and only float "
-                "weights can be rotated: name the checkpoint it was made from"
+                f"weights can be rotated: {cure}"
             )
         config = config_from(f"{file}: ", settings)
         config.name_or_path = self.origin.get("hub", "")  # some tokenizers are known by it

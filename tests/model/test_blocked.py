@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+)
 
+from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model.families import FAMILIES, family_of
 from spinlab.model.families.blocked import BLOCKED
+from spinlab.model.load import load_model
 
 NEEDED = {"nemotron": {"num_key_value_heads": 8}}  # what has no default
 
@@ -59,6 +67,27 @@ def test_these_text_models_lie_beside_a_vision_tower(family):
     assert {"vision_tower", "language_model"} <= names
 
 
+def test_the_text_model_beside_a_vision_model_is_saved_by_itself_as_it_is_told(tmp_path):
+    text = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"num_local_experts": 4, "intermediate_size_mlp": 40, "pad_token_id": 0}
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"intermediate_size": 32, "image_size": 28, "vision_output_dim": 8}
+    vision |= {"projector_input_dim": 8, "projector_output_dim": 8}
+    both = Llama4ForConditionalGeneration(
+        Llama4Config(vision_config=vision, text_config=text)
+    ).eval()
+    both.save_pretrained(tmp_path / "both")
+    settings = ModelConfig(path=str(tmp_path / "both"), dtype="float32")
+    with pytest.raises(InputError, match=r"Llama4ForCausalLM\.from_pretrained"):
+        load_model(settings, None, 0)
+    Llama4ForCausalLM.from_pretrained(tmp_path / "both").save_pretrained(tmp_path / "text")
+    found = load_model(ModelConfig(path=str(tmp_path / "text"), dtype="float32"), None, 0)
+    ids = torch.arange(12)[None]
+    expected = both(input_ids=ids).logits
+    assert torch.allclose(found(ids).logits, expected, atol=1e-5 * expected.std().item())
+
+
 @pytest.mark.parametrize("family", sorted(BLOCKED))
 def test_a_blocked_family_is_refused_in_one_sentence(family):
     assert family not in FAMILIES
@@ -70,5 +99,5 @@ def test_a_blocked_family_is_refused_in_one_sentence(family):
 
 
 def test_every_reason_is_checked_here():
-    words = ("subtracts the mean", "mixture of experts", "scan", "vision tower")
+    words = ("subtracts the mean", "mixture of experts", "scan", "vision tower", "vision model")
     assert sorted(f for word in words for f in families(word)) == sorted(BLOCKED)

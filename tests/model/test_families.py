@@ -36,6 +36,7 @@ LOCAL_FIRST = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_a
 GLOBAL_FIRST = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
 GEMMA = {"query_pre_attn_scalar": 6}  # no head_dim
 GEMMA_YARN = {"rope_parameters": TWO_ROPES, "attention_bias": True}
+NO_DENSE_LAYER = {"first_k_dense_replace": 0, "moe_intermediate_size": 20}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
@@ -89,6 +90,18 @@ SHAPES = [
     ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, **UNTIED}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"qkv_bias": False, "norm_topk_prob": True, **SOME_LAYERS_SLIDE, **UNTIED}),
+    ("granitemoe", {**MULTIPLIERS, "attention_bias": True}),
+    ("glm4_moe", {"attention_bias": True}),
+    ("glm4_moe", {"use_qk_norm": True, **NO_DENSE_LAYER, **UNTIED}),
+    ("llama4_text", {}),
+    ("llama4_text", {"use_qk_norm": False, "num_experts_per_tok": 2, "attention_bias": True}),
+    ("llama4_text", {"interleave_moe_layer_step": 2, "no_rope_layers": [1, 1], **UNTIED}),
+    ("gpt_oss", {"sliding_window": 5}),
+    ("gpt_oss", {"attention_bias": False, "rope_parameters": YARN, "swiglu_limit": 0.5, **UNTIED}),
+    ("phimoe", {}),
+    ("phimoe", {"attention_bias": True, "lm_head_bias": True, "sliding_window": 5, **UNTIED}),
 ]
 # with four norms a layer: of heads, or behind blocks
 NORMED = ("exaone4", "gemma2", "glm4", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
@@ -192,7 +205,7 @@ def test_generation_with_the_coded_cache_is_stock_generation(
     assert all(logits_error(a, b) < 1e-9 for a, b in steps)
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3", "olmo3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "olmo3", "gemma2", "gemma3_text", "gpt_oss"])
 def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids, family):
     sliding, whole = make_family_model(family, sliding_window=5), make_family_model(family)
     for model in (sliding, whole):
@@ -206,6 +219,7 @@ def test_a_sliding_window_is_seen_through_the_coded_cache(make_family_model, ids
 def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     model = make_family_model(family)
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
+    norms = [norm for norm in norms if [*norm.parameters()]]  # Llama 4's of heads have no gains
     expected = {"cohere": 3, **dict.fromkeys(NORMED, 9)}
     expected["gemma3_text"] = 13
     offset = 1 if family.startswith("gemma") else 0

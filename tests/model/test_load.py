@@ -110,5 +110,9 @@ def test_unknown_families_and_empty_shapes_are_refused():
 def test_a_quantized_checkpoint_is_refused_before_it_is_read(tmp_path):
     settings = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"stored quantized \(awq\)"):
+    with pytest.raises(InputError, match=r"stored quantized \(awq\).* it was made from"):
+        check_model(ModelConfig(weights="pretrained", path=str(tmp_path)))
+    settings = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"):
         check_model(ModelConfig(weights="pretrained", path=str(tmp_path)))

@@ -16,6 +16,12 @@ OWN = {
     "stablelm": {"hidden_size": 32},
     "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    **{
+        family: {"num_local_experts": 3, "num_experts_per_tok": 2}
+        for family in ("granitemoe", "llama4_text", "gpt_oss", "phimoe")
+    },
 }
 
 

@@ -104,8 +104,8 @@ def test_biases_are_not_the_zeros_that_transformers_starts_with():
         ({"hiden_size": 24}, "hiden_size is no field of llama: did you mean hidden_size"),
         ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias is no field of qwen2"),
         (
-            {"model_type": "phimoe"},
-            "'phimoe' cannot be rotated, because it is a mixture",
+            {"model_type": "qwen3_next"},
+            "'qwen3_next' cannot be rotated, because it is a mixture",
         ),
         ({"model_type": "nonsense"}, "'nonsense' is not known"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is not in 1"),

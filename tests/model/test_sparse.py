@@ -16,7 +16,7 @@ from spinlab.config import (
 )
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.model.families.experts import Router
+from spinlab.model.families.experts import Experts, Router
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.load import load_model
 from spinlab.model.map import ModelMap
@@ -31,21 +31,33 @@ from spinlab.rotation.statistics import gather_statistics
 from spinlab.runtime.fused.convert import why_not_runtime
 from spinlab.weights.rtn import rtn
 
+GLM4 = {
+    **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    **{"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+}
 QWEN3 = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 SHAPES = {
     "qwen3_moe": QWEN3,
     "qwen3_moe, normalized": {**QWEN3, "norm_topk_prob": True},
     "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**QWEN3, "shared_expert_intermediate_size": 20},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {**GLM4, "norm_topk_prob": False},
+    "glm4_moe, groups": {**GLM4, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5},
+    "llama4_text": {"num_local_experts": 4},
+    "llama4_text, two": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.5},
 }
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 OFF = {"r1": "none", "r2": "none", "r4": "none"}
 Chosen = list[tuple[torch.Tensor, torch.Tensor]]
 every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_choice = pytest.mark.parametrize("shape", [*SHAPES, "phimoe"])
 
 
 def architecture(shape: str) -> dict:
-    return {"model_type": shape.partition(",")[0], **SHAPES[shape]}
+    return {"model_type": shape.partition(",")[0], **SHAPES.get(shape, {})}
 
 
 @pytest.fixture
@@ -64,25 +76,44 @@ def drawn(model_map: ModelMap, **changes) -> RotationSet:
 
 
 def routed(model: PreTrainedModel, ids: torch.Tensor) -> Chosen:
-    """Return what every router gives, and whom it chooses, layer by layer."""
-    kept: Chosen = []
+    """Return what every router's linear gives, and who is chosen by it, layer by layer."""
+    given: list[torch.Tensor] = []
+    chosen: list[torch.Tensor] = []
     with temporary_hooks() as hooks:
-        for router in (m for m in model.modules() if isinstance(m, Router)):
-            hooks.append(
-                router.register_forward_hook(lambda m, args, out: kept.append((out[0], out[2])))
-            )
+        for module in model.modules():
+            if isinstance(module, Router):
+                keep = lambda m, args, out: given.append(out)  # noqa: E731
+                hooks.append(module.linear.register_forward_hook(keep))
+            if isinstance(module, Experts):
+                hooks.append(
+                    module.register_forward_pre_hook(lambda m, args: chosen.append(args[1]))
+                )
         model(input_ids=ids)
-    return kept
+    return list(zip(given, chosen, strict=True))
 
 
 def random_blocks(shape: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return the MLP of a layer as its family prepares it, and a stock one of the same numbers."""
+    """Return the mixture of a layer as its family prepares it, and a stock one of its numbers."""
     base = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "initializer_range": 0.2}
     base |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = ModelConfig(architecture={**base, **architecture(shape)}, dtype=str(dtype)[6:])
     ours, stock = load_model(config, None, 0), random_model(config, 0).to(dtype)
     stock.set_experts_implementation("eager")
-    return ours.model.layers[0].mlp, stock.model.layers[0].mlp
+    single = dict(random_model(config, 0).named_buffers())
+    for name, buffer in stock.named_buffers():
+        if name.endswith("correction_bias"):  # as loading keeps it
+            buffer.data = single[name]
+    return mixture_of(ours), mixture_of(stock)
+
+
+def mixture_of(model: PreTrainedModel) -> torch.nn.Module:
+    """Return the MLP of the first layer."""
+    found = (m for m in model.model.layers[0].children() if hasattr(m, "experts"))
+    return next(found)
+
+
+def router_of(mixture: torch.nn.Module) -> torch.nn.Module:
+    return mixture.gate if hasattr(mixture, "gate") else mixture.router
 
 
 @every_shape
@@ -94,10 +125,20 @@ def test_router_and_experts_compute_what_stock_ones_do(shape, dtype):
     exact = random_blocks(shape, torch.float32)[1]
     exact.load_state_dict({n: t.float() for n, t in stock.state_dict().items()})
     x = torch.randn(2, 50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert all(map(torch.equal, ours.gate(x.flatten(0, 1)), stock.gate(x)))
-    found, expected = ours(x), stock(x)
+    choices = [router_of(block)(x.flatten(0, 1)) for block in (ours, stock)]
+    assert all(map(torch.equal, *choices)) and len(choices[0]) >= 2
+
+    def given(block, x):
+        out = block(x)  # some give their routers' logits too
+        return (out if isinstance(out, torch.Tensor) else out[0]).view(x.shape)
+
+    found, expected = given(ours, x), given(stock, x)
     assert found.dtype == expected.dtype == dtype
-    reference = exact.double()(x.double()).float() if dtype == torch.float32 else exact(x.float())
+    reference = (
+        given(exact.double(), x.double()).float()
+        if dtype == torch.float32
+        else given(exact, x.float())
+    )
     own = (expected - reference).abs().max()
     assert (found - reference).abs().max() <= 2 * own + 1e-7
 
@@ -118,7 +159,7 @@ def test_a_restored_model_is_the_stock_one(shape):
     assert model.state_dict().keys() == expected.keys()
 
 
-@every_shape
+@every_choice
 def test_routers_give_the_same_logits_and_choose_the_same_experts(make, ids, shape):
     original = make(shape)
     rotations = drawn(map_of(original), r1="random", r2="random", r3="random", r4="random")

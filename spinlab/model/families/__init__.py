@@ -6,11 +6,21 @@ from spinlab.model.families.cohere import COHERE
 from spinlab.model.families.exaone4 import EXAONE4
 from spinlab.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from spinlab.model.families.glm import GLM, GLM4
+from spinlab.model.families.gpt_oss import GPT_OSS
 from spinlab.model.families.granite import GRANITE
 from spinlab.model.families.llama import LLAMA
+from spinlab.model.families.llama4 import LLAMA4
 from spinlab.model.families.olmo2 import OLMO2
 from spinlab.model.families.phi3 import PHI3
-from spinlab.model.families.sparse import MIXTRAL, OLMOE, QWEN3_MOE
+from spinlab.model.families.phimoe import PHIMOE
+from spinlab.model.families.sparse import (
+    GLM4_MOE,
+    GRANITEMOE,
+    MIXTRAL,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 from spinlab.model.families.stablelm import STABLELM
 from spinlab.model.map import Family
 
@@ -34,9 +44,15 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "olmoe": OLMOE,
     "mixtral": MIXTRAL,
+    "granitemoe": GRANITEMOE,
+    "glm4_moe": GLM4_MOE,
+    "llama4_text": LLAMA4,
+    "gpt_oss": GPT_OSS,
+    "phimoe": PHIMOE,
 }
 
 

@@ -2,12 +2,15 @@
 
 _MEAN = "its LayerNorm subtracts the mean, which does not commute with a rotation of the stream"
 _EXPERTS = (
-    "it is a mixture of experts whose routing or expert modules are not those of Qwen3-MoE, "
-    "OLMoE and Mixtral"
+    "it is a mixture of experts whose routing or expert modules are those of no family that is read"
 )
 _TOWER = (
     "its text model lies beside a vision tower, and transformers loads no model of text alone from "
     "its checkpoints (a text model saved by itself, as gemma3_text, is taken)"
+)
+_BESIDE = (
+    "its checkpoints hold a vision model beside the text model, which is taken by itself: save it "
+    "by Llama4ForCausalLM.from_pretrained(...).save_pretrained(...), as a llama4_text model"
 )
 _SCAN = "it mixes tokens by a recurrent scan over channels, which no map describes"
 
@@ -17,11 +20,9 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),
-    _EXPERTS: (
-        *("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4"),
-        *("llama4_text", "phimoe", "qwen2_moe", "qwen3_next"),
-    ),
+    _EXPERTS: ("deepseek_v2", "deepseek_v3", "qwen3_next"),
     _TOWER: ("gemma3",),
+    _BESIDE: ("llama4",),
     _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),
 }
 
