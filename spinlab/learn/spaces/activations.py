@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig
 from spinlab.errors import InputError
@@ -27,6 +28,7 @@ from spinlab.learn.spaces.rotate import (
     rotate_back,
     round_rotated,
 )
+from spinlab.model.families.experts import Scored
 from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of, norm_at
 from spinlab.model.shares import watched
@@ -56,29 +58,40 @@ class ActivationSpace(LearningSpace):
         super().__init__(parts)
         rotations, local = parts.rotations, parts.local
         self.rotations, self.watched = rotations, watched(map_of(parts.model))
-        rotated: dict[InputPath, InputPath] = {}
+        scored = _read_scored(parts.model)
+        rotated: dict[tuple[InputPath, bool], InputPath] = {}
         for site, linear in linears_of(parts.model):
             assert isinstance(linear, FakeQuantLinear)
             name = {"R1": "r1", "R2": "r2"}.get(site.reads or "")
             if name is not None and rotations.all[name] is not None:
-                if linear.path not in rotated:
-                    rotated[linear.path] = self._rotated(name, site, linear.path, local)
-                linear.path = rotated[linear.path]
+                place = linear.path, linear in scored
+                if place not in rotated:
+                    rotated[place] = self._rotated(name, site, *place, local)
+                linear.path = rotated[place]
             if site.writes == "R2" and rotations.r2 is not None:
                 linear.register_forward_hook(_rotate_heads(rotations, site.layer, local))
         norm = norm_at(parts.model, map_of(parts.model).final_norm)
         norm.register_forward_hook(self._after_norms)
+        for module in parts.model.modules():
+            if isinstance(module, Scored):
+                module.register_forward_pre_hook(self._before_scores)
         learn_heads(parts.model, rotations)
 
-    def _rotated(self, name: str, site: Site, path: InputPath, local: LocalTerms) -> InputPath:
+    def _rotated(
+        self, name: str, site: Site, path: InputPath, scored: bool, local: LocalTerms
+    ) -> InputPath:
         if name == "r2":
             return OutputPath(path, self.rotations, site.layer)
         whole = self.watched[site.key] == site.path
         see = local.watch("r1", site.layer) if whole else None
-        return StreamPath(path, self.rotations, site.layer, see)
+        return StreamPath(path, self.rotations, site.layer, see, normed=not scored)
 
     def _after_norms(self, module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
         return self._read(read_normed, out)
+
+    def _before_scores(self, module: nn.Module, args: tuple) -> tuple:
+        x, *rest = args
+        return self._read(read_normed, x), *rest
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
         """Return the residual stream (..., hidden) as it is: it stayed the original's."""
@@ -91,14 +104,22 @@ class ActivationSpace(LearningSpace):
 
 
 class StreamPath(InputPath):
-    """Quantize what reads the residual stream in the basis of R1: x ↦ Q(x R1) R1ᵀ."""
+    """Quantize what reads the residual stream in the basis of R1: x ↦ Q(x R1) R1ᵀ.
+
+    normed: it comes from a norm as it is, and not times the scores of an expert.
+    """
 
     def __init__(
-        self, path: InputPath, rotations: LearnedRotations, layer: int, see: See | None
+        self,
+        path: InputPath,
+        rotations: LearnedRotations,
+        layer: int,
+        see: See | None,
+        normed: bool = True,
     ) -> None:
         assert path.rotation is None, "R1 leaves no room for an online transform"
         super().__init__(None, path.quantizer, path.readers)
-        self.rotations, self.layer, self.see = rotations, layer, see
+        self.rotations, self.layer, self.see, self.normed = rotations, layer, see, normed
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         r1 = self.rotations.at("r1", self.layer)
@@ -106,8 +127,9 @@ class StreamPath(InputPath):
         if self.quantizer is None:
             if self.see is not None:
                 self.see(x.detach() @ r1)
-            return x if sink.add_half is None else read_normed(x, anchor, sink)
-        return round_rotated(x, r1, anchor, sink, self.quantizer, self.see)
+            known = sink.add_half is None or not self.normed
+            return x if known else read_normed(x, anchor, sink)
+        return round_rotated(x, r1, anchor, sink, self.quantizer, self.see, self.normed)
 
 
 class OutputPath(InputPath):
@@ -125,6 +147,12 @@ class OutputPath(InputPath):
             rotations.anchor("r2"),
             rotations.sink("r2", layer),
         )
+
+
+def _read_scored(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the linears of experts whose tokens come times their scores."""
+    experts = [m for m in model.modules() if any(isinstance(x, Scored) for x in m.children())]
+    return {linear for expert in experts for linear in expert.children()}
 
 
 def _rotate_heads(rotations: LearnedRotations, layer: int, local: LocalTerms):

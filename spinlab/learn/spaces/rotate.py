@@ -40,15 +40,17 @@ def round_rotated(
     sink: Sink,
     quantizer: TokenQuantizer,
     see: Callable[[torch.Tensor], None] | None = None,
+    normed: bool = True,
 ) -> torch.Tensor:
     """Return Q(x R) Rᵀ for x (..., n): quantized in R's basis, handed on in the original one.
 
     Taken as x + E Rᵀ with the rounding error E = Q(y) - y, y = x R: a 16-bit R then only blurs the
     error. With a straight-through gradient g passes to x as it is, because R Rᵀ = I, and
     M = -(E Rᵀ)ᵀ g: one product backward where autograd would take four. `see` is shown y. Where H
-    is asked for, x is a norm's output as in `read_normed`, whose H is part of this one.
+    is asked for, x is a norm's output as in `read_normed`, whose H is part of this one; or it is
+    not `normed`, but a product with one that was accounted for by itself.
     """
-    return _RoundRotated.apply(x, rotation, anchor, sink, quantizer, see)  # type: ignore[no-any-return]
+    return _RoundRotated.apply(x, rotation, anchor, sink, quantizer, see, normed)  # type: ignore[no-any-return]
 
 
 def read_normed(x: torch.Tensor, anchor: torch.Tensor, sink: Sink) -> torch.Tensor:
@@ -105,12 +107,12 @@ class _RotateBack(torch.autograd.Function):
 
 class _RoundRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rotation, anchor, sink, quantizer, see):
+    def forward(ctx, x, rotation, anchor, sink, quantizer, see, normed):
         y = _rows_times(x, rotation)
         if see is not None:
             see(y)
         error = _rows_times(quantizer.error(y), rotation.mT)
-        ctx.save_for_backward(error, None if sink.add_half is None else x)
+        ctx.save_for_backward(error, x if normed and sink.add_half is not None else None)
         ctx.sink, ctx.width = sink, rotation.shape[0]
         return x + error
 
@@ -122,7 +124,9 @@ class _RoundRotated(torch.autograd.Function):
             ctx.sink.add(generator)
             if x is not None:
                 ctx.sink.add_half(_half_of_normed(x, gradient, ctx.width).sub_(generator))
-        return gradient, None, None, None, None, None
+            elif ctx.sink.add_half is not None:
+                ctx.sink.add_half(generator.neg())
+        return gradient, None, None, None, None, None, None
 
 
 class _Read(torch.autograd.Function):

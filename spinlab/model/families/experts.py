@@ -96,6 +96,17 @@ class Expert(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Scored(nn.Module):
+    """Multiply the tokens of an expert by their weights before it reads them.
+
+    It is a module so that learning can tell what it reads, which no score has multiplied.
+    """
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the product of x (tokens, hidden) and weights (tokens, 1)."""
+        return x * weights
+
+
 class Experts(nn.ModuleList):
     """Sum for every token what its experts give, each times its weight.
 

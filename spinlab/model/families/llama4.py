@@ -19,6 +19,7 @@ from spinlab.model.families.decoder import read_decoder
 from spinlab.model.families.experts import (
     Expert,
     Experts,
+    Scored,
     join_experts,
     linear_of,
     split_experts,
@@ -39,20 +40,32 @@ _NAMES = replace(
 )
 
 
+class _Expert(Expert):
+    """An expert whose tokens come times their scores."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.scored = Scored()
+
+    def forward(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Map x (tokens, hidden), with scores (tokens, 1), to the same shape."""
+        return super().forward(self.scored(x, scores))
+
+
 class _Experts(Experts):
-    """Experts whose stacked weights are (in, out), and whose tokens come times their weights."""
+    """Experts whose stacked weights are (in, out)."""
 
     def taken_apart(self, stock: Any) -> Any:
         pairs = zip(stock.gate_up_proj.detach(), stock.down_proj.detach(), strict=True)
         for gate_up, down in pairs:
             gate, up = gate_up.mT.chunk(2)
-            yield Expert(linear_of(gate), linear_of(up), linear_of(down.mT), stock)
+            yield _Expert(linear_of(gate), linear_of(up), linear_of(down.mT), stock)
 
     def stacked(self) -> dict[str, torch.Tensor]:
         return {name: x.mT.contiguous() for name, x in super().stacked().items()}
 
     def weighted(self, expert: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return expert(x * weights)
+        return expert(x, weights)
 
 
 class _Mixture(nn.Module):
