@@ -195,6 +195,7 @@ class RopeWatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._cache: weakref.ref[Any] | None = None
+        self._once = map_of(model).rope_once
         rope = model.get_submodule(map_of(model).rope)
         rope.register_forward_hook(self._turned, with_kwargs=True)
 
@@ -212,6 +213,7 @@ class RopeWatch:
 
         def waves_at(positions: torch.Tensor) -> torch.Tensor:
             angles: Angles = rope.forward(like, positions)  # itself, which no hook listens to
-            return torch.cat([part.chunk(2, dim=-1)[0] for part in angles], dim=-1)
+            halves = angles if self._once else [part.chunk(2, dim=-1)[0] for part in angles]
+            return torch.cat([*halves], dim=-1)
 
         cache.turned(positions, waves_at)

@@ -127,7 +127,8 @@ class Dimensions:
 class ModelMap:
     """Describe a model. Sites stand in the order in which they are computed.
 
-    rope_kind: that of RoPE, or with commas all that there are. cannot: by the name of a rotation
+    rope_kind: that of RoPE, or with commas all that there are. rope_once: its module gives cosines
+    and sines of pairs of numbers, and not of both of them. cannot: by the name of a rotation
     (r1, r2, ...), why the family's function does not survive it. logit_divisor: logits are what the
     head gives, divided by it. logit_cap: logits are then logit_cap·tanh(logit / logit_cap).
     only: of a part of a model (`part`), the layers that are there; None: all, and the ends.
@@ -145,6 +146,7 @@ class ModelMap:
     final_norm: str
     rope: str
     rope_kind: str
+    rope_once: bool = False
     cannot: dict[str, str] = field(default_factory=dict)
     logit_divisor: float = 1.0
     logit_cap: float | None = None

@@ -36,6 +36,7 @@ BIASED = {
     "no rope": ("smollm3", {"attention_bias": True, "no_rope_layers": [0, 1]}),
     "padded width": ("qwen2", {"head_dim": 12}),
     "one head": ("qwen2", {"num_key_value_heads": 1}),
+    "angles of pairs": ("gpt_oss", {"num_local_experts": 2, "sliding_window": 9}),
 }
 
 
@@ -235,9 +236,10 @@ def test_a_bias_of_zeros_changes_no_bit(make_biased, ids, case):
     [
         ("llama", {}),
         ("qwen3", {"attention_bias": True}),
+        ("llama4_text", {"attention_bias": True}),
         ("llama", {"attention_bias": True, "rope_parameters": DYNAMIC}),
     ],
-    ids=["no bias", "a norm behind it", "frequencies that change"],
+    ids=["no bias", "a norm behind it", "lengths behind RoPE", "frequencies that change"],
 )
 @torch.no_grad()
 def test_what_is_no_part_of_the_keys_by_itself_stays_with_them(

@@ -3,9 +3,8 @@
 A sink is a learned score of a head that joins the softmax and has no value: scores are what they
 were under every rotation. An expert gives down((up + 1)·glu(gate)), gate and up cut off at a
 limit, so that no scale of what down reads moves into up; R4 stands between as elsewhere, and down
-of an expert adds its bias before the token's weight. RoPE gives cosines and sines of pairs once, so
-that a bias of keys goes through the cache's codec with them. Layers that slide stand in turn with
-those that see everything.
+of an expert adds its bias before the token's weight. RoPE gives cosines and sines of pairs once.
+Layers that slide stand in turn with those that see everything.
 """
 
 from collections.abc import Iterator
@@ -86,7 +85,8 @@ def _blocks(model: PreTrainedModel) -> list[Any]:
 def _read(model: PreTrainedModel) -> ModelMap:
     found = read_decoder(model, _NAMES)
     inputs = tuple(map(_without_producer, found.inputs))
-    return replace(found, inputs=inputs, layers=tuple(map(_with_sinks, found.layers)))
+    layers = tuple(map(_with_sinks, found.layers))
+    return replace(found, inputs=inputs, layers=layers, rope_once=True)
 
 
 def _without_producer(input: Input) -> Input:
@@ -95,7 +95,7 @@ def _without_producer(input: Input) -> Input:
 
 
 def _with_sinks(layer: Layer) -> Layer:
-    return replace(layer, attention=replace(layer.attention, sinks=True, key_bias=False))
+    return replace(layer, attention=replace(layer.attention, sinks=True))
 
 
 GPT_OSS = Family(_read, prepare=_split, restore=_join, own_attention=True)
