@@ -44,6 +44,21 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 16, "num_experts_per_tok": 1},
+    "qwen2_moe": {
+        **{"num_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+        "shared_expert_intermediate_size": 32,
+    },
+    "granitemoe": {"num_local_experts": 16, "num_experts_per_tok": 1},
+    "glm4_moe": {
+        **{"n_routed_experts": 16, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+        "first_k_dense_replace": 0,
+    },
+    "llama4_text": {"num_local_experts": 16, "num_experts_per_tok": 1},
+    "gpt_oss": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "phimoe": {"num_local_experts": 4},
 }
 
 
@@ -92,7 +107,8 @@ KIN = (
     ("llama", "mistral", "ministral", "qwen2", "qwen3", "seed_oss", "smollm3"),
     ("exaone4", "olmo2", "olmo3"),
     ("gemma", "gemma2", "gemma3_text"),
-    ("mixtral", "olmoe", "qwen3_moe"),
+    ("mixtral", "qwen2_moe", "olmoe", "granitemoe", "qwen3_moe", "glm4_moe"),
+    ("gpt_oss", "llama4_text", "phimoe"),
 )
 
 

@@ -1,6 +1,6 @@
 """Who sees how much of an input: all linears the same tensor, or each expert its own rows of it."""
 
-from spinlab.model.map import ModelMap
+from spinlab.model.map import ModelMap, Site
 
 
 def watched(model_map: ModelMap) -> dict[str, str]:
@@ -8,7 +8,12 @@ def watched(model_map: ModelMap) -> dict[str, str]:
 
     It is the first that is quantized, or the router where experts share the input out.
     """
-    best = sorted(model_map.sites, key=lambda site: (site.expert is not None, not site.quantized))
+    shared = {site.key for site in model_map.sites if site.expert is not None}
+
+    def rank(site: Site) -> tuple[bool, bool]:  # a shared expert's path is that of all experts
+        return site.expert is not None, site.quantized == (site.key in shared)
+
+    best = sorted(model_map.sites, key=rank)
     return {site.key: site.path for site in reversed(best)}
 
 

@@ -115,7 +115,8 @@ def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
                     f"rotation.{rotation} mixes: set rotation.{rotation}=none"
                 )
         if not input.folds and not config.online:
-            why = "with grouped queries" if input.producer else "without a norm of its own there"
+            own = "without a norm or linear of its own there"
+            why = "with grouped queries" if input.producer else own
             raise InputError(
                 f"rotation.smooth of the {input.name} input runs online on a model {why}: take "
                 f"{input.name} out of rotation.smooth_groups, or set rotation.online=true"

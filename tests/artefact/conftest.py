@@ -28,6 +28,7 @@ from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.weights.ends import quantize_tied
 from spinlab.weights.layerwise import quantize_rtn
+from tests.conftest import EXPERTS
 
 SHAPE = {
     **{"vocab_size": 260, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2},
@@ -53,7 +54,8 @@ def export(tmp_path) -> Callable[..., Exported]:
         name: str = "artefact",
         backend: str = "cpu",
     ) -> Exported:
-        settings = ModelConfig(architecture={**SHAPE, "model_type": family}, dtype=dtype)
+        shape = {**SHAPE, "model_type": family, **EXPERTS.get(family, {})}
+        settings = ModelConfig(architecture=shape, dtype=dtype)
 
         def original() -> PreTrainedModel:
             return load_model(settings, None, 0)

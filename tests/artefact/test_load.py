@@ -81,6 +81,8 @@ CASES = {
     "qwen3": {"family": "qwen3"},
     "phi3": {"family": "phi3"},
     "mixtral": {"family": "mixtral"},
+    **{family: {"family": family} for family in ("qwen2_moe", "llama4_text", "gpt_oss", "phimoe")},
+    "glm4_moe": {"family": "glm4_moe", "dtype": "bfloat16"},
     "granite": {"family": "granite"},
     "stablelm": {"family": "stablelm"},
     "cohere": {"family": "cohere"},

@@ -27,7 +27,7 @@ def coded(model, config, store=False):
     return model
 
 
-def by_hand(path, query, keys, bias, values, scaling, cap=None):
+def by_hand(path, query, keys, bias, values, scaling, cap=None, sinks=None):
     """Return the three errors of a layer, token by token; what is coded is written out."""
     history, squares, divergences, outputs = path.history(0), [], [], []
     turned, r3 = path.turn_queries(query), path.r3.dense()
@@ -52,6 +52,9 @@ def by_hand(path, query, keys, bias, values, scaling, cap=None):
         if cap is not None:
             s, found = (cap * torch.tanh(x / cap) for x in (s, found))
         squares.append((found - s).square())
+        if sinks is not None:  # as keys of their own, whose values are zero
+            s, found = (torch.cat((x, sinks.view(1, -1, 1, 1)), -1) for x in (s, found))
+            v, exact_v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (v, exact_v))
         p, q = s.softmax(-1), found.softmax(-1)
         divergences.append((p * (p / q).log()).sum(-1))
         outputs.append((q @ v - p @ exact_v, p @ exact_v))
@@ -72,7 +75,7 @@ def heads_of(model, ids):
     decoder(ids)
     for hook in hooks:
         hook.remove()
-    cos, sin = seen["rope"]
+    cos, sin = (torch.cat((x, x), -1)[..., :8] for x in seen["rope"])  # of pairs, once or twice
 
     def turn(x):
         first, second = x.chunk(2, -1)
@@ -93,6 +96,7 @@ def heads_of(model, ids):
         ("qwen2", {}),
         ("gemma2", {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8}),
         ("gemma2", {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, **BIASED}),
+        ("gpt_oss", {"layer_types": ["full_attention"], "attention_bias": False}),
     ],
     ids=str,
 )
@@ -106,9 +110,9 @@ def test_errors_of_attention_are_those_written_out(make_family_model, ids, confi
     for row in ids:
         q, k, b, v = heads_of(stock, row[None])
         r3 = path.r3.dense()
-        expected.append(
-            by_hand(path, q, k @ r3, b @ r3, v, 8**-0.5, changes.get("attn_logit_softcapping"))
-        )
+        sinks = getattr(decoder_of(stock).layers[0].self_attn, "sinks", None)
+        cap = changes.get("attn_logit_softcapping")
+        expected.append(by_hand(path, q, k @ r3, b @ r3, v, 8**-0.5, cap, sinks))
     square, *others = (torch.stack(x).mean().item() for x in zip(*expected, strict=True))
     found = attention_errors(model, ids)
     assert [*found.values()] == pytest.approx([square**0.5, *others], rel=1e-4)

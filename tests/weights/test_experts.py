@@ -19,7 +19,7 @@ from spinlab.config import (
 )
 from spinlab.config.kv import CodecConfig
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.model.families.experts import Router, alone
+from spinlab.model.families.experts import Experts, Router, alone
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.load import cast_model
 from spinlab.model.modules import layers_of, linear_at, linears_of, map_of
@@ -38,6 +38,14 @@ QUANT = QuantConfig(
     weights=TensorQuant(bits=3, symmetric=True), activations=TensorQuant(clip_ratio=0.9)
 )
 ROTATIONS = RotationSet(r3=hadamard_rotation(8), r4=hadamard_rotation(20))
+OTHERS = {
+    "qwen2_moe": {"num_experts": 12},
+    "llama4_text": {
+        **{"num_local_experts": 12, "intermediate_size": 20, "intermediate_size_mlp": 20},
+        "attention_bias": True,
+    },
+    "gpt_oss": {"num_local_experts": 16, "intermediate_size": 20},
+}
 Weights = dict[str, QuantizedWeight]
 LAYER, ATTENTION = "model.layers.{}.mlp", "model.layers.0.self_attn.o_proj"
 
@@ -126,6 +134,54 @@ def test_every_expert_is_rounded_by_gptq_for_its_own_tokens_alone(networks, wind
             assert same > 0.99, (expert, name)  # sums in another order may flip a level
     used = {e for chosen in seen.chosen for e in chosen.flatten().tolist()}
     assert 0 < len(used) < 12
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_experts_of_other_mixtures_are_rounded_for_their_own_tokens_too(
+    make_family_model, windows, tmp_path, family
+):
+    """Those of Llama 4 for tokens times their scores, and a shared one for all tokens."""
+
+    def make() -> PreTrainedModel:
+        return cast_model(make_family_model(family, **OTHERS[family]), torch.float32)
+
+    wide = CodecConfig(bits=16)
+    networks = QuantizedNetworks(make, QUANT, KVConfig(keys=wide, values=wide))
+    found = rounded(networks, windows, tmp_path, "gptq")
+    attention = {n: w for n, w in found.items() if "attn" in n}
+    model, fused = networks.dequantized(ROTATIONS, attention), networks.fused(ROTATIONS)
+    parts: dict[str, list[torch.Tensor]] = {"stream": [], "chosen": [], "weights": []}
+    for module in model.modules():
+        if isinstance(module, FakeQuantLinear):
+            module.path.quantizer = None
+
+    def keep(module, args) -> None:
+        for kept, x in zip(parts.values(), args, strict=True):
+            kept.append(x)
+
+    layer = layers_of(model)[0]
+    with temporary_hooks() as hooks, torch.no_grad():
+        experts = next(module for module in layer.modules() if isinstance(module, Experts))
+        hooks.append(experts.register_forward_pre_hook(keep))
+        model(input_ids=windows)
+    (stream,), (chosen,), (weights,) = parts.values()
+    config, unseen = WeightsConfig("gptq", gptq=GPTQConfig(block_size=10)), 0
+    sites = [s for s in map_of(model).sites if s.key == "0.gate_up" and s.quantized]
+    for site in sites:
+        rows = stream
+        if site.expert is not None:
+            token, place = torch.where(chosen == site.expert)
+            scores = weights[token, place, None] if family == "llama4_text" else 1
+            rows = stream[token] * scores
+        weight = linear_at(fused, site.path).weight
+        if len(rows):
+            hessian = 2 / len(rows) * rows.T @ rows
+            expected = gptq(weight, error_spread(hessian, config.gptq), QUANT.weights, config)
+        else:
+            expected, unseen = rtn(weight, QUANT.weights, config.clip), unseen + 1
+        same = (found[site.path].levels == expected.levels).float().mean()
+        assert same > 0.99, site.path  # sums in another order may flip a level
+    assert 0 < unseen < len(sites) - 2
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptaq", "qronos"])
