@@ -25,6 +25,11 @@ MIXTRAL = [
     *("+model.architecture.model_type=mixtral", "+model.architecture.num_local_experts=4"),
     "+model.architecture.num_experts_per_tok=2",
 ]
+LLAMA4 = [
+    *("+model.architecture.model_type=llama4_text", "+model.architecture.num_local_experts=4"),
+    *("+model.architecture.no_rope_layer_interval=2", "+model.architecture.floor_scale=9"),
+    "+model.architecture.attention_chunk_size=24",
+]
 WEIGHTS = ["learn.quantize_weights=true", "weights=qronos", "weights.qronos.samples=2"]
 GPTQ = ["weights=gptq", "weights.gptq.samples=2", "rotation.cross_head=hadamard"]
 
@@ -37,8 +42,8 @@ def run(folder: Path, *overrides: str) -> dict:
 
 @pytest.mark.parametrize(
     ("shape", "settings"),
-    [(QWEN3, WEIGHTS), (MIXTRAL, GPTQ)],
-    ids=["qwen3_moe", "mixtral"],
+    [(QWEN3, WEIGHTS), (MIXTRAL, GPTQ), (LLAMA4, GPTQ)],
+    ids=["qwen3_moe", "mixtral", "llama4_text"],
 )
 def test_a_run_is_complete_and_both_networks_are_one(tmp_path, short_text, shape, settings):
     place = tmp_path / "artefact"
@@ -53,6 +58,7 @@ def test_a_run_is_complete_and_both_networks_are_one(tmp_path, short_text, shape
     assert all(abs(value) < 1e-6 for value in gaps.values())
     width = 48 if shape is QWEN3 else 192
     layer = 96 * (2 * 96 + 2 * 32) + experts * (96 + 3 * 96 * width)
+    layer += 3 * 96 * width if shape is LLAMA4 else 0  # all tokens go to another one
     norms = 2 * 96 + (2 * 16 if shape is QWEN3 else 0)
     assert record["model"]["parameters"] == 256 * 96 + 2 * (layer + norms) + 96
     assert 4 < metrics["bits/weights/fake"] < 6
