@@ -20,6 +20,7 @@ from spinlab.config.kv import CodecConfig
 from spinlab.config.rotation import BlocksConfig
 from spinlab.learn import estimate_of, recompute_layers
 from spinlab.model.hooks import temporary_hooks
+from spinlab.model.load import cast_model
 from spinlab.model.modules import decoder_of, layers_of, linears_of, map_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import check_invariance
@@ -57,9 +58,13 @@ def test_experts_without_tokens_have_gradients_of_zero(make, learner_of):
     assert moved == before.keys() - idle
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
 @pytest.mark.parametrize("rounded", [False, True], ids=["activations", "weights"])
-def test_terms_on_activations_see_a_shared_input_once(make, learner_of, rounded):
-    """By autograd, on what attention and the routers read, and on values."""
+def test_terms_on_activations_see_a_shared_input_once(
+    make_family_model, learner_of, rounded, family
+):
+    """By autograd, on what attention and the routers read, and on values; a shared expert too."""
+    make = partial(make_family_model, family, **EXPERTS)
     learn = LearnConfig(
         **SETTINGS,
         quantize_weights=rounded,
@@ -88,6 +93,20 @@ def test_terms_on_activations_see_a_shared_input_once(make, learner_of, rounded)
     assert len(seen) == 6
     expected = torch.stack([kurtosis(y) for y in seen]).mean()
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["activations", "weights"])
+def test_a_router_that_multiplies_in_float32_is_seen_in_16_bits(
+    make_family_model, learner_of, rounded
+):
+    objective = ObjectiveConfig(cross_entropy=float(rounded), kurtosis=1.0)
+    learn = LearnConfig(**SETTINGS, quantize_weights=rounded, objective=objective, optimizer=FREE)
+    half, single = (
+        learner_of(lambda d=dtype: cast_model(make_family_model("glm4_moe"), d), learn, QUANT)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    (found, _), (expected, _) = (learner.gradients(0, BATCH) for learner in (half, single))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
 
 def kurtosis(y: torch.Tensor) -> torch.Tensor:

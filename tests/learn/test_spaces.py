@@ -114,7 +114,10 @@ OF_FAMILIES = {
     "granite": ({**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}, RotationConfig()),
     "qwen3_moe": ({**EXPERTS, "attention_bias": True}, RotationConfig()),
     "mixtral": ({"num_local_experts": 3, "num_experts_per_tok": 2}, RotationConfig()),
-    "llama4_text": ({"attention_bias": True}, RotationConfig()),
+    "llama4_text": (
+        {"attention_bias": True, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2},
+        RotationConfig(),
+    ),
     "gpt_oss": ({"sliding_window": 5}, RotationConfig()),
 }
 

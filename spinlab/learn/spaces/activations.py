@@ -125,8 +125,8 @@ class StreamPath(InputPath):
         r1 = self.rotations.at("r1", self.layer)
         anchor, sink = self.rotations.anchor("r1"), self.rotations.sink("r1", self.layer)
         if self.quantizer is None:
-            if self.see is not None:
-                self.see(x.detach() @ r1)
+            if self.see is not None:  # routers may read what they multiply in float32
+                self.see(x.detach().to(r1.dtype) @ r1)
             known = sink.add_half is None or not self.normed
             return x if known else read_normed(x, anchor, sink)
         return round_rotated(x, r1, anchor, sink, self.quantizer, self.see, self.normed)
