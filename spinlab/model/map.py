@@ -27,7 +27,8 @@ class Site:
     W ← W R1, writes="R1" means W ← R1ᵀ W. Linears of a layer with the same `input` read the very
     same tensor and share its quantizer. One that is not quantized, such as a router, is rotated
     like the others and keeps its weight and input in 16 bits. Experts share their input out: the
-    linears of one see its rows of it, on average the `share` of all.
+    linears of one see its rows of it, on average the `share` of all, in some families times the
+    scores of their tokens.
     """
 
     layer: int

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
+from spinlab.model.families.names import Names
 
 
 class Router(nn.Module):
@@ -155,6 +157,31 @@ class Experts(nn.ModuleList):
         for name, stack in self.stacked().items():
             setattr(found, name, _frozen(stack))
         return found
+
+
+def mixtures_of(model: PreTrainedModel, names: Names) -> list[tuple[Any, str]]:
+    """Return the blocks of a model that are mixtures, and what they call their routers.
+
+    Their loss for balance, of training, is left out: stock models look for stock routers for it.
+    """
+    model.config.output_router_logits = False
+    assert names.router is not None
+    mlp, router, _ = names.router.split(".")
+    layers: Any = model.get_submodule(names.layers)
+    blocks = (getattr(layer, mlp) for layer in layers)
+    return [(block, router) for block in blocks if hasattr(block, "experts")]
+
+
+def split_all(model: PreTrainedModel, names: Names, kind: type[Experts] = Experts) -> None:
+    """Do `split_experts` to every mixture of a stock model, in place."""
+    for block, router in mixtures_of(model, names):
+        split_experts(block, router, kind)
+
+
+def join_all(model: PreTrainedModel, names: Names) -> None:
+    """Undo `split_all` with the weights as they stand."""
+    for block, router in mixtures_of(model, names):
+        join_experts(block, router)
 
 
 def split_experts(block: Any, router: str = "gate", kind: type[Experts] = Experts) -> None:

@@ -9,6 +9,7 @@ Layers that slide stand in turn with those that see everything.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.experts import Experts, join_experts, linear_of, split_experts
+from spinlab.model.families.experts import Experts, join_all, linear_of, split_all
 from spinlab.model.families.llama import NAMES
 from spinlab.model.layer import Layer
 from spinlab.model.map import Family, Input, ModelMap
@@ -66,22 +67,6 @@ class _Experts(Experts):
         }
 
 
-def _split(model: PreTrainedModel) -> None:
-    model.config.output_router_logits = False  # stock models look for stock routers to take it from
-    for block in _blocks(model):
-        split_experts(block, "router", _Experts)
-
-
-def _join(model: PreTrainedModel) -> None:
-    for block in _blocks(model):
-        join_experts(block, "router")
-
-
-def _blocks(model: PreTrainedModel) -> list[Any]:
-    layers: Any = model.get_submodule(NAMES.layers)
-    return [layer.mlp for layer in layers]
-
-
 def _read(model: PreTrainedModel) -> ModelMap:
     found = read_decoder(model, _NAMES)
     inputs = tuple(map(_without_producer, found.inputs))
@@ -98,4 +83,9 @@ def _with_sinks(layer: Layer) -> Layer:
     return replace(layer, attention=replace(layer.attention, sinks=True))
 
 
-GPT_OSS = Family(_read, prepare=_split, restore=_join, own_attention=True)
+GPT_OSS = Family(
+    _read,
+    prepare=partial(split_all, names=_NAMES, kind=_Experts),
+    restore=partial(join_all, names=_NAMES),
+    own_attention=True,
+)

@@ -22,6 +22,7 @@ from spinlab.model.families.experts import (
     Scored,
     join_experts,
     linear_of,
+    mixtures_of,
     split_experts,
 )
 from spinlab.model.families.llama import NAMES
@@ -99,20 +100,21 @@ class _Mixture(nn.Module):
 
 
 def _split(model: PreTrainedModel) -> None:
-    model.config.output_router_logits = False  # stock models look for stock routers to take it from
-    for layer in _layers(model):
-        if layer.is_moe_layer:
-            layer.feed_forward = _Mixture(layer.feed_forward)
+    for layer in _mixed(model):
+        layer.feed_forward = _Mixture(layer.feed_forward)
 
 
 def _join(model: PreTrainedModel) -> None:
-    for layer in _layers(model):
+    for layer in _mixed(model):
         if isinstance(layer.feed_forward, _Mixture):
             layer.feed_forward = layer.feed_forward.stock()
 
 
-def _layers(model: PreTrainedModel) -> list[Any]:
-    return list(model.get_submodule(NAMES.layers).children())
+def _mixed(model: PreTrainedModel) -> list[Any]:
+    """Return the layers that have a mixture."""
+    mixtures = [block for block, _ in mixtures_of(model, _NAMES)]
+    layers: Any = model.get_submodule(NAMES.layers)
+    return [layer for layer in layers if layer.feed_forward in mixtures]
 
 
 def _read(model: PreTrainedModel) -> ModelMap:

@@ -6,14 +6,13 @@ largest, and gives each of two experts the softmax of what is left: logits are w
 """
 
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.centred import NO_STOCK, prepare_centred
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.experts import split_experts
+from spinlab.model.families.experts import split_all
 from spinlab.model.families.llama import NAMES
 from spinlab.model.map import Family, ModelMap
 
@@ -21,10 +20,7 @@ _NAMES = replace(NAMES, router="mlp.router.linear", experts="mlp.experts")
 
 
 def _prepare(model: PreTrainedModel) -> None:
-    model.config.output_router_logits = False  # stock models look for stock routers to take it from
-    layers: Any = model.get_submodule(NAMES.layers)
-    for layer in layers:
-        split_experts(layer.mlp, "router")
+    split_all(model, _NAMES)
     prepare_centred(model, _NAMES)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.experts import join_experts, split_experts
+from spinlab.model.families.experts import join_all, split_all
 from spinlab.model.families.llama import NAMES
 from spinlab.model.families.names import Names
 from spinlab.model.map import Family, ModelMap
@@ -27,29 +27,6 @@ _GLM4 = replace(_NAMES, shared="mlp.shared_experts")
 _GRANITE = replace(
     NAMES, router="block_sparse_moe.router.linear", experts="block_sparse_moe.experts"
 )
-
-
-def _split(model: PreTrainedModel, names: Names) -> None:
-    for block, router in _blocks(model, names):
-        split_experts(block, router)
-
-
-def _join(model: PreTrainedModel, names: Names) -> None:
-    for block, router in _blocks(model, names):
-        join_experts(block, router)
-
-
-def _blocks(model: PreTrainedModel, names: Names) -> list[tuple[Any, str]]:
-    """Return the MLPs that are mixtures, and what they call their routers.
-
-    Their loss for balance, of training, is left out.
-    """
-    model.config.output_router_logits = False  # stock models look for stock routers to take it from
-    assert names.router is not None
-    mlp, router, _ = names.router.split(".")
-    layers: Any = model.get_submodule(names.layers)
-    blocks = (getattr(layer, mlp) for layer in layers)
-    return [(block, router) for block in blocks if hasattr(block, "experts")]
 
 
 def _read_olmoe(model: PreTrainedModel) -> ModelMap:
@@ -81,8 +58,8 @@ def _read_glm4(model: PreTrainedModel) -> ModelMap:
 def _family(names: Names, **changes: Any) -> Family:
     family = Family(
         partial(read_decoder, names=names),
-        prepare=partial(_split, names=names),
-        restore=partial(_join, names=names),
+        prepare=partial(split_all, names=names),
+        restore=partial(join_all, names=names),
     )
     return replace(family, **changes)
 
