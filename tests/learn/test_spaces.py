@@ -118,7 +118,6 @@ OF_FAMILIES = {
         {"attention_bias": True, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2},
         RotationConfig(),
     ),
-    "gpt_oss": ({"sliding_window": 5}, RotationConfig()),
 }
 
 

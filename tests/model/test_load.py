@@ -11,6 +11,7 @@ from spinlab.model.families import FAMILIES, family_of
 from spinlab.model.load import check_model, load_model, meta_model, source_digest
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.random import random_model
+from tests.conftest import EXPERTS
 
 SHAPE = {
     "vocab_size": 256,
@@ -76,7 +77,8 @@ def test_float64_models_are_float64_throughout():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_a_model_on_the_meta_device_has_the_tensors_of_the_loaded_one(family, dtype):
     stream = {"hidden_size": 32} if family == "stablelm" else {}  # its heads make it up
-    config = ModelConfig(architecture={**SHAPE, **stream, "model_type": family}, dtype=dtype)
+    shape = {**SHAPE, **EXPERTS.get(family, {}), **stream, "model_type": family}
+    config = ModelConfig(architecture=shape, dtype=dtype)
     shapes, loaded = meta_model(config, None), load_model(config, None, seed=0)
     assert all(tensor.is_meta for tensor in shapes.state_dict().values())
 

@@ -11,6 +11,7 @@ from spinlab.model.load import check_model, check_weights, load_model
 from spinlab.model.modules import prepare
 from spinlab.model.random import random_model
 from spinlab.model.whole import is_finite
+from tests.conftest import EXPERTS
 
 SHAPE = {
     "vocab_size": 256,
@@ -153,7 +154,7 @@ def test_integers_are_no_weights(folder, change_tensors):
 @pytest.mark.parametrize("size", ["1GB", "30KB"])
 def test_what_transformers_saves_is_whole(tmp_path, family, tied, size, save_checkpoint):
     dtype = torch.bfloat16 if tied else torch.float16
-    shape = {"model_type": family, "tie_word_embeddings": tied}
+    shape = {"model_type": family, "tie_word_embeddings": tied, **EXPERTS.get(family, {})}
     if family == "stablelm":  # its heads make up the stream
         shape["hidden_size"] = 32
     save_checkpoint(tmp_path, dtype, size, **shape)

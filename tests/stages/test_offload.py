@@ -75,9 +75,8 @@ FAMILIES = {
         **{"num_local_experts": 3, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
         **{"no_rope_layer_interval": 2, "attention_chunk_size": 5, "head_dim": 8},
     },
-    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
 }
-TORCH = ("gemma2", "cohere", "qwen3_moe", "glm4_moe", "llama4_text", "gpt_oss")
+TORCH = ("gemma2", "cohere", "qwen3_moe", "glm4_moe", "llama4_text")
 QUANT = QuantConfig(TensorQuant(symmetric=True), embedding=TensorQuant(bits=8))
 KV = KVConfig(queries=CodecConfig(bits=4))
 
