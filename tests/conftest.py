@@ -31,6 +31,7 @@ from spinlab.model.load import exact_norms, load_model
 from spinlab.model.map import ModelMap
 from spinlab.rotation.initial import check_rotations
 from tests.forks import Forks
+from tests.shapes import fitted
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -224,7 +225,7 @@ def make_family_model() -> Callable[..., PreTrainedModel]:
 
     def make(model_type: str, seed: int = 0, **changes) -> PreTrainedModel:
         shape = {**ARCHITECTURE, "model_type": model_type, "initializer_range": 0.2}
-        shape |= {**EXPERTS.get(model_type, {}), **changes}
+        shape = {**fitted(model_type, shape), **EXPERTS.get(model_type, {}), **changes}
         if model_type in ("stablelm", "olmoe") and (width := shape.pop("head_dim")) is not None:
             shape["hidden_size"] = width * shape["num_attention_heads"]
         if shape.get("head_dim", 0) is None:

@@ -12,6 +12,7 @@ from spinlab.model.families import FAMILIES
 from spinlab.model.load import meta_model
 from spinlab.model.modules import map_of
 from spinlab.stages.pipeline import Pipeline
+from tests.shapes import fitted
 
 EXPERIMENTS, METHODS, MODELS = (options_of(g) for g in ("experiment", "method", "model"))
 GRIDS = ("paper", "methods", "methods_smollm2")  # a point of a grid is named after it
@@ -109,6 +110,7 @@ KIN = (
     ("gemma", "gemma2", "gemma3_text"),
     ("mixtral", "qwen2_moe", "olmoe", "granitemoe", "qwen3_moe", "glm4_moe"),
     ("gpt_oss", "llama4_text", "phimoe"),
+    ("deepseek_v3", "deepseek_v2"),
 )
 
 
@@ -128,7 +130,7 @@ def test_every_method_runs_on_every_family(method, fitting, tmp_path):
     config = composed("+experiment=toy", "model=random", f"+method={method}", *TINY, *text)
     learn = replace(config.learn, steps=min(config.learn.steps, 1))
     for family in in_turn(METHODS.index(method)):
-        shape = {**SHAPE, **EXPERTS.get(family, {}), "model_type": family}
+        shape = fitted(family, {**SHAPE, **EXPERTS.get(family, {}), "model_type": family})
         model = replace(config.model, architecture=shape)
         rotation = fitting(config.rotation, map_of(meta_model(model, None)))
         run = Pipeline(replace(config, learn=learn, model=model, rotation=rotation))

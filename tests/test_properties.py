@@ -19,6 +19,7 @@ from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import rtn
+from tests.shapes import DEEPSEEK
 
 FEW = settings(
     max_examples=40,
@@ -84,6 +85,11 @@ def test_any_transform_of_any_model_keeps_its_logits(
         shape |= {"rope_parameters": rope, "use_parallel_residual": shape["num_hidden_layers"] > 1}
     if family == "glm4_moe":  # R4 has one width
         shape["moe_intermediate_size"] = shape["intermediate_size"]
+
+    if family in DEEPSEEK:
+        shape |= {"num_key_value_heads": shape["num_attention_heads"]}
+        width = shape.pop("head_dim")
+        shape |= {"qk_rope_head_dim": width, "v_head_dim": width + 2, "head_dim": None}
 
     def make():
         return make_family_model(family, **shape)

@@ -88,8 +88,8 @@ class Artefact:
         paths = model_map.embedding, model_map.head
         ends = zip(paths, ends_of(model), strict=True)
         weights.check(self.place, model_map, {p: tuple(end.weight.shape) for p, end in ends})
-        width, names = model_map.width("r3"), model_map.attentions
-        found = network.kv, width, rotations.r3, network.seed, names
+        widths, names = model_map.coded_widths, model_map.attentions
+        found = network.kv, widths, rotations.r3, network.seed, names
         kv = kv_path(*found, rotations.kv_clips)
         return Quantized(rotations, weights, network.quant, kv)
 

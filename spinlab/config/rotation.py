@@ -9,7 +9,7 @@ from spinlab.errors import InputError
 
 # kinds of transforms of inputs that run online, and the rotations that they leave no room for
 _REPLACED = {
-    "duquant": ("r1", "r2", "r4", "cross_head"),
+    "duquant": ("r1", "r2", "r4", "cross_head", "latents"),
     "blocks": ("cross_head",),
     "wush": ("cross_head",),
 }
@@ -74,6 +74,7 @@ class RotationConfig:
     r3: str = "hadamard"
     r4: str = "hadamard"
     cross_head: str = "none"  # across heads, online (QuaRot); R2 acts inside them
+    latents: str = "none"  # of queries, and of keys and values, where heads are made of them; fused
     online: bool = True  # false leaves out whatever runs online: R3, R4, cross_head
     r1_block: int = 0  # R1 as blocks of this order, each drawn for itself; learning fills it
     r3_per_layer: bool = False  # an R3 for each layer, drawn and learned for itself; or one for all

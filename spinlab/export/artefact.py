@@ -13,6 +13,7 @@ from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.listing import write_listing
 from spinlab.export.network import REST, ROTATIONS, WEIGHTS, Network
+from spinlab.export.parts import fused_in
 from spinlab.export.stock import save_generation
 from spinlab.model.modules import map_of
 from spinlab.rotation.rotations import RotationSet
@@ -68,8 +69,8 @@ def _final_gain(original: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _what_is_left(rotations: RotationSet, tied: bool) -> RotationSet:
     """Return what is not in the weights already. tied: R1 is still to be given to the ends."""
     about = rotations.about or {}
-    fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
+    fused = fused_in(rotations)
     fused += ["weight ranges"] if rotations.weight_clips else []
     about = {**about, "fused": [*about.get("fused", []), *fused]}
     r1 = rotations.r1 if tied else None
-    return replace(rotations, r1=r1, r2=None, weight_clips={}, about=about)
+    return replace(rotations, r1=r1, r2=None, latents={}, weight_clips={}, about=about)

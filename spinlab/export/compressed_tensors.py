@@ -45,7 +45,7 @@ from spinlab.export.stock import check_stock, save_stock
 from spinlab.finite import check_finite
 from spinlab.model.load import cast_model, meta_model
 from spinlab.model.modules import map_of
-from spinlab.rotation.online import OnlineRotation
+from spinlab.rotation.online import OnlineRotation, WidthRotations
 from spinlab.weights.quantized import QuantizedWeight
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,11 @@ def check(setting: str, target: Path, config: Config) -> None:
         raise InputError(
             f"{setting}: stock {described.family} models stack the weights of experts in one "
             "tensor, of which no packed form is written: use export.artefact"
+        )
+    if described.latent is not None:
+        raise InputError(
+            f"{setting}: stock {described.family} models keep keys and values of a head in one "
+            "linear's rows, of which no packed form is written: use export.artefact"
         )
     check_profile(setting, config)
     check_settings(setting, FORM, CANNOT, config)
@@ -123,11 +128,12 @@ def _tell(setting: str, config: Config, transform: Transform | None) -> None:
 
 
 def _transform(
-    model: PreTrainedModel, r4: OnlineRotation | None, dtype: torch.dtype
+    model: PreTrainedModel, r4: OnlineRotation | WidthRotations | None, dtype: torch.dtype
 ) -> tuple[Transform | None, dict[str, torch.Tensor]]:
     """Return what the config says of R4, and its tensor: one for all linears that it precedes."""
     if r4 is None:
         return None, {}
+    assert isinstance(r4, OnlineRotation), "only mixtures, which are refused, have several widths"
     kind, block = transform_of(r4)
     sites = [site for site in map_of(model).sites if site.reads == "R4"]
     stored = {f"{sites[0].path}.{TRANSFORM}_input.weight": block.to(dtype)}

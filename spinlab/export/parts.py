@@ -42,6 +42,7 @@ PARTS: Mapping[str, Part] = {
     "r3": Part("R3", "rotation.r3=none"),
     "r4": Part("R4", "rotation.r4=none"),
     "cross_head": Part("the rotation across heads", "rotation.cross_head=none"),
+    "latents": Part("rotations of latents", "rotation.latents=none"),
     "inputs": Part("online transforms of single inputs", "rotation.inputs=none"),
     "smoothing": Part("scales of inputs", "rotation.smooth=null rotation.inputs=none"),
     "scales": Part("online scales of inputs", "rotation.smooth_groups=[qkv,gate_up]"),
@@ -72,6 +73,12 @@ def check_made(setting: str, form: str, cannot: Collection[str], rotations: Rota
     _refuse(setting, form, [name for name in cannot if name in parts_of(rotations)])
 
 
+def fused_in(rotations: RotationSet) -> list[str]:
+    """Return the names of what is in the weights of a rotated model."""
+    both = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
+    return both + (["latents"] if rotations.latents else [])
+
+
 def parts_of(rotations: RotationSet) -> set[str]:
     """Return the names of the parts that there are."""
     online = [t for t in rotations.inputs.values() if t.is_online]
@@ -80,7 +87,8 @@ def parts_of(rotations: RotationSet) -> set[str]:
     there["scales"] = any(t.scale is not None and not t.folded for t in online)
     there["smoothing"] = any(t.scale is not None for t in rotations.inputs.values())
     there |= {f"drawn_{name}": not made_again(rotations, name) for name in ("r3", "r4")}
-    there |= {name: getattr(rotations, name) for name in ("clips", "kv_clips", "weight_clips")}
+    own = ("latents", "clips", "kv_clips", "weight_clips")
+    there |= {name: getattr(rotations, name) for name in own}
     return {name for name, found in there.items() if found}
 
 
@@ -106,6 +114,7 @@ def of_settings(config: Config, among: Collection[str]) -> list[str]:
         there |= {name: name == "r3" or kind != "identity" for name, kind in kinds.items()}
         there |= {f"drawn_{name}": kind not in SAME for name, kind in kinds.items()}
         there["inputs"] = rotation.turns_inputs
+        there["latents"] = rotation.latents != "none"
         there["smoothing"] = rotation.smooth is not None or rotation.scales_inputs
         there["scales"] = there["smoothing"] and "scales" in among and _runs_online(config)
     return [name for name in among if there.get(name)]
@@ -148,6 +157,7 @@ def _of_file(path: Path, config: Config) -> set[str]:
     except InputError:
         return set()  # as above
     parts = {name for name in ONLINE if f"{name}.left" in names} | _online_in(path, config)
+    parts |= {"latents" for n in names if n.startswith("latents.")}
     ends = {n.rpartition(".")[2] for n in names if n.startswith("inputs.")}
     parts |= {part for part, those in _ENDS.items() if ends & those}
     if config.learn.steps:

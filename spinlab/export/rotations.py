@@ -20,6 +20,7 @@ _CANNOT = (
     "drawn_r3",
     "learned_r3",
     "drawn_r4",
+    "latents",
     "inputs",
     "smoothing",
     "clips",

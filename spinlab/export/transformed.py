@@ -16,6 +16,7 @@ from spinlab.config import Config
 from spinlab.export.base import Subject
 from spinlab.export.folder import check_folder, new_folder
 from spinlab.export.identity import digests_of, mark
+from spinlab.export.parts import fused_in
 from spinlab.export.stock import check_stock, save_stock
 from spinlab.model.files import MANIFEST
 from spinlab.rotation.rotations import RotationSet
@@ -48,10 +49,11 @@ def save_transformed(
     others stay; raises InputError for any other folder. The model is overwritten.
     """
     about = rotations.about or {}
-    fused = [name for name in ("r1", "r2") if getattr(rotations, name) is not None]
+    fused = fused_in(rotations)
     with new_folder("export.transformed", path) as partial:
         save_stock(model, tokenizer, partial)
         about = {**about, "fused": [*about.get("fused", []), *fused], "files": digests_of(partial)}
-        replace(rotations, r1=None, r2=None, about=about).save(partial / MANIFEST)
+        left = replace(rotations, r1=None, r2=None, latents={}, about=about)
+        left.save(partial / MANIFEST)
         mark(partial)
     log.info("%-12s transformed model in %s", "export", path)

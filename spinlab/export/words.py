@@ -20,6 +20,7 @@ _ROUNDING = {
 }
 _TITLES = {
     **{"r1": "R1", "r2": "R2", "r3": "R3", "r4": "R4", "cross_head": "a rotation across heads"},
+    "latents": "a rotation of each latent",
     "inputs": "transforms of inputs",
 }
 _RATES = {  # of what is learned along
@@ -100,7 +101,8 @@ def _given_rotations(record: Tree) -> tuple[list[str], list[str]]:
         return [f"those of the file {file}"], []
     if record.get("identity", {}).get("rotations"):
         return ["those that the model came with, which was rotated before"], []
-    return [], ["r1", "r2", *online]
+    latents = ["latents"] if "latents" in rotation else []
+    return [], ["r1", "r2", *latents, *online]
 
 
 def _learned(learn: Tree) -> Iterator[str]:

@@ -101,8 +101,8 @@ def token_quantizer(
         return None
     group = tensor.group_size
     if site.reads == "R2" and config.o_proj_per_head:
-        head_dim = model_map.layers[site.layer].attention.head_dim
-        group = min(group or head_dim, head_dim)
+        value_dim = model_map.layers[site.layer].attention.value_dim
+        group = min(group or value_dim, value_dim)
     place = config.place_of("activations", site.path)
     check_group(f"{place}.group_size", group, site.in_features, site.name)
     return TokenQuantizer(format_of(tensor, place), group, tensor.clip_ratio)

@@ -2,7 +2,7 @@
 
 from spinlab.kv.bias import POSITION_BITS
 from spinlab.kv.path import KVPath
-from spinlab.model.map import Dimensions
+from spinlab.model.layer import Dimensions
 
 CONTEXT = 4096  # tokens of a sequence, where none are named
 _FLOAT_BYTES = 2
@@ -14,15 +14,15 @@ def cache_bytes(path: KVPath, sizes: Dimensions, tokens: int) -> int:
     What is not coded counts 16 bits a number: layers, sinks, the window, unfinished runs. Where
     biases of keys are apart, the positions that they come back by count once for all layers.
     """
-    numbers = 0
+    numbers, cached = 0, sizes.cached
     for layer in range(sizes.layers):
         done = path.history(layer).coded(tokens)
-        for codec in path.sides(layer):
+        for codec, width in zip(path.sides(layer), cached[1:], strict=True):
             coded = 0 if codec is None else done
-            numbers += _FLOAT_BYTES * sizes.head_dim * (tokens - coded)
+            numbers += _FLOAT_BYTES * width * (tokens - coded)
             numbers += 0 if codec is None else coded // codec.run * codec.row_bytes
     shared = tokens * POSITION_BITS // 8 if path.biases else 0
-    return sizes.kv_heads * numbers + shared
+    return cached.heads * numbers + shared
 
 
 def coded_share(path: KVPath, tokens: int) -> float:
@@ -39,6 +39,11 @@ def coded_share(path: KVPath, tokens: int) -> float:
 
 
 def cache_bits(path: KVPath, sizes: Dimensions, tokens: int = CONTEXT) -> float:
-    """Return the bits per number of a key or value, of a sequence of so many tokens."""
-    numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim * tokens
-    return 8 * cache_bytes(path, sizes, tokens) / numbers
+    """Return the bits per number of what is cached, of a sequence of so many tokens."""
+    return 8 * cache_bytes(path, sizes, tokens) / cached_numbers(sizes, tokens)
+
+
+def cached_numbers(sizes: Dimensions, tokens: int) -> int:
+    """Return how many numbers the cache holds of so many tokens, in all layers."""
+    heads, *widths = sizes.cached
+    return sizes.layers * heads * sum(widths) * tokens

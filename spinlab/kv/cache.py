@@ -5,6 +5,7 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 `store` off, so the two paths cannot differ.
 """
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -28,7 +29,11 @@ _KV_PATH, _KV_LAYER, _KV_MASKS = "kv_path", "kv_layer", "kv_masks"
 
 
 class CodedLayer(DynamicLayer):
-    """Turn keys by R3 on their way into a layer of the cache, as transformers calls one."""
+    """Turn keys by R3 on their way into a layer of the cache, as transformers calls one.
+
+    Of latent attention transformers hands over the latent first, then the key that RoPE has turned:
+    the latter is the key here, and the latent, of which values are made, the value.
+    """
 
     def __init__(
         self, path: KVPath, index: int, store: bool, bias: KeyBias | None, positions: Positions
@@ -36,6 +41,7 @@ class CodedLayer(DynamicLayer):
         super().__init__()
         self.r3, self.store, self.kept = path.r3_at(index), store, path.new_layer(index)
         self.history, self.bias, self.positions = path.history(index), bias, positions
+        self.latent = bool(path.latent)
 
     def lazy_initialization(
         self, key_states: torch.Tensor, value_states: torch.Tensor | None = None
@@ -49,6 +55,14 @@ class CodedLayer(DynamicLayer):
 
         Tokens that stand twice come again behind all (`spinlab.kv.history`).
         """
+        if not self.latent:
+            return self._update(key_states, value_states)
+        key, latent = self._update(value_states, key_states)
+        return latent, key
+
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         past, new = self.kept.tokens, key_states.shape[-2]
         if self.r3 is not None:
             key_states = self.r3(key_states)
@@ -202,6 +216,8 @@ def _check_starts(mask: torch.Tensor | None) -> None:
 
 def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
     """Change what keys, values and queries of a model go through, in place."""
+    latent = map_of(model).latent
+    path = replace(path, latent=0 if latent is None else latent.turned)
     setattr(decoder_of(model), _KV_PATH, path)
     for index, attention in _attention_modules(model).items():
         setattr(attention, _KV_PATH, path)

@@ -1,6 +1,6 @@
 """What the keys, values and queries of a model go through, made of a run's settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -37,6 +37,8 @@ class KVPath:
     apart: biases of keys do not go through the codec (`spinlab.kv.bias`); biases: those that
     `taken_apart` took out of a model for that. layers: the codecs of every layer, () where all have
     the same. sinks, window: of a layer that is coded, the first and the newest tokens in 16 bits.
+    latent: the cache holds latents as its values, and as its keys what queries meet with so many of
+    their last numbers, as `set_kv_path` finds it in the model; 0 where it holds those of heads.
     """
 
     r3: OnlineRotation | LayerRotations | None = None
@@ -48,6 +50,7 @@ class KVPath:
     layers: tuple[Sides, ...] = ()
     sinks: int = 0
     window: int = 0
+    latent: int = 0
 
     def r3_at(self, layer: int) -> OnlineRotation | None:
         """Return what turns keys and queries of a layer."""
@@ -82,7 +85,16 @@ class KVPath:
     def turn_queries(self, query: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """Return queries as they meet the keys of a layer: (batch, heads, tokens, head_dim)."""
         r3 = self.r3_at(layer)
-        return rounded(query if r3 is None else r3(query), self.queries)
+        return rounded(query if r3 is None else self.on_turned(r3, query), self.queries)
+
+    def on_turned(
+        self, change: Callable[[torch.Tensor], torch.Tensor], query: torch.Tensor
+    ) -> torch.Tensor:
+        """Change those numbers of queries (..., head_dim) that meet what R3 turns."""
+        if not self.latent:
+            return change(query)
+        rest, turned = query.split([query.shape[-1] - self.latent, self.latent], dim=-1)
+        return torch.cat((rest, change(turned)), dim=-1)
 
     def uncoded(self) -> "KVPath":
         """Return the path without any codec."""
@@ -108,7 +120,7 @@ class KVPath:
 
 def kv_path(
     config: KVConfig,
-    head_dim: int,
+    head_dim: int | Mapping[str, int],
     r3: OnlineRotation | LayerRotations | None = None,
     seed: int = 0,
     layers: Sequence[str] = (),
@@ -116,18 +128,20 @@ def kv_path(
 ) -> KVPath:
     """Build the codecs that a config asks for, with what they draw from a run's seed.
 
-    layers: full names of all attentions, where codecs may differ by layer. kv_clips: learned clip
-    ratios by layer and side (`kv_clip_key`), which go before those of the config. Raises InputError
-    for codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
+    head_dim: numbers of a head, or by side (keys, values, queries) where sides differ. layers: full
+    names of all attentions, where codecs may differ by layer. kv_clips: learned clip ratios by
+    layer and side (`kv_clip_key`), which go before those of the config. Raises InputError for
+    codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
     there.
     """
 
     known: dict[tuple[str, CodecConfig], RowCodec | None] = {}  # equal settings have one codec
+    widths = dict.fromkeys(config.sides, head_dim) if isinstance(head_dim, int) else head_dim
 
     def made(side: str, placed: Placed) -> RowCodec | None:
         place, settings = placed
         if (side, settings) not in known:
-            known[side, settings] = make_codec(f"kv.{side}", settings, head_dim, seed, place)
+            known[side, settings] = make_codec(f"kv.{side}", settings, widths[side], seed, place)
         return known[side, settings]
 
     keys, values, queries = (made(side, config.codecs(side)[0]) for side in config.sides)

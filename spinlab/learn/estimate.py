@@ -178,6 +178,7 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     attention = job.map.layers[layer].attention
     queries = attention.heads * attention.head_dim
     values = attention.kv_heads * attention.head_dim
+    of_cache, *cached = attention.cached
     inputs = [input for input in job.map.inputs if input.layer == layer]
     stream = sum(job.numbers[input.key] for input in inputs if input.reads == "R1")
     gated = sum(job.numbers[input.key] for input in inputs if input.reads == "R4")
@@ -186,13 +187,13 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
         # as they are rounded, as a range that is learned meets them, as their transform does
         copies = 1 + (learn.lr.input_clip > 0) + ("inputs" in learn.rotations)
         kept = widths * copies
-        kept += 2 * values if learn.lr.kv_clip else 0  # as their ranges meet them
+        kept += of_cache * sum(cached) if learn.lr.kv_clip else 0  # as their ranges meet them
     else:  # rounding errors of inputs from the stream, and both ends of R2
         errors = stream if job.quant.activations.quantizes else 0
         errors += stream if job.learn.optimizer.grad_norm == "euclidean" else 0  # with the inputs
         kept = errors + queries + values
     # keys as R3 meets them, as their codec does, and what that leaves
-    kept += 3 * attention.kv_heads * attention.head_dim if "r3" in job.learn.rotations else 0
+    kept += 3 * of_cache * attention.turned_dim if "r3" in job.learn.rotations else 0
     norms = [norm for norm in job.map.norms if norm.layer == layer]
     kept += sum(norm.width for norm in norms if not norm.offset)
     widened = sum(norm.width for norm in norms if norm.offset)  # such read float32
@@ -214,8 +215,9 @@ def _kept_by_scores(job: _Job, attention: Attention) -> int:
 def _rest(job: _Job) -> int:
     """Return the bytes of the rotations, of both ends of the network, and of work in progress."""
     d, learn = job.map.dimensions, job.learn
-    heads = d.layers * d.head_dim**2  # of R3 at most: it may be one
-    sizes = {"r1": d.hidden**2, "r2": heads, "r3": heads}
+    attentions = [layer.attention for layer in job.map.layers]
+    sizes = {"r1": d.hidden**2, "r2": sum(a.value_dim**2 for a in attentions)}
+    sizes["r3"] = sum(a.turned_dim**2 for a in attentions)  # at most: it may be one
     learned = sum(size for name, size in sizes.items() if name in learn.rotations)
     optimizer = learn.optimizer
     copies = 4 + (2 if optimizer.name.endswith("adam") else 1 if optimizer.momentum else 0)

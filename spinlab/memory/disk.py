@@ -68,8 +68,10 @@ def _there(folder: Path) -> Path:
 
 
 def _rotations(job: Job) -> int:
-    """Return the bytes of R1 and of R2, if they are drawn and in no file that may lack them."""
-    rotation, d = job.config.rotation, job.dimensions
-    numbers = {"r1": job.map.hidden**2, "r2": len(job.map.layers) * d.head_dim**2}
-    drawn = [] if rotation.load else rotation.used
-    return FLOAT64 * sum(numbers[name] for name in numbers if name in drawn)
+    """Return the bytes of what is fused, if it is drawn and in no file that may lack it."""
+    rotation = job.config.rotation
+    of_heads = sum(layer.attention.value_dim**2 for layer in job.map.layers)
+    numbers = {"r1": job.map.hidden**2, "r2": of_heads}
+    numbers["latents"] = sum(width**2 for width in job.map.latents.values())
+    drawn = [] if rotation.load else [n for n in numbers if getattr(rotation, n) != "none"]
+    return FLOAT64 * sum(numbers[name] for name in drawn)

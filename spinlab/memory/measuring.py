@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from spinlab.kv.bits import cache_bytes
+from spinlab.kv.bits import cache_bytes, cached_numbers
 from spinlab.kv.path import kv_path
 from spinlab.memory.job import FLOAT32, FLOAT64, LEVEL, Job, Need
 from spinlab.metrics.continuation import PROMPTS
@@ -126,7 +126,7 @@ def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
     """
     measured, d = job.config.eval, job.dimensions
     of_token = 3 * d.intermediate * job.size
-    path = kv_path(job.config.kv, job.map.width("r3"), layers=job.map.attentions)
+    path = kv_path(job.config.kv, job.map.coded_widths, layers=job.map.attentions)
     masks = 0 if variant == "fp" or path.codes_all else _MASKS
     if measured.needle:
         longest, batch = max(measured.needle), min(measured.task_batch, NUMBERS)
@@ -134,7 +134,7 @@ def _recalling(job: Job, variant: str) -> Iterator[tuple[int, str]]:
         yield batch * longest * of_token + masks * longest**2, cure
     if measured.continued and measured.compares:
         prompts, window = min(PROMPTS, measured.max_windows or PROMPTS), measured.window
-        cache = 2 * d.layers * d.kv_heads * d.head_dim * window * job.size
+        cache = cached_numbers(d, window) * job.size
         if variant != "fp":
             cache = cache_bytes(path, d, window)
         work = (window - measured.continued) * of_token + cache

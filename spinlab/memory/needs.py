@@ -160,7 +160,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     work = state * d.hidden + 2 * gated
     if config.by_columns:
         of_number = 2 * FLOAT64 + streams * FLOAT32
-        attended = d.heads * d.head_dim
+        attended = max(i.width for i in job.map.inputs if i.reads == "R2")
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         kept = 0
         if any(layer.mlp for layer in job.map.layers):  # whole batches

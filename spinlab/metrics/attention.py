@@ -3,7 +3,7 @@
 Nothing adds up over layers: queries, keys and values are those of the network whose cache is exact.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,6 +70,8 @@ class _Observed:
         twice, all_seen = history.twice(0, new), history.mask(seen, new, key.device)
         assert all_seen is not None
         found = self.path.new_layer(layer).round(keys, values)
+        keys, values = self._of_heads(module, keys, values)
+        found = self._of_heads(module, *found)
         groups = queries[0].shape[1] // key.shape[1]
 
         def behind(x: torch.Tensor) -> torch.Tensor:
@@ -104,6 +106,12 @@ class _Observed:
                 (coded_output - output).square().sum() / output.square().sum(),
             )
         ).cpu()
+
+    def _of_heads(
+        self, module: Any, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of heads: of latent attention, what it makes of cached ones."""
+        return module.expand_kv(values, keys) if self.path.latent else (keys, values)
 
 
 @torch.no_grad()

@@ -1,6 +1,27 @@
-"""What a map says of a decoder layer: the paths of its parts, and how far its attention reaches."""
+"""What a map says of a decoder layer, its parts, reach and widths, and of the widths of all."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Cached(NamedTuple):
+    """Say what a layer of the cache holds of a token: so many heads, each a key and a value."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Describe the latent that keys and values of all heads are made of when they are read.
+
+    The cache holds it in place of them, `width` numbers, as its value; and as its key the last
+    `turned` numbers of every head's key, which RoPE turns and all heads share.
+    """
+
+    width: int
+    turned: int
 
 
 @dataclass(frozen=True)
@@ -12,7 +33,8 @@ class Attention:
     and 2d + 1 of a head together. softcap: scores are softcap·tanh(score / softcap), or as they
     are. sinks: a learned score of each head, without a value, joins the softmax.
     key_bias: keys are what their linear gives, bias and all, with nothing behind it but RoPE, which
-    turns number d of a head with number d + rotary_dim/2.
+    turns number d of a head with number d + rotary_dim/2. own_value_dim: of a head's values, where
+    it is not that of its keys. latent: what keys and values are made of, if it is cached.
     """
 
     path: str
@@ -32,6 +54,25 @@ class Attention:
     key_bias: bool = False
     softcap: float | None = None
     sinks: bool = False
+    own_value_dim: int | None = None
+    latent: Latent | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a head's values."""
+        return self.own_value_dim or self.head_dim
+
+    @property
+    def turned_dim(self) -> int:
+        """Numbers of a cached key, which R3 turns: a head's, or those that all heads share."""
+        return self.head_dim if self.latent is None else self.latent.turned
+
+    @property
+    def cached(self) -> Cached:
+        """Say what the cache holds of a token."""
+        if self.latent is not None:
+            return Cached(1, self.latent.turned, self.latent.width)
+        return Cached(self.kv_heads, self.head_dim, self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -61,3 +102,24 @@ class Layer:
     attention: Attention
     mlp: GatedMLP | None
     adds: bool = False
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Hold a model's widths and counts; those in which layers differ are the largest.
+
+    held: what the cache holds of a token, if not keys and values of `head_dim` for all `kv_heads`.
+    """
+
+    hidden: int
+    head_dim: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    held: Cached | None = None
+
+    @property
+    def cached(self) -> Cached:
+        """Say what the cache holds of a token."""
+        return self.held or Cached(self.kv_heads, self.head_dim, self.head_dim)

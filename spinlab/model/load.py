@@ -73,13 +73,16 @@ def describe_model(config: ModelConfig, model: PreTrainedModel) -> dict[str, Any
 
     model: as `meta_model` or `load_model` gives it.
     """
+    sizes = dict(vars(map_of(model).dimensions))
+    held = sizes.pop("held")
     return {
         "source": _origin(config),
         "family": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": model.config.vocab_size,
         "tied": model.config.tie_word_embeddings,
-        **vars(map_of(model).dimensions),
+        **sizes,
+        **({} if held is None else {"cached": held._asdict()}),
     }
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
-from spinlab.model.layer import Layer
+from spinlab.model.layer import Cached, Dimensions, Latent, Layer
 
 
 def input_key(layer: int, input: str) -> str:
@@ -24,11 +24,11 @@ class Site:
     """Place one linear of a decoder layer between the rotated spaces.
 
     `reads` says what rotates its input rows, `writes` what its output rows: reads="R1" means
-    W ← W R1, writes="R1" means W ← R1ᵀ W. Linears of a layer with the same `input` read the very
-    same tensor and share its quantizer. One that is not quantized, such as a router, is rotated
-    like the others and keeps its weight and input in 16 bits. Experts share their input out: the
-    linears of one see its rows of it, on average the `share` of all, in some families times the
-    scores of their tokens.
+    W ← W R1, writes="R1" means W ← R1ᵀ W; latents are spaces under the names of inputs. Linears of
+    a layer with the same `input` read the very same tensor and share its quantizer. One that is not
+    quantized, such as a router, is rotated like the others and keeps its weight and input in 16
+    bits. Experts share their input out: the linears of one see its rows of it, on average the
+    `share` of all, in some families times the scores of their tokens.
     """
 
     layer: int
@@ -110,18 +110,6 @@ class Norm:
     width: int
     epsilon: float
     offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """Hold a model's widths and counts; those in which layers differ are the largest."""
-
-    hidden: int
-    head_dim: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -209,24 +197,47 @@ class ModelMap:
     @cached_property
     def dimensions(self) -> Dimensions:
         attentions = [layer.attention for layer in self.layers]
-        gated = [input.width for input in self.inputs if input.reads == "R4"]
-        return Dimensions(
+        found = Dimensions(
             hidden=self.hidden,
             head_dim=max(a.head_dim for a in attentions),
-            intermediate=max(gated, default=0),
+            intermediate=max(self.gated_widths, default=0),
             layers=len(self.layers),
             heads=max(a.heads for a in attentions),
             kv_heads=max(a.kv_heads for a in attentions),
         )
+        held = Cached(*map(max, zip(*(a.cached for a in attentions), strict=True)))
+        return found if held == found.cached else replace(found, held=held)
+
+    @property
+    def latent(self) -> Latent | None:
+        """What keys and values are made of, if it is cached in place of them."""
+        return self.layers[0].attention.latent
+
+    @property
+    def coded_widths(self) -> dict[str, int]:
+        """How many numbers of a token a codec is given at once, of a head or of what all share."""
+        sizes, keys = self.dimensions, self.width("r3")
+        return {"keys": keys, "values": sizes.cached.value_dim, "queries": sizes.head_dim}
 
     @cached_property
     def widths(self) -> dict[str, int]:
         """Widths that rotations act on, by their names, but for those in which layers differ."""
-        heads = {layer.attention.head_dim for layer in self.layers}
-        found = {"r1": {self.hidden}, "r2": heads, "r3": heads}
+        attentions = [layer.attention for layer in self.layers]
+        found = {"r1": {self.hidden}, "r2": {a.value_dim for a in attentions}}
+        found["r3"] = {a.turned_dim for a in attentions}
         for name, space in (("r4", "R4"), ("cross_head", "R2")):
             found[name] = {input.width for input in self.inputs if input.reads == space}
         return {name: min(widths) for name, widths in found.items() if len(widths) == 1}
+
+    @cached_property
+    def latents(self) -> dict[str, int]:
+        """The widths of latents that linears read, by the names of those inputs."""
+        return {input.name: input.width for input in self.inputs if input.reads == input.name}
+
+    @cached_property
+    def gated_widths(self) -> tuple[int, ...]:
+        """The widths of what gated MLPs multiply last, which R4 turns, ascending."""
+        return tuple(sorted({input.width for input in self.inputs if input.reads == "R4"}))
 
     def width(self, rotation: str) -> int:
         """Return the width that a rotation (r1, r2, ...) acts on.

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
-from spinlab.model.map import ModelMap
+from spinlab.model.map import ModelMap, Norm
 from spinlab.model.modules import map_of, norm_at, prepare
 from spinlab.model.settings import config_from, on_meta, ours
 
@@ -85,10 +85,17 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
                 # within what weights of deviation 0.02 add up to
                 parameter.data.uniform_(-0.1, 0.1)
     for norm in described.norms:
-        if norm.readers or norm.layer is None:  # those of single heads are behind other linears
+        if _norms_stream(norm, described):
             weight = norm_at(model, norm.path).weight.data
             weight[outliers] = (weight[outliers] + norm.offset) / config.outlier_scale - norm.offset
     cast(Any, model.get_submodule(described.embedding)).weight.data[:, outliers] *= (
         config.outlier_scale
     )
     return model
+
+
+def _norms_stream(norm: Norm, described: ModelMap) -> bool:
+    """Tell whether a norm reads the stream, and not what a linear gives."""
+    if norm.layer is None:
+        return True
+    return any(described.site_at[reader].reads == "R1" for reader in norm.readers)

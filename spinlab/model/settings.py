@@ -46,7 +46,7 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
         dimensions = map_of(prepare(on_meta(config))).dimensions
     except Exception as error:  # settings that are not a model's fail in any way
         raise InputError(f"{prefix.rstrip('.: ')}: {_reason(error)}") from error
-    if dimensions.head_dim % 2:
+    if dimensions.cached.key_dim % 2:
         raise InputError(f"{prefix}head_dim={dimensions.head_dim} is odd, and RoPE turns pairs")
     if dimensions.heads % dimensions.kv_heads:
         raise InputError(

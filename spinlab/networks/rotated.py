@@ -10,7 +10,7 @@ from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.kv.cache import attach_kv
 from spinlab.kv.path import KVPath, kv_path
 from spinlab.model.modules import map_of
-from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_stream
+from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_latents, fuse_stream
 from spinlab.rotation.rotations import RotationSet
 
 
@@ -61,6 +61,7 @@ class RotatedNetworks:
         """
         model = self.original()
         fold_norms(model)
+        fuse_latents(model, rotations)
         own = rotations.inputs if inputs else {}
         there = [site.path for site in map_of(model).sites if site.key in own]
         fuse_inputs(model, replace(rotations, inputs={}) if inputs else rotations, there)
@@ -70,8 +71,8 @@ class RotatedNetworks:
     def kv_path(self, model: PreTrainedModel, rotations: RotationSet) -> KVPath:
         """Return what a quantized model's keys, values and queries go through."""
         described = map_of(model)
-        width, names = described.width("r3"), described.attentions
-        return kv_path(self.kv, width, rotations.r3, self.seed, names, rotations.kv_clips)
+        widths, names = described.coded_widths, described.attentions
+        return kv_path(self.kv, widths, rotations.r3, self.seed, names, rotations.kv_clips)
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)

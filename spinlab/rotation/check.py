@@ -104,7 +104,7 @@ def first_broken(
 
 def _rotated_output(site: Site, output: torch.Tensor, rotations: RotationSet) -> torch.Tensor:
     """Return what a linear of the original gives, (..., out), in the space that the site writes."""
-    _, writes = rotations_at(site, rotations.r1, rotations.r2)
+    _, writes = rotations_at(site, rotations.r1, rotations.r2, rotations.latents)
     return output if writes is None else rotate_input(output, writes.to(output.device))
 
 

@@ -18,10 +18,16 @@ import torch
 
 from spinlab.errors import InputError
 from spinlab.model.map import ModelMap
-from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
+from spinlab.rotation.faults import not_orthogonal
+from spinlab.rotation.online import (
+    LayerRotations,
+    OnlineRotation,
+    WidthRotations,
+    hadamard_rotation,
+)
 from spinlab.rotation.orthogonal import orthogonality_error, polar
 from spinlab.rotation.rotations import ONLINE, RotationSet
-from spinlab.rotation.stored import check_shape, exactly, not_orthogonal, read_about, read_stored
+from spinlab.rotation.stored import check_shape, exactly, read_about, read_stored
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ def write_bin(rotations: RotationSet, path: Path) -> None:
     lost = {"transforms of inputs": rotations.inputs, "clip ratios of inputs": rotations.clips}
     lost |= {"clip ratios of keys and values": rotations.kv_clips}
     lost |= {"learned weight ranges": rotations.weight_clips}
+    lost |= {"rotations of latents": rotations.latents}
     lost |= {f"{n} that is no exact Hadamard": not made_again(rotations, n) for n in ONLINE}
     for what, there in lost.items():
         if there:
@@ -96,9 +103,11 @@ def made_again(rotations: RotationSet, name: str) -> bool:
 
     It is off, or Hadamard's, or an R3 that turns nothing; in every layer, if each has its own.
     """
-    online: OnlineRotation | LayerRotations | None = getattr(rotations, name)
+    online: OnlineRotation | LayerRotations | WidthRotations | None = getattr(rotations, name)
     if online is None or name == "cross_head":  # across heads there is no other kind
         return True
+    if isinstance(online, WidthRotations):
+        return all(map(_is_hadamard, online.by_width.values()))
     if isinstance(online, LayerRotations):
         return all(map(_is_hadamard, online.layers)) or _is_identity(online)
     return _is_hadamard(online) or (name == "r3" and _is_identity(online))
@@ -176,5 +185,6 @@ def _projected(name: str, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def with_online(loaded: RotationSet, drawn: RotationSet) -> RotationSet:
-    """Complete an R.bin's R1 and R2 by online rotations that the settings draw."""
-    return replace(loaded, r3=drawn.r3, r4=drawn.r4, cross_head=drawn.cross_head)
+    """Complete an R.bin's R1 and R2 by the other rotations that the settings draw."""
+    online = {name: getattr(drawn, name) for name in ONLINE}
+    return replace(loaded, latents=drawn.latents, **online)

@@ -5,7 +5,8 @@ products, on float32 weights, serve the learning loop, together with their exact
 (`rotation_gradients`).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,11 +69,17 @@ def _blocks(matrix: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 
 def rotations_at(
-    site: Site, r1: torch.Tensor | None, r2: torch.Tensor | None
+    site: Site,
+    r1: torch.Tensor | None,
+    r2: torch.Tensor | None,
+    latents: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return (reads, writes) of a site among R1 and R2. What runs online is not among them."""
-    at = {None: None, "R1": r1, "R2": None if r2 is None else r2[site.layer], "R4": None}
-    return at[site.reads], at[site.writes]
+    """Return (reads, writes) of a site among R1, R2 and those of latents, by name.
+
+    What runs online is not among them.
+    """
+    at = {"R1": r1, "R2": None if r2 is None else r2[site.layer], **latents}
+    return at.get(site.reads or ""), at.get(site.writes or "")
 
 
 def fold_norms(model: PreTrainedModel) -> None:
@@ -121,7 +128,7 @@ def fuse(model: PreTrainedModel, rotations: RotationSet, replaced: Collection[st
 def fuse_stream(
     model: PreTrainedModel, rotations: RotationSet, replaced: Collection[str] = ()
 ) -> None:
-    """Rotate the residual stream (R1) and the heads (R2): nothing of it is left to run online.
+    """Rotate the residual stream (R1), the heads (R2) and latents: nothing is left to run online.
 
     replaced: as in `fuse`. Raises InputError where the family's function does not survive one of
     them.
@@ -131,10 +138,16 @@ def fuse_stream(
             map_of(model).check(name)
     device = model.device
     r1, r2 = (None if r is None else r.to(device) for r in (rotations.r1, rotations.r2))
+    latents = {name: matrix.to(device) for name, matrix in rotations.latents.items()}
     for site, linear in linears_of(model):
-        _rotate(linear, *rotations_at(site, r1, r2), site.path in replaced)
+        _rotate(linear, *rotations_at(site, r1, r2, latents), site.path in replaced)
     if r1 is not None:
         _rotate_ends(model, r1)
+
+
+def fuse_latents(model: PreTrainedModel, rotations: RotationSet) -> None:
+    """Rotate latents alone, which no learning moves."""
+    fuse_stream(model, RotationSet(latents=rotations.latents))
 
 
 def _rotate_ends(model: PreTrainedModel, r1: torch.Tensor) -> None:

@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from spinlab.config import RotationConfig
-from spinlab.config.checks import choice
-from spinlab.config.rotation import SEARCHED
-from spinlab.errors import InputError
 from spinlab.model.map import ModelMap
 from spinlab.rotation.blocks import BlockMap, BlockRotation, InvertibleBlocks, power_block
 from spinlab.rotation.duquant import (
@@ -17,10 +15,16 @@ from spinlab.rotation.duquant import (
     largest_block,
     random_mixers,
 )
+from spinlab.rotation.fits import check_rotations
 from spinlab.rotation.hadamard import hadamard_matrix, has_hadamard
 from spinlab.rotation.inputs import ScaledDual, smoothing_scale
 from spinlab.rotation.kinds import KINDS
-from spinlab.rotation.online import LayerRotations, OnlineRotation, hadamard_rotation
+from spinlab.rotation.online import (
+    LayerRotations,
+    OnlineRotation,
+    WidthRotations,
+    hadamard_rotation,
+)
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import Statistics
 from spinlab.rotation.wush import wush_blocks
@@ -29,7 +33,6 @@ log = logging.getLogger(__name__)
 
 _MOST_ROWS = 8192  # of the residual stream that R1's search looks at
 _SEARCHED_AT_ONCE = 10  # inputs whose activations lie on the device together
-_MIXED_BY = {"R1": ("r1",), "R2": ("cross_head", "r2")}  # what mixes the channels of an input
 
 
 def initial_rotations(
@@ -47,20 +50,21 @@ def initial_rotations(
     check_rotations(config, model_map)
     assert statistics is not None or not config.needs_statistics
     maker = _Maker(config, model_map, generator, statistics, device)
-    r1, r2 = maker.stream()
+    stream = maker.stream()
     r3, r4 = maker.heads(), maker.of_mlp()
-    return RotationSet(r1, r2, r3, r4, cross_head_rotation(config, model_map), maker.inputs())
+    across = cross_head_rotation(config, model_map)
+    return replace(stream, r3=r3, r4=r4, cross_head=across, inputs=maker.inputs())
 
 
 def stream_rotations(
     config: RotationConfig, model_map: ModelMap, generator: torch.Generator
 ) -> RotationSet:
-    """Draw R1 and R2 alone, those of `initial_rotations` from such a generator.
+    """Draw what is fused alone, R1 and R2, as `initial_rotations` does from such a generator.
 
     Neither may be made from statistics: these are to be those of what R1 and R2 give.
     """
     check_rotations(config, model_map)
-    return RotationSet(*_Maker(config, model_map, generator, None, "cpu").stream())
+    return _Maker(config, model_map, generator, None, "cpu").stream()
 
 
 def block_orders(config: RotationConfig, model_map: ModelMap) -> dict[str, int]:
@@ -72,55 +76,6 @@ def block_orders(config: RotationConfig, model_map: ModelMap) -> dict[str, int]:
     inputs = [input for input in model_map.inputs if not (r4 and input.reads == "R4")]
     of_width = {width: power_block(width, size) for width in sorted({i.width for i in inputs})}
     return {input.key: of_width[input.width] for input in inputs}
-
-
-def check_rotations(config: RotationConfig, model_map: ModelMap) -> None:
-    """Raise InputError for an unknown kind, or where settings do not fit family and widths."""
-    for name, searched in (("r1", SEARCHED), ("r2", SEARCHED), ("r3", ()), ("r4", ())):
-        choice(f"rotation.{name}", getattr(config, name), ("none", *KINDS, *searched))
-    choice("rotation.blocks.kind", config.blocks.kind, tuple(KINDS))
-    for name in config.used:
-        model_map.check(name)
-        model_map.width(name)
-    if config.r4_block and "r4" in config.used and model_map.width("r4") % config.r4_block:
-        raise InputError(
-            f"rotation.r4_block={config.r4_block} does not divide {model_map.width('r4')}, the R4 "
-            "width"
-        )
-    if config.r1_block and "r1" in config.used and model_map.width("r1") % config.r1_block:
-        raise InputError(
-            f"rotation.r1_block={config.r1_block} does not divide {model_map.width('r1')}, the R1 "
-            "width"
-        )
-    if config.smooth is not None:
-        _check_smoothing(config, model_map)
-    if config.scales_inputs and not config.online:
-        for input in (input for input in model_map.inputs if input.producer is None):
-            raise InputError(
-                f"rotation.inputs=scales runs online before the {input.name} input of a "
-                f"{model_map.family} model, which has no norm of its own: set rotation.online=true"
-            )
-
-
-def _check_smoothing(config: RotationConfig, model_map: ModelMap) -> None:
-    """Refuse scales of inputs that a rotation mixes, or that nothing could carry offline."""
-    names = tuple({input.kind: None for input in model_map.inputs})
-    for name in config.smooth_groups:
-        choice("rotation.smooth_groups", name, names)
-    for input in (i for i in model_map.inputs if i.kind in config.smooth_groups):
-        for rotation in _MIXED_BY.get(input.reads or "", ()):
-            if getattr(config, rotation) != "none":
-                raise InputError(
-                    f"rotation.smooth scales single channels of the {input.name} input, which "
-                    f"rotation.{rotation} mixes: set rotation.{rotation}=none"
-                )
-        if not input.folds and not config.online:
-            own = "without a norm or linear of its own there"
-            why = "with grouped queries" if input.producer else own
-            raise InputError(
-                f"rotation.smooth of the {input.name} input runs online on a model {why}: take "
-                f"{input.name} out of rotation.smooth_groups, or set rotation.online=true"
-            )
 
 
 def cross_head_rotation(config: RotationConfig, model_map: ModelMap) -> OnlineRotation | None:
@@ -160,13 +115,17 @@ class _Maker:
         self.statistics, self.device = statistics, device
         self._mixers: dict[int, torch.Tensor] = {}
 
-    def stream(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Make R1, then R2 for all layers."""
+    def stream(self) -> RotationSet:
+        """Make R1, then R2 for all layers, then one rotation for each latent."""
         r1 = self.matrix("r1", self.config.r1, 0)
         layers = range(len(self.map.layers))
         heads = [self.matrix("r2", self.config.r2, layer) for layer in layers]
         made = [head for head in heads if head is not None]
-        return r1, torch.stack(made) if made else None
+        kind, latents = self.config.latents, self.map.latents
+        if kind == "none":
+            latents = {}
+        turned = {n: KINDS[kind](width, self.generator, n) for n, width in latents.items()}
+        return RotationSet(r1, torch.stack(made) if made else None, latents=turned)
 
     def matrix(self, where: str, kind: str, layer: int) -> torch.Tensor | None:
         """Make an (n, n) rotation for the width that `where` (r1, r2, ...) acts on, or None."""
@@ -184,22 +143,24 @@ class _Maker:
         kind = self.config.r3
         if kind == "none" or not self.config.online:
             return None
+        width = self.map.width("r3")
         if not self.config.r3_per_layer:
-            return self._online("r3", kind)
-        return LayerRotations([self._online("r3", kind) for _ in self.map.layers])
+            return self._online("r3", kind, width)
+        return LayerRotations([self._online("r3", kind, width) for _ in self.map.layers])
 
-    def of_mlp(self) -> OnlineRotation | None:
-        """Make R4, which is never learned: an identity is left out."""
-        off = self.config.r4 in ("none", "identity") or not self.config.online
-        return None if off else self._online("r4", self.config.r4, self.config.r4_block)
+    def of_mlp(self) -> OnlineRotation | WidthRotations | None:
+        """Make R4, which is never learned: an identity is left out. Each width has its own."""
+        kind, block = self.config.r4, self.config.r4_block
+        if kind in ("none", "identity") or not self.config.online:
+            return None
+        made = [self._online("r4", kind, width, block) for width in self.map.gated_widths]
+        return made[0] if len(made) == 1 else WidthRotations(made)
 
-    def _online(self, where: str, kind: str, block: int = 0) -> OnlineRotation:
+    def _online(self, where: str, kind: str, width: int, block: int = 0) -> OnlineRotation:
         """Make an online rotation: Hadamard ones are exact, as in QuaRot and SpinQuant."""
         if kind in ("hadamard", "exact_hadamard"):
-            return hadamard_rotation(self.map.width(where), block, where)
-        dense = self.matrix(where, kind, 0)
-        assert dense is not None
-        return OnlineRotation(torch.ones(1, 1), dense)
+            return hadamard_rotation(width, block, where)
+        return OnlineRotation(torch.ones(1, 1), KINDS[kind](width, self.generator, where))
 
     def inputs(self) -> dict[str, ScaledDual]:
         """Make the transforms of single inputs: scales, rotations, or both."""

@@ -53,6 +53,10 @@ class OnlineRotation(nn.Module):
         """Return the rotation of a layer: one stands for all of them."""
         return self
 
+    def of(self, width: int) -> "OnlineRotation":
+        """Return the rotation of inputs of a width: all have that of this one."""
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x: (..., width)."""
         return self.of_weight(x)
@@ -113,6 +117,17 @@ class OnlineRotation(nn.Module):
         """Return the whole matrix I ⊗ A ⊗ B: (width, width), float64."""
         eye = torch.eye(self.blocks, dtype=torch.float64)
         return torch.kron(eye, torch.kron(self.left, self.right))
+
+
+class WidthRotations:
+    """Hold an online rotation for each of the widths that inputs of one kind have, ascending."""
+
+    def __init__(self, rotations: Sequence[OnlineRotation]) -> None:
+        self.by_width = {rotation.width: rotation for rotation in rotations}
+
+    def of(self, width: int) -> OnlineRotation:
+        """Return the rotation of a width."""
+        return self.by_width[width]
 
 
 class LayerRotations:

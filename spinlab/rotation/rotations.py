@@ -12,7 +12,12 @@ from spinlab.config.kv import Kept
 from spinlab.model.map import Input, Site
 from spinlab.rotation.blocks import InvertibleBlocks, inverse_error
 from spinlab.rotation.inputs import ScaledDual
-from spinlab.rotation.online import InputTransform, LayerRotations, OnlineRotation
+from spinlab.rotation.online import (
+    InputTransform,
+    LayerRotations,
+    OnlineRotation,
+    WidthRotations,
+)
 from spinlab.rotation.orthogonal import check_orthogonal, orthogonality_error
 from spinlab.tensors import write_tensors
 
@@ -26,19 +31,21 @@ WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of onl
 class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
-    A rotation that is switched off is None; R3 is one for all layers, or one for each. `inputs` are
+    A rotation that is switched off is None; R3 is one for all layers, or one for each, R4 one for
+    all inputs, or one for each of their widths. `inputs` are
     transforms of single inputs, by the key of the input. What was learned together with the
     rotations is part of the set: `clips`, the clip ratios of input quantizers by that key,
     `kv_clips`, those of codecs by layer and side (`3.keys`), and `weight_clips`, those of weights
     by the path of the linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
     `peaks`: the largest magnitudes of inputs behind the rotations, by key, as calibration found
-    them for formats that ask for it.
+    them for formats that ask for it. `latents`: (width, width), float64, of latents that heads are
+    made of, by name; fused, one for all layers.
     """
 
     r1: torch.Tensor | None = None
     r2: torch.Tensor | None = None
     r3: OnlineRotation | LayerRotations | None = None
-    r4: OnlineRotation | None = None
+    r4: OnlineRotation | WidthRotations | None = None
     cross_head: OnlineRotation | None = None  # (heads·head_dim): across heads, not in them
     inputs: Mapping[str, ScaledDual] = field(default_factory=dict)
     clips: Mapping[str, float] = field(default_factory=dict)
@@ -46,12 +53,15 @@ class RotationSet:
     weight_clips: Mapping[str, torch.Tensor] = field(default_factory=dict)
     about: dict | None = None
     peaks: Mapping[str, float] = field(default_factory=dict)
+    latents: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _FUSED:
             matrix = getattr(self, name)
             if matrix is not None:
                 check_orthogonal(name.upper(), matrix)
+        for name, matrix in self.latents.items():
+            check_orthogonal(name, matrix)
 
     def online(self, site: Site) -> InputTransform | None:
         """Return what runs before a linear, if anything."""
@@ -65,12 +75,14 @@ class RotationSet:
 
     def behind(self, place: Site | Input) -> OnlineRotation | None:
         """Return what runs where an input has no online transform of its own, if anything."""
-        return {"R4": self.r4, "R2": self.cross_head}.get(place.reads or "")
+        found = {"R4": self.r4, "R2": self.cross_head}.get(place.reads or "")
+        width = place.in_features if isinstance(place, Site) else place.width
+        return None if found is None else found.of(width)
 
     def orthogonality(self) -> dict[str, float]:
         """Return max|RRᵀ-I| of every rotation that is on, and max|TT⁻¹-I| of inputs' other maps."""
         found = {name: getattr(self, name) for name in _FUSED}
-        found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
+        found |= self._factors() | self._latents()
         errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
         duals = [t.dual for t in self.inputs.values() if t.dual is not None]
         others = [dual for dual in duals if isinstance(dual, InvertibleBlocks)]
@@ -82,14 +94,29 @@ class RotationSet:
             errors["inputs"] = max(orthogonality_error(block) for block in blocks)
         return errors
 
-    def _factors(self, name: str) -> dict[str, torch.Tensor]:
-        online: OnlineRotation | LayerRotations | None = getattr(self, name)
-        return {} if online is None else {"left": online.left, "right": online.right}
+    def _online(self) -> "dict[str, OnlineRotation | LayerRotations]":
+        """Return what runs online by its name; of R4 by width, where inputs have several."""
+        found: dict[str, OnlineRotation | LayerRotations] = {}
+        for name in ONLINE:
+            online: OnlineRotation | LayerRotations | WidthRotations | None = getattr(self, name)
+            if isinstance(online, WidthRotations):
+                found |= {f"{name}.{width}": own for width, own in online.by_width.items()}
+            elif online is not None:
+                found[name] = online
+        return found
+
+    def _factors(self) -> dict[str, torch.Tensor]:
+        """Return the factors of what runs online."""
+        online = self._online().items()
+        return {f"{n}.{f}": getattr(r, f) for n, r in online for f in ("left", "right")}
+
+    def _latents(self) -> dict[str, torch.Tensor]:
+        return {f"latents.{name}": matrix for name, matrix in self.latents.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the stored form, but for `about` and the blocks of online rotations."""
         found = {name: getattr(self, name) for name in _FUSED}
-        found |= {f"{n}.{f}": t for n in ONLINE for f, t in self._factors(n).items()}
+        found |= self._factors() | self._latents()
         for key, transform in self.inputs.items():
             found |= {f"inputs.{key}.{part}": t for part, t in transform.tensors().items()}
         for prefix, name in _NUMBERS.items():
@@ -105,8 +132,8 @@ class RotationSet:
         """Rebuild a set from its stored form."""
         online = {
             n: _online(tensors[f"{n}.left"], tensors[f"{n}.right"], blocks.get(n, 1))
-            for n in ONLINE
-            if f"{n}.left" in tensors
+            for n in (name.removesuffix(".left") for name in tensors)
+            if n.partition(".")[0] in ONLINE and f"{n}.left" in tensors
         }
         of_inputs: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in _part(tensors, "inputs.").items():
@@ -118,15 +145,19 @@ class RotationSet:
             for prefix, name in _NUMBERS.items()
         }
         weight_clips = _part(tensors, "weight_clip.")
+        latents = {name: t.double() for name, t in _part(tensors, "latents.").items()}
         r1, r2 = (tensors[n].double() if n in tensors else None for n in _FUSED)
         r3, r4, cross_head = (online.get(name) for name in ONLINE)
         assert not isinstance(r4, LayerRotations) and not isinstance(cross_head, LayerRotations)
+        by_width = [own for name, own in online.items() if name.startswith("r4.")]
+        if by_width:
+            r4 = WidthRotations([own for own in by_width if isinstance(own, OnlineRotation)])
         found = RotationSet(r1, r2, r3, r4, cross_head, inputs, about=about)
-        return replace(found, weight_clips=weight_clips, **numbers)
+        return replace(found, weight_clips=weight_clips, latents=latents, **numbers)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file; equal sets give equal bytes."""
-        blocks = {n: getattr(self, n).blocks for n in ONLINE if getattr(self, n) is not None}
+        blocks = {name: rotation.blocks for name, rotation in self._online().items()}
         write_tensors(path, self.tensors(), {WORDS: {"about": self.about or {}, "blocks": blocks}})
 
     @staticmethod

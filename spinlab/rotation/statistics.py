@@ -143,4 +143,4 @@ class _GatherValues:
     key: str
 
     def __call__(self, module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-        _add(self.found.values, self.key, out[0].float())
+        _add(self.found.values, self.key, out.flatten(0, -2).float())

@@ -17,9 +17,14 @@ from safetensors import SafetensorError, safe_open
 from spinlab.config.kv import KEPT
 from spinlab.errors import InputError
 from spinlab.model.map import Input, ModelMap
-from spinlab.rotation.blocks import inverse_error
+from spinlab.rotation.faults import (
+    no_permutation,
+    no_ratio,
+    no_scale,
+    not_invertible,
+    not_orthogonal,
+)
 from spinlab.rotation.inputs import to_channels, to_rows
-from spinlab.rotation.orthogonal import ORTHOGONAL_TOLERANCE, orthogonality_error
 from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet, kv_clip_key
 
 Shape = tuple[int, ...]
@@ -27,7 +32,6 @@ Shape = tuple[int, ...]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BLOCKS, _MAP, _DUAL = {"first"}, {"matrix"}, {"first", "permutation", "second"}
 _SCALES = {"scale", "folded_scale"}
-_LARGEST_SCALE = 1e18  # so that squares of scales, and of their inverses, are float32 numbers
 # what code reads of `about`; anything else in it is nobody's business
 _ABOUT = {
     "family": str,
@@ -94,6 +98,8 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
     """Return the rule of every tensor that rotations of such a model may have, by its name."""
     widths, layers = model_map.widths, len(model_map.layers)
     rules = {"r1": exactly((model_map.hidden,) * 2, not_orthogonal)}
+    for name, width in model_map.latents.items():
+        rules[f"latents.{name}"] = exactly((width, width), not_orthogonal)
     if "r2" in widths:
         rules["r2"] = exactly((layers, widths["r2"], widths["r2"]), not_orthogonal)
     for name, width in _online_widths(model_map).items():
@@ -101,16 +107,16 @@ def rules_of(model_map: ModelMap) -> dict[str, Rule]:
         rules |= {f"{name}.left": rule, f"{name}.right": rule}
     for input in model_map.inputs:
         rules |= _input_rules(f"inputs.{input.key}", input.width)
-        rules[f"clip.{input.key}"] = exactly((), _no_ratio)
-        rules[f"peak.{input.key}"] = exactly((), partial(_no_scale, least=0.0))
+        rules[f"clip.{input.key}"] = exactly((), no_ratio)
+        rules[f"peak.{input.key}"] = exactly((), partial(no_scale, least=0.0))
     for layer in range(layers):
-        rules |= {f"kv_clip.{kv_clip_key(layer, side)}": exactly((), _no_ratio) for side in KEPT}
+        rules |= {f"kv_clip.{kv_clip_key(layer, side)}": exactly((), no_ratio) for side in KEPT}
     for site in (s for s in model_map.sites if s.quantized):
         rows, width = site.out_features, site.in_features
         rules[f"weight_clip.{site.path}"] = Rule(
             lambda s, r=rows, w=width: len(s) == 3 and s[::2] == (r, 1) and _divides(s[1], w),
             f"({rows}, groups of {width} inputs, 1)",
-            _no_ratio,
+            no_ratio,
         )
     return rules
 
@@ -131,13 +137,13 @@ def _input_rules(prefix: str, width: int) -> dict[str, Rule]:
     """Return the rules of one input's transform."""
     words = f"square blocks that tile {width}, or one for all"
     dual = Rule(lambda s: _tiles(s, width), words, not_orthogonal)
-    order = exactly((width,), _no_permutation, ("I64",))
-    scales = {f"{prefix}.{name}": exactly((width,), _no_scale) for name in _SCALES}
+    order = exactly((width,), no_permutation, ("I64",))
+    scales = {f"{prefix}.{name}": exactly((width,), no_scale) for name in _SCALES}
     parts = {f"{prefix}.first": dual, f"{prefix}.second": dual, f"{prefix}.permutation": order}
     parts[f"{prefix}.matrix"] = Rule(
         lambda s: _tiles(s, width) and s[0] * s[1] == width,
         f"square blocks that tile {width}",
-        _not_invertible,
+        not_invertible,
     )
     return parts | scales
 
@@ -158,7 +164,10 @@ def check_shape(what: str, shape: Shape, rule: Rule | None) -> None:
 
 
 def _online_widths(model_map: ModelMap) -> dict[str, int]:
-    return {name: model_map.widths[name] for name in ONLINE if name in model_map.widths}
+    """Return the widths of what may run online, by its name in files."""
+    gated = model_map.gated_widths
+    own = {f"r4.{width}": width for width in gated} if len(gated) > 1 else {}
+    return {name: model_map.widths[name] for name in ONLINE if name in model_map.widths} | own
 
 
 def _tiles(shape: Shape, width: int) -> bool:
@@ -170,47 +179,6 @@ def _tiles(shape: Shape, width: int) -> bool:
 
 def _divides(part: int, width: int) -> bool:
     return part > 0 and width % part == 0
-
-
-def not_finite(tensor: torch.Tensor) -> str | None:
-    """Return what is wrong where a number is NaN or infinite."""
-    return None if tensor.isfinite().all() else "holds numbers that are not finite"
-
-
-def not_orthogonal(tensor: torch.Tensor, most: float = ORTHOGONAL_TOLERANCE) -> str | None:
-    """Return what is wrong with matrices (..., n, n) further than `most` from orthogonal."""
-    error = orthogonality_error(tensor)
-    if error <= most:
-        return None
-    return not_finite(tensor) or (
-        f"is not orthogonal: max|RRᵀ-I| = {error:.1e}, more than the {most:.0e} that is allowed"
-    )
-
-
-def _not_invertible(tensor: torch.Tensor) -> str | None:
-    """Return what is wrong with matrices (..., n, n) that cannot be undone."""
-    error = inverse_error(tensor)
-    if error <= ORTHOGONAL_TOLERANCE:
-        return None
-    return not_finite(tensor) or f"has no inverse to speak of: max|TT⁻¹-I| = {error:.1e}"
-
-
-def _no_ratio(tensor: torch.Tensor) -> str | None:
-    wrong = tensor[~((tensor > 0) & (tensor <= 1))]
-    return f"has the clip ratio {wrong[0].item():.3g}, not in (0, 1]" if wrong.numel() else None
-
-
-def _no_scale(tensor: torch.Tensor, least: float = 1 / _LARGEST_SCALE) -> str | None:
-    sound = (tensor >= least) & (tensor <= _LARGEST_SCALE)
-    if sound.all():
-        return None
-    return f"has the scale {tensor[~sound][0].item():.3g}, not in [{least:.0g}, 1e18]"
-
-
-def _no_permutation(tensor: torch.Tensor) -> str | None:
-    if torch.equal(tensor.sort().values, torch.arange(len(tensor))):
-        return None
-    return f"is no permutation of {len(tensor)} channels"
 
 
 def _check_parts(
@@ -226,6 +194,10 @@ def _check_parts(
             raise InputError(f"{path}: {name} has one factor for all layers and one for each")
         if orders and (found := orders[0] * orders[1] * blocks.get(name, 1)) != width:
             raise InputError(f"{path}: {name} has width {found}, the model has {width}")
+    own = [name for name in _online_widths(model_map) if name.startswith("r4.")]
+    lacking = [name for name in own if f"{name}.left" not in tensors]
+    if lacking and len(lacking) < len(own):
+        raise InputError(f"{path}: it has no {lacking[0]} beside its rotations of other widths")
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("inputs."):
@@ -277,7 +249,8 @@ def _words(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dic
     if not sound:
         raise InputError(f"{path}: its metadata must be two JSON objects, about and blocks")
     for name, count in words["blocks"].items():
-        if name not in ONLINE or type(count) is not int or count < 1:
+        known = name.partition(".")[0] in ONLINE  # of R4, with a width
+        if not known or type(count) is not int or count < 1:
             raise InputError(f"{path}: blocks of {name} are {count!r}, not a number from 1 on")
     check_about(path, words["about"])
     return words["about"], words["blocks"]

@@ -141,7 +141,7 @@ def _sizes(
 def _coded(run: Run, original: Original) -> float:
     """Return the share of the cache that is coded in windows, whichever runtime keeps it."""
     found = map_of(original.shape)
-    path = kv_path(run.config.kv, found.width("r3"), layers=found.attentions)
+    path = kv_path(run.config.kv, found.coded_widths, layers=found.attentions)
     return coded_share(path, run.config.eval.window)
 
 

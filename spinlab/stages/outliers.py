@@ -93,8 +93,8 @@ def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Te
         inputs.append(x.detach().abs().flatten(0, -2).float().cpu())
 
     with temporary_hooks() as hooks:
-        for layer in map_of(model).there.values():
-            linear = model.get_submodule(layer.attention.queries)
-            hooks.append(linear.register_forward_pre_hook(keep))
+        for number in map_of(model).there:
+            first = next(site for site in map_of(model).sites if site.layer == number)
+            hooks.append(model.get_submodule(first.path).register_forward_pre_hook(keep))
         model(input_ids=ids.to(model.device), use_cache=False)
     return inputs

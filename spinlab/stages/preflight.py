@@ -90,7 +90,7 @@ def _check_fits(pipeline: Pipeline) -> None:
     check_weight_groups(map_of(model), config.quant)
     check_ends(model, config.quant)
     input_paths(map_of(model), RotationSet(), config.quant)
-    kv = kv_path(config.kv, map_of(model).width("r3"), layers=map_of(model).attentions)
+    kv = kv_path(config.kv, map_of(model).coded_widths, layers=map_of(model).attentions)
     _tell_uncoded(kv, config)
     uncoded = all(kv.sides(n) == (None, None) for n in range(len(map_of(model).layers)))
     if config.learn.steps and config.learn.lr.kv_clip and uncoded:

@@ -32,7 +32,7 @@ def statistics(run: Run, original: Original, calibration: Calibration) -> Artifa
     depends = [original.identity, calibration.key, plain(settings), run.config.seed, searches]
     moments = block_orders(config, model_map) if config.inputs == "wush" else {}
     if moments:
-        depends += [config.r1, config.r1_block, config.r2, moments]
+        depends += [config.r1, config.r1_block, config.r2, config.latents, moments]
 
     def work(out: Path) -> None:
         stream = RotationSet()

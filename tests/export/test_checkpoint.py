@@ -24,6 +24,8 @@ from spinlab.rotation.ranges import formats_of
 from spinlab.rotation.rotations import RotationSet
 
 FUSED = Config(rotation=RotationConfig(r3="none", r4="none"))
+# every token goes to all experts, of all groups: no rounding changes who is chosen
+ALL_CHOSEN = {"attention_bias": True, "num_experts_per_tok": 6, "topk_group": 2}
 FAMILIES = {
     **{"llama": {}, "qwen2": {}, "phi3": {}, "qwen3": {"tie_word_embeddings": False}},
     **{"granite": {"residual_multiplier": 0.3, "logits_scaling": 5}, "olmo2": {}, "olmo3": {}},
@@ -33,6 +35,7 @@ FAMILIES = {
     **{"qwen2_moe": {}, "llama4_text": {}, "gpt_oss": {}},
     "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "glm4_moe": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+    **{"deepseek_v2": {"q_lora_rank": None}, "deepseek_v3": ALL_CHOSEN},
 }
 SMALL = ["+experiment=toy", "learn=none"]
 

@@ -89,6 +89,7 @@ FAMILIES = [
     "gemma",
     "gemma2",
     "gemma3_text",
+    "deepseek_v3",
 ]
 
 

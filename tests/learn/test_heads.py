@@ -96,6 +96,26 @@ def test_loss_gradient_and_norm_are_those_of_the_plain_definition(
         assert error < 1e-8, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("latents", ["none", "random"])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_key_that_all_heads_share_is_turned_by_what_is_learned(
+    make_family_model, learner_of, family, rounded, latents
+):
+    """R3 turns it, and the last numbers of queries, which are rounded with the rest of a head."""
+    rotation, coded = replace(EACH, latents=latents), KVConfig(queries=FOUR)
+    parts = learn(quantize_weights=rounded), WEIGHTS, coded, rotation
+    make = partial(make_family_model, family)
+    found = gradients(learner_of(make, *parts))
+    plain = gradients(learner_of(make, *parts, space=PlainSpace))
+    assert found[0] == pytest.approx(plain[0], rel=1e-10)
+    assert found[2] == pytest.approx(plain[2], rel=1e-8)
+    assert plain[1]["r3"].shape == (2, 4, 4)
+    for name, gradient in plain[1].items():
+        assert gradient.norm() > 1e-6
+        assert (found[1][name] - gradient).norm() < 1e-8 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("rotation", [ONE, EACH], ids=["one", "each"])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_bias_that_is_apart_is_turned_by_what_is_learned(

@@ -118,6 +118,8 @@ OF_FAMILIES = {
         {"attention_bias": True, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2},
         RotationConfig(),
     ),
+    "deepseek_v2": ({"q_lora_rank": None, "mlp_bias": True}, RotationConfig()),
+    "deepseek_v3": ({"attention_bias": True}, RotationConfig()),
 }
 
 

@@ -13,6 +13,7 @@ from spinlab.config import ModelConfig
 from spinlab.model import hub
 from spinlab.model.bytes import byte_tokenizer
 from spinlab.model.random import random_model
+from tests.shapes import fitted
 
 SHAPE = {
     "vocab_size": 256,
@@ -31,7 +32,8 @@ def save_checkpoint() -> Callable[..., None]:
     """Return what saves random weights of a family, in shards of at most `size`."""
 
     def save(folder: Path, dtype: torch.dtype = torch.float32, size: str = "1GB", **shape) -> None:
-        model = random_model(ModelConfig(architecture={**SHAPE, **shape}), 0).to(dtype)
+        known = fitted(shape.get("model_type", "llama"), {**SHAPE, **shape})
+        model = random_model(ModelConfig(architecture=known), 0).to(dtype)
         model.save_pretrained(folder, max_shard_size=size)
         byte_tokenizer().save_pretrained(folder)
 

@@ -38,6 +38,9 @@ GEMMA = {"query_pre_attn_scalar": 6}  # no head_dim
 GEMMA_YARN = {"rope_parameters": TWO_ROPES, "attention_bias": True}
 NO_DENSE_LAYER = {"first_k_dense_replace": 0, "moe_intermediate_size": 20}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+# the best of the best groups of experts; RoPE that stretches scales attention too
+LIMITED = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2}
+SCALED = {"rope_parameters": {**YARN, "rope_theta": 1e4, "mscale_all_dim": 0.7}}
 
 # the base shape has tied embeddings, 4 query and 2 key/value heads of 8 = not hidden 24 / heads 4
 SHAPES = [
@@ -102,6 +105,12 @@ SHAPES = [
     ("gpt_oss", {"attention_bias": False, "rope_parameters": YARN, "swiglu_limit": 0.5, **UNTIED}),
     ("phimoe", {}),
     ("phimoe", {"attention_bias": True, "lm_head_bias": True, "sliding_window": 5, **UNTIED}),
+    ("deepseek_v2", {}),
+    ("deepseek_v2", {"q_lora_rank": None, **LIMITED, "mlp_bias": True, **UNTIED}),
+    ("deepseek_v2", {"first_k_dense_replace": 2, "attention_bias": True}),
+    ("deepseek_v3", {"attention_bias": True, **UNTIED}),
+    ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False}),
+    ("deepseek_v3", {"first_k_dense_replace": 0, "v_head_dim": 12, **SCALED}),
 ]
 # with four norms a layer: of heads, or behind blocks
 NORMED = ("exaone4", "gemma2", "glm4", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")
@@ -157,8 +166,16 @@ def test_dimensions_are_the_widths_of_the_weights(make_family_model, family, cha
     assert all(
         m.weight.shape == (site.out_features, site.in_features) for site, m in linears_of(model)
     )
-    assert shapes["q_proj"] == (found.heads * found.head_dim, found.hidden)
-    assert shapes["v_proj"] == (found.kv_heads * found.head_dim, found.hidden)
+    if (latent := map_of(model).latent) is None:
+        assert shapes["q_proj"] == (found.heads * found.head_dim, found.hidden)
+        assert shapes["v_proj"] == (found.kv_heads * found.head_dim, found.hidden)
+    else:
+        source = model.config.q_lora_rank, "q_b_proj"
+        source = source if source[0] else (found.hidden, "q_proj")
+        assert shapes[source[1]] == (found.heads * found.head_dim, source[0])
+        assert shapes["v_proj"] == (found.heads * model.config.v_head_dim, latent.width)
+        assert shapes["k_proj"][0] + found.heads * latent.turned == found.heads * found.head_dim
+        assert found.cached == (1, *(shapes[n][0] for n in ("turned_proj", "latent_proj")))
     assert shapes["down_proj"] == (found.hidden, found.intermediate)
     assert len(layers_of(model)) == found.layers
 
@@ -221,6 +238,7 @@ def test_every_norm_of_a_float64_model_is_exact(make_family_model, family):
     norms = [m for n, m in model.named_modules() if n.rpartition(".")[2].endswith("norm")]
     norms = [norm for norm in norms if [*norm.parameters()]]  # Llama 4's of heads have no gains
     expected = {"cohere": 3, **dict.fromkeys(NORMED, 9)}
+    expected |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), 9)  # of two latents
     expected["gemma3_text"] = 13
     offset = 1 if family.startswith("gemma") else 0
     assert len(norms) == expected.get(family, 5)

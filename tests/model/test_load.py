@@ -12,6 +12,7 @@ from spinlab.model.load import check_model, load_model, meta_model, source_diges
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.random import random_model
 from tests.conftest import EXPERTS
+from tests.shapes import fitted
 
 SHAPE = {
     "vocab_size": 256,
@@ -78,6 +79,7 @@ def test_float64_models_are_float64_throughout():
 def test_a_model_on_the_meta_device_has_the_tensors_of_the_loaded_one(family, dtype):
     stream = {"hidden_size": 32} if family == "stablelm" else {}  # its heads make it up
     shape = {**SHAPE, **EXPERTS.get(family, {}), **stream, "model_type": family}
+    shape = fitted(family, shape)
     config = ModelConfig(architecture=shape, dtype=dtype)
     shapes, loaded = meta_model(config, None), load_model(config, None, seed=0)
     assert all(tensor.is_meta for tensor in shapes.state_dict().values())
@@ -102,7 +104,7 @@ def test_every_linear_of_a_layer_is_a_site():
 
 def test_unknown_families_and_empty_shapes_are_refused():
     with pytest.raises(
-        InputError, match=r"'exaone' is not known: supported are cohere, exaone4, gemma"
+        InputError, match=r"'exaone' is not known: supported are cohere, deepseek_v2, deepseek_v3"
     ):
         family_of("exaone")
     with pytest.raises(InputError, match=r"model.architecture"):

@@ -106,9 +106,9 @@ def test_a_shared_expert_reads_what_the_router_does_and_all_tokens_go_to_it(make
     expert = 3 * 24 * 20
     mlp = 5 * 24 + 24 + 3 * 24 * 28 + 2 * expert  # two of five experts
     assert active_numbers(described) == 2 * (24 * (2 * 32 + 2 * 16) + mlp)
-    with pytest.raises(InputError, match=r"one width in all layers.*: set rotation\.r4=none"):
-        check_rotations(RotationConfig(), described)
-    rotations = drawn(model, r4="none")
+    assert described.gated_widths == (20, 28)
+    rotations = drawn(model)
+    assert [rotations.r4.of(width).width for width in (20, 28)] == [20, 28]
     again = partial(
         make_family_model, "qwen2_moe", num_experts=5, shared_expert_intermediate_size=28
     )

@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from spinlab.config import (
@@ -28,14 +30,18 @@ from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import check_rotations, initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
+from spinlab.rotation.stored import read_stored
 from spinlab.runtime.fused.convert import why_not_runtime
 from spinlab.weights.rtn import rtn
+from tests.shapes import LATENTS
 
 GLM4 = {
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
     **{"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
 }
 QWEN3 = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+LATENT = {**LATENTS, "first_k_dense_replace": 0, "num_key_value_heads": 4}
+LIMITED = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2}
 SHAPES = {
     "qwen3_moe": QWEN3,
     "qwen3_moe, normalized": {**QWEN3, "norm_topk_prob": True},
@@ -47,6 +53,10 @@ SHAPES = {
     "glm4_moe, groups": {**GLM4, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5},
     "llama4_text": {"num_local_experts": 4},
     "llama4_text, two": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": LATENT,
+    "deepseek_v2, groups": {**LATENT, **LIMITED, "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+    "deepseek_v3, groups": {**LATENT, "n_group": 3, "topk_group": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.5},
 }
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
@@ -270,15 +280,32 @@ def test_a_loss_for_balance_is_left_out(make, ids, shape):
     assert torch.equal(logits(found, ids), logits(expected, ids))
 
 
-def test_layers_of_other_widths_have_no_common_r4(make, ids):
+def test_layers_of_other_widths_have_an_r4_each(make, ids, tmp_path):
     make = partial(make, "qwen3_moe", mlp_only_layers=[0], intermediate_size=40)
     model_map = map_of(make())
     assert [layer.mlp is None for layer in model_map.layers] == [False, True]
-    with pytest.raises(InputError, match=r"one width in all layers.*: set rotation\.r4=none"):
-        check_rotations(RotationConfig(), model_map)
-    rotations = drawn(model_map, r4="none")
+    assert model_map.gated_widths == (20, 40)
+    with pytest.raises(InputError, match=r"r4_block=16 does not divide 20, the R4 width"):
+        check_rotations(RotationConfig(r4_block=16), model_map)
     networks = QuantizedNetworks(make, QUANT, KVConfig())
-    assert check_invariance(make, lambda: networks.rotated(rotations), rotations, ids[:1]) < 1e-9
+    for kind in ("hadamard", "random"):
+        rotations = drawn(model_map, r4=kind)
+        for input in (input for input in model_map.inputs if input.reads == "R4"):
+            assert rotations.behind(input).width == input.width
+        rotated = partial(networks.rotated, rotations)
+        assert check_invariance(make, rotated, rotations, ids[:1]) < 1e-9
+    rotations.save(tmp_path / "r.safetensors")
+    again = read_stored(tmp_path / "r.safetensors", model_map)
+    for width in (20, 40):
+        assert torch.equal(again.r4.of(width).dense(), rotations.r4.of(width).dense())
+    assert {n for n in rotations.orthogonality() if "r4" in n} == {
+        f"r4.{width}.{side}" for width in (20, 40) for side in ("left", "right")
+    }
+    lost = {n: t for n, t in load_file(tmp_path / "r.safetensors").items() if "r4.20" not in n}
+    words = safe_open(tmp_path / "r.safetensors", "pt").metadata()
+    save_file(lost, tmp_path / "l.safetensors", words)
+    with pytest.raises(InputError, match=r"it has no r4\.20 beside"):
+        read_stored(tmp_path / "l.safetensors", model_map)
 
 
 def test_the_fused_runtime_leaves_experts_to_torch(make, ids, caplog):

@@ -12,6 +12,7 @@ from spinlab.model.modules import prepare
 from spinlab.model.random import random_model
 from spinlab.model.whole import is_finite
 from tests.conftest import EXPERTS
+from tests.shapes import fitted
 
 SHAPE = {
     "vocab_size": 256,
@@ -161,7 +162,8 @@ def test_what_transformers_saves_is_whole(tmp_path, family, tied, size, save_che
     config = local(tmp_path)
     check_model(config)
     check_weights(config)
-    saved = random_model(ModelConfig(architecture={**SHAPE, **shape}), 0).to(dtype)
+    settings = ModelConfig(architecture=fitted(family, {**SHAPE, **shape}))
+    saved = random_model(settings, 0).to(dtype)
     expected = prepare(saved.float())
     loaded = load_model(config, None, 0)
     norm, embedding = loaded.model.norm.weight, loaded.model.embed_tokens.weight

@@ -46,6 +46,7 @@ from spinlab.stages.pipeline import Pipeline
 from spinlab.weights.base import Rounding
 from spinlab.weights.layerwise import quantize_rtn
 from spinlab.weights.methods import METHODS
+from tests.shapes import fitted
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -75,8 +76,9 @@ FAMILIES = {
         **{"num_local_experts": 3, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
         **{"no_rope_layer_interval": 2, "attention_chunk_size": 5, "head_dim": 8},
     },
+    "deepseek_v3": {},
 }
-TORCH = ("gemma2", "cohere", "qwen3_moe", "glm4_moe", "llama4_text")
+TORCH = ("gemma2", "cohere", "qwen3_moe", "glm4_moe", "llama4_text", "deepseek_v3")
 QUANT = QuantConfig(TensorQuant(symmetric=True), embedding=TensorQuant(bits=8))
 KV = KVConfig(queries=CodecConfig(bits=4))
 
@@ -86,7 +88,7 @@ def save(tmp_path) -> Callable[..., ModelConfig]:
     """Return what saves a tiny model of a family, in shards, and gives its settings."""
 
     def saved(family: str, dtype: str = "float32") -> ModelConfig:
-        shape = {**SHAPE, "model_type": family, **FAMILIES[family]}
+        shape = fitted(family, {**SHAPE, "model_type": family, **FAMILIES[family]})
         random_model(ModelConfig(architecture=shape), 0).save_pretrained(
             tmp_path / family, max_shard_size="8KB"
         )

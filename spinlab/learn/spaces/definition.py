@@ -173,7 +173,7 @@ class _FreePath(KVPath):
     def turn_queries(self, query: torch.Tensor, layer: int = 0) -> torch.Tensor:
         r3 = self.r3_at(layer)
         assert r3 is not None
-        return rounded(r3(query), _by_range(self.queries))
+        return rounded(self.on_turned(r3, query), _by_range(self.queries))
 
 
 class _FreeHeads:

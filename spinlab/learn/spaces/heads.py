@@ -46,12 +46,22 @@ class HeadPath(KVPath):
         generators of rounding is the same by keys and by queries, and is taken here, where all
         pass: H = qᵀ g for queries q as keys meet them (`spinlab.learn.spaces.rotate`).
         """
-        if self.queries is not None:
-            query = _rounded(query, self.queries, self.rotations, layer)
         sink = self.rotations.sink("r3", layer)
+        if self.queries is not None:
+            query = self._rounded_queries(query, layer)
         if sink.add_half is None:
             return query
-        return read_stream(query, self.rotations.anchor("r3"), sink)
+        anchor = self.rotations.anchor("r3")
+        return self.on_turned(lambda turned: read_stream(turned, anchor, sink), query)
+
+    def _rounded_queries(self, query: torch.Tensor, layer: int) -> torch.Tensor:
+        """Round queries in the basis of R3, which may turn but the last numbers of a head."""
+        assert self.queries is not None
+        r3, anchor = self.rotations.at("r3", layer), self.rotations.anchor("r3")
+        sink = Sink(self.rotations.sink("r3", layer).add)
+        y = self.on_turned(lambda turned: rotate(turned, r3, anchor, sink), query)
+        error = self.queries.pass_by_range(y) - y
+        return query + self.on_turned(lambda e: rotate_back(e, r3, anchor, sink), error)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from spinlab.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from spinlab.model.families.glm import GLM, GLM4
 from spinlab.model.families.gpt_oss import GPT_OSS
 from spinlab.model.families.granite import GRANITE
+from spinlab.model.families.latent import DEEPSEEK
 from spinlab.model.families.llama import LLAMA
 from spinlab.model.families.llama4 import LLAMA4
 from spinlab.model.families.olmo2 import OLMO2
@@ -53,6 +54,8 @@ FAMILIES: dict[str, Family] = {
     "llama4_text": LLAMA4,
     "gpt_oss": GPT_OSS,
     "phimoe": PHIMOE,
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
 }
 
 

@@ -20,7 +20,7 @@ _GROUPS = {
         *("gpt_neox", "gptj", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi"),
         "starcoder2",
     ),
-    _EXPERTS: ("deepseek_v2", "deepseek_v3", "qwen3_next"),
+    _EXPERTS: ("qwen3_next",),
     _TOWER: ("gemma3",),
     _BESIDE: ("llama4",),
     _SCAN: ("bamba", "falcon_mamba", "jamba", "mamba", "mamba2", "recurrent_gemma", "rwkv"),

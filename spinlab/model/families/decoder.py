@@ -38,7 +38,7 @@ def read_decoder(
     hidden: int = final.weight.shape[0]
     cannot = cannot or {}
     head = () if "r1" in cannot else (names.head,)  # no R1 has to pass its gain: it stays
-    last = Norm(names.final_norm, None, head, hidden, _epsilon(final), offset)
+    last = Norm(names.final_norm, None, head, hidden, epsilon_of(final), offset)
     return ModelMap(
         family=model.config.model_type,
         hidden=hidden,
@@ -65,7 +65,7 @@ class _LayerReader:
         self.config, self.index, self.block, self.names = model.config, index, block, names
         self.path, self.offset = f"{names.layers}.{index}", offset
         self.attention: Any = block.get_submodule(names.attention)
-        self.head_dim: int = self.attention.head_dim
+        self.head_dim: int = getattr(self.attention, names.head_dim)
         self.routers, self.mlps = read_mlps(block, names, self.config)
 
     def _at(self, name: str) -> str:
@@ -137,7 +137,7 @@ class _LayerReader:
             return []
         norm, paths = self.block.get_submodule(name), tuple(self._at(r) for r in readers)
         width = self._shape(readers[0])[1]
-        return [Norm(self._at(name), self.index, paths, width, _epsilon(norm), self.offset)]
+        return [Norm(self._at(name), self.index, paths, width, epsilon_of(norm), self.offset)]
 
     def _behind(self, name: str | None, linear: str) -> list[Norm]:
         return [] if name is None else [self._norm_of(name, linear)]
@@ -150,7 +150,7 @@ class _LayerReader:
 
     def _norm_of(self, name: str, linear: str) -> Norm:
         """Return the norm of what a linear gives: nothing that reads it is a linear."""
-        width, epsilon = self._shape(linear)[0], _epsilon(self.block.get_submodule(name))
+        width, epsilon = self._shape(linear)[0], epsilon_of(self.block.get_submodule(name))
         return Norm(self._at(name), self.index, (), width, epsilon, self.offset)
 
     def layer(self) -> Layer:
@@ -198,6 +198,6 @@ def _rope_kind(rope: nn.Module) -> str:
     return ", ".join(sorted(set(kind.values()))) if isinstance(kind, dict) else kind
 
 
-def _epsilon(norm: Any) -> float:
+def epsilon_of(norm: Any) -> float:
     """Return what an RMSNorm, of transformers or torch, adds to the variance."""
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon

@@ -43,6 +43,7 @@ class Names:
     shared: str | None = None
     shared_gate: str | None = None
     adds: bool = False
+    head_dim: str = "head_dim"  # of the attention: how many numbers its queries have
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,11 @@ def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
                 f"queries and keys of {layer.path} go through norms that are no RMSNorms, and the "
                 "integer runtime knows no other"
             )
+        if layer.attention.latent is not None:
+            return (
+                f"keys and values of {layer.path} are made of a latent, which is what the cache "
+                "holds, and the integer runtime keeps keys and values of heads"
+            )
         if layer.attention.neighbours:
             return (
                 f"RoPE of {layer.path} turns neighbours, and the integer runtime halves of a head"
