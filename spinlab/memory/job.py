@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from spinlab.config import Config
 from spinlab.fakequant.insert import rounded_sites
-from spinlab.model.map import Dimensions, ModelMap
+from spinlab.model.layer import Dimensions
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, map_of
 from spinlab.rotation.initial import block_orders
 

@@ -11,7 +11,7 @@ from spinlab.formats import IntegerFormat
 from spinlab.kv.bits import cache_bits
 from spinlab.kv.cache import CodedCache, attach_kv, attend_ungrouped
 from spinlab.kv.path import KVPath, kv_path
-from spinlab.model.map import Dimensions
+from spinlab.model.layer import Dimensions
 from spinlab.rotation.online import hadamard_rotation
 
 KV4 = KVConfig()

@@ -12,7 +12,7 @@ from spinlab.errors import InputError
 from spinlab.kv.bits import CONTEXT, cache_bits, cache_bytes
 from spinlab.kv.codecs import CODECS
 from spinlab.kv.path import kv_path
-from spinlab.model.map import Dimensions
+from spinlab.model.layer import Dimensions
 
 SIZES = {d: Dimensions(4 * d, d, 8 * d, layers=6, heads=4, kv_heads=2) for d in (16, 64, 128)}
 NAMES = [f"model.layers.{n}.self_attn" for n in range(6)]

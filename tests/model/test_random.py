@@ -13,6 +13,7 @@ from spinlab.errors import InputError
 from spinlab.model.families import FAMILIES
 from spinlab.model.load import load_model, source_digest
 from spinlab.model.random import architecture_of, random_model
+from tests.shapes import fitted
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SHAPE = {
@@ -42,11 +43,13 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "gemma3_1b": 999_885_952,
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
+    "deepseek_v2_lite": 15_706_484_224,
 }
 
 
 def shaped(**changes) -> ModelConfig:
-    return ModelConfig(architecture={**SHAPE, **changes}, outlier_channels=2)
+    shape = fitted(changes.get("model_type", "llama"), {**SHAPE, **changes})
+    return ModelConfig(architecture=shape, outlier_channels=2)
 
 
 def test_an_architecture_that_was_changed_is_read_as_before():
