@@ -12,6 +12,7 @@ from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSite, check_invariance, logits, logits_error
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.online import hadamard_rotation
+from tests.shapes import CUT_OFF
 
 UNTIED = {"tie_word_embeddings": False}
 MULTI_HEAD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12}
@@ -102,7 +103,7 @@ SHAPES = [
     ("llama4_text", {"use_qk_norm": False, "num_experts_per_tok": 2, "attention_bias": True}),
     ("llama4_text", {"interleave_moe_layer_step": 2, "no_rope_layers": [1, 1], **UNTIED}),
     ("gpt_oss", {"sliding_window": 5}),
-    ("gpt_oss", {"attention_bias": False, "rope_parameters": YARN, "swiglu_limit": 0.5, **UNTIED}),
+    ("gpt_oss", {"attention_bias": False, "rope_parameters": YARN, **CUT_OFF, **UNTIED}),
     ("phimoe", {}),
     ("phimoe", {"attention_bias": True, "lm_head_bias": True, "sliding_window": 5, **UNTIED}),
     ("deepseek_v2", {}),

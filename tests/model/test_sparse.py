@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from spinlab.config import (
     ClipSearch,
@@ -33,7 +33,7 @@ from spinlab.rotation.statistics import gather_statistics
 from spinlab.rotation.stored import read_stored
 from spinlab.runtime.fused.convert import why_not_runtime
 from spinlab.weights.rtn import rtn
-from tests.shapes import LATENTS
+from tests.shapes import CUT_OFF, LATENTS
 
 GLM4 = {
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
@@ -57,7 +57,7 @@ SHAPES = {
     "deepseek_v2, groups": {**LATENT, **LIMITED, "routed_scaling_factor": 1.5},
     "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
     "deepseek_v3, groups": {**LATENT, "n_group": 3, "topk_group": 2},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.5},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **CUT_OFF},
 }
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
 OFF = {"r1": "none", "r2": "none", "r4": "none"}
@@ -276,6 +276,8 @@ def test_an_expert_that_no_token_reaches_keeps_its_input_as_it_is(make, ids, inp
 @every_shape
 def test_a_loss_for_balance_is_left_out(make, ids, shape):
     """Checkpoints that were saved in training ask for it; logits do not depend on it."""
+    if not hasattr(AutoConfig.for_model(shape.partition(",")[0]), "output_router_logits"):
+        pytest.skip("this transformers has no such loss for the family")
     found, expected = (make(shape, output_router_logits=asked) for asked in (True, False))
     assert torch.equal(logits(found, ids), logits(expected, ids))
 
