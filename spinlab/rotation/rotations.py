@@ -32,14 +32,13 @@ class RotationSet:
     """Hold R1 (hidden, hidden) and R2 (layers, head_dim, head_dim), float64, and what runs online.
 
     A rotation that is switched off is None; R3 is one for all layers, or one for each, R4 one for
-    all inputs, or one for each of their widths. `inputs` are
-    transforms of single inputs, by the key of the input. What was learned together with the
-    rotations is part of the set: `clips`, the clip ratios of input quantizers by that key,
-    `kv_clips`, those of codecs by layer and side (`3.keys`), and `weight_clips`, those of weights
-    by the path of the linear: (out, in/g, 1). `about` is JSON-ready: how the set came to be.
-    `peaks`: the largest magnitudes of inputs behind the rotations, by key, as calibration found
-    them for formats that ask for it. `latents`: (width, width), float64, of latents that heads are
-    made of, by name; fused, one for all layers.
+    all inputs, or one for each of their widths. `inputs` are transforms of single inputs, by the
+    key of the input. What was learned together with the rotations is part of the set: `clips`, the
+    clip ratios of input quantizers by that key, `kv_clips`, those of codecs by layer and side
+    (`3.keys`), and `weight_clips`, those of weights by the path of the linear: (out, in/g, 1).
+    `about` is JSON-ready: how the set came to be. `peaks`: the largest magnitudes of inputs behind
+    the rotations, by key, as calibration found them for formats that ask for it. `latents`:
+    (width, width), float64, of latents that heads are made of, by name; fused, one for all layers.
     """
 
     r1: torch.Tensor | None = None
