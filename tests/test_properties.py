@@ -83,8 +83,6 @@ def test_any_transform_of_any_model_keeps_its_logits(
     if family == "stablelm":  # a quarter of a head, which it is without a word, may be odd
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
         shape |= {"rope_parameters": rope, "use_parallel_residual": shape["num_hidden_layers"] > 1}
-    if family == "glm4_moe":  # R4 has one width
-        shape["moe_intermediate_size"] = shape["intermediate_size"]
 
     if family in DEEPSEEK:
         shape |= {"num_key_value_heads": shape["num_attention_heads"]}

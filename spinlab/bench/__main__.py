@@ -137,15 +137,7 @@ def _add_kernels(commands: Any) -> None:
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
         whole.add_argument("--method", help="whose rotations run online, as in conf/method")
         whole.set_defaults(run=_end_to_end, repeatable=False)
-    compiled = commands.add_parser("compiled", help="kernels for GPUs that need not be there")
-    compiled.add_argument("--out", type=Path, help="where the record goes")
-    _add_model(compiled, "llama2_7b")
-    compiled.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    compiled.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    compiled.add_argument("--method", help="whose rotations run online, as in conf/method")
-    compiled.add_argument("--gpu", nargs="+", help="kinds, all that are known unless given")
-    compiled.add_argument("--kernel", nargs="+", default=[], help="names, all unless given")
-    compiled.set_defaults(run=_compiled, device="cpu", repeatable=False, tokens=1)
+    _add_compiled(commands)
     cpu = commands.add_parser("cpu", help="int8 products and decoding on a CPU")
     _add_place(cpu, "cpu")
     _add_model(cpu)
@@ -162,6 +154,18 @@ def _add_kernels(commands: Any) -> None:
     gather.add_argument("records", type=Path, nargs="+", help="of two that overlap the last counts")
     gather.add_argument("--out", type=Path, required=True, help="where the record goes")
     gather.set_defaults(run=_collect, device="cpu", repeatable=False)
+
+
+def _add_compiled(commands: Any) -> None:
+    compiled = commands.add_parser("compiled", help="kernels for GPUs that need not be there")
+    compiled.add_argument("--out", type=Path, help="where the record goes")
+    _add_model(compiled, "llama2_7b")
+    compiled.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    compiled.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    compiled.add_argument("--method", help="whose rotations run online, as in conf/method")
+    compiled.add_argument("--gpu", nargs="+", help="kinds, all that are known unless given")
+    compiled.add_argument("--kernel", nargs="+", default=[], help="names, all unless given")
+    compiled.set_defaults(run=_compiled, device="cpu", repeatable=False, tokens=1)
 
 
 def _rounding(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 from spinlab.bench.models import DTYPES, SHAPES
 from spinlab.bench.resident import Watch, own_bytes
 from spinlab.config import Config, EvalConfig, ModelConfig, QuantConfig, RotationConfig, plain
+from spinlab.errors import InputError
 from spinlab.export.artefact import write
 from spinlab.export.base import Subject
 from spinlab.export.listing import read_listing
@@ -114,7 +115,8 @@ def _loaded(folder: Path, device: str) -> dict[str, float]:
     start = time.perf_counter()
     read_listing(str(folder), folder, "artefact")
     digests = time.perf_counter() - start
-    before = own_bytes()
+    if not (before := own_bytes()):
+        raise InputError("this system does not tell a process's own memory, which is measured")
     with Watch() as watch:
         start = time.perf_counter()
         model = spinlab.load(folder, device=device)

@@ -42,7 +42,7 @@ _TYPES = {
 class Taken(NamedTuple):
     """Say what a program of a kernel takes: registers of a thread, bytes, and threads.
 
-    spilled: bytes of a thread that lie outside registers.
+    spilled: bytes of a thread's stack, where what finds no register lies.
     """
 
     registers: int
@@ -76,8 +76,9 @@ def bench_compiled(
     """
     if interpreted():
         raise InputError("TRITON_INTERPRET is set, and nothing is compiled then: unset it")
-    shape = {"model": setting.model, "prompt": setting.prompt, "batches": list(batches)}
-    config = {**shape, "method": setting.method, "settings": dict(setting.settings)}
+    shape = {"model": setting.model, "layers": setting.layers, "prompt": setting.prompt}
+    chosen = {"batches": list(batches), "gpus": list(gpus), "kernels": list(kernels)}
+    config = {**shape, **chosen, "method": setting.method, "settings": dict(setting.settings)}
     results = Results(f"bench/compiled/{setting.model}", config, path)
     for name in gpus:
         found: dict[str, list[Taken]] = {}
@@ -130,11 +131,12 @@ def _source(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict]:
         elif isinstance(argument, float):
             types[name], multiple = "fp32", False
         elif isinstance(argument, int):
-            if argument == 1:  # which Triton takes for a constant
+            special = not launch.kernel.params[place].do_not_specialize
+            if special and argument == 1:  # which Triton takes for a constant
                 constants[name] = 1
                 continue
             types[name] = "i64" if argument.bit_length() > 31 else "i32"
-            multiple = argument % 16 == 0
+            multiple = special and argument % 16 == 0
         else:  # a descriptor of tiles
             kind = _TYPES[argument.base.dtype]
             types[name], multiple = f"tensordesc<{kind}{list(argument.block_shape)}>", False

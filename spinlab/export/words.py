@@ -95,13 +95,13 @@ def _given_rotations(record: Tree) -> tuple[list[str], list[str]]:
     """Return in words which rotations a file brought, and the names of those that settings made."""
     rotation = record["config"]["rotation"]
     online = ["r3", "r4", "cross_head"] if rotation["online"] else []
+    latents = ["latents"] if "latents" in rotation else []
     if (file := rotation["load"] or "").endswith(".bin"):
-        return [f"R1 and R2 of the file {file}"], online
+        return [f"R1 and R2 of the file {file}"], [*latents, *online]
     if file:
         return [f"those of the file {file}"], []
     if record.get("identity", {}).get("rotations"):
         return ["those that the model came with, which was rotated before"], []
-    latents = ["latents"] if "latents" in rotation else []
     return [], ["r1", "r2", *latents, *online]
 
 

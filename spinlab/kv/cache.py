@@ -20,7 +20,7 @@ from spinlab.errors import InputError
 from spinlab.kv.bias import KeyBias, Positions, RopeWatch, WavesAt
 from spinlab.kv.history import PassMasks
 from spinlab.kv.path import KVPath, taken_apart
-from spinlab.model.attention import attend, is_plain
+from spinlab.model.attention import attend, needs_plain
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
@@ -261,7 +261,7 @@ def _attention(
     if not history.codes_all and query.shape[2] > 1:
         masks: PassMasks = getattr(module, _KV_MASKS)
         attention_mask = masks.of(history, attention_mask, query.shape[2], query.device)
-    alone = not is_plain(**kwargs) and _has_fused_kernel_ungrouped(query, key)
+    alone = not needs_plain(**kwargs) and _has_fused_kernel_ungrouped(query, key)
     found = attend_ungrouped if alone else attend
     return found(module, query, key, value, attention_mask, **kwargs)
 

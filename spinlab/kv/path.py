@@ -128,11 +128,10 @@ def kv_path(
 ) -> KVPath:
     """Build the codecs that a config asks for, with what they draw from a run's seed.
 
-    head_dim: numbers of a head, or by side (keys, values, queries) where sides differ. layers: full
-    names of all attentions, where codecs may differ by layer. kv_clips: learned clip ratios by
-    layer and side (`kv_clip_key`), which go before those of the config. Raises InputError for
-    codecs that are unknown or do not fit heads of head_dim numbers, and for layers that are not
-    there.
+    head_dim: of a head, or by side (keys, values, queries) where sides differ. layers: full names
+    of all attentions, where codecs may differ by layer. kv_clips: learned clip ratios by layer and
+    side (`kv_clip_key`), which go before the config's. Raises InputError for codecs that are
+    unknown or do not fit such heads, and for layers that are not there.
     """
 
     known: dict[tuple[str, CodecConfig], RowCodec | None] = {}  # equal settings have one codec

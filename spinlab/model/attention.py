@@ -37,7 +37,7 @@ def attend(
     query: (batch, heads, tokens, head_dim); key, value: (batch, kv_heads, seen, head_dim); s_aux:
     the sinks of heads, (heads,).
     """
-    if not is_plain(softcap=softcap, s_aux=s_aux):
+    if not needs_plain(softcap=softcap, s_aux=s_aux):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
@@ -53,7 +53,7 @@ def attend(
     return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
 
 
-def is_plain(**kwargs: Any) -> bool:
+def needs_plain(**kwargs: Any) -> bool:
     """Tell whether what stock models call attention with asks for more than torch's own has."""
     return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 

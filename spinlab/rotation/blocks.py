@@ -19,7 +19,7 @@ def rotate_blocks(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     rotation = rotation.to(x.device, x.dtype)
     if count == 1:
         return (x.unflatten(-1, (-1, size)) @ rotation[0]).flatten(-2)
-    tiles = x.reshape(-1, count, size).transpose(0, 1)
+    tiles = x.unflatten(-1, (count, size)).reshape(-1, count, size).transpose(0, 1)
     return torch.bmm(tiles, rotation).transpose(0, 1).reshape(x.shape)
 
 

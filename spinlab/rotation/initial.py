@@ -59,9 +59,9 @@ def initial_rotations(
 def stream_rotations(
     config: RotationConfig, model_map: ModelMap, generator: torch.Generator
 ) -> RotationSet:
-    """Draw what is fused alone, R1 and R2, as `initial_rotations` does from such a generator.
+    """Draw what is fused alone, R1, R2 and those of latents, as `initial_rotations` does.
 
-    Neither may be made from statistics: these are to be those of what R1 and R2 give.
+    None may be made from statistics: these are to be those of what such rotations give.
     """
     check_rotations(config, model_map)
     return _Maker(config, model_map, generator, None, "cpu").stream()

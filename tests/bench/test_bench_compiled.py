@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from spinlab.bench.__main__ import main
-from spinlab.bench.compiled import GPUS, Taken
+from spinlab.bench.compiled import GPUS, Taken, _source
+from spinlab.runtime.kernels.launch import Launch
 
 
 def test_what_the_compiler_takes_is_weighed_against_each_gpu(tmp_path):
@@ -53,3 +56,18 @@ def test_kinds_that_are_not_known_and_interpreted_kernels_are_refused(capsys):
         with pytest.raises(SystemExit):
             main(["compiled", "--model", "toy", *words])
         assert re.search(reason, capsys.readouterr().err)
+
+
+def test_numbers_are_special_to_the_compiler_unless_a_kernel_says_otherwise():
+    """As Triton's own launch has it: 1 is a constant, multiples of 16 are known to be."""
+    names = ["x", "one", "tokens", "many", "out", "clip"]
+    params = [SimpleNamespace(do_not_specialize=name in ("tokens", "many")) for name in names]
+    kernel = SimpleNamespace(arg_names=[*names, "BLOCK"], params=params)
+    given = (torch.zeros(4, dtype=torch.bfloat16), 1, 1, 32, 2**40, 0.5)
+    types, constants, even = _source(Launch(kernel, (1,), given, {"BLOCK": 64}, {}))
+    assert types == {
+        **{"x": "*bf16", "one": "constexpr", "tokens": "i32", "many": "i32", "out": "i64"},
+        **{"clip": "fp32", "BLOCK": "constexpr"},
+    }
+    assert constants == {"BLOCK": 64, "one": 1}
+    assert set(even) == {(0,), (4,)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DeepseekV3Config, PreTrainedModel
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -25,7 +25,7 @@ from spinlab.kv.cache import CodedCache, attach_kv, kv_path_of
 from spinlab.kv.path import KVPath
 from spinlab.metrics.attention import attention_errors
 from spinlab.model.attention import attend
-from spinlab.model.load import load_model
+from spinlab.model.load import load_model, prepared
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.random import architecture_of, random_model
@@ -38,6 +38,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.stored import read_stored
 from spinlab.runtime.fused.convert import why_not_runtime
 from spinlab.weights.rtn import rtn
+from tests.conftest import ARCHITECTURE
 from tests.shapes import DEEPSEEK, fitted
 
 SHAPES = {
@@ -320,3 +321,13 @@ def test_layers_without_experts_ask_nothing_of_a_router():
         model = make(family, **changes)
         assert all(layer.mlp is not None for layer in map_of(model).layers)
         assert SimpleNamespace(**DEEPSEEK[family]).first_k_dense_replace == 1
+
+
+def test_what_published_configs_call_the_router_of_v3_changes_nothing():
+    """They have keys that transformers keeps and its models do not read."""
+    shape = {**fitted("deepseek_v3", {**ARCHITECTURE}), "vocab_size": 64}
+    words = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+    config = DeepseekV3Config(**shape, **words)
+    assert config.topk_method == "noaux_tc"
+    model = prepared(modeling_deepseek_v3.DeepseekV3ForCausalLM(config), torch.float32)
+    assert len(map_of(model).layers) == config.num_hidden_layers

@@ -140,12 +140,17 @@ def test_corrections_of_a_router_stay_in_float32_and_choose(make_family_model, i
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"n_group": 3}, {"n_group": 8}, {"num_experts_per_tok": 3, "topk_group": 1}],
+    ("changes", "sentence"),
+    [
+        ({"n_group": 3}, "n_group=3 does not cut 8 experts into groups of 2 on"),
+        ({"n_group": 8}, "n_group=8 does not cut 8 experts into groups of 2 on"),
+        ({"n_group": 0}, "n_group=0 does not cut 8 experts into groups of 2 on"),
+        ({"num_experts_per_tok": 3, "topk_group": 1}, "topk_group=1 of 4 groups do not hold"),
+    ],
     ids=str,
 )
-def test_groups_that_hold_too_few_experts_are_refused(make_family_model, changes):
-    with pytest.raises(InputError, match=r"makes no groups of two or more of n_routed_experts=8"):
+def test_groups_that_hold_too_few_experts_are_refused(make_family_model, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
         make_family_model("glm4_moe", **changes)
 
 

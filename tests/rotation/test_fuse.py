@@ -8,6 +8,7 @@ from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.kv.cache import attach_kv
 from spinlab.kv.path import KVPath
 from spinlab.model.modules import embedding_of, head_of, linears_of, map_of
+from spinlab.rotation.blocks import rotate_blocks
 from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.fuse import (
     fold_norms,
@@ -116,6 +117,22 @@ def test_block_rotations_are_the_dense_block_diagonal():
     w = torch.randn(6, 12, generator=g, dtype=torch.float64)
     r = random_orthogonal(4, g)
     assert torch.allclose(rotate_input(w, r), w @ torch.block_diag(r, r, r))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("shape", [(12,), (0, 12), (1, 1, 12), (2, 5, 12)])
+def test_blocks_of_inputs_are_turned_each_by_its_own_or_by_one(shape, count):
+    g = torch.Generator().manual_seed(0)
+    x, blocks = torch.randn(shape, generator=g).double(), torch.randn(count, 4, 4, generator=g)
+    dense = torch.block_diag(*blocks.double().expand(3, -1, -1))
+    assert torch.allclose(rotate_blocks(x, blocks), x @ dense)
+    strided = torch.stack((x, x), dim=-1)[..., 0]
+    assert torch.allclose(rotate_blocks(strided, blocks), x @ dense)
+
+
+def test_blocks_that_do_not_tile_the_width_mix_no_tokens():
+    with pytest.raises(RuntimeError):
+        rotate_blocks(torch.zeros(4, 48), torch.zeros(4, 8, 8))
 
 
 @pytest.mark.parametrize("sides", [("reads",), ("writes",), ("reads", "writes")])

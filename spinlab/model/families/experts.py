@@ -208,6 +208,21 @@ def join_experts(block: Any, router: str = "gate") -> None:
         block.experts = block.experts.stock()
 
 
+def check_groups(config: Any, least: int = 1) -> None:
+    """Raise InputError where experts of a config cannot be chosen from its best groups.
+
+    least: experts of a group whose scores add up to that of the group.
+    """
+    count, top_k = config.n_routed_experts, config.num_experts_per_tok
+    groups, chosen = config.n_group, config.topk_group
+    if not groups or count % groups or count // groups < least:
+        raise InputError(f"n_group={groups} does not cut {count} experts into groups of {least} on")
+    if not 1 <= (chosen or 0) <= groups or top_k > chosen * (count // groups):
+        raise InputError(
+            f"topk_group={chosen} of {groups} groups do not hold num_experts_per_tok={top_k}"
+        )
+
+
 @contextmanager
 def alone(layer: nn.Module, linear: nn.Module) -> Iterator[None]:
     """Compute only the expert of a layer that a linear is part of; all for any other linear."""

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.decoder import epsilon_of, read_decoder
-from spinlab.model.families.experts import join_all, linear_of, split_all
+from spinlab.model.families.experts import check_groups, join_all, linear_of, split_all
 from spinlab.model.families.llama import NAMES
 from spinlab.model.families.names import Names
 from spinlab.model.layer import Latent, Layer
@@ -158,20 +158,16 @@ def _check(config: Any) -> None:
 
 def _check_router(config: Any) -> None:
     """Raise InputError where a stock router of this config could not choose."""
-    method, count = getattr(config, "topk_method", "by groups"), config.n_routed_experts
-    top_k, groups, chosen = config.num_experts_per_tok, config.n_group, config.topk_group
+    top_k, count = config.num_experts_per_tok, config.n_routed_experts
     if not 1 <= (top_k or 0) <= count:
         raise InputError(f"num_experts_per_tok={top_k} is not in 1 … {count}, the experts")
-    if method == "greedy":
-        return
-    if method not in ("group_limited_greedy", "by groups"):
-        raise InputError(f"topk_method={method} is none of greedy and group_limited_greedy")
-    least = 2 if method == "by groups" else 1  # V3 adds up the best two of a group
-    if not groups or count % groups or count // groups < least:
-        raise InputError(f"n_group={groups} does not cut {count} experts into groups of {least} on")
-    if not 1 <= (chosen or 0) <= groups or top_k > chosen * (count // groups):
+    if config.model_type != "deepseek_v2":  # V3 has one method, whatever its config calls it
+        check_groups(config, least=2)
+    elif config.topk_method == "group_limited_greedy":
+        check_groups(config)
+    elif config.topk_method != "greedy":
         raise InputError(
-            f"topk_group={chosen} of {groups} groups do not hold num_experts_per_tok={top_k}"
+            f"topk_method={config.topk_method} is none of greedy and group_limited_greedy"
         )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spinlab.errors import InputError
 from spinlab.model.families.decoder import read_decoder
-from spinlab.model.families.experts import join_all, split_all
+from spinlab.model.families.experts import check_groups, join_all, split_all
 from spinlab.model.families.llama import NAMES
 from spinlab.model.families.names import Names
 from spinlab.model.map import Family, ModelMap
@@ -43,15 +43,8 @@ def _read_granite(model: PreTrainedModel) -> ModelMap:
 
 
 def _read_glm4(model: PreTrainedModel) -> ModelMap:
-    config = model.config
-    size, rest = divmod(config.n_routed_experts, config.n_group)
-    most = config.topk_group * size
-    if rest or size < 2 or config.num_experts_per_tok > most:
-        raise InputError(
-            f"n_group={config.n_group} makes no groups of two or more of n_routed_experts="
-            f"{config.n_routed_experts} experts, topk_group={config.topk_group} of which hold "
-            f"num_experts_per_tok={config.num_experts_per_tok}"
-        )
+    if model.config.first_k_dense_replace < model.config.num_hidden_layers:
+        check_groups(model.config, least=2)
     return read_decoder(model, _GLM4)
 
 

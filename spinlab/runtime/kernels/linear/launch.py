@@ -206,7 +206,7 @@ def _many_tile(weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program for many tokens, where tiles are not loaded by descriptors.
 
     By what the compiler makes of it for sm_80 to sm_120 (`spinlab.bench compiled`): sums stay in
-    registers, and three programs run on a multiprocessor, two of several blocks.
+    registers, but for 8 bytes of several blocks, and two programs or more run side by side.
     """
     bk = min(64, max(32, power_of_two(weight.chunk // 2)))
     return {"BM": 64, "BN": 128, "BK": bk, "SPLIT": 1, "GROUP": 16, "STAGES": 3, "num_warps": 4}
