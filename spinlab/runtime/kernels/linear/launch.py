@@ -205,8 +205,8 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
 def _many_tile(weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program for many tokens, where tiles are not loaded by descriptors.
 
-    By what the compiler makes of it for sm_80 to sm_120 (`spinlab.bench compiled`): sums stay in
-    registers, but for 8 bytes of several blocks, and two programs or more run side by side.
+    By what the compiler makes of it for sm_80 to sm_120 (`spinlab.bench compiled`): a thread keeps
+    all but 16 bytes at most in registers, and two programs or more run side by side.
     """
     bk = min(64, max(32, power_of_two(weight.chunk // 2)))
     return {"BM": 64, "BN": 128, "BK": bk, "SPLIT": 1, "GROUP": 16, "STAGES": 3, "num_warps": 4}
