@@ -1,20 +1,14 @@
 """Attention by latents through the whole pipeline, from settings to the record and its exports."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import spinlab
-from spinlab import experiment
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.export.base import check_exports
+from tests.small_runs import BARE, exported_and_taken_again, run
 
-BARE = ["+experiment=toy", "model=random", "tracker=none"]
-SMALL = [*BARE, "eval.tasks=[]", "eval.max_windows=1"]
 SHAPE = {
     **{"kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16},
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -30,12 +24,6 @@ CODED = ["kv.queries.bits=8", "eval.continued=8", "eval.attention=1"]
 WEIGHTS = ["learn.steps=2", "learn.batch=2", "learn.quantize_weights=true", "weights=qronos"]
 WEIGHTS += ["weights.qronos.samples=2", "rotation.latents=hadamard", *CODED]
 GPTQ = ["learn=none", "weights=gptq", "weights.gptq.samples=2", "rotation.cross_head=hadamard"]
-
-
-def run(folder: Path, *overrides: str) -> dict:
-    words = [*SMALL, *overrides, f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
-    record = experiment.run(composed(*words), words)
-    return json.loads(record.path.read_text())
 
 
 @pytest.mark.parametrize(("shape", "settings"), [(V3, WEIGHTS), (V2, GPTQ)], ids=["v3", "v2"])
@@ -70,18 +58,10 @@ def test_a_run_is_complete_and_both_networks_are_one(tmp_path, short_text, shape
 def test_a_checkpoint_is_read_by_stock_transformers_and_taken_as_a_model_again(
     tmp_path, short_text
 ):
-    place, off = tmp_path / "c", ["rotation=no_had", "learn=none", "eval.variants=[fp,fake]"]
-    off += ["rotation.latents=hadamard"]
-    record = run(tmp_path, *V3, *off, *short_text, f"export.checkpoint={place}")
-    stock = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    settings = [*V3, "rotation.latents=hadamard", *short_text]
+    stock = exported_and_taken_again(tmp_path, "deepseek_v3", *settings)
     assert type(stock.model.layers[1].mlp.experts).__name__ == "DeepseekV3Experts"
     assert type(stock.model.layers[1].self_attn).__name__ == "DeepseekV3Attention"
-    found = run(tmp_path, "model.weights=pretrained", f"model.path={place}", *off, *short_text)
-    assert found["model"]["family"] == "deepseek_v3"
-    ppls = [name for name in record["metrics"] if name.startswith("ppl/") and name.endswith("/fp")]
-    for name in ppls:  # rounded to bfloat16 in between
-        assert found["metrics"][name] == pytest.approx(record["metrics"][name], rel=1e-2)
-    assert ppls
 
 
 @pytest.mark.parametrize("experts", [True, False], ids=["experts", "dense"])

@@ -1,20 +1,14 @@
 """Mixtures of experts through the whole pipeline, from settings to the record and its exports."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import spinlab
-from spinlab import experiment
 from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.export.base import check_exports
+from tests.small_runs import BARE, exported_and_taken_again, run
 
-BARE = ["+experiment=toy", "model=random", "tracker=none"]
-SMALL = [*BARE, "eval.tasks=[]", "eval.max_windows=1"]
 SHORT = ["learn.steps=2", "learn.batch=2"]
 QWEN3 = [
     *("+model.architecture.model_type=qwen3_moe", "+model.architecture.num_experts=6"),
@@ -32,12 +26,6 @@ LLAMA4 = [
 ]
 WEIGHTS = ["learn.quantize_weights=true", "weights=qronos", "weights.qronos.samples=2"]
 GPTQ = ["weights=gptq", "weights.gptq.samples=2", "rotation.cross_head=hadamard"]
-
-
-def run(folder: Path, *overrides: str) -> dict:
-    words = [*SMALL, *overrides, f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}"]
-    record = experiment.run(composed(*words), words)
-    return json.loads(record.path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -70,16 +58,8 @@ def test_a_run_is_complete_and_both_networks_are_one(tmp_path, short_text, shape
 def test_a_checkpoint_is_read_by_stock_transformers_and_taken_as_a_model_again(
     tmp_path, short_text
 ):
-    place, off = tmp_path / "c", ["rotation=no_had", "learn=none", "eval.variants=[fp,fake]"]
-    record = run(tmp_path, *MIXTRAL, *off, *short_text, f"export.checkpoint={place}")
-    stock = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    stock = exported_and_taken_again(tmp_path, "mixtral", *MIXTRAL, *short_text)
     assert type(stock.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
-    found = run(tmp_path, "model.weights=pretrained", f"model.path={place}", *off, *short_text)
-    assert found["model"]["family"] == "mixtral"
-    ppls = [name for name in record["metrics"] if name.startswith("ppl/") and name.endswith("/fp")]
-    for name in ppls:  # rounded to bfloat16 in between
-        assert found["metrics"][name] == pytest.approx(record["metrics"][name], rel=1e-2)
-    assert ppls
 
 
 @pytest.mark.parametrize("shape", [QWEN3, MIXTRAL], ids=["qwen3_moe", "mixtral"])

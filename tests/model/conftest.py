@@ -9,10 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spinlab.config import ModelConfig
+from spinlab.config import ClipSearch, ModelConfig
 from spinlab.model import hub
 from spinlab.model.bytes import byte_tokenizer
+from spinlab.model.modules import linears_of
 from spinlab.model.random import random_model
+from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation.check import logits
+from spinlab.rotation.rotations import RotationSet
+from spinlab.runtime.fused.convert import why_not_runtime
+from spinlab.weights.rtn import rtn
 from tests.shapes import fitted
 
 SHAPE = {
@@ -81,3 +87,22 @@ def folder(saved, tmp_path) -> Path:
 def forget_snapshots():
     """A repository is looked up once per process; each test has repositories of its own."""
     hub.snapshot.cache_clear()
+
+
+@pytest.fixture
+def left_to_torch(ids: torch.Tensor, caplog: pytest.LogCaptureFixture) -> Callable[..., None]:
+    """Return what sees that the fused runtime refuses a network, whose integers run in torch."""
+
+    def check(networks: QuantizedNetworks, rotations: RotationSet, reason: str) -> None:
+        fused = networks.fused(rotations)
+        assert reason in (why_not_runtime(fused, networks.kv_path(fused, rotations)) or "")
+        weights = {
+            site.path: rtn(linear.weight, networks.quant.weights, ClipSearch())
+            for site, linear in linears_of(fused)
+            if site.quantized
+        }
+        found = logits(networks.integer(rotations, weights, "auto"), ids)
+        assert reason in caplog.text
+        assert torch.equal(found, logits(networks.emulated(rotations, weights), ids))
+
+    return check

@@ -11,7 +11,6 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from spinlab.config import (
-    ClipSearch,
     CodecConfig,
     KVConfig,
     ModelConfig,
@@ -27,7 +26,7 @@ from spinlab.metrics.attention import attention_errors
 from spinlab.model.attention import attend
 from spinlab.model.load import load_model, prepared
 from spinlab.model.map import ModelMap
-from spinlab.model.modules import linears_of, map_of
+from spinlab.model.modules import map_of
 from spinlab.model.random import architecture_of, random_model
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.check import BrokenSite, check_invariance, logits, logits_error
@@ -36,8 +35,6 @@ from spinlab.rotation.fuse import fold_norms
 from spinlab.rotation.initial import check_rotations, initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.stored import read_stored
-from spinlab.runtime.fused.convert import why_not_runtime
-from spinlab.weights.rtn import rtn
 from tests.conftest import ARCHITECTURE
 from tests.shapes import DEEPSEEK, fitted
 
@@ -273,21 +270,10 @@ def test_errors_of_attention_are_those_of_keys_and_values_that_are_made_of_coded
     assert found["attention_output"] == pytest.approx(relative.item(), rel=1e-4)
 
 
-def test_the_fused_runtime_leaves_latents_to_torch(ids, caplog):
+def test_the_fused_runtime_leaves_latents_to_torch(left_to_torch):
     networks = QuantizedNetworks(partial(make, "deepseek_v3"), QUANT, KVConfig())
     rotations = drawn(map_of(make("deepseek_v3")), latents="hadamard")
-    fused = networks.fused(rotations)
-    reason = why_not_runtime(fused, networks.kv_path(fused, rotations))
-    assert reason is not None
-    assert "keys and values of model.layers.0 are made of a latent" in reason
-    weights = {
-        site.path: rtn(linear.weight, QUANT.weights, ClipSearch())
-        for site, linear in linears_of(fused)
-        if site.quantized
-    }
-    found = logits(networks.integer(rotations, weights, "auto"), ids)
-    assert "are made of a latent" in caplog.text
-    assert torch.equal(found, logits(networks.emulated(rotations, weights), ids))
+    left_to_torch(networks, rotations, "keys and values of model.layers.0 are made of a latent")
 
 
 @pytest.mark.parametrize(

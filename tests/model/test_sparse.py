@@ -31,7 +31,6 @@ from spinlab.rotation.initial import check_rotations, initial_rotations
 from spinlab.rotation.rotations import RotationSet
 from spinlab.rotation.statistics import gather_statistics
 from spinlab.rotation.stored import read_stored
-from spinlab.runtime.fused.convert import why_not_runtime
 from spinlab.weights.rtn import rtn
 from tests.shapes import CUT_OFF, LATENTS
 
@@ -310,20 +309,10 @@ def test_layers_of_other_widths_have_an_r4_each(make, ids, tmp_path):
         read_stored(tmp_path / "l.safetensors", model_map)
 
 
-def test_the_fused_runtime_leaves_experts_to_torch(make, ids, caplog):
+def test_the_fused_runtime_leaves_experts_to_torch(make, left_to_torch):
     networks = QuantizedNetworks(lambda: make("mixtral"), QUANT, KVConfig())
     rotations = drawn(map_of(make("mixtral")))
-    fused = networks.fused(rotations)
-    reason = why_not_runtime(fused, networks.kv_path(fused, rotations))
-    assert reason is not None and "model.layers.0 has no gated MLP alone" in reason
-    weights = {
-        site.path: rtn(linear.weight, QUANT.weights, ClipSearch())
-        for site, linear in linears_of(fused)
-        if site.quantized
-    }
-    found = logits(networks.integer(rotations, weights, "auto"), ids)
-    assert "has no gated MLP alone" in caplog.text
-    assert torch.equal(found, logits(networks.emulated(rotations, weights), ids))
+    left_to_torch(networks, rotations, "model.layers.0 has no gated MLP alone")
 
 
 def test_values_that_are_cut_off_are_refused(make_family_model):
