@@ -41,6 +41,7 @@ PARAMETERS = {  # of the published checkpoints: the totals that the hub shows
     "gemma_2b": 2_506_172_416,
     "gemma2_2b": 2_614_341_888,
     "gemma3_1b": 999_885_952,
+    "gemma3_270m": 268_098_176,
     "qwen3_30b_a3b": 30_532_122_624,
     "mixtral_8x7b": 46_702_792_704,
     "deepseek_v2_lite": 15_706_484_224,
