@@ -141,8 +141,8 @@ def _calibrating(job: Job) -> Iterator[Need]:
 
     Methods that go by columns hold a Hessian twice in float64 while it is factored: o_proj's beside
     what it reads of all windows, the widest beside what o_proj gave and what is kept of what
-    down_proj reads; with the original beside it, what D takes, and the weights of a layer that are
-    rounded already.
+    down_proj reads; with the original beside it, H and D themselves, and the weights of a layer
+    that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
@@ -159,7 +159,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     gated = batch * length * d.intermediate * job.size
     work = state * d.hidden + 2 * gated
     if config.by_columns:
-        of_number = 2 * FLOAT64 + streams * FLOAT32
+        of_number = 2 * FLOAT64 + (streams * FLOAT32 if method.reads_inputs else 0)
         attended = max(i.width for i in job.map.inputs if i.reads == "R2")
         widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
         kept = 0

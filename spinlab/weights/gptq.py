@@ -67,7 +67,7 @@ class ErrorSpread:
 
 
 def error_spread(hessian: torch.Tensor, config: GPTQConfig) -> ErrorSpread:
-    """Damp and factor H (in, in), in float64.
+    """Damp and factor H (in, in), in float64, twice that at once and no H, if nobody keeps it.
 
     Raises InputError where that is impossible, ResultError for an H that is not finite.
     """
@@ -79,20 +79,20 @@ def error_spread(hessian: torch.Tensor, config: GPTQConfig) -> ErrorSpread:
     if config.act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
     damped = diagonal + config.percdamp * diagonal.mean()
-    return ErrorSpread(order, dead, *_spread(hessian, damped, order, config))
+    backwards = order.flip(0)
+    matrix = hessian[backwards][:, backwards]
+    del hessian
+    matrix = matrix.double()
+    matrix.diagonal().copy_(damped[backwards])
+    return ErrorSpread(order, dead, *_spread(matrix, config))
 
 
-def _spread(
-    hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, config: GPTQConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `rows` and `squares` of an ErrorSpread of H with this diagonal.
+def _spread(matrix: torch.Tensor, config: GPTQConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rows` and `squares` of an ErrorSpread of H, given backwards and overwritten.
 
     With columns in reverse order H = L Lᵀ. Reversed again, L⁻¹ is upper triangular and
     H⁻¹ = (L⁻¹)ᵀ L⁻¹: it is the factor of the inverse, at the price of one factorization.
     """
-    backwards = order.flip(0)
-    matrix = hessian[backwards][:, backwards].double()
-    matrix.diagonal().copy_(diagonal[backwards])
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
         raise InputError(

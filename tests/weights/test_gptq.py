@@ -10,6 +10,7 @@ from spinlab.errors import InputError, ResultError
 from spinlab.formats import IntegerFormat, Parameters
 from spinlab.weights.gptq import Moment, error_spread, gptq
 from spinlab.weights.rtn import rtn
+from tests.live import Live
 
 SYMMETRIC = TensorQuant(symmetric=True)
 
@@ -190,3 +191,10 @@ def test_act_order_is_plain_gptq_on_columns_by_falling_diagonal(format):
     turned = error_spread(hessian[order][:, order], plain.gptq)
     expected = gptq(weight[:, order], turned, format, plain)
     assert torch.equal(found.levels[:, order], expected.levels)
+
+
+def test_a_hessian_that_nobody_keeps_is_gone_while_it_is_factored():
+    x, size = torch.randn(512, 256), 256**2
+    with Live() as live:
+        error_spread(x.T @ x, GPTQConfig())
+    assert 2 * 8 * size <= live.peak <= 2 * 8 * size + x.nbytes + 2**16
