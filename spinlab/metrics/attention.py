@@ -3,6 +3,7 @@
 Nothing adds up over layers: queries, keys and values are those of the network whose cache is exact.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -72,37 +73,26 @@ class _Observed:
         found = self.path.new_layer(layer).round(keys, values)
         keys, values = self._of_heads(module, keys, values)
         found = self._of_heads(module, *found)
-        groups = queries[0].shape[1] // key.shape[1]
-
-        def behind(x: torch.Tensor) -> torch.Tensor:
-            return torch.cat((x, x[..., twice, :]), dim=-2)
-
-        def shared(x: torch.Tensor) -> torch.Tensor:
-            return x.float().repeat_interleave(groups, dim=1)
-
-        def beside(x: torch.Tensor) -> torch.Tensor:
-            if sinks is None:
-                return x
-            return torch.cat((x, sinks.to(x).view(-1, 1, 1).expand(*x.shape[:-1], 1)), dim=-1)
+        shared = partial(_shared, groups=queries[0].shape[1] // key.shape[1])
 
         # a bias of keys that is apart is part of `key` alone
-        coded_key = behind(key.float()) + (found[0].float() - behind(keys.float()))
+        coded_key = _twice(key, twice) + (found[0].float() - _twice(keys, twice))
         scores = capped(queries[0] @ shared(key).mT * scaling, softcap)
         coded = capped(queries[1] @ shared(coded_key).mT * scaling, softcap)
         coded = coded.masked_fill(~all_seen, 0)
         folded = coded[..., :new].clone()
         folded[..., twice] += coded[..., new:]
-        pair = [beside(s.masked_fill(~seen, -torch.inf)) for s in (scores, folded)]
-        logs, coded_logs = (s.log_softmax(-1).masked_fill(s.isinf(), 0) for s in pair)
-        weights = pair[0].softmax(-1)
-        coded = beside(coded.masked_fill(~all_seen, -torch.inf)).softmax(-1)
-        output = weights[..., :new] @ shared(values)
-        coded_output = coded[..., : all_seen.shape[-1]] @ shared(found[1])
         error = (folded - scores).square().masked_fill(~seen, 0)
+        weights, coded_weights, folded_weights = (
+            _beside(x.masked_fill(~at, -torch.inf), sinks)
+            for x, at in ((scores, seen), (coded, all_seen), (folded, seen))
+        )
+        output = weights.softmax(-1)[..., :new] @ shared(values)
+        coded_output = coded_weights.softmax(-1)[..., : all_seen.shape[-1]] @ shared(found[1])
         return torch.stack(
             (
                 error.sum() / seen.expand_as(error).sum(),
-                (weights * (logs - coded_logs)).sum(-1).mean(),
+                _divergence(weights, folded_weights),
                 (coded_output - output).square().sum() / output.square().sum(),
             )
         ).cpu()
@@ -112,6 +102,30 @@ class _Observed:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of heads: of latent attention, what it makes of cached ones."""
         return module.expand_kv(values, keys) if self.path.latent else (keys, values)
+
+
+def _twice(x: torch.Tensor, places: slice) -> torch.Tensor:
+    """Return rows (..., tokens, d) in float32, with those at these places once more behind them."""
+    return torch.cat((x, x[..., places, :]), dim=-2).float()
+
+
+def _shared(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return what each query head reads of (batch, heads, tokens, d), in float32."""
+    return x.float().repeat_interleave(groups, dim=1)
+
+
+def _beside(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return scores (batch, heads, queries, tokens) and the sinks of heads as one token more."""
+    if sinks is None:
+        return scores
+    sink = sinks.to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sink), dim=-1)
+
+
+def _divergence(exact: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(exact || coded) of the weights that scores become, in nats."""
+    logs, coded_logs = (s.log_softmax(-1).masked_fill(s.isinf(), 0) for s in (exact, coded))
+    return (exact.softmax(-1) * (logs - coded_logs)).sum(-1).mean()
 
 
 @torch.no_grad()
