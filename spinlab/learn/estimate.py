@@ -59,6 +59,7 @@ class _Job:
     learn: LearnConfig
     quant: QuantConfig
     processes: int
+    device: torch.device
 
     @property
     def map(self) -> ModelMap:
@@ -85,7 +86,7 @@ class _Job:
     @property
     def by_kernels(self) -> bool:
         """Tell whether gates and losses have kernels."""
-        return has_kernels(self.model.device, self.dtype)
+        return has_kernels(self.device, self.dtype)
 
     @property
     def size(self) -> int:
@@ -123,10 +124,17 @@ class _Job:
 
 
 def estimate_of(
-    model: PreTrainedModel, learn: LearnConfig, quant: QuantConfig, processes: int
+    model: PreTrainedModel,
+    learn: LearnConfig,
+    quant: QuantConfig,
+    processes: int,
+    device: torch.device | None = None,
 ) -> Estimate:
-    """Return what learning on this model takes; only its shapes and dtype are looked at."""
-    job = _Job(model, learn, quant, processes)
+    """Return what learning on this model takes; only its shapes and dtype are looked at.
+
+    device: where it will learn, if that is not where the model is.
+    """
+    job = _Job(model, learn, quant, processes, device or model.device)
     kept, kept_of_inputs = _activations(job)
     flops, again, wide = _operations(job)
     return Estimate(
@@ -225,7 +233,7 @@ def _rest(job: _Job) -> int:
     copies += optimizer.grad_norm == "euclidean"
     rotations = learned * (copies * job.wide + job.size)
     ends = 4 * job.tokens * d.hidden * job.size
-    chunk = min(CHUNK["cuda" if job.model.device.type == "cuda" else "cpu"], job.tokens)
+    chunk = min(CHUNK["cuda" if job.device.type == "cuda" else "cpu"], job.tokens)
     logits = chunk * job.model.config.vocab_size * _of_logit(job)
     layer = job.tokens * (3 * d.intermediate + 4 * d.hidden) * job.wide
     step = _MOVING * learned * job.wide
@@ -247,7 +255,7 @@ def _of_logit(job: _Job) -> int:
 
 def _largest_batch(job: _Job) -> int:
     """Return the numbers of linears that are rotated, rounded and pulled back together at most."""
-    count, device = len(job.map.layers), job.model.device.type
+    count, device = len(job.map.layers), job.device.type
     places = {(site.name, site.numbers) for site in job.map.sites}
     device = device if device == "cuda" else "cpu"
     return max(n * min(count, together(n, count, device, job.processes)) for _, n in places)
@@ -273,6 +281,6 @@ def _operations(job: _Job) -> tuple[float, float, float]:
     # R4 in two factors of about √n, forward and backward; weights rotated, their gradients pulled
     turned = (job.numbers[i.key] * i.width**0.5 for i in job.map.inputs if i.reads == "R4")
     wide = tokens * max(passes, 1) * 2 * 2 * 2 * sum(turned)
-    of_weights = learn.steps * 2 * 2 * job.layers * job.map.hidden / job.processes
-    wide += of_weights if job.rounded else 0
+    if job.rounded and "r1" in learn.rotations:  # what other rotations take of weights is small
+        wide += learn.steps * 2 * 2 * job.layers * job.map.hidden / job.processes
     return tokens * each, tokens * passes * forward, wide

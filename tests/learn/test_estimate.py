@@ -324,3 +324,22 @@ def test_what_kernels_keep_is_less(activation, monkeypatch):
         wide.activations
         == estimate_of(model, replace(learn, dtype="float64"), QUANT, 1).activations
     )
+
+
+def test_weights_are_turned_by_r1_where_it_is_learned():
+    """By hand: blocks, scales and R2 are small beside the stream; R4 runs online in either."""
+    changes = ({"rotations": ["r2"]}, {})
+    without, turned = (shared_out(1, **change).wide_flops for change in changes)
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert turned - without == SHARED.steps * 2 * 2 * layers * 4096
+
+
+def test_a_model_that_is_not_there_is_taken_to_where_it_will_learn():
+    """By hand: a kernel gates in two numbers where torch keeps three; logits are overwritten."""
+    learn = replace(SHARED, batch=8, micro_batch=8)
+    here, there = (
+        estimate_of(meta_llama("llama2_7b"), learn, QUANT, 1, device)
+        for device in (None, torch.device("cuda", 0))
+    )
+    assert here.activations - there.activations == 8 * 64 * 32 * 11008 * 2
+    assert (here.weights, here.flops) == (there.weights, there.flops)
