@@ -1,4 +1,5 @@
-"""Memory: what the machine has, what each stage takes at least, and whether the one fits the other.
+"""Memory and time: what the machine has, what each stage takes at least, and whether that fits.
 
-Nothing is loaded to know: a stage's need follows from the model's shape and the settings.
+Nothing is loaded to know: a stage's need and its work follow from the model's shape and the
+settings.
 """

@@ -1,6 +1,7 @@
-"""Before anything is loaded: does the machine hold every stage?"""
+"""Before anything is loaded: does the machine hold every stage, and how long will they take?"""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -11,21 +12,25 @@ from spinlab.machine import gib, left_on_device, left_on_host
 from spinlab.memory.disk import check_disks, writes
 from spinlab.memory.job import Job, Need
 from spinlab.memory.needs import needs
+from spinlab.memory.work import works
+from spinlab.speed import MOVED, TINY, duration, rate_of
 
 log = logging.getLogger(__name__)
+
+_WORTH_TELLING = 5  # seconds
 
 
 def check_memory(job: Job) -> None:
     """Raise InputError naming the first stage to run that this machine cannot hold.
 
     Of several processes most stages are the first one's alone: it may take the whole host. So too
-    where a disk does not hold what they write.
+    where a disk does not hold what they write. Time is told and refuses nothing.
     """
     of_device = left_on_device(job.device) if job.device.type == "cuda" else None
     stages, written = needs(job), writes(job)
     if stages:
-        of_disk = gib(sum(write.count for write in written))
-        log.info("%-12s at least %s and %s GiB of disk", "memory", _most(stages, job), of_disk)
+        told, of_disk = _most(stages, job) + _time(job), gib(sum(w.count for w in written))
+        log.info("%-12s at least %s and %s GiB of disk", "memory", told, of_disk)
     check_needs(stages, left_on_host(alone=True), of_device, job.device)
     check_disks(written)
 
@@ -44,6 +49,24 @@ def _most(stages: list[Need], job: Job) -> str:
         for side, need in found.items()
     ]
     return ", ".join(told)
+
+
+def _time(job: Job) -> str:
+    """Say how long all stages take at least, and which the longest, if that is worth telling.
+
+    How fast the device is is measured only then.
+    """
+    found = works(job)
+    counts = sum((work.operations for work in found), Counter())
+    if counts.total() - counts[MOVED] < TINY[job.device.type]:
+        return ""
+    rates = {kind: rate_of(kind, job.device) for kind in counts}
+    taken = [work.seconds(rates) for work in found]
+    if sum(taken) < _WORTH_TELLING:
+        return ""
+    longest, measured = found[taken.index(max(taken))].stage, job.config.eval
+    asked = measured.tasks and job.has(*(f"eval-{name}" for name in measured.task_variants))
+    return f", {duration(sum(taken))}{' without zero-shot' if asked else ''} ({longest})"
 
 
 def check_needs(

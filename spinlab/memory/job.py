@@ -1,14 +1,16 @@
 """What the needs of stages depend on: a model's shape, settings, and the stages that are left."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
 
+from spinlab import parallel
 from spinlab.config import Config
-from spinlab.fakequant.insert import rounded_sites
+from spinlab.fakequant.insert import rounded_sites, token_quantizer
+from spinlab.formats import format_of
 from spinlab.model.layer import Dimensions
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, map_of
@@ -37,13 +39,18 @@ class Job:
     """Gather what the needs depend on.
 
     shape: the original on the meta device. remaining: the stages that are not in the cache, by
-    their names there; those that are take no memory.
+    their names there; those that are take nothing. processes: that work together. words: of each
+    evaluation text, if they are known: a tokenizer makes a token of a word at most. transformed:
+    the model has its rotations in its weights.
     """
 
     config: Config
     shape: PreTrainedModel
     device: torch.device
     remaining: Collection[str]
+    processes: int = field(default_factory=parallel.launched)
+    words: Sequence[int] = ()
+    transformed: bool = False
 
     def has(self, *stages: str) -> bool:
         """Tell whether one of these stages has still to run."""
@@ -87,6 +94,19 @@ class Job:
         """Numbers of the linears that are quantized, by path."""
         rounded = rounded_sites(self.map, self.config.quant)
         return {site.path: site.numbers for site, _ in rounded}
+
+    @cached_property
+    def on_integers(self) -> frozenset[str]:
+        """The paths of linears whose weights and inputs have levels that fit into a byte."""
+        quantizers = (
+            (site.path, format, token_quantizer(self.map, site, self.config.quant))
+            for site, format in rounded_sites(self.map, self.config.quant)
+        )
+        return frozenset(
+            path
+            for path, format, inputs in quantizers
+            if inputs is not None and inputs.format.is_int8 and format_of(format).is_int8
+        )
 
     @cached_property
     def rest(self) -> int:
@@ -216,6 +236,15 @@ class Job:
         Where it says nothing one of each, for a shorter text is refused.
         """
         return len(self.config.data.evaluation) * (self.config.eval.max_windows or 1)
+
+    @property
+    def windows_by_text(self) -> list[int]:
+        """Windows of each evaluation text at least; of one that is not known those of `windows`."""
+        most, length = self.config.eval.max_windows, self.config.eval.window
+        known = [max(words // length, 1) for words in self.words]
+        if not known:
+            return [most or 1] * len(self.config.data.evaluation)
+        return [count if most is None else min(count, most) for count in known]
 
     def cure(self, *more: str) -> str:
         """Name what helps: what a stage has, and what every stage has."""

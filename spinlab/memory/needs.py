@@ -8,7 +8,6 @@ cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from spinlab import parallel
 from spinlab.config.weights import method_title
 from spinlab.learn import estimate_of
 from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
@@ -111,10 +110,12 @@ def _rotating(job: Job) -> Need:
 
 
 def _learning(job: Job) -> Need:
+    """Every process has the whole network, with or without offload, before layers are shared."""
     learn = job.config.learn
     length, count = learn.sequence_length, learn.steps * learn.batch
-    found = estimate_of(job.shape, learn, job.config.quant, parallel.launched())
+    found = estimate_of(job.shape, learn, job.config.quant, job.processes, job.device)
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
+    least = max(least, job.untied * job.size)
     windows = count * length * INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]
     if windows > least:
@@ -152,7 +153,7 @@ def _calibrating(job: Job) -> Iterator[Need]:
     assert windows is not None
     yield Need(name, 0, job.made(job.size), job.cure(), "weights")
     length = windows.sequence_length
-    samples = -(-windows.samples // parallel.launched()) if method.together else windows.samples
+    samples = -(-windows.samples // job.processes) if method.together else windows.samples
     streams = 2 if method.reads_inputs else 1
     state = samples * length * job.size * streams  # of a number of each token
     batch = min(samples, batch_of(job.device, length))

@@ -61,7 +61,9 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
             "learning holds the whole model on %s: runtime.offload is about all other stages",
             pipeline.run.device,
         )
-    check_memory(Job(pipeline.config, pipeline.original.shape, pipeline.run.device, left))
+    words = [len(text.text.split()) for text in pipeline.texts[1]]
+    parts = pipeline.config, pipeline.original.shape, pipeline.run.device, left
+    check_memory(Job(*parts, words=words, transformed=pipeline.given.transformed))
     _ = pipeline.original.identity
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.original.tokenizer)

@@ -232,6 +232,15 @@ def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
     assert beside.device == pytest.approx(2 * whole + twice + states, rel=0.01)
 
 
+def test_each_of_several_processes_has_the_whole_network_before_it_is_shared_out():
+    config = composed(*LLAMA, "learn.micro_batch=1")
+    whole = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32000 * 4096 + 65 * 4096)
+    jobs = (Job(config, shape_of(config.model), GPU, {"learn"}, processes=n) for n in (1, 2, 8))
+    found = [[need.device for need in needs(job) if need.name == "learn"] for job in jobs]
+    assert found[0][0] > whole + PRODUCTS
+    assert found[1:] == [[whole + PRODUCTS]] * 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "more"),
     [
@@ -382,6 +391,7 @@ def test_one_memory_is_told_as_one(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr("spinlab.memory.check.left_on_host", lambda alone: 2**50)
     monkeypatch.setattr("spinlab.memory.check.left_on_device", lambda device: 2**50)
     monkeypatch.setattr("spinlab.memory.check.check_disks", lambda found: None)
+    monkeypatch.setattr("spinlab.memory.check.rate_of", lambda kind, device: 1e14)
     config, both = composed(*LLAMA), {}
     names = {name for name, _ in stages_of(Pipeline(config))}
     for device in (CPU, GPU):
