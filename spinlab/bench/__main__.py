@@ -119,6 +119,11 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--whole", action="store_true", help="without runtime.offload")
     memory.add_argument("--folder", type=Path, help="where the checkpoint lies meanwhile")
     memory.set_defaults(run=_memory, repeatable=True)
+    estimates = commands.add_parser("estimates", help="what every recipe takes, on paper")
+    estimates.add_argument("--model", nargs="+", required=True, help="names in conf/model")
+    estimates.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8], help="processes")
+    estimates.add_argument("--out", type=Path, help="where the record goes")
+    estimates.set_defaults(run=_estimates, device="cpu", repeatable=True)
 
 
 def _add_kernels(commands: Any) -> None:
@@ -180,6 +185,14 @@ def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     kinds = arguments.method, not arguments.whole, tuple(arguments.variants)
     setting = Setting(arguments.model, arguments.layers, *sizes, *kinds)
     return bench_memory(setting, device, arguments.out, arguments.folder)
+
+
+def _estimates(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    from spinlab.bench.estimates import bench_estimates  # the whole pipeline loads here
+
+    for name in arguments.model:
+        _composed([f"model={name}"])
+    return bench_estimates(arguments.model, arguments.gpus)
 
 
 def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
