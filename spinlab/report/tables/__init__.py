@@ -11,6 +11,7 @@ from spinlab.report.figures import figure_file
 from spinlab.report.formats import Sheet
 from spinlab.report.tables.ablation import ablation_table
 from spinlab.report.tables.differences import differences_sheet, differences_table
+from spinlab.report.tables.estimates import estimates_table
 from spinlab.report.tables.exports import exports_table
 from spinlab.report.tables.formats import formats_sheet, formats_table
 from spinlab.report.tables.gap import gap_sheet, gap_summary, gap_table
@@ -36,6 +37,7 @@ KINDS: Mapping[str, Callable[..., str]] = {
     "kv": kv_table,
     "formats": formats_table,
     "memory": memory_table,
+    "estimates": estimates_table,
 }
 
 # of records of one's own, in any format

@@ -7,7 +7,7 @@ from spinlab.report.formats import MISSING, markdown
 from spinlab.report.records import read_benchmark
 
 # of stages' names, as far as their variant, in the order of a run
-_ORDER = ("statistics", "rotate", "weights", "handoff", "eval", "layers", "outliers")
+_ORDER = ("statistics", "rotate", "learn", "weights", "handoff", "eval", "layers", "outliers")
 
 
 def memory_table(file: Path) -> str:
@@ -22,13 +22,13 @@ def memory_table(file: Path) -> str:
         raise InputError(f"{file} is no record of what stages hold")
     rows = [["stage", "device, GiB", "host, GiB", "seconds"]]
     rows.append(["before", MISSING, _gib(metrics, "start", "host"), MISSING])
-    for stage in sorted(stages, key=_place):
+    for stage in sorted(stages, key=order_of):
         held = [_gib(metrics, stage, side) for side in ("device", "host")]
         rows.append([f"`{stage}`", *held, f"{metrics[f'speed/{stage}']:.0f}"])
     return markdown(rows)
 
 
-def _place(stage: str) -> tuple[int, str]:
+def order_of(stage: str) -> tuple[int, str]:
     """Return what stages are sorted by: those that are not known come last."""
     kind = stage.partition("-")[0]
     return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), stage)
