@@ -12,8 +12,9 @@ from spinlab import parallel
 from spinlab.bench.collect import collect
 from spinlab.bench.models import SHAPES
 from spinlab.bench.rounding import SETTINGS, bench_rounding
+from spinlab.bench.settings import settings_of
 from spinlab.code import code_digest
-from spinlab.config import VARIANTS, Config, RuntimeConfig
+from spinlab.config import VARIANTS, RuntimeConfig
 from spinlab.device import choose_device, set_arithmetic
 from spinlab.errors import InputError
 from spinlab.files import write_json
@@ -110,7 +111,8 @@ def _add_model(command: argparse.ArgumentParser, model: str = "smollm2_135m") ->
 def _add_memory(commands: Any) -> None:
     memory = commands.add_parser("memory", help="what the stages of an experiment hold")
     _add_place(memory)
-    _add_model(memory, "llama2_7b")
+    memory.add_argument("--model", default="llama2_7b", help="known here, or a name in conf/model")
+    memory.add_argument("--layers", type=int, help="fewer than the model has")
     memory.add_argument("--method", choices=("rtn", *sorted(SETTINGS), "lwc"), default="gptq")
     memory.add_argument("--samples", type=int, default=8, help="calibration windows")
     memory.add_argument("--windows", type=int, default=4, help="evaluation windows")
@@ -190,8 +192,6 @@ def _memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 def _estimates(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.estimates import bench_estimates  # the whole pipeline loads here
 
-    for name in arguments.model:
-        _composed([f"model={name}"])
     return bench_estimates(arguments.model, arguments.gpus)
 
 
@@ -201,35 +201,20 @@ def _learn(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
     length, method = arguments.length, arguments.method
     settings = [f"sequence_length={length}"] * bool(length) + arguments.settings
     learned = f"+method={method}" if method else "learn=spinquant"
-    config = _composed([learned, *(f"learn.{word}" for word in settings)])
+    config = settings_of([learned, *(f"learn.{word}" for word in settings)])
     return bench_learn(arguments.model, config, arguments.layers, device)
 
 
 def _forms(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.forms import bench_forms
 
-    return bench_forms(_composed(arguments.overrides))
+    return bench_forms(settings_of(arguments.overrides))
 
 
 def _exports(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from spinlab.bench.exports import bench_exports
 
-    return bench_exports(_composed(arguments.overrides), arguments.overrides)
-
-
-def _composed(words: list[str]) -> Config:
-    """Return the settings of a command of spinlab."""
-    from hydra.errors import HydraException  # Hydra loads here: a GPU node may lack it
-    from omegaconf.errors import OmegaConfBaseException
-
-    from spinlab.arguments import prepared
-    from spinlab.compose import composed
-    from spinlab.sentences import sentence
-
-    try:
-        return composed(*prepared(words))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(sentence(error)) from error
+    return bench_exports(settings_of(arguments.overrides), arguments.overrides)
 
 
 def _kernels(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -269,7 +254,7 @@ def _online(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     method, online, settings = arguments.method, hadamards, {}
     if method:
-        config = _composed([f"+method={method}"])
+        config = settings_of([f"+method={method}"])
         online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     return Setting(*sizes, method, settings), online
@@ -280,7 +265,7 @@ def _cpu(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
     if device.type != "cpu":
         raise InputError(f"cpu times a CPU and --device is {device}: use kernels or decode")
-    methods = {method: _composed([f"+method={method}"]) for method in arguments.method}
+    methods = {method: settings_of([f"+method={method}"]) for method in arguments.method}
     sizes = (arguments.layers, arguments.context, arguments.repeats)
     return bench_cpu(arguments.model, *sizes, arguments.threads, methods=methods)
 

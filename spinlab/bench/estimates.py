@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from spinlab.bench.memory import estimates_of
 from spinlab.bench.results import Results
-from spinlab.compose import composed
+from spinlab.bench.settings import settings_of
 from spinlab.config import Config
 from spinlab.memory.disk import disk
 from spinlab.memory.job import Job
@@ -95,7 +95,7 @@ def experiment(case: Case, windows: int) -> Config:
     words = ["+experiment=paper", f"model={case.model}", *RECIPES[case.recipe], "eval=quarot"]
     words += ["model.path=unread", f"runtime.offload={WAYS[case.way]}", "runtime.device=cpu"]
     words += ["eval.tasks=[]", "eval.variants=[fp,integer]", f"eval.max_windows={windows}"]
-    return composed(*words)
+    return settings_of(words)
 
 
 def shape_of(config: Config) -> PreTrainedModel:

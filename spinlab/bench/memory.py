@@ -1,4 +1,4 @@
-"""What the stages of an experiment hold at their peaks, on a model of a well-known shape.
+"""What the stages of an experiment hold at their peaks, on a model of a known shape.
 
 The model is a checkpoint of random weights in a temporary folder, drawn layer by layer, so that it
 is never there as a whole; the experiment is W4A4KV4 without learning. Stages have their names in
@@ -29,6 +29,7 @@ from spinlab.bench.clock import now
 from spinlab.bench.models import DTYPES, SHAPES
 from spinlab.bench.resident import Watch, own_bytes
 from spinlab.bench.results import Results
+from spinlab.bench.settings import settings_of
 from spinlab.config import (
     Config,
     DataConfig,
@@ -58,8 +59,9 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Setting:
-    """Say what runs: a model's name, fewer layers perhaps, and how much text.
+    """Say what runs: a shape's name, fewer layers perhaps, and how much text.
 
+    model: of `spinlab.bench.models` or conf/model.
     samples: calibration windows; windows: of evaluation; window: tokens of either. method: that
     rounds weights. offload: layers come one by one. variants: that are measured.
     """
@@ -92,7 +94,7 @@ def bench_memory(
     results = Results(f"bench/memory/{setting.model}", about, path)
     with tempfile.TemporaryDirectory(prefix="spinlab-", dir=place) as temporary:
         there = Path(temporary)
-        size = write_checkpoint(shape_of(setting), DTYPES[setting.model], there, device)
+        size = write_checkpoint(shape_of(setting), _dtype(setting), there, device)
         results.add({"bytes/checkpoint": size})
         config = experiment(setting, device, there)
         pipeline = Pipeline(config)
@@ -124,11 +126,17 @@ def _looked_at(name: str, ask: Callable[[], object], device: torch.device) -> di
 
 def shape_of(setting: Setting) -> dict[str, Any]:
     """Return the architecture of a setting's model."""
-    shape = {**SHAPES[setting.model], "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    known = SHAPES.get(setting.model) or settings_of([f"model={setting.model}"]).model.architecture
+    shape = {"model_type": "llama", **known, "tie_word_embeddings": False}
+    shape["max_position_embeddings"] = 4096
     shape["vocab_size"] = max(shape["vocab_size"], 256)  # the tokenizer reads bytes
     if setting.layers is not None:
         shape["num_hidden_layers"] = setting.layers
     return shape
+
+
+def _dtype(setting: Setting) -> torch.dtype:
+    return DTYPES.get(setting.model, torch.bfloat16)
 
 
 def experiment(setting: Setting, device: torch.device, folder: Path) -> Config:
@@ -143,7 +151,7 @@ def experiment(setting: Setting, device: torch.device, folder: Path) -> Config:
     return Config(
         name="memory",
         model=ModelConfig(
-            name=setting.model, path=str(folder), dtype=str(DTYPES[setting.model]).split(".")[1]
+            name=setting.model, path=str(folder), dtype=str(_dtype(setting)).split(".")[1]
         ),
         data=DataConfig(),
         learn=LearnConfig(steps=0),
@@ -161,7 +169,7 @@ def write_checkpoint(
 
     Gains of norms are 1, other numbers have a deviation of 0.02. They are drawn on the device.
     """
-    config = config_from("shape.", {"model_type": "llama", **shape})
+    config = config_from("shape.", shape)
     model = on_meta(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -199,8 +207,7 @@ def job_of(setting: Setting, config: Config, device: torch.device) -> Job:
 
     config: what `experiment` makes of the setting.
     """
-    shape = {**shape_of(setting), "model_type": "llama"}
-    model = replace(config.model, path=None, weights="random", architecture=shape)
+    model = replace(config.model, path=None, weights="random", architecture=shape_of(setting))
     return Job(config, meta_model(model, None), device, {n for n, _ in stages_of(Pipeline(config))})
 
 

@@ -6,8 +6,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spinlab.bench.memory import Setting, bench_memory, shape_of, write_checkpoint
+from spinlab.bench import models
+from spinlab.bench.memory import (
+    Setting,
+    bench_memory,
+    estimates_of,
+    experiment,
+    job_of,
+    shape_of,
+    write_checkpoint,
+)
 from spinlab.errors import InputError
+from spinlab.model.modules import layers_of
+from spinlab.model.parts import Parts
 
 SETTING = Setting("toy", 3, 2, 1, 48, "gptq", offload=True)
 CPU = torch.device("cpu")
@@ -36,6 +47,27 @@ def test_every_stage_is_in_the_record(tmp_path):
     assert metrics["whole/weights/device"] == metrics["estimate/weights/device"]
     assert (tmp_path / "memory.json").exists()
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_mixture_of_conf_has_a_checkpoint_whose_layers_come_one_by_one(tmp_path, monkeypatch):
+    """Of the shape of Qwen3-235B two layers would, here some of few narrow experts."""
+    whole = shape_of(Setting("qwen3_235b_a22b", 2, 1, 1, 48, "gptq", offload=True))
+    assert (whole["model_type"], whole["num_experts"]) == ("qwen3_moe", 128)
+    assert (whole["num_hidden_layers"], whole["hidden_size"]) == (2, 4096)
+    narrow = {"vocab_size": 300, "hidden_size": 48, "moe_intermediate_size": 32, "num_experts": 4}
+    narrow |= {"num_experts_per_tok": 2, "num_attention_heads": 4, "head_dim": 12}
+    monkeypatch.setitem(models.SHAPES, "narrow", {**whole, **narrow})
+    monkeypatch.setitem(models.DTYPES, "narrow", torch.float32)
+    setting = Setting("narrow", None, 1, 1, 48, "gptq", offload=True)
+    size = write_checkpoint(shape_of(setting), torch.float32, tmp_path, CPU)
+    layer = 48 * (2 * 4 + 2 * 4) * 12 + 4 * 48 + 4 * 3 * 48 * 32 + 2 * 48 + 2 * 12
+    assert size == 4 * (2 * 300 * 48 + 2 * layer + 48)
+    config = experiment(setting, CPU, tmp_path)
+    part = Parts(config.model, None).part(1, CPU)
+    found = [layer for layer in layers_of(part) if sum(p.numel() for p in layer.parameters())]
+    assert [sum(p.numel() for p in there.parameters()) for there in found] == [layer]
+    said = estimates_of(job_of(setting, config, CPU))
+    assert said["weights/device"] > 4 * layer and said["eval-integer/host"] > 0
 
 
 def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
