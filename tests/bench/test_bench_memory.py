@@ -63,9 +63,8 @@ def test_a_mixture_of_conf_has_a_checkpoint_whose_layers_come_one_by_one(tmp_pat
     layer = 48 * (2 * 4 + 2 * 4) * 12 + 4 * 48 + 4 * 3 * 48 * 32 + 2 * 48 + 2 * 12
     assert size == 4 * (2 * 300 * 48 + 2 * layer + 48)
     config = experiment(setting, CPU, tmp_path)
-    part = Parts(config.model, None).part(1, CPU)
-    found = [layer for layer in layers_of(part) if sum(p.numel() for p in layer.parameters())]
-    assert [sum(p.numel() for p in there.parameters()) for there in found] == [layer]
+    (there,) = layers_of(Parts(config.model, None).part(1, CPU))
+    assert sum(p.numel() for p in there.parameters()) == layer
     said = estimates_of(job_of(setting, config, CPU))
     assert said["weights/device"] > 4 * layer and said["eval-integer/host"] > 0
 
