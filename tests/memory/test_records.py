@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from spinlab.bench.estimates import Case, bench_estimates
 from spinlab.bench.memory import Setting, estimates_of, experiment, job_of
+from spinlab.compose import composed
+from spinlab.learn import estimate_of
+from spinlab.model.load import meta_model
 
-RECORDS = sorted((Path(__file__).parents[2] / "experiments/bench").glob("memory_*.json"))
+BENCH = Path(__file__).parents[2] / "experiments/bench"
+RECORDS = sorted(BENCH.glob("memory_*.json"))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
@@ -31,3 +36,35 @@ def test_some_record_has_all_stages():
     stages = {"rotate", "eval-fp", "weights", "handoff-integer", "eval-integer", "outliers"}
     held = [json.loads(path.read_text(encoding="utf-8"))["metrics"] for path in RECORDS]
     assert any(stages <= {n.split("/")[1] for n in of if n.startswith("bytes/")} for of in held)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "again", "above"),
+    [
+        ("h100", 1, False, 1.08),
+        ("h100_x2", 2, False, 1.12),
+        ("fused_h200", 1, True, 1.12),
+        ("fused_h200_x1", 1, True, 1.14),
+        ("fused_h200_x2", 2, False, 1.29),
+    ],
+)
+def test_estimates_of_learning_lie_above_what_it_held(name, processes, again, above):
+    """again: whether layers were run again in the backward pass."""
+    record = json.loads((BENCH / f"learn_llama2_7b_{name}.json").read_text(encoding="utf-8"))
+    held, learned = record["metrics"]["bytes/learn/peak"], record["config"]["learn"]
+    assert record["environment"]["processes"] == processes
+    words = ["+method=learned_fused"] if learned["quantize_weights"] else []
+    words.append(f"learn.micro_batch={learned['micro_batch']}")
+    config = composed("model=llama2_7b", "model.weights=random", *words)
+    parts = meta_model(config.model, None), config.learn, config.quant, processes
+    said = estimate_of(*parts, torch.device("cuda", 0)).bytes(again)
+    assert held < said < above * held
+
+
+def test_the_record_of_estimates_is_what_is_estimated_today():
+    """python -m spinlab.bench estimates makes it anew, of 235B in two minutes."""
+    record = json.loads((BENCH / "estimates.json").read_text(encoding="utf-8"))
+    recipes, windows = ["quarot", "learned_blocks"], record["config"]["windows"]
+    found = bench_estimates(["llama2_70b"], [8], windows, recipes)["metrics"]
+    kept = {name: record["metrics"][name] for name in found}
+    assert found == kept and f"bytes/{Case('llama2_70b', 'quarot', 8, 'whole').name}/disk" in kept
