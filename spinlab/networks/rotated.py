@@ -29,10 +29,10 @@ class RotatedNetworks:
     def fused(self, rotations: RotationSet, replaced: Collection[str] = ()) -> PreTrainedModel:
         """Return the rotated model with nothing online: weights as quantizers want them.
 
-        replaced: linears that are about to take other weights (`spinlab.rotation.fuse.fuse`).
+        replaced: linears that are about to take other weights (`spinlab.rotation.fuse.fold_norms`).
         """
         model = self.original()
-        fold_norms(model)
+        fold_norms(model, replaced)
         fuse(model, rotations, replaced)
         return model
 

@@ -82,25 +82,29 @@ def rotations_at(
     return at.get(site.reads or ""), at.get(site.writes or "")
 
 
-def fold_norms(model: PreTrainedModel) -> None:
+def fold_norms(model: PreTrainedModel, replaced: Collection[str] = ()) -> None:
     """Move every RMSNorm gain into the linears that read it, in float64; gains become 1.
 
     A norm that no linear reads keeps its gain. Without gains RMSNorm commutes with rotations.
     Nothing is mean-centred: that would change the function of an RMSNorm model. Ties between
     embedding and head are cut first, because the final gain belongs to the head alone. Where a
     family has no R1 it stays with its norm, and both go on holding the same.
+    replaced: linears that are about to take other weights, whose own are left as they are.
     """
     untie(model)
+    left = {site.path for site, _ in linears_of(model) if site.path in replaced}
     for norm in map_of(model).norms:
-        _fold(model, norm)
+        _fold(model, norm, left)
 
 
-def _fold(model: PreTrainedModel, norm: Norm) -> None:
+def _fold(model: PreTrainedModel, norm: Norm, replaced: Collection[str] = ()) -> None:
     if not norm.readers:
         return
     module = norm_at(model, norm.path)
     gain = module.weight.data.double() + norm.offset
     for path in norm.readers:
+        if path in replaced:
+            continue
         linear = linear_at(model, path)
         linear.weight.data = _cast(linear.weight.data.double() * gain, linear)
     module.weight.data = torch.full_like(module.weight.data, 1 - norm.offset)
@@ -119,7 +123,7 @@ def fuse(model: PreTrainedModel, rotations: RotationSet, replaced: Collection[st
 
     Afterwards the model computes the same function once its online transforms run. What they rotate
     is already rotated, so R1 and R2 enter first: as in a checkpoint that is saved in between.
-    replaced: linears that are about to take other weights, whose own are left as they are.
+    replaced: as in `fold_norms`.
     """
     fuse_stream(model, rotations, replaced)
     fuse_inputs(model, rotations, replaced)
@@ -130,8 +134,8 @@ def fuse_stream(
 ) -> None:
     """Rotate the residual stream (R1), the heads (R2) and latents: nothing is left to run online.
 
-    replaced: as in `fuse`. Raises InputError where the family's function does not survive one of
-    them.
+    replaced: as in `fold_norms`. Raises InputError where the family's function does not survive one
+    of them.
     """
     for name in ("r1", "r2"):
         if getattr(rotations, name) is not None:
@@ -172,7 +176,7 @@ def fuse_inputs(
     """Give every weight the inverse of its input's transform: R4, cross-head, scales, DuQuant's.
 
     Scales that are folded leave through what produces the input: the gain of a norm, or the rows
-    of a linear. replaced: as in `fuse`.
+    of a linear. replaced: as in `fold_norms`.
     """
     for site, linear in linears_of(model):
         if site.path in replaced:
