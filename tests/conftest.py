@@ -3,7 +3,6 @@
 import gc
 import inspect
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +30,7 @@ from spinlab.model.load import exact_norms, load_model
 from spinlab.model.map import ModelMap
 from spinlab.rotation.initial import check_rotations
 from tests.forks import Forks
+from tests.remembered import remember_settings
 from tests.shapes import fitted
 
 ARCHITECTURE = {
@@ -112,25 +112,12 @@ def stages_end_at_once(request) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def settings_are_read_once() -> Iterator[None]:
-    """Let Hydra parse each file of conf/ once a session: they stay, and are composed 1500 times."""
+    """Let Hydra parse and merge the files of conf/ once a session: they stay."""
     if find_spec("hydra") is None:  # a GPU node may lack it
         yield
         return
-    from hydra._internal import defaults_list
-    from hydra._internal.config_repository import ConfigRepository
-
-    load, known = ConfigRepository.load_config, dict[tuple[str, ...], bytes]()
-
-    def remembered(self, config_path: str):
-        key = (config_path, *(source.path for source in self.sources))
-        if key not in known:
-            known[key] = pickle.dumps(load(self, config_path))
-        return pickle.loads(known[key])  # whoever composes changes it
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ConfigRepository, "load_config", remembered)
-        # of all choices so far, made for each file; lists of defaults here name no other choice
-        patch.setattr(defaults_list, "_create_interpolation_map", lambda *told: None)
+        remember_settings(patch)
         yield
 
 
