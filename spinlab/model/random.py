@@ -13,8 +13,8 @@ from spinlab.config import ModelConfig
 from spinlab.errors import InputError, did_you_mean
 from spinlab.model.families import family_of
 from spinlab.model.map import ModelMap, Norm
-from spinlab.model.modules import map_of, norm_at, prepare
-from spinlab.model.settings import config_from, on_meta, ours
+from spinlab.model.modules import norm_at
+from spinlab.model.settings import described, ours
 
 # transformers takes these too, though not every family's config class declares them
 _UNDECLARED = ("head_dim", "rope_theta", "rope_scaling")
@@ -34,16 +34,12 @@ def architecture_of(config: ModelConfig) -> PreTrainedConfig:
 
 @cache
 def _described(architecture: str) -> tuple[PreTrainedConfig, ModelMap]:
-    """Return the config of an architecture in JSON, and the map of its models when prepared.
-
-    To check it takes as long as to make a small model, and a run makes one architecture many times.
-    """
+    """Return the config of an architecture in JSON, and the map of its models when prepared."""
     # no padding: a family's default padding token can lie outside a small vocabulary
     shape = {"pad_token_id": None, **json.loads(architecture)}
     shape.setdefault("model_type", "llama")
     _check_fields(shape)
-    config = config_from("model.architecture.", shape)
-    return config, map_of(prepare(on_meta(config)))
+    return described("model.architecture.", shape)
 
 
 def _check_fields(shape: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """transformers configs from the settings of a user or of a checkpoint, which may say anything."""
 
+import json
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from spinlab.errors import InputError
 from spinlab.model.attention import PLAIN, register_plain
 from spinlab.model.families import family_of
+from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of, prepare
 
 # what a settings file says about code, files and numerics is ours to say
@@ -33,6 +36,11 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
     Raises InputError for a field of the wrong type or with an impossible value, and for settings
     that make no model.
     """
+    return deepcopy(described(prefix, settings)[0])
+
+
+def described(prefix: str, settings: dict[str, Any]) -> tuple[PreTrainedConfig, ModelMap]:
+    """Return what `config_from` does, and the map of its models when prepared: both are shared."""
     shape = {name: value for name, value in settings.items() if name not in _NOT_READ}
     model_type = shape.pop("model_type", None)
     if not isinstance(model_type, str):
@@ -42,10 +50,10 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
         _check_count(f"{prefix}{name}", shape.get(name), _WIDEST)
     _check_count(f"{prefix}num_hidden_layers", shape.get("num_hidden_layers"), _DEEPEST)
     try:
-        config = AutoConfig.for_model(model_type, **shape)
-        dimensions = map_of(prepare(on_meta(config))).dimensions
+        config, model_map = _made(json.dumps({"model_type": model_type, **shape}))
     except Exception as error:  # settings that are not a model's fail in any way
         raise InputError(f"{prefix.rstrip('.: ')}: {_reason(error)}") from error
+    dimensions = model_map.dimensions
     if dimensions.cached.key_dim % 2:
         raise InputError(f"{prefix}head_dim={dimensions.head_dim} is odd, and RoPE turns pairs")
     if dimensions.heads % dimensions.kv_heads:
@@ -53,7 +61,17 @@ def config_from(prefix: str, settings: dict[str, Any]) -> PreTrainedConfig:
             f"{prefix}num_key_value_heads={dimensions.kv_heads} does not divide "
             f"num_attention_heads={dimensions.heads}"
         )
-    return config
+    return config, model_map
+
+
+@lru_cache(maxsize=64)
+def _made(settings: str) -> tuple[PreTrainedConfig, ModelMap]:
+    """Return the config of settings in JSON, and the map of a model that was made of it.
+
+    To make one takes seconds where there are many experts, and a run asks for it many times.
+    """
+    config = AutoConfig.for_model(**json.loads(settings))
+    return config, map_of(prepare(on_meta(config)))
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:

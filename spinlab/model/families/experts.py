@@ -239,10 +239,12 @@ def alone(layer: nn.Module, linear: nn.Module) -> Iterator[None]:
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     """Return a linear around a copy of a weight (out, in) without drawing one of its own."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = _frozen(weight.clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        linear.bias = _frozen(bias.clone(memory_format=torch.contiguous_format))
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)  # its own draws, on "meta" too: most of what many experts took
+    linear.out_features, linear.in_features = weight.shape
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        copied = tensor if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
+        linear.register_parameter(name, copied if copied is None else _frozen(copied))
     return linear
 
 
