@@ -422,9 +422,9 @@ def test_two_processes_leave_one_record_like_that_of_one(job, monkeypatch, tmp_p
     ],
     ids=["at once", "sweep", "in a stage of the first process"],
 )
-def test_a_mistake_is_one_sentence_and_a_failed_job(tmp_path, arguments, words):
+def test_a_mistake_is_one_sentence_and_a_failed_job(tmp_path, short_text, arguments, words):
     paths = [f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}"]
-    done = torchrun(*arguments, *paths)
+    done = torchrun(*arguments, short_text[0], *paths)
     assert done.returncode != 0
     (sentence,) = (line for line in done.stderr.splitlines() if "spinlab: " in line)
     assert words in sentence

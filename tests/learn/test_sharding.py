@@ -1,12 +1,15 @@
-"""Learning on two processes, weights sharded over them, against one: same tokens, same curve."""
+"""Learning on two processes, weights sharded over them, against one: same tokens, same curve.
+
+Run as a module, with a rank, a port and a folder, this file learns as one of the two.
+"""
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import PreTrainedModel
 
 from spinlab import parallel
@@ -143,13 +146,16 @@ def _process(rank: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[tuple[dict, dict]]:
-    """What both processes learn in each case; most of the time goes into their imports."""
+def two_processes(tmp_path_factory, forks) -> list[tuple[dict, dict]]:
+    """What both processes learn in each case."""
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (port, folder), nprocs=2)
+    module = "tests.learn.test_sharding"
+    processes = [forks.start(folder, module, str(r), str(port), str(folder)) for r in (0, 1)]
+    outputs = ["".join(process.communicate()) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     return list(zip(first, second, strict=True))
 
@@ -173,3 +179,7 @@ def test_two_processes_learn_what_one_learns(case, two_processes):
         assert torch.equal(rotation, second["rotations"][name])
     assert first["share"] + second["share"] == pytest.approx(1)
     assert first["share"] == pytest.approx(0.5, abs=0.15)
+
+
+if __name__ == "__main__":
+    _process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from spinlab.bench.memory import Setting, experiment, shape_of, write_checkpoint
 from spinlab.config import ExportConfig, RotationConfig
+from spinlab.config.rotation import StatisticsConfig
 from spinlab.memory.disk import disk, writes
 from spinlab.memory.job import Job
 from spinlab.stages.export import export
@@ -21,7 +22,10 @@ def test_files_have_the_bytes_that_were_estimated(tmp_path):
     """And beside them a toy's small numbers: scales, clips, the words of files."""
     write_checkpoint(shape_of(SETTING), torch.float32, tmp_path, CPU)
     made = experiment(SETTING, CPU, tmp_path)
-    rotation = RotationConfig(r1="duquant", r2="duquant", r3="hadamard", r4="hadamard")
+    rotation = RotationConfig(
+        **{"r1": "duquant", "r2": "duquant", "r3": "hadamard", "r4": "hadamard"},
+        statistics=StatisticsConfig(samples=8, sequence_length=64),
+    )
     config = replace(
         made, rotation=rotation, export=ExportConfig(artefact=str(tmp_path / "artefact"))
     )

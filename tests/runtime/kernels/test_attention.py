@@ -1,9 +1,6 @@
 """Attention over packed rows against exact arithmetic."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -261,49 +258,3 @@ def test_slots_that_were_never_written_count_as_zeros(device):
     start, length = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([20])
     found = gpu.attend(query, *rows, start, length.to(device), 1.0, plan=Plan(16, 1, 1, 1))
     assert not found.any()
-
-
-COMPILED = """
-import re
-
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-
-from spinlab.runtime.kernels.attention.triton import attend_kernel
-
-types = dict.fromkeys(attend_kernel.arg_names, "i32")
-types |= dict.fromkeys(("sums_ptr", "most_ptr", "total_ptr"), "*fp32")
-types |= dict.fromkeys(("vectors_ptr", "waves_ptr"), "*fp32")
-types |= dict.fromkeys(("k_levels_ptr", "v_levels_ptr"), "*fp32")
-types |= {"k_ptr": "*u16", "v_ptr": "*u16", "k_scale_ptr": "*fp16", "v_scale_ptr": "*fp16",
-          "k_zero_ptr": "*u8", "v_zero_ptr": "*u8", "start_ptr": "*i32", "length_ptr": "*i64",
-          "query_ptr": "*bf16", "out_ptr": "*bf16", "factor": "fp32"}
-constants = {"GROUP": 4, "HEADS": 8, "D": 128, "PAIRS": 32, "BLOCK": 64, "WHOLE": False,
-             "K_MIDDLE": MIDDLE, "V_MIDDLE": MIDDLE, "K_LEVELS": 16 * (MIDDLE == 0),
-             "V_LEVELS": 8 * (MIDDLE == 0), "WIDE": False, "EVEN": True, "FAST": True,
-             "ROTARY": ROTARY, "WAVES": ROTARY // 2, "PDL": True}
-types |= dict.fromkeys(constants, "constexpr")
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types)
-           if types[n][0] == "*" or n in ("capacity", "wave_batch")}
-source = ASTSource(attend_kernel, types, constexprs=constants, attrs=aligned)
-options = {"num_warps": 2, "num_stages": 3}
-ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in ptx
-# packed rows go to shared memory by themselves, 16 bytes at a time, and values come back turned
-copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
-assert copies and set(copies) == {"0x10"}, copies
-assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
-assert "cvt.rn.f16.u16" not in ptx  # no level is converted one by one
-assert ("tf32" in ptx) == bool(ROTARY)
-"""
-
-
-@pytest.mark.parametrize(("rotary", "middle"), [(0, -1), (128, -1), (0, 0)])
-def test_a_compiled_kernel_unpacks_what_the_tensor_cores_take(tmp_path, rotary, middle) -> None:
-    """Nibbles of grids, and of levels, whose middle is 0."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    code = f"ROTARY, MIDDLE = {rotary}, {middle}\n{COMPILED}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource, compile
 from spinlab.formats import integer_kernels
 from spinlab.learn.objectives import logits_kernels
 from spinlab.learn.spaces import gate_kernels
+from spinlab.runtime.kernels.attention.triton import attend_kernel
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
@@ -178,6 +179,28 @@ for capability in (80, 89):
     )
     assert of_many == found
 assert found and all(".m16n8k32." in one and ".s32.s8.s8.s32" in one for one in found), found
+# rows of nibbles, of grids with and without a bias of keys, and of levels, whose middle is 0
+OF_PACKED = dict.fromkeys(attend_kernel.arg_names, "i32")
+OF_PACKED |= dict.fromkeys(("sums_ptr", "most_ptr", "total_ptr"), "*fp32")
+OF_PACKED |= dict.fromkeys(("vectors_ptr", "waves_ptr"), "*fp32")
+OF_PACKED |= dict.fromkeys(("k_levels_ptr", "v_levels_ptr"), "*fp32")
+OF_PACKED |= {"k_ptr": "*u16", "v_ptr": "*u16", "k_scale_ptr": "*fp16", "v_scale_ptr": "*fp16",
+              "k_zero_ptr": "*u8", "v_zero_ptr": "*u8", "start_ptr": "*i32", "length_ptr": "*i64",
+              "query_ptr": "*bf16", "out_ptr": "*bf16", "factor": "fp32"}
+for rotary, middle in ((0, -1), (128, -1), (0, 0)):
+    attend = {"GROUP": 4, "HEADS": 8, "D": 128, "PAIRS": 32, "BLOCK": 64, "WHOLE": False,
+              "K_MIDDLE": middle, "V_MIDDLE": middle, "K_LEVELS": 16 * (middle == 0),
+              "V_LEVELS": 8 * (middle == 0), "WIDE": False, "EVEN": True, "FAST": True,
+              "ROTARY": rotary, "WAVES": rotary // 2, "PDL": True}
+    even = ("capacity", "wave_batch")
+    _, ptx = instructions(attend_kernel, OF_PACKED, attend, 90, warps=2, even=even)
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in ptx
+    # packed rows go to shared memory by themselves, 16 bytes at a time, and values come back turned
+    copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
+    assert copies and set(copies) == {"0x10"}, copies
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
+    assert "cvt.rn.f16.u16" not in ptx  # no level is converted one by one
+    assert ("tf32" in ptx) == bool(rotary)
 """
 
 
