@@ -29,7 +29,10 @@ FREE = OptimizerConfig(max_grad_norm=None)
 EUCLIDEAN = replace(FREE, grad_norm="euclidean")
 
 
-@pytest.fixture(params=[1, 1 << 26], ids=["one by one", "together"], autouse=True)
+LINEARS = {"one by one": 1, "together": 1 << 26}
+
+
+@pytest.fixture(params=LINEARS.values(), ids=LINEARS, autouse=True)
 def _linears(request, monkeypatch):
     """Work on linears one by one, as on a CPU, or many together, as on a GPU."""
     monkeypatch.setitem(TOGETHER, "cpu", request.param)
@@ -121,11 +124,21 @@ OF_FAMILIES = {
     "deepseek_v2": ({"q_lora_rank": None, "mlp_bias": True}, RotationConfig()),
     "deepseek_v3": ({"attention_bias": True}, RotationConfig()),
 }
+# every three of the four in a case meet
+OF_FAMILY = [
+    pytest.param(
+        name, rounded, objective, LINEARS[linears], id=f"{name}-{rounded}-{objective}-{linears}"
+    )
+    for i, name in enumerate(OF_FAMILIES)
+    for rounded in (False, True)
+    for j, objective in enumerate(OBJECTIVES)
+    for linears in [tuple(LINEARS)[(i + rounded + j) % 2]]
+]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("family", OF_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "rounded", "objective", "_linears"), OF_FAMILY, indirect=["_linears"]
+)
 def test_families_of_other_layers_learn_by_the_plain_definition(
     make_family_model, learner_in, family, rounded, objective
 ):
