@@ -28,11 +28,11 @@ def check_memory(job: Job) -> None:
     """
     of_device = left_on_device(job.device) if job.device.type == "cuda" else None
     stages, written = needs(job), writes(job)
-    if stages:
-        told, of_disk = _most(stages, job) + _time(job), gib(sum(w.count for w in written))
-        log.info("%-12s at least %s and %s GiB of disk", "memory", told, of_disk)
     check_needs(stages, left_on_host(alone=True), of_device, job.device)
     check_disks(written)
+    if stages:  # how fast the device is is measured where there is room for it
+        told, of_disk = _most(stages, job) + _time(job), gib(sum(w.count for w in written))
+        log.info("%-12s at least %s and %s GiB of disk", "memory", told, of_disk)
 
 
 def _most(stages: list[Need], job: Job) -> str:

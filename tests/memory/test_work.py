@@ -277,8 +277,7 @@ def test_time_is_told_before_the_first_stage_with_the_longest_and_refuses_nothin
     with caplog.at_level("INFO", logger="spinlab.memory.check"):
         check_memory(replace(llama, remaining={"weights-rtn"}))
     assert caplog.messages[-1].endswith("of the host (drawing random weights) and 3.0 GiB of disk")
-    monkeypatch.setattr(f"{place}rate_of", lambda kind, device: RATES[kind])
-    monkeypatch.setattr(f"{place}left_on_device", lambda device: 2**30)
+    monkeypatch.setattr(f"{place}left_on_device", lambda device: 2**30)  # nor where it has no room
     with pytest.raises(InputError, match=r"of cuda:0, and 1\.0 GiB are left"):
         check_memory(llama)
 
