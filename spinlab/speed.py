@@ -12,6 +12,7 @@ import torch
 from spinlab.device import float32_products_for
 
 TF32, INT8, MOVED = "tf32", "int8", "moved"
+WORTH_TELLING = 5  # seconds
 TINY = {"cpu": 1e11, "cuda": 1e14}  # operations that are over before anyone asks
 # rows and columns of the matrices that are multiplied: enough for a device to be at its best
 _SIDE = {"cpu": 1024, "cuda": 4096}

@@ -1,6 +1,6 @@
 """Remember what Hydra reads and merges: tests compose settings thousands of times in a session."""
 
-import pickle
+from copy import deepcopy
 from dataclasses import astuple
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ def remember_settings(patch: pytest.MonkeyPatch) -> None:
 
     load = ConfigRepository.load_config
     merge = ConfigLoaderImpl._compose_config_from_defaults_list
-    files, merged = dict[Any, Any](), dict[Any, bytes]()
+    files, merged = dict[Any, Any](), dict[Any, Any]()
 
     def read(self, config_path: str) -> Any:
         asked = config_path, _places(self)
@@ -32,8 +32,8 @@ def remember_settings(patch: pytest.MonkeyPatch) -> None:
     def together(self, defaults: list, repo: Any) -> Any:
         asked = *map(astuple, defaults), _places(repo)
         if asked not in merged:
-            merged[asked] = pickle.dumps(merge(self, defaults, _Copies(repo)))
-        return pickle.loads(merged[asked])  # whoever composes changes it
+            merged[asked] = merge(self, defaults, _Copies(repo))
+        return deepcopy(merged[asked])  # whoever composes changes it
 
     patch.setattr(ConfigRepository, "load_config", read)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", together)
@@ -51,7 +51,7 @@ class _Copies:
         self._reader = reader
 
     def load_config(self, config_path: str) -> Any:
-        return pickle.loads(pickle.dumps(self._reader.load_config(config_path)))
+        return deepcopy(self._reader.load_config(config_path))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)

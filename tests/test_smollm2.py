@@ -69,6 +69,7 @@ def weights_are_rotated_once() -> Iterator[None]:
     def remembered(module: nn.Linear | nn.Embedding, reads, writes, bias_alone=False) -> None:
         if bias_alone:
             return rotate(module, reads, writes, bias_alone)
+        assert getattr(module, "bias", None) is None  # which is not remembered
         before = module.weight.data
         key = before.shape, before.dtype, *before[0, :4].tolist(), *before[-1, -4:].tolist()
         if key in known and all(map(same, known[key], (before, reads, writes))):

@@ -122,7 +122,7 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--folder", type=Path, help="where the checkpoint lies meanwhile")
     memory.set_defaults(run=_memory, repeatable=True)
     estimates = commands.add_parser("estimates", help="what every recipe takes, on paper")
-    estimates.add_argument("--model", nargs="+", required=True, help="names in conf/model")
+    estimates.add_argument("--model", required=True, help="a name in conf/model")
     estimates.add_argument("--gpus", type=int, nargs="+", default=[1, 4, 8], help="processes")
     estimates.add_argument("--out", type=Path, help="where the record goes")
     estimates.set_defaults(run=_estimates, device="cpu", repeatable=True)

@@ -1,19 +1,20 @@
-"""What experiments take of models that need not be there, on GPUs that need not be there either.
+"""What experiments take of a model that need not be there, on GPUs that need not be there either.
 
 Each recipe is one of conf/method, on W4A4KV4, whose original and integer network are measured on
 windows of one text. Nothing is loaded and nothing runs: all of it is what a run says before its
 first stage, and a floor. Names of the metrics, where <way> is whole, or offload for layers that
 come one by one, and stages have their names in the cache:
 
-bytes/<model>/<recipe>/<GPUs>/<way>/<stage>/device   of one process, the most at once
-…/host, …/moved                                      the same of the host's memory; of networks on
-                                                     their way to the device, all in all
-bytes/<model>/<recipe>/<GPUs>/<way>/disk             that all stages write to the cache
-speed/<model>/<recipe>/<GPUs>/<way>/<stage>          seconds, at the rates of `RATES`
+bytes/<recipe>/<GPUs>/<way>/<stage>/device   of one process, the most at once
+…/host, …/moved                              the same of the host's memory; of networks and states
+                                             on their way to the device, all in all
+bytes/<recipe>/<GPUs>/<way>/disk             that all stages write to the cache
+speed/<recipe>/<GPUs>/<way>/<stage>          seconds, at the rates of `RATES`
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -61,32 +62,29 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The part of metrics' names that tells it from others."""
-        return f"{self.model}/{self.recipe}/{self.gpus}/{self.way}"
+        """The part of metrics' names that tells it from others of its model."""
+        return f"{self.recipe}/{self.gpus}/{self.way}"
 
 
 def bench_estimates(
-    models: Sequence[str],
+    model: str,
     gpus: Sequence[int],
     windows: int = 166,
     recipes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the record of recipes, all unless some are named, on every model.
+    """Return the record of recipes, all unless some are named, on a model of conf/model.
 
     windows: of 2048 tokens of the evaluation text; Llama-2's tokenizer makes 166 of WikiText-2.
     """
     names = list(RECIPES if recipes is None else recipes)
-    about = {"models": list(models), "gpus": list(gpus), "windows": windows, "recipes": names}
-    results = Results("bench/estimates", {**about, "rates": RATES}, None)
-    for model in models:
-        shape = None
-        for recipe in names:
-            for way in WAYS:
-                config = experiment(Case(model, recipe, 1, way), windows)
-                shape = shape_of(config) if shape is None else shape
-                for count in gpus:
-                    case = Case(model, recipe, count, way)
-                    results.add(dict(estimated(case, job_of(case, config, shape))))
+    about = {"model": model, "gpus": list(gpus), "windows": windows, "recipes": names}
+    results, shape = Results(f"bench/estimates/{model}", {**about, "rates": RATES}, None), None
+    for recipe, way in product(names, WAYS):
+        config = experiment(Case(model, recipe, 1, way), windows)
+        shape = shape_of(config) if shape is None else shape
+        for count in gpus:
+            case = Case(model, recipe, count, way)
+            results.add(dict(estimated(case, job_of(case, config, shape))))
     return results.record()
 
 

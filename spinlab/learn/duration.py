@@ -7,13 +7,12 @@ import torch
 from spinlab.device import float32_products_for
 from spinlab.learn.estimate import Estimate
 from spinlab.machine import gib, memory_for
-from spinlab.speed import TINY, duration, product_rate
+from spinlab.speed import TINY, WORTH_TELLING, duration, product_rate
 
 log = logging.getLogger(__name__)
 
 _EFFICIENCY = {"cpu": 0.6, "cuda": 0.5}  # of a run's products, in those of the probe
 _PROBE_ROWS = {"cpu": 256, "cuda": 8192}
-_WORTH_TELLING = 5  # seconds
 
 
 def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None:
@@ -23,7 +22,7 @@ def announce(estimate: Estimate, checkpoint: bool, device: torch.device) -> None
     log.info(
         "%-12s %s%s of %s GiB (weights %s, activations %s%s, rest %s)",
         "learn",
-        f"about {duration(seconds)} and " if seconds >= _WORTH_TELLING else "",
+        f"about {duration(seconds)} and " if seconds >= WORTH_TELLING else "",
         gib(estimate.bytes(checkpoint)),
         gib(memory_for(device)),
         gib(estimate.weights),

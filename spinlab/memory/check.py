@@ -13,11 +13,9 @@ from spinlab.memory.disk import check_disks, writes
 from spinlab.memory.job import Job, Need
 from spinlab.memory.needs import needs
 from spinlab.memory.work import works
-from spinlab.speed import MOVED, TINY, duration, rate_of
+from spinlab.speed import MOVED, TINY, WORTH_TELLING, duration, rate_of
 
 log = logging.getLogger(__name__)
-
-_WORTH_TELLING = 5  # seconds
 
 
 def check_memory(job: Job) -> None:
@@ -62,7 +60,7 @@ def _time(job: Job) -> str:
         return ""
     rates = {kind: rate_of(kind, job.device) for kind in counts}
     taken = [work.seconds(rates) for work in found]
-    if sum(taken) < _WORTH_TELLING:
+    if sum(taken) < WORTH_TELLING:
         return ""
     longest, measured = found[taken.index(max(taken))].stage, job.config.eval
     asked = measured.tasks and job.has(*(f"eval-{name}" for name in measured.task_variants))

@@ -40,7 +40,7 @@ class Job:
 
     shape: the original on the meta device. remaining: the stages that are not in the cache, by
     their names there; those that are take nothing. processes: that work together. words: of each
-    evaluation text, if they are known: a tokenizer makes a token of a word at most. transformed:
+    evaluation text, if they are known, each of which is taken to be a token or more. transformed:
     the model has its rotations in its weights.
     """
 

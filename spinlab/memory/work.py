@@ -122,8 +122,8 @@ def _of_variant(job: Job, variant: str) -> Iterator[Work]:
     """A network of integers is assembled for its gate, for what is measured, and for its layers."""
     made, levels = Operations(), ""
     if variant != "fp":
-        levels = "float32" if variant == "fake" else INT8
-        levels = INT8 if job.device.type == "cuda" else levels
+        # on a GPU `fake` multiplies levels too, as whole numbers in torch
+        levels = INT8 if variant == "integer" or job.device.type == "cuda" else "float32"
         made = fusing(job, replaced=True) if variant != "rtn" else made
     if job.has(f"handoff-{variant}"):
         run = passing(job, GATE_TOKENS, GATE_TOKENS, "float64")

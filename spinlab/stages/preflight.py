@@ -62,8 +62,15 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
             pipeline.run.device,
         )
     words = [len(text.text.split()) for text in pipeline.texts[1]]
-    parts = pipeline.config, pipeline.original.shape, pipeline.run.device, left
-    check_memory(Job(*parts, words=words, transformed=pipeline.given.transformed))
+    job = Job(
+        pipeline.config,
+        pipeline.original.shape,
+        pipeline.run.device,
+        left,
+        words=words,
+        transformed=pipeline.given.transformed,
+    )
+    check_memory(job)
     _ = pipeline.original.identity
     if pipeline.config.eval.scored:
         check_tokenizer(pipeline.original.tokenizer)

@@ -18,33 +18,33 @@ GATE = 4 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32000 * 4096)  # of a 7B
 
 @pytest.fixture(scope="module")
 def record():
-    return bench_estimates(["llama2_7b"], [1, 4], windows=3, recipes=["quarot", "learned_blocks"])
+    return bench_estimates("llama2_7b", [1, 4], windows=3, recipes=["quarot", "learned_blocks"])
 
 
 def test_a_record_has_every_stage_of_every_case(record):
     metrics = record["metrics"]
     for gpus in (1, 4):
         for way in estimates.WAYS:
-            about = f"llama2_7b/quarot/{gpus}/{way}"
+            about = f"quarot/{gpus}/{way}"
             for stage in ("rotate", "weights", "eval-fp", "eval-integer", "outliers"):
                 assert metrics[f"bytes/{about}/{stage}/device"] > 0
                 assert metrics[f"speed/{about}/{stage}"] > 0
             assert metrics[f"bytes/{about}/disk"] > 0
-    whole, parts = (
-        metrics[f"bytes/llama2_7b/quarot/1/{way}/rotate/device"] for way in estimates.WAYS
-    )
+    whole, parts = (metrics[f"bytes/quarot/1/{way}/rotate/device"] for way in estimates.WAYS)
     assert whole == pytest.approx(GATE, rel=0.1) and parts < 0.15 * whole
-    assert record["config"]["rates"] == RATES and record["experiment"] == "bench/estimates"
+    assert (
+        record["config"]["rates"] == RATES and record["experiment"] == "bench/estimates/llama2_7b"
+    )
 
 
 def test_learning_is_not_offloaded_and_windows_are_shared_out(record):
     metrics = record["metrics"]
-    learn = [metrics[f"bytes/llama2_7b/learned_blocks/1/{way}/learn/device"]
+    learn = [metrics[f"bytes/learned_blocks/1/{way}/learn/device"]
              for way in estimates.WAYS]  # fmt: skip
     assert learn[0] == learn[1] > 40 * 2**30
-    one, four = (metrics[f"speed/llama2_7b/quarot/{n}/whole/weights"] for n in (1, 4))
+    one, four = (metrics[f"speed/quarot/{n}/whole/weights"] for n in (1, 4))
     assert one / 4 < four < one / 2  # factors and sweeps are every process's own
-    alone = [metrics[f"speed/llama2_7b/quarot/{n}/whole/rotate"] for n in (1, 4)]
+    alone = [metrics[f"speed/quarot/{n}/whole/rotate"] for n in (1, 4)]
     assert alone[0] == alone[1]
 
 
@@ -65,7 +65,7 @@ def test_the_command_leaves_a_record(tmp_path, monkeypatch, capsys):
     out = tmp_path / "estimates.json"
     main(["estimates", "--model", "llama2_7b", "--gpus", "2", "--out", str(out)])
     found = json.loads(out.read_text())
-    assert found["metrics"]["bytes/llama2_7b/duquant/2/offload/statistics/host"] > 0
+    assert found["metrics"]["bytes/duquant/2/offload/statistics/host"] > 0
     with pytest.raises(SystemExit):
         main(["estimates", "--model", "llama2_8b", "--out", str(out)])
     assert "llama2_8b" in capsys.readouterr().err

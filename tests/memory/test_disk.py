@@ -23,7 +23,10 @@ def test_files_have_the_bytes_that_were_estimated(tmp_path):
     write_checkpoint(shape_of(SETTING), torch.float32, tmp_path, CPU)
     made = experiment(SETTING, CPU, tmp_path)
     rotation = RotationConfig(
-        **{"r1": "duquant", "r2": "duquant", "r3": "hadamard", "r4": "hadamard"},
+        r1="duquant",
+        r2="duquant",
+        r3="hadamard",
+        r4="hadamard",
         statistics=StatisticsConfig(samples=8, sequence_length=64),
     )
     config = replace(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spinlab.bench.estimates import Case, bench_estimates
+from spinlab.bench.estimates import RECIPES, bench_estimates
 from spinlab.bench.memory import Setting, estimates_of, experiment, job_of
 from spinlab.compose import composed
 from spinlab.learn import estimate_of
@@ -61,10 +61,14 @@ def test_estimates_of_learning_lie_above_what_it_held(name, processes, again, ab
     assert held < said < above * held
 
 
-def test_the_record_of_estimates_is_what_is_estimated_today():
-    """python -m spinlab.bench estimates makes it anew, of 235B in two minutes."""
-    record = json.loads((BENCH / "estimates.json").read_text(encoding="utf-8"))
-    recipes, windows = ["quarot", "learned_blocks"], record["config"]["windows"]
-    found = bench_estimates(["llama2_70b"], [8], windows, recipes)["metrics"]
-    kept = {name: record["metrics"][name] for name in found}
-    assert found == kept and f"bytes/{Case('llama2_70b', 'quarot', 8, 'whole').name}/disk" in kept
+# of each recipe one number of GPUs; a mixture's shape takes ten seconds to make
+TODAY = [("llama2_70b", name, gpus) for name, gpus in zip(RECIPES, 3 * (1, 4, 8), strict=False)]
+TODAY.append(("qwen3_235b_a22b", "quarot_gptaq", 8))
+
+
+@pytest.mark.parametrize(("model", "recipe", "gpus"), TODAY)
+def test_records_of_estimates_are_what_is_estimated_today(model, recipe, gpus):
+    """`python -m spinlab.bench estimates` makes them anew in two minutes."""
+    record = json.loads((BENCH / f"estimates_{model}.json").read_text(encoding="utf-8"))
+    found = bench_estimates(model, [gpus], record["config"]["windows"], [recipe])["metrics"]
+    assert found and found == {name: record["metrics"][name] for name in found}

@@ -150,7 +150,7 @@ def test_integers_are_no_weights(folder, change_tensors):
     assert f"{QUERY} holds I8 numbers" in refusal(folder)
 
 
-# in one file and in many: every two of a case meet
+# in one file and in many: every two of family, tie and size meet
 SAVED = [
     (family, tied, ("1GB", "30KB")[(place + tied) % 2])
     for place, family in enumerate(sorted(FAMILIES))

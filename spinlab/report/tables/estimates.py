@@ -12,8 +12,8 @@ from spinlab.speed import duration
 Metrics = Mapping[str, float]
 
 
-def estimates_table(file: Path, model: str, way: str, recipe: str = "") -> str:
-    """Return a table of every recipe on a model, or of the stages of one.
+def estimates_table(file: Path, way: str, recipe: str = "") -> str:
+    """Return a table of every recipe on a record's model, or of the stages of one.
 
     way: whole, or offload for layers that come one by one. A recipe's row names the stages that
     take most of a device and of the host; what comes to a GPU is one process's, of one alone.
@@ -25,10 +25,10 @@ def estimates_table(file: Path, model: str, way: str, recipe: str = "") -> str:
     if not gpus:
         raise InputError(f"{file} is no record of what recipes take on paper")
     names: list[str] = [recipe] if recipe else config.get("recipes", [])
-    places = {name: [f"{model}/{name}/{count}/{way}" for count in gpus] for name in names}
+    places = {name: [f"{name}/{count}/{way}" for count in gpus] for name in names}
     for name, (first, *_) in places.items():
         if not _stages(metrics, f"speed/{first}/"):
-            raise InputError(f"{file} has no estimates of {name} on {model} ({way})")
+            raise InputError(f"{file} has no estimates of {name} ({way})")
     if recipe:
         stages = _stages(metrics, f"speed/{places[recipe][0]}/")
         rows = [

@@ -99,7 +99,7 @@ CASES = {
 
 
 SIDES = [("grid", "grid"), ("levels", "levels"), ("levels", "grid"), ("grid", "levels")]
-# every two of a case meet
+# every two of case, sides and dtype meet
 ATTENDED = [
     pytest.param(name, sides, dtype, id=f"{name}-{'-'.join(sides)}-{dtype}")
     for i, name in enumerate(CASES)
