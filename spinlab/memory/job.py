@@ -165,13 +165,20 @@ class Job:
         of_layer = self.layer * size + beside[0] + self.r1 * (not replaced)
         return max(of_layer, 2 * self.end * size + beside[1] + self.r1)
 
-    def loaded(self, size: int) -> int:
-        """Bytes of the host's memory that a part takes on its way to another device.
+    @cached_property
+    def passing(self) -> int:
+        """Bytes of the host's memory that a layer takes on its way to another device.
 
-        What has 16 bits is moved from where it lies in its file, whose pages the system takes back.
+        It is moved from where it lies in its file, whose pages the system takes back, and widened
+        there. Experts that lie apart in it are stacked, gates and ups apart and then together.
         """
-        moves = self.offload and self.device.type != "cpu" and size > HALF
-        return self.part * size * moves
+        if not self.offload or self.device.type == "cpu":
+            return 0
+        found: dict[int, int] = {}
+        for site in self.map.sites:
+            if site.expert is not None:
+                found[site.layer] = found.get(site.layer, 0) + site.numbers
+        return HALF * max(found.values(), default=0) * 5 // 3
 
     @cached_property
     def unpacked(self) -> int:

@@ -38,6 +38,7 @@ def needs(job: Job) -> list[Need]:
         found += measuring(job, variant)
     if job.has("outliers"):
         found.append(outliers(job))
+    found = [replace(need, host=need.host + job.passing * (need.name != "learn")) for need in found]
     found = [*_loading(job), *found] if found else []
     return [replace(need, device=need.device + _workspace(job, need)) for need in found]
 
@@ -50,7 +51,7 @@ def _workspace(job: Job, need: Need) -> int:
 def _loading(job: Job) -> Iterator[Need]:
     """Converting dequantizes a whole GGUF file; random weights are drawn in float32.
 
-    With offload the host holds no more than a part on its way to the device.
+    With offload the host holds no more than a layer's experts on their way to the device.
     """
     model = job.config.model
     if model.weights == "random":
@@ -63,8 +64,8 @@ def _loading(job: Job) -> Iterator[Need]:
         read = job.numbers * FLOAT32
         yield Need("converting the GGUF file", read, 0, f"a smaller model or {MORE}", "model")
     if job.device.type != "cpu":  # read by the host, then moved
-        numbers = job.part if job.offload else job.numbers
-        yield Need("loading the model", numbers * job.gate_size, 0, job.cure(), "load")
+        host = job.passing if job.offload else job.numbers * job.gate_size
+        yield Need("loading the model", host, 0, job.cure(), "load")
 
 
 def _statistics(job: Job) -> Iterator[Need]:
@@ -105,7 +106,7 @@ def _rotating(job: Job) -> Need:
     kept = GATE_TOKENS * job.end // job.dimensions.hidden * job.gate_size
     need = job.made(job.gate_size) + kept
     name = f"the gate of the rotated model, in float{8 * job.gate_size},"
-    host = job.loaded(job.gate_size) + job.r1 if job.offload else 0
+    host = job.r1 if job.offload else 0
     return Need(name, host, need, f"a smaller model or {MORE}", "rotate")
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,8 @@ from spinlab.model.modules import map_of, norm_at, prepare
 from spinlab.model.random import architecture_of, random_model
 from spinlab.model.settings import on_meta, ours
 from spinlab.model.whole import check_numbers, check_report, check_tied
+
+_LOOKED_UP = 1000  # tokens of a vocabulary, as far apart as they are many
 
 
 def check_model(config: ModelConfig) -> None:
@@ -144,9 +147,16 @@ def _described(config: ModelConfig, converted: Path | None) -> PreTrainedConfig:
     return checkpoint_of(config, converted).config
 
 
-def prepared(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Bring a stock model to what its map names, the numbers to a dtype, and freeze them."""
+def prepared(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Bring a stock model to what its map names, the numbers to a dtype, and freeze them.
+
+    device: where it goes before its numbers are widened, if anywhere.
+    """
     prepare(model)
+    if device is not None:
+        nn.Module.to(model, device)
     if dtype == torch.float64:
         exact_norms(model)
     return cast_model(model, dtype).eval().requires_grad_(False)
@@ -204,8 +214,9 @@ class ExactNorm(nn.RMSNorm):
 def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; random models read bytes.
 
-    Raises InputError for one that cannot be read, or has more tokens than the model knows. Tokens
-    that were added to it (transformers adds some by itself) may lie beyond, until a text has one.
+    Raises InputError for one that cannot be read, has more tokens than the model knows, or does not
+    use its words. Tokens that were added to it (transformers adds some by itself) may lie beyond,
+    until a text has one.
     """
     if config.weights == "random":
         tokenizer, place = byte_tokenizer(), "model.architecture"
@@ -221,7 +232,25 @@ def load_tokenizer(config: ModelConfig, converted: Path | None) -> PreTrainedTok
             f"{place}: its tokenizer's last token is {last} and vocab_size={rows}: take the "
             "tokenizer that the model was trained with, or a larger vocab_size for random weights"
         )
+    _check_words(tokenizer, place)
     return tokenizer
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Raise InputError where words that are tokens are cut into letters, as where merges are lost.
+
+    Such a model still gives numbers, of a text that it has never seen the like of.
+    """
+    every = max(len(tokenizer) // _LOOKED_UP, 1)
+    tokens = (cast(str, tokenizer.decode(n)).strip() for n in range(0, len(tokenizer), every))
+    words = [word for word in tokens if len(word) > 2 and word.isascii() and word.isalpha()]
+    cut = [word for word in words if len(tokenizer.tokenize(word)) >= len(word)]
+    if len(cut) > len(words) // 2:
+        raise InputError(
+            f"{place}: its tokenizer, as transformers {transformers.__version__} reads it, cuts "
+            f"words into letters ({', '.join(cut[:3])} are tokens of their own): use a later "
+            "version of transformers, or a folder with the tokenizer's own files"
+        )
 
 
 def file_dtype(config: ModelConfig, converted: Path | None) -> torch.dtype:

@@ -77,13 +77,13 @@ class Parts:
             _take_ends(model)
         make_rope(model, torch.device("cpu"))
         self._read(model, layer)
-        model = prepared(model, self._dtype)
+        model = prepared(model, self._dtype, device)
         self._add_passages(model)
         if layer is None:
             with suppress(OSError):  # a folder that says nothing of it
                 found = GenerationConfig.from_pretrained(self._checkpoint.folder)
                 model.generation_config = found
-        return cast(PreTrainedModel, nn.Module.to(model, device))
+        return model
 
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
@@ -131,15 +131,18 @@ class Parts:
     def _read(self, model: PreTrainedModel, layer: int | None) -> None:
         """Fill a part with the numbers of its tensors, by transformers' own rules of loading."""
         names = [name for name in self._places if self._layer_of(name) == layer]
-        settings = LoadStateDictConfig(
-            dtype=self._dtype, weight_mapping=cast(Any, get_model_conversion_mapping(model))
-        )
         with ExitStack() as open_files:
             files = {
                 file: open_files.enter_context(safe_open(file, framework="pt"))
                 for file in {self._places[name] for name in names}
             }
             slices = {name: files[self._places[name]].get_slice(name) for name in names}
+            dtype = _narrowest({stored.get_dtype() for stored in slices.values()}, self._dtype)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            settings = LoadStateDictConfig(
+                dtype=dtype, weight_mapping=cast(Any, get_model_conversion_mapping(model))
+            )
             report, _ = convert_and_load_state_dict_in_model(model, slices, settings)
         model._adjust_missing_and_unexpected_keys(report)  # what loading a whole model ignores
         embedding, head = ends_of(model)
@@ -160,6 +163,16 @@ class Parts:
         *_, layers, _ = self._map.layers[0].path.split(".")
         found = re.search(rf"(?:^|\.){layers}\.(\d+)\.", name)
         return None if found is None else int(found[1])
+
+
+def _narrowest(stored: set[str], dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a part is read in: that of all its tensors in the files, if narrower.
+
+    Then the device widens it, and the host never holds it in more bytes than the files.
+    """
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    found = {halves.get(name, dtype) for name in stored}
+    return found.pop() if len(found) == 1 and dtype.itemsize > 2 else dtype
 
 
 def _take_ends(model: PreTrainedModel) -> None:

@@ -117,8 +117,7 @@ def test_needs_of_layers_that_come_one_by_one_do_not_grow_with_their_number():
             r1, kept = 8 * hidden**2, 256 * 32000 * 4
             fused = max(2 * end * 4 + 16 * end, (layer + norms) * 4 + 16 * hidden * inner)
             gate = found["the gate of the rotated model, in float32,"]
-            loaded = 4 * max(2 * end, layer + norms)  # as float32 it is not in the file
-            assert gate == [loaded + r1, fused + r1 + kept + PRODUCTS]
+            assert gate == [r1, fused + r1 + kept + PRODUCTS]  # layers come from their files
             states = 128 * 2048 * 2 * hidden * 2
             stays = (2 * end + layer + norms) * 2 + 2 * (layer - hidden * inner)
             packed = layers * layer // 2 + 3 * hidden * inner + 128 * 2048 * 8
@@ -230,6 +229,17 @@ def test_needs_of_a_mixture_count_all_experts_and_one_hessian():
     twice = 2 * (layer - 4096 * 2048)  # of one layer, but for its largest linear
     states = 2 * windows + 2048**2 * 24
     assert beside.device == pytest.approx(2 * whole + twice + states, rel=0.01)
+
+
+def test_experts_of_a_layer_are_stacked_on_their_way_to_a_device():
+    """As `spinlab.model.parts` reads them: gates, ups and downs, then gates and ups together."""
+    gate = "the gate of the rotated model, in float32,"
+    experts, r1 = 128 * 3 * 2048 * 768, 8 * 2048**2
+    words = [LLAMA[0], LLAMA[2], "model=qwen3_30b_a3b", "model.path=x", "runtime.offload=true"]
+    config, shape = composed(*words), shape_of(composed(*LLAMA, "model=qwen3_30b_a3b").model)
+    for device, stacked in ((GPU, 2 * (experts + 2 * experts // 3)), (CPU, 0)):
+        (found,) = (n for n in needs(Job(config, shape, device, {"rotate"})) if n.stage == gate)
+        assert found.host == stacked + r1
 
 
 def test_each_of_several_processes_has_the_whole_network_before_it_is_shared_out():

@@ -170,6 +170,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
         load_tokenizer(local(folder), None)
 
 
+def test_a_tokenizer_that_lost_its_merges_is_refused(folder):
+    """As a version of transformers reads those of some packaged files: letter by letter."""
+    vocabulary = {token: n for n, token in enumerate(["t", "h", "e", "i", "th", "the", "hit"])}
+    merges = [("t", "h"), ("th", "e"), ("h", "it"), ("i", "t")]
+    vocabulary["it"] = len(vocabulary)
+    for kept in (merges, []):
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=kept))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        if kept:
+            assert load_tokenizer(local(folder), None).tokenize("thehit") == ["the", "hit"]
+            continue
+        with pytest.raises(InputError, match=r"cuts words into letters \(the, hit are tokens"):
+            load_tokenizer(local(folder), None)
+
+
 def test_a_vocabulary_larger_than_the_tokenizer_is_usual(tmp_path, save_checkpoint):
     save_checkpoint(tmp_path, vocab_size=320)
     assert len(load_tokenizer(local(tmp_path), None)) == 256

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from spinlab.config import ModelConfig
 from spinlab.errors import InputError
 from spinlab.model.families import FAMILIES
-from spinlab.model.load import load_model
+from spinlab.model.load import load_model, prepared
 from spinlab.model.modules import map_of
 from spinlab.model.parts import Parts
 
@@ -60,3 +60,31 @@ def test_frequencies_that_old_files_hold_are_ignored(tmp_path, save_checkpoint):
     name = "model.layers.0.mlp.up_proj.weight"
     expected = load_model(config, None, 0).state_dict()[name]
     assert torch.equal(part.state_dict()[name], expected)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layers_are_widened_behind_their_way_to_a_device(
+    tmp_path, save_checkpoint, monkeypatch, mixed
+):
+    """Unless some of their numbers are wider in the files, which would be rounded."""
+    save_checkpoint(tmp_path, model_type="qwen3_moe", dtype=torch.bfloat16, **OWN["qwen3_moe"])
+    (file,) = tmp_path.glob("*.safetensors")
+    stored = load_file(file)
+    if mixed:
+        router = "model.layers.0.mlp.gate.weight"
+        stored[router] = stored[router].float() + 1e-6
+        save_file(stored, file, {"format": "pt"})
+    config, read = ModelConfig(path=str(tmp_path), dtype="float32"), []
+
+    def seen(model, dtype, device):
+        read.append({p.dtype for n, p in model.named_parameters() if ".layers." in n})
+        return prepared(model, dtype, device)
+
+    expected = dict(load_model(config, None, 0).state_dict())
+    monkeypatch.setattr("spinlab.model.parts.prepared", seen)
+    found = dict(Parts(config, None).part(0, CPU).state_dict())
+    assert read == [{torch.float32 if mixed else torch.bfloat16}]
+    layer = {name for name in expected if ".layers.0." in name}
+    assert layer <= found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in layer)
+    assert {found[name].dtype for name in layer} == {torch.float32}

@@ -238,13 +238,15 @@ def alone(layer: nn.Module, linear: nn.Module) -> Iterator[None]:
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    """Return a linear around a copy of a weight (out, in) without drawing one of its own."""
+    """Return a linear around a weight (out, in) without drawing one of its own.
+
+    Rows that lie together stay where they are: a copy would be there beside a whole layer's.
+    """
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)  # its own draws, on "meta" too: most of what many experts took
     linear.out_features, linear.in_features = weight.shape
     for name, tensor in (("weight", weight), ("bias", bias)):
-        copied = tensor if tensor is None else tensor.clone(memory_format=torch.contiguous_format)
-        linear.register_parameter(name, copied if copied is None else _frozen(copied))
+        linear.register_parameter(name, None if tensor is None else _frozen(tensor.contiguous()))
     return linear
 
 
