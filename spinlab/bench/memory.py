@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from spinlab.bench.clock import now
 from spinlab.bench.models import DTYPES, SHAPES
@@ -167,7 +168,8 @@ def write_checkpoint(
 ) -> int:
     """Write a sharded checkpoint of random weights, a layer at a time; return its bytes.
 
-    Gains of norms are 1, other numbers have a deviation of 0.02. They are drawn on the device.
+    Gains of norms are 1, other numbers have a deviation of 0.02. They are drawn on the device, and
+    lie in files as transformers saves them: experts apart.
     """
     config = config_from("shape.", shape)
     model = on_meta(config)
@@ -184,9 +186,9 @@ def write_checkpoint(
                 drawn.fill_(1) if like.dim() == 1 else drawn.normal_(0, 0.02, generator=generator)
             )
             tensors[name] = drawn.cpu()
-        file = f"model-{number:05d}.safetensors"
+        file, tensors = f"model-{number:05d}.safetensors", revert_weight_conversion(model, tensors)
         save_file(tensors, folder / file, {"format": "pt"})
-        placed |= dict.fromkeys(names, file)
+        placed |= dict.fromkeys(tensors, file)
         size += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": placed}
     write_json(folder / "model.safetensors.index.json", index)

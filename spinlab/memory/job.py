@@ -117,9 +117,8 @@ class Job:
 
     @cached_property
     def before_last(self) -> int:
-        """Numbers of the first layer's linears, but for the largest."""
-        numbers = [site.numbers for site in self.map.sites if site.layer == 0]
-        return sum(numbers) - max(numbers)
+        """Numbers of the first layer's linears, but for the last one."""
+        return sum([site.numbers for site in self.map.sites if site.layer == 0][:-1])
 
     @cached_property
     def fusing(self) -> int:

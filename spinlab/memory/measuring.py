@@ -96,10 +96,13 @@ def _of_token(job: Job) -> int:
     """Return the bytes of a token on its way through a layer.
 
     In its MLP there are gate, up and their product; the norm's output, what attention left, what
-    the layer was given, and what the embedding gave.
+    the layer was given, and what the embedding gave. Attention has queries, keys and values of all
+    heads, what it gives in two orders, and the same of the stream but for what it will leave.
     """
     d = job.dimensions
-    return (3 * d.intermediate + 4 * d.hidden) * job.size
+    return (
+        max(3 * d.intermediate + 4 * d.hidden, 5 * d.heads * d.head_dim + 3 * d.hidden) * job.size
+    )
 
 
 def _kept(job: Job, variant: str) -> int:

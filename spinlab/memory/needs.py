@@ -142,15 +142,15 @@ def _calibrating(job: Job) -> Iterator[Need]:
     """All windows are there at one layer, twice where the original's are beside them.
 
     Methods that go by columns hold a Hessian twice in float64 while it is factored: o_proj's beside
-    what it reads of all windows, the widest beside what o_proj gave and what is kept of what
-    down_proj reads; with the original beside it, H and D themselves, and the weights of a layer
-    that are rounded already.
+    what it reads of all windows, the widest beside what o_proj gave, what is kept of what down_proj
+    reads, and with offload the levels of the layer so far; with the original beside it, H and D
+    themselves, and the weights of a layer that are rounded already.
     """
     config, d = job.config.weights, job.dimensions
     method, windows, name = METHODS[config.method], config.windows, method_title(config.method)
-    weights = job.untied * job.size
-    if job.offload:  # the ends stay; of the layer the levels so far
-        weights = (2 * job.end + job.layer) * job.size + LEVEL * job.before_last
+    weights, levels = job.untied * job.size, 0
+    if job.offload:  # the ends stay
+        weights, levels = (2 * job.end + job.layer) * job.size, LEVEL * job.before_last
     assert windows is not None
     yield Need(name, 0, job.made(job.size), job.cure(), "weights")
     length = windows.sequence_length
@@ -159,18 +159,18 @@ def _calibrating(job: Job) -> Iterator[Need]:
     state = samples * length * job.size * streams  # of a number of each token
     batch = min(samples, batch_of(job.device, length))
     gated = batch * length * d.intermediate * job.size
-    work = state * d.hidden + 2 * gated
+    work = state * d.hidden + levels + 2 * gated
     if config.by_columns:
         of_number = 2 * FLOAT64 + (streams * FLOAT32 if method.reads_inputs else 0)
         attended = max(i.width for i in job.map.inputs if i.reads == "R2")
-        widest = max(i.width for i in job.map.inputs)  # the stream's, where experts are narrow
+        widest = max(i.width for i in job.map.inputs if i.reads != "R2")  # experts may be narrow
         kept = 0
         if any(layer.mlp for layer in job.map.layers):  # whole batches
             kept = min(-(-samples // batch), GATED_BYTES // gated) * gated * streams
         work = state * d.hidden + max(
-            2 * gated,
-            state * attended + of_number * attended**2,
-            state * d.hidden + kept + of_number * widest**2,
+            levels + 2 * gated,
+            state * attended + of_number * attended**2,  # next to nothing is rounded yet
+            levels + state * d.hidden + kept + of_number * widest**2,
         )
         weights += (streams - 1) * job.before_last * job.size
     looked_at = job.taken_out if job.offload else 0  # one after the other, for its scale

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from spinlab.bench import models
@@ -62,6 +63,8 @@ def test_a_mixture_of_conf_has_a_checkpoint_whose_layers_come_one_by_one(tmp_pat
     size = write_checkpoint(shape_of(setting), torch.float32, tmp_path, CPU)
     layer = 48 * (2 * 4 + 2 * 4) * 12 + 4 * 48 + 4 * 3 * 48 * 32 + 2 * 48 + 2 * 12
     assert size == 4 * (2 * 300 * 48 + 2 * layer + 48)
+    with safe_open(tmp_path / "model-00002.safetensors", framework="pt") as file:
+        assert "model.layers.1.mlp.experts.3.up_proj.weight" in file.keys()  # noqa: SIM118
     config = experiment(setting, CPU, tmp_path)
     (there,) = layers_of(Parts(config.model, None).part(1, CPU))
     assert sum(p.numel() for p in there.parameters()) == layer
