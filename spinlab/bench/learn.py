@@ -15,10 +15,12 @@ from spinlab.learn import (
     RotationLearner,
     choose_checkpoint,
     estimate_of,
+    is_sharded,
     recompute_layers,
-    shard_layers,
+    sharded,
 )
 from spinlab.model.modules import map_of
+from spinlab.model.network import Resident
 from spinlab.networks.rotated import RotatedNetworks
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.rotations import RotationSet
@@ -47,13 +49,12 @@ def bench_learn(
     Seconds are those of all steps, as the loop takes them; a step's is the median.
     """
     learn = config.learn
+    shape = random_llama(name, layers, torch.device("meta"))
+    expected = estimate_of(shape, learn, config.quant, parallel.world(), device)
+    checkpoint = choose_checkpoint(expected, learn, device)
     learner = _learner(name, config, layers, device)
-    expected = estimate_of(learner.model, learn, learner.quant, parallel.world())
-    if checkpoint := choose_checkpoint(expected, learn, device):
+    if checkpoint:
         recompute_layers(learner.model)
-    sharded = parallel.world() > 1 and not learn.rounds(learner.quant)
-    if sharded:
-        shard_layers(learner.model)
     count = (learn.steps + _WARM_UP + 1) * learn.batch
     generator = torch.Generator().manual_seed(0)
     vocabulary = learner.model.config.vocab_size
@@ -64,8 +65,8 @@ def bench_learn(
     shares = _shares(learner, batches[-1])
     seconds, losses = _timed(learner, batches[: learn.steps], device)
     metrics = _metrics(learner, seconds, device) | shares | {"learn/last_loss": losses[-1]}
-    settings = {"model": name, "layers": learner.model.config.num_hidden_layers, "sharded": sharded}
-    settings |= {"checkpoint": checkpoint}
+    settings = {"model": name, "layers": learner.model.config.num_hidden_layers}
+    settings |= {"sharded": is_sharded(learner.model), "checkpoint": checkpoint}
     settings |= {"dtype": str(learner.model.dtype).removeprefix("torch."), "device": device.type}
     return {
         "schema": SCHEMA,
@@ -99,6 +100,8 @@ def _learner(
         statistics = gather_statistics(folded, window, rotation.searches)
     start = initial_rotations(rotation, map_of(model), generator, statistics, device)
     network = networks.learnable(start, inputs="inputs" in learn.rotations)
+    if parallel.world() > 1 and not learn.rounds(quant):
+        network = sharded(Resident(lambda: network), map_of(network), learn.dtype)
     needs = learn.objective.needs_teacher and learn.quantize_weights
     teacher = original() if needs else None
     return RotationLearner(network, start, learn, quant, ClipSearch(), teacher)

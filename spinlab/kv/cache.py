@@ -5,6 +5,7 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 `store` off, so the two paths cannot differ.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from spinlab.model.attention import attend, needs_plain
 from spinlab.model.modules import decoder_of, map_of
 
 ATTENTION = "spinlab_sdpa"
-# attributes of an attention module, the first of the decoder too
+# attributes of an attention module, the first and the last of the decoder too
 _KV_PATH, _KV_LAYER, _KV_MASKS = "kv_path", "kv_layer", "kv_masks"
 
 
@@ -164,12 +165,10 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.config._attn_implementation = ATTENTION
-    path = taken_apart(model, path)
+    path, masks = taken_apart(model, path), PassMasks()
+    setattr(decoder_of(model), _KV_MASKS, masks)
     set_kv_path(model, path)
     watch = RopeWatch(model) if path.biases else None
-    masks = PassMasks()
-    for attention in _attention_modules(model).values():
-        setattr(attention, _KV_MASKS, masks)
     insert = partial(_insert, len(map_of(model).layers), store, watch)
     decoder_of(model).register_forward_pre_hook(insert, with_kwargs=True)
     decoder_of(model).register_forward_hook(partial(_end_pass, masks), always_call=True)
@@ -218,10 +217,21 @@ def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
     """Change what keys, values and queries of a model go through, in place."""
     latent = map_of(model).latent
     path = replace(path, latent=0 if latent is None else latent.turned)
-    setattr(decoder_of(model), _KV_PATH, path)
+    decoder = decoder_of(model)
+    setattr(decoder, _KV_PATH, path)
     for index, attention in _attention_modules(model).items():
         setattr(attention, _KV_PATH, path)
         setattr(attention, _KV_LAYER, index)
+        setattr(attention, _KV_MASKS, getattr(decoder, _KV_MASKS))
+
+
+def join_kv(model: PreTrainedModel, paths: Sequence[KVPath]) -> None:
+    """Let a coded model have layers that were coded each in a part of its own, in place.
+
+    paths: what `kv_path_of` these parts was, in order; biases of keys are theirs.
+    """
+    biases = tuple(path.biases[layer] for layer, path in enumerate(paths) if path.biases)
+    set_kv_path(model, replace(kv_path_of(model), biases=biases))
 
 
 def kv_path_of(model: PreTrainedModel) -> KVPath:

@@ -16,6 +16,7 @@ from spinlab.device import float32_products_for
 from spinlab.learn.divergence import DivergenceCheck
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.optim import make_optimizer, rate_at
+from spinlab.learn.shards import is_sharded
 from spinlab.learn.spaces import (
     ActivationSpace,
     LearningSpace,
@@ -24,7 +25,7 @@ from spinlab.learn.spaces import (
     space_of,
 )
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
-from spinlab.model.load import cast_model, exact_norms
+from spinlab.model.load import cast_model
 from spinlab.model.modules import decoder_of, head_of, map_of, read_by_head
 from spinlab.rotation.orthogonal import orthogonality_error
 from spinlab.rotation.rotations import RotationSet
@@ -38,8 +39,9 @@ class RotationLearner:
 
     model: norms folded, R4 fused into its readers and running online, activations and the KV
     cache fake-quantized; it is overwritten. teacher: the original, for terms that compare with it;
-    without quantized weights the network itself, unquantized, serves instead. space: another
-    way to compute the same, for comparison.
+    without quantized weights the network itself, unquantized, serves instead. One that is spread
+    over processes (`spinlab.learn.shards`) has learn.dtype already. space: another way to compute
+    the same, for comparison.
     """
 
     def __init__(
@@ -52,7 +54,6 @@ class RotationLearner:
         teacher: PreTrainedModel | None = None,
         space: type[LearningSpace] | None = None,
     ) -> None:
-        exact_norms(model)  # one kernel each, where transformers' take six
         self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
         self.quant = quant
         dtype = getattr(torch, learn.dtype) if learn.dtype else model.dtype
@@ -63,7 +64,7 @@ class RotationLearner:
         ranges = start.weight_clips
         self.space = space(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
         for network in (model, teacher):  # what a space has kept stays as it was
-            if network is not None:
+            if network is not None and not is_sharded(network):
                 cast_model(network, dtype)
         groups = [
             {"params": [parameter], "lr": rate, "base_lr": rate, "name": name}

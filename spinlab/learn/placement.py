@@ -1,19 +1,16 @@
-"""Where a network under learning keeps its weights and activations, so that a run fits."""
+"""Whether a network under learning fits, and what it keeps for its backward pass."""
 
 from functools import partial
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from spinlab import parallel
 from spinlab.config import LearnConfig
 from spinlab.errors import InputError
 from spinlab.learn.estimate import Estimate
 from spinlab.machine import gib, memory_for
-from spinlab.model.modules import decoder_of, layers_of
+from spinlab.model.modules import layers_of
 
 
 def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
@@ -52,16 +49,3 @@ def recompute_layers(model: PreTrainedModel) -> None:
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-
-
-def shard_layers(model: PreTrainedModel) -> None:
-    """Spread frozen weights over all processes; a layer is gathered while it computes (FSDP2).
-
-    The head stays whole: the loss multiplies with it chunk by chunk.
-    """
-    if parallel.world() == 1:
-        return
-    mesh = init_device_mesh(model.device.type, (parallel.world(),))
-    for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(decoder_of(model), mesh=mesh)

@@ -130,6 +130,13 @@ class Job:
         """Tell whether layers come one by one."""
         return self.config.runtime.offload
 
+    @property
+    def loads_shards(self) -> bool:
+        """Tell whether processes load the network that is learned on by shards of its layers."""
+        config = self.config
+        in_files = config.model.weights != "random"
+        return self.processes > 1 and in_files and not config.learn.rounds(config.quant)
+
     @cached_property
     def layer(self) -> int:
         """Numbers of the largest layer."""

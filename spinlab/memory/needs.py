@@ -111,12 +111,13 @@ def _rotating(job: Job) -> Need:
 
 
 def _learning(job: Job) -> Need:
-    """Every process has the whole network, with or without offload, before layers are shared."""
+    """A process has the whole network, with or without offload, unless it is loaded by shards."""
     learn = job.config.learn
     length, count = learn.sequence_length, learn.steps * learn.batch
     found = estimate_of(job.shape, learn, job.config.quant, job.processes, job.device)
     least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
-    least = max(least, job.untied * job.size)
+    if not job.loads_shards:
+        least = max(least, job.untied * job.size)
     windows = count * length * INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]
     if windows > least:

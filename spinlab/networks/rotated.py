@@ -9,6 +9,7 @@ from spinlab.config import KVConfig, QuantConfig
 from spinlab.fakequant.insert import insert_fake_quant
 from spinlab.kv.cache import attach_kv
 from spinlab.kv.path import KVPath, kv_path
+from spinlab.model.load import exact_norms
 from spinlab.model.modules import map_of
 from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_latents, fuse_stream
 from spinlab.rotation.rotations import RotationSet
@@ -66,6 +67,7 @@ class RotatedNetworks:
         there = [site.path for site in map_of(model).sites if site.key in own]
         fuse_inputs(model, replace(rotations, inputs={}) if inputs else rotations, there)
         self._fake_quant(model, rotations)
+        exact_norms(model)  # one kernel each, where transformers' take six
         return model
 
     def kv_path(self, model: PreTrainedModel, rotations: RotationSet) -> KVPath:

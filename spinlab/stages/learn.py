@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.cache import PROGRESS, Artifact
@@ -26,9 +27,11 @@ from spinlab.learn import (
     recompute_layers,
     resume,
     save_progress,
-    shard_layers,
+    sharded,
     training_of,
 )
+from spinlab.model.modules import map_of
+from spinlab.model.network import Load
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import FILE, gate, networks_of, rotations_in
@@ -135,24 +138,33 @@ class Learning:
 
     def learner(self, space: type[LearningSpace] | None = None) -> RotationLearner:
         """Assemble what is learned on, where it fits; space: another way to compute the same."""
-        config = self.run.config
-        learn, processes = config.learn, parallel.world()
+        config, device = self.run.config, self.run.device
+        learn, quant = config.learn, config.quant
+        expected = estimate_of(self.original.shape, learn, quant, parallel.world(), device)
+        checkpoint = choose_checkpoint(expected, learn, device)
+        announce(expected, checkpoint, device)
         start = rotations_in(self.run, self.initial)
-        networks = networks_of(self.run, self.original)
-        network = networks.learnable(start, inputs="inputs" in learn.rotations)
-        expected = estimate_of(network, learn, config.quant, processes)
-        checkpoint = choose_checkpoint(expected, learn, self.run.device)
-        announce(expected, checkpoint, self.run.device)
-        rounded = learn.rounds(config.quant)
-        apart = rounded or space is not None  # the network without quantizers is not the original
+        # the network without quantizers is not the original
+        apart = learn.rounds(quant) or space is not None
+        network = self._network(start, whole=apart or parallel.world() == 1)
         teacher = self.original.load() if learn.objective.needs_teacher and apart else None
-        formats = learn, config.quant, config.weights.clip
+        formats = learn, quant, config.weights.clip
         learner = RotationLearner(network, start, *formats, teacher=teacher, space=space)
         if checkpoint:
             recompute_layers(network)
-        if not apart:
-            shard_layers(network)
         return learner
+
+    def _network(self, start: RotationSet, whole: bool) -> PreTrainedModel:
+        """Return the network that is learned on: whole, or spread over all processes."""
+        learn, networks = self.run.config.learn, networks_of(self.run, self.original)
+
+        def make(load: Load) -> PreTrainedModel:
+            made = replace(networks, original=load)
+            return made.learnable(start, inputs="inputs" in learn.rotations)
+
+        if whole:
+            return make(self.original.load)
+        return sharded(self.original.in_parts(make), map_of(self.original.shape), learn.dtype)
 
     def _kept(self, error: Divergence, learner: RotationLearner, work: Path) -> InputError:
         """Write the last good rotations beside the stage's folder; return an error that names them.

@@ -94,6 +94,16 @@ class Original:
         """
         if not self.run.config.runtime.offload:
             return Resident(partial(make, partial(self.load, settings)))
+        return self.in_parts(make, settings)
+
+    def in_parts(self, make: Make, settings: ModelConfig | None = None) -> Network:
+        """Return such a network of parts, whatever the settings say of offload.
+
+        Random weights are in no file that parts could be read from: their network is there as a
+        whole.
+        """
+        if self.settings.weights == "random":
+            return Resident(partial(make, partial(self.load, settings)))
         parts = self._parts(settings or self.settings)
 
         def part(layer: int | None) -> PreTrainedModel:

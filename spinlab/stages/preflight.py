@@ -56,11 +56,6 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
     _check_fits(pipeline)
     _check_given(pipeline)
     left = remaining(pipeline)
-    if pipeline.config.runtime.offload and "learn" in left:
-        log.warning(
-            "learning holds the whole model on %s: runtime.offload is about all other stages",
-            pipeline.run.device,
-        )
     words = [len(text.text.split()) for text in pipeline.texts[1]]
     job = Job(
         pipeline.config,
@@ -70,6 +65,11 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
         words=words,
         transformed=pipeline.given.transformed,
     )
+    if pipeline.config.runtime.offload and job.has("learn") and not job.loads_shards:
+        log.warning(
+            "learning holds the whole model on %s: runtime.offload is about all other stages",
+            job.device,
+        )
     check_memory(job)
     _ = pipeline.original.identity
     if pipeline.config.eval.scored:

@@ -27,6 +27,7 @@ from spinlab.learn import duration as module
 from spinlab.learn.spaces.linear import TOGETHER
 from spinlab.model.load import load_model
 from spinlab.model.modules import map_of
+from spinlab.rotation.rotations import RotationSet
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -267,6 +268,20 @@ def test_a_tiny_run_is_not_timed(device_with, caplog, make_model, monkeypatch):
 def test_a_probe_measures_a_plausible_rate():
     assert 1e8 < module._rate(64, torch.float32, CPU) < 1e13
     assert module.memory_for(CPU) > GIB / 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_model_without_numbers_tells_what_the_network_that_learns_would(
+    make_family_model, learner_of, family, rounded
+):
+    make = partial(make_family_model, family)
+    shape = make()
+    start = RotationSet(r2=torch.eye(map_of(shape).width("r2")).double()[None].repeat(2, 1, 1))
+    learn = LearnConfig(**SETTINGS, quantize_weights=rounded, rotations=["r2"])
+    learner = learner_of(make, learn, QUANT, start=start, apart=rounded)
+    found = estimate_of(learner.model, learn, QUANT, 2)
+    assert estimate_of(shape.to("meta"), learn, QUANT, 2, CPU) == found
 
 
 SHARED = LearnConfig(quantize_weights=True, lr=RatesConfig(clip=0.01), sequence_length=64)

@@ -251,6 +251,21 @@ def test_each_of_several_processes_has_the_whole_network_before_it_is_shared_out
     assert found[1:] == [[whole + PRODUCTS]] * 2
 
 
+def test_several_processes_load_a_checkpoint_by_shards():
+    """By hand: two layers are gathered and the embedding, the head is whole, the rest shared."""
+    words = ["+experiment=paper", "method=spinquant_had", "model=llama2_70b", "model.path=x"]
+    layers = 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
+    config = composed(*words, "data=packaged", "learn.micro_batch=1", "learn.sequence_length=64")
+    shape = shape_of(replace(config.model, path=None, weights="random"))
+    end = 32000 * 8192
+    for count in (1, 4, 8):
+        job = Job(config, shape, GPU, {"learn"}, processes=count)
+        (need,) = (need for need in needs(job) if need.name == "learn")
+        shared = (layers + end) / count + layers * 2 / 80 + 2 * end
+        held = 2 * (layers + 2 * end if count == 1 else shared)
+        assert held < need.device < held + 4 * 2**30  # R1 and its steps
+
+
 @pytest.mark.parametrize(
     ("overrides", "more"),
     [

@@ -1,0 +1,290 @@
+"""Networks that two processes load by shards, against whole ones: same weights, same curve.
+
+Run as a module, with a rank, a port and a folder, this file does what one of the two does.
+"""
+
+import gc
+import os
+import socket
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from spinlab import parallel
+from spinlab.compose import composed
+from spinlab.config import (
+    ClipSearch,
+    KVConfig,
+    LearnConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RotationConfig,
+)
+from spinlab.errors import InputError
+from spinlab.kv.cache import kv_path_of
+from spinlab.learn import RotationLearner, learn_rotations, placement, recompute_layers, sharded
+from spinlab.model.load import cast_model, load_model
+from spinlab.model.modules import map_of
+from spinlab.model.network import Load, Network, Resident, Streamed
+from spinlab.model.parts import Parts
+from spinlab.model.random import random_model
+from spinlab.networks.rotated import RotatedNetworks
+from spinlab.rotation.initial import initial_rotations
+from spinlab.rotation.rotations import RotationSet
+from spinlab.stages.learn import Learning
+from spinlab.stages.pipeline import Pipeline
+from tests.conftest import EXPERTS
+from tests.shapes import fitted
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SETTINGS: dict[str, Any] = {
+    "steps": 3,
+    "batch": 4,
+    "micro_batch": 2,
+    "sequence_length": 16,
+    "objective": ObjectiveConfig(kl=1.0, layer_mse=0.5, kurtosis=0.1),
+    "optimizer": OptimizerConfig(grad_norm="euclidean"),
+    "rotations": ["r1", "r2", "r3"],
+}
+LEARNED = ("llama", "qwen2", "qwen3_moe")  # tied ends, biases of keys, experts
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "phi3": {},
+    "gpt_oss": EXPERTS["gpt_oss"],
+    "glm4_moe": EXPERTS["glm4_moe"],
+    "deepseek_v3": {},
+}
+WINDOWS = torch.randint(0, 64, (12, 16), generator=torch.Generator().manual_seed(2))
+
+
+def saved(folder: Path, family: str, dtype: str) -> ModelConfig:
+    """Save a tiny model of a family in several files, if it is not there; return its settings."""
+    place = folder / family
+    if not place.is_dir():
+        given = {
+            **SHAPE,
+            "model_type": family,
+            **EXPERTS.get(family, {}),
+            **FAMILIES.get(family, {}),
+        }
+        shape = fitted(family, given)
+        random_model(ModelConfig(architecture=shape), 0).save_pretrained(
+            place, max_shard_size="8KB"
+        )
+    return ModelConfig(path=str(place), dtype=dtype)
+
+
+def start_of(config: ModelConfig) -> RotationSet:
+    described = map_of(load_model(config, None, 0))
+    wanted = replace(RotationConfig(r3_per_layer=True), **dict.fromkeys(described.cannot, "none"))
+    return initial_rotations(wanted, described, torch.Generator().manual_seed(0))
+
+
+def learnable(start: RotationSet, load: Load) -> PreTrainedModel:
+    return RotatedNetworks(load, QuantConfig(), KVConfig()).learnable(start)
+
+
+def whole(config: ModelConfig) -> Network:
+    load = partial(load_model, config, None, 0)
+    return Resident(partial(learnable, start_of(config), load))
+
+
+def in_parts(config: ModelConfig) -> Network:
+    parts, start = Parts(config, None), start_of(config)
+
+    def part(layer: int | None) -> PreTrainedModel:
+        return learnable(start, partial(parts.part, layer, CPU))
+
+    return Streamed(part, parts.layers)
+
+
+def learned(model: PreTrainedModel, config: ModelConfig) -> dict:
+    """Learn three steps on a network; return what came of it."""
+    learner = learner_on(model, config)
+    curve: list[dict] = []
+    learn_rotations(learner, WINDOWS, 0, lambda step, values: curve.append(values))
+    return {"curve": curve, "state": learner.state()}
+
+
+def learner_on(model: PreTrainedModel, config: ModelConfig) -> RotationLearner:
+    learn = LearnConfig(**SETTINGS)
+    return RotationLearner(model, start_of(config), learn, QuantConfig(), ClipSearch())
+
+
+def resumed(config: ModelConfig) -> dict:
+    """Learn a step, begin anew with what it left, and learn the rest on what is loaded again."""
+    described, curve = map_of(load_model(config, None, 0)), []
+    first, second = (
+        learner_on(sharded(in_parts(config), described, None), config) for _ in range(2)
+    )
+    curve.append(first.step(0, WINDOWS[:4]))
+    second.load_state(first.state())
+    learn_rotations(second, WINDOWS, 1, lambda step, values: curve.append(values))
+    return {"curve": curve, "state": second.state()}
+
+
+def numbers_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return a network's numbers, gathered where they are spread, with biases that are apart."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in found.items()}
+    biases = [bias for bias in kv_path_of(model).biases if bias is not None]
+    return {n: x.detach() for n, x in tensors.items()} | {
+        f"key_bias.{layer}": bias.bias for layer, bias in enumerate(biases)
+    }
+
+
+def held() -> int:
+    """Return the bytes of all tensors that there are, each storage once."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and hasattr(type(found), "untyped_storage"):
+            tensor = getattr(found, "_local_tensor", found)
+            if tensor.device == CPU:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def loaded_by_shards(config: ModelConfig) -> dict:
+    """Tell what a process holds, beyond what it did before, each time a part is there."""
+    network, most = in_parts(config), []
+    assert network.part is not None
+    make, before = network.part, held()
+
+    def watched(layer: int | None) -> PreTrainedModel:
+        part = make(layer)
+        most.append(held() - before)
+        return part
+
+    network.part = network._part = watched  # type: ignore[attr-defined]
+    model = sharded(network, map_of(load_model(config, None, 0)), None)
+    return {"most": most, "after": held() - before, "layers": len(map_of(model).layers)}
+
+
+def _process(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    parallel.start("cpu")
+    found: dict[str, Any] = {"held": loaded_by_shards(saved(folder, "llama", "float64"))}
+    for family in FAMILIES:
+        config = saved(folder, family, "float32")
+        described = map_of(load_model(config, None, 0))
+        found[f"numbers {family}"] = numbers_of(sharded(in_parts(config), described, "bfloat16"))
+    for family in LEARNED:
+        config = saved(folder, family, "float64")
+        described = map_of(load_model(config, None, 0))
+        for name, network in (("parts", in_parts(config)), ("whole", whole(config))):
+            model = sharded(network, described, None)
+            if name == "whole":
+                recompute_layers(model)
+            found[f"{name} {family}"] = learned(model, config)
+    found["resumed"] = resumed(saved(folder, "llama", "float64"))
+    torch.save(found, folder / f"{rank}.pt")
+    parallel.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of models, for both processes and for tests."""
+    folder = tmp_path_factory.mktemp("shards")
+    for family in {*FAMILIES, *LEARNED}:
+        saved(folder, family, "float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder, forks) -> list[dict]:
+    """What each of two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [(str(rank), str(port), str(folder)) for rank in (0, 1)]
+    processes = [forks.start(folder, "tests.learn.test_shards", *each) for each in words]
+    outputs = ["".join(process.communicate()) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("family", LEARNED)
+@pytest.mark.parametrize("way", ["parts", "whole"])
+def test_what_is_spread_before_it_learns_learns_what_one_process_learns(
+    folder, two_processes, family, way
+):
+    """By parts, and as a whole that is spread with its layers run again."""
+    config = saved(folder, family, "float64")
+    alone = learned(whole(config).base(), config)
+    for found in (each[f"{way} {family}"] for each in two_processes):
+        for ours, expected in zip(found["curve"], alone["curve"], strict=True):
+            assert ours == pytest.approx(expected, rel=1e-8, abs=1e-12)
+        assert found["state"].keys() == alone["state"].keys()
+        for name, expected in alone["state"].items():
+            assert torch.allclose(found["state"][name], expected, rtol=1e-6, atol=1e-9), name
+    assert any("rotation.r1" in name for name in alone["state"])
+
+
+def test_learning_by_shards_resumes_with_the_same_bits(two_processes):
+    for found in two_processes:
+        ours, expected = found["resumed"], found["parts llama"]
+        assert ours["curve"] == expected["curve"]
+        for name, tensor in expected["state"].items():
+            assert torch.equal(ours["state"][name], tensor), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_shards_are_those_of_a_whole_network_to_the_bit(folder, two_processes, family):
+    config = saved(folder, family, "float32")
+    expected = numbers_of(cast_model(whole(config).base(), torch.bfloat16))
+    for found in (each[f"numbers {family}"] for each in two_processes):
+        assert found.keys() == expected.keys()
+        for name, numbers in expected.items():
+            assert found[name].dtype == numbers.dtype, name
+            assert torch.equal(found[name], numbers), name
+
+
+def test_a_process_holds_its_shards_the_ends_and_a_layer(folder, two_processes):
+    model = whole(saved(folder, "llama", "float64")).base()
+    sizes = {n: x.numel() * x.element_size() for n, x in model.named_parameters()}
+    ends = sum(size for name, size in sizes.items() if "layers" not in name)
+    layer = sum(size for name, size in sizes.items() if "layers.0." in name)
+    small = 0.2 * layer  # rotations that run online, frequencies, rows that no two processes share
+    for found in (each["held"] for each in two_processes):
+        assert len(found["most"]) == found["layers"] + 1 == 5
+        for count, most in enumerate(found["most"][1:]):
+            assert ends + layer <= most <= ends + layer + count * layer / 2 + small
+        assert found["after"] <= ends * 3 / 4 + 4 * layer / 2 + small
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    run = Pipeline(composed("+experiment=toy", f"paths.cache={tmp_path}"))
+    nothing: Any = None
+    learning = Learning(run.run, run.original, nothing, nothing, nothing)
+    monkeypatch.setattr(placement, "memory_for", lambda device, swap=True: 1000)
+    with pytest.raises(InputError, match=r"learning needs about .* GiB"):
+        learning.learner()
+    assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    _process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
