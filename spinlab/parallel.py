@@ -7,6 +7,7 @@ first of them while the others wait; what is shared out is done by all together.
 itself goes through the same code, where none of these functions does anything.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,8 +22,11 @@ from spinlab.launch import launched, launched_here, local_rank
 __all__ = [
     "alone",
     "barrier",
+    "begin_gather",
+    "begin_scatter",
     "begin_share",
     "begin_sum",
+    "in_turn",
     "is_main",
     "launched",
     "launched_here",
@@ -143,6 +147,49 @@ def begin_sum(tensor: torch.Tensor, target: int) -> list[dist.Work]:
         return []
     work = dist.reduce(tensor, dst=target, async_op=True)
     return [] if work is None else [work]
+
+
+@torch.no_grad()
+def begin_scatter(shares: torch.Tensor | None, room: torch.Tensor, source: int) -> list[dist.Work]:
+    """Begin to fill a contiguous room (...) by this process's share of one process's.
+
+    shares: (processes, ...), contiguous; None in all other processes. Return what to wait for, as
+    `begin_share` does.
+    """
+    parts = None if shares is None else list(shares.unbind())
+    work = dist.scatter(room, parts, src=source, async_op=True)
+    return [] if work is None else [work]
+
+
+@torch.no_grad()
+def begin_gather(share: torch.Tensor, rooms: torch.Tensor | None, target: int) -> list[dist.Work]:
+    """Begin to bring the contiguous shares (...) of all processes to one of them.
+
+    rooms: where they go, (processes, ...), contiguous; None in all other processes. Return what to
+    wait for, as `begin_share` does.
+    """
+    parts = None if rooms is None else list(rooms.unbind())
+    work = dist.gather(share, parts, dst=target, async_op=True)
+    return [] if work is None else [work]
+
+
+def in_turn(begun: Iterable[tuple[T, list[dist.Work]]], most: int) -> Iterator[T]:
+    """Yield what was begun once its work is done, in order; at most so many are under way."""
+    under_way: deque[tuple[T, list[dist.Work]]] = deque()
+    for item in begun:
+        under_way.append(item)
+        if len(under_way) == most:
+            yield _finished(under_way)
+    while under_way:
+        yield _finished(under_way)
+
+
+def _finished(under_way: deque[tuple[T, list[dist.Work]]]) -> T:
+    """Wait for the oldest."""
+    found, works = under_way.popleft()
+    for work in works:
+        work.wait()
+    return found
 
 
 def part(rows: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ def test_numbers_are_finite(name, value):
         ("runtime.threads=1000000000", "goes from 0 to 4096"),
         ("eval.variants=[]", "is empty: name at least one"),
         ("data.evaluation=[]", "is empty: name at least one"),
+        ("learn.shard=maybe", "learn.shard=maybe is unknown: choose one of auto, on, off"),
         ("learn.lr.inputs=-1", "learn.lr.inputs=-1.0 must be at least 0"),
         ("eval.variants=[fp,fp]", "names fp twice"),
         ("data.evaluation=[wiki,wiki]", "names wiki twice"),

@@ -12,12 +12,13 @@ from spinlab.bench.clock import now, peaks
 from spinlab.bench.models import random_llama
 from spinlab.config import ClipSearch, Config, plain
 from spinlab.learn import (
+    Learnable,
     RotationLearner,
     choose_checkpoint,
-    estimate_of,
+    choose_shards,
+    in_shards,
     is_sharded,
     recompute_layers,
-    sharded,
 )
 from spinlab.model.modules import map_of
 from spinlab.model.network import Resident
@@ -50,9 +51,9 @@ def bench_learn(
     """
     learn = config.learn
     shape = random_llama(name, layers, torch.device("meta"))
-    expected = estimate_of(shape, learn, config.quant, parallel.world(), device)
+    expected = choose_shards(shape, learn, config.quant, parallel.world(), device)
     checkpoint = choose_checkpoint(expected, learn, device)
-    learner = _learner(name, config, layers, device)
+    learner = _learner(name, config, layers, device, expected.shards)
     if checkpoint:
         recompute_layers(learner.model)
     count = (learn.steps + _WARM_UP + 1) * learn.batch
@@ -82,9 +83,12 @@ def bench_learn(
 
 
 def _learner(
-    name: str, config: Config, layers: int | None, device: torch.device
+    name: str, config: Config, layers: int | None, device: torch.device, shards: bool
 ) -> RotationLearner:
-    """Draw the model and put it under learning, from what its rotations start from."""
+    """Draw the model and put it under learning, from what its rotations start from.
+
+    shards: its weights, which are in no file, are spread over processes once they are drawn.
+    """
 
     def original() -> PreTrainedModel:
         torch.manual_seed(0)
@@ -100,11 +104,14 @@ def _learner(
         statistics = gather_statistics(folded, window, rotation.searches)
     start = initial_rotations(rotation, map_of(model), generator, statistics, device)
     network = networks.learnable(start, inputs="inputs" in learn.rotations)
-    if parallel.world() > 1 and not learn.rounds(quant):
-        network = sharded(Resident(lambda: network), map_of(network), learn.dtype)
-    needs = learn.objective.needs_teacher and learn.quantize_weights
-    teacher = original() if needs else None
-    return RotationLearner(network, start, learn, quant, ClipSearch(), teacher)
+    if shards:
+        both = Resident(lambda: network), Resident(original)
+        found = in_shards(*both, map_of(network), learn, quant)
+    else:
+        needs = learn.objective.needs_teacher and learn.quantize_weights
+        found = Learnable(network, original() if needs else None)
+    formats = learn, quant, ClipSearch()
+    return RotationLearner(found.model, start, *formats, found.teacher, linears=found.linears)
 
 
 def _timed(

@@ -9,6 +9,7 @@ from spinlab.errors import InputError
 
 GRAD_NORMS = ("riemannian", "euclidean")
 CHECKPOINTS = ("auto", "on", "off")
+SHARDS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class LearnConfig:
     save_every: int = 5
     dtype: str | None = None  # of the network while it learns; the model's if absent
     checkpoint: str = "auto"  # recompute activations in the backward pass: if memory asks for it
+    # spread weights over processes: those of 16 bits, rounded ones if memory asks for it
+    shard: str = "auto"
 
     def __post_init__(self) -> None:
         count("learn.steps", self.steps, 0)
@@ -150,6 +153,7 @@ class LearnConfig:
             )
         choice("learn.dtype", self.dtype or "float32", ("bfloat16", "float32", "float64"))
         choice("learn.checkpoint", self.checkpoint, CHECKPOINTS)
+        choice("learn.shard", self.shard, SHARDS)
         if not self.max_loss_ratio > 1:
             raise InputError(f"learn.max_loss_ratio={self.max_loss_ratio} must be above 1")
         for name in self.rotations:

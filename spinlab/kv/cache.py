@@ -5,7 +5,6 @@ pass that stores nothing (learning, teacher-forced evaluation) goes through the 
 `store` off, so the two paths cannot differ.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -157,7 +156,7 @@ def attach_kv(model: PreTrainedModel, path: KVPath, store: bool) -> None:
     that hold biases in forms of their own are put in afterwards. Raises InputError for a model
     whose cache is coded.
     """
-    if hasattr(decoder_of(model), _KV_PATH):
+    if is_coded(model):
         raise InputError(
             "the model's cache is coded already, and its biases of keys are apart: begin with a "
             "fresh copy of the model, or change what its cache goes through with set_kv_path"
@@ -225,13 +224,9 @@ def set_kv_path(model: PreTrainedModel, path: KVPath) -> None:
         setattr(attention, _KV_MASKS, getattr(decoder, _KV_MASKS))
 
 
-def join_kv(model: PreTrainedModel, paths: Sequence[KVPath]) -> None:
-    """Let a coded model have layers that were coded each in a part of its own, in place.
-
-    paths: what `kv_path_of` these parts was, in order; biases of keys are theirs.
-    """
-    biases = tuple(path.biases[layer] for layer, path in enumerate(paths) if path.biases)
-    set_kv_path(model, replace(kv_path_of(model), biases=biases))
+def is_coded(model: PreTrainedModel) -> bool:
+    """Tell whether `attach_kv` was there."""
+    return hasattr(decoder_of(model), _KV_PATH)
 
 
 def kv_path_of(model: PreTrainedModel) -> KVPath:
@@ -246,8 +241,7 @@ def kv_layer_of(attention: nn.Module) -> int:
 
 def storing_cache(model: PreTrainedModel) -> CodedCache | None:
     """Return an empty cache that stores what a coded model's passes code; None for other models."""
-    path: KVPath | None = getattr(decoder_of(model), _KV_PATH, None)
-    return None if path is None else CodedCache(path, len(map_of(model).layers))
+    return CodedCache(kv_path_of(model), len(map_of(model).layers)) if is_coded(model) else None
 
 
 def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

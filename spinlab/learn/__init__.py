@@ -12,27 +12,29 @@ from spinlab.learn.duration import announce
 from spinlab.learn.estimate import estimate_of
 from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_progress
 from spinlab.learn.optim import unread_by_optimizer
-from spinlab.learn.placement import choose_checkpoint, recompute_layers
+from spinlab.learn.placement import choose_checkpoint, choose_shards, recompute_layers
 from spinlab.learn.recipe import announce_further, training_of, warn_of_mismatch
-from spinlab.learn.shards import is_sharded, shard_layers, sharded
+from spinlab.learn.shards import Learnable, in_shards, is_sharded, shard_layers
 from spinlab.learn.spaces import LearningSpace
 
 __all__ = [
     "Divergence",
+    "Learnable",
     "LearningSpace",
     "RotationLearner",
     "announce",
     "announce_further",
     "check_learning",
     "choose_checkpoint",
+    "choose_shards",
     "estimate_of",
+    "in_shards",
     "is_sharded",
     "learn_rotations",
     "recompute_layers",
     "resume",
     "save_progress",
     "shard_layers",
-    "sharded",
     "training_of",
     "unread_by_optimizer",
     "warn_of_mismatch",

@@ -7,21 +7,17 @@ probabilities. A frozen linear keeps nothing, one whose weight gets a gradient i
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
 
 from spinlab.config import LearnConfig, QuantConfig
-from spinlab.device import has_kernels
+from spinlab.learn.shape import Job, bytes_of_weights
 from spinlab.learn.spaces import CHUNK
-from spinlab.learn.spaces.linear import together
+from spinlab.learn.spaces.owners import together
 from spinlab.model.layer import Attention
-from spinlab.model.map import ModelMap
-from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
-from spinlab.model.shares import active_numbers, numbers_given, numbers_read
+from spinlab.model.shares import active_numbers, numbers_given
 
-_GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
 _MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
 
 
@@ -32,7 +28,7 @@ class Estimate:
     weights: the network's, with what is kept beside it; activations: what waits for the backward
     pass, and with layers that are run again there; rest: rotations, logits, what one layer works
     with. flops: of products in the network's dtype, and with layers run again; wide_flops: of those
-    in float32. hidden and dtype tell what to time.
+    in float32. hidden and dtype tell what to time. shards: weights are spread over processes.
     """
 
     weights: int
@@ -44,83 +40,12 @@ class Estimate:
     wide_flops: float
     hidden: int
     dtype: torch.dtype
+    shards: bool
 
     def bytes(self, checkpoint: bool) -> int:
         """Return the peak per process."""
         kept = self.activations_checkpointed if checkpoint else self.activations
         return self.weights + kept + self.rest
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Gather what the numbers depend on. rows: sequences of a batch that one process runs."""
-
-    model: PreTrainedModel
-    learn: LearnConfig
-    quant: QuantConfig
-    processes: int
-    device: torch.device
-
-    @property
-    def map(self) -> ModelMap:
-        return map_of(self.model)
-
-    def read(self, space: str) -> float:
-        """Return how many numbers of a token's inputs a rotation (R1, R2, R4) acts on, in all."""
-        return sum(self.numbers[input.key] for input in self.map.inputs if input.reads == space)
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """Numbers of inputs that are read for a token, by their keys."""
-        return numbers_read(self.map)
-
-    @property
-    def rounded(self) -> bool:
-        return self.learn.rounds(self.quant)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The network's dtype while it learns."""
-        return getattr(torch, self.learn.dtype) if self.learn.dtype else self.model.dtype
-
-    @property
-    def by_kernels(self) -> bool:
-        """Tell whether gates and losses have kernels."""
-        return has_kernels(self.device, self.dtype)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a number in that dtype."""
-        return self.dtype.itemsize
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number in the rotations' dtype."""
-        return max(4, self.size)
-
-    @property
-    def rows(self) -> int:
-        return -(-self.learn.batch // self.processes)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one forward pass."""
-        return min(self.learn.micro_batch, self.rows) * self.learn.sequence_length
-
-    @property
-    def layers(self) -> int:
-        """Numbers in the weights of all decoder layers."""
-        layers = layers_of(self.model)
-        return sum(p.numel() for layer in layers for p in layer.parameters())
-
-    @property
-    def embedding(self) -> int:
-        return embedding_of(self.model).weight.numel()
-
-    @property
-    def head(self) -> int:
-        """Numbers in the head; one that is tied to the embedding is untied for learning."""
-        return head_of(self.model).weight.numel()
 
 
 def estimate_of(
@@ -129,16 +54,21 @@ def estimate_of(
     quant: QuantConfig,
     processes: int,
     device: torch.device | None = None,
+    shards: bool | None = None,
 ) -> Estimate:
     """Return what learning on this model takes; only its shapes and dtype are looked at.
 
-    device: where it will learn, if that is not where the model is.
+    device: where it will learn, if that is not where the model is. shards: whether weights are
+    spread over processes; as learn.shard has it if absent, where memory asks for nothing.
     """
-    job = _Job(model, learn, quant, processes, device or model.device)
+    if shards is None:
+        shards = learn.shard == "on" or (learn.shard == "auto" and not learn.rounds(quant))
+    there = device or model.device
+    job = Job(model, learn, quant, processes, there, shards and processes > 1)
     kept, kept_of_inputs = _activations(job)
     flops, again, wide = _operations(job)
     return Estimate(
-        weights=_weights(job),
+        weights=bytes_of_weights(job),
         activations=kept,
         activations_checkpointed=min(kept, kept_of_inputs),
         rest=_rest(job),
@@ -147,30 +77,11 @@ def estimate_of(
         wide_flops=wide,
         hidden=job.map.hidden,
         dtype=job.dtype,
+        shards=job.shards,
     )
 
 
-def _weights(job: _Job) -> int:
-    """Return the bytes of the weights, as each space holds them."""
-    embedding, head = job.embedding, job.head
-    whole = (job.layers + embedding + head) * job.size
-    if not job.rounded:
-        if job.processes == 1:
-            return whole
-        gathered = job.layers * _GATHERED // len(job.map.layers) + embedding
-        shard = -(-(job.layers + embedding) // job.processes)
-        return (gathered + shard + head) * job.size
-    # a 16-bit gradient of several passes is added up in float32
-    added = job.size < job.wide and job.rows > job.learn.micro_batch
-    gradient = job.size + (job.wide if added else 0)
-    # transforms of inputs make rotated weights twice instead of keeping them
-    rotated = job.wide if job.learn.lr.clip and "inputs" not in job.learn.rotations else 0
-    teacher = whole if job.learn.objective.needs_teacher else 0
-    own = -(-job.layers // job.processes)  # that this process rotates and rounds
-    return whole + teacher + job.layers * gradient + own * (job.model.dtype.itemsize + rotated)
-
-
-def _activations(job: _Job) -> tuple[int, int]:
+def _activations(job: Job) -> tuple[int, int]:
     """Return the bytes kept for a backward pass: by all layers, and if they are run again there."""
     count, objective = len(job.map.layers), job.learn.objective
     states = (count + 1) * job.map.hidden * job.size if objective.layer_mse else 0
@@ -181,7 +92,7 @@ def _activations(job: _Job) -> tuple[int, int]:
     return job.tokens * (sum(layers) + states), job.tokens * (inputs + max(layers) + states)
 
 
-def _kept_by_layer(job: _Job, layer: int) -> int:
+def _kept_by_layer(job: Job, layer: int) -> int:
     """Return the bytes that a decoder layer keeps for one token."""
     attention = job.map.layers[layer].attention
     queries = attention.heads * attention.head_dim
@@ -212,7 +123,7 @@ def _kept_by_layer(job: _Job, layer: int) -> int:
     return int(numbers * job.size) + widened * job.wide + _kept_by_scores(job, attention)
 
 
-def _kept_by_scores(job: _Job, attention: Attention) -> int:
+def _kept_by_scores(job: Job, attention: Attention) -> int:
     """Return the bytes that attention keeps for one token, beside its inputs and its output."""
     if attention.softcap is None and not attention.sinks:
         return attention.heads * 4  # its normalizers are float32
@@ -220,7 +131,7 @@ def _kept_by_scores(job: _Job, attention: Attention) -> int:
     return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)
 
 
-def _rest(job: _Job) -> int:
+def _rest(job: Job) -> int:
     """Return the bytes of the rotations, of both ends of the network, and of work in progress."""
     d, learn = job.map.dimensions, job.learn
     attentions = [layer.attention for layer in job.map.layers]
@@ -245,7 +156,7 @@ def _rest(job: _Job) -> int:
     return rotations + ends + max(work)
 
 
-def _of_logit(job: _Job) -> int:
+def _of_logit(job: Job) -> int:
     """Return the bytes that a logit takes: a kernel overwrites it, torch makes softmaxes of it."""
     objective, capped = job.learn.objective, job.map.logit_cap is not None  # and its slope
     if job.by_kernels and not objective.kl_top_k:
@@ -253,7 +164,7 @@ def _of_logit(job: _Job) -> int:
     return 4 * ((5 if objective.kl else 2) + capped)
 
 
-def _largest_batch(job: _Job) -> int:
+def _largest_batch(job: Job) -> int:
     """Return the numbers of linears that are rotated, rounded and pulled back together at most."""
     count, device = len(job.map.layers), job.device.type
     places = {(site.name, site.numbers) for site in job.map.sites}
@@ -261,7 +172,7 @@ def _largest_batch(job: _Job) -> int:
     return max(n * min(count, together(n, count, device, job.processes)) for _, n in places)
 
 
-def _operations(job: _Job) -> tuple[float, float, float]:
+def _operations(job: Job) -> tuple[float, float, float]:
     """Return floating-point operations: in the network's dtype, of one more forward, in float32."""
     learn, objective = job.learn, job.learn.objective
     tokens = learn.steps * job.rows * learn.sequence_length

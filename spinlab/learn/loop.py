@@ -24,6 +24,7 @@ from spinlab.learn.spaces import (
     Parts,
     space_of,
 )
+from spinlab.learn.spaces.owners import LearnedLinears
 from spinlab.learn.teacher import layer_errors, layer_states, unquantized
 from spinlab.model.load import cast_model
 from spinlab.model.modules import decoder_of, head_of, map_of, read_by_head
@@ -40,8 +41,8 @@ class RotationLearner:
     model: norms folded, R4 fused into its readers and running online, activations and the KV
     cache fake-quantized; it is overwritten. teacher: the original, for terms that compare with it;
     without quantized weights the network itself, unquantized, serves instead. One that is spread
-    over processes (`spinlab.learn.shards`) has learn.dtype already. space: another way to compute
-    the same, for comparison.
+    over processes (`spinlab.learn.shards`) has learn.dtype already, and `linears` are those of it
+    that are rounded. space: another way to compute the same, for comparison.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RotationLearner:
         clip: ClipSearch,
         teacher: PreTrainedModel | None = None,
         space: type[LearningSpace] | None = None,
+        linears: LearnedLinears | None = None,
     ) -> None:
         self.model, self.start, self.learn, self.teacher = model, start, learn, teacher
         self.quant = quant
@@ -62,7 +64,8 @@ class RotationLearner:
         self.local = LocalTerms(learn.objective, self.rotations)
         space = space or space_of(learn, quant)
         ranges = start.weight_clips
-        self.space = space(Parts(model, self.rotations, self.local, learn, quant, clip, ranges))
+        parts = Parts(model, self.rotations, self.local, learn, quant, clip, ranges, linears)
+        self.space = space(parts)
         for network in (model, teacher):  # what a space has kept stays as it was
             if network is not None and not is_sharded(network):
                 cast_model(network, dtype)

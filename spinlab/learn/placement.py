@@ -1,4 +1,4 @@
-"""Whether a network under learning fits, and what it keeps for its backward pass."""
+"""How a network under learning fits: weights in shards, layers that are run again."""
 
 from functools import partial
 
@@ -6,11 +6,35 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from spinlab.config import LearnConfig
+from spinlab import parallel
+from spinlab.config import LearnConfig, QuantConfig
 from spinlab.errors import InputError
-from spinlab.learn.estimate import Estimate
+from spinlab.learn.estimate import Estimate, estimate_of
 from spinlab.machine import gib, memory_for
 from spinlab.model.modules import layers_of
+
+
+def choose_shards(
+    model: PreTrainedModel,
+    learn: LearnConfig,
+    quant: QuantConfig,
+    processes: int,
+    device: torch.device,
+) -> Estimate:
+    """Return what learning takes, with weights spread over processes as learn.shard says.
+
+    `auto` spreads rounded weights only where one of the devices cannot hold whole ones without
+    swapping: those need no gathering. Only the model's shapes and dtype are looked at.
+    """
+    parts, again = (model, learn, quant, processes, device), learn.checkpoint != "off"
+    as_set = estimate_of(*parts)
+    if learn.shard != "auto" or as_set.shards or processes == 1:
+        return as_set
+    short = torch.tensor(float(as_set.bytes(again) > memory_for(device, swap=False)))
+    if not parallel.sum_(short):
+        return as_set
+    spread = estimate_of(*parts, shards=True)  # of few layers those that are gathered are most
+    return min(as_set, spread, key=lambda found: found.bytes(again))
 
 
 def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
@@ -30,6 +54,8 @@ def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.devi
         fixes.insert(0, f"a smaller learn.micro_batch than {learn.micro_batch}")
     if not checkpoint and estimate.bytes(True) <= has:
         fixes.insert(0, "learn.checkpoint=on")
+    if learn.shard == "off" and parallel.world() > 1:
+        fixes.append("learn.shard=auto")
     if learn.quantize_weights:
         fixes.append("learn.quantize_weights=false")
     fixes.append("more processes")

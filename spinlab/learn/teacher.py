@@ -13,6 +13,7 @@ from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.formats.integer import at_least_float32
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.cache import kv_path_of, set_kv_path
+from spinlab.learn.shards import is_sharded
 from spinlab.learn.spaces import LearningSpace
 from spinlab.model.hooks import hidden_states, temporary_hooks
 from spinlab.model.modules import decoder_of, layers_of, linears_of
@@ -75,16 +76,21 @@ def layer_errors(
     the same ids (batch, length), so that a gradient stays in its layer.
     """
     errors: list[torch.Tensor] = []
+    in_shards = is_sharded(model)
 
     def replace_input(module: nn.Module, args: tuple) -> tuple:
-        return (space.enter(states[len(errors)]), *args[1:])
+        x = space.enter(states[len(errors)])
+        if in_shards and not x.requires_grad:
+            x = x.detach().requires_grad_()  # a layer goes when a gradient comes to its input
+        return (x, *args[1:])
 
     def compare(module: nn.Module, args: tuple, out: Any) -> None:
         errors.append(relative_error(space.leave(hidden_states(out)), states[len(errors) + 1]))
 
     with temporary_hooks() as hooks:
         for layer in layers_of(model):
-            hooks.append(layer.register_forward_pre_hook(replace_input))
+            # first of all, so that what gathers a layer sees the input that it has
+            hooks.append(layer.register_forward_pre_hook(replace_input, prepend=True))
             hooks.append(layer.register_forward_hook(compare))
         decoder_of(model)(input_ids=ids, use_cache=False)
     return torch.stack(errors).mean()

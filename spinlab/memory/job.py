@@ -132,10 +132,12 @@ class Job:
 
     @property
     def loads_shards(self) -> bool:
-        """Tell whether processes load the network that is learned on by shards of its layers."""
-        config = self.config
-        in_files = config.model.weights != "random"
-        return self.processes > 1 and in_files and not config.learn.rounds(config.quant)
+        """Tell whether processes may load the network that is learned on by shards of its layers.
+
+        They do so from files: random weights are there as a whole before they are spread.
+        """
+        spread = self.processes > 1 and self.config.learn.shard != "off"
+        return spread and self.config.model.weights != "random"
 
     @cached_property
     def layer(self) -> int:

@@ -111,13 +111,11 @@ def _rotating(job: Job) -> Need:
 
 
 def _learning(job: Job) -> Need:
-    """A process has the whole network, with or without offload, unless it is loaded by shards."""
+    """Rounded weights are whole where that fits, in shards where it does not (`learn.shard`)."""
     learn = job.config.learn
     length, count = learn.sequence_length, learn.steps * learn.batch
-    found = estimate_of(job.shape, learn, job.config.quant, job.processes, job.device)
-    least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
-    if not job.loads_shards:
-        least = max(least, job.untied * job.size)
+    ways = (None, True) if learn.shard == "auto" else (None,)
+    least = min(_learned_on(job, shards) for shards in ways)
     windows = count * length * INDEX
     cures = [f"a smaller learn.sequence_length than {length}"]
     if windows > least:
@@ -125,6 +123,15 @@ def _learning(job: Job) -> Need:
     if learn.quantize_weights:
         cures.append("learn.quantize_weights=false")
     return Need("learning", windows, least, job.cure(*cures), "learn")
+
+
+def _learned_on(job: Job, shards: bool | None) -> int:
+    """Every process has the whole network, with or without offload, unless it loads shards."""
+    learn, formats = job.config.learn, (job.config.learn, job.config.quant)
+    found = estimate_of(job.shape, *formats, job.processes, job.device, shards)
+    least = min(found.bytes(again) for again in _checkpoints(learn.checkpoint))
+    by_shards = found.shards and job.loads_shards
+    return least if by_shards else max(least, job.untied * job.size)
 
 
 def _checkpoints(setting: str) -> tuple[bool, ...]:

@@ -24,7 +24,7 @@ _FREE = (
     *("data.evaluation", "data.held_out"),
     *("model.hub", "model.path", "model.package", "model.file", "model.revision", "model.name"),
     *("model.architecture", "model.outlier_channels", "model.outlier_scale"),
-    *("learn.micro_batch", "learn.checkpoint", "learn.save_every"),
+    *("learn.micro_batch", "learn.checkpoint", "learn.shard", "learn.save_every"),
 )
 # settings that make a row what it is: with others a record belongs to another row
 _OF_THE_ROW = ("quant", "kv", "rotation", "weights.method", "learn.quantize_weights")

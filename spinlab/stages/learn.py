@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,21 +18,22 @@ from spinlab.errors import InputError
 from spinlab.files import write_json
 from spinlab.learn import (
     Divergence,
+    Learnable,
     LearningSpace,
     RotationLearner,
     announce,
     announce_further,
     choose_checkpoint,
-    estimate_of,
+    choose_shards,
+    in_shards,
     learn_rotations,
     recompute_layers,
     resume,
     save_progress,
-    sharded,
     training_of,
 )
 from spinlab.model.modules import map_of
-from spinlab.model.network import Load
+from spinlab.model.network import Load, as_it_is
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import FILE, gate, networks_of, rotations_in
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[int, dict[str, float]], None]
 
 # settings of the learning that its result does not depend on
-_APART = ("save_every", "checkpoint", "max_loss_ratio")
+_APART = ("save_every", "checkpoint", "shard", "max_loss_ratio")
 
 
 def check_batch(config: Config) -> None:
@@ -140,31 +142,37 @@ class Learning:
         """Assemble what is learned on, where it fits; space: another way to compute the same."""
         config, device = self.run.config, self.run.device
         learn, quant = config.learn, config.quant
-        expected = estimate_of(self.original.shape, learn, quant, parallel.world(), device)
+        expected = choose_shards(self.original.shape, learn, quant, parallel.world(), device)
         checkpoint = choose_checkpoint(expected, learn, device)
         announce(expected, checkpoint, device)
         start = rotations_in(self.run, self.initial)
-        # the network without quantizers is not the original
-        apart = learn.rounds(quant) or space is not None
-        network = self._network(start, whole=apart or parallel.world() == 1)
-        teacher = self.original.load() if learn.objective.needs_teacher and apart else None
+        found = self._in_shards(start) if expected.shards and space is None else None
+        model, teacher, linears = found or self._whole(start, space)
         formats = learn, quant, config.weights.clip
-        learner = RotationLearner(network, start, *formats, teacher=teacher, space=space)
+        learner = RotationLearner(model, start, *formats, teacher, space, linears)
         if checkpoint:
-            recompute_layers(network)
+            recompute_layers(model)
         return learner
 
-    def _network(self, start: RotationSet, whole: bool) -> PreTrainedModel:
-        """Return the network that is learned on: whole, or spread over all processes."""
-        learn, networks = self.run.config.learn, networks_of(self.run, self.original)
+    def _in_shards(self, start: RotationSet) -> Learnable:
+        """Return what is learned on, spread over all processes."""
+        parts, described = self.original.in_parts, map_of(self.original.shape)
+        formats = self.run.config.learn, self.run.config.quant
+        return in_shards(parts(partial(self._made, start)), parts(as_it_is), described, *formats)
 
-        def make(load: Load) -> PreTrainedModel:
-            made = replace(networks, original=load)
-            return made.learnable(start, inputs="inputs" in learn.rotations)
+    def _whole(self, start: RotationSet, space: type[LearningSpace] | None) -> Learnable:
+        """Return what is learned on where every process has all of it."""
+        learn, quant = self.run.config.learn, self.run.config.quant
+        # the network without quantizers is not the original
+        apart = learn.rounds(quant) or space is not None
+        model = self._made(start, self.original.load)
+        needs_teacher = learn.objective.needs_teacher and apart
+        return Learnable(model, self.original.load() if needs_teacher else None)
 
-        if whole:
-            return make(self.original.load)
-        return sharded(self.original.in_parts(make), map_of(self.original.shape), learn.dtype)
+    def _made(self, start: RotationSet, load: Load) -> PreTrainedModel:
+        """Make a model, or a part of it, learnable."""
+        networks = replace(networks_of(self.run, self.original), original=load)
+        return networks.learnable(start, inputs="inputs" in self.run.config.learn.rotations)
 
     def _kept(self, error: Divergence, learner: RotationLearner, work: Path) -> InputError:
         """Write the last good rotations beside the stage's folder; return an error that names them.

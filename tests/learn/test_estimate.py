@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from spinlab import parallel
 from spinlab.bench.models import SHAPES
 from spinlab.config import (
     LearnConfig,
@@ -22,9 +23,15 @@ from spinlab.config import (
 )
 from spinlab.config.rotation import BlocksConfig
 from spinlab.errors import InputError
-from spinlab.learn import announce, choose_checkpoint, estimate_of, placement
+from spinlab.learn import (
+    announce,
+    choose_checkpoint,
+    choose_shards,
+    estimate_of,
+    placement,
+)
 from spinlab.learn import duration as module
-from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.learn.spaces.owners import TOGETHER
 from spinlab.model.load import load_model
 from spinlab.model.modules import map_of
 from spinlab.rotation.rotations import RotationSet
@@ -130,6 +137,61 @@ def test_processes_share_the_layers_and_the_tokens():
     assert four.weights == pytest.approx(shared, rel=0.01)
     assert four.activations == one.activations
     assert four.flops == one.flops / 4
+
+
+def test_rounded_weights_in_shards_are_a_processs_part_and_a_layer_or_two():
+    """By hand, in 16 bits: written, gradient and teacher in shards, beside them what is frozen."""
+    learn = LearnConfig(quantize_weights=True, shard="on", objective=ObjectiveConfig(kl=1.0))
+    model, layers, end = meta_llama("llama2_7b"), 32 * 202.4e6, 32000 * 4096
+    for processes in (2, 8):
+        found = estimate_of(model, learn, QUANT, processes)
+        of_layers = layers / processes * (4 + 4 + 2 + 2)
+        gathered = layers / 32 * (2 * 2 + 2 + 4)  # two of them, and a gradient as it is sent
+        ends = 2 * 2 * (2 * end + end / processes)
+        assert found.shards and found.weights == pytest.approx(
+            of_layers + gathered + ends, rel=0.01
+        )
+        whole = estimate_of(model, learn, QUANT, processes, shards=False)
+        assert not whole.shards and whole.flops == found.flops
+        assert whole.weights > 1.4 * found.weights
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_weights_are_spread_as_the_settings_say_and_rounded_ones_where_they_must(
+    device_with, rounded
+):
+    model, learn = meta_llama("llama2_7b"), LearnConfig(quantize_weights=rounded)
+    off, on = (replace(learn, shard=how) for how in ("off", "on"))
+    device_with(0)
+    assert not choose_shards(model, on, QUANT, 1, CPU).shards
+    assert not choose_shards(model, off, QUANT, 4, CPU).shards
+    assert choose_shards(model, learn, QUANT, 4, CPU).shards
+    device_with(1000 * GIB)
+    assert choose_shards(model, on, QUANT, 4, CPU).shards
+    assert choose_shards(model, learn, QUANT, 4, CPU).shards is not rounded
+    whole = estimate_of(model, off, QUANT, 4)
+    device_with(whole.bytes(True))  # with layers that are run again
+    assert choose_shards(model, learn, QUANT, 4, CPU).shards is not rounded
+    device_with(whole.bytes(True) - 1)
+    assert choose_shards(model, learn, QUANT, 4, CPU).shards
+
+
+def test_of_few_layers_shards_are_no_less(device_with):
+    learn = LearnConfig(quantize_weights=True, sequence_length=16)
+    config = {**SHAPE, "num_hidden_layers": 1, "model_type": "llama"}
+    model = load_model(ModelConfig(architecture=config), None, 0)
+    device_with(0)
+    assert not choose_shards(model, learn, QUANT, 2, CPU).shards
+
+
+def test_whole_weights_that_do_not_fit_are_refused_with_the_setting_that_spreads_them(
+    device_with, monkeypatch
+):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    learn = LearnConfig(shard="off")
+    device_with(GIB)
+    with pytest.raises(InputError, match=r"learn\.shard=auto or more processes"):
+        choose_checkpoint(estimate_of(meta_llama("llama2_7b"), learn, QUANT, 2), learn, CPU)
 
 
 def test_quantized_weights_are_kept_four_times_and_half_of_that_is_shared_out():

@@ -20,7 +20,7 @@ from spinlab.errors import InputError
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.learned.transforms import scaled, scaled_gradients
-from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.learn.spaces.owners import TOGETHER
 from spinlab.model.modules import head_of, linears_of
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.duquant import DualTransform

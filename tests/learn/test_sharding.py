@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,18 @@ from spinlab.config import (
     RotationConfig,
 )
 from spinlab.config.rotation import BlocksConfig
-from spinlab.learn import RotationLearner, learn_rotations, recompute_layers, shard_layers
+from spinlab.learn import (
+    Learnable,
+    RotationLearner,
+    in_shards,
+    learn_rotations,
+    recompute_layers,
+    shard_layers,
+)
 from spinlab.learn.spaces import WeightSpace
 from spinlab.model.load import load_model
 from spinlab.model.modules import layers_of, map_of
+from spinlab.model.network import Resident
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
 
@@ -50,6 +59,9 @@ CASES = [
     "blocks before inputs",
     "searched",
 ]
+ROUNDED = CASES[2:]
+IN_SHARDS = {f"{case}, in shards": case for case in ROUNDED}
+CASES += IN_SHARDS
 STARTS = {
     "blocks before inputs": RotationConfig(
         r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(8)
@@ -81,7 +93,8 @@ def rates(case: str) -> RatesConfig:
 
 def learned(case: str) -> dict:
     """Learn three steps on the processes there are; return what came of it and what was sharded."""
-    rounded, searched = case in CASES[2:], case == "searched"
+    spread, case = case in IN_SHARDS and parallel.world() > 1, IN_SHARDS.get(case, case)
+    rounded, searched = case in ROUNDED, case == "searched"
     learn = LearnConfig(
         steps=3,
         batch=4,
@@ -102,9 +115,14 @@ def learned(case: str) -> dict:
     model_map = map_of(original())
     rotation = STARTS.get(case, RotationConfig(r3_per_layer=True))
     start = initial_rotations(rotation, model_map, torch.Generator().manual_seed(0))
-    model = networks.learnable(start, inputs="inputs" in learn.rotations)
-    teacher = original() if rounded else None
-    learner = RotationLearner(model, start, learn, QuantConfig(), ClipSearch(), teacher)
+    network = Resident(lambda: networks.learnable(start, inputs="inputs" in learn.rotations))
+    formats = learn, QuantConfig()
+    if spread:
+        found = in_shards(network, Resident(original), model_map, *formats)
+    else:
+        found = Learnable(network.base(), original() if rounded else None)
+    model, teacher, linears = found
+    learner = RotationLearner(model, start, *formats, ClipSearch(), teacher, linears=linears)
     if case == "layers run again":
         recompute_layers(model)
     if not rounded:
@@ -123,6 +141,7 @@ def learned(case: str) -> dict:
         "weight_clips": result.weight_clips,
         "state": learner.state(),
         "share": kept(learner),
+        "shares_in_shards": shares_in_shards(learner) if spread else {},
     }
 
 
@@ -132,8 +151,25 @@ def kept(learner: RotationLearner) -> float:
         frozen = sum(linear.frozen.numel() for linear in learner.space.linears)
         return frozen / sum(linear.module.weight.numel() for linear in learner.space.linears)
     weight = next(p for p in layers_of(learner.model)[0].parameters() if p.dim() == 2)
-    local = weight.to_local() if hasattr(weight, "to_local") else weight
-    return local.numel() / weight.numel()
+    return here(weight) / weight.numel()
+
+
+def here(tensor: Any) -> int:
+    """Count the numbers of a tensor that this process has."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+
+
+def shares_in_shards(learner: RotationLearner) -> dict[str, float]:
+    """Return the shares of written weights, their gradients and the teacher's layers."""
+    space = learner.space
+    assert isinstance(space, WeightSpace) and learner.teacher is not None
+    learner.rotations.begin()
+    space.begin(0)
+    learner._backward(WINDOWS[:4])
+    written = [linear.module.weight for linear in space.linears]
+    teachers = [p for layer in layers_of(learner.teacher) for p in layer.parameters()]
+    held = {"written": written, "gradients": [w.grad for w in written], "teacher": teachers}
+    return {n: sum(map(here, x)) / sum(w.numel() for w in x) for n, x in held.items()}  # type: ignore
 
 
 def _process(rank: int, port: int, folder: Path) -> None:
@@ -179,6 +215,10 @@ def test_two_processes_learn_what_one_learns(case, two_processes):
         assert torch.equal(rotation, second["rotations"][name])
     assert first["share"] + second["share"] == pytest.approx(1)
     assert first["share"] == pytest.approx(0.5, abs=0.15)
+    assert len(first["shares_in_shards"]) == (3 if case in IN_SHARDS else 0)
+    for name, share in first["shares_in_shards"].items():
+        assert share + second["shares_in_shards"][name] == pytest.approx(1)
+        assert share == pytest.approx(0.5, abs=0.02)
 
 
 if __name__ == "__main__":

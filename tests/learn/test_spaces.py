@@ -20,7 +20,7 @@ from spinlab.config import (
 )
 from spinlab.config.learn import GRAD_NORMS
 from spinlab.learn.spaces import PlainSpace
-from spinlab.learn.spaces.linear import TOGETHER
+from spinlab.learn.spaces.owners import TOGETHER
 from spinlab.model.modules import linears_of
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))

@@ -266,6 +266,21 @@ def test_several_processes_load_a_checkpoint_by_shards():
         assert held < need.device < held + 4 * 2**30  # R1 and its steps
 
 
+@pytest.mark.parametrize("shard", ["auto", "on", "off"])
+def test_rounded_weights_need_no_more_than_they_do_in_shards_unless_these_are_off(shard):
+    """By hand: in 16 bits 2 and 2 bytes whole, with the frozen's share; or 4 + 4 + 2 + 2 of it."""
+    words = ["+experiment=paper", "method=learned_fused", "model=llama2_70b", "model.path=x"]
+    words += ["data=packaged", "learn.micro_batch=1", "learn.sequence_length=64"]
+    config = composed(*words, f"learn.shard={shard}", "learn.dtype=bfloat16")
+    shape = shape_of(replace(config.model, path=None, weights="random"))
+    layers = 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
+    job = Job(config, shape, GPU, {"learn"}, processes=8)
+    (need,) = (need for need in needs(job) if need.name == "learn")
+    held = layers * (2 + 2 + 2 + 4 + 2 / 8 if shard == "off" else 12 / 8 + 10 / 80)
+    assert held < need.device < held + 16 * 2**30  # the ends and R1
+    assert job.loads_shards == (shard != "off")
+
+
 @pytest.mark.parametrize(
     ("overrides", "more"),
     [

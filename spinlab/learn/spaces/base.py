@@ -10,6 +10,7 @@ from spinlab.config import ClipSearch, LearnConfig, ObjectiveConfig, QuantConfig
 from spinlab.learn.learned import LearnedRotations
 from spinlab.learn.objectives import head_loss
 from spinlab.learn.spaces.local import LocalTerms
+from spinlab.learn.spaces.owners import LearnedLinears
 from spinlab.model.modules import head_of, map_of
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens whose logits exist at once
@@ -26,6 +27,7 @@ class Parts:
     quant: QuantConfig
     search: ClipSearch  # of ranges that are not learned, and where learned ones start
     clips: Mapping[str, torch.Tensor]  # ratios that learned weight ranges start from, by linear
+    linears: LearnedLinears | None = None  # of rounded weights, if they are taken already
 
 
 class LearningSpace:

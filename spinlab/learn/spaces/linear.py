@@ -1,7 +1,6 @@
 """Linears while rotations are learned: their frozen numbers, and the gradients they pass on."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +16,6 @@ from spinlab.formats.integer import nearest
 from spinlab.model.map import Site
 from spinlab.rotation.fuse import rotated_weight, rotation_gradients, rotations_at
 from spinlab.weights.rtn import round_to_nearest
-
-# numbers in the linears that are worked on together: on a GPU few calls count, on a CPU its caches
-TOGETHER = {"cpu": 1, "cuda": 1 << 26}
 
 
 @dataclass
@@ -39,17 +35,28 @@ class LearnedLinear:
 
     @staticmethod
     def take(
-        site: Site, module: nn.Linear, format: TensorQuant | None, wide: torch.dtype
+        site: Site, module: nn.Linear, format: TensorQuant | None, wide: torch.dtype, mine: bool
     ) -> "LearnedLinear":
-        """Keep a linear's weight (out, in), and its bias where that is rotated, and empty them."""
+        """Keep a linear's weight (out, in) if it is mine, and its bias where that is rotated.
+
+        The linear is left with an empty bias, and without numbers for a weight (`make_room`).
+        """
         bias = None
         if module.bias is not None and site.writes is not None:
             bias = module.bias.detach()
             module.bias = nn.Parameter(torch.empty_like(module.bias.data))
         frozen = module.weight.detach()
-        room = torch.empty_like(frozen, memory_format=torch.contiguous_format)
-        module.weight = nn.Parameter(room)
+        module.weight = nn.Parameter(torch.empty_like(frozen, device="meta"))
+        if not mine:
+            frozen = frozen.new_empty(0)
+        elif frozen.untyped_storage().nbytes() > frozen.nbytes:
+            frozen = frozen.clone()  # of a stack, which goes with the last that others work with
         return LearnedLinear(site, module, frozen, bias, format, wide)
+
+    def make_room(self, dtype: torch.dtype) -> None:
+        """Give the linear a weight of any numbers."""
+        shape, device = self.module.weight.shape, self.frozen.device
+        self.module.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def rotate(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weight (out, in), in the rotations' dtype; r1, r2 as they stand."""
@@ -140,46 +147,46 @@ class LearnedBatch:
     def mine(self) -> bool:
         return self.owner == parallel.rank()
 
-    @property
-    def numbers(self) -> int:
-        return sum(linear.module.weight.numel() for linear in self.linears)
-
-    def give_to(self, owner: int) -> None:
-        """Leave the work to a process; the others forget the frozen numbers."""
-        self.owner = owner
-        if not self.mine:
-            for linear in self.linears:
-                linear.frozen = linear.frozen.new_empty(0)
-
     def weights(self, r1: torch.Tensor | None, r2: torch.Tensor | None) -> torch.Tensor:
         """Return the rotated weights: (n, out, in)."""
         return _stacked([linear.rotate(r1, r2) for linear in self.linears])
 
-    def write(self, weights: torch.Tensor, keep: bool) -> None:
-        """Write rotated weights (n, out, in), rounded where they have a format.
+    def rounded(self, weights: torch.Tensor, keep: bool) -> torch.Tensor:
+        """Return rotated weights (n, out, in), rounded where they have a format.
 
         `keep` them for the gradient of their ranges.
         """
         self.rotated = weights if keep and self.format is not None else None
-        if self.format is not None:
-            assert self.clip is not None
-            whole = round_to_nearest(weights, self.format, self.clip)
-            weights = whole.dequantize(weights.dtype).view(weights.shape)
-        for linear, weight in zip(self.linears, weights, strict=True):
-            linear.module.weight.data.copy_(weight)
-            linear.module.weight.grad = None
+        if self.format is None:
+            return weights
+        assert self.clip is not None
+        whole = round_to_nearest(weights, self.format, self.clip)
+        return whole.dequantize(weights.dtype).view(weights.shape)
 
-    def begin_share(self, searched: bool) -> list[Work]:
-        """Begin to send what the owner wrote, and ratios that it searched, to all processes."""
+    def begin_clip(self) -> list[Work]:
+        """Begin to send ratios that the owner searched to all processes."""
+        if self.format is None:
+            return []
+        if not self.mine:
+            self.clip = torch.empty(self._ratios(self.format), **self._as_rotated())
+        assert self.clip is not None
+        return parallel.begin_share(self.clip, self.owner)
+
+    def begin_write(self, weights: torch.Tensor | None) -> tuple[torch.Tensor | None, list[Work]]:
+        """Begin to write the owner's weights (n, out, in) into the network of all processes.
+
+        Return what `end_write` takes, and what to wait for before it does.
+        """
         sent: list[Work] = []
-        if searched and self.format is not None:
-            if not self.mine:
-                self.clip = torch.empty(self._ratios(self.format), **self._as_rotated())
-            assert self.clip is not None
-            sent += parallel.begin_share(self.clip, self.owner)
-        for linear in self.linears:
+        for index, linear in enumerate(self.linears):
+            if weights is not None:
+                linear.module.weight.data.copy_(weights[index])
+            linear.module.weight.grad = None
             sent += parallel.begin_share(linear.module.weight.data, self.owner)
-        return sent
+        return None, sent
+
+    def end_write(self, room: torch.Tensor | None) -> None:
+        """Take over what was sent, if it is not there already."""
 
     def _ratios(self, format: TensorQuant) -> tuple[int, int, int, int]:
         rows, width = self.linears[0].module.weight.shape
@@ -188,9 +195,17 @@ class LearnedBatch:
     def _as_rotated(self) -> dict[str, Any]:
         return {"dtype": self.linears[0].wide, "device": self.linears[0].module.weight.device}
 
-    def written(self) -> torch.Tensor:
-        """Return the gradient of the written weights (n, out, in), and forget it."""
-        return _stacked([linear.gradient() for linear in self.linears])
+    def begin_sum(self) -> tuple[torch.Tensor, list[Work]]:
+        """Begin to add up the gradient of the written weights at the owner, and forget it.
+
+        Return what `end_sum` takes there, and what to wait for before it does.
+        """
+        gradient = _stacked([linear.gradient() for linear in self.linears])
+        return gradient, parallel.begin_sum(gradient, self.owner)
+
+    def end_sum(self, room: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the written weights: (n, out, in)."""
+        return room
 
     def gradients(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the gradients of rotated weights and of log clip ratios, shaped as these are.
@@ -206,56 +221,6 @@ class LearnedBatch:
             )
             self.rotated = None
         return gradient, of_clip
-
-
-def batches_of(linears: list[LearnedLinear]) -> list[LearnedBatch]:
-    """Put linears together that stand at one place of their layers and have the same format."""
-    groups: dict[tuple, list[LearnedLinear]] = {}
-    for linear in linears:
-        key = (linear.site.name, linear.format, linear.frozen.shape)
-        groups.setdefault(key, []).append(linear)
-    found: list[LearnedBatch] = []
-    for (*_, shape), group in groups.items():
-        some = together(shape.numel(), len(group), group[0].frozen.device.type, parallel.world())
-        found += [LearnedBatch(group[i : i + some]) for i in range(0, len(group), some)]
-    return found
-
-
-def together(numbers: int, count: int, device: str, processes: int) -> int:
-    """Return how many of `count` linears of so many numbers are a batch; processes have parts."""
-    return max(1, min(TOGETHER[device] // numbers, -(-count // processes)))
-
-
-def share_out(batches: list[LearnedBatch]) -> None:
-    """Give every batch, the largest first, to the process that has the fewest numbers so far."""
-    given = [0] * parallel.world()
-    for batch in sorted(batches, key=lambda batch: -batch.numbers):
-        owner = given.index(min(given))
-        given[owner] += batch.numbers
-        batch.give_to(owner)
-
-
-def owned_gradients(batches: Iterable[LearnedBatch]) -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
-    """Yield this process's batches with the gradients of written weights, over all processes.
-
-    As many sums are under way as there are processes, so that each works while others do.
-    """
-    under_way: deque[tuple[LearnedBatch, torch.Tensor, list[Work]]] = deque()
-
-    def oldest() -> Iterator[tuple[LearnedBatch, torch.Tensor]]:
-        batch, gradient, begun = under_way.popleft()
-        for work in begun:
-            work.wait()
-        if batch.mine:
-            yield batch, gradient
-
-    for batch in batches:
-        gradient = batch.written()
-        under_way.append((batch, gradient, parallel.begin_sum(gradient, batch.owner)))
-        if len(under_way) == parallel.world():
-            yield from oldest()
-    while under_way:
-        yield from oldest()
 
 
 def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ stay in their own basis: R1 rotates their output and input instead, which is the
 touches no vocabulary-sized matrix.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
@@ -14,26 +15,23 @@ from torch import nn
 from torch.distributed import Work
 from transformers import PreTrainedModel
 
+from spinlab import parallel
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
-from spinlab.fakequant.insert import FakeQuantLinear, weight_format
+from spinlab.fakequant.insert import FakeQuantLinear
 from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.gates import fuse_gates
 from spinlab.learn.spaces.heads import learn_heads
-from spinlab.learn.spaces.linear import (
-    LearnedBatch,
-    LearnedLinear,
-    batches_of,
-    owned_gradients,
-    share_out,
-)
+from spinlab.learn.spaces.linear import LearnedBatch
+from spinlab.learn.spaces.owners import LearnedLinears, owned_gradients
 from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.load import ExactNorm
-from spinlab.model.map import Site
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.shares import watched
 from spinlab.weights.rtn import search_ratios
+
+Begun = tuple[LearnedBatch, torch.Tensor | None]  # with what its `end_write` takes
 
 
 class WeightSpace(LearningSpace):
@@ -42,16 +40,17 @@ class WeightSpace(LearningSpace):
     def __init__(self, parts: Parts) -> None:
         model, rotations, local = parts.model, parts.rotations, parts.local
         super().__init__(parts)
-        self.quant, self.search = parts.quant, parts.search
+        self.search = parts.search
         self.ranges = LogParameters(self.learn.lr.clip, most=1.0)  # of weights, by linear
         self.given = parts.clips if self.learn.lr.clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.readers: dict[InputPath, str] = {}  # the keys of all
         whole = watched(map_of(model))
-        self.linears: list[LearnedLinear] = []
+        linears = parts.linears or self._taken(parts)
+        self.linears, self.batches = linears.all, linears.batches()
+        # whole weights have their places; those in shards wait for them beside
+        self.most_begun = parallel.world() if linears.spread else len(self.batches)
         for site, module in linears_of(model):
-            format = self._format(site)
-            self.linears.append(LearnedLinear.take(site, module, format, rotations.wide))
             if site.reads == "R1" and whole[site.key] == site.path:
                 _show(local.watch("r1", site.layer), module, output=False)
             path = cast(FakeQuantLinear, module).path
@@ -60,8 +59,6 @@ class WeightSpace(LearningSpace):
             self.readers.setdefault(path, site.key)
             if site.writes == "R2":
                 _show(local.watch("r2", site.layer), module, output=True)
-        self.batches = batches_of(self.linears)
-        share_out(self.batches)
         self._fold(model)
         lr = self.learn.lr.input_clip
         self.input_ranges = learn_input_ranges(paths if lr else {}, lr, model.device)
@@ -89,9 +86,13 @@ class WeightSpace(LearningSpace):
                 divide = partial(inputs.divide, key)
                 producer.register_forward_hook(partial(_through, divide))
 
-    def _format(self, site: Site) -> TensorQuant | None:
-        """Return the format of a weight that is rounded in the loop."""
-        return weight_format(site, self.quant) if self.learn.quantize_weights else None
+    def _taken(self, parts: Parts) -> LearnedLinears:
+        """Take the linears of a network that is there as a whole, with room for whole weights."""
+        model, wide = parts.model, self.rotations.wide
+        linears = LearnedLinears(map_of(model), self.learn, parts.quant, model.device, wide)
+        for linear in linears.take(model):
+            linear.make_room(linear.frozen.dtype)
+        return linears
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Take the original's residual stream x (..., hidden) to this network's: x R1."""
@@ -117,22 +118,25 @@ class WeightSpace(LearningSpace):
                 path.rotation = inputs.transforms[key]
         for linear in self.linears:
             linear.rotate_bias(rotations.r1, rotations.r2)
-        sent: list[Work] = []
+        for batch, room in parallel.in_turn(self._begun(refresh), self.most_begun):
+            batch.end_write(room)
+        if self.learn.lr.clip and not self.ranges.logs:
+            self.ranges.start(self._clips())
+
+    def _begun(self, refresh: bool) -> Iterator[tuple[Begun, list[Work]]]:
+        """Begin to write one batch after the other; refresh: with ratios that are searched anew."""
         for batch in self.batches:
             search = not self.ranges.logs and (refresh or batch.clip is None)
             if batch.format is not None and self.ranges.logs:
                 ratios = [self.ranges.value(linear.site.path) for linear in batch.linears]
                 batch.clip = torch.stack(ratios)
-            if batch.mine:
-                self._write(batch, search)
-            sent += batch.begin_share(search)
-        for work in sent:
-            work.wait()
-        if self.learn.lr.clip and not self.ranges.logs:
-            self.ranges.start(self._clips())
+            written = self._written(batch, search) if batch.mine else None
+            sent = batch.begin_clip() if search else []
+            room, works = batch.begin_write(written)
+            yield (batch, room), sent + works
 
-    def _write(self, batch: LearnedBatch, search: bool) -> None:
-        """Rotate and round the weights of a batch, and write them into the network."""
+    def _written(self, batch: LearnedBatch, search: bool) -> torch.Tensor:
+        """Rotate and round the weights of a batch: (n, out, in)."""
         inputs = self.rotations.inputs
         weights = batch.weights(self.rotations.r1, self.rotations.r2)
         if inputs is not None:
@@ -140,7 +144,7 @@ class WeightSpace(LearningSpace):
         if batch.format is not None and search:
             batch.clip = self._searched(batch, batch.format, weights)
         # transforms of inputs need them again, and make them anew
-        batch.write(weights, keep=self.learn.lr.clip > 0 and inputs is None)
+        return batch.rounded(weights, keep=self.learn.lr.clip > 0 and inputs is None)
 
     def _searched(
         self, batch: LearnedBatch, format: TensorQuant, weights: torch.Tensor
