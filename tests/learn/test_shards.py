@@ -264,7 +264,11 @@ def _process(rank: int, port: int, folder: Path) -> None:
             if name == "whole":
                 recompute_layers(model)
             found[f"{name} {family}"] = learned(learner_on(model, config))
-        found[f"rounded {family}"] = learned(rounding(config, shards=True))
+        for name in ("rounded", "rounded again"):
+            learner = rounding(config, shards=True)
+            if name == "rounded again":
+                recompute_layers(learner.model)
+            found[f"{name} {family}"] = learned(learner)
     # one term: whole gradients of two backward passes meet in 16 bits
     narrow = {"batch": 8, "micro_batch": 1, "dtype": "bfloat16", "objective": ObjectiveConfig()}
     for shards in (False, True):
@@ -301,15 +305,15 @@ def two_processes(folder, forks) -> list[dict]:
 
 
 @pytest.mark.parametrize("family", LEARNED)
-@pytest.mark.parametrize("way", ["parts", "whole", "rounded"])
+@pytest.mark.parametrize("way", ["parts", "whole", "rounded", "rounded again"])
 def test_what_is_spread_before_it_learns_learns_what_one_process_learns(
     folder, two_processes, family, way
 ):
-    """By parts, as a whole that is spread with its layers run again, and with rounded weights."""
+    """By parts; as a whole, layers run again; with rounded weights, and layers run again."""
     config = saved(folder, family, "float64")
     alone = learned(
         rounding(config, shards=False)
-        if way == "rounded"
+        if way.startswith("rounded")
         else learner_on(whole(config).base(), config)
     )
     for found in (each[f"{way} {family}"] for each in two_processes):
