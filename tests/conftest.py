@@ -70,8 +70,9 @@ EXPERTS = {
 
 # at least 10 s each, the longest first
 LONG = [
-    *("test_smollm2.py", "test_grid.py", "test_experiment.py", "test_parallel.py", "test_needs.py"),
-    *("test_compiled.py", "test_notebooks.py", "test_commands.py", "test_methods.py"),
+    *("test_smollm2.py", "test_grid.py", "test_experiment.py", "test_shards.py"),
+    *("test_parallel.py", "test_needs.py", "test_compiled.py", "test_notebooks.py"),
+    *("test_commands.py", "test_methods.py"),
     *("test_triton_runtime.py", "test_options.py", "test_sweep.py", "test_measure.py"),
     *("test_load.py", "test_extending.py", "test_families.py", "test_spaces.py"),
     *("test_resume.py", "test_offload.py", "test_floats.py"),

@@ -9,7 +9,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -280,6 +284,18 @@ def test_values_and_tensors_of_any_dtype_come_from_the_first_process(two):
         assert numbers["summed"] == [2, 1]
         assert numbers["tensors"] == exchanged()["tensors"]
         assert numbers["alone"] == [1, 1.0]
+
+
+def test_what_was_begun_is_waited_for_in_its_order_and_before_more_begins():
+    told: list[str] = []
+
+    def begun() -> Iterator[tuple[int, list[Any]]]:
+        for name in range(3):
+            told.append(f"began {name}")
+            yield name, [SimpleNamespace(wait=partial(told.append, f"waited {name}"))]
+
+    assert list(parallel.in_turn(begun(), 2)) == [0, 1, 2]
+    assert told == ["began 0", "began 1", "waited 0", "began 2", "waited 1", "waited 2"]
 
 
 def test_a_stage_is_done_by_the_first_process_or_by_all(two):

@@ -7,6 +7,7 @@ import gc
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from spinlab.kv.cache import kv_path_of
 from spinlab.learn import (
     Learnable,
     RotationLearner,
+    estimate_of,
     in_shards,
     learn_rotations,
     placement,
@@ -44,7 +46,7 @@ from spinlab.learn import (
 )
 from spinlab.learn.shards import sharded
 from spinlab.learn.spaces import WeightSpace
-from spinlab.model.load import cast_model, load_model
+from spinlab.model.load import cast_model, load_model, meta_model
 from spinlab.model.modules import layers_of, map_of
 from spinlab.model.network import Load, Make, Network, Resident, Streamed, as_it_is
 from spinlab.model.parts import Parts
@@ -86,6 +88,10 @@ FAMILIES = {
     "llama": {"tie_word_embeddings": True},
     "phi3": {},
     "qwen3": {"num_hidden_layers": 7},
+    "mistral": {
+        **{"hidden_size": 128, "intermediate_size": 512, "head_dim": 32},
+        **{"num_hidden_layers": 12, "vocab_size": 512},
+    },
     "gpt_oss": EXPERTS["gpt_oss"],
     "glm4_moe": EXPERTS["glm4_moe"],
     "deepseek_v3": {},
@@ -177,21 +183,42 @@ def learner_on(model: PreTrainedModel, config: ModelConfig) -> RotationLearner:
 
 def gathered(learner: RotationLearner) -> int:
     """Return how many layers are whole at most as the backward passes of a step reach them."""
-    layers, most = layers_of(learner.model), [0]
+    layers = layers_of(learner.model)
 
-    def count(gradient: torch.Tensor) -> None:
+    def count() -> int:
         numbers = [layer.get_parameter("self_attn.q_proj.weight") for layer in layers]
-        most.append(sum(not isinstance(weight, DTensor) for weight in numbers))
+        return sum(not isinstance(weight, DTensor) for weight in numbers)
+
+    found = in_backward_passes(learner, WINDOWS[:4], count)
+    assert len(found) == 2 * len(layers)  # of both terms
+    return max(found)
+
+
+def in_backward_passes(
+    learner: RotationLearner, batch: torch.Tensor, see: Callable[[], int]
+) -> list[int]:
+    """Return what is seen whenever the backward passes of a step reach a layer."""
+    found: list[int] = []
 
     def watch(module: nn.Module, args: tuple, out: Any) -> None:
         if out.requires_grad:
-            out.register_hook(count)
+            out.register_hook(lambda gradient: found.append(see()))
 
-    for layer in layers:
+    for layer in layers_of(learner.model):
         layer.register_forward_hook(watch)
-    learner.gradients(0, WINDOWS[:4])
-    assert len(most) > 2 * len(layers)  # of both terms
-    return max(most)
+    learner.gradients(0, batch)
+    return found
+
+
+def held_and_said(config: ModelConfig, **changes) -> tuple[int, int]:
+    """Return what a step in shards holds at most in its backward passes, and what is estimated."""
+    before, few = held(), {"batch": 4, "micro_batch": 1, "rotations": ["r2"], "dtype": "bfloat16"}
+    terms = {"objective": ObjectiveConfig(kl=0.5), **few, **changes}
+    learner = rounding(config, shards=True, **terms)
+    found = in_backward_passes(learner, WINDOWS[:4], held)
+    shape = meta_model(config, None)
+    said = estimate_of(shape, learner.learn, learner.quant, 2, CPU, shards=True)
+    return max(found) - before, said.bytes(False)
 
 
 def resumed(config: ModelConfig) -> dict:
@@ -250,7 +277,13 @@ def _process(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     parallel.start("cpu")
-    found: dict[str, Any] = {}
+    gc.collect()
+    gc.freeze()  # what there is so far is looked through no more
+    config = saved(folder, "mistral", "bfloat16")
+    clips = {"plain": RatesConfig(), "ranges": RatesConfig(clip=0.03)}
+    found: dict[str, Any] = {
+        f"estimate {name}": held_and_said(config, lr=lr) for name, lr in clips.items()
+    }
     for rounded in (False, True):
         config = saved(folder, "llama", "float64")
         found["held rounded" if rounded else "held"] = loaded_by_shards(config, rounded)
@@ -331,6 +364,12 @@ def test_learning_by_shards_resumes_with_the_same_bits(two_processes):
         assert ours["curve"] == expected["curve"]
         for name, tensor in expected["state"].items():
             assert torch.equal(ours["state"][name], tensor), name
+
+
+@pytest.mark.parametrize("rates", ["plain", "ranges"])
+def test_estimates_of_rounded_weights_in_shards_lie_above_what_is_held(two_processes, rates):
+    for most, said in (each[f"estimate {rates}"] for each in two_processes):
+        assert most < said < 1.25 * most
 
 
 def test_few_layers_are_whole_at_once(two_processes):
