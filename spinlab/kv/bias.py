@@ -39,6 +39,16 @@ class BiasScores(NamedTuple):
     waves: torch.Tensor
 
 
+def waves_of(waves: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Return waves (batch or 1, slots, rotary_dim) of some slots (batch or 1, n).
+
+    Those of slots that are not there are anything.
+    """
+    batch = max(len(waves), len(slots))
+    places = slots.clamp(0, waves.shape[1] - 1)[..., None].expand(batch, -1, waves.shape[-1])
+    return waves.expand(batch, -1, -1).gather(1, places)
+
+
 class _Parts(NamedTuple):
     """Hold what a bias becomes as part of a key: waves · turning + rest, of all KV heads."""
 

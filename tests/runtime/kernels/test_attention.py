@@ -193,7 +193,7 @@ def test_the_kernel_adds_a_long_bias_of_keys_to_their_scores(name, dtype, device
     exact = brute_force(query, *rows, start, length, scaling, known)
     scores = bias.scores(query, waves.to(device))
     wanted = reference.attend(query, *rows, start, tensor, scaling, scores)
-    found = gpu.attend(query, *rows, start, tensor, scaling, scores, plan)
+    found = gpu.attend(query, *rows, start, tensor, scaling, scores, plan=plan)
     # what does not turn is left out of scores, and softmax of the oracle does not see it
     errors = [(x.cpu().double() - exact).abs().max().item() for x in (found, wanted)]
     noise = 2e-6 if dtype == torch.float32 else 2.0**-11

@@ -18,7 +18,9 @@ from triton.compiler import ASTSource, compile
 from spinlab.formats import integer_kernels
 from spinlab.learn.objectives import logits_kernels
 from spinlab.learn.spaces import gate_kernels
-from spinlab.runtime.kernels.attention.triton import attend_kernel
+from spinlab.runtime.kernels.attention import launch as attention
+from spinlab.runtime.kernels.attention.triton import attend_kernel, combine_kernel
+from spinlab.runtime.kernels.attention.triton_floats import floats_kernel
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
@@ -118,18 +120,20 @@ for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
 NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}
 instructions(block_kernels.inverse_kernel, PARTS, NORM, 90)
 POINTERS = {n: "*bf16" for n in ("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "r3_ptr",
-                                 "queries_ptr", "k_round_ptr", "v_round_ptr")}
-POINTERS |= {"position_ptr": "*i64"}
+                                 "queries_ptr", "k_round_ptr", "v_round_ptr", "k_floats_ptr",
+                                 "v_floats_ptr")}
+POINTERS |= {"position_ptr": "*i64", "start_ptr": "*i32"}
 for kind in "kv":
     POINTERS |= {f"{kind}_packed_ptr": "*u8", f"{kind}_scale_ptr": "*fp16",
                  f"{kind}_zero_ptr": "*u8", f"{kind}_clip": "fp32",
                  f"{kind}_levels_ptr": "*fp32", f"{kind}_between_ptr": "*fp32"}
 HEADS = {"D": 128, "HALF": 64, "ROTARY": 128, "STEP": 64, "R3": True, "K_LOWEST": 0,
          "K_HIGHEST": 15, "K_MANY": 0, "K_LENGTH": 0, "V_LOWEST": 0, "V_HIGHEST": 15, "V_MANY": 0,
-         "V_LENGTH": 0, "ROUND": True, "FUSED": True}
+         "V_LENGTH": 0, "ROUND": True, "FLOATS": False, "FUSED": True}
 rest = {n: "i32" for n in kv_kernels.store_kernel.arg_names if n not in (*POINTERS, *HEADS)}
 LEVELS = {**HEADS, "K_MANY": 16, "K_LENGTH": 1, "V_MANY": 4, "V_LENGTH": 3}
-for heads in (HEADS, {**HEADS, "ROTARY": 0}, LEVELS):
+KEPT = {**LEVELS, "FLOATS": True}
+for heads in (HEADS, {**HEADS, "ROTARY": 0}, LEVELS, KEPT, {**KEPT, "ROUND": False}):
     instructions(kv_kernels.store_kernel, {**rest, **POINTERS, "r3_scale": "fp32"}, heads, 90)
 NAMES = "x_ptr gradient_ptr out_ptr ratio_ptr sums_ptr levels_ptr scale_ptr zero_ptr"
 OF_ROWS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*u8", "zero_ptr": "*i32"}
@@ -201,6 +205,24 @@ for rotary, middle in ((0, -1), (128, -1), (0, 0)):
     assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
     assert "cvt.rn.f16.u16" not in ptx  # no level is converted one by one
     assert ("tf32" in ptx) == bool(rotary)
+# tokens in floats beside rows, of the largest heads, and the sum of what both found
+OF_KEPT = {name: kind for name, kind in OF_PACKED.items() if name in floats_kernel.arg_names}
+OF_KEPT |= dict.fromkeys(set(floats_kernel.arg_names) - OF_PACKED.keys(), "i32")
+for kind, name, at_once in (("bf16", "bf16", 64), ("fp16", "f16", 64), ("fp32", "tf32", 32)):
+    kinds = {**OF_KEPT, **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*" + kind)}
+    assert at_once == attention._PLACES // (1 + (kind == "fp32"))
+    heads = ((80, 128, 0, at_once), (89, 256, 0, at_once), (90, 96, 96, 16), (120, 256, 0, at_once))
+    for capability, width, rotary, block in heads:
+        attend = {"GROUP": 4, "HEADS": 8, "D": width, "BLOCK_D": 1 << (width - 1).bit_length(),
+                  "BLOCK": block, "WIDE": kind == "fp32", "ROTARY": rotary, "WAVES": rotary and 64}
+        found, _ = instructions(floats_kernel, kinds, attend, capability)
+        assert any(one.endswith(f"f32.{name}.{name}.f32") for one in found), found
+        assert rotary or all(f".{name}." in one for one in found), found
+ADDED = {"sums_ptr": "*fp32", "most_ptr": "*fp32", "total_ptr": "*fp32", "out_ptr": "*bf16",
+         "splits": "i32"}
+for parts in (16, 128, 256):
+    sizes, warps = {"D": 128, "BLOCK_D": 128, "BLOCK": parts}, attention._adding(parts)
+    instructions(combine_kernel, ADDED, sizes, 90, warps=warps)
 """
 
 

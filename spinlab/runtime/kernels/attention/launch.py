@@ -1,16 +1,18 @@
 """Decode attention that reads packed rows, split over the context, in Triton."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from spinlab.kv.bias import BiasScores
 from spinlab.kv.layouts import GridLayout, LevelsLayout
+from spinlab.runtime.kernels.kv.floats import FloatTokens
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import compiled_for, gpu_of, launch, power_of_two
 
 _RESIDENT = 8  # programs that one multiprocessor runs at a time
 _LEAST_SLOTS = 128  # per split; fewer would not pay for the sum over splits
+_PLACES = 64  # tokens in floats of 16 bits that a program takes
 _LOG2_E = 1.4426950408889634
 
 
@@ -31,6 +33,7 @@ def attend(
     length: torch.Tensor,
     scaling: float,
     bias: BiasScores | None = None,
+    floats: FloatTokens | None = None,
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Do what `reference.attend` does. float64 is not supported.
@@ -38,66 +41,98 @@ def attend(
     Nothing is read on the host and the launch depends on shapes alone, so that CUDA graphs can
     hold it; the work follows `length` all the same. plan: None takes `plan_of`.
     """
-    from spinlab.runtime.kernels.attention.triton import (  # Triton loads where it is used
-        attend_kernel,
-        combine_kernel,
-    )
+    from spinlab.runtime.kernels.attention.triton import attend_kernel
+    from spinlab.runtime.kernels.attention.triton_floats import floats_kernel
 
     assert query.shape[2] == 1 and query.stride(3) == 1, "one token with contiguous heads"
     assert query.dtype.itemsize <= 4, "kernels compute in float32 at most"
+    heads, kv_heads, width = query.shape[1], keys.packed.shape[1], query.shape[3]
+    columns = 8 if heads <= 8 * kv_heads else 16
+    owners = len(query) * kv_heads * -(-heads // kv_heads // columns)
+    plan = plan or plan_of(owners, keys.capacity, query.device)
+    block, blocks = _blocks(floats)
+    parts = plan.splits + blocks
+    found, out = _room(query, parts)
+    of_bias, wave_batch, constants = _of_bias(bias, query)
+    constants |= {"GROUP": heads // kv_heads, "HEADS": columns, "D": width}
+    constants["WIDE"] = query.dtype == torch.float32
+    tokens, factor = (start, length), scaling * _LOG2_E
+    kept = (0, 0) if floats is None else (floats.sinks, floats.window)
+    sizes = *kept, plan.splits, parts, kv_heads, query.stride(0), query.stride(1), wave_batch
+    rows = *_tensors(keys), *_tensors(values)
+    arguments = query, *rows, *tokens, *found, out, *of_bias, factor, keys.capacity, *sizes
+    of_rows = {**constants, **_of_rows(keys, values, plan.block), "WHOLE": parts == 1}
+    of_rows["FAST"] = compiled_for(query)
+    how: dict[str, Any] = {"num_warps": plan.warps, "num_stages": plan.stages}
+    launch(attend_kernel, (owners, plan.splits), arguments, of_rows, **how)
+    if floats is not None:
+        arguments = query, *floats.tensors, *tokens, *found, *of_bias, factor, *sizes
+        constants |= {"BLOCK_D": max(16, power_of_two(width)), "BLOCK": block}
+        launch(floats_kernel, (owners, blocks), arguments, constants, num_warps=4)
+    if parts > 1:
+        _add(found, out)
+    return out
+
+
+def _room(query: torch.Tensor, parts: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return room for the sums, maxima and totals of parts of each head's work, and the result."""
     batch, heads, _, width = query.shape
-    kv_heads = keys.packed.shape[1]
-    group = heads // kv_heads
-    columns = 8 if group <= 8 else 16
-    owners = batch * kv_heads * -(-group // columns)
-    block, splits, warps, stages = plan or plan_of(owners, keys.capacity, query.device)
+    sums = query.new_empty(batch * heads, parts, width if parts > 1 else 0, dtype=torch.float32)
+    most, total = query.new_empty(2, batch * heads, parts, dtype=torch.float32)
     out = torch.empty(batch, heads, 1, width, dtype=query.dtype, device=query.device)
-    sums = query.new_empty(batch * heads, splits, width if splits > 1 else 0, dtype=torch.float32)
-    most, total = query.new_empty(2, batch * heads, splits, dtype=torch.float32)
-    of_bias, wave_batch, rotary_dim = _of_bias(bias, query)
-    arguments = (
-        query, *_tensors(keys), *_tensors(values), start, length, sums, most, total, out, *of_bias,
-        scaling * _LOG2_E, keys.capacity, splits, kv_heads, query.stride(0), query.stride(1),
-        wave_batch,
-    )  # fmt: skip
-    constants = {
-        "GROUP": group,
-        "HEADS": columns,
-        "D": width,
-        "PAIRS": max(16, power_of_two(width // 4)),
+    return (sums, most, total), out
+
+
+def _add(found: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    """Put what parts found together, in place."""
+    from spinlab.runtime.kernels.attention.triton import combine_kernel
+
+    rows, parts, width = found[0].shape
+    constants = {"D": width, "BLOCK_D": power_of_two(width), "BLOCK": power_of_two(parts)}
+    launch(combine_kernel, (rows,), (*found, out, parts), constants, num_warps=_adding(parts))
+
+
+def _blocks(floats: FloatTokens | None) -> tuple[int, int]:
+    """Return how many tokens in floats a program takes, a power of two, and how many programs."""
+    if floats is None:
+        return 0, 0
+    places, most = floats.keys.shape[2], _PLACES // (floats.keys.dtype.itemsize // 2)
+    block = max(16, min(most, power_of_two(places)))
+    return block, -(-places // block)
+
+
+def _adding(parts: int) -> int:
+    """Return the warps of a program that adds so many parts: it holds all of them at once."""
+    return 4 if parts <= 128 else 8
+
+
+def _of_rows(keys: PackedRows, values: PackedRows, block: int) -> dict[str, Any]:
+    """Return what the kernel knows of rows, of which it takes so many at a turn."""
+    return {
+        "PAIRS": max(16, power_of_two(keys.head_dim // 4)),
         "BLOCK": block,
-        "WHOLE": splits == 1,
         "K_MIDDLE": _middle(keys),
         "V_MIDDLE": _middle(values),
         "K_LEVELS": _levels(keys),
         "V_LEVELS": _levels(values),
-        "WIDE": query.dtype == torch.float32,
         "EVEN": keys.capacity % block == 0,
-        "FAST": compiled_for(query),
-        "ROTARY": rotary_dim,
-        "WAVES": max(16, power_of_two(rotary_dim // 2)) if rotary_dim else 0,
     }
-    grid = (owners, splits)
-    launch(attend_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
-    if splits > 1:
-        arguments = (sums, most, total, out, splits)
-        constants = {"D": width, "BLOCK_D": power_of_two(width), "BLOCK": power_of_two(splits)}
-        launch(combine_kernel, (batch * heads,), arguments, constants, num_warps=4)
-    return out
 
 
 def _of_bias(
     bias: BiasScores | None, query: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor], int, int]:
-    """Return vectors and waves, how far those of two sequences are apart, and rotary_dim.
+) -> tuple[tuple[torch.Tensor, torch.Tensor], int, dict[str, Any]]:
+    """Return vectors and waves, how far those of two sequences are apart, and constants.
 
     Without a bias tensors are anything and numbers 0.
     """
     if bias is None:
-        return (query, query), 0, 0
+        return (query, query), 0, {"ROTARY": 0, "WAVES": 0}
     vectors, waves = (part.contiguous() for part in bias)
     assert vectors.dtype == waves.dtype == torch.float32, "kernels compute in float32"
-    return (vectors, waves), waves.stride(0) if len(waves) > 1 else 0, waves.shape[2]
+    rotary_dim, wave_batch = waves.shape[2], waves.stride(0) if len(waves) > 1 else 0
+    constants = {"ROTARY": rotary_dim, "WAVES": max(16, power_of_two(rotary_dim // 2))}
+    return (vectors, waves), wave_batch, constants
 
 
 def plan_of(owners: int, capacity: int, device: torch.device) -> Plan:

@@ -2,7 +2,8 @@
 
 import torch
 
-from spinlab.kv.bias import BiasScores
+from spinlab.kv.bias import BiasScores, waves_of
+from spinlab.runtime.kernels.kv.floats import FloatTokens
 from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize
 
 
@@ -14,24 +15,36 @@ def attend(
     length: torch.Tensor,
     scaling: float,
     bias: BiasScores | None = None,
+    floats: FloatTokens | None = None,
 ) -> torch.Tensor:
     """Attend from one token of each sequence to the slots start..length-1.
 
     query: (batch, heads, 1, head_dim), heads a multiple of kv_heads, turned as the keys are.
     start: (batch,) int32, the first slot that holds a token; length: (1,) int64, the filled slots.
     bias: what a bias of the keys, which the rows do not hold, adds to scores at the slots.
+    floats: of the first and the newest of these slots, whose rows are not read where it is given.
     Returns (batch, heads, 1, head_dim) in the query's dtype; zeros where there is no slot.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    slots = torch.arange(keys.capacity, device=query.device)
-    valid = ((slots >= start[:, None]) & (slots < length))[:, None, :, None]
-    k, v = (
-        dequantize(rows, keys.capacity, wide).masked_fill_(~valid, 0) for rows in (keys, values)
-    )
+    slots = torch.arange(keys.capacity, device=query.device).expand(len(query), -1)
+    k, v = (dequantize(rows, keys.capacity, wide) for rows in (keys, values))
+    begin, end = start[:, None], length
+    if floats is not None:
+        begin, end = begin + floats.sinks, end - floats.window
+    valid = (slots >= begin) & (slots < end)
+    if floats is not None:
+        kept, there = floats.slots(length)
+        slots, valid = torch.cat((slots, kept), 1), torch.cat((valid, there), 1)
+        k, v = (
+            torch.cat((rows, x.to(wide)), 2) for rows, x in zip((k, v), floats.tensors, strict=True)
+        )
+    valid = valid[:, None, :, None]
+    k, v = (x.masked_fill(~valid, 0) for x in (k, v))
     grouped = query.to(wide).flatten(1, 2).unflatten(1, (k.shape[1], -1))
     scores = grouped @ k.mT
     if bias is not None:
-        scores += bias.vectors.unflatten(1, (k.shape[1], -1)) @ bias.waves[:, None].mT
+        waves = waves_of(bias.waves, slots)[:, None]
+        scores += bias.vectors.unflatten(1, (k.shape[1], -1)) @ waves.mT
     scores = (scores * scaling).masked_fill_(~valid.mT, -torch.inf)
     weights = scores.softmax(-1).masked_fill_(~valid.any(2, keepdim=True), 0)
     return (weights @ v).flatten(1, 2).unsqueeze(2).to(query.dtype)

@@ -22,12 +22,12 @@ from spinlab.runtime.kernels.attention.triton_rows import (
 from spinlab.runtime.kernels.overlap import wait_for_inputs
 
 _ROOM = tl.constexpr(12.0)  # powers of two between the largest weight and 1: float16 goes to 2^15
-_LEAST = tl.constexpr(-1e30)  # below every score, and finite
+LEAST = tl.constexpr(-1e30)  # below every score, and finite
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_HALF)  # that a codec stores
 
 
 @triton.jit
-def _vectors(ptr, row, taken, factor, ROTARY: tl.constexpr, WAVES: tl.constexpr):
+def vectors_of(ptr, row, taken, factor, ROTARY: tl.constexpr, WAVES: tl.constexpr):
     """Return what biases of keys multiply cosines and sines with: (WAVES, HEADS) each, float32."""
     wave = tl.arange(0, WAVES)[:, None]
     inside = (wave < ROTARY // 2) & taken[None, :]
@@ -38,7 +38,7 @@ def _vectors(ptr, row, taken, factor, ROTARY: tl.constexpr, WAVES: tl.constexpr)
 
 
 @triton.jit
-def _of_bias(waves_ptr, slot, there, vectors, ROTARY: tl.constexpr, WAVES: tl.constexpr):
+def of_bias(waves_ptr, slot, there, vectors, ROTARY: tl.constexpr, WAVES: tl.constexpr):
     """Return what biases add to scores of slots: (BLOCK, HEADS)."""
     wave = tl.arange(0, WAVES)[None, :]
     inside = there[:, None] & (wave < ROTARY // 2)
@@ -51,12 +51,14 @@ def _of_bias(waves_ptr, slot, there, vectors, ROTARY: tl.constexpr, WAVES: tl.co
 
 
 @triton.jit
-def _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK: tl.constexpr):
-    """Return the first valid slot of a sequence, and which slots this program takes."""
-    length = tl.minimum(tl.load(length_ptr).to(tl.int32), capacity)
-    first = tl.load(start_ptr + batch)
+def _chunk(
+    start_ptr, length_ptr, batch, capacity, sinks, window, splits, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Return the first coded slot of a sequence, and which slots this program takes."""
+    length = tl.minimum(tl.load(length_ptr).to(tl.int32), capacity) - window
+    first = tl.load(start_ptr + batch) + sinks
     origin = first // BLOCK * BLOCK
-    chunk = tl.cdiv(tl.cdiv(length - origin, splits), BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(tl.maximum(length - origin, 0), splits), BLOCK) * BLOCK
     begin = origin + tl.program_id(1) * chunk
     return first, begin, tl.minimum(begin + chunk, length)
 
@@ -78,7 +80,7 @@ def _over_slots(
     real = pair < D // 4
     empty = tl.zeros((PAIRS, HEADS), tl.float32)
     out = (empty, empty, empty, empty)
-    most = tl.full((HEADS,), _LEAST, tl.float32)
+    most = tl.full((HEADS,), LEAST, tl.float32)
     total = tl.zeros((BLOCK, HEADS), tl.float32)  # of weights
     zeros = tl.zeros((BLOCK, HEADS), tl.float32)  # of weights times scales and zero points
     # scales and zero points are read one turn ahead
@@ -103,7 +105,7 @@ def _over_slots(
         valid = (slot >= first) & (slot < end)
         found = found * (sk[:, None] * factors[None, :])
         if WAVES > 0:
-            found += _of_bias(waves_ptr, slot, there & valid, vectors, ROTARY, WAVES)
+            found += of_bias(waves_ptr, slot, there & valid, vectors, ROTARY, WAVES)
         scores = tl.where(valid[:, None], found, -float("inf"))
         size = tl.log2(tl.maximum(sv, _SMALLEST_SCALE))
         new = tl.maximum(most, tl.max(scores + size[:, None], 0) - _ROOM)
@@ -118,21 +120,21 @@ def _over_slots(
     return levels_of_floats(out, tl.sum(zeros, 0), V_LEVELS, WIDE), most, tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["sinks", "window", "splits", "parts"])
 def attend_kernel(
     query_ptr, k_levels_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_levels_ptr, v_ptr, v_scale_ptr,
     v_zero_ptr, start_ptr, length_ptr, sums_ptr, most_ptr, total_ptr, out_ptr, vectors_ptr,
-    waves_ptr, factor, capacity, splits, kv_heads, query_batch, query_head, wave_batch,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr, K_LEVELS: tl.constexpr,
-    V_LEVELS: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    ROTARY: tl.constexpr, WAVES: tl.constexpr, PDL: tl.constexpr,
+    waves_ptr, factor, capacity, sinks, window, splits, parts, kv_heads, query_batch, query_head,
+    wave_batch, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, K_MIDDLE: tl.constexpr, V_MIDDLE: tl.constexpr,
+    K_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    FAST: tl.constexpr, ROTARY: tl.constexpr, WAVES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attend from up to HEADS of the GROUP query heads of a KV head to one part of its slots.
 
-    WHOLE: the part is all there is, and the result is written. Otherwise each of the splits writes
-    its weighted sum (in the order of nibbles), its maximum and its sum of weights.
+    WHOLE: the part is all there is, and the result is written. Otherwise each of the splits, which
+    are the first of the parts, writes its weighted sum (in the order of nibbles), its maximum and
+    its sum of weights. Neither the first slots, so many sinks, nor those of the window are read.
     factor: scaling·log2(e). WAVES: a power of two from ROTARY/2 on where biases of keys add to
     scores, else 0. Slots are rows of matrices and query heads their columns: a product
     with 8 columns wastes least.
@@ -144,14 +146,14 @@ def attend_kernel(
     member = tl.program_id(0) % PARTS * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, PAIRS)
     taken = (pair < D // 4)[:, None] & (member < GROUP)[None, :]
-    slots = _chunk(start_ptr, length_ptr, batch, capacity, splits, BLOCK)
+    slots = _chunk(start_ptr, length_ptr, batch, capacity, sinks, window, splits, BLOCK)
     base = owner.to(tl.int64) * capacity
     query_ptr += batch.to(tl.int64) * query_batch + (head * GROUP + member)[None, :] * query_head
     q, query_sum, factors = queries(query_ptr, pair, taken, factor, D, K_LEVELS, WIDE)
     row = owner * GROUP + member
     vectors = q
     if WAVES > 0:
-        vectors = _vectors(vectors_ptr, row.to(tl.int64), member < GROUP, factor, ROTARY, WAVES)
+        vectors = vectors_of(vectors_ptr, row.to(tl.int64), member < GROUP, factor, ROTARY, WAVES)
     k_levels = table(k_levels_ptr, K_LEVELS, WIDE)
     v_levels = table(v_levels_ptr, V_LEVELS, WIDE)
     if FAST and not WIDE:
@@ -172,7 +174,7 @@ def attend_kernel(
             place = out_ptr + places(pair, index, D)[:, None]
             tl.store(place, (out[index] * norm).to(kind), mask=taken)
     else:
-        place = row * splits + tl.program_id(1)
+        place = row * parts + tl.program_id(1)
         tl.store(most_ptr + place, most, mask=member < GROUP)
         tl.store(total_ptr + place, total, mask=member < GROUP)
         sums_ptr += place.to(tl.int64)[None, :] * D + pair[:, None]
@@ -191,7 +193,7 @@ def combine_kernel(
     split = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     there = split < splits
-    most = tl.load(most_ptr + row * splits + split, mask=there, other=_LEAST)
+    most = tl.load(most_ptr + row * splits + split, mask=there, other=LEAST)
     total = tl.load(total_ptr + row * splits + split, mask=there, other=0.0)
     place = (row.to(tl.int64) * splits + split)[:, None] * D + d[None, :]
     sums = tl.load(sums_ptr + place, mask=there[:, None] & (d < D)[None, :], other=0.0)

@@ -152,6 +152,13 @@ def places(pair, index, D: tl.constexpr):
 
 
 @triton.jit
+def order(number, D: tl.constexpr):
+    """Return where a number of a head comes among those of nibble 0, then 1 and so on."""
+    half, inner = number // (D // 2), number % (D // 2)
+    return (2 * (inner % 2) + half) * (D // 4) + inner // 2
+
+
+@triton.jit
 def parameters(scale_ptr, zero_ptr, place, inside, MIDDLE: tl.constexpr):
     """Load scales and zero points; MIDDLE stands for the latter, or -1 where they are stored."""
     scale = tl.load(scale_ptr + place, mask=inside, other=1).to(tl.float32)

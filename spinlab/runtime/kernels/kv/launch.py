@@ -5,6 +5,7 @@ import torch
 from spinlab.config.kv import LENGTHS
 from spinlab.kv.layouts import GridLayout, LevelsLayout
 from spinlab.rotation.online import OnlineRotation
+from spinlab.runtime.kernels.kv.floats import FloatTokens
 from spinlab.runtime.kernels.kv.rows import PackedRows
 from spinlab.runtime.kernels.launch import compiled_for, launch, power_of_two
 
@@ -19,7 +20,8 @@ def store(
     keys: PackedRows,
     values: PackedRows,
     position: torch.Tensor,
-    round_trip: bool,
+    returned: bool,
+    floats: FloatTokens | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Do what `reference.store` does. float64 is not supported; every R3 is.
 
@@ -33,24 +35,38 @@ def store(
     (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
     # as attention's result should lie, which follows its queries: heads of a token side by side
     queries = q.new_empty(batch, tokens, heads, width).transpose(1, 2)
-    shape = (batch, kv_heads, tokens, width) if round_trip else (0,)
+    shape = (batch, kv_heads, tokens, width) if returned else (0,)
     k_round, v_round = k.new_empty(shape), v.new_empty(shape)
     matrix, scale = (q, 1.0) if r3 is None else r3.whole(q.dtype, q.device)
     cos, sin = cos.contiguous(), sin.contiguous()
+    kept, sizes = _floats(floats, k)
     step, warps = _cut(batch * tokens)
     programs = -(-batch * tokens * heads // step) + 2 * -(-batch * tokens * kv_heads // step)
     arguments = (
         q, k, v, cos, sin, matrix, position, queries, *_tensors(keys), k_round, *_tensors(values),
-        v_round, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, scale, _clip(keys), _clip(values),
+        v_round, *kept, batch, tokens, heads, kv_heads, keys.capacity, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], cos.stride(0) if len(cos) > 1 else 0, *sizes, scale,
+        _clip(keys), _clip(values),
     )  # fmt: skip
     constants = {
         "D": width, "HALF": max(16, power_of_two(width // 2)), "ROTARY": cos.shape[2], "STEP": step,
         "R3": r3 is not None, **_constants("K", keys), **_constants("V", values),
-        "ROUND": round_trip, "FUSED": compiled_for(q),
+        "ROUND": returned, "FLOATS": floats is not None, "FUSED": compiled_for(q),
     }  # fmt: skip
     launch(store_kernel, (programs,), arguments, constants, num_warps=warps, enable_fp_fusion=False)
-    return (queries, k_round, v_round) if round_trip else (queries, None, None)
+    return (queries, k_round, v_round) if returned else (queries, None, None)
+
+
+def _floats(
+    floats: FloatTokens | None, like: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+    """Return tensors of what stays in floats, how many sinks and how wide a window.
+
+    Without any tensors are anything.
+    """
+    if floats is None:
+        return (like, like, like), (0, 0)
+    return (floats.keys, floats.values, floats.start), (floats.sinks, floats.window)
 
 
 def _cut(tokens: int) -> tuple[int, int]:

@@ -133,16 +133,44 @@ def _settled(unit):
 
 
 @triton.jit
+def _copy(low, high, ptr, row, inside, D: tl.constexpr, HALF: tl.constexpr):
+    """Write both halves of heads to rows, where `inside`."""
+    kind = ptr.dtype.element_ty
+    d = tl.arange(0, HALF)[None, :]
+    inside = inside[:, None] & (d < D // 2)
+    ptr += row[:, None] * D + d
+    tl.store(ptr, low.to(kind), mask=inside)
+    tl.store(ptr + D // 2, high.to(kind), mask=inside)
+
+
+@triton.jit
+def _keep(
+    low, high, ptr, owner, nth, slot, sinks, window, new, late, D: tl.constexpr, HALF: tl.constexpr
+):
+    """Write heads to where sinks and the newest tokens are in floats (`floats.FloatTokens`).
+
+    owner: sequence and head; nth: in its sequence; new: heads that are there; late: of tokens that
+    none behind them overwrites.
+    """
+    first = owner * (sinks + window)
+    ring = first + sinks + slot % tl.maximum(window, 1)
+    _copy(low, high, ptr, ring, new & late, D, HALF)
+    _copy(low, high, ptr, first + nth, new & (nth >= 0) & (nth < sinks), D, HALF)
+
+
+@triton.jit
 def _write(
     low, high, levels_ptr, between_ptr, packed_ptr, scale_ptr, zero_ptr, round_ptr, place, new,
     inside, clip, D: tl.constexpr, HALF: tl.constexpr, LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr, MANY: tl.constexpr, LENGTH: tl.constexpr, ROUND: tl.constexpr,
-    FUSED: tl.constexpr,
+    FLOATS: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Code rows and write them at `place`, and what they hold at row `new`, where `inside`.
 
-    MANY: how many levels there are, or 0 for a grid.
+    MANY: how many levels there are, or 0 for a grid. FLOATS: not what they hold, but they.
     """
+    if ROUND and FLOATS:
+        _copy(low, high, round_ptr, new, inside, D, HALF)
     if MANY > 0:
         n_low, n_high, scale, low, high = _by_levels(  # pyright: ignore[reportGeneralTypeIssues]
             low, high, levels_ptr, between_ptr, D, HALF, MANY, LENGTH
@@ -153,30 +181,28 @@ def _write(
         )
     tl.store(scale_ptr + place, scale.to(tl.float16), mask=inside)
     d = tl.arange(0, HALF)[None, :]
-    inside = inside[:, None] & (d < D // 2)
+    there, inside = inside, inside[:, None] & (d < D // 2)
     packed_ptr += place[:, None] * (D // 2) + d
     tl.store(packed_ptr, (n_low | (n_high << 4)).to(tl.uint8), mask=inside)
-    if ROUND:
-        kind = round_ptr.dtype.element_ty
-        round_ptr += new[:, None] * D + d
-        tl.store(round_ptr, (low * scale[:, None]).to(kind), mask=inside)
-        tl.store(round_ptr + D // 2, (high * scale[:, None]).to(kind), mask=inside)
+    if ROUND and not FLOATS:
+        _copy(low * scale[:, None], high * scale[:, None], round_ptr, new, there, D, HALF)
 
 
-@triton.jit(do_not_specialize=["batches", "tokens", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["batches", "tokens", "heads", "kv_heads", "sinks", "window"])
 def store_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, r3_ptr, position_ptr, queries_ptr, k_levels_ptr,
     k_between_ptr, k_packed_ptr, k_scale_ptr, k_zero_ptr, k_round_ptr, v_levels_ptr, v_between_ptr,
-    v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr,
+    v_packed_ptr, v_scale_ptr, v_zero_ptr, v_round_ptr, k_floats_ptr, v_floats_ptr, start_ptr,
     batches, tokens, heads, kv_heads, capacity, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    v_batch, v_token, v_head, angle_batch, r3_scale, k_clip, v_clip, D: tl.constexpr,
-    HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
+    v_batch, v_token, v_head, angle_batch, sinks, window, r3_scale, k_clip, v_clip,
+    D: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, STEP: tl.constexpr, R3: tl.constexpr,
     K_LOWEST: tl.constexpr, K_HIGHEST: tl.constexpr, K_MANY: tl.constexpr, K_LENGTH: tl.constexpr,
     V_LOWEST: tl.constexpr, V_HIGHEST: tl.constexpr, V_MANY: tl.constexpr, V_LENGTH: tl.constexpr,
-    ROUND: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    ROUND: tl.constexpr, FLOATS: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do STEP heads of `store`: those of queries come first, then keys, then values.
 
+    FLOATS: the first tokens and the newest are kept in floats, and returned as such with ROUND.
     Heads are counted within tokens and tokens within sequences, as they lie in memory.
     """
     wait_for_inputs(PDL)
@@ -195,8 +221,12 @@ def store_kernel(
     at = (batch * angle_batch + token * ROTARY)[:, None]
     new = (batch * count + head) * tokens + token
     slot = tl.load(position_ptr) + token
-    place = (batch * kv_heads + head) * capacity + slot
+    owner = batch * kv_heads + head
+    place = owner * capacity + slot
     fits = there & (slot < capacity)
+    late, nth = token >= tokens - window, slot
+    if FLOATS:
+        nth = slot - tl.load(start_ptr + batch, mask=there, other=0)
     d = tl.arange(0, HALF)[None, :]
     if is_query:
         x_ptr = q_ptr + (batch * q_batch + token * q_token + head * q_head)[:, None]
@@ -211,18 +241,26 @@ def store_kernel(
         x_ptr = v_ptr + (batch * v_batch + token * v_token + head * v_head)[:, None]
         low = tl.load(x_ptr + d, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(x_ptr + d + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if FLOATS:
+            _keep(
+                low, high, v_floats_ptr, owner, nth, slot, sinks, window, fits, late, D, HALF
+            )  # fmt: skip
         _write(
             low, high, v_levels_ptr, v_between_ptr, v_packed_ptr, v_scale_ptr, v_zero_ptr,
             v_round_ptr, place, new, fits, v_clip, D, HALF, V_LOWEST, V_HIGHEST, V_MANY, V_LENGTH,
-            ROUND, FUSED,
+            ROUND, FLOATS, FUSED,
         )  # fmt: skip
     else:
         x_ptr = k_ptr + (batch * k_batch + token * k_token + head * k_head)[:, None]
         low, high = _turn(
             x_ptr, cos_ptr, sin_ptr, r3_ptr, at, inside, r3_scale, D, HALF, ROTARY, R3
         )
+        if FLOATS:
+            _keep(
+                low, high, k_floats_ptr, owner, nth, slot, sinks, window, fits, late, D, HALF
+            )  # fmt: skip
         _write(
             low, high, k_levels_ptr, k_between_ptr, k_packed_ptr, k_scale_ptr, k_zero_ptr,
             k_round_ptr, place, new, fits, k_clip, D, HALF, K_LOWEST, K_HIGHEST, K_MANY, K_LENGTH,
-            ROUND, FUSED,
+            ROUND, FLOATS, FUSED,
         )  # fmt: skip
