@@ -95,5 +95,5 @@ def bits_of_cache(model: PreTrainedModel, tokens: int = CONTEXT) -> float:
     """
     layout = slot_layout(model)
     if layout is not None:
-        return layout.bits
+        return layout.bits(tokens)
     return cache_bits(kv_path_of(model), map_of(model).dimensions, tokens)

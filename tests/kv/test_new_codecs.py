@@ -156,7 +156,7 @@ def test_what_a_codec_does_not_take_is_refused_before_the_first_stage(tmp_path, 
 def test_the_fused_runtime_refuses_runs_of_tokens(tmp_path):
     run = pipeline(tmp_path, *CHANNELS, "learn=none", "runtime.device=cpu")
     run.run.backend = "triton"  # as on a machine that has it
-    with pytest.raises(InputError, match=r"keep tokens in floats.* use runtime.backend=torch"):
+    with pytest.raises(InputError, match=r"codes runs of tokens.* use runtime.backend=torch"):
         preflight(run)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spinlab.config import ClipSearch, KVConfig, QuantConfig, TensorQuant
+from spinlab.config import ClipSearch, CodecConfig, KVConfig, QuantConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.model.modules import decoder_of
 from spinlab.networks.quantized import QuantizedNetworks
@@ -40,9 +40,9 @@ def make_runtime(make_model):
                 bias.data.copy_(torch.linspace(-30, 20, len(bias)))
         return model.cuda() if CUDA else model
 
-    def make(seed=0, **changes):
+    def make(seed=0, kv=None, **changes):
         quant = QuantConfig(weights=TensorQuant(symmetric=True))
-        networks = QuantizedNetworks(lambda: original(seed, changes), quant, KVConfig())
+        networks = QuantizedNetworks(lambda: original(seed, changes), quant, kv or KVConfig())
         fused = networks.fused(RotationSet())
         weights = quantize_rtn(fused, quant, ClipSearch(), {})
         operations = triton_operations() if CUDA else REFERENCE
@@ -215,6 +215,44 @@ def test_prompts_know_the_positions_of_keys_whose_bias_is_apart(make_runtime, id
         found = [model(input_ids=part, past_key_values=cache).logits for part in parts]
         assert torch.equal(torch.cat(found, 1), expected)
         cache.crop(-12)
+    assert captures == [2, 2]
+
+
+SIXTEEN = CodecConfig(bits=16)
+IN_FLOATS = {
+    "packed": KVConfig(sinks=2, window=4),
+    "plain": KVConfig(SIXTEEN, CodecConfig(bits=8), sinks=2, window=4),
+    "sinks": KVConfig(sinks=3),
+    "window": KVConfig(window=1),
+}
+
+
+@pytest.mark.parametrize("kv", IN_FLOATS.values(), ids=IN_FLOATS)
+@torch.no_grad()
+def test_graphs_keep_sinks_and_a_window_in_floats(make_runtime, ids, captures, kv):
+    """Behind a prompt that is replayed, crops and padding, and on slots of a cache before."""
+    model = make_runtime(kv=kv)
+    graph_runner(model).prompts = True
+    parts, mask = ids[:, :20].split([8, *[1] * 12], dim=1), torch.ones_like(ids)
+    caches = [new_cache(model, 64), new_cache(model, 64)]
+
+    def assert_eager(parts):
+        found = [model(input_ids=part, past_key_values=caches[0]).logits for part in parts]
+        assert torch.equal(torch.cat(found, 1), eager(model, parts, caches[1]))
+
+    for less in (20, 15):
+        assert_eager(parts)
+        for cache in caches:
+            cache.crop(-less)
+    assert_eager(ids[:, 5:12].split(1, dim=1))
+    assert captures == [2, 2]
+    caches[:1] = []  # the next one's slots, with their graphs
+    caches.insert(0, new_cache(model, 64))
+    caches[1].reset()
+    mask[1, :3] = 0
+    for cache in caches:
+        model(input_ids=ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    assert_eager(ids[:, 6:16].split(1, dim=1))
     assert captures == [2, 2]
 
 

@@ -1,9 +1,9 @@
 """Attention on the runtime's cache.
 
 Keys and values meet the queries after the round trip that the cache gives them, in the pass that
-stores them as in later ones. One new token per sequence attends to the packed rows themselves;
-more of them attend to floats, and so does one to keys whose bias is apart, where the operation
-takes none.
+stores them as in later ones, but for those that stay in floats. One new token per sequence attends
+to the packed rows themselves; more of them attend to floats, and so does one to keys whose bias is
+apart, where the operation takes none.
 """
 
 from dataclasses import replace
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from spinlab.kv.bias import BiasScores
+from spinlab.kv.bias import BiasScores, waves_of
 from spinlab.kv.path import KVPath
 from spinlab.kv.rope import Angles, rotary
 from spinlab.model.layer import Attention
 from spinlab.runtime.fused.cache import IntegerCache
+from spinlab.runtime.fused.history import Sides, before_pass, seen_by_pass, seen_by_token
 from spinlab.runtime.fused.modules import Reader
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.fused.slots import PlainRows
@@ -95,19 +96,24 @@ class IntegerAttention(nn.Module):
         slots, tokens = cache.slots, q.shape[1]
         keys, values = slots.rows[self.layer]
         assert isinstance(keys, PackedRows) and isinstance(values, PackedRows)
-        r3, round_trip = self.path.r3_at(self.layer), cache.filled == 0 and tokens > 1
-        query, k_round, v_round = self.operations.store(
-            q, k, v, *angles, r3, keys, values, slots.position, round_trip
+        floats, past = slots.floats.get(self.layer), self._past(cache)
+        r3, returned = self.path.r3_at(self.layer), cache.filled == 0 and tokens > 1
+        returned |= past is not None
+        query, k_new, v_new = self.operations.store(
+            q, k, v, *angles, r3, keys, values, slots.position, returned, floats
         )
         query = self.behind_store.turn_queries(query, self.layer)
         if tokens == 1 and (self.bias is None or self.operations.biased):
             filled = slots.start, slots.length
             bias = self._of_bias(query, cache)
-            return self.operations.attend(query, keys, values, *filled, self.scaling, bias)
-        if k_round is None or v_round is None:  # a pass that meets earlier tokens
+            return self.operations.attend(query, keys, values, *filled, self.scaling, bias, floats)
+        if floats is not None:
+            new = None if k_new is None or v_new is None else (k_new, v_new)
+            return self._in_history(query, new, past, cache)
+        if k_new is None or v_new is None:  # a pass that meets earlier tokens
             length = cache.visible
-            k_round, v_round = (dequantize(rows, length, q.dtype) for rows in (keys, values))
-        return self._floats(query, k_round, v_round, cache)
+            k_new, v_new = (dequantize(rows, length, q.dtype) for rows in (keys, values))
+        return self._floats(query, k_new, v_new, cache)
 
     def _of_bias(self, query: torch.Tensor, cache: IntegerCache) -> BiasScores | None:
         """Return what a bias that is apart adds to the scores of one token."""
@@ -127,21 +133,63 @@ class IntegerAttention(nn.Module):
         """Attend on rows that torch codes: (batch, heads, tokens, head_dim)."""
         keys, values = cache.slots.rows[self.layer]
         assert isinstance(keys, PlainRows) and isinstance(values, PlainRows)
-        query, key = (rotary(x.transpose(1, 2), *angles) for x in (q, k))
-        r3 = self.path.r3_at(self.layer)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        query, key = (rotary(x, *angles) for x in (query, key))
+        r3, past = self.path.r3_at(self.layer), self._past(cache)
         key = key if r3 is None else r3(key)
         keys.write(key, cache.slots.position)
-        values.write(v.transpose(1, 2), cache.slots.position)
-        length, query = cache.visible, self.path.turn_queries(query, self.layer)
+        values.write(value, cache.slots.position)
+        query = self.path.turn_queries(query, self.layer)
+        if (floats := cache.slots.floats.get(self.layer)) is not None:
+            floats.write(key, value, cache.slots.position)
+            return self._in_history(query, (key, value), past, cache)
+        length = cache.visible
         return self._floats(query, keys.read(length), values.read(length), cache)
+
+    def _past(self, cache: IntegerCache) -> Sides | None:
+        """Return what a pass of several tokens sees in floats of those before it, if any."""
+        floats = cache.slots.floats.get(self.layer)
+        return None if floats is None or cache.tokens == 1 else before_pass(floats, cache)
+
+    def _in_history(
+        self, query: torch.Tensor, new: Sides | None, past: Sides | None, cache: IntegerCache
+    ) -> torch.Tensor:
+        """Attend where some tokens are in floats.
+
+        new: keys and values of the pass, past: of `_past`; None for one token, which are stored.
+        """
+        rows, floats = cache.slots.rows[self.layer], cache.slots.floats[self.layer]
+        if new is None or past is None:
+            found = [seen_by_token(rows, floats, cache)]
+        elif cache.is_causal and cache.tokens <= floats.sinks + floats.window:  # none is coded
+            return self._floats(query, *new, cache)
+        else:
+            keys, values = (torch.cat(parts, 2) for parts in zip(past, new, strict=True))
+            found = seen_by_pass(rows, floats, (keys, values), cache)
+        attended = []
+        for part in found:
+            waves = None if cache.waves is None else waves_of(cache.waves, part.slots)
+            queries = query[:, :, part.queries]
+            attended.append(self._attend(queries, part.keys, part.values, part.mask, waves))
+        return torch.cat(attended, dim=2)
 
     def _floats(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: IntegerCache
     ) -> torch.Tensor:
-        mask = cache.mask()
+        return self._attend(query, keys, values, cache.mask(), cache.waves)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        waves: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend to floats; waves: RoPE's at the keys, where biases of keys are apart."""
         if self.bias is not None:
-            assert cache.waves is not None, "RoPE turned this pass's tokens before"
-            keys = self.bias.added(keys, cache.waves)
+            assert waves is not None, "RoPE turned this pass's tokens before"
+            keys = self.bias.added(keys, waves)
         return scaled_dot_product_attention(
             query,
             keys,

@@ -95,13 +95,18 @@ class IntegerCache(Cache):
         """How many slots a pass reads as floats: one token reads all, at fixed sizes."""
         return self.slots.capacity if self.tokens == 1 else self.filled + self.tokens
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether this is a pass of several tokens from an empty cache, without padding."""
+        return self.filled == 0 and self.tokens > 1 and not self.padded
+
     def mask(self) -> torch.Tensor | None:
         """Return the slots that tokens of this pass may see: (batch, 1, tokens, visible) bool.
 
         None stands for a causal pass from an empty cache without padding. A padding token sees
         itself, so that it stays finite.
         """
-        if self.filled == 0 and self.tokens > 1 and not self.padded:
+        if self.is_causal:
             return None
         if self._mask is None:
             device = self.slots.position.device
@@ -127,9 +132,9 @@ class IntegerCache(Cache):
 
     def rewind(self, filled: int) -> None:
         """Forget all tokens from a slot on."""
-        self.filled, self.tokens = filled, 0
         if not self.is_empty:
-            self.slots.length.fill_(filled)
+            self.slots.rewind(self.filled + self.tokens, filled)
+        self.filled, self.tokens = filled, 0
 
     def _reserve(self, batch: int, needed: int) -> None:
         if self.is_empty:
@@ -146,6 +151,8 @@ class IntegerCache(Cache):
         old = self._slots.pop()
         for source, target in zip(old.tensors(), slots.tensors(), strict=True):
             target[:, :, : self.filled].copy_(source[sequences, :, : self.filled])
+        for source, target in zip(old.kept(), slots.kept(), strict=True):
+            target.copy_(source[sequences])
         slots.start.copy_(old.start[sequences])
         slots.length.copy_(old.length)
         self._slots.append(slots)
@@ -153,7 +160,7 @@ class IntegerCache(Cache):
     def _set_padding(self, mask: torch.Tensor | None) -> None:
         if mask is None or bool(mask.all()):
             self.padded = self.all_padding = False
-            self.slots.start.zero_()
+            self._begin_at(torch.zeros_like(self.slots.start))
             return
         mask = mask.bool()
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
@@ -162,7 +169,18 @@ class IntegerCache(Cache):
                 "left only (tokenizer.padding_side='left')"
             )
         self.padded, self.all_padding = True, not bool(mask[:, -1].all())
-        self.slots.start.copy_((~mask).sum(1))
+        self._begin_at((~mask).sum(1))
+
+    def _begin_at(self, start: torch.Tensor) -> None:
+        """Take where sequences begin; sinks in floats are those of before."""
+        if self.filled and any(floats.sinks for floats in self.slots.floats.values()):
+            begun = self.slots.start < self.filled
+            if bool((begun & (self.slots.start != start)).any()):
+                raise InputError(
+                    "the attention mask moves the first tokens of sequences, which kv.sinks keeps "
+                    "in floats: let it say of earlier tokens what it said in their passes"
+                )
+        self.slots.start.copy_(start)
 
     # what transformers asks of a cache ----------------------------------------------------------
 
@@ -190,7 +208,7 @@ class IntegerCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Give every sequence the past of another one, for beam search."""
-        for tensor in (*self.slots.tensors(), self.slots.start):
+        for tensor in (*self.slots.tensors(), *self.slots.kept(), self.slots.start):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -209,7 +227,8 @@ class IntegerCache(Cache):
         """Return the bytes that all slots take, used or not."""
         if self.is_empty:
             return 0
-        return sum(t.numel() * t.element_size() for t in self.slots.tensors())
+        stored = *self.slots.tensors(), *self.slots.kept()
+        return sum(t.numel() * t.element_size() for t in stored)
 
 
 def _up(number: int, step: int) -> int:

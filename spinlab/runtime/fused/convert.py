@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 ATTENTION = "spinlab_integer"  # known to no mask function of transformers: masks are not made
 _POOL, _RUNNER = "slot_pool", "graph_runner"  # attributes of a model
-_FLOATS = (
-    "the settings of the KV cache keep tokens in floats (kv.sinks, kv.window, or a codec of runs), "
-    "where the integer runtime codes them all"
+_RUNS = (
+    "a codec of the KV cache codes runs of tokens (kivi, or qjl with outlier channels), and the "
+    "integer runtime codes every token as it comes"
 )
 _APART = "keys whose bias is apart: new tokens attend in torch, outside the 4-bit kernels"
 _NAMES = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
@@ -104,8 +104,8 @@ def check_runtime(model: PreTrainedModel, kv: KVPath) -> None:
 
 def _unlike(model: PreTrainedModel, kv: KVPath) -> str | None:
     """Say which module or cache of a model the integer runtime has no twin for; None if none."""
-    if not kv.codes_all:
-        return _FLOATS
+    if any(history.run > 1 for history in kv.histories):
+        return _RUNS
     for layer in map_of(model).layers:
         norms = (layer.attention.query_norm, layer.attention.key_norm)
         if any(path is not None and path not in map_of(model).norm_at for path in norms):
@@ -191,6 +191,7 @@ def _layout(model: PreTrainedModel, path: KVPath) -> Layout:
         kv_heads=dimensions.kv_heads,
         head_dim=dimensions.head_dim,
         sides=tuple(path.sides(layer) for layer in range(dimensions.layers)),
+        histories=tuple(path.history(layer) for layer in range(dimensions.layers)),
         window=_window(model),
         dtype=model.dtype,
         device=model.device,

@@ -7,8 +7,10 @@ import torch
 
 from spinlab.kv.base import PackedLayout, RowCodec
 from spinlab.kv.bias import POSITION_BITS
+from spinlab.kv.history import History
 from spinlab.kv.path import Sides
-from spinlab.runtime.kernels.kv.rows import PackedRows, empty_rows
+from spinlab.runtime.kernels.kv.floats import FloatTokens, empty_tokens
+from spinlab.runtime.kernels.kv.rows import PackedRows, dequantize, empty_rows
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class PlainRows:
         index = position + torch.arange(x.shape[2], device=position.device)
         self.data.index_copy_(2, index, x if self.codec is None else self.codec.encode(x))
 
-    def read(self, length: int) -> torch.Tensor:
-        """Return the first rows as floats: (batch, kv_heads, length, head_dim)."""
-        rows = self.data[:, :, :length]
+    def read(self, length: int, begin: int = 0) -> torch.Tensor:
+        """Return rows from `begin` to `length` as floats: (batch, kv_heads, …, head_dim)."""
+        rows = self.data[:, :, begin:length]
         return rows if self.codec is None else self.codec.decode(rows, self.dtype)
 
     @property
@@ -38,17 +40,26 @@ class PlainRows:
 Rows = PackedRows | PlainRows
 
 
+def numbers_of(rows: Rows, length: int, dtype: torch.dtype, begin: int = 0) -> torch.Tensor:
+    """Return rows from `begin` to `length` as floats, packed ones in a dtype."""
+    if isinstance(rows, PlainRows):
+        return rows.read(length, begin)
+    return dequantize(rows, length, dtype, begin)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Say what a model keeps of a token: heads and their width, and the codecs of every layer.
 
-    window: how far back a token may look, or None. there: the layers that the model has. positions:
-    they are kept, for biases of keys that are apart (`spinlab.kv.bias`).
+    histories: which tokens of a layer are in floats beside their codes. window: how far back a
+    token may look, or None. there: the layers that the model has. positions: they are kept, for
+    biases of keys that are apart (`spinlab.kv.bias`).
     """
 
     kv_heads: int
     head_dim: int
     sides: tuple[Sides, ...]
+    histories: tuple[History, ...]
     window: int | None
     dtype: torch.dtype
     device: torch.device
@@ -71,12 +82,17 @@ class Layout:
         names = (" and ".join("16 bits" if c is None else _name(c) for c in s) for s in rest)
         return list(dict.fromkeys(names))
 
-    @property
-    def bits(self) -> float:
-        """Return stored bits per number, the mean of keys and values, and of positions."""
+    def bits(self, tokens: int) -> float:
+        """Return stored bits per number of sequences of so many tokens.
+
+        They are the mean of keys and values, positions and tokens in floats beside them, which
+        count 16 bits a number.
+        """
         kept = [side for n, sides in enumerate(self.sides) for side in self.packed(n) or sides]
         numbers = 2 * self.layers * self.kv_heads * self.head_dim  # of a token
         shared = POSITION_BITS / numbers if self.positions else 0
+        floats = sum(history.sinks + history.window for history in self.histories)
+        shared += 16 * floats / (self.layers * tokens)
         return sum(16.0 if side is None else side.bits for side in kept) / len(kept) + shared
 
     def rows(self, layer: int, batch: int, capacity: int) -> tuple[Rows, Rows]:
@@ -88,6 +104,15 @@ class Layout:
             return keys, values
         keys, values = (self._plain(codec, batch, capacity) for codec in self.sides[layer])
         return keys, values
+
+    def floats(self, start: torch.Tensor) -> dict[int, FloatTokens]:
+        """Return room for tokens in floats, by layer; start: (batch,), where sequences begin."""
+        shape, found = (len(start), self.kv_heads, self.head_dim), {}
+        for layer in self.there:
+            kept = self.histories[layer].sinks, self.histories[layer].window
+            if any(kept):
+                found[layer] = empty_tokens(shape, kept, start, self.dtype)
+        return found
 
     def _plain(self, codec: RowCodec | None, batch: int, capacity: int) -> PlainRows:
         width, dtype = self.head_dim, self.dtype
@@ -117,6 +142,7 @@ class Slots:
         with torch.inference_mode(False):
             self.rows = {n: layout.rows(n, batch, capacity) for n in layout.there}
             self.start = torch.zeros(batch, dtype=torch.int32, device=layout.device)
+            self.floats = layout.floats(self.start)
             self.position = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.length = torch.zeros(1, dtype=torch.int64, device=layout.device)
             self.positions = None
@@ -128,6 +154,24 @@ class Slots:
         """Return what is stored per slot; slots are dimension 2."""
         shared = [] if self.positions is None else [self.positions]
         return [t for pair in self.rows.values() for rows in pair for t in rows.tensors] + shared
+
+    def kept(self) -> list[torch.Tensor]:
+        """Return what is stored of tokens in floats, whose places are dimension 2."""
+        return [tensor for floats in self.floats.values() for tensor in floats.tensors]
+
+    def rewind(self, old: int, new: int) -> None:
+        """Forget the slots new..old-1.
+
+        Tokens that come into a window of floats again are what the codes stand for.
+        """
+        for layer, floats in self.floats.items():
+            begin, end = max(new - floats.window, 0), min(old - floats.window, new)
+            if begin < end:
+                keys, values = (
+                    numbers_of(rows, end, floats.keys.dtype, begin) for rows in self.rows[layer]
+                )
+                floats.restore(keys, values, begin)
+        self.length.fill_(new)
 
 
 @dataclass

@@ -39,7 +39,13 @@ SHAPE = {
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SYMMETRIC = TensorQuant(symmetric=True)
 NORMED = LloydMaxConfig(turn="none", length="norm")
-LEVELS = KVConfig(*(CodecConfig(codec="lloyd_max", bits=b, lloyd_max=NORMED) for b in (4, 3)))
+OF_LEVELS = [CodecConfig(codec="lloyd_max", bits=b, lloyd_max=NORMED) for b in (4, 3)]
+KVS = {
+    "affine": KVConfig(),
+    "levels": KVConfig(*OF_LEVELS),
+    "window": KVConfig(sinks=1, window=3),
+    "levels in a window": KVConfig(*OF_LEVELS, sinks=2, window=2),
+}
 IN_BLOCKS = RotationConfig(
     r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(size=32, kind="random")
 )
@@ -58,8 +64,10 @@ W4A16 = QuantConfig(weights=TensorQuant(), activations=TensorQuant(bits=16))
         (W4A16, "none", "affine", 128),
         (W4A4, "blocks", "affine", 128),
         (W4A4, "none", "levels", 128),
+        (W4A4, "none", "window", 128),
+        (W4A4, "none", "levels in a window", 128),
     ],
-    ids=["w4a4", "prompt", "w4a16", "blocks", "levels"],
+    ids=["w4a4", "prompt", "w4a16", "blocks", "levels", "window", "levels in a window"],
 )
 # NumPy, which interprets, minds the logarithm of an empty slot's scale
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -76,7 +84,7 @@ def test_triton_gives_the_logits_of_the_reference(
     def make():
         return make_model(dtype, **SHAPE).to(device)
 
-    networks = QuantizedNetworks(make, quant, KVConfig() if kv == "affine" else LEVELS)
+    networks = QuantizedNetworks(make, quant, KVS[kv])
     generator = torch.Generator().manual_seed(0)
     config = RotationConfig() if inputs == "none" else IN_BLOCKS
     rotations = initial_rotations(config, map_of(make()), generator)
@@ -104,11 +112,12 @@ def test_triton_gives_the_logits_of_the_reference(
     assert error < (1e-2 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.parametrize("kv", ["affine", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @torch.no_grad()
 def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
-    make_model, ids, device, dtype, caplog
+    make_model, ids, device, dtype, kv, caplog
 ):
     """In torch, with a warning, and on the kernel: a padded prefill, a chunk, and steps.
 
@@ -124,7 +133,7 @@ def test_keys_whose_bias_is_apart_give_the_logits_of_the_reference(
         return model.to(device)
 
     quant, rotations = QuantConfig(weights=SYMMETRIC), RotationSet(r3=hadamard_rotation(64))
-    networks = QuantizedNetworks(make, quant, KVConfig())
+    networks = QuantizedNetworks(make, quant, KVS[kv])
     weights = quantize_rtn(networks.fused(rotations), quant, ClipSearch(), {})
     ids = ids[:, :9].to(device)
     mask = torch.ones_like(ids)

@@ -41,6 +41,7 @@ class FloatTokens:
         new = ((nth >= 0) & (nth < tokens))[:, None, :, None]
         nth = nth.clamp(0, tokens - 1)[:, None, :, None]
         for kept, x in zip(self.tensors, (keys, values), strict=True):
+            x = x.detach()  # a store is no part of a graph of gradients
             if tail:
                 kept.index_copy_(2, self._ring(position + late), x[:, :, tokens - tail :])
             first = kept[:, :, : self.sinks]

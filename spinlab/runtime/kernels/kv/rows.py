@@ -57,9 +57,9 @@ def empty_rows(
     )
 
 
-def dequantize(rows: PackedRows, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the numbers in the first `length` slots: (batch, kv_heads, length, head_dim)."""
-    wide = torch.promote_types(dtype, torch.float32)
-    nibbles = unpack_nibbles(rows.packed[:, :, :length], signed=False)
-    zero = None if rows.zero is None else rows.zero[:, :, :length].to(wide)
-    return rows.layout.decode(nibbles, rows.scale[:, :, :length].to(wide), zero).to(dtype)
+def dequantize(rows: PackedRows, length: int, dtype: torch.dtype, begin: int = 0) -> torch.Tensor:
+    """Return the numbers in the slots from `begin` to `length`: (batch, kv_heads, …, head_dim)."""
+    wide, slots = torch.promote_types(dtype, torch.float32), slice(begin, length)
+    nibbles = unpack_nibbles(rows.packed[:, :, slots], signed=False)
+    zero = None if rows.zero is None else rows.zero[:, :, slots].to(wide)
+    return rows.layout.decode(nibbles, rows.scale[:, :, slots].to(wide), zero).to(dtype)
