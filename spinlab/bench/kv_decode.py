@@ -15,8 +15,10 @@ from spinlab.config.kv import LloydMaxConfig
 from spinlab.errors import ResultError
 from spinlab.kv.base import PackedLayout
 from spinlab.kv.codecs import make_codec
+from spinlab.kv.history import History
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.kernels.attention import reference as attention
+from spinlab.runtime.kernels.kv.floats import FloatTokens, empty_tokens
 from spinlab.runtime.kernels.kv.rows import PackedRows
 
 HEAD_DIM = 128
@@ -38,6 +40,11 @@ CODECS = {
         for bits in (2, 3, 4)
     },
 }
+# with the first and the newest tokens in 16 bits, as presets of these names but the first have them
+WINDOWS = {
+    "affine4_window": (CodecConfig(), History(4, 128)),
+    **{f"lloyd_max{b}_window": (CODECS[f"lloyd_max{b}"], History(4, 128)) for b in (2, 3)},
+}
 _CLOSE = 2.0**-6  # of the largest output; weights and outputs are rounded to 16 bits
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,7 +52,9 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_ALL_CODED = History()
 Case = tuple[str, tuple[int, int, int, int]]
+Drawn = tuple[PackedRows, PackedRows, FloatTokens | None]
 
 
 def kv(
@@ -71,7 +80,7 @@ def kv_decode(
 ) -> None:
     """Add a case's speedup over torch's fastest back end, and the seconds of every one.
 
-    Those of other codecs are held against the same.
+    Those of other codecs are held against the same. Floors are the bytes that are read.
     """
     name, (batch, context, heads, kv_heads) = case
     query = random_floats(batch, heads, 1, head_dim, generator=generator)
@@ -92,12 +101,19 @@ def kv_decode(
             f"floor/kv_decode/{name}": 2 * row_bytes / rates["copy"],
         }
     )
-    for codec, settings in CODECS.items():
+    others = {codec: (settings, _ALL_CODED) for codec, settings in CODECS.items()} | WINDOWS
+    for codec, (settings, history) in others.items():
         side = make_codec("kv.keys", settings, head_dim, 0)
         assert side is not None and side.packed is not None, "kernels read all of CODECS"
-        works, _ = ours(operations, query, (context, kv_heads), generator, side.packed)
+        works, _ = ours(operations, query, (context, kv_heads), generator, side.packed, history)
         seconds = results.measure(f"kv_decode/{codec}/{name}", {"ours": works}, query.device)
-        results.add({f"speedup/kv_decode/{codec}/{name}": best / seconds["ours"]})
+        found = {f"speedup/kv_decode/{codec}/{name}": best / seconds["ours"]}
+        if codec in WINDOWS:
+            coded = history.coded(context)
+            read = coded * side.packed.row_bytes + 2 * head_dim * (context - coded)
+            floor = 2 * batch * kv_heads * read / rates["copy"]
+            found[f"floor/kv_decode/{codec}/{name}"] = floor
+        results.add(found)
 
 
 def ours(
@@ -106,31 +122,54 @@ def ours(
     cache: tuple[int, int],
     generator: torch.Generator,
     layout: PackedLayout | None = None,
+    history: History = _ALL_CODED,
 ) -> tuple[list[Work], int]:
-    """Return our attention over full caches, checked, and the bytes of one's keys.
+    """Return our attention over full caches, checked, and the bytes of one's coded keys.
 
-    query: (batch, heads, 1, head_dim); cache: slots, heads; layout: as of `random_rows`.
+    query: (batch, heads, 1, head_dim); cache: slots, heads; layout: as of `random_rows`; history:
+    which tokens are in floats.
     """
     (batch, _, _, head_dim), (context, kv_heads) = query.shape, cache
-
-    def draw() -> PackedRows:
-        return random_rows(batch, kv_heads, context, head_dim, generator, layout)
-
-    first = draw()
-    count = copies_for(2 * first.bytes, query.device)
-    caches = [(first, draw()), *((draw(), draw()) for _ in range(count - 1))]
     start = torch.zeros(batch, dtype=torch.int32, device=query.device)
     length = torch.full((1,), context, dtype=torch.int64, device=query.device)
     scaling = 1 / math.sqrt(head_dim)
 
-    def attend(keys: PackedRows, values: PackedRows) -> torch.Tensor:
-        return operations.attend(query, keys, values, start, length, scaling)
+    def draw() -> Drawn:
+        keys, values = (
+            random_rows(batch, kv_heads, context, head_dim, generator, layout) for _ in range(2)
+        )
+        return keys, values, _floats(start, kv_heads, query, history, generator)
 
-    expected = attention.attend(query, *caches[0], start, length, scaling).float()
-    error = (attend(*caches[0]).float() - expected).abs().max() / expected.abs().max()
+    first = draw()
+    count = copies_for(2 * first[0].bytes, query.device)
+    caches = [first, *(draw() for _ in range(count - 1))]
+
+    def attend(keys: PackedRows, values: PackedRows, floats: FloatTokens | None) -> torch.Tensor:
+        return operations.attend(query, keys, values, start, length, scaling, floats=floats)
+
+    keys, values, floats = first
+    expected = attention.attend(query, keys, values, start, length, scaling, floats=floats).float()
+    error = (attend(*first).float() - expected).abs().max() / expected.abs().max()
     if not error < _CLOSE:
         raise ResultError(f"attention of {tuple(query.shape)} is off by {error:.3g}")
-    return [lambda c=c: attend(*c) for c in caches], first.bytes
+    return [lambda c=c: attend(*c) for c in caches], first[0].bytes
+
+
+def _floats(
+    start: torch.Tensor,
+    kv_heads: int,
+    query: torch.Tensor,
+    history: History,
+    generator: torch.Generator,
+) -> FloatTokens | None:
+    """Draw tokens in floats, where there are some."""
+    if history.codes_all:
+        return None
+    kept = history.sinks, history.window
+    floats = empty_tokens((len(start), kv_heads, query.shape[3]), kept, start, query.dtype)
+    for part in floats.tensors:
+        part.normal_(generator=generator)
+    return floats
 
 
 def _of_torch(

@@ -107,6 +107,7 @@ CASES = {
         "change": lambda rotations: RotationSet(),
     },
     "cache": {"kv": KVConfig(CodecConfig(bits=2, group_size=4), CodecConfig(bits=8))},
+    "first and newest tokens in floats": {"kv": KVConfig(sinks=2, window=5)},
     "inputs": {"change": with_inputs},
     "an R3 for each layer": {"rotation": RotationConfig(r3="random", r3_per_layer=True)},
     "floats": {"quant": FLOATS},
@@ -142,11 +143,12 @@ def test_a_fresh_process_loads_it_with_no_network(export):
     assert torch.equal(load_file(out)["logits"], meant(torch.arange(20)[None]).logits)
 
 
-def test_the_runtime_of_fused_kernels_takes_it_too(export, monkeypatch):
+@pytest.mark.parametrize("kv", [None, KVConfig(sinks=2, window=5)], ids=["all coded", "window"])
+def test_the_runtime_of_fused_kernels_takes_it_too(export, monkeypatch, kv):
     """Their operations' definitions stand for the kernels, which need a GPU."""
     monkeypatch.setattr("spinlab.runtime.choice.triton_operations", lambda: REFERENCE)
     monkeypatch.setattr("spinlab.artefact.read.choose_backend", lambda name, device: "triton")
-    folder, meant = export(quant=QuantConfig(head=ENDS), backend="triton")
+    folder, meant = export(quant=QuantConfig(head=ENDS), backend="triton", kv=kv)
     assert slot_layout(meant) is not None
     found = spinlab.load(folder, device="cpu")
     assert torch.equal(found(IDS).logits, meant(IDS).logits)

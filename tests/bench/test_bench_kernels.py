@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spinlab.bench import peer_parts, peers
+from spinlab.bench import kv_decode, peer_parts, peers
 from spinlab.bench.__main__ import main
 from spinlab.bench.collect import collect
 from spinlab.bench.kernels import bench_kernels, ceilings
-from spinlab.bench.kv_decode import CODECS, kv
+from spinlab.bench.kv_decode import CODECS, WINDOWS, kv
 from spinlab.bench.operands import random_floats, random_rows, random_weight
 from spinlab.bench.peers import LinearPeer, Product, linear_peers
 from spinlab.bench.producers import producers
@@ -22,9 +22,11 @@ from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
 from spinlab.bench.runners import Setting, Stock
 from spinlab.bench.timing import copies_for, measure
+from spinlab.config import CodecConfig
 from spinlab.errors import InputError, ResultError
 from spinlab.kv.codecs import make_codec
 from spinlab.kv.codecs.affine import AffineCodec
+from spinlab.kv.history import History
 from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.kv.rows import dequantize
 
@@ -212,9 +214,24 @@ def test_attention_is_held_against_torchs_fastest_back_end(results):
     # keys and values of 40 rows: 64 bytes of nibbles, a scale and a zero point each
     assert results.metrics["floor/kv_decode/toy"] == 2 * 2 * 2 * 40 * 67 / RATES["copy"]
     assert any("cudnn" in name for name in results.skipped)
-    for codec in CODECS:
+    for codec in [*CODECS, *WINDOWS]:
         own = results.metrics[f"speed/kv_decode/{codec}/toy/ours"]
         assert results.metrics[f"speedup/kv_decode/{codec}/toy"] == best / own
+
+
+def test_floors_of_a_window_count_codes_and_floats(results, monkeypatch):
+    """Of 40 tokens 3 first ones and the newest 16 in 2 bytes a number, the others in nibbles."""
+    windows = {
+        "some": (CodecConfig(bits=3), History(3, 16)),
+        "all": (CodecConfig(), History(0, 64)),
+    }
+    monkeypatch.setattr(kv_decode, "WINDOWS", windows)
+    kv(REFERENCE, CPU, RATES, results, cases={"toy": (2, 40, 4, 2)})
+    codes, floats = 21 * (64 + 2 + 1), 19 * 2 * 128
+    floor = {name: results.metrics[f"floor/kv_decode/{name}/toy"] for name in windows}
+    assert floor["some"] == 2 * 2 * 2 * (codes + floats) / RATES["copy"]
+    assert floor["all"] == 2 * 2 * 2 * 40 * 2 * 128 / RATES["copy"]
+    assert "floor/kv_decode/affine2/toy" not in results.metrics
 
 
 def test_every_figure_is_in_the_file_at_once(results, tmp_path):
