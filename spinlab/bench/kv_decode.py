@@ -107,13 +107,16 @@ def kv_decode(
         assert side is not None and side.packed is not None, "kernels read all of CODECS"
         works, _ = ours(operations, query, (context, kv_heads), generator, side.packed, history)
         seconds = results.measure(f"kv_decode/{codec}/{name}", {"ours": works}, query.device)
-        found = {f"speedup/kv_decode/{codec}/{name}": best / seconds["ours"]}
+        results.add({f"speedup/kv_decode/{codec}/{name}": best / seconds["ours"]})
         if codec in WINDOWS:
-            coded = history.coded(context)
-            read = coded * side.packed.row_bytes + 2 * head_dim * (context - coded)
-            floor = 2 * batch * kv_heads * read / rates["copy"]
-            found[f"floor/kv_decode/{codec}/{name}"] = floor
-        results.add(found)
+            read = 2 * batch * kv_heads * _read(side.packed, history, context)
+            results.add({f"floor/kv_decode/{codec}/{name}": read / rates["copy"]})
+
+
+def _read(layout: PackedLayout, history: History, context: int) -> int:
+    """Return the bytes of one side of a head that attention reads: codes, and 16-bit numbers."""
+    coded = history.coded(context)
+    return coded * layout.row_bytes + 2 * layout.width * (context - coded)
 
 
 def ours(

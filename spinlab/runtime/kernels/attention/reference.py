@@ -26,12 +26,8 @@ def attend(
     Returns (batch, heads, 1, head_dim) in the query's dtype; zeros where there is no slot.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    slots = torch.arange(keys.capacity, device=query.device).expand(len(query), -1)
+    slots, valid = _coded(start, length, keys.capacity, floats)
     k, v = (dequantize(rows, keys.capacity, wide) for rows in (keys, values))
-    begin, end = start[:, None], length
-    if floats is not None:
-        begin, end = begin + floats.sinks, end - floats.window
-    valid = (slots >= begin) & (slots < end)
     if floats is not None:
         kept, there = floats.slots(length)
         slots, valid = torch.cat((slots, kept), 1), torch.cat((valid, there), 1)
@@ -39,7 +35,7 @@ def attend(
             torch.cat((rows, x.to(wide)), 2) for rows, x in zip((k, v), floats.tensors, strict=True)
         )
     valid = valid[:, None, :, None]
-    k, v = (x.masked_fill(~valid, 0) for x in (k, v))
+    k, v = (x.masked_fill_(~valid, 0) for x in (k, v))
     grouped = query.to(wide).flatten(1, 2).unflatten(1, (k.shape[1], -1))
     scores = grouped @ k.mT
     if bias is not None:
@@ -48,3 +44,12 @@ def attend(
     scores = (scores * scaling).masked_fill_(~valid.mT, -torch.inf)
     weights = scores.softmax(-1).masked_fill_(~valid.any(2, keepdim=True), 0)
     return (weights @ v).flatten(1, 2).unsqueeze(2).to(query.dtype)
+
+
+def _coded(
+    start: torch.Tensor, length: torch.Tensor, capacity: int, floats: FloatTokens | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all slots, and which of them are read as rows hold them: (batch, capacity)."""
+    slots = torch.arange(capacity, device=start.device).expand(len(start), -1)
+    sinks, window = (0, 0) if floats is None else (floats.sinks, floats.window)
+    return slots, (slots >= start[:, None] + sinks) & (slots < length - window)
