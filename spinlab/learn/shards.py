@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spinlab import parallel
 from spinlab.config import LearnConfig, QuantConfig
+from spinlab.errors import InputError
 from spinlab.kv.bias import KeyBias, KeyBiases
 from spinlab.kv.cache import is_coded, kv_path_of, set_kv_path
 from spinlab.learn.spaces.linear import LearnedLinear
@@ -58,10 +59,11 @@ def in_shards(
 
     Where networks come in parts a process holds its shards, the ends and one layer at most; where
     they are there as a whole, as those of random weights, which are in no file, every process holds
-    each of them once.
+    each of them once. Raises InputError for rounded experts that this torch cannot spread.
     """
     if not learn.rounds(quant):
         return Learnable(sharded(network, described, learn.dtype))
+    _check_experts(described)
     model = network.base()
     dtype = _dtype(model, learn.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -70,6 +72,17 @@ def in_shards(
     needs_teacher = learn.objective.needs_teacher
     teacher = sharded(original, described, learn.dtype) if needs_teacher else None
     return Learnable(model, teacher, linears)
+
+
+def _check_experts(described: ModelMap) -> None:
+    """Raise InputError where gradients of experts could not be gathered from all processes."""
+    experts = any(site.expert is not None for site in described.sites)
+    if experts and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise InputError(
+            "learn.shard: rounded weights of experts, of which some meet no token of a process, go "
+            f"into shards by torch 2.13, and this is {torch.__version__}: use learn.shard=off, "
+            "learn.quantize_weights=false or a later torch"
+        )
 
 
 def sharded(network: Network, described: ModelMap, dtype: str | None) -> PreTrainedModel:

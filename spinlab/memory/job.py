@@ -180,7 +180,7 @@ class Job:
         It is moved from where it lies in its file, whose pages the system takes back, and widened
         there. Experts that lie apart in it are stacked, gates and ups apart and then together.
         """
-        if not self.offload or self.device.type == "cpu":
+        if self.device.type == "cpu":
             return 0
         found: dict[int, int] = {}
         for site in self.map.sites:

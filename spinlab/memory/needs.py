@@ -38,7 +38,10 @@ def needs(job: Job) -> list[Need]:
         found += measuring(job, variant)
     if job.has("outliers"):
         found.append(outliers(job))
-    found = [replace(need, host=need.host + job.passing * (need.name != "learn")) for need in found]
+    by_layer = {"learn": job.loads_shards}  # else it has the whole network
+    for index, need in enumerate(found):
+        if by_layer.get(need.name, job.offload):
+            found[index] = replace(need, host=need.host + job.passing)
     found = [*_loading(job), *found] if found else []
     return [replace(need, device=need.device + _workspace(job, need)) for need in found]
 

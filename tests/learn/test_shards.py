@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -441,3 +442,12 @@ def test_how_weights_are_held_is_no_part_of_a_key(tmp_path):
 
 if __name__ == "__main__":
     _process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+
+
+def test_rounded_experts_need_a_torch_that_adds_up_what_some_processes_lack(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    shape = {**SHAPE, **EXPERTS["qwen3_moe"], "model_type": "qwen3_moe"}
+    described = map_of(meta_model(ModelConfig(weights="random", architecture=shape), None))
+    network = Resident(lambda: pytest.fail("nothing is loaded"))
+    with pytest.raises(InputError, match=r"go into shards by torch 2\.13, and this is"):
+        in_shards(network, network, described, LearnConfig(quantize_weights=True), QuantConfig())
