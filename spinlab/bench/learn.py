@@ -108,7 +108,7 @@ def _learner(
         both = Resident(lambda: network), Resident(original)
         found = in_shards(*both, map_of(network), learn, quant)
     else:
-        needs = learn.objective.needs_teacher and learn.quantize_weights
+        needs = learn.objective.needs_teacher and learn.rounds(quant)
         found = Learnable(network, original() if needs else None)
     formats = learn, quant, ClipSearch()
     return RotationLearner(found.model, start, *formats, found.teacher, linears=found.linears)

@@ -14,7 +14,7 @@ from spinlab.learn.loop import RotationLearner, learn_rotations, resume, save_pr
 from spinlab.learn.optim import unread_by_optimizer
 from spinlab.learn.placement import choose_checkpoint, choose_shards, recompute_layers
 from spinlab.learn.recipe import announce_further, training_of, warn_of_mismatch
-from spinlab.learn.shards import Learnable, in_shards, is_sharded, shard_layers
+from spinlab.learn.shards import Learnable, in_shards, is_sharded
 from spinlab.learn.spaces import LearningSpace
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "recompute_layers",
     "resume",
     "save_progress",
-    "shard_layers",
     "training_of",
     "unread_by_optimizer",
     "warn_of_mismatch",

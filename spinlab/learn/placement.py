@@ -30,27 +30,23 @@ def choose_shards(
     as_set = estimate_of(*parts)
     if learn.shard != "auto" or as_set.shards or processes == 1:
         return as_set
-    if not _of_any(as_set.bytes(again) > memory_for(device, swap=False)):
+    short = torch.tensor(float(as_set.bytes(again) > memory_for(device, swap=False)))
+    if not parallel.sum_(short):
         return as_set
     spread = estimate_of(*parts, shards=True)  # of few layers those that are gathered are most
     return min(as_set, spread, key=lambda found: found.bytes(again))
 
 
-def _of_any(said: bool) -> bool:
-    """Tell whether a process says so: layers that are gathered have to be everywhere alike."""
-    return bool(parallel.sum_(torch.tensor(float(said))))
-
-
 def choose_checkpoint(estimate: Estimate, learn: LearnConfig, device: torch.device) -> bool:
     """Decide whether layers are run again in the backward pass, which saves memory for time.
 
-    `auto` does so only where one of the devices cannot hold the activations without swapping.
-    Raises InputError where the run does not fit.
+    `auto` does so only where the device cannot hold the activations without swapping. Raises
+    InputError where the run does not fit.
     """
     has = memory_for(device)
     checkpoint = learn.checkpoint == "on"
     if learn.checkpoint == "auto":
-        checkpoint = _of_any(estimate.bytes(False) > memory_for(device, swap=False))
+        checkpoint = estimate.bytes(False) > memory_for(device, swap=False)
     if estimate.bytes(checkpoint) <= has:
         return checkpoint
     fixes = [f"a smaller learn.sequence_length than {learn.sequence_length}"]

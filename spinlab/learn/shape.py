@@ -12,7 +12,9 @@ from spinlab.model.map import ModelMap
 from spinlab.model.modules import embedding_of, head_of, layers_of, map_of
 from spinlab.model.shares import numbers_read
 
-_GATHERED = 2  # sharded layers that are whole at once: one computes while the next one comes
+# sharded layers that are whole at once: one computes, the next one comes, and the room in which the
+# one before came is kept until then
+_GATHERED = 3
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,17 @@ class Job:
     @property
     def layers(self) -> int:
         """Numbers in the weights of all decoder layers."""
+        return sum(self._by_layer)
+
+    @property
+    def layer(self) -> int:
+        """Numbers in the weights of the largest decoder layer."""
+        return max(self._by_layer)
+
+    @cached_property
+    def _by_layer(self) -> list[int]:
         layers = layers_of(self.model)
-        return sum(p.numel() for layer in layers for p in layer.parameters())
+        return [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
     @property
     def embedding(self) -> int:
@@ -115,13 +126,12 @@ def _in_shards(job: Job) -> int:
     What is written has shards in the rotations' dtype, as its gradient, which is whole for a layer:
     as the backward pass gives it, and as it is sent. Then a teacher has shards and ends of its own.
     """
-    layer = job.layers // len(job.map.layers)
-    gathered = _GATHERED * layer * job.size
+    gathered = _GATHERED * job.layer * job.size
     shard, of_ends = (-(-count // job.processes) for count in (job.layers, job.embedding))
     ends = (of_ends + job.embedding + job.head) * job.size
     frozen = shard * job.size + ends
     if not job.rounded:
         return frozen + gathered
     teacher = frozen if job.learn.objective.needs_teacher else 0
-    written, gradient = 2 * shard * job.wide + ends, layer * (job.size + job.wide)
+    written, gradient = 2 * shard * job.wide + ends, job.layer * (job.size + job.wide)
     return written + gradient + gathered + teacher + _frozen(job)

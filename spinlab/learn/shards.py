@@ -23,19 +23,6 @@ from spinlab.model.modules import decoder_of, layers_of, map_of, set_map
 from spinlab.model.network import Network, drop
 
 
-def shard_layers(model: PreTrainedModel) -> None:
-    """Spread the frozen weights of a whole network over all processes, in place.
-
-    The head stays whole: the loss multiplies with it chunk by chunk.
-    """
-    if parallel.world() == 1:
-        return
-    sharding = _Sharding(model, model.dtype, None)
-    for layer in layers_of(model):
-        sharding.spread(layer)
-    sharding.spread(decoder_of(model))
-
-
 class Learnable(NamedTuple):
     """Hold the network that is learned on, and what a learner takes beside it.
 
@@ -86,7 +73,7 @@ def _check_experts(described: ModelMap) -> None:
 
 
 def sharded(network: Network, described: ModelMap, dtype: str | None) -> PreTrainedModel:
-    """Return a network with frozen weights, spread over all processes as `shard_layers` does it.
+    """Return a network with frozen weights, spread over all processes; the head stays whole.
 
     dtype: of the network while it learns, its own if absent. The rest is as in `in_shards`.
     """

@@ -139,6 +139,12 @@ class Job:
         spread = self.processes > 1 and self.config.learn.shard != "off"
         return spread and self.config.model.weights != "random"
 
+    @property
+    def loads_no_whole(self) -> bool:
+        """Tell whether they do so however much memory there is."""
+        learn = self.config.learn
+        return self.loads_shards and (learn.shard == "on" or not learn.rounds(self.config.quant))
+
     @cached_property
     def layer(self) -> int:
         """Numbers of the largest layer."""

@@ -8,6 +8,7 @@ cannot fit. Fusing works on one matrix at a time and holds it twice in float64.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from spinlab import parallel
 from spinlab.config.weights import method_title
 from spinlab.learn import estimate_of
 from spinlab.memory.job import FLOAT32, FLOAT64, INDEX, LEVEL, MORE, Job, Need
@@ -38,9 +39,8 @@ def needs(job: Job) -> list[Need]:
         found += measuring(job, variant)
     if job.has("outliers"):
         found.append(outliers(job))
-    by_layer = {"learn": job.loads_shards}  # else it has the whole network
     for index, need in enumerate(found):
-        if by_layer.get(need.name, job.offload):
+        if job.offload and need.name != "learn":
             found[index] = replace(need, host=need.host + job.passing)
     found = [*_loading(job), *found] if found else []
     return [replace(need, device=need.device + _workspace(job, need)) for need in found]
@@ -125,7 +125,8 @@ def _learning(job: Job) -> Need:
         cures.insert(0, f"fewer learn.steps than {learn.steps}")
     if learn.quantize_weights:
         cures.append("learn.quantize_weights=false")
-    return Need("learning", windows, least, job.cure(*cures), "learn")
+    passing = job.passing * parallel.launched_here() * job.loads_no_whole  # of all at once
+    return Need("learning", windows + passing, least, job.cure(*cures), "learn")
 
 
 def _learned_on(job: Job, shards: bool | None) -> int:

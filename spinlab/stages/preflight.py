@@ -65,9 +65,10 @@ def preflight(pipeline: Pipeline, overrides: Sequence[str] = ()) -> None:
         words=words,
         transformed=pipeline.given.transformed,
     )
-    if pipeline.config.runtime.offload and job.has("learn") and not job.loads_shards:
+    if pipeline.config.runtime.offload and job.has("learn") and not job.loads_no_whole:
         log.warning(
-            "learning holds the whole model on %s: runtime.offload is about all other stages",
+            "learning holds the whole model on %s, unless it is loaded by shards: runtime.offload "
+            "is about all other stages",
             job.device,
         )
     check_memory(job)

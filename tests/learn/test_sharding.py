@@ -32,7 +32,6 @@ from spinlab.learn import (
     in_shards,
     learn_rotations,
     recompute_layers,
-    shard_layers,
 )
 from spinlab.learn.spaces import WeightSpace
 from spinlab.model.load import load_model
@@ -93,7 +92,8 @@ def rates(case: str) -> RatesConfig:
 
 def learned(case: str) -> dict:
     """Learn three steps on the processes there are; return what came of it and what was sharded."""
-    spread, case = case in IN_SHARDS and parallel.world() > 1, IN_SHARDS.get(case, case)
+    spread, case = case in IN_SHARDS or case not in ROUNDED, IN_SHARDS.get(case, case)
+    spread &= parallel.world() > 1
     rounded, searched = case in ROUNDED, case == "searched"
     learn = LearnConfig(
         steps=3,
@@ -125,8 +125,6 @@ def learned(case: str) -> dict:
     learner = RotationLearner(model, start, *formats, ClipSearch(), teacher, linears=linears)
     if case == "layers run again":
         recompute_layers(model)
-    if not rounded:
-        shard_layers(model)
     curve: list[dict] = []
     learn_rotations(learner, WINDOWS, 0, lambda step, values: curve.append(values))
     result = learner.result()
@@ -141,7 +139,7 @@ def learned(case: str) -> dict:
         "weight_clips": result.weight_clips,
         "state": learner.state(),
         "share": kept(learner),
-        "shares_in_shards": shares_in_shards(learner) if spread else {},
+        "shares_in_shards": shares_in_shards(learner) if spread and rounded else {},
     }
 
 

@@ -42,7 +42,7 @@ def test_some_record_has_all_stages():
     ("name", "processes", "again", "above"),
     [
         ("h100", 1, False, 1.08),
-        ("h100_x2", 2, False, 1.12),
+        ("h100_x2", 2, False, 1.13),
         ("fused_h200", 1, True, 1.12),
         ("fused_h200_x1", 1, True, 1.14),
         ("fused_h200_x2", 2, False, 1.29),

@@ -6,7 +6,6 @@ stay in their own basis: R1 rotates their output and input instead, which is the
 touches no vocabulary-sized matrix.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
@@ -118,22 +117,22 @@ class WeightSpace(LearningSpace):
                 path.rotation = inputs.transforms[key]
         for linear in self.linears:
             linear.rotate_bias(rotations.r1, rotations.r2)
-        for batch, room in parallel.in_turn(self._begun(refresh), self.most_begun):
+        begun = (self._begin(batch, refresh) for batch in self.batches)
+        for batch, room in parallel.in_turn(begun, self.most_begun):
             batch.end_write(room)
         if self.learn.lr.clip and not self.ranges.logs:
             self.ranges.start(self._clips())
 
-    def _begun(self, refresh: bool) -> Iterator[tuple[Begun, list[Work]]]:
-        """Begin to write one batch after the other; refresh: with ratios that are searched anew."""
-        for batch in self.batches:
-            search = not self.ranges.logs and (refresh or batch.clip is None)
-            if batch.format is not None and self.ranges.logs:
-                ratios = [self.ranges.value(linear.site.path) for linear in batch.linears]
-                batch.clip = torch.stack(ratios)
-            written = self._written(batch, search) if batch.mine else None
-            sent = batch.begin_clip() if search else []
-            room, works = batch.begin_write(written)
-            yield (batch, room), sent + works
+    def _begin(self, batch: LearnedBatch, refresh: bool) -> tuple[Begun, list[Work]]:
+        """Begin to write a batch; refresh: with ratios that are searched anew."""
+        search = not self.ranges.logs and (refresh or batch.clip is None)
+        if batch.format is not None and self.ranges.logs:
+            ratios = [self.ranges.value(linear.site.path) for linear in batch.linears]
+            batch.clip = torch.stack(ratios)
+        written = self._written(batch, search) if batch.mine else None
+        sent = batch.begin_clip() if search else []
+        room, works = batch.begin_write(written)
+        return (batch, room), sent + works
 
     def _written(self, batch: LearnedBatch, search: bool) -> torch.Tensor:
         """Rotate and round the weights of a batch: (n, out, in)."""

@@ -190,6 +190,11 @@ class IntegerAttention(nn.Module):
         if self.bias is not None:
             assert waves is not None, "RoPE turned this pass's tokens before"
             keys = self.bias.added(keys, waves)
+        grouped = self.heads > self.kv_heads
+        if grouped and mask is not None and query.is_cuda and query.shape[2] > 1:
+            # with a mask torch has no fused kernel for shared ones, and would store all scores
+            groups, grouped = self.heads // self.kv_heads, False
+            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
         return scaled_dot_product_attention(
             query,
             keys,
@@ -197,5 +202,5 @@ class IntegerAttention(nn.Module):
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scaling,
-            enable_gqa=self.heads > self.kv_heads,
+            enable_gqa=grouped,
         )

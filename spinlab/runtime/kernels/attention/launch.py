@@ -51,6 +51,8 @@ def attend(
     owners = len(query) * kv_heads * -(-heads // kv_heads // columns)
     plan = plan or plan_of(owners, keys.capacity, query.device)
     block, blocks = _blocks(floats)
+    if blocks:  # so that all parts together are as many as a power of two where they can be
+        plan = plan._replace(splits=max(plan.splits - blocks, 1))
     parts = plan.splits + blocks
     found, out = _room(query, parts)
     of_bias, wave_batch, constants = _of_bias(bias, query)
