@@ -160,10 +160,10 @@ for kernel in (gate_kernels.gate_kernel, gate_kernels.gate_gradient_kernel):
 NAMES = "columns_ptr errors_ptr scale_ptr zero_ptr spread_ptr ahead_ptr first_ptr"
 OF_COLUMNS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*i16", "group_ptr": "*i32"}
 OF_COLUMNS |= dict.fromkeys(("outputs", "width", "begin", "end"), "i32")
-SWEEP = {"COUNT": 128, "LOW": -8, "HIGH": 7, "FIRST": True, "BLOCK": 128, "LANES": 16}
+SWEEP = {"COUNT": 128, "LOW": -12, "HIGH": 12, "FIRST": True, "BLOCK": 128, "LANES": 16}
 for capability in (80, 90):
     for ahead in (True, False):
-        kinds = {**SWEEP, "AHEAD": ahead}
+        kinds = {**SWEEP, "AHEAD": ahead, "FLOATS": ahead}
         instructions(sweep_kernels.sweep_kernel, OF_COLUMNS, kinds, capability, warps=1)
 # the tiles that are chosen for 128 tokens of floats, and for 32 inputs
 FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
@@ -211,13 +211,15 @@ OF_KEPT |= dict.fromkeys(set(floats_kernel.arg_names) - OF_PACKED.keys(), "i32")
 for kind, name, at_once in (("bf16", "bf16", 64), ("fp16", "f16", 64), ("fp32", "tf32", 32)):
     kinds = {**OF_KEPT, **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*" + kind)}
     assert at_once == attention._PLACES // (1 + (kind == "fp32"))
-    heads = ((80, 128, 0, at_once), (89, 256, 0, at_once), (90, 96, 96, 16), (120, 256, 0, at_once))
+    heads = ((80, 128, 0, at_once), (89, 256, 0, at_once), (90, 96, 96, 16), (90, 96, 0, at_once),
+             (120, 256, 0, at_once))
     for capability, width, rotary, block in heads:
-        attend = {"GROUP": 4, "HEADS": 8, "D": width, "BLOCK_D": 1 << (width - 1).bit_length(),
+        attend = {"GROUP": 9, "HEADS": 16, "D": width, "BLOCK_D": 1 << (width - 1).bit_length(),
                   "BLOCK": block, "WIDE": kind == "fp32", "ROTARY": rotary, "WAVES": rotary and 64}
-        found, _ = instructions(floats_kernel, kinds, attend, capability)
+        found, _ = instructions(floats_kernel, kinds, attend, capability, attention._FLOATS_WARPS)
         assert any(one.endswith(f"f32.{name}.{name}.f32") for one in found), found
         assert rotary or all(f".{name}." in one for one in found), found
+        assert not any("wgmma" in one for one in found), found
 ADDED = {"sums_ptr": "*fp32", "most_ptr": "*fp32", "total_ptr": "*fp32", "out_ptr": "*bf16",
          "splits": "i32"}
 for parts in (16, 128, 256):

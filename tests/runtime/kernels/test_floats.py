@@ -256,8 +256,9 @@ def test_a_long_bias_of_keys_is_added_to_the_scores_of_both(name, dtype, device)
     wanted = reference.attend(query, *rows, start, tensor, scaling, scores, floats)
     found = gpu.attend(query, *rows, start, tensor, scaling, scores, floats, plan)
     errors = [(x.cpu().double() - exact).abs().max().item() for x in (found, wanted)]
-    noise = 2e-6 if dtype == torch.float32 else 2.0**-11
-    assert errors[0] <= 2 * errors[1] + noise * exact.abs().max()
+    # products with a bias keep 22 bits of float32's 24
+    noise, times = (2e-6, 8) if dtype == torch.float32 else (2.0**-11, 2)
+    assert errors[0] <= times * errors[1] + noise * exact.abs().max()
     assert errors[1] <= (1e-3 if dtype == torch.float32 else 1e-2) * exact.abs().max()
 
 

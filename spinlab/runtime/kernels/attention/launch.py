@@ -13,6 +13,9 @@ from spinlab.runtime.kernels.launch import compiled_for, gpu_of, launch, power_o
 _RESIDENT = 8  # programs that one multiprocessor runs at a time
 _LEAST_SLOTS = 128  # per split; fewer would not pay for the sum over splits
 _PLACES = 64  # tokens in floats of 16 bits that a program takes
+# fewer than a warpgroup: products of 16 heads would be wgmma, and what Triton 3.6 makes of values
+# times weights is wrong there
+_FLOATS_WARPS = 2
 _LOG2_E = 1.4426950408889634
 
 
@@ -70,7 +73,7 @@ def attend(
     if floats is not None:
         arguments = query, *floats.tensors, *tokens, *found, *of_bias, factor, *sizes
         constants |= {"BLOCK_D": max(16, power_of_two(width)), "BLOCK": block}
-        launch(floats_kernel, (owners, blocks), arguments, constants, num_warps=4)
+        launch(floats_kernel, (owners, blocks), arguments, constants, num_warps=_FLOATS_WARPS)
     if parts > 1:
         _add(found, out)
     return out
