@@ -6,8 +6,11 @@ from spinlab.config import ClipSearch
 from spinlab.formats.base import Format, Parameters
 from spinlab.formats.integer import extremes, nearest
 
-# elements worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
+# numbers of a weight worked on at once: on a CPU what its caches hold, on a GPU what keeps it busy
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+# the same of all ratios tried at once: of a group alone, a ratio is less work than its launches
+_TRIED_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
+_CHECKED = 4  # ratios between looks for whether any smaller one can win
 _TINY = 1e-6  # of a level; keeps logarithms of 0 out, which are several times slower
 
 
@@ -41,17 +44,24 @@ def _search_rows(
     format: Format,
     search: ClipSearch,
 ) -> torch.Tensor:
+    """Return the best ratio of each row (rows, g), ratios of the grid in the first dimension."""
     best = torch.ones_like(lowest)
     smallest = torch.full_like(lowest, torch.inf)
-    for i, ratio in enumerate(search.ratios()):
-        parameters = format.choose(rows, lowest * ratio, highest * ratio, None)
+    at_once = max(1, _TRIED_ELEMENTS[rows.device.type] // rows.numel())
+    ratios = torch.tensor(search.ratios(), dtype=rows.dtype, device=rows.device)
+    for i, tried in enumerate(ratios.view(-1, 1, 1).split(at_once), 1):
+        parameters = format.choose(rows, lowest * tried, highest * tried, None)
         rounded = format.decode(format.encode(rows, parameters, nearest), parameters)
         error = _power_sum(rounded.sub_(rows), search.norm)
+        first = error.argmin(0, keepdim=True)  # of equal ones
+        error = error.gather(0, first).squeeze(0)
         better = error < smallest
-        best = torch.where(better, ratio, best)
+        best = torch.where(better, tried[first.squeeze(0), 0, 0], best)
         smallest = torch.where(better, error, smallest)
-        if i % 4 == 3 and (_clipped_error(rows, parameters, format, search) >= smallest).all():
-            break
+        if i % max(1, _CHECKED // at_once) == 0:
+            narrowest = Parameters(*(part[-1] for part in parameters))
+            if (_clipped_error(rows, narrowest, format, search) >= smallest).all():
+                break
     return best
 
 

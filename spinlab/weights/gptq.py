@@ -17,6 +17,7 @@ from spinlab.errors import InputError
 from spinlab.finite import check_finite
 from spinlab.formats import IntegerFormat, Parameters, format_of
 from spinlab.formats.integer import nearest
+from spinlab.formats.minifloat import GroupFloat
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range
 from spinlab.weights.sweep_triton import has_kernel, round_columns
@@ -220,7 +221,7 @@ class Sweep:
         """
         if not has_kernel(self.columns, self.format, self.block):
             return self.round_columns(extent, levels, errors)
-        ranges, format = (self.scale, self.zero), cast(IntegerFormat, self.format)
+        ranges, format = (self.scale, self.zero), cast(IntegerFormat | GroupFloat, self.format)
         spread, groups = self.spread.rows, self._groups
         known = (ranges, groups, spread, format, extent, self.first, self.ahead)
         return round_columns(self.columns, levels, errors, *known)

@@ -5,11 +5,29 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
+def _whole(x):
+    """Round to even: adding 1.5 * 2**23 leaves no room for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _levels(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FLOATS: tl.constexpr):
+    """Return the levels of x, as `encode` of an integer format or, FLOATS, of E2M1 does."""
+    if FLOATS:
+        size = tl.abs(tl.math.div_rn(x, scale))
+        step = tl.where(size >= 8, 4.0, tl.where(size >= 4, 2.0, 1.0))
+        levels = _whole(tl.math.div_rn(x, scale * step)) * step
+    else:
+        levels = _whole(tl.math.div_rn(x, scale)) + zero
+    return tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+
+
+@triton.jit
 def sweep_kernel(
     columns_ptr, levels_ptr, errors_ptr, scale_ptr, zero_ptr, group_ptr, spread_ptr, ahead_ptr,
     first_ptr, outputs, width, begin, end, COUNT: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
+    HIGH: tl.constexpr, FLOATS: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Round COUNT columns of LANES outputs; the arguments are those of `round_columns`.
 
@@ -29,9 +47,7 @@ def sweep_kernel(
         zero = tl.load(zero_ptr + range_of, mask=inside, other=0.0)
         aim = tl.load(first_ptr + lane, mask=inside, other=0.0) if FIRST else exact
         aim = tl.where(column == 0, aim, exact)
-        # to even, as adding 1.5 * 2**23 leaves no room for a fraction
-        levels = (tl.math.div_rn(aim, scale) + 12582912.0) - 12582912.0
-        levels = tl.minimum(tl.maximum(levels + zero, LOW * 1.0), HIGH * 1.0)
+        levels = _levels(aim, scale, zero, LOW, HIGH, FLOATS)
         error = exact - (levels - zero) * scale
         out = column.to(tl.int64) * outputs + lane
         tl.store(levels_ptr + out, levels.to(tl.int16), mask=inside)

@@ -1,4 +1,4 @@
-"""A block of GPTQ's columns in one launch, for integer formats on CUDA.
+"""A block of GPTQ's columns in one launch, for integers and floats of 4 bits on CUDA.
 
 Column by column the sweep is bound by kernel launches, some six a column. Rows of a weight do not
 meet, so one program takes a few of them through the whole block, with nothing to wait for.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spinlab.formats import Format, IntegerFormat
+from spinlab.formats.minifloat import GroupFloat
 
 _TILE = 1024  # numbers that one program holds, 32 to a thread of its only warp
 _MOST = 512  # columns
@@ -21,7 +22,8 @@ def has_kernel(columns: torch.Tensor, format: Format, block: int) -> bool:
 
     Others are rounded by torch.
     """
-    return columns.is_cuda and isinstance(format, IntegerFormat) and block <= _MOST
+    known = isinstance(format, IntegerFormat | GroupFloat)
+    return columns.is_cuda and known and block <= _MOST
 
 
 def round_columns(
@@ -31,7 +33,7 @@ def round_columns(
     ranges: tuple[torch.Tensor, torch.Tensor],
     groups: torch.Tensor,
     spread: torch.Tensor,
-    format: IntegerFormat,
+    format: IntegerFormat | GroupFloat,
     extent: tuple[int, int, int],
     first: torch.Tensor | None = None,
     ahead: torch.Tensor | None = None,
@@ -52,6 +54,7 @@ def round_columns(
     launch(
         columns, levels, errors, *ranges, groups, spread, spread if ahead is None else ahead,
         errors if first is None else first, outputs, width, begin, end, COUNT=stop - begin,
-        LOW=format.lowest, HIGH=format.highest, FIRST=first is not None, AHEAD=ahead is not None,
-        BLOCK=block, LANES=lanes, num_warps=1, enable_fp_fusion=False,
+        LOW=format.lowest, HIGH=format.highest, FLOATS=isinstance(format, GroupFloat),
+        FIRST=first is not None, AHEAD=ahead is not None, BLOCK=block, LANES=lanes, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -53,6 +53,8 @@ def rounded(monkeypatch, method: str, format: TensorQuant, kernel: bool, **chang
         (TensorQuant(group_size=8), {"block_size": 12}),
         (TensorQuant(group_size=16), {"block_size": 8}),
         (TensorQuant(group_size=8), {"act_order": True, "static_groups": True, "block_size": 20}),
+        (TensorQuant(symmetric=True, group_size=16, format="nvfp4"), {"block_size": 12}),
+        (TensorQuant(symmetric=True, group_size=32, format="mxfp4"), {"block_size": 20}),
     ],
     ids=str,
 )
