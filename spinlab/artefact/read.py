@@ -105,7 +105,7 @@ class Artefact:
             embedding, head = ends_of(model)
             set_dequantized(embedding, parts.weights[map_of(model).embedding])
             head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
-            fuse_ends(model, parts.rotations.r1)
+            fuse_ends(model, parts.rotations)
         make_rope(model, device)
 
     def _rest(self, due: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -65,6 +65,17 @@ class StatisticsConfig(WindowsConfig):
     place: ClassVar[str] = "rotation.statistics"
 
 
+def keeps_gains(gains: str, r1: str, latents: str, smooth: float | None) -> bool:
+    """Tell whether norms keep their gains, for settings of `rotation`.
+
+    `auto` folds them where R1 or latents turn what norms give, which needs it, and where smoothing
+    scales it, to which it is the same: its scales are exact in 16 bits then. Elsewhere a channel
+    that a gain holds down would be an outlier of what is quantized, or of the weights behind it.
+    """
+    needed = r1 != "none" or latents != "none" or smooth is not None
+    return gains == "kept" or (gains == "auto" and not needed)
+
+
 @dataclass(frozen=True)
 class RotationConfig:
     """Say how each rotation starts; `none` leaves it out, `identity` only matters if learned."""
@@ -85,6 +96,8 @@ class RotationConfig:
     inputs: str = "none"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
+    # of norms: folded into the linears that read them, or kept; see `keeps_gains` for auto
+    gains: str = "auto"
     load: str | None = None  # a RotationSet (.safetensors) or SpinQuant's R.bin, instead of r1, r2
     duquant: DuQuantConfig = field(default_factory=DuQuantConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
@@ -94,6 +107,14 @@ class RotationConfig:
     def __post_init__(self) -> None:
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
         choice("rotation.inputs", self.inputs, ("none", "scales", *_REPLACED))
+        choice("rotation.gains", self.gains, ("auto", "folded", "kept"))
+        turned = [name for name in ("r1", "latents") if getattr(self, name) != "none"]
+        if self.gains == "kept" and turned:
+            raise InputError(
+                f"rotation.gains=kept leaves norms their gains, and rotation.{turned[0]}="
+                f"{getattr(self, turned[0])} turns what they give, which needs them folded: set "
+                f"rotation.{turned[0]}=none, or rotation.gains=auto"
+            )
         at_least("rotation.r1_block", self.r1_block, 0)
         if self.r1_block and self.r1 in SEARCHED:
             raise InputError(
@@ -111,7 +132,7 @@ class RotationConfig:
             )
         if self.load and not self.load.endswith((".safetensors", ".bin")):
             raise InputError(f"rotation.load={self.load} must end in .safetensors or .bin")
-        usual = {"inputs": "none", "smooth": None, "online": True}
+        usual = {"inputs": "none", "smooth": None, "online": True, "gains": "auto"}
         if self.load and (others := [n for n, value in usual.items() if vars(self)[n] != value]):
             found = ", ".join(f"rotation.{name}={vars(self)[name]}" for name in others)
             raise InputError(
@@ -152,6 +173,11 @@ class RotationConfig:
         """The rotations that are on."""
         names = ["r1", "r2", *(("r3", "r4", "cross_head") if self.online else ())]
         return [name for name in names if getattr(self, name) != "none"]
+
+    @property
+    def keeps_gains(self) -> bool:
+        """Tell whether norms keep their gains; a file says that of the rotations that it brings."""
+        return keeps_gains(self.gains, self.r1, self.latents, self.smooth)
 
     @property
     def turns_inputs(self) -> bool:

@@ -11,7 +11,14 @@ from spinlab.kv.cache import attach_kv
 from spinlab.kv.path import KVPath, kv_path
 from spinlab.model.load import exact_norms
 from spinlab.model.modules import map_of
-from spinlab.rotation.fuse import fold_norms, fuse, fuse_inputs, fuse_latents, fuse_stream
+from spinlab.rotation.fuse import (
+    fold_norms,
+    fuse,
+    fuse_inputs,
+    fuse_latents,
+    fuse_stream,
+    untie,
+)
 from spinlab.rotation.rotations import RotationSet
 
 
@@ -32,15 +39,13 @@ class RotatedNetworks:
 
         replaced: linears that are about to take other weights (`spinlab.rotation.fuse.fold_norms`).
         """
-        model = self.original()
-        fold_norms(model, replaced)
+        model = self._ready(rotations, replaced)
         fuse(model, rotations, replaced)
         return model
 
     def stream_rotated(self, rotations: RotationSet) -> PreTrainedModel:
         """Return the rotated model without what runs online: the original's function as it is."""
-        model = self.original()
-        fold_norms(model)
+        model = self._ready(rotations)
         fuse_stream(model, rotations)
         return model
 
@@ -60,8 +65,7 @@ class RotatedNetworks:
         R1 and R2 are not fused, the rest is; with `inputs` no transform is in the weights of those
         linears whose input has one of its own, and no scale in what produces it.
         """
-        model = self.original()
-        fold_norms(model)
+        model = self._ready(rotations)
         fuse_latents(model, rotations)
         own = rotations.inputs if inputs else {}
         there = [site.path for site in map_of(model).sites if site.key in own]
@@ -75,6 +79,15 @@ class RotatedNetworks:
         described = map_of(model)
         widths, names = described.coded_widths, described.attentions
         return kv_path(self.kv, widths, rotations.r3, self.seed, names, rotations.kv_clips)
+
+    def _ready(self, rotations: RotationSet, replaced: Collection[str] = ()) -> PreTrainedModel:
+        """Return the original with its norms as rotations have them, its ends untied."""
+        model = self.original()
+        if rotations.keeps_gains:
+            untie(model)
+        else:
+            fold_norms(model, replaced)
+        return model
 
     def _fake_quant(self, model: PreTrainedModel, rotations: RotationSet) -> None:
         insert_fake_quant(model, rotations, self.quant)

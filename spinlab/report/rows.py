@@ -16,7 +16,7 @@ from spinlab.config import Config, plain
 from spinlab.config.values import text, values_of
 from spinlab.report.publications import Measure, Row, Table
 from spinlab.report.records import TWINS, Record, zeroshot_mean
-from spinlab.report.settings import settings_of, stands_in
+from spinlab.report.settings import by_effect, settings_of, stands_in
 
 # settings that say where, how fast and for whom, but change no number beyond noise
 _FREE = (
@@ -115,7 +115,7 @@ def differences(record: Record, config: Config, row: Row, measure: Measure) -> l
         return found
     own = ("method", "clip", config.weights.method)
     unread = tuple(f"weights.{part}" for part in vars(config.weights) if part not in own)
-    for name, value in values_of(plain(config)).items():
+    for name, value in by_effect(values_of(plain(config))).items():
         if stands_in(name, unread):
             continue
         if not stands_in(name, _FREE) and (told := recorded.get(name, "missing")) != value:

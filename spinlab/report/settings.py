@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from spinlab.config import Config, WeightsConfig, plain
+from spinlab.config.rotation import keeps_gains
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 
@@ -14,7 +15,7 @@ from spinlab.errors import InputError
 LATER = (
     *("data.held_out", "quant.calibration", "weights.gptaq", "weights.qronos"),
     *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
-    "rotation.latents",
+    *("rotation.latents", "rotation.gains"),
     *("runtime.offload", "learn.shard"),
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),
@@ -26,7 +27,10 @@ LATER = (
 )
 # What was done without a setting where that is not what the default does: always, and by the family
 # of a model.
-_ONCE: Mapping[str, Any] = {f"weights.{name}.strength": 1.0 for name in ("gptaq", "qronos")}
+_ONCE: Mapping[str, Any] = {
+    **{f"weights.{name}.strength": 1.0 for name in ("gptaq", "qronos")},
+    "rotation.gains": "folded",
+}
 _BEFORE: Mapping[str, Mapping[str, Any]] = {"qwen2": {"kv.key_bias": "coded"}}
 _ROUNDING = {field.name for field in fields(WeightsConfig)} - {"method", "clip"}
 _SCHEMA = 3
@@ -40,11 +44,19 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     own = values_of(record["config"])
     if record["schema"] != _SCHEMA:
-        return own
+        return by_effect(own)
     before = _BEFORE.get(record.get("model", {}).get("family", ""), {})
     found, method = {**_defaults(), **_ONCE, **before, **own}, own.get("weights.method")
     others = tuple(f"weights.{name}" for name in _ROUNDING if name != method)
-    return {name: value for name, value in found.items() if not stands_in(name, others)}
+    return by_effect({n: value for n, value in found.items() if not stands_in(n, others)})
+
+
+def by_effect(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by their dotted names with what `auto` comes to, where others decide that."""
+    if "rotation.gains" not in settings:  # older, or of a benchmark that turns nothing
+        return settings
+    own = (settings[f"rotation.{name}"] for name in ("gains", "r1", "latents", "smooth"))
+    return settings | {"rotation.gains": "kept" if keeps_gains(*own) else "folded"}
 
 
 def settings_of_today(record: Mapping[str, Any]) -> dict[str, Any]:

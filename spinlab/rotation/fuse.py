@@ -119,7 +119,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def fuse(model: PreTrainedModel, rotations: RotationSet, replaced: Collection[str] = ()) -> None:
-    """Rotate every weight of a model whose norms are folded, in place and in float64.
+    """Rotate every weight of a model, in place and in float64, its norms folded if R1 is on.
 
     Afterwards the model computes the same function once its online transforms run. What they rotate
     is already rotated, so R1 and R2 enter first: as in a checkpoint that is saved in between.
@@ -159,15 +159,16 @@ def _rotate_ends(model: PreTrainedModel, r1: torch.Tensor) -> None:
         _rotate(end, r1, None)
 
 
-def fuse_ends(model: PreTrainedModel, r1: torch.Tensor | None) -> None:
+def fuse_ends(model: PreTrainedModel, rotations: RotationSet) -> None:
     """Do to the ends of a model, in place, what `fold_norms` and `fuse` would.
 
     The layers between have been fused already; embedding and head hold what the original ties, and
     the final norm its gain.
     """
-    _fold(model, map_of(model).norm_at[map_of(model).final_norm])
-    if r1 is not None:
-        _rotate_ends(model, r1.to(model.device))
+    if not rotations.keeps_gains:
+        _fold(model, map_of(model).norm_at[map_of(model).final_norm])
+    if rotations.r1 is not None:
+        _rotate_ends(model, rotations.r1.to(model.device))
 
 
 def fuse_inputs(

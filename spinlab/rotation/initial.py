@@ -125,7 +125,8 @@ class _Maker:
         if kind == "none":
             latents = {}
         turned = {n: KINDS[kind](width, self.generator, n) for n, width in latents.items()}
-        return RotationSet(r1, torch.stack(made) if made else None, latents=turned)
+        r2 = torch.stack(made) if made else None
+        return RotationSet(r1, r2, latents=turned, keeps_gains=self.config.keeps_gains)
 
     def matrix(self, where: str, kind: str, layer: int) -> torch.Tensor | None:
         """Make an (n, n) rotation for the width that `where` (r1, r2, ...) acts on, or None."""

@@ -24,7 +24,9 @@ from spinlab.tensors import write_tensors
 _FUSED = ("r1", "r2")
 ONLINE = ("r3", "r4", "cross_head")
 _NUMBERS = {"clip": "clips", "kv_clip": "kv_clips", "peak": "peaks"}  # fields, by tensors' names
-WORDS = "rotations"  # entry of a file's metadata: `about` and the blocks of online rotations
+# entry of a file's metadata: `about`, the blocks of online rotations, and GAINS where they are kept
+WORDS = "rotations"
+GAINS = "keeps_gains"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RotationSet:
     `about` is JSON-ready: how the set came to be. `peaks`: the largest magnitudes of inputs behind
     the rotations, by key, as calibration found them for formats that ask for it. `latents`:
     (width, width), float64, of latents that heads are made of, by name; fused, one for all layers.
+    keeps_gains: norms keep their gains, and `inputs` are maps of what they give with them; R1 and
+    latents have them folded into the linears behind.
     """
 
     r1: torch.Tensor | None = None
@@ -53,8 +57,10 @@ class RotationSet:
     about: dict | None = None
     peaks: Mapping[str, float] = field(default_factory=dict)
     latents: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    keeps_gains: bool = False
 
     def __post_init__(self) -> None:
+        assert not self.keeps_gains or (self.r1 is None and not self.latents)
         for name in _FUSED:
             matrix = getattr(self, name)
             if matrix is not None:
@@ -126,7 +132,10 @@ class RotationSet:
 
     @staticmethod
     def from_tensors(
-        tensors: Mapping[str, torch.Tensor], about: dict, blocks: Mapping[str, int]
+        tensors: Mapping[str, torch.Tensor],
+        about: dict,
+        blocks: Mapping[str, int],
+        keeps_gains: bool = False,
     ) -> "RotationSet":
         """Rebuild a set from its stored form."""
         online = {
@@ -152,12 +161,15 @@ class RotationSet:
         if by_width:
             r4 = WidthRotations([own for own in by_width if isinstance(own, OnlineRotation)])
         found = RotationSet(r1, r2, r3, r4, cross_head, inputs, about=about)
-        return replace(found, weight_clips=weight_clips, latents=latents, **numbers)
+        numbers |= {"weight_clips": weight_clips, "latents": latents, "keeps_gains": keeps_gains}
+        return replace(found, **numbers)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file; equal sets give equal bytes."""
         blocks = {name: rotation.blocks for name, rotation in self._online().items()}
-        write_tensors(path, self.tensors(), {WORDS: {"about": self.about or {}, "blocks": blocks}})
+        words = {"about": self.about or {}, "blocks": blocks}
+        words |= {GAINS: True} if self.keeps_gains else {}
+        write_tensors(path, self.tensors(), {WORDS: words})
 
     @staticmethod
     def load(path: Path) -> "RotationSet":
@@ -165,7 +177,12 @@ class RotationSet:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             words = json.loads(file.metadata()[WORDS])
-        return RotationSet.from_tensors(tensors, words["about"], words["blocks"])
+        return RotationSet.from_tensors(
+            tensors, words["about"], words["blocks"], words.get(GAINS, False)
+        )
+
+
+AS_IT_IS = RotationSet(keeps_gains=True)  # the original's own weights
 
 
 def kv_clip_key(layer: int, side: Kept) -> str:

@@ -25,7 +25,7 @@ from spinlab.rotation.faults import (
     not_orthogonal,
 )
 from spinlab.rotation.inputs import to_channels, to_rows
-from spinlab.rotation.rotations import ONLINE, WORDS, RotationSet, kv_clip_key
+from spinlab.rotation.rotations import GAINS, ONLINE, WORDS, RotationSet, kv_clip_key
 
 Shape = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def read_stored(
     try:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
-            about, blocks = _words(path, file.metadata() or {})
+            words = _words(path, file.metadata() or {})
             for name in names:
                 found = file.get_slice(name)
                 check_shape(f"{path}: {name}", tuple(found.get_shape()), rules.get(name))
@@ -81,15 +81,18 @@ def read_stored(
     for name, tensor in tensors.items():
         if (fault := rules[name].fault(tensor)) is not None:
             raise InputError(f"{path}: {name} {fault}")
-    _check_parts(path, tensors, blocks, model_map)
-    return RotationSet.from_tensors(tensors, about, blocks)
+    _check_parts(path, tensors, words["blocks"], model_map)
+    turned = next((n for n in names if n == "r1" or n.startswith("latents.")), None)
+    if words[GAINS] and turned:
+        raise InputError(f"{path}: {turned} needs gains folded, and the file says {GAINS}")
+    return RotationSet.from_tensors(tensors, **words)
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """Return what a file of rotations says of itself; raise InputError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _words(path, file.metadata() or {})[0]
+            return _words(path, file.metadata() or {})["about"]
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is no file of rotations: {error}") from error
 
@@ -232,8 +235,8 @@ def _check_input(what: str, found: Mapping[str, torch.Tensor], input: Input) -> 
         )
 
 
-def _words(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return what a file says of itself, and the blocks of its online rotations."""
+def _words(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a file says of itself, the blocks of its online rotations, and of gains."""
     try:
         if WORDS in metadata:
             words = json.loads(metadata[WORDS])
@@ -253,7 +256,9 @@ def _words(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dic
         if not known or type(count) is not int or count < 1:
             raise InputError(f"{path}: blocks of {name} are {count!r}, not a number from 1 on")
     check_about(path, words["about"])
-    return words["about"], words["blocks"]
+    if type(kept := words.get(GAINS, False)) is not bool:
+        raise InputError(f"{path}: {GAINS} in its metadata is {kept!r}, not true or false")
+    return {name: words[name] for name in ("about", "blocks")} | {GAINS: kept}
 
 
 def check_about(path: Path, about: Mapping[str, Any]) -> None:

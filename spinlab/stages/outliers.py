@@ -14,7 +14,7 @@ from spinlab.finite import check_finite
 from spinlab.model.hooks import temporary_hooks
 from spinlab.model.modules import map_of
 from spinlab.model.network import Network
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import gate_ids, rotated_network, rotations_in
 from spinlab.stages.run import Run
@@ -40,7 +40,7 @@ def outliers(
 
     def work(out: Path) -> None:
         ids = gate_ids(original, calibration)
-        sets = {} if transformed else {"before": RotationSet()}
+        sets = {} if transformed else {"before": AS_IT_IS}
         sets |= {name: rotations_in(run, made) for name, made in rotated.items()}
         networks = {name: rotated_network(run, original, s) for name, s in sets.items()}
         peaks: dict[str, torch.Tensor] = {}

@@ -15,7 +15,7 @@ from spinlab.fakequant.peaks import input_peaks
 from spinlab.files import write_json
 from spinlab.finite import check_finite
 from spinlab.model.modules import map_of
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import FILE, rotated_network, rotations_in
 from spinlab.stages.run import Run
@@ -35,7 +35,7 @@ def peaks(
     depends += plain([settings, *formats])
 
     def work(out: Path) -> None:
-        rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
+        rotations = AS_IT_IS if rotated is None else rotations_in(run, rotated)
         windows = calibration.windows("peaks", settings.samples, settings.sequence_length)
         found: dict[str, float] = {}
         for part in rotated_network(run, original, rotations).parts(windows.split(1)):

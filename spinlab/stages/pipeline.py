@@ -19,7 +19,7 @@ from spinlab.data.text import Text, read_texts
 from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.load import tokenizer_digest
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS, RotationSet
 from spinlab.stages.given import Given
 from spinlab.stages.handoff import handoff_error
 from spinlab.stages.layers import layers
@@ -107,7 +107,7 @@ class Pipeline:
     def rotations(self, name: str) -> RotationSet:
         """Load the rotations of a variant."""
         made = self.rotated(name)
-        return RotationSet() if made is None else rotations_in(self.run, made)
+        return AS_IT_IS if made is None else rotations_in(self.run, made)
 
     def weights(self, name: str) -> Artifact:
         """Return the rounded weights of a variant; `rtn` ignores the experiment's method."""

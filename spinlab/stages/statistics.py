@@ -23,19 +23,20 @@ _FILE = "statistics.safetensors"
 
 
 def statistics(run: Run, original: Original, calibration: Calibration) -> Artifact:
-    """Gather statistics of the original's activations, its norms folded.
+    """Gather statistics of the original's activations, its norms folded if rotations have them so.
 
     Moments are those of what R1 and R2 give, which are then drawn already.
     """
     config, searches = run.config.rotation, run.config.rotation.searches
     settings, model_map = config.statistics, map_of(original.shape)
     depends = [original.identity, calibration.key, plain(settings), run.config.seed, searches]
+    depends.append(config.keeps_gains)
     moments = block_orders(config, model_map) if config.inputs == "wush" else {}
     if moments:
         depends += [config.r1, config.r1_block, config.r2, config.latents, moments]
 
     def work(out: Path) -> None:
-        stream = RotationSet()
+        stream = RotationSet(keeps_gains=config.keeps_gains)
         if moments:
             stream = stream_rotations(config, model_map, run.generator("init"))
         networks = networks_of(run, original)

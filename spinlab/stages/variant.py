@@ -17,7 +17,7 @@ from spinlab.cache import Artifact
 from spinlab.config import plain
 from spinlab.model.network import Load, Network, as_it_is
 from spinlab.networks.quantized import QuantizedNetworks
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS, RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import rotations_in
 from spinlab.stages.run import Run
@@ -69,7 +69,7 @@ class Variant:
 
     def parts(self, run: Run) -> tuple[RotationSet, Mapping[str, QuantizedWeight]]:
         """Load rotations and weights."""
-        rotations = RotationSet() if self.rotated is None else rotations_in(run, self.rotated)
+        rotations = AS_IT_IS if self.rotated is None else rotations_in(run, self.rotated)
         return rotations, {} if self.weights is None else weights_of(run, self.weights)
 
     def on_integers(

@@ -17,7 +17,7 @@ from spinlab.finite import check_finite
 from spinlab.model.map import ModelMap
 from spinlab.model.modules import map_of
 from spinlab.model.network import Load, as_it_is
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS, RotationSet
 from spinlab.stages.original import Original
 from spinlab.stages.rotations import networks_of, rotations_in
 from spinlab.stages.run import Run
@@ -49,7 +49,7 @@ def round_weights(
         depends.append(original.kv_settings)
 
     def work(out: Path) -> None:
-        rotations = RotationSet() if rotated is None else rotations_in(run, rotated)
+        rotations = AS_IT_IS if rotated is None else rotations_in(run, rotated)
         windows = config.windows and calibration.windows(
             "gptq", config.windows.samples, config.windows.sequence_length
         )

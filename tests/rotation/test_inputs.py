@@ -33,6 +33,7 @@ CONFIGS = {
     "duquant without smoothing": RotationConfig(
         r1="none", r2="none", r4="none", inputs="duquant", duquant=SEARCH
     ),
+    "blocks behind gains": RotationConfig(r1="none", r4="none", inputs="blocks"),
     "duquant as init": RotationConfig(r1="duquant", r2="duquant", duquant=SEARCH),
     "legacy index": RotationConfig(
         r1="duquant", duquant=DuQuantConfig(block_size=8, steps=6, legacy_index=True)
@@ -51,7 +52,8 @@ def statistics_of(model, fold: bool = True) -> Statistics:
 
 def made(config: RotationConfig, make, **changes) -> RotationSet:
     model_map = map_of(make(**changes))
-    found = statistics_of(make(**changes)) if config.needs_statistics else None
+    folded = not config.keeps_gains
+    found = statistics_of(make(**changes), folded) if config.needs_statistics else None
     return initial_rotations(config, model_map, torch.Generator().manual_seed(0), found)
 
 

@@ -8,7 +8,7 @@ from spinlab.compose import composed
 from spinlab.errors import InputError
 from spinlab.experiment import export
 from spinlab.fakequant.peaks import input_peaks
-from spinlab.rotation.rotations import RotationSet
+from spinlab.rotation.rotations import AS_IT_IS
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.rotations import networks_of
 
@@ -28,7 +28,7 @@ def test_every_variant_has_those_of_its_own_rotations(fixed):
     run = Pipeline(composed("+experiment=toy", *SMALL, *fixed))
     windows = run.calibration.windows("peaks", 3, 48)
     networks = networks_of(run.run, run.original)
-    for name, rotations in {"rtn": RotationSet(), "fake": run.rotations("fake")}.items():
+    for name, rotations in {"rtn": AS_IT_IS, "fake": run.rotations("fake")}.items():
         wanted = input_peaks(networks.rotated(rotations), windows, run.config.quant)
         assert run.rotations(name).peaks == wanted
     assert run.rotations("rtn").peaks != run.rotations("fake").peaks
