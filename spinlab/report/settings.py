@@ -53,10 +53,11 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def by_effect(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names with what `auto` comes to, where others decide that."""
-    if "rotation.gains" not in settings:  # older, or of a benchmark that turns nothing
+    names = [f"rotation.{name}" for name in ("gains", "r1", "latents", "smooth")]
+    if not settings.keys() >= set(names):  # older, or of a benchmark that turns nothing
         return settings
-    own = (settings[f"rotation.{name}"] for name in ("gains", "r1", "latents", "smooth"))
-    return settings | {"rotation.gains": "kept" if keeps_gains(*own) else "folded"}
+    kept = keeps_gains(*(settings[name] for name in names))
+    return settings | {"rotation.gains": "kept" if kept else "folded"}
 
 
 def settings_of_today(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ All take settings by their dotted names (`spinlab.report.settings.settings_of`).
 from collections.abc import Mapping
 from typing import Any
 
+from spinlab.config.rotation import keeps_gains
 from spinlab.config.values import text
 from spinlab.config.weights import WeightsConfig, method_title
 from spinlab.report.online import EXACT, INPUTS, OFF, Settings
@@ -126,6 +127,13 @@ def rotation_words(settings: Settings) -> str:
     if parts and settings["learn.steps"]:
         parts.append("learned")
     return ", ".join(parts) or "none"
+
+
+def gains_words(settings: Settings) -> str:
+    """Say that gains of norms were folded where nothing asks for it, else nothing."""
+    usual = (settings[f"rotation.{name}"] for name in ("r1", "latents", "smooth"))
+    kept = keeps_gains("auto", *usual)
+    return "gains folded" if kept and settings["rotation.gains"] == "folded" else ""
 
 
 def rounding_words(settings: Settings) -> str:

@@ -97,6 +97,13 @@ def test_what_would_be_in_one_cell_is_told_and_so_is_an_unknown_metric(records, 
         formats_sheet(records, "kl/wikki")
 
 
+def test_gains_that_were_folded_for_nothing_are_told(records, save):
+    words = "+experiment=formats", "model=toy", "quant=nvfp4", "rotation=none", "weights=rtn"
+    config = composed(*words, "rotation.gains=folded")
+    save("formats/more_seed0.json", config, metrics_of(0, 1))
+    assert {row[2] for row in formats_sheet(records).rows} >= {"none", "none, gains folded"}
+
+
 def test_a_record_of_an_older_schema_is_told(records, save):
     config = composed("+experiment=formats", "model=toy", "quant=mxfp4", "rotation=wush")
     save("formats/old_seed0.json", config, metrics_of(2, 0), schema=1)

@@ -52,6 +52,25 @@ def test_what_was_done_before_is_told_where_the_default_does_otherwise(family, t
     assert settings_of(NEWEST)["kv.key_bias"] == NEWEST["config"]["kv"]["key_bias"]
 
 
+@pytest.mark.parametrize(
+    ("r1", "gains", "told"),
+    [
+        ("none", None, "folded"),
+        ("hadamard", None, "folded"),
+        ("hadamard", "auto", "folded"),
+        ("none", "auto", "kept"),
+        ("none", "folded", "folded"),
+    ],
+)
+def test_gains_are_told_by_what_was_done_with_them(r1, gains, told):
+    """Records from before the setting had them folded always."""
+    record = without(NEWEST, "rotation.gains")
+    record["config"]["rotation"]["r1"] = r1
+    if gains is not None:
+        record["config"]["rotation"]["gains"] = gains
+    assert settings_of(record)["rotation.gains"] == told
+
+
 @pytest.mark.parametrize("method", ["gptaq", "qronos", "gptq"])
 def test_what_other_methods_of_rounding_would_have_read_counts_for_nothing(method):
     record = json.loads(json.dumps(NEWEST))

@@ -9,7 +9,7 @@ from spinlab.report.formats import MISSING, Sheet
 from spinlab.report.records import Record, read_seeds
 from spinlab.report.settings import settings_of_today
 from spinlab.report.tables.methods import columns_of, filled
-from spinlab.report.words import format_words, rotation_words, rounding_words
+from spinlab.report.words import format_words, gains_words, rotation_words, rounding_words
 
 _ROUNDING = ("RTN, whole range", "RTN", "GPTQ", "GPTAQ", "Qronos")  # the first columns
 _BITS = "bits/weights/fake"
@@ -37,7 +37,8 @@ def formats_sheet(folder: Path, metric: str = "kl/wiki") -> Sheet:
     bits: dict[str, float] = {}
     for name, runs in records.items():
         settings = settings_of_today(runs[0])
-        place = format_words(settings), rotation_words(settings)
+        turned = ", ".join(filter(None, (rotation_words(settings), gains_words(settings))))
+        place = format_words(settings), turned
         row, rounding = cells.setdefault(place, {}), rounding_words(settings)
         if rounding in row:
             told = f"{'; '.join(place)}; {rounding}"
@@ -46,7 +47,7 @@ def formats_sheet(folder: Path, metric: str = "kl/wiki") -> Sheet:
         bits[place[0]] = _bits(runs[0])
     roundings = sorted({name for row in cells.values() for name in row}, key=_order)
     rows = [["format", "bits", "rotation", *roundings]]
-    for place in sorted(cells, key=lambda p: (bits[p[0]], p[0], p[1] != "none", p[1])):
+    for place in sorted(cells, key=lambda p: (bits[p[0]], p[0], not p[1].startswith("none"), p[1])):
         found = [cells[place].get(name, "") for name in roundings]
         rows.append([place[0], f"{bits[place[0]]:.2f}", place[1], *found])
     original = filled({title: column}, every, "fp")[0]
