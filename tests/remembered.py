@@ -1,6 +1,6 @@
 """Remember what Hydra reads and merges: tests compose settings thousands of times in a session."""
 
-from copy import deepcopy
+import pickle
 from dataclasses import astuple
 from functools import cache
 from typing import Any
@@ -11,7 +11,9 @@ import pytest
 def remember_settings(patch: pytest.MonkeyPatch) -> None:
     """Let Hydra parse each file of conf/ once, and merge each choice of its files once.
 
-    All of them stay. Values, and what a plus or a tilde changes, are put on top every time.
+    All of them stay, as bytes: a copy is read from them five times sooner than nodes are copied, and
+    no garbage collection walks them. Values, and what a plus or a tilde changes, are put on top
+    every time.
     """
     from hydra._internal import defaults_list
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -21,7 +23,7 @@ def remember_settings(patch: pytest.MonkeyPatch) -> None:
 
     load = ConfigRepository.load_config
     merge = ConfigLoaderImpl._compose_config_from_defaults_list
-    files, merged = dict[Any, Any](), dict[Any, Any]()
+    files, merged = dict[Any, Any](), dict[Any, bytes]()
 
     def read(self, config_path: str) -> Any:
         asked = config_path, _places(self)
@@ -32,8 +34,8 @@ def remember_settings(patch: pytest.MonkeyPatch) -> None:
     def together(self, defaults: list, repo: Any) -> Any:
         asked = *map(astuple, defaults), _places(repo)
         if asked not in merged:
-            merged[asked] = merge(self, defaults, _Copies(repo))
-        return deepcopy(merged[asked])  # whoever composes changes it
+            merged[asked] = pickle.dumps(merge(self, defaults, _Copies(repo)))
+        return pickle.loads(merged[asked])  # whoever composes changes it
 
     patch.setattr(ConfigRepository, "load_config", read)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", together)
@@ -51,7 +53,7 @@ class _Copies:
         self._reader = reader
 
     def load_config(self, config_path: str) -> Any:
-        return deepcopy(self._reader.load_config(config_path))
+        return pickle.loads(pickle.dumps(self._reader.load_config(config_path)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
