@@ -1,12 +1,10 @@
 """Shared fixtures: tiny stock models that stand for the real ones."""
 
 import gc
-import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from spinlab.model.load import exact_norms, load_model
 from spinlab.model.map import ModelMap
 from spinlab.rotation.initial import check_rotations
 from tests.forks import Forks
+from tests.interpreted import interpret_sooner
 from tests.remembered import remember_settings
 from tests.shapes import fitted
 
@@ -122,29 +121,13 @@ def settings_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def operations_are_listed_once() -> Iterator[None]:
-    """Let Triton's interpreter look for a language's operations once: it does at every call.
-
-    Of members that were none of them at first, none becomes one. All are replaced together.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-        yield
-        return
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
-
-    @cache
-    def operations(of) -> list[str]:
-        return [name for name, member in inspect.getmembers(of) if is_builtin(member)]
-
-    def replace_operations(of, builder, scope) -> None:
-        names = operations(of)
-        if names and is_builtin(getattr(of, names[0])):  # else all of them are replaced already
-            for name in names:
-                interpreter._patch_attr(of, name, getattr(of, name), builder, scope)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_builtin", replace_operations)
+def kernels_are_interpreted_without_detours() -> Iterator[None]:
+    """Let Triton's interpreter do once what it does at every call."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            interpret_sooner(patch)
+            yield
+    else:
         yield
 
 
