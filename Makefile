@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup run test tables notebooks report lint clean
+.PHONY: help setup run test tables notebooks report lint style types tests clean
 
 EXPERIMENT ?= smollm2_135m_w4a4kv4
 ARGS ?=
@@ -25,7 +25,11 @@ setup: .venv/.ready  ## make .venv with everything in it (PYTHON=path picks the 
 run: .venv/.ready  ## run an experiment: EXPERIMENT=name, and Hydra overrides in ARGS='a.b=1 c=2'
 	@.venv/bin/python -m spinlab '+experiment=$(EXPERIMENT)' $(ARGS)
 
-test: lint  ## lint, then run the tests on all cores; PYTEST_ARGS and ARGS go to pytest
+# Types are checked beside the first tests: that takes half a minute of one core.
+test: style  ## lint, and run the tests on all cores; PYTEST_ARGS and ARGS go to pytest
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: .venv/.ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
 		--no-loadscope-reorder $(PYTEST_ARGS) $(ARGS)
 
@@ -38,9 +42,13 @@ notebooks: .venv/.ready  ## run notebooks/*.py and keep them with their outputs 
 report: .venv/.ready  ## write report/index.html, a page to look through all records
 	@.venv/bin/python -m spinlab.report page=report/index.html
 
-lint: .venv/.ready  ## check style, format and types
+lint: style types  ## check style, format and types
+
+style: .venv/.ready
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+
+types: .venv/.ready
 	.venv/bin/python -m basedpyright --pythonpath .venv/bin/python
 
 clean:  ## remove results and caches (runs/, report/, .cache/ and the tools' own); leaves .venv
