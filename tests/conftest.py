@@ -171,7 +171,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
     def make(dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**{**ARCHITECTURE, **changes}))
             for name, parameter in model.named_parameters():
                 if "norm" in name:

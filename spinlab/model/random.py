@@ -70,7 +70,7 @@ def random_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     # the norms and ends of a stock model are where those of a prepared one are
     described = _described(json.dumps(config.architecture))[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of no GPU: nothing is drawn there
         model = AutoModelForCausalLM.from_config(architecture, **ours(architecture.model_type))
         outliers = torch.randperm(architecture.hidden_size)[: config.outlier_channels]
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
