@@ -102,9 +102,11 @@ def _become(place: str, module: str, words: list[str], environment: dict[str, st
 def _main() -> None:
     from spinlab import experiment  # noqa: F401
     from spinlab.code import code_digest
+    from spinlab.collector import leave_modules
     from spinlab.stages import pipeline
 
     code_digest(pipeline.__name__)
+    leave_modules()  # a command's own collections would copy all that is shared with it
     _become(*_fork(sys.stdin))
 
 

@@ -34,8 +34,10 @@ import os, runpy, sys, tempfile
 from pathlib import Path
 import matplotlib.pyplot, spinlab.experiment
 from spinlab.code import code_digest
+from spinlab.collector import leave_modules
 
 code_digest("spinlab.stages.pipeline")
+leave_modules()  # collections of a script would copy all that it shares
 for place, script in zip(sys.argv[1::2], sys.argv[2::2]):
     if child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
