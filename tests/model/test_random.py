@@ -135,3 +135,18 @@ def test_an_impossible_shape_is_one_sentence(changes, sentence):
 def test_more_outliers_than_channels_are_refused():
     with pytest.raises(InputError, match="outlier_channels=25 is more than hidden_size=24"):
         random_model(replace(shaped(), outlier_channels=25), 0)
+
+
+def test_a_seed_is_one_model_and_the_callers_random_numbers_stay():
+    """Of the CPU's generator, as seeding all devices would have it."""
+    config = ModelConfig(architecture=SHAPE, outlier_channels=0)
+    before = torch.random.get_rng_state()
+    one, again, other = (random_model(config, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    read = "model.layers.0.mlp.up_proj"
+    found, same, apart = (m.get_submodule(read).weight for m in (one, again, other))
+    assert torch.equal(found, same) and not torch.equal(found, apart)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        stock = AutoModelForCausalLM.from_config(architecture_of(config))
+    assert torch.equal(stock.get_submodule(read).weight, found)
