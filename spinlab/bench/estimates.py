@@ -43,9 +43,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "learned_inputs": ("method=learned_inputs",),
 }
 # operations and bytes per second of an H200: dense bfloat16 products as experiments/bench/
-# kernels_h200.json has them, bytes at twice that, the rest as NVIDIA's data sheet says
+# kv_h200.json has them, bytes at twice that, the rest as NVIDIA's data sheet says
 RATES = {
-    **{"bfloat16": 7.58e14, INT8: 2 * 7.58e14, TF32: 4.95e14, "float32": 6.7e13, "float64": 6.7e13},
+    **{"bfloat16": 7.87e14, INT8: 2 * 7.87e14, TF32: 4.95e14, "float32": 6.7e13, "float64": 6.7e13},
     MOVED: 6.4e10,  # PCIe 5 x16
 }
 WAYS = {"whole": False, "offload": True}
