@@ -18,14 +18,8 @@ from spinlab.formats.pack import pack_levels, unpack_levels
 
 @dataclass(frozen=True)
 class CodedFloat(ScaledFloat):
-    """Code numbers by floats with so many bits behind the leading one.
+    """Code numbers by the places of floats. codes: the place of the largest."""
 
-    smallest: the exponent of the smallest normal float; those below it have its last bit. codes:
-    the code of the largest.
-    """
-
-    mantissa: ClassVar[int]
-    smallest: ClassVar[int]
     codes: ClassVar[int]
 
     @property

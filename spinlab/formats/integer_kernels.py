@@ -12,8 +12,8 @@ _SMALLEST_HALF = tl.constexpr(SMALLEST_HALF)
 
 
 @triton.jit
-def _even(x):
-    # round to even: adding 1.5 * 2**23 leaves no room for a fraction
+def even(x):
+    """Round to even: adding 1.5 * 2**23 leaves no room for a fraction."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -25,7 +25,7 @@ def part_of(scale):
 @triton.jit
 def on_ties(parts):
     """Return what, rounded half to even, is `spinlab.formats.integer.settled`, in levels."""
-    return _even(parts) * _PART
+    return even(parts) * _PART
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def parameters_of(low, high, clip, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, 
         scale = tl.maximum(scale, _SMALLEST_HALF).to(tl.float16).to(tl.float32)
     if SYMMETRIC:
         return scale, tl.zeros_like(scale)
-    zero = _even(on_ties(tl.math.div_rn(-low, part_of(scale))))
+    zero = even(on_ties(tl.math.div_rn(-low, part_of(scale))))
     if HALF:
         zero = tl.minimum(tl.maximum(zero, 0.0), HIGH * 1.0)
     return scale, zero
@@ -64,7 +64,7 @@ def levels_of(
     lowest, highest = tl.min(x, 1), tl.max(x, 1)
     scale, zero = parameters_of(lowest, highest, clip, HIGH, SYMMETRIC, HALF)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
-    levels = _even(on_ties(parts)) + zero[:, None]
+    levels = even(on_ties(parts)) + zero[:, None]
     levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
     return levels, scale, zero
 
@@ -139,7 +139,7 @@ def pull_back_kernel(
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, HALF)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
-    exact, levels = parts * _PART, _even(on_ties(parts))
+    exact, levels = parts * _PART, even(on_ties(parts))
     over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)

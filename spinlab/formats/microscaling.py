@@ -1,6 +1,5 @@
 """Scales of MX formats: groups of 32 numbers share a power of two (OCP Microscaling, 2023)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -33,8 +32,16 @@ class Microscaled(ScaledFloat):
     up_from: float | None
     group: ClassVar[int] = 32
 
+    @property
+    def rules(self) -> tuple[float, ...]:
+        """Return up_from, or those numbers whose scales are chosen from, the first before others.
+
+        With 1, any max|x| above 0 has the larger scale.
+        """
+        return (2.0, 1.0) if self.up_from is None else (self.up_from,)
+
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
-        return self._scaled(magnitude(lowest, highest), self.up_from or 2.0)
+        return self._scaled(magnitude(lowest, highest), self.rules[0])
 
     def choose(
         self,
@@ -43,15 +50,12 @@ class Microscaled(ScaledFloat):
         highest: torch.Tensor,
         peak: torch.Tensor | None,
     ) -> Parameters:
-        if self.up_from is not None:
-            return self.parameters(lowest, highest)
-        both = [self._scaled(magnitude(lowest, highest), up_from) for up_from in (2.0, 1.0)]
-        return least_error(self, x, both, nearest)
+        found = [self._scaled(magnitude(lowest, highest), up_from) for up_from in self.rules]
+        return least_error(self, x, found, nearest) if self.up_from is None else found[0]
 
     def _scaled(self, peak: torch.Tensor, up_from: float) -> Parameters:
         mantissa, exponent = floor_exponent(peak)
-        of_top = math.frexp(self.top)[1] - 1
-        exponent = exponent - of_top + (mantissa >= up_from).to(exponent.dtype)
+        exponent = exponent - self.last + (mantissa >= up_from).to(exponent.dtype)
         scale = power_of_two(exponent, peak)
         return Parameters(scale, torch.zeros_like(scale))
 

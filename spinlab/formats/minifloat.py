@@ -5,6 +5,7 @@ a group is scale·level as on an integer grid, with a scale that is half of what
 products of groups are integers. Wider floats are held as their codes (`spinlab.formats.coded`).
 """
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,13 +30,16 @@ SMALLEST = smallest_scale(torch.float32)
 class ScaledFloat(Format):
     """Code groups of numbers as small floats times a scale that the group shares.
 
-    width: the bits of such a float. top: the largest, in units of a scale. unit: what a scale is
-    smaller by than the one that files hold.
+    width: the bits of such a float. mantissa: those of them behind the leading one. smallest: the
+    exponent of the smallest normal float; those below it have its last bit. top: the largest. Both
+    in units of a scale. unit: what a scale is smaller by than the one that files hold.
     """
 
     bits: int
     symmetric: bool
     width: ClassVar[int]
+    mantissa: ClassVar[int]
+    smallest: ClassVar[int]
     top: ClassVar[float]
     unit: ClassVar[int] = 1
 
@@ -45,6 +49,11 @@ class ScaledFloat(Format):
                 f"{self.name} has {self.width} bits and no zero points: bits={self.width} "
                 "symmetric=true"
             )
+
+    @property
+    def last(self) -> int:
+        """Return the exponent of the largest float, in units of a scale."""
+        return math.frexp(self.top)[1] - 1
 
     @abstractmethod
     def _step(self, size: torch.Tensor) -> torch.Tensor:
@@ -83,6 +92,8 @@ class GroupFloat(ScaledFloat):
     """Code groups of `group` numbers as E2M1: levels are doubles of its numbers."""
 
     width: ClassVar[int] = 4
+    mantissa: ClassVar[int] = 1
+    smallest: ClassVar[int] = 1
     top: ClassVar[float] = TOP
     unit: ClassVar[int] = 2
 
@@ -187,7 +198,8 @@ def least_error(
 ) -> Parameters:
     """Return, group by group of x (..., g), what codes it with the smallest squared error.
 
-    A tie goes to the earlier candidate.
+    A tie goes to the earlier candidate. Errors are added up in an order that is the same on every
+    device: two that nearly tie would else be chosen from by how a library sums.
     """
     best, *others = candidates
     smallest = _error(format, x, best, rounding)
@@ -203,4 +215,12 @@ def _error(
     format: Format, x: torch.Tensor, parameters: Parameters, rounding: Rounding
 ) -> torch.Tensor:
     found = format.decode(format.encode(x, parameters, rounding), parameters)
-    return found.sub_(x).square_().sum(-1, keepdim=True)
+    return _sum_of_pairs(found.sub_(x).square_())
+
+
+def _sum_of_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Add up neighbours of the last dimension, then neighbouring sums, until one is left."""
+    while (width := x.shape[-1]) > 1:
+        paired = x[..., : width - 1 : 2] + x[..., 1::2]
+        x = torch.cat((paired, x[..., -1:]), -1) if width % 2 else paired
+    return x

@@ -28,8 +28,6 @@ from spinlab.formats.minifloat import (
     round_mantissa,
 )
 
-_SMALLEST = 2.0**-9  # of E4M3: a group that has less, as one of zeros, has this
-_OF_NOTHING = 2.0**-3  # with which a group whose scale is rounded to 0 becomes zeros
 _FOUR = 8  # the level of 4, which the largest number of a group becomes instead of 6
 _TOP_EXPONENT = 8  # of 448
 _ROOM = 256.0  # of 448, where the scale of a group may grow from 1/6 of its largest number to 1/4
@@ -40,13 +38,25 @@ class NVFP4(GroupFloat):
     """Scale the largest number of a group to 6, as near as E4M3 comes to that.
 
     four_over_six: to 4 where that has the smaller squared error (arXiv 2512.02010): the numbers of
-    E2M1 lie closest, for their size, up to there.
+    E2M1 lie closest, for their size, up to there. of_nothing: what E4M3 has for a scale that it
+    rounds to 0.
     """
 
     four_over_six: bool = False
     name: ClassVar[str] = "nvfp4"
     group: ClassVar[int] = 16
     of_tensor: ClassVar[bool] = True
+    of_nothing: ClassVar[float] = 2.0**-9  # the smallest one
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Return the level of a group's largest number, or those that are chosen from."""
+        return (TOP, _FOUR) if self.four_over_six else (TOP,)
+
+    @property
+    def most(self) -> float:
+        """Return how often a tensor's scale fits into its largest number, at most."""
+        return 6 * (_ROOM if self.four_over_six else E4M3_TOP)
 
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
         """Return scales as if E4M3 had all exponents, for the tensor is unknown."""
@@ -60,8 +70,7 @@ class NVFP4(GroupFloat):
         peak: torch.Tensor | None,
     ) -> Parameters:
         tensor = None if peak is None else self._tensor(peak)
-        ends = (TOP, _FOUR) if self.four_over_six else (TOP,)
-        found = [self._scaled(magnitude(lowest, highest), tensor, end) for end in ends]
+        found = [self._scaled(magnitude(lowest, highest), tensor, end) for end in self.ends]
         return least_error(self, x, found, nearest) if self.four_over_six else found[0]
 
     def _scaled(self, peak: torch.Tensor, tensor: torch.Tensor | None, end: int) -> Parameters:
@@ -75,13 +84,13 @@ class NVFP4(GroupFloat):
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         """Return the number of E4M3 that a group has, for the scale that it would have."""
-        return round_e4m3(scale).clamp(min=_SMALLEST)
+        found = round_e4m3(scale)
+        return torch.where(found == 0, self.of_nothing, found)
 
     def _tensor(self, peak: torch.Tensor) -> torch.Tensor:
         """Return the scale of a tensor: with it the largest one of its groups still has one."""
-        mantissa, exponent = floor_exponent(
-            peak / (6 * (_ROOM if self.four_over_six else E4M3_TOP))
-        )
+        # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse
+        mantissa, exponent = floor_exponent(peak / torch.full_like(peak, self.most))
         return power_of_two(exponent + (mantissa > 1).to(exponent.dtype), peak)
 
     def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,10 +131,7 @@ class CalibratedNVFP4(NVFP4):
     """
 
     calibrated: ClassVar[bool] = True
-
-    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
-        found = round_e4m3(scale)
-        return torch.where(found == 0, _OF_NOTHING, found)
+    of_nothing: ClassVar[float] = 2.0**-3  # with which all numbers of the group become 0
 
     def tensor_scale(self, peak: torch.Tensor) -> torch.Tensor:
         """Return the scale of a tensor, a power of two, of the largest magnitude in it."""
