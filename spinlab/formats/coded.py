@@ -132,7 +132,8 @@ class FP8(E4M3):
         peak = magnitude(lowest, highest)
         # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse
         scale = (peak / torch.full_like(peak, self.top)).clamp(min=SMALLEST)
-        scale = self.store_scale(scale)["scale"].to(peak.dtype)
+        # NaN where the largest is infinite: 0 times that has no level
+        scale = self.store_scale(scale)["scale"].to(peak.dtype) + (peak - peak)
         return Parameters(scale, torch.zeros_like(scale))
 
     def store_scale(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ class TokenQuantizer:
         Levels are uint8, zero points, moved as well, int32.
         """
         if encode_rows := twin_of(self.format, x).encode_rows:
-            return Encoded(*encode_rows(x, self.format, self.group_size, self.clip_ratio))
+            return Encoded(*encode_rows(x, *self._of_twins, **self._peak_of_twins))
         levels, scale, zero = self.encode(x)
         if lowest := self.format.lowest:
             levels, zero = levels - lowest, zero - lowest
@@ -88,14 +88,26 @@ class TokenQuantizer:
     def error(self, x: torch.Tensor) -> torch.Tensor:
         """Return Q(x) - x: (..., C), without a gradient."""
         if round_rows := twin_of(self.format, x).round_rows:
-            return round_rows(x, self.format, self.group_size, self.clip_ratio, error=True)
+            return round_rows(x, *self._of_twins, error=True, **self._peak_of_twins)
         return self.decode(self.encode(x)).sub_(x).to(x.dtype)
 
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x: (..., C), without a gradient."""
         if round_rows := twin_of(self.format, x).round_rows:
-            return round_rows(x, self.format, self.group_size, self.clip_ratio)
+            return round_rows(x, *self._of_twins, **self._peak_of_twins)
         return self.decode(self.encode(x)).to(x.dtype)
+
+    @property
+    def _of_twins(self) -> tuple[Format, int, float | torch.Tensor]:
+        """Return what every twin is told."""
+        return self.format, self.group_size, self.clip_ratio
+
+    @property
+    def _peak_of_twins(self) -> dict[str, float]:
+        """Return what those are told beside it whose format depends on a tensor that is known."""
+        if self.peak is None or not self.format.of_tensor:
+            return {}
+        return {"peak": self.peak}
 
 
 def check_group(setting: str, group_size: int, width: int, where: str) -> None:
