@@ -2,7 +2,7 @@
 
 Ratios are of medians: `speedup/…` is torch's time over ours, `ratio/…` ours over torch's, `peer/…`
 ours over a peer's. `floor/…` are seconds that memory traffic or tensor cores alone would take, at
-the rates measured in this run.
+the rates measured in this run, and `over_floor/…` how many times as long ours takes.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from spinlab.bench.formats import formats
 from spinlab.bench.kv_decode import kv
 from spinlab.bench.operands import random_floats
 from spinlab.bench.peer_parts import kv_peers, rotation_peers
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "prefill": prefill,
     "decode": decode,
     "producers": producers,
+    "formats": formats,
     "kv": kv,
 }
 

@@ -197,7 +197,7 @@ def pull_back_kernel(
     of_peak = tl.sum(of_scale, 1, keep_dims=True) * tl.math.div_rn(scale, floored(peak)) * ratio
     lowest, highest = tl.min(x, 1, keep_dims=True), tl.max(x, 1, keep_dims=True)
     up = highest >= -lowest
-    at = (x == tl.where(up, highest, lowest)) & inside
+    at = x == tl.where(up, highest, lowest)  # of zeros alone what is not there, too: no share
     of_extreme = tl.where(up, of_peak, -of_peak)
     share = tl.math.div_rn(of_extreme, tl.maximum(tl.sum(at.to(tl.float32), 1, keep_dims=True), 1))
     found = tl.where(within, gradient, 0.0) + tl.where(at, share, 0.0)

@@ -215,11 +215,11 @@ def _error(
     format: Format, x: torch.Tensor, parameters: Parameters, rounding: Rounding
 ) -> torch.Tensor:
     found = format.decode(format.encode(x, parameters, rounding), parameters)
-    return _sum_of_pairs(found.sub_(x).square_())
+    return sum_of_pairs(found.sub_(x).square_())
 
 
-def _sum_of_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Add up neighbours of the last dimension, then neighbouring sums, until one is left."""
+def sum_of_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Add up neighbours of the last dimension, then neighbouring sums, until there is one."""
     while (width := x.shape[-1]) > 1:
         paired = x[..., : width - 1 : 2] + x[..., 1::2]
         x = torch.cat((paired, x[..., -1:]), -1) if width % 2 else paired

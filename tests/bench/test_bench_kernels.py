@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spinlab.bench import kv_decode, peer_parts, peers
 from spinlab.bench.__main__ import main
 from spinlab.bench.collect import collect
+from spinlab.bench.formats import TIMED, formats
 from spinlab.bench.kernels import bench_kernels, ceilings
 from spinlab.bench.kv_decode import CODECS, WINDOWS, kv
 from spinlab.bench.operands import random_floats, random_rows, random_weight
@@ -24,6 +25,7 @@ from spinlab.bench.runners import Setting, Stock
 from spinlab.bench.timing import copies_for, measure
 from spinlab.config import CodecConfig
 from spinlab.errors import InputError, ResultError
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.kv.codecs import make_codec
 from spinlab.kv.codecs.affine import AffineCodec
 from spinlab.kv.history import History
@@ -194,6 +196,20 @@ def test_a_wrong_kernel_is_not_timed(results):
     wrong = type(REFERENCE)(**{**vars(REFERENCE), "linear": doubled})
     with pytest.raises(ResultError, match="off by"):
         decode(wrong, CPU, RATES, results, cases=((2,), ((16, 24),)))
+
+
+def test_formats_are_held_against_memory_traffic(results, monkeypatch):
+    formats(REFERENCE, CPU, RATES, results, cases=((96,), 5, tuple(TIMED)))
+    metrics = results.metrics
+    for name in TIMED:
+        case = f"formats/{name}/96/round"
+        assert metrics[f"floor/{case}"] == 4 * 5 * 96 / RATES["copy"]
+        assert metrics[f"over_floor/{case}"] == metrics[f"speed/{case}"] / metrics[f"floor/{case}"]
+    assert "speed/formats/nvfp4/96/encode" in metrics
+    assert "speed/formats/fp8/96/encode" not in metrics  # it has no levels that are bytes
+    monkeypatch.setattr(TokenQuantizer, "round_trip", lambda self, x: 2 * x)
+    with pytest.raises(ResultError, match="not rounded as by its definition"):
+        formats(REFERENCE, CPU, RATES, results, cases=((96,), 5, ("mxfp8",)))
 
 
 def test_producers_are_held_against_the_gate_alone(results):

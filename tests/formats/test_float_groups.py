@@ -14,7 +14,13 @@ from spinlab.formats import FORMATS, Parameters, format_of, name_of
 from spinlab.formats.clip import search_clip
 from spinlab.formats.gradient import pull_back
 from spinlab.formats.integer import extremes, nearest, settled
-from spinlab.formats.minifloat import codes_of, levels_of, round_e4m3, round_mantissa
+from spinlab.formats.minifloat import (
+    codes_of,
+    levels_of,
+    round_e4m3,
+    round_mantissa,
+    sum_of_pairs,
+)
 from spinlab.formats.mxfp4 import MXFP4
 from spinlab.formats.nvfp4 import NVFP4
 from spinlab.formats.quantizer import StraightThrough, TokenQuantizer
@@ -147,6 +153,18 @@ def test_a_format_that_chooses_takes_the_smaller_error(plain, chooses):
     if chooses == "mxfp4_mse":  # of NVFP4 the scale of the tensor differs too
         assert (errors[chooses] <= errors[plain]).all()
     assert errors[chooses].sum() < errors[plain].sum()
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 12, 16, 33])
+def test_errors_are_added_up_in_an_order_that_no_library_sets(width):
+    """Neighbours, then neighbouring sums, one float32 after the other."""
+    x = random(20, width).abs()
+    for row, found in zip(x.numpy(), sum_of_pairs(x), strict=True):
+        sums = list(row)
+        while len(sums) > 1:
+            pairs = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)]
+            sums = pairs + sums[len(sums) - len(sums) % 2 :]
+        assert found.item() == sums[0]
 
 
 def test_the_largest_number_becomes_four_where_that_is_nearer():

@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from spinlab.formats import integer_kernels
+from spinlab.formats import FORMATS, float_kernels, float_triton, integer_kernels
 from spinlab.learn.objectives import logits_kernels
 from spinlab.learn.spaces import gate_kernels
 from spinlab.runtime.kernels.attention import launch as attention
@@ -146,6 +146,28 @@ for capability in (80, 90):
         coded = {**TILE, "KNOWN": known, "HALF": True}
         instructions(integer_kernels.encode_kernel, kinds, coded, capability)
         instructions(integer_kernels.round_kernel, kinds, {**coded, "ERROR": True}, capability)
+OF_SMALL = {**OF_ROWS, "tokens": "i32", "peak": "fp32", "x_ptr": "*bf16", "out_ptr": "*bf16"}
+
+
+def walk(name, bits, group, width):
+    format = FORMATS[name](bits, True)
+    tile = float_triton.tile_of(torch.empty(0, width), format, group)
+    return {"KIND": float_triton.kind_of(format), "TILE": tile}
+
+
+for capability, known in ((80, True), (90, False)):
+    kinds = {**OF_SMALL, "clip": "fp32" if known else "*fp32"}
+    # tokens of 576 numbers that share a scale, numbers that are not there, and choices of scales
+    for constants in (walk("nvfp4_four_over_six", 4, 16, 576), walk("fp8", 8, 0, 35)):
+        found = {**constants, "KNOWN": known, "ERROR": known}
+        _, ptx = instructions(float_kernels.round_kernel, kinds, found, capability)
+        assert "div.rn.f32" in ptx and "ftz" not in ptx and "div.full" not in ptx
+    coded = {**walk("nvfp4_calibrated", 4, 16, 576), "KNOWN": known}
+    coded["KIND"] = coded["KIND"]._replace(given=known)
+    _, ptx = instructions(float_kernels.encode_kernel, kinds, coded, capability)
+    assert "ld.global.v4.b32" in ptx and "st.global.v2.b32" in ptx  # 8 numbers at once
+    pulled = walk("mxfp4_mse", 4, 32, 576)
+    instructions(float_kernels.pull_back_kernel, OF_SMALL, pulled, capability)
 OF_LOGITS = {"logits": "*bf16", "original": "*bf16", "labels": "*i64", "terms": "*fp32",
              "share": "fp32"}
 for capability, teacher in ((80, True), (90, False)):

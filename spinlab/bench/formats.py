@@ -1,0 +1,90 @@
+"""Time how inputs are rounded to number formats, and their gradients, against memory traffic."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from spinlab.bench.operands import random_floats
+from spinlab.bench.results import Results
+from spinlab.bench.timing import Work, copies_for
+from spinlab.errors import ResultError
+from spinlab.formats import FORMATS
+from spinlab.formats.gradient import pull_back
+from spinlab.formats.integer import settled
+from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.formats.twins import twin_of
+from spinlab.runtime.fused.operations import Operations
+
+WIDTHS, TOKENS = (576, 4096, 14336), 8192  # a row's tail, a power of two, many pieces
+# by name, each as experiments have it, with its bits
+TIMED = {
+    "integer": 4, "nvfp4": 4, "nvfp4_four_over_six": 4, "nvfp4_calibrated": 4, "mxfp4": 4,
+    "mxfp4_mse": 4, "mxfp6_e2m3": 6, "mxfp8": 8, "fp8": 8,
+}  # fmt: skip
+_PEAK = 6.0  # of an input that was calibrated on
+_RATIO = 0.9
+# bytes that a number takes there and back: in bfloat16, as a level, with its gradient twice
+_BYTES = {"round": 4, "encode": 3, "pull_back": 6}
+
+
+def formats(
+    operations: Operations,
+    device: torch.device,
+    rates: Mapping[str, float],
+    results: Results,
+    cases: tuple[Sequence[int], int, Sequence[str]] = (WIDTHS, TOKENS, tuple(TIMED)),
+) -> None:
+    """Time a round trip, levels and gradients of bf16; cases: widths, tokens, names of formats.
+
+    `over_floor/…` are times over what reading and writing once takes at the rate of a copy. The
+    definition, in torch, is timed beside them.
+    """
+    generator = torch.Generator(device).manual_seed(5)
+    widths, tokens, names = cases
+    for width in widths:
+        copies = copies_for(2 * tokens * width, device)
+        xs = [random_floats(tokens, width, generator=generator) for _ in range(copies)]
+        for name in names:
+            quantizer = _quantizer(name)
+            _check(quantizer, xs[0])
+            case = f"formats/{name}/{width}"
+            seconds = results.measure(case, _works(quantizer, xs), device)
+            for work in _BYTES.keys() & seconds.keys():
+                floor = _BYTES[work] * tokens * width / rates["copy"]
+                results.add({f"floor/{case}/{work}": floor})
+                results.add({f"over_floor/{case}/{work}": seconds[work] / floor})
+
+
+def _quantizer(name: str) -> TokenQuantizer:
+    bits = TIMED[name]
+    format = FORMATS[name](bits, name != "integer")
+    return TokenQuantizer(format, format.group, peak=_PEAK if format.calibrated else None)
+
+
+def _check(quantizer: TokenQuantizer, x: torch.Tensor) -> None:
+    """Raise ResultError unless some tokens have the bits of the definition on a CPU."""
+    rows = x[:16]
+    wanted = quantizer.decode(quantizer.encode(rows.cpu())).to(x.dtype)
+    if not torch.equal(quantizer.round_trip(rows).cpu(), wanted):
+        raise ResultError(f"{quantizer.format} is not rounded as by its definition")
+
+
+def _works(quantizer: TokenQuantizer, xs: Sequence[torch.Tensor]) -> dict[str, list[Work]]:
+    """Return what is timed on each of some inputs (tokens, width), by name."""
+    works: dict[str, Callable[[torch.Tensor], object]] = {
+        "round": quantizer.round_trip,
+        "definition": lambda x: quantizer.decode(quantizer.encode(x)).to(x.dtype),
+        "pull_back": _gradient(quantizer, xs[0]),
+    }
+    if quantizer.format.is_int8:
+        works["encode"] = quantizer.to_bytes
+    return {name: [lambda x=x, work=work: work(x) for x in xs] for name, work in works.items()}
+
+
+def _gradient(quantizer: TokenQuantizer, x: torch.Tensor) -> Callable[[torch.Tensor], object]:
+    """Return what pulls a gradient back to numbers such as x, as learned ranges do."""
+    ratio = torch.tensor(_RATIO, device=x.device)
+    format, group = quantizer.format, quantizer.group_size
+    if fast := twin_of(format, x).pull_back_rows:
+        return lambda x: fast(x, x, ratio, format, group)
+    return lambda x: pull_back(x, x, ratio, format, group, settled)
