@@ -49,7 +49,8 @@ def _search_rows(
     smallest = torch.full_like(lowest, torch.inf)
     at_once = max(1, _TRIED_ELEMENTS[rows.device.type] // rows.numel())
     ratios = torch.tensor(search.ratios(), dtype=rows.dtype, device=rows.device)
-    for i, tried in enumerate(ratios.view(-1, 1, 1).split(at_once), 1):
+    parts = ratios.view(-1, 1, 1).split(at_once)
+    for i, tried in enumerate(parts, 1):
         parameters = format.choose(rows, lowest * tried, highest * tried, None)
         rounded = format.decode(format.encode(rows, parameters, nearest), parameters)
         error = _power_sum(rounded.sub_(rows), search.norm)
@@ -58,7 +59,7 @@ def _search_rows(
         better = error < smallest
         best = torch.where(better, tried[first.squeeze(0), 0, 0], best)
         smallest = torch.where(better, error, smallest)
-        if i % max(1, _CHECKED // at_once) == 0:
+        if i < len(parts) and i % max(1, _CHECKED // at_once) == 0:
             narrowest = Parameters(*(part[-1] for part in parameters))
             if (_clipped_error(rows, narrowest, format, search) >= smallest).all():
                 break

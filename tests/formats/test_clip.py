@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spinlab.config import ClipSearch
-from spinlab.formats import IntegerFormat
+from spinlab.formats import IntegerFormat, clip
 from spinlab.formats.clip import search_clip
 from spinlab.formats.integer import nearest
 
@@ -45,6 +45,15 @@ def test_search_finds_the_brute_force_optimum(symmetric, group):
         for row, ratio in zip(weight.reshape(len(ratios), -1), ratios.tolist(), strict=True)
     ]
     assert torch.allclose(torch.stack(found), expected.float(), rtol=2e-2)
+
+
+def test_ratios_that_are_tried_at_once_are_the_same_and_nothing_is_asked_in_between(monkeypatch):
+    weight, asked = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), []
+    one_by_one = search_clip(weight, IntegerFormat(4, True), 16, ClipSearch())
+    monkeypatch.setattr(clip, "_TRIED_ELEMENTS", {"cpu": 1 << 22})
+    monkeypatch.setattr(clip, "_clipped_error", lambda *arguments: asked.append(arguments))
+    assert torch.equal(search_clip(weight, IntegerFormat(4, True), 16, ClipSearch()), one_by_one)
+    assert not asked
 
 
 def error_of(row: torch.Tensor, ratio: float, grid: IntegerFormat, norm: float) -> torch.Tensor:
