@@ -25,7 +25,7 @@ _PARTS = tl.constexpr(PARTS)  # of a level
 
 
 @triton.jit
-def _quotient(x, scale, KIND: tl.constexpr):
+def quotient(x, scale, KIND: tl.constexpr):
     """Return |x| in units of scale."""
     if KIND.powers:  # whose inverses are exact
         return tl.abs(x * float_of(0x7F000000 - bits_of(scale)))
@@ -34,23 +34,23 @@ def _quotient(x, scale, KIND: tl.constexpr):
 
 
 @triton.jit
-def _step(size, KIND: tl.constexpr):
+def step_of(size, KIND: tl.constexpr):
     """Return the exponent e of 2^e, by which floats lie apart around a size; at most the last."""
     exponent = tl.maximum((bits_of(size) >> 23) - 127, KIND.smallest)
     return tl.minimum(exponent, KIND.last) - KIND.mantissa
 
 
 @triton.jit
-def _nearest(size, KIND: tl.constexpr):
+def nearest_of(size, KIND: tl.constexpr):
     """Return sizes as `nearest` rounds them; what lies outside is not clipped."""
-    step = _step(size, KIND)
+    step = step_of(size, KIND)
     return even(size * power(-step)) * power(step)
 
 
 @triton.jit
 def _settled(size, KIND: tl.constexpr):
     """Return sizes as `settled` rounds them; what lies outside is not clipped."""
-    step = _step(size, KIND)
+    step = step_of(size, KIND)
     return even(on_ties(size * (_PARTS * power(-step)))) * power(step)
 
 
@@ -63,7 +63,7 @@ def clipped(size, KIND: tl.constexpr):
 def _squares(x, size, scale, KIND: tl.constexpr, TILE: tl.constexpr):
     """Return the squared error of each row, (n, 1): neighbours are added, then their sums."""
     halvings: tl.constexpr = TILE.halvings
-    error = clipped(_nearest(size, KIND), KIND) * scale - tl.abs(x)
+    error = clipped(nearest_of(size, KIND), KIND) * scale - tl.abs(x)
     error = error * error
     for _ in tl.static_range(halvings):
         error = tl.sum(tl.reshape(error, (error.shape[0], error.shape[1] // 2, 2)), 2)
@@ -78,10 +78,10 @@ def coded(x, shared, ratio, KIND: tl.constexpr, TILE: tl.constexpr):
     else:
         peak = float_of(most_of(x)) * ratio
         scale = group_scale(peak, shared, KIND.first, KIND)
-    size = _quotient(x, scale, KIND)
+    size = quotient(x, scale, KIND)
     if KIND.other is not None:
         wide = group_scale(peak, shared, KIND.other, KIND)
-        other = _quotient(x, wide, KIND)
+        other = quotient(x, wide, KIND)
         better = _squares(x, other, wide, KIND, TILE) < _squares(x, size, scale, KIND, TILE)
         scale, size = tl.where(better, wide, scale), tl.where(better, other, size)
     return scale, _settled(size, KIND)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spinlab.formats.coded import CodedFloat
 from spinlab.formats.microscaling import Microscaled
 from spinlab.formats.minifloat import GroupFloat, ScaledFloat
 from spinlab.formats.nvfp4 import NVFP4
@@ -25,7 +26,8 @@ class Kind(NamedTuple):
 
     powers: scales are powers of two. first, other: the rules for scales, of which `other` is taken
     where its error is smaller. most: None where groups know no scale of a tensor. shares: groups
-    depend on their token, whose largest magnitude is looked for unless it is `given`.
+    depend on their token, whose largest magnitude is looked for unless it is `given`. places: what
+    levels are of floats, as those of a `CodedFloat`.
     """
 
     mantissa: int
@@ -39,6 +41,7 @@ class Kind(NamedTuple):
     of_nothing: float = 0.0
     shares: bool = False
     given: bool = False
+    places: bool = False
 
 
 class Tile(NamedTuple):
@@ -148,6 +151,7 @@ def pull_back_rows(
 def kind_of(format: ScaledFloat, peak: float | None = None) -> Kind:
     """Return what kernels know of a format. peak: that of a `TokenQuantizer`."""
     kind = Kind(format.mantissa, format.smallest, format.last, float(format.top))
+    kind = kind._replace(places=isinstance(format, CodedFloat))
     if isinstance(format, Microscaled):
         first, *others = format.rules
         return kind._replace(powers=True, first=first, other=others[0] if others else None)

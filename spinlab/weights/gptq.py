@@ -15,12 +15,11 @@ from spinlab import parallel
 from spinlab.config import GPTQConfig, TensorQuant, WeightsConfig
 from spinlab.errors import InputError
 from spinlab.finite import check_finite
-from spinlab.formats import IntegerFormat, Parameters, format_of
+from spinlab.formats import Parameters, format_of
 from spinlab.formats.integer import nearest
-from spinlab.formats.minifloat import GroupFloat
 from spinlab.weights.quantized import QuantizedWeight
 from spinlab.weights.rtn import search_range
-from spinlab.weights.sweep_triton import has_kernel, round_columns
+from spinlab.weights.sweep_triton import Rounded, has_kernel, round_columns
 
 
 class NoRows(Exception):
@@ -221,7 +220,7 @@ class Sweep:
         """
         if not has_kernel(self.columns, self.format, self.block):
             return self.round_columns(extent, levels, errors)
-        ranges, format = (self.scale, self.zero), cast(IntegerFormat | GroupFloat, self.format)
+        ranges, format = (self.scale, self.zero), cast(Rounded, self.format)
         spread, groups = self.spread.rows, self._groups
         known = (ranges, groups, spread, format, extent, self.first, self.ahead)
         return round_columns(self.columns, levels, errors, *known)

@@ -1,32 +1,37 @@
 """The Triton kernel behind `spinlab.weights.sweep_triton`."""
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
+
+from spinlab.formats.float_kernels import clipped, nearest_of, quotient, signed, step_of
+from spinlab.formats.float_scales import power
+from spinlab.formats.integer_kernels import even
 
 
 @triton.jit
-def _whole(x):
-    """Round to even: adding 1.5 * 2**23 leaves no room for a fraction."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _levels(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FLOATS: tl.constexpr):
-    """Return the levels of x, as `encode` of an integer format or, FLOATS, of E2M1 does."""
-    if FLOATS:
-        size = tl.abs(tl.math.div_rn(x, scale))
-        step = tl.where(size >= 8, 4.0, tl.where(size >= 4, 2.0, 1.0))
-        levels = _whole(tl.math.div_rn(x, scale * step)) * step
+def _coded(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr):
+    """Return the levels of x, and what they stand for, in a format of integers or of KIND."""
+    if KIND is None:
+        levels = even(tl.math.div_rn(x, scale)) + zero
+        levels = tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+        found = (levels - zero) * scale
     else:
-        levels = _whole(tl.math.div_rn(x, scale)) + zero
-    return tl.minimum(tl.maximum(levels, LOW * 1.0), HIGH * 1.0)
+        size = clipped(nearest_of(quotient(x, scale, KIND), KIND), KIND)
+        found = signed(size, x) * scale
+        if KIND.places:  # behind those of all smaller exponents
+            step = step_of(size, KIND)
+            before = (step + KIND.mantissa - KIND.smallest) << KIND.mantissa
+            size = size * power(-step) + before.to(tl.float32)
+        levels = signed(size, x)
+    return levels, found
 
 
 @triton.jit
 def sweep_kernel(
     columns_ptr, levels_ptr, errors_ptr, scale_ptr, zero_ptr, group_ptr, spread_ptr, ahead_ptr,
     first_ptr, outputs, width, begin, end, COUNT: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, FLOATS: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr,
+    HIGH: tl.constexpr, KIND: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Round COUNT columns of LANES outputs; the arguments are those of `round_columns`.
@@ -47,8 +52,8 @@ def sweep_kernel(
         zero = tl.load(zero_ptr + range_of, mask=inside, other=0.0)
         aim = tl.load(first_ptr + lane, mask=inside, other=0.0) if FIRST else exact
         aim = tl.where(column == 0, aim, exact)
-        levels = _levels(aim, scale, zero, LOW, HIGH, FLOATS)
-        error = exact - (levels - zero) * scale
+        levels, found = _coded(aim, scale, zero, LOW, HIGH, KIND)
+        error = exact - found
         out = column.to(tl.int64) * outputs + lane
         tl.store(levels_ptr + out, levels.to(tl.int16), mask=inside)
         tl.store(errors_ptr + offset * outputs + lane, error, mask=inside)

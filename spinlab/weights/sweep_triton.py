@@ -1,4 +1,4 @@
-"""A block of GPTQ's columns in one launch, for integers and floats of 4 bits on CUDA.
+"""A block of GPTQ's columns in one launch, for integers and small floats on CUDA.
 
 Column by column the sweep is bound by kernel launches, some six a column. Rows of a weight do not
 meet, so one program takes a few of them through the whole block, with nothing to wait for.
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from spinlab.formats import Format, IntegerFormat
+from spinlab.formats.coded import CodedFloat
+from spinlab.formats.float_triton import kind_of
 from spinlab.formats.minifloat import GroupFloat
 
+Rounded = IntegerFormat | GroupFloat | CodedFloat
 _TILE = 1024  # numbers that one program holds, 32 to a thread of its only warp
 _MOST = 512  # columns
 
@@ -22,7 +25,7 @@ def has_kernel(columns: torch.Tensor, format: Format, block: int) -> bool:
 
     Others are rounded by torch.
     """
-    known = isinstance(format, IntegerFormat | GroupFloat)
+    known = isinstance(format, Rounded)
     return columns.is_cuda and known and block <= _MOST
 
 
@@ -33,7 +36,7 @@ def round_columns(
     ranges: tuple[torch.Tensor, torch.Tensor],
     groups: torch.Tensor,
     spread: torch.Tensor,
-    format: IntegerFormat | GroupFloat,
+    format: Rounded,
     extent: tuple[int, int, int],
     first: torch.Tensor | None = None,
     ahead: torch.Tensor | None = None,
@@ -54,7 +57,8 @@ def round_columns(
     launch(
         columns, levels, errors, *ranges, groups, spread, spread if ahead is None else ahead,
         errors if first is None else first, outputs, width, begin, end, COUNT=stop - begin,
-        LOW=format.lowest, HIGH=format.highest, FLOATS=isinstance(format, GroupFloat),
+        LOW=format.lowest, HIGH=format.highest,
+        KIND=None if isinstance(format, IntegerFormat) else kind_of(format),
         FIRST=first is not None, AHEAD=ahead is not None, BLOCK=block, LANES=lanes, num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip

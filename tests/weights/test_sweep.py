@@ -55,6 +55,8 @@ def rounded(monkeypatch, method: str, format: TensorQuant, kernel: bool, **chang
         (TensorQuant(group_size=8), {"act_order": True, "static_groups": True, "block_size": 20}),
         (TensorQuant(symmetric=True, group_size=16, format="nvfp4"), {"block_size": 12}),
         (TensorQuant(symmetric=True, group_size=32, format="mxfp4"), {"block_size": 20}),
+        (TensorQuant(6, True, 32, format="mxfp6_e2m3"), {"block_size": 12}),
+        (TensorQuant(8, True, 0, format="fp8"), {"block_size": 20}),
     ],
     ids=str,
 )

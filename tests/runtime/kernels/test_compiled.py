@@ -182,10 +182,11 @@ for kernel in (gate_kernels.gate_kernel, gate_kernels.gate_gradient_kernel):
 NAMES = "columns_ptr errors_ptr scale_ptr zero_ptr spread_ptr ahead_ptr first_ptr"
 OF_COLUMNS = {**dict.fromkeys(NAMES.split(), "*fp32"), "levels_ptr": "*i16", "group_ptr": "*i32"}
 OF_COLUMNS |= dict.fromkeys(("outputs", "width", "begin", "end"), "i32")
+kind = float_triton.kind_of(FORMATS["mxfp8"](8, True))
 SWEEP = {"COUNT": 128, "LOW": -12, "HIGH": 12, "FIRST": True, "BLOCK": 128, "LANES": 16}
 for capability in (80, 90):
     for ahead in (True, False):
-        kinds = {**SWEEP, "AHEAD": ahead, "FLOATS": ahead}
+        kinds = {**SWEEP, "AHEAD": ahead, "KIND": kind if ahead else None}
         instructions(sweep_kernels.sweep_kernel, OF_COLUMNS, kinds, capability, warps=1)
 # the tiles that are chosen for 128 tokens of floats, and for 32 inputs
 FLOATS = {**DECODE, **linear._decode16_tile(128, LARGE, torch.float32)}
