@@ -7,6 +7,7 @@ gradients that differ only in the order of their sums. What a token shares needs
 magnitude first: a program reads its tokens twice, the second time from a cache.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -71,11 +72,12 @@ def round_rows(
     """Return Q(x), or Q(x) - x with `error`, per group of the last dimension, in x's dtype.
 
     x: (..., C); group_size divides C, 0 means C. clip_ratio: a number, or a tensor of no dimensions
-    on x's device, which is not waited for. peak: that of a `TokenQuantizer`.
+    on x's device, which is not waited for. peak: that of a `TokenQuantizer`, for formats that are
+    `of_tensor`.
     """
     x = x.contiguous()
     out = torch.empty_like(x)
-    kind, tile = kind_of(format, peak), tile_of(x, format, group_size)
+    kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
     known = not isinstance(clip_ratio, torch.Tensor)
     if x.numel():
         from spinlab.formats.float_kernels import round_kernel  # Triton loads where it is used
@@ -102,7 +104,7 @@ def encode_rows(
     a group, or a token that shares a scale, holds what is no number, its scales are NaN.
     """
     x = x.contiguous()
-    kind, tile = kind_of(format, peak), tile_of(x, format, group_size)
+    kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
     levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, tile.group))
     scale = torch.empty_like(levels[..., :1], dtype=torch.float32)
     zero = torch.empty_like(scale, dtype=torch.int32)
@@ -148,8 +150,9 @@ def pull_back_rows(
     return out, sums
 
 
-def kind_of(format: ScaledFloat, peak: float | None = None) -> Kind:
-    """Return what kernels know of a format. peak: that of a `TokenQuantizer`."""
+@lru_cache(maxsize=256)  # to make it takes the host about as long as a launch
+def kind_of(format: ScaledFloat, given: bool = False) -> Kind:
+    """Return what kernels know of a format. given: they are told the `peak` of a tensor."""
     kind = Kind(format.mantissa, format.smallest, format.last, float(format.top))
     kind = kind._replace(places=isinstance(format, CodedFloat))
     if isinstance(format, Microscaled):
@@ -159,7 +162,7 @@ def kind_of(format: ScaledFloat, peak: float | None = None) -> Kind:
         first, *others = map(float, format.ends)
         kind = kind._replace(first=first, other=others[0] if others else None)
         kind = kind._replace(most=format.most, of_nothing=format.of_nothing)
-    return kind._replace(shares=True, given=format.of_tensor and peak is not None)
+    return kind._replace(shares=True, given=given)
 
 
 def tile_of(x: torch.Tensor, format: ScaledFloat, group_size: int) -> Tile:

@@ -237,9 +237,12 @@ def test_a_quantizer_takes_its_formats_kernels_and_tells_them_of_a_peak(name, mo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(300, 576), (100, 14336), (7, 5, 96)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((300, 576), torch.bfloat16), ((40, 14336), torch.float32), ((7, 5, 96), torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [*FOUR_BITS, "mxfp6_e2m3", "mxfp8", "fp8"])
 def test_on_a_gpu_whole_inputs_have_the_bits_of_the_definition(name, shape, dtype):
     """Those of the definition on the CPU, and on the GPU as well."""
     format = made(name)
