@@ -260,6 +260,9 @@ def test_on_a_gpu_whole_inputs_have_the_bits_of_the_definition(name, shape, dtyp
     ratio = torch.tensor(0.9, device="cuda")
     found = fused.pull_back_rows(x, upstream, ratio, format, format.group)
     wanted = pull_back(x, upstream, ratio, format, format.group, settled)
-    unit = torch.finfo(dtype).eps
-    assert torch.allclose(found[0], wanted[0], rtol=2 * unit, atol=max(unit / 8, 1e-4))
-    assert torch.allclose(found[1].sum(), wanted[1].sum(), rtol=1e-3, atol=0.1)
+    # sums differ by their order: by so much of what is added up
+    size = upstream.float().abs().unflatten(-1, (-1, format.group or shape[-1]))
+    slack = 1e-5 * size.sum(-1, keepdim=True).expand_as(size).flatten(-2)
+    near = (found[0] - wanted[0]).abs() <= 2 * torch.finfo(dtype).eps * wanted[0].abs() + slack
+    assert near.all()
+    assert (found[1].sum() - wanted[1].sum()).abs() <= 1e-5 * wanted[1].abs().sum()
