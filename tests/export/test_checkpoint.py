@@ -208,7 +208,7 @@ def test_what_settings_cannot_tell_is_refused_when_it_is_written(make_subject, t
 
 def test_every_part_of_rotations_is_named():
     fields = set(RotationSet.__dataclass_fields__) - {"r1", "r2", "about"}
-    # without a function of theirs: what rounds inputs finds peaks, or files hold them, and gains are
-    # in norms or in weights, which any checkpoint has
+    # without a function of theirs: what rounds inputs finds peaks, or files hold them, and gains
+    # are in norms or in weights, which any checkpoint has
     fields -= {"peaks", "keeps_gains"}
     assert fields <= parts.PARTS.keys()
