@@ -40,7 +40,7 @@ def test_learned_beats_hadamard_beats_no_rotation(perplexities):
 
     fp, learned, hadamard, none = map(mean, ("fp", "fake", "init", "rtn"))
     assert fp < learned < 0.99 * hadamard
-    assert hadamard < none / 1.3
+    assert hadamard < none / 1.2  # gains hold the planted outliers down where nothing is rotated
 
 
 def test_more_bits_are_better(perplexities):
