@@ -1,6 +1,7 @@
 """Time how inputs are rounded to number formats, and their gradients, against memory traffic."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -23,8 +24,10 @@ TIMED = {
 }  # fmt: skip
 _PEAK = 6.0  # of an input that was calibrated on
 _RATIO = 0.9
-# bytes that a number takes there and back: in bfloat16, as a level, with its gradient twice
+# bytes that a number takes there and back: in bfloat16, as a level, with its gradient twice; and
+# those of the scale and the zero point of a group
 _BYTES = {"round": 4, "encode": 3, "pull_back": 6}
+_OF_GROUP = {"encode": 8}
 
 
 def formats(
@@ -42,15 +45,19 @@ def formats(
     generator = torch.Generator(device).manual_seed(5)
     widths, tokens, names = cases
     for width in widths:
-        copies = copies_for(2 * tokens * width, device)
-        xs = [random_floats(tokens, width, generator=generator) for _ in range(copies)]
+        copies = copies_for(4 * tokens * width, device)  # of numbers and their gradients
+        xs, gradients = (
+            [random_floats(tokens, width, generator=generator) for _ in range(copies)]
+            for _ in range(2)
+        )
         for name in names:
             quantizer = _quantizer(name)
             _check(quantizer, xs[0])
             case = f"formats/{name}/{width}"
-            seconds = results.measure(case, _works(quantizer, xs), device)
+            seconds = results.measure(case, _works(quantizer, xs, gradients), device)
             for work in _BYTES.keys() & seconds.keys():
-                floor = _BYTES[work] * tokens * width / rates["copy"]
+                of_group = _OF_GROUP.get(work, 0) / (quantizer.group_size or width)
+                floor = (_BYTES[work] + of_group) * tokens * width / rates["copy"]
                 results.add({f"floor/{case}/{work}": floor})
                 results.add({f"over_floor/{case}/{work}": seconds[work] / floor})
 
@@ -69,22 +76,29 @@ def _check(quantizer: TokenQuantizer, x: torch.Tensor) -> None:
         raise ResultError(f"{quantizer.format} is not rounded as by its definition")
 
 
-def _works(quantizer: TokenQuantizer, xs: Sequence[torch.Tensor]) -> dict[str, list[Work]]:
-    """Return what is timed on each of some inputs (tokens, width), by name."""
-    works: dict[str, Callable[[torch.Tensor], object]] = {
-        "round": quantizer.round_trip,
-        "definition": lambda x: quantizer.decode(quantizer.encode(x)).to(x.dtype),
+def _works(
+    quantizer: TokenQuantizer, xs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
+) -> dict[str, list[Work]]:
+    """Return what is timed on each of some inputs and gradients (tokens, width), by name."""
+    works: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+        "round": lambda x, _: quantizer.round_trip(x),
+        "definition": lambda x, _: quantizer.decode(quantizer.encode(x)).to(x.dtype),
         "pull_back": _gradient(quantizer, xs[0]),
     }
     if quantizer.format.is_int8:
-        works["encode"] = quantizer.to_bytes
-    return {name: [lambda x=x, work=work: work(x) for x in xs] for name, work in works.items()}
+        works["encode"] = lambda x, _: quantizer.to_bytes(x)
+    return {
+        name: [partial(work, *pair) for pair in zip(xs, gradients, strict=True)]
+        for name, work in works.items()
+    }
 
 
-def _gradient(quantizer: TokenQuantizer, x: torch.Tensor) -> Callable[[torch.Tensor], object]:
+def _gradient(
+    quantizer: TokenQuantizer, x: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor], object]:
     """Return what pulls a gradient back to numbers such as x, as learned ranges do."""
     ratio = torch.tensor(_RATIO, device=x.device)
     format, group = quantizer.format, quantizer.group_size
     if fast := twin_of(format, x).pull_back_rows:
-        return lambda x: fast(x, x, ratio, format, group)
-    return lambda x: pull_back(x, x, ratio, format, group, settled)
+        return lambda x, gradient: fast(x, gradient, ratio, format, group)
+    return lambda x, gradient: pull_back(x, gradient, ratio, format, group, settled)

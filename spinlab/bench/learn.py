@@ -100,8 +100,8 @@ def _learner(
     if rotation.needs_statistics:
         shape = 1, learn.sequence_length
         window = torch.randint(model.config.vocab_size, shape, generator=generator)
-        folded = networks.stream_rotated(RotationSet(keeps_gains=rotation.keeps_gains))
-        statistics = gather_statistics(folded, window, rotation.searches)
+        plain = networks.stream_rotated(RotationSet(keeps_gains=rotation.keeps_gains))
+        statistics = gather_statistics(plain, window, rotation.searches)
     start = initial_rotations(rotation, map_of(model), generator, statistics, device)
     network = networks.learnable(start, inputs="inputs" in learn.rotations)
     if shards:

@@ -13,6 +13,7 @@ _REPLACED = {
     "blocks": ("cross_head",),
     "wush": ("cross_head",),
 }
+_SCALED = ("scales", "blocks")  # whose scales, to be learned, move into norms
 SAME = ("identity", "hadamard", "exact_hadamard")  # online, kinds that are not drawn
 SEARCHED = ("duquant",)  # kinds made from activations; drawn ones: spinlab.rotation.kinds
 
@@ -65,14 +66,16 @@ class StatisticsConfig(WindowsConfig):
     place: ClassVar[str] = "rotation.statistics"
 
 
-def keeps_gains(gains: str, r1: str, latents: str, smooth: float | None) -> bool:
+def keeps_gains(gains: str, r1: str, latents: str, smooth: float | None, inputs: str) -> bool:
     """Tell whether norms keep their gains, for settings of `rotation`.
 
-    `auto` folds them where R1 or latents turn what norms give, which needs it, and where smoothing
-    scales it, to which it is the same: its scales are exact in 16 bits then. Elsewhere a channel
-    that a gain holds down would be an outlier of what is quantized, or of the weights behind it.
+    `auto` folds them where R1 or latents turn what norms give, which needs it, and where scales
+    move into norms: these are exact in 16 bits then. To smoothing it is the same. Elsewhere a
+    channel that a gain holds down would be an outlier of what is quantized, or of the weights
+    behind it.
     """
-    needed = r1 != "none" or latents != "none" or smooth is not None
+    scaled = smooth is not None or inputs in _SCALED
+    needed = r1 != "none" or latents != "none" or scaled
     return gains == "kept" or (gains == "auto" and not needed)
 
 
@@ -96,7 +99,8 @@ class RotationConfig:
     inputs: str = "none"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
-    # of norms: folded into the linears that read them, or kept; see `keeps_gains` for auto
+    # of norms: folded into the linears that read them, or kept; see `keeps_gains` for auto. The
+    # variant rtn, which is the original rounded, keeps them always
     gains: str = "auto"
     load: str | None = None  # a RotationSet (.safetensors) or SpinQuant's R.bin, instead of r1, r2
     duquant: DuQuantConfig = field(default_factory=DuQuantConfig)
@@ -132,7 +136,12 @@ class RotationConfig:
             )
         if self.load and not self.load.endswith((".safetensors", ".bin")):
             raise InputError(f"rotation.load={self.load} must end in .safetensors or .bin")
-        usual = {"inputs": "none", "smooth": None, "online": True, "gains": "auto"}
+        if self.load and self.gains != "auto":
+            raise InputError(
+                f"rotation.load={self.load} says itself where gains are: leave out "
+                f"rotation.gains={self.gains}"
+            )
+        usual = {"inputs": "none", "smooth": None, "online": True}
         if self.load and (others := [n for n, value in usual.items() if vars(self)[n] != value]):
             found = ", ".join(f"rotation.{name}={vars(self)[name]}" for name in others)
             raise InputError(
@@ -177,7 +186,7 @@ class RotationConfig:
     @property
     def keeps_gains(self) -> bool:
         """Tell whether norms keep their gains; a file says that of the rotations that it brings."""
-        return keeps_gains(self.gains, self.r1, self.latents, self.smooth)
+        return keeps_gains(self.gains, self.r1, self.latents, self.smooth, self.inputs)
 
     @property
     def turns_inputs(self) -> bool:
@@ -187,7 +196,7 @@ class RotationConfig:
     @property
     def scales_inputs(self) -> bool:
         """Tell whether every input has a scale to be learned."""
-        return self.inputs in ("scales", "blocks")
+        return self.inputs in _SCALED
 
     @property
     def needs_statistics(self) -> bool:

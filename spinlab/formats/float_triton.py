@@ -103,6 +103,7 @@ def encode_rows(
     Arguments are those of `round_rows`. Levels are uint8, scales float32, zero points int32. Where
     a group, or a token that shares a scale, holds what is no number, its scales are NaN.
     """
+    assert isinstance(format, GroupFloat), "only groups have levels that fit into a byte"
     x = x.contiguous()
     kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
     levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, tile.group))

@@ -26,7 +26,8 @@ from spinlab.rotation.rotations import RotationSet
 class RotatedNetworks:
     """Assemble networks from fresh copies of one original, with one set of formats.
 
-    seed: of the run, for what codecs of the KV cache draw.
+    Gains of norms are folded or kept as rotations have them. seed: of the run, for what codecs of
+    the KV cache draw.
     """
 
     original: Callable[[], PreTrainedModel]

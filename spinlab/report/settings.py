@@ -53,9 +53,11 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def by_effect(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names with what `auto` comes to, where others decide that."""
-    names = [f"rotation.{name}" for name in ("gains", "r1", "latents", "smooth")]
+    names = [f"rotation.{name}" for name in ("gains", "r1", "latents", "smooth", "inputs")]
     if not settings.keys() >= set(names):  # older, or of a benchmark that turns nothing
         return settings
+    if settings.get("rotation.load"):  # the file decides
+        return {name: value for name, value in settings.items() if name != names[0]}
     kept = keeps_gains(*(settings[name] for name in names))
     return settings | {"rotation.gains": "kept" if kept else "folded"}
 

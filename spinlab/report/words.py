@@ -131,9 +131,9 @@ def rotation_words(settings: Settings) -> str:
 
 def gains_words(settings: Settings) -> str:
     """Say that gains of norms were folded where nothing asks for it, else nothing."""
-    usual = (settings[f"rotation.{name}"] for name in ("r1", "latents", "smooth"))
+    usual = (settings[f"rotation.{name}"] for name in ("r1", "latents", "smooth", "inputs"))
     kept = keeps_gains("auto", *usual)
-    return "gains folded" if kept and settings["rotation.gains"] == "folded" else ""
+    return "gains folded" if kept and settings.get("rotation.gains") == "folded" else ""
 
 
 def rounding_words(settings: Settings) -> str:

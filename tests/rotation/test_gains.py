@@ -79,13 +79,15 @@ def test_weights_are_rounded_as_they_are_where_nothing_is_turned(ids):
         ({"r1": "none", "smooth": 0.5, "gains": "kept"}, True),
         ({"r1": "none", "gains": "folded"}, False),
         ({"r1": "none", "r4": "none", "inputs": "duquant"}, True),
+        ({"r1": "none", "inputs": "scales"}, False),
+        ({"r1": "none", "inputs": "blocks"}, False),
     ],
     ids=str,
 )
 def test_gains_are_folded_where_that_is_needed_or_asked_for(settings, kept):
     config = RotationConfig(**{"r2": "none", **settings})
     assert config.keeps_gains == kept
-    named = {name: getattr(config, name) for name in ("gains", "r1", "latents", "smooth")}
+    named = {name: getattr(config, name) for name in ("gains", "r1", "latents", "smooth", "inputs")}
     assert keeps_gains(**named) == kept
 
 
@@ -94,6 +96,13 @@ def test_what_needs_folded_gains_is_named(name):
     settings = {"r1": "none", "latents": "none", name: "random", "gains": "kept"}
     with pytest.raises(InputError, match=rf"rotation\.{name}=random turns what they give"):
         RotationConfig(**settings)
+
+
+def test_a_file_of_rotations_says_where_gains_are_and_no_setting_does():
+    with pytest.raises(
+        InputError, match=r"says itself where gains are: leave out rotation\.gains=f"
+    ):
+        RotationConfig(load="R.safetensors", gains="folded")
 
 
 def test_methods_of_weights_alone_leave_norms_as_they_are():
@@ -110,7 +119,7 @@ def test_methods_of_weights_alone_leave_norms_as_they_are():
 
 def test_a_file_says_where_gains_are(make_model, tmp_path):
     model_map = map_of(make_model())
-    config = RotationConfig(r1="none", r4="none", inputs="blocks")
+    config = RotationConfig(r1="none", r4="none", inputs="blocks", gains="kept")
     drawn = initial_rotations(config, model_map, torch.Generator().manual_seed(0))
     assert drawn.keeps_gains
     for rotations in (drawn, replace(drawn, keeps_gains=False)):

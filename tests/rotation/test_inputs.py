@@ -33,7 +33,7 @@ CONFIGS = {
     "duquant without smoothing": RotationConfig(
         r1="none", r2="none", r4="none", inputs="duquant", duquant=SEARCH
     ),
-    "blocks behind gains": RotationConfig(r1="none", r4="none", inputs="blocks"),
+    "blocks behind gains": RotationConfig(r1="none", r4="none", inputs="blocks", gains="kept"),
     "duquant as init": RotationConfig(r1="duquant", r2="duquant", duquant=SEARCH),
     "legacy index": RotationConfig(
         r1="duquant", duquant=DuQuantConfig(block_size=8, steps=6, legacy_index=True)

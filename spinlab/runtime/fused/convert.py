@@ -65,7 +65,7 @@ def runtime_from_packed(
 ) -> PreTrainedModel:
     """Build a model around packed weights; embedding and head are drawn at random.
 
-    The gains of norms are 1, as in every rotated model, and must stay so.
+    The gains of norms are 1, as where all are folded, and must stay so.
     make_weight: (full name of a linear, out, in, groups of its input) to its packed weight, which
     stands for the weights of the parts
     """

@@ -68,7 +68,7 @@ class Reader(nn.Module):
 class NormReader(Reader):
     """Norm the residual stream before its readers; an Identity stands where the stock norm was.
 
-    A gain of 1, which rotated models have, is not read again: it must stay 1.
+    A gain of 1, as where it is folded, is not read again: it must stay 1.
     """
 
     def __init__(
