@@ -11,9 +11,9 @@ import pytest
 def remember_settings(patch: pytest.MonkeyPatch) -> None:
     """Let Hydra parse each file of conf/ once, and merge each choice of its files once.
 
-    All of them stay, as bytes: a copy is read from them five times sooner than nodes are copied,
-    and no garbage collection walks them. Values, and what a plus or a tilde changes, are put on
-    top every time.
+    All of them stay, as bytes that leave no process: a copy is read from them five times sooner
+    than nodes are copied, and no garbage collection walks them. Values, and what a plus or a tilde
+    changes, are put on top every time.
     """
     from hydra._internal import defaults_list
     from hydra._internal.config_loader_impl import ConfigLoaderImpl

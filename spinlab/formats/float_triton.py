@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spinlab.formats.coded import CodedFloat
+from spinlab.formats.integer_triton import room_for_levels
 from spinlab.formats.microscaling import Microscaled
 from spinlab.formats.minifloat import GroupFloat, ScaledFloat
 from spinlab.formats.nvfp4 import NVFP4
@@ -106,9 +107,7 @@ def encode_rows(
     assert isinstance(format, GroupFloat), "only groups have levels that fit into a byte"
     x = x.contiguous()
     kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
-    levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, tile.group))
-    scale = torch.empty_like(levels[..., :1], dtype=torch.float32)
-    zero = torch.empty_like(scale, dtype=torch.int32)
+    levels, scale, zero = room_for_levels(x, tile.group)
     known = not isinstance(clip_ratio, torch.Tensor)
     if x.numel():
         from spinlab.formats.float_kernels import encode_kernel

@@ -63,9 +63,7 @@ def encode_rows(
     """
     x = x.contiguous()
     width, rows, block, step = _tiles(x, group_size, _TILE)
-    levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, width))
-    scale = torch.empty_like(levels[..., :1], dtype=torch.float32)
-    zero = torch.empty_like(scale, dtype=torch.int32)
+    levels, scale, zero = room_for_levels(x, width)
     known = not isinstance(clip_ratio, torch.Tensor)
     if x.numel():
         from spinlab.formats.integer_kernels import encode_kernel
@@ -78,6 +76,13 @@ def encode_rows(
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return levels, scale, zero
+
+
+def room_for_levels(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what a kernel fills with the levels, scales and zero points of groups of x."""
+    levels = torch.empty_like(x, dtype=torch.uint8).unflatten(-1, (-1, width))
+    scale = torch.empty_like(levels[..., :1], dtype=torch.float32)
+    return levels, scale, torch.empty_like(scale, dtype=torch.int32)
 
 
 def pull_back_rows(

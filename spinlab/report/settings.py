@@ -32,6 +32,8 @@ _ONCE: Mapping[str, Any] = {
     "rotation.gains": "folded",
 }
 _BEFORE: Mapping[str, Mapping[str, Any]] = {"qwen2": {"kv.key_bias": "coded"}}
+# what decides where gains are unless rotation.gains says it: arguments of `keeps_gains`
+GAINS_FOLLOW = tuple(f"rotation.{name}" for name in ("r1", "latents", "smooth", "inputs"))
 _ROUNDING = {field.name for field in fields(WeightsConfig)} - {"method", "clip"}
 _SCHEMA = 3
 
@@ -53,7 +55,7 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def by_effect(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings by their dotted names with what `auto` comes to, where others decide that."""
-    names = [f"rotation.{name}" for name in ("gains", "r1", "latents", "smooth", "inputs")]
+    names = "rotation.gains", *GAINS_FOLLOW
     if not settings.keys() >= set(names):  # older, or of a benchmark that turns nothing
         return settings
     if settings.get("rotation.load"):  # the file decides

@@ -10,6 +10,7 @@ from spinlab.config.rotation import keeps_gains
 from spinlab.config.values import text
 from spinlab.config.weights import WeightsConfig, method_title
 from spinlab.report.online import EXACT, INPUTS, OFF, Settings
+from spinlab.report.settings import GAINS_FOLLOW
 
 _TURNS = {"random": "a random turn", "hadamard": "a Hadamard turn", "none": ""}
 _LENGTHS = {
@@ -131,8 +132,7 @@ def rotation_words(settings: Settings) -> str:
 
 def gains_words(settings: Settings) -> str:
     """Say that gains of norms were folded where nothing asks for it, else nothing."""
-    usual = (settings[f"rotation.{name}"] for name in ("r1", "latents", "smooth", "inputs"))
-    kept = keeps_gains("auto", *usual)
+    kept = keeps_gains("auto", *(settings[name] for name in GAINS_FOLLOW))
     return "gains folded" if kept and settings.get("rotation.gains") == "folded" else ""
 
 

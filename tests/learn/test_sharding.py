@@ -3,9 +3,6 @@
 Run as a module, with a rank, a port and a folder, this file learns as one of the two.
 """
 
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ from spinlab.model.modules import layers_of, map_of
 from spinlab.model.network import Resident
 from spinlab.networks.quantized import QuantizedNetworks
 from spinlab.rotation.initial import initial_rotations
+from tests.two import find_as_one_of_two, found_by_two
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -170,27 +168,16 @@ def shares_in_shards(learner: RotationLearner) -> dict[str, float]:
     return {n: sum(map(here, x)) / sum(w.numel() for w in x) for n, x in held.items()}  # type: ignore
 
 
-def _process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    parallel.start("cpu")
-    torch.save([learned(case) for case in CASES], folder / f"{rank}.pt")
-    parallel.stop()
+def _found(folder: Path) -> list[dict[str, Any]]:
+    """Return what one of the two processes learns in each case."""
+    return [learned(case) for case in CASES]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, forks) -> list[tuple[dict, dict]]:
     """What both processes learn in each case."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    module = "tests.learn.test_sharding"
-    processes = [forks.start(folder, module, str(r), str(port), str(folder)) for r in (0, 1)]
-    outputs = ["".join(process.communicate()) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = found_by_two(forks, "tests.learn.test_sharding", folder)
     return list(zip(first, second, strict=True))
 
 
@@ -220,4 +207,4 @@ def test_two_processes_learn_what_one_learns(case, two_processes):
 
 
 if __name__ == "__main__":
-    _process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    find_as_one_of_two(_found)

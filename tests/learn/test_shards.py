@@ -4,9 +4,6 @@ Run as a module, with a rank, a port and a folder, this file does what one of th
 """
 
 import gc
-import os
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,6 +56,7 @@ from spinlab.stages.learn import Learning
 from spinlab.stages.pipeline import Pipeline
 from tests.conftest import EXPERTS
 from tests.shapes import fitted
+from tests.two import find_as_one_of_two, found_by_two
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -273,13 +271,8 @@ def loaded_by_shards(config: ModelConfig, rounded: bool) -> dict:
     return {"most": most, "after": held() - before, "layers": layers}
 
 
-def _process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    parallel.start("cpu")
-    gc.collect()
-    gc.freeze()  # what there is so far is looked through no more
+def _found(folder: Path) -> dict[str, Any]:
+    """Return what one of the two processes finds."""
     config = saved(folder, "mistral", "bfloat16")
     clips = {"plain": RatesConfig(), "ranges": RatesConfig(clip=0.03)}
     found: dict[str, Any] = {
@@ -312,8 +305,7 @@ def _process(rank: int, port: int, folder: Path) -> None:
     learners = learner_on(spread(config, in_parts(config)), config), rounding(config, shards=True)
     found["gathered"] = [gathered(learner) for learner in learners]
     found["resumed"] = resumed(saved(folder, "llama", "float64"))
-    torch.save(found, folder / f"{rank}.pt")
-    parallel.stop()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -328,14 +320,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two_processes(folder, forks) -> list[dict]:
     """What each of two processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [(str(rank), str(port), str(folder)) for rank in (0, 1)]
-    processes = [forks.start(folder, "tests.learn.test_shards", *each) for each in words]
-    outputs = ["".join(process.communicate()) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return found_by_two(forks, "tests.learn.test_shards", folder)
 
 
 @pytest.mark.parametrize("family", LEARNED)
@@ -440,10 +425,6 @@ def test_how_weights_are_held_is_no_part_of_a_key(tmp_path):
     assert len(keys) == 2
 
 
-if __name__ == "__main__":
-    _process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-
-
 def test_rounded_experts_need_a_torch_that_adds_up_what_some_processes_lack(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
     shape = {**SHAPE, **EXPERTS["qwen3_moe"], "model_type": "qwen3_moe"}
@@ -451,3 +432,7 @@ def test_rounded_experts_need_a_torch_that_adds_up_what_some_processes_lack(monk
     network = Resident(lambda: pytest.fail("nothing is loaded"))
     with pytest.raises(InputError, match=r"go into shards by torch 2\.13, and this is"):
         in_shards(network, network, described, LearnConfig(quantize_weights=True), QuantConfig())
+
+
+if __name__ == "__main__":
+    find_as_one_of_two(_found)
