@@ -18,6 +18,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import integer_runtime
 from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.matmul import KERNELS
+from spinlab.runtime.kernels.matmul.blocks import terms_of
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
@@ -56,7 +57,8 @@ def test_what_a_group_adds_is_exact_and_the_sum_is_that_of_float64(name, backend
     quantizer = linear.path.quantizer
     numbers = quantizer.round(x).double()
     size = quantizer.group_size
-    for i, term in enumerate(linear._terms(*linear._encode(x))):
+    terms = terms_of(linear.matmul, linear.encode(x), linear.tables())
+    for i, term in enumerate(terms):
         group = slice(i * size, (i + 1) * size)
         assert torch.equal(term.double(), numbers[:, group] @ weight[:, group].T)
     exact = numbers @ weight.T

@@ -4,7 +4,7 @@ The arithmetic is that of `spinlab.runtime.kernels.formats`: a block of inputs a
 output, with an integer I = Σ a·w - z·Σ w - u·(Σ a - n·z) that int32 holds exactly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from spinlab.fakequant.activations import IdentityCache, InputPath
+from spinlab.formats.quantizer import Encoded
 from spinlab.runtime.kernels.formats import into_int8
-from spinlab.runtime.kernels.matmul import KERNELS, Matmul
+from spinlab.runtime.kernels.matmul import KERNELS, Matmul, outputs_for
+from spinlab.runtime.kernels.matmul.blocks import Tables
 from spinlab.weights.quantized import QuantizedWeight
 
 _MOST_ROWS = 16  # of one product for all blocks, each row 0 outside its own
@@ -78,13 +80,9 @@ class IntegerLinear(nn.Module):
         if quantizer.takes_few(x) and (self.blocks == 1 or rows <= _MOST_ROWS):
             out = torch.from_numpy(self._few(x).reshape(*x.shape[:-1], -1))
             return out if out.dtype == x.dtype else out.to(x.dtype)
-        terms = self._terms(*self._encode(x))
-        out = next(terms)
-        for term in terms:
-            out += term
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        tables = self.tables()
+        outputs = outputs_for(self.matmul, tables)
+        return outputs(self.encode(x), tables, self.bias, x.dtype).view(*x.shape[:-1], -1)
 
     def _few(self, x: torch.Tensor) -> np.ndarray:
         """Return the output (tokens, out) for a few numbers in the host's memory.
@@ -141,46 +139,18 @@ class IntegerLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": None}  # a copy views tables of its own
 
-    def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return levels (tokens, blocks, block) with s and z: (tokens, blocks, 1)."""
+    def tables(self) -> Tables:
+        """Return what products of blocks know of the weight."""
+        return Tables(self.levels, self.sums, self.scale, self.zero)
+
+    def encode(self, x: torch.Tensor) -> Encoded:
+        """Return levels (tokens, in) of x (..., in), with s and z: (tokens, groups, 1)."""
         levels, scale, zero = self.path.encode(x)
-        groups, blocks = scale.shape[-2], self.blocks
-        levels = levels.reshape(-1, blocks, self.block)
+        groups, levels = scale.shape[-2], levels.reshape(-1, self.levels.shape[1])
         if self.may_sign and len(levels) > 1:
             levels = levels.view(torch.int8)
         scale, zero = (t.reshape(-1, groups, 1) for t in (scale.to(self.scale.dtype), zero))
-        if groups < blocks:
-            repeats = blocks // groups
-            scale, zero = (t.repeat_interleave(repeats, dim=1) for t in (scale, zero))
-        return levels, scale, zero
-
-    def _terms(self, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Return what each block adds to the output: (tokens, out)."""
-        weights = self.levels.split(self.block, dim=1)
-        tables = (
-            [self.sums, self.scale] if self.zero is None else [self.sums, self.scale, self.zero]
-        )
-        cut = zip(*(t.unbind(1) for t in inputs), weights, *tables, strict=True)
-        return (_scaled(self.matmul, *part) for part in cut)
-
-
-def _scaled(
-    matmul: Matmul,
-    levels: torch.Tensor,
-    s: torch.Tensor,
-    z: torch.Tensor,
-    weight: torch.Tensor,
-    sums: torch.Tensor,
-    t: torch.Tensor,
-    u: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return s·t·I of a block: (tokens, out)."""
-    found = matmul(levels.contiguous(), weight.contiguous())
-    found.addcmul_(z, sums, value=-1)
-    if u is not None:
-        rest = levels.sum(1, keepdim=True, dtype=torch.int32) - levels.shape[1] * z
-        found.addcmul_(rest, u, value=-1)
-    return found.to(s.dtype, memory_format=torch.contiguous_format).mul_(s * t)
+        return Encoded(levels, scale, zero)
 
 
 class LinearPart(nn.Module):

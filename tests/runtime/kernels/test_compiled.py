@@ -26,6 +26,8 @@ from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
 from spinlab.runtime.kernels.linear import triton as linear_kernels
 from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
+from spinlab.runtime.kernels.matmul import blocks_triton
+from spinlab.runtime.kernels.matmul.blocks_kernel import outputs_kernel
 from spinlab.runtime.kernels.producers import triton as producer_kernels
 from spinlab.runtime.kernels.producers import triton_blocks as block_kernels
 from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
@@ -80,6 +82,20 @@ for added in (False, True):
     assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
 found, _ = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
+# bytes in blocks, whose columns are loaded ahead, 16 at a time
+OF_BLOCKS = {**NUMBERS, "x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp32", "blocks": "i32",
+             "many": "i32"}
+OUTPUTS = {"BLOCK": 16, "UNSIGNED": False, "ZEROS": False, "BIAS": True, "BK": 32,
+           "BM": blocks_triton._BM, "BN": blocks_triton._BN}
+for capability, kind in ((80, "mma.sync.aligned.m16n8k32"), (90, "wgmma.mma_async")):
+    for changes in ({}, {"BLOCK": 4864, "BK": 64, "UNSIGNED": True, "ZEROS": True}):
+        kinds = {**OF_BLOCKS, "x_ptr": "*u8"} if changes else OF_BLOCKS
+        even = ("tokens", "out")
+        found, ptx = instructions(outputs_kernel, kinds, {**OUTPUTS, **changes}, capability,
+                                  even=even)
+        assert found and all(one.startswith(kind) and ".s8.s8" in one for one in found), found
+        copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
+        assert copies and (changes or set(copies) == {"0x10"}), copies
 # what the interpreter takes and the compiler may not
 GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FUSED": True}
 SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "gate_stride", "up_stride"), "i32")

@@ -7,11 +7,12 @@ result  (tokens, out) int32, exact
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from spinlab.formats import Format
-from spinlab.runtime.kernels.matmul import cpu, cublas, reference
+from spinlab.runtime.kernels.matmul import blocks, blocks_triton, cpu, cublas, reference
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -31,3 +32,10 @@ def kernel_for(backend: str, format: Format, device: torch.device) -> Matmul:
     if backend == "torch" and device.type == "cuda":
         return KERNELS["cublas"]
     return cpu.matmul_narrow if backend == "cpu" and format.bits <= 6 else KERNELS[backend]
+
+
+def outputs_for(matmul: Matmul, tables: blocks.Tables) -> Callable[..., torch.Tensor]:
+    """Return `blocks.outputs` by a product, or its twin for those that cuBLAS would multiply."""
+    if matmul is cublas.matmul and blocks_triton.has_kernel(tables):
+        return blocks_triton.outputs
+    return partial(blocks.outputs, matmul)
