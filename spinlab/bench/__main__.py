@@ -21,7 +21,7 @@ from spinlab.files import write_json
 from spinlab.streams import ending
 
 _SELF = "spinlab.bench.__main__"
-_PARTS = ("prefill", "decode", "producers", "formats", "kv", "peers")
+_PARTS = ("prefill", "decode", "producers", "formats", "groups", "kv", "peers")
 _MEASURED = ("fp", "fake", "integer")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from spinlab.bench.formats import formats
+from spinlab.bench.groups import groups
 from spinlab.bench.kv_decode import kv
 from spinlab.bench.operands import random_floats
 from spinlab.bench.peer_parts import kv_peers, rotation_peers
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "decode": decode,
     "producers": producers,
     "formats": formats,
+    "groups": groups,
     "kv": kv,
 }
 

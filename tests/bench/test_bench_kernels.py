@@ -14,6 +14,7 @@ from spinlab.bench import kv_decode, peer_parts, peers
 from spinlab.bench.__main__ import main
 from spinlab.bench.collect import collect
 from spinlab.bench.formats import TIMED, formats
+from spinlab.bench.groups import groups
 from spinlab.bench.kernels import bench_kernels, ceilings
 from spinlab.bench.kv_decode import CODECS, WINDOWS, kv
 from spinlab.bench.operands import random_floats, random_rows, random_weight
@@ -210,6 +211,19 @@ def test_formats_are_held_against_memory_traffic(results, monkeypatch):
     monkeypatch.setattr(TokenQuantizer, "round_trip", lambda self, x: 2 * x)
     with pytest.raises(ResultError, match="not rounded as by its definition"):
         formats(REFERENCE, CPU, RATES, results, cases=((96,), 5, ("mxfp8",)))
+
+
+def test_groups_are_held_against_one_product_of_floats(results, monkeypatch):
+    groups(REFERENCE, CPU, RATES, results, cases=((5,), ((24, 64),)))
+    for name in ("integer", "mxfp4", "nvfp4"):
+        case = f"groups/{name}/5x24x64"
+        ours, floats = (results.metrics[f"speed/{case}/{n}"] for n in ("ours", "float32"))
+        assert results.metrics[f"ratio/{case}"] == ours / floats
+    monkeypatch.setattr(
+        "spinlab.bench.groups.outputs_for", lambda *_: lambda *_: torch.zeros(5, 24)
+    )
+    with pytest.raises(ResultError, match="do not add up as by their definition"):
+        groups(REFERENCE, CPU, RATES, results, cases=((5,), ((24, 64),)))
 
 
 def test_producers_are_held_against_the_gate_alone(results):
