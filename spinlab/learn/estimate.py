@@ -3,7 +3,8 @@
 Bytes kept for the backward pass are those of torch's fused kernels: an RMSNorm keeps its input,
 attention q, k, v and its output, a gated MLP gate, its activation and up, or gate and up alone
 where one kernel takes both. Attention with soft caps or sinks is not fused: it keeps scores and
-probabilities. A frozen linear keeps nothing, one whose weight gets a gradient its input.
+probabilities; nor is that of shared keys in float32 on a GPU. A frozen linear keeps nothing, one
+whose weight gets a gradient its input.
 """
 
 from dataclasses import dataclass
@@ -125,10 +126,16 @@ def _kept_by_layer(job: Job, layer: int) -> int:
 
 def _kept_by_scores(job: Job, attention: Attention) -> int:
     """Return the bytes that attention keeps for one token, beside its inputs and its output."""
-    if attention.softcap is None and not attention.sinks:
-        return attention.heads * 4  # its normalizers are float32
-    halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
-    return attention.heads * job.learn.sequence_length * (job.size + job.wide + halves)
+    scores = attention.heads * job.learn.sequence_length
+    if attention.softcap is not None or attention.sinks:
+        halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
+        return scores * (job.size + job.wide + halves)
+    if job.device.type == "cuda" and job.size == 4 and attention.heads > attention.kv_heads:
+        # no fused kernel (`spinlab.kv.cache`): probabilities, keys and values of every head, and not
+        # what attention gives
+        rows = 2 * (attention.heads - attention.kv_heads) - attention.heads
+        return (scores + rows * attention.head_dim) * job.size
+    return attention.heads * 4  # its normalizers are float32
 
 
 def _rest(job: Job) -> int:

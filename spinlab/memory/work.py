@@ -122,7 +122,7 @@ def _of_variant(job: Job, variant: str) -> Iterator[Work]:
     """A network of integers is assembled for its gate, for what is measured, and for its layers."""
     made, levels = Operations(), ""
     if variant != "fp":
-        # on a GPU `fake` multiplies levels too, as whole numbers in torch
+        # on a GPU `fake` multiplies levels too, as whole numbers
         levels = INT8 if variant == "integer" or job.device.type == "cuda" else "float32"
         made = fusing(job, replaced=True) if variant != "rtn" else made
     if job.has(f"handoff-{variant}"):

@@ -24,7 +24,7 @@ def run_on_integers(model: PreTrainedModel, parts: Quantized, backend: str) -> N
     if backend == "auto":
         reason = why_not_runtime(model, parts.kv)
         if reason is not None and map_of(model).has_ends:  # of a network in parts, not for each
-            log.warning("%s: linears multiply by the exact product in torch", reason)
+            log.warning("%s: linears multiply by the exact product, one by one", reason)
         backend = "triton" if reason is None else "torch"
     if backend == "triton":
         integer_runtime(model, parts, triton_operations())

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -420,3 +421,23 @@ def test_a_model_that_is_not_there_is_taken_to_where_it_will_learn():
     )
     assert here.activations - there.activations == 8 * 64 * 32 * 11008 * 2
     assert (here.weights, here.flops) == (there.weights, there.flops)
+
+
+def test_shared_keys_in_float32_on_a_gpu_keep_probabilities(make_model, learner_of, kept_bytes):
+    """Torch has no fused kernel for them there; its plain one does the same on a CPU."""
+
+    def on_gpu_alone(dtype: torch.dtype, **changes) -> int:
+        model, learn = make_model(dtype, **SHAPE | changes), LearnConfig(**SETTINGS)
+        found = (estimate_of(model, learn, QUANT, 1, torch.device(d)) for d in ("cuda", "cpu"))
+        return next(found).activations - next(found).activations
+
+    learner = learner_of(
+        partial(make_model, torch.float32, **SHAPE), LearnConfig(**SETTINGS), QUANT
+    )
+    batch = batch_of(learner.learn)
+    fused = kept_bytes(learner, batch)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = kept_bytes(learner, batch) - fused
+    assert on_gpu_alone(torch.float32) == pytest.approx(found, rel=0.1)
+    assert on_gpu_alone(torch.float32, num_key_value_heads=6) == 0
+    assert on_gpu_alone(torch.bfloat16) == 0

@@ -1,6 +1,7 @@
 """What is estimated of stages on a GPU, against what committed records measured there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from spinlab.bench.estimates import RECIPES, bench_estimates
 from spinlab.bench.memory import Setting, estimates_of, experiment, job_of
+from spinlab.bench.models import SHAPES
 from spinlab.compose import composed
 from spinlab.learn import estimate_of
 from spinlab.model.load import meta_model
@@ -65,6 +67,20 @@ def test_estimates_of_learning_lie_above_what_it_held(name, processes, again, ab
 
 # a mixture's shape takes ten seconds to make
 TODAY = [*(("llama2_70b", name) for name in RECIPES), ("qwen3_235b_a22b", "quarot_gptaq")]
+
+
+@pytest.mark.parametrize("quant", ["w4a4_g32", "mxfp4"])
+def test_estimates_of_learning_in_float32_are_what_it_held(quant):
+    """Of shared keys there attention keeps its probabilities."""
+    path = BENCH.parent / f"formats/smollm2_135m/{quant}_input_blocks_learned_rtn_seed0.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    (held,) = (s["peak_device_bytes"] for s in record["stages"] if s["name"] == "learn")
+    words = [word for word in record["overrides"] if not word.startswith("eval.")]
+    config, shape = composed(*words), {"model_type": "llama", **SHAPES["smollm2_135m"]}
+    of_shape = replace(config.model, weights="random", architecture=shape)
+    parts = meta_model(of_shape, None), config.learn, config.quant, 1
+    said = estimate_of(*parts, torch.device("cuda", 0)).bytes(checkpoint=False)
+    assert said == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize(("model", "recipe"), TODAY)

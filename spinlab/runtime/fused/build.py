@@ -72,7 +72,7 @@ class Maker(ABC):
         """Warn, once for all, of linears that run outside the 4-bit products."""
         if self.apart:
             kinds = (f"{_some(names)} ({reason})" for reason, names in self.apart.items())
-            log.warning("outside the 4-bit kernels, in torch: %s", "; ".join(kinds))
+            log.warning("outside the 4-bit kernels: %s", "; ".join(kinds))
         if self.turned_apart:
             log.warning("turned in torch, before the kernels: what %s", _some(self.turned_apart))
 
@@ -116,7 +116,7 @@ class QuantizedMaker(Maker):
         return pack_weight(weight, groups, dtype).to(linear.weight.device), ""
 
     def twin(self, name: str, linear: nn.Linear, path: InputPath) -> nn.Module:
-        """Return a linear that multiplies wider integers in torch, or the floats they stand for."""
+        """Return a linear that multiplies integers exactly, or else the floats they stand for."""
         weight, groups = self.weights.get(name), self.input_groups(linear, path)
         if weight is None:
             return FakeQuantLinear(linear, path)
