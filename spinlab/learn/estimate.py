@@ -131,8 +131,8 @@ def _kept_by_scores(job: Job, attention: Attention) -> int:
         halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
         return scores * (job.size + job.wide + halves)
     if job.device.type == "cuda" and job.size == 4 and attention.heads > attention.kv_heads:
-        # no fused kernel (`spinlab.kv.cache`): probabilities, keys and values of every head, and not
-        # what attention gives
+        # no fused kernel (`spinlab.kv.cache`): probabilities, keys and values of every head, and
+        # not what attention gives
         rows = 2 * (attention.heads - attention.kv_heads) - attention.heads
         return (scores + rows * attention.head_dim) * job.size
     return attention.heads * 4  # its normalizers are float32

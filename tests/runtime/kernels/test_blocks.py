@@ -77,6 +77,21 @@ def test_numbers_that_are_none_stay_none(device):
     ).shape == (0, 16)
 
 
+def test_a_cpu_takes_few_tokens_at_a_time_through_all_blocks(monkeypatch):
+    inputs, tables, bias = operands(70, 16, 4, 2, 32)
+    whole = blocks.outputs(reference.matmul, inputs, tables, bias, torch.float16)
+    rows = []
+
+    def product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(len(levels))
+        return reference.matmul(levels, weight)
+
+    monkeypatch.setattr(blocks, "_TILE", 32 * 16)
+    found = blocks.outputs(product, inputs, tables, bias, torch.float16)
+    assert rows == [32] * 8 + [6] * 4
+    assert torch.equal(found, whole)
+
+
 def test_only_what_cublas_would_multiply_in_float32_has_one_launch():
     inputs, tables, _ = operands(4, 16, 2, 2, 32)
     on_gpu = tables._replace(levels=tables.levels.to("meta"))

@@ -10,6 +10,11 @@ import torch
 
 from spinlab.formats.quantizer import Encoded
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# outputs, and tokens at least, that a CPU takes through all blocks before it takes others: what its
+# cache holds
+_TILE, _ROWS = 1 << 19, 32
+
 
 class Tables(NamedTuple):
     """Hold what a linear knows of its weight, for blocks that tile its inputs.
@@ -27,7 +32,7 @@ class Tables(NamedTuple):
 
 
 def outputs(
-    matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    matmul: Product,
     inputs: Encoded,
     tables: Tables,
     bias: torch.Tensor | None,
@@ -39,18 +44,29 @@ def outputs(
     (tokens, in), bytes of either sign, with scale and zero (tokens, groups, 1) of some blocks each.
     bias: (out,).
     """
+    tokens = len(inputs.levels)
+    rows = max(_ROWS, _TILE // len(tables.levels)) if tables.levels.device.type == "cpu" else tokens
+    found = [
+        _added(matmul, Encoded(*(t[row : row + rows] for t in inputs)), tables, bias).to(dtype)
+        for row in range(0, max(tokens, 1), max(rows, 1))
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _added(
+    matmul: Product, inputs: Encoded, tables: Tables, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what blocks and the bias add up to, in the scales' dtype."""
     terms = terms_of(matmul, inputs, tables)
     out = next(terms)
     for term in terms:
         out += term
     if bias is not None:
         out += bias
-    return out.to(dtype)
+    return out
 
 
-def terms_of(
-    matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], inputs: Encoded, tables: Tables
-) -> Iterator[torch.Tensor]:
+def terms_of(matmul: Product, inputs: Encoded, tables: Tables) -> Iterator[torch.Tensor]:
     """Return what each block adds to the outputs: (tokens, out)."""
     levels, *ranges = inputs
     blocks = len(tables.sums)
@@ -64,7 +80,7 @@ def terms_of(
 
 
 def _scaled(
-    matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    matmul: Product,
     levels: torch.Tensor,
     s: torch.Tensor,
     z: torch.Tensor,
