@@ -433,6 +433,7 @@ def test_every_point_of_the_sweep_over_formats_composes():
     params = preset["hydra"]["sweeper"]["params"]
     choices = [[f"{key}={word}" for word in words.split(",")] for key, words in params.items()]
     points = [composed("+experiment=smollm2_135m_w4a4kv4", *point) for point in product(*choices)]
-    assert len(points) == 48
-    found = {(p.quant.weights.format, p.rotation.inputs, p.weights.method) for p in points}
-    assert len(found) == 3 * 2 * 4
+    assert len(points) == 75
+    roundings = {(p.weights.method, p.weights.clip.search) for p in points}
+    found = {(p.quant.weights.format, p.rotation.inputs) for p in points}
+    assert (len(found), len(roundings)) == (3 * 3, 5)
