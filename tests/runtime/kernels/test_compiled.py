@@ -87,15 +87,15 @@ OF_BLOCKS = {**NUMBERS, "x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp32", "block
              "many": "i32"}
 OUTPUTS = {"BLOCK": 16, "UNSIGNED": False, "ZEROS": False, "BIAS": True, "BK": 32,
            "BM": blocks_triton._BM, "BN": blocks_triton._BN}
-for capability, kind in ((80, "mma.sync.aligned.m16n8k32"), (90, "wgmma.mma_async")):
-    for changes in ({}, {"BLOCK": 4864, "BK": 64, "UNSIGNED": True, "ZEROS": True}):
-        kinds = {**OF_BLOCKS, "x_ptr": "*u8"} if changes else OF_BLOCKS
-        even = ("tokens", "out")
-        found, ptx = instructions(outputs_kernel, kinds, {**OUTPUTS, **changes}, capability,
-                                  even=even)
-        assert found and all(one.startswith(kind) and ".s8.s8" in one for one in found), found
-        copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
-        assert copies and (changes or set(copies) == {"0x10"}), copies
+WIDE = {"BLOCK": 4864, "BK": 64, "UNSIGNED": True, "ZEROS": True}
+for capability, kind, changes in ((80, "mma.sync.aligned.m16n8k32", WIDE),
+                                  (90, "wgmma.mma_async", {})):
+    kinds = {**OF_BLOCKS, "x_ptr": "*u8"} if changes else OF_BLOCKS
+    found, ptx = instructions(outputs_kernel, kinds, {**OUTPUTS, **changes}, capability,
+                              even=("tokens", "out"))
+    assert found and all(one.startswith(kind) and ".s8.s8" in one for one in found), found
+    copies = re.findall(r"cp\\.async\\S+ \\[[^,]*, \\[[^,]*, (\\S+),", ptx)
+    assert copies and (changes or set(copies) == {"0x10"}), copies
 # what the interpreter takes and the compiler may not
 GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FUSED": True}
 SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "gate_stride", "up_stride"), "i32")
