@@ -10,6 +10,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.tiles import tile_of
 
 _BYTES = tl.constexpr(
     "{ shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }"
@@ -66,16 +67,6 @@ def as_floats(packed, dtype: tl.constexpr, ASM: tl.constexpr):
         )  # fmt: skip
     signed = packed.to(tl.int8, bitcast=True)
     return ((signed << 4) >> 4).to(dtype), (signed >> 4).to(dtype)
-
-
-@triton.jit
-def tile_of(index, rows, columns, GROUP: tl.constexpr):
-    """Walk over output tiles in groups of columns, so that operands meet in the cache."""
-    group = index // (GROUP * rows)
-    first = group * GROUP
-    width = min(columns - first, GROUP)
-    rest = index % (GROUP * rows)
-    return rest // width, first + rest % width
 
 
 @triton.jit

@@ -13,12 +13,12 @@ from spinlab.runtime.kernels.linear.triton import (
     as_floats,
     of_outputs,
     of_tokens,
-    tile_of,
     times_16,
     with_added,
     with_bias,
 )
 from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.tiles import tile_of
 
 
 @triton.jit

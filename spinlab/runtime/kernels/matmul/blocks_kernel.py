@@ -3,8 +3,8 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.runtime.kernels.linear.triton import tile_of
 from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.tiles import tile_of
 
 _GROUP = tl.constexpr(16)  # columns of tiles that are taken together
 
