@@ -15,7 +15,8 @@ from spinlab.fakequant.activations import InputPath
 from spinlab.formats import FORMATS
 from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.fused.operations import Operations
-from spinlab.runtime.kernels.matmul import blocks, kernel_for, outputs_for
+from spinlab.runtime.kernels.matmul import groups as by_groups
+from spinlab.runtime.kernels.matmul import kernel_for, outputs_for
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.weights.rtn import rtn
 
@@ -47,7 +48,7 @@ def groups(
                 inputs, tables = linear.encode(x), linear.tables()
                 arguments = (inputs, tables, None, torch.float32)
                 ours = partial(outputs_for(linear.matmul, tables), *arguments)
-                definition = partial(blocks.outputs, linear.matmul, *arguments)
+                definition = partial(by_groups.outputs, linear.matmul, *arguments)
                 if not torch.equal(ours(), definition()):
                     raise ResultError(f"groups of {name} do not add up as by their definition")
                 works = {"ours": [ours], "definition": [definition]}

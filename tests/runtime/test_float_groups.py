@@ -18,7 +18,7 @@ from spinlab.rotation.rotations import RotationSet
 from spinlab.runtime.fused.convert import integer_runtime
 from spinlab.runtime.fused.operations import REFERENCE
 from spinlab.runtime.kernels.matmul import KERNELS
-from spinlab.runtime.kernels.matmul.blocks import terms_of
+from spinlab.runtime.kernels.matmul.groups import terms_of
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight

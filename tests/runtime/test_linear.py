@@ -50,6 +50,16 @@ def test_integer_linear_is_the_fake_quantized_one(format, quantizer, backend):
     assert torch.allclose(linear(x).double(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("backend", list(KERNELS))
+def test_no_tokens_give_no_outputs(backend, group):
+    """An expert may be given none."""
+    weight = rtn(draw(24, 64), TensorQuant(symmetric=True, group_size=group), ClipSearch())
+    path = InputPath(None, TokenQuantizer(IntegerFormat(4, False), group))
+    linear = IntegerLinear(weight, None, path, KERNELS[backend], torch.float32)
+    assert linear(draw(2, 0, 64)).shape == (2, 0, 24)
+
+
 def test_float64_shows_that_the_arithmetic_is_exact():
     weight = rtn(draw(24, 64), TensorQuant(), ClipSearch())
     quantizer = TokenQuantizer(IntegerFormat(4, False))

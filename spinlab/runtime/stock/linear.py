@@ -15,7 +15,7 @@ from spinlab.fakequant.activations import IdentityCache, InputPath
 from spinlab.formats.quantizer import Encoded
 from spinlab.runtime.kernels.formats import into_int8
 from spinlab.runtime.kernels.matmul import KERNELS, Matmul, outputs_for
-from spinlab.runtime.kernels.matmul.blocks import Tables
+from spinlab.runtime.kernels.matmul.groups import Tables
 from spinlab.weights.quantized import QuantizedWeight
 
 _MOST_ROWS = 16  # of one product for all blocks, each row 0 outside its own
@@ -62,7 +62,7 @@ class IntegerLinear(nn.Module):
         assert coarse % fine == 0, "the groups of weights and inputs do not nest"
         self.block, self.blocks = fine, width // fine
         self.may_sign = path.quantizer.format.bits < 8  # bytes up to 127 are the same signed
-        levels = (weight.levels - shift if shift else weight.levels).to(torch.int8)
+        levels = (weight.levels - shift if shift else weight.levels).to(torch.int8).contiguous()
         self.levels = nn.Parameter(levels, requires_grad=False)  # (out, in)
         # all (blocks, out): t, Σ w, u
         self.scale = nn.Buffer(_per_block(weight.scale.to(dtype), self.blocks))
@@ -82,7 +82,9 @@ class IntegerLinear(nn.Module):
             return out if out.dtype == x.dtype else out.to(x.dtype)
         tables = self.tables()
         outputs = outputs_for(self.matmul, tables)
-        return outputs(self.encode(x), tables, self.bias, x.dtype).view(*x.shape[:-1], -1)
+        return outputs(self.encode(x), tables, self.bias, x.dtype).view(
+            *x.shape[:-1], self.out_features
+        )
 
     def _few(self, x: torch.Tensor) -> np.ndarray:
         """Return the output (tokens, out) for a few numbers in the host's memory.

@@ -26,8 +26,8 @@ from spinlab.runtime.kernels.kv import triton as kv_kernels
 from spinlab.runtime.kernels.linear import launch as linear
 from spinlab.runtime.kernels.linear import triton as linear_kernels
 from spinlab.runtime.kernels.linear import triton_decode as decode_kernels
-from spinlab.runtime.kernels.matmul import blocks_triton
-from spinlab.runtime.kernels.matmul.blocks_kernel import outputs_kernel
+from spinlab.runtime.kernels.matmul import launch as groups
+from spinlab.runtime.kernels.matmul.triton import outputs_kernel
 from spinlab.runtime.kernels.producers import triton as producer_kernels
 from spinlab.runtime.kernels.producers import triton_blocks as block_kernels
 from spinlab.runtime.kernels.producers import triton_hadamard as hadamard_kernels
@@ -86,7 +86,7 @@ assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 OF_BLOCKS = {**NUMBERS, "x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp32", "blocks": "i32",
              "many": "i32"}
 OUTPUTS = {"BLOCK": 16, "UNSIGNED": False, "ZEROS": False, "BIAS": True, "BK": 32,
-           "BM": blocks_triton._BM, "BN": blocks_triton._BN}
+           "BM": groups._BM, "BN": groups._BN}
 WIDE = {"BLOCK": 4864, "BK": 64, "UNSIGNED": True, "ZEROS": True}
 for capability, kind, changes in ((80, "mma.sync.aligned.m16n8k32", WIDE),
                                   (90, "wgmma.mma_async", {})):

@@ -12,9 +12,8 @@ from functools import partial
 import torch
 
 from spinlab.formats import Format
-from spinlab.runtime.kernels.matmul import blocks, blocks_triton, cpu, cublas, reference
-
-Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from spinlab.runtime.kernels.matmul import cpu, cublas, groups, launch, reference
+from spinlab.runtime.kernels.matmul.reference import Matmul
 
 KERNELS: Mapping[str, Matmul] = {
     "torch": reference.matmul,
@@ -34,8 +33,8 @@ def kernel_for(backend: str, format: Format, device: torch.device) -> Matmul:
     return cpu.matmul_narrow if backend == "cpu" and format.bits <= 6 else KERNELS[backend]
 
 
-def outputs_for(matmul: Matmul, tables: blocks.Tables) -> Callable[..., torch.Tensor]:
-    """Return `blocks.outputs` by a product, or its twin for those that cuBLAS would multiply."""
-    if matmul is cublas.matmul and blocks_triton.has_kernel(tables):
-        return blocks_triton.outputs
-    return partial(blocks.outputs, matmul)
+def outputs_for(matmul: Matmul, tables: groups.Tables) -> Callable[..., torch.Tensor]:
+    """Return `groups.outputs` by a product, or its twin for those that cuBLAS would multiply."""
+    if matmul is cublas.matmul and launch.has_kernel(tables):
+        return launch.outputs
+    return partial(groups.outputs, matmul)

@@ -6,20 +6,18 @@ So each way to call it is tried on small operands before the first of the proces
 """
 
 import logging
-from collections.abc import Callable
 from functools import cache, partial
 
 import torch
 
 from spinlab.runtime.kernels.matmul import reference
+from spinlab.runtime.kernels.matmul.reference import Matmul
 
 log = logging.getLogger(__name__)
 
 _SEVERAL = 16  # rows up to which they are better taken as the right operand
 _NARROW, _WIDE = 64, 128  # what weights may reach
 _TRIED = [(1, 2, 1), (1, 64, 40), (2, 3, 2), (5, 65, 1), (16, 576, 8), (17, 31, 3), (40, 576, 48)]
-
-Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def matmul(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

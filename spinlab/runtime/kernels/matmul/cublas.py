@@ -1,4 +1,4 @@
-"""cuBLAS's integer product, for weights of more than 4 bits on a GPU."""
+"""cuBLAS's integer product, of a GPU: one block of columns at a time."""
 
 import torch
 from torch.nn.functional import pad

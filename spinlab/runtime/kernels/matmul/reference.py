@@ -1,7 +1,11 @@
 """The specification of the integer product, on any device, in floating point."""
 
+from collections.abc import Callable
+
 import torch
 
+# of (tokens, in) bytes with (out, in) int8, (tokens, out) int32, exact
+Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _EXACT = 1 << 24  # float32 holds every integer up to here, in any order of summation
 
 
@@ -11,6 +15,8 @@ def matmul(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32 where no partial sum can leave its exact integers, float64 otherwise. TF32 must be
     off (`spinlab.device.set_arithmetic`).
     """
+    if not len(levels):
+        return levels.new_zeros(0, len(weight), dtype=torch.int32)
     most = levels.shape[1] * int(levels.int().abs().max()) * int(weight.int().abs().max())
     dtype = torch.float32 if most < _EXACT else torch.float64
     return (levels.to(dtype) @ weight.to(dtype).mT).to(torch.int32)

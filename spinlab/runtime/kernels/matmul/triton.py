@@ -1,4 +1,4 @@
-"""The Triton kernel behind `spinlab.runtime.kernels.matmul.blocks`."""
+"""The Triton kernel behind `spinlab.runtime.kernels.matmul.launch`."""
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]

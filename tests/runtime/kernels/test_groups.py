@@ -1,12 +1,13 @@
-"""All blocks of a linear in one launch against their definition, bit for bit."""
+"""All blocks of a linear in one launch against their definition, number for number."""
 
 import numpy as np
 import pytest
 import torch
 
 from spinlab.formats.quantizer import Encoded
-from spinlab.runtime.kernels.matmul import blocks, blocks_triton, cublas, outputs_for, reference
-from spinlab.runtime.kernels.matmul.blocks import Tables
+from spinlab.runtime.kernels.matmul import cublas, launch, outputs_for, reference
+from spinlab.runtime.kernels.matmul import groups as definition
+from spinlab.runtime.kernels.matmul.groups import Tables
 
 
 def operands(
@@ -57,8 +58,8 @@ def test_one_launch_gives_what_blocks_add_up_to(
     # Triton's interpreter cuts bfloat16 off where a GPU rounds
     half = torch.bfloat16 if device.type == "cuda" else torch.float16
     for dtype, added in ((torch.float32, None), (half, bias.to(device))):
-        wanted = blocks.outputs(reference.matmul, inputs, tables, added, dtype)
-        found = blocks_triton.outputs(inputs, tables, added, dtype)
+        wanted = definition.outputs(reference.matmul, inputs, tables, added, dtype)
+        found = launch.outputs(inputs, tables, added, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, wanted)
 
@@ -67,53 +68,68 @@ def test_numbers_that_are_none_stay_none(device):
     inputs, tables, _ = operands(4, 16, 2, 2, 32)
     inputs.scale[1, 1], inputs.scale[2, 0] = torch.nan, torch.inf
     inputs, tables = moved(device, inputs), moved(device, tables)
-    wanted = blocks.outputs(reference.matmul, inputs, tables, None, torch.float32)
+    wanted = definition.outputs(reference.matmul, inputs, tables, None, torch.float32)
     with np.errstate(all="ignore"):  # what the interpreter says of NaN
-        found = blocks_triton.outputs(inputs, tables, None, torch.float32)
+        found = launch.outputs(inputs, tables, None, torch.float32)
     assert torch.equal(found.isnan(), wanted.isnan())
     assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
-    assert blocks_triton.outputs(
+    assert launch.outputs(
         inputs._replace(levels=inputs.levels[:0]), tables, None, torch.float32
     ).shape == (0, 16)
 
 
 def test_a_cpu_takes_few_tokens_at_a_time_through_all_blocks(monkeypatch):
     inputs, tables, bias = operands(70, 16, 4, 2, 32)
-    whole = blocks.outputs(reference.matmul, inputs, tables, bias, torch.float16)
+    whole = definition.outputs(reference.matmul, inputs, tables, bias, torch.float16)
     rows = []
 
     def product(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows.append(len(levels))
         return reference.matmul(levels, weight)
 
-    monkeypatch.setattr(blocks, "_TILE", 32 * 16)
-    found = blocks.outputs(product, inputs, tables, bias, torch.float16)
+    monkeypatch.setattr(definition, "_TILE", 32 * 16)
+    found = definition.outputs(product, inputs, tables, bias, torch.float16)
     assert rows == [32] * 8 + [6] * 4
     assert torch.equal(found, whole)
 
 
-def test_only_what_cublas_would_multiply_in_float32_has_one_launch():
-    inputs, tables, _ = operands(4, 16, 2, 2, 32)
-    on_gpu = tables._replace(levels=tables.levels.to("meta"))
-    assert not blocks_triton.has_kernel(on_gpu)
-    by_blocks = outputs_for(cublas.matmul, tables)
-    assert by_blocks.func is blocks.outputs
-    assert by_blocks.args == (cublas.matmul,)
-    found = outputs_for(reference.matmul, tables)(inputs, tables, None, torch.float32)
-    assert torch.equal(found, blocks.outputs(reference.matmul, inputs, tables, None, torch.float32))
+class _OnGPU(torch.Tensor):
+    """Levels that say they are there."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("lacking", [None, "NVIDIA's CUDA"])
+def test_only_what_cublas_would_multiply_in_float32_has_one_launch(monkeypatch, lacking):
+    monkeypatch.setattr(launch, "lacks_kernels", lambda device: lacking)
+    launch._runs_kernels.cache_clear()
+    _, tables, _ = operands(4, 16, 2, 2, 32)
+    there = tables._replace(levels=tables.levels.as_subclass(_OnGPU))
+    single = Tables(there.levels, *(t[:1] for t in there[1:]))
+    wide = there._replace(scale=there.scale.double())
+    assert (outputs_for(cublas.matmul, there) is launch.outputs) == (lacking is None)
+    for matmul, of in (
+        (cublas.matmul, tables),
+        (cublas.matmul, single),
+        (cublas.matmul, wide),
+        (reference.matmul, there),
+    ):
+        found = outputs_for(matmul, of)
+        assert (found.func, found.args) == (definition.outputs, (matmul,))
+    launch._runs_kernels.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("width", "block"), [(576, 16), (1536, 32), (896, 64), (4864, 4864)])
-def test_on_a_gpu_whole_linears_have_the_bits_of_the_definition(width, block):
+@pytest.mark.parametrize(("width", "block"), [(576, 16), (1536, 32), (896, 64), (4864, 1216)])
+def test_on_a_gpu_whole_linears_have_the_numbers_of_the_definition(width, block):
     device = torch.device("cuda")
     inputs, tables, bias = operands(3000, 1536, width // block, width // block, block)
     inputs, tables = moved(device, inputs), moved(device, tables)
-    assert outputs_for(cublas.matmul, tables) is blocks_triton.outputs
-    assert outputs_for(reference.matmul, tables) is not blocks_triton.outputs
+    assert outputs_for(cublas.matmul, tables) is launch.outputs
+    assert outputs_for(reference.matmul, tables) is not launch.outputs
     wide = tables._replace(scale=tables.scale.double())
-    assert outputs_for(cublas.matmul, wide) is not blocks_triton.outputs
-    wanted = blocks.outputs(cublas.matmul, inputs, tables, bias.to(device), torch.float32)
-    found = blocks_triton.outputs(inputs, tables, bias.to(device), torch.float32)
+    assert outputs_for(cublas.matmul, wide) is not launch.outputs
+    wanted = definition.outputs(cublas.matmul, inputs, tables, bias.to(device), torch.float32)
+    found = launch.outputs(inputs, tables, bias.to(device), torch.float32)
     assert torch.equal(found, wanted)

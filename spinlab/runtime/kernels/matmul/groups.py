@@ -1,16 +1,17 @@
 """The outputs of a linear that multiplies integers exactly, block by block, and rescales.
 
-The arithmetic is that of `spinlab.runtime.kernels.formats`.
+The arithmetic is that of `spinlab.runtime.kernels.formats`; `IntegerLinear` does the same for a few
+numbers in NumPy, and `spinlab.runtime.kernels.linear` on packed weights, in another order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from spinlab.formats.quantizer import Encoded
+from spinlab.runtime.kernels.matmul.reference import Matmul
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # outputs, and tokens at least, that a CPU takes through all blocks before it takes others: what its
 # cache holds
 _TILE, _ROWS = 1 << 19, 32
@@ -32,7 +33,7 @@ class Tables(NamedTuple):
 
 
 def outputs(
-    matmul: Product,
+    matmul: Matmul,
     inputs: Encoded,
     tables: Tables,
     bias: torch.Tensor | None,
@@ -54,7 +55,7 @@ def outputs(
 
 
 def _added(
-    matmul: Product, inputs: Encoded, tables: Tables, bias: torch.Tensor | None
+    matmul: Matmul, inputs: Encoded, tables: Tables, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return what blocks and the bias add up to, in the scales' dtype."""
     terms = terms_of(matmul, inputs, tables)
@@ -66,7 +67,7 @@ def _added(
     return out
 
 
-def terms_of(matmul: Product, inputs: Encoded, tables: Tables) -> Iterator[torch.Tensor]:
+def terms_of(matmul: Matmul, inputs: Encoded, tables: Tables) -> Iterator[torch.Tensor]:
     """Return what each block adds to the outputs: (tokens, out)."""
     levels, *ranges = inputs
     blocks = len(tables.sums)
@@ -80,7 +81,7 @@ def terms_of(matmul: Product, inputs: Encoded, tables: Tables) -> Iterator[torch
 
 
 def _scaled(
-    matmul: Product,
+    matmul: Matmul,
     levels: torch.Tensor,
     s: torch.Tensor,
     z: torch.Tensor,
