@@ -19,6 +19,7 @@ from spinlab.learn.spaces.owners import together
 from spinlab.model.layer import Attention
 from spinlab.model.shares import active_numbers, numbers_given
 
+_WIDEST_SHARED = 256  # numbers of a head whose keys transformers lets torch share
 _MOVING = 8  # copies of a rotation that an optimizer step or a projection works with
 
 
@@ -125,17 +126,23 @@ def _kept_by_layer(job: Job, layer: int) -> int:
 
 
 def _kept_by_scores(job: Job, attention: Attention) -> int:
-    """Return the bytes that attention keeps for one token, beside its inputs and its output."""
-    scores = attention.heads * job.learn.sequence_length
+    """Return the bytes that attention keeps for one token, beside its inputs and its output.
+
+    Keys that heads share go to torch as they are, but for those behind a mask, as windows have one,
+    and of other widths, of which every head gets a copy.
+    """
+    length, widths = job.learn.sequence_length, (attention.head_dim, attention.value_dim)
+    scores = attention.heads * length
     if attention.softcap is not None or attention.sinks:
         halves = job.size if job.size < job.wide else 0  # probabilities once more, in 16 bits
         return scores * (job.size + job.wide + halves)
-    if job.device.type == "cuda" and job.size == 4 and attention.heads > attention.kv_heads:
-        # no fused kernel (`spinlab.kv.cache`): probabilities, keys and values of every head, and
-        # not what attention gives
-        rows = 2 * (attention.heads - attention.kv_heads) - attention.heads
-        return (scores + rows * attention.head_dim) * job.size
-    return attention.heads * 4  # its normalizers are float32
+    masked = attention.window is not None and attention.window < length
+    whole = not masked and widths[0] == widths[1] <= _WIDEST_SHARED
+    copies = (attention.heads - attention.kv_heads) * sum(widths)
+    if job.device.type == "cuda" and (job.size == 8 or (job.size == 4 and copies and whole)):
+        # no fused kernel (`spinlab.kv.cache`): probabilities and copies, and not what it gives
+        return (scores + copies - attention.heads * attention.value_dim) * job.size
+    return attention.heads * 4 + (0 if whole else copies * job.size)  # normalizers are float32
 
 
 def _rest(job: Job) -> int:
