@@ -20,7 +20,7 @@ from spinlab.runtime.kernels.matmul import kernel_for, outputs_for
 from spinlab.runtime.stock.linear import IntegerLinear
 from spinlab.weights.rtn import rtn
 
-TOKENS, SHAPES = (8192,), ((1536, 576), (4096, 4096))
+TOKENS, SHAPES = (16, 8192), ((1536, 576), (4096, 4096))
 TIMED = {"integer": 32, "mxfp4": 32, "nvfp4": 16}  # by name, each with its group
 
 
@@ -34,7 +34,8 @@ def groups(
     """Time the product of levels of 4 bits with a weight; cases: tokens, shapes (out, in).
 
     Inputs are rounded before. Beside it are the blocks one by one, which is the definition, and the
-    same shapes in float32: `ratio/…` is ours over those, `speedup/…` the definition over ours.
+    same shapes in float32 and bfloat16: `ratio/…` is ours over the former, `speedup/…` the
+    definition over ours.
     """
     generator = torch.Generator(device).manual_seed(6)
     for tokens in cases[0]:
@@ -52,7 +53,9 @@ def groups(
                 if not torch.equal(ours(), definition()):
                     raise ResultError(f"groups of {name} do not add up as by their definition")
                 works = {"ours": [ours], "definition": [definition]}
-                works["float32"] = [partial(functional.linear, x, weight)]
+                for dtype in (torch.float32, torch.bfloat16):
+                    floats = partial(functional.linear, x.to(dtype), weight.to(dtype))
+                    works[str(dtype).removeprefix("torch.")] = [floats]
                 case = f"groups/{name}/{tokens}x{out}x{width}"
                 seconds = results.measure(case, works, device)
                 results.add({f"ratio/{case}": seconds["ours"] / seconds["float32"]})

@@ -4,7 +4,7 @@ The arithmetic is that of `spinlab.runtime.kernels.formats`; `IntegerLinear` doe
 numbers in NumPy, and `spinlab.runtime.kernels.linear` on packed weights, in another order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,10 +73,10 @@ def terms_of(matmul: Matmul, inputs: Encoded, tables: Tables) -> Iterator[torch.
     blocks = len(tables.sums)
     if ranges[0].shape[1] < blocks:
         ranges = [t.repeat_interleave(blocks // t.shape[1], dim=1) for t in ranges]
-    parts = [levels.chunk(blocks, 1), *(t.unbind(1) for t in ranges)]
+    parts: list[Sequence[torch.Tensor] | torch.Tensor] = [levels.chunk(blocks, 1)]
+    parts += [t.unbind(1) for t in ranges]
     parts += [tables.levels.chunk(blocks, 1), tables.sums, tables.scale]
-    if tables.zero is not None:
-        parts.append(tables.zero)
+    parts += [] if tables.zero is None else [tables.zero]
     return (_scaled(matmul, *part) for part in zip(*parts, strict=True))
 
 
