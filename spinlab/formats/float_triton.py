@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spinlab.formats.coded import CodedFloat
-from spinlab.formats.integer_triton import room_for_levels
+from spinlab.formats.integer_triton import ratio_of, room_for_levels
 from spinlab.formats.microscaling import Microscaled
 from spinlab.formats.minifloat import GroupFloat, ScaledFloat
 from spinlab.formats.nvfp4 import NVFP4
@@ -79,14 +79,14 @@ def round_rows(
     x = x.contiguous()
     out = torch.empty_like(x)
     kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
-    known = not isinstance(clip_ratio, torch.Tensor)
+    ratio, known = ratio_of(clip_ratio)
     if x.numel():
         from spinlab.formats.float_kernels import round_kernel  # Triton loads where it is used
 
         tokens = x.numel() // tile.width
         launch: Any = round_kernel[(-(-tokens // tile.step),)]
         launch(
-            x, out, tokens, clip_ratio if known else clip_ratio.float(), peak or 0.0, KIND=kind,
+            x, out, tokens, ratio, peak or 0.0, KIND=kind,
             TILE=tile, KNOWN=known, ERROR=error, num_warps=_warps(tile), enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -108,14 +108,14 @@ def encode_rows(
     x = x.contiguous()
     kind, tile = kind_of(format, peak is not None), tile_of(x, format, group_size)
     levels, scale, zero = room_for_levels(x, tile.group)
-    known = not isinstance(clip_ratio, torch.Tensor)
+    ratio, known = ratio_of(clip_ratio)
     if x.numel():
         from spinlab.formats.float_kernels import encode_kernel
 
         tokens = x.numel() // tile.width
         launch: Any = encode_kernel[(-(-tokens // tile.step),)]
         launch(
-            x, levels, scale, zero, tokens, clip_ratio if known else clip_ratio.float(),
+            x, levels, scale, zero, tokens, ratio,
             peak or 0.0, KIND=kind, TILE=tile, KNOWN=known, num_warps=_warps(tile),
             enable_fp_fusion=False,
         )  # fmt: skip

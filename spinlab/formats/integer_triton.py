@@ -36,13 +36,13 @@ def round_rows(
     x = x.contiguous()
     out = torch.empty_like(x)
     width, rows, block, step = _tiles(x, group_size, _TILE)
-    known = not isinstance(clip_ratio, torch.Tensor)
+    ratio, known = ratio_of(clip_ratio)
     if x.numel():
         from spinlab.formats.integer_kernels import round_kernel  # Triton loads where it is used
 
         launch: Any = round_kernel[(_ceil(rows, step),)]
         launch(
-            x, out, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width, BLOCK=block,
+            x, out, rows, ratio, WIDTH=width, BLOCK=block,
             STEP=step, LOW=format.lowest, HIGH=format.highest, SYMMETRIC=format.symmetric,
             KNOWN=known, HALF=format.half_scale, ERROR=error,
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
@@ -64,18 +64,25 @@ def encode_rows(
     x = x.contiguous()
     width, rows, block, step = _tiles(x, group_size, _TILE)
     levels, scale, zero = room_for_levels(x, width)
-    known = not isinstance(clip_ratio, torch.Tensor)
+    ratio, known = ratio_of(clip_ratio)
     if x.numel():
         from spinlab.formats.integer_kernels import encode_kernel
 
         launch: Any = encode_kernel[(_ceil(rows, step),)]
         launch(
-            x, levels, scale, zero, rows, clip_ratio if known else clip_ratio.float(), WIDTH=width,
+            x, levels, scale, zero, rows, ratio, WIDTH=width,
             BLOCK=block, STEP=step, LOW=format.lowest, HIGH=format.highest,
             SYMMETRIC=format.symmetric, KNOWN=known, HALF=format.half_scale,
             num_warps=4 if step * block <= 4096 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return levels, scale, zero
+
+
+def ratio_of(clip_ratio: float | torch.Tensor) -> tuple[float | torch.Tensor, bool]:
+    """Return a clip ratio as kernels take it, and whether it is a number: they read a tensor."""
+    if isinstance(clip_ratio, torch.Tensor):
+        return clip_ratio.float(), False
+    return clip_ratio, True
 
 
 def room_for_levels(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -45,12 +45,11 @@ def outputs(
     (tokens, in), bytes of either sign, with scale and zero (tokens, groups, 1) of some blocks each.
     bias: (out,).
     """
-    tokens = len(inputs.levels)
-    rows = max(_ROWS, _TILE // len(tables.levels)) if tables.levels.device.type == "cpu" else tokens
-    found = [
-        _added(matmul, Encoded(*(t[row : row + rows] for t in inputs)), tables, bias).to(dtype)
-        for row in range(0, max(tokens, 1), max(rows, 1))
-    ]
+    rows = max(1, len(inputs.levels))
+    if tables.levels.device.type == "cpu":
+        rows = max(_ROWS, _TILE // len(tables.levels))
+    parts = zip(*(t.split(rows) for t in inputs), strict=True)
+    found = [_added(matmul, Encoded(*part), tables, bias).to(dtype) for part in parts]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

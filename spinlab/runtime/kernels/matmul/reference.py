@@ -6,7 +6,7 @@ import torch
 
 # of (tokens, in) bytes with (out, in) int8, (tokens, out) int32, exact
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-_BYTES = 255 * 128  # what a product of two reaches
+_PRODUCT = 255 * 128  # what two bytes may have
 _EXACT = 1 << 24  # float32 holds every integer up to here, in any order of summation
 
 
@@ -19,7 +19,7 @@ def matmul(levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not len(levels):
         return levels.new_zeros(0, len(weight), dtype=torch.int32)
     width = levels.shape[1]
-    exact = width * _BYTES < _EXACT or width * _largest(levels) * _largest(weight) < _EXACT
+    exact = width * _PRODUCT < _EXACT or width * _largest(levels) * _largest(weight) < _EXACT
     dtype = torch.float32 if exact else torch.float64
     return (levels.to(dtype) @ weight.to(dtype).mT).to(torch.int32)
 
