@@ -60,9 +60,9 @@ class CodedFloat(ScaledFloat):
 
     def unpack(self, packed: torch.Tensor, n: int) -> torch.Tensor:
         code = unpack_levels(packed, self.bits, n, 0)
-        sign = 1 << self.bits - 1
-        size = (code & sign - 1).to(torch.int8)
-        return torch.where(code >= sign, -size, size)
+        place = self.bits - 1  # of the sign
+        size = (code & (1 << place) - 1).to(torch.int8)
+        return size * (1 - 2 * (code >> place).to(torch.int8))  # `where` takes bytes one by one
 
 
 @dataclass(frozen=True)

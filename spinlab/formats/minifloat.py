@@ -129,16 +129,18 @@ class GroupFloat(ScaledFloat):
 def codes_of(levels: torch.Tensor) -> torch.Tensor:
     """Return the E2M1 codes, 0..15, of levels: uint8 of the same shape. A zero has no sign."""
     size = levels.abs().to(torch.uint8)
-    code = torch.where(size > 4, (size >> 1) + 2 - (size == 12).to(torch.uint8), size)
+    code = torch.minimum(torch.minimum(size, (size >> 1) + 2), (size >> 2) + 4)
     return code | ((levels < 0).to(torch.uint8) << 3)
 
 
 def levels_of(codes: torch.Tensor) -> torch.Tensor:
     """Return the levels of E2M1 codes 0..15: int8 of the same shape."""
-    # by arithmetic: a table would come from the host, which no CUDA graph takes
-    code = codes.to(torch.int8) & 7
-    size = torch.where(code > 4, 2 * code - 4 + 2 * (code == 7), code)
-    return torch.where(codes > 7, -size, size)
+    # by arithmetic: a table would come from the host, which no CUDA graph takes. No `where`, which
+    # on a CPU takes bytes one by one
+    signed = codes.to(torch.int8)
+    code = signed & 7
+    size = torch.maximum(torch.maximum(code, 2 * code - 4), 8 * code - 44)
+    return size * (1 - (signed >> 2 & 2))
 
 
 def floor_exponent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
