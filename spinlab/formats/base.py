@@ -116,6 +116,16 @@ class Format(Protocol):
         """Return numbers outside of which every range within this one clips."""
         ...
 
+    def settled(
+        self, ratio: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
+    ) -> torch.Tensor:
+        """Return clip ratios of ranges that have the same scales as these, and room on both sides.
+
+        Where scales are rounded, a search that takes the largest of equal ratios ends at the edge
+        of a step: learning moves from the middle of it.
+        """
+        return ratio
+
     def pack(self, levels: torch.Tensor) -> torch.Tensor:
         """Return (..., n) levels as they are stored: (..., bytes) uint8."""
         return pack_levels(levels, self.bits, self.lowest)

@@ -40,6 +40,10 @@ class Microscaled(ScaledFloat):
         """
         return (2.0, 1.0) if self.up_from is None else (self.up_from,)
 
+    @property
+    def middle(self) -> float | None:
+        return None if self.up_from is None else self.up_from * 2 ** (self.last - 0.5)
+
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
         return self._scaled(magnitude(lowest, highest), self.rules[0])
 

@@ -55,6 +55,23 @@ class ScaledFloat(Format):
         """Return the exponent of the largest float, in units of a scale."""
         return math.frexp(self.top)[1] - 1
 
+    @property
+    def middle(self) -> float | None:
+        """Return the range, in scales, in the middle of those that have the same scale.
+
+        None where scales come in no steps, or the numbers of a group have a say in its own.
+        """
+        return None
+
+    def settled(
+        self, ratio: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
+    ) -> torch.Tensor:
+        if self.middle is None:
+            return ratio
+        scale = self.parameters(lowest * ratio, highest * ratio).scale
+        peak = magnitude(lowest, highest).clamp(min=SMALLEST)
+        return (self.middle * scale / peak).clamp(max=1)
+
     @abstractmethod
     def _step(self, size: torch.Tensor) -> torch.Tensor:
         """Return how far floats lie apart around magnitudes, in units of a scale."""

@@ -54,6 +54,10 @@ class NVFP4(GroupFloat):
         return (TOP, _FOUR) if self.four_over_six else (TOP,)
 
     @property
+    def middle(self) -> float | None:
+        return None if self.four_over_six else TOP  # a scale is rounded to itself
+
+    @property
     def most(self) -> float:
         """Return how often a tensor's scale fits into its largest number, at most."""
         return 6 * (_ROOM if self.four_over_six else E4M3_TOP)

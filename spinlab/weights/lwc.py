@@ -26,7 +26,7 @@ from spinlab.weights.ends import quantize_ends
 from spinlab.weights.layerwise import kept_layer
 from spinlab.weights.pairs import unquantized_inputs
 from spinlab.weights.quantized import QuantizedWeight
-from spinlab.weights.rtn import WEIGHT, round_to_range, search_ratios
+from spinlab.weights.rtn import WEIGHT, round_to_range, starting_ratios
 
 _LARGEST_GAMMA = 4.0  # sigmoid(4) = 0.982: beyond it a ratio near 1 would hardly feel its gradient
 
@@ -92,15 +92,15 @@ def output_error(
 class ClippedWeight:
     """Hold a weight (out, in) and the learnable gammas of its ranges: (out, in/g, 1) each.
 
-    Asymmetric ranges have one for either end, symmetric ones share it. They start from the ratios
-    that RTN takes.
+    Asymmetric ranges have one for either end, symmetric ones share it. They start from ratios
+    that round as those of RTN do.
     """
 
     def __init__(self, weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> None:
         wide = weight.detach().float()
         self.dtype, self.format = weight.dtype, format_of(settings)
         self.grouped, self.lowest, self.highest = extremes(wide, settings.group_size)
-        start = search_ratios(wide, settings, clip).logit().clamp(max=_LARGEST_GAMMA)
+        start = starting_ratios(wide, settings, clip).logit().clamp(max=_LARGEST_GAMMA)
         self.gammas = [nn.Parameter(start.clone()) for _ in range(2 - self.format.symmetric)]
 
     def _range(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,12 @@ def search_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch)
     return ratios * settings.clip_ratio
 
 
+def starting_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> torch.Tensor:
+    """Return ratios for learning to start from: (..., in/g, 1). They round as searched ones do."""
+    _, lowest, highest = extremes(weight, settings.group_size)
+    return format_of(settings).settled(search_ratios(weight, settings, clip), lowest, highest)
+
+
 def search_range(
     weight: torch.Tensor,
     settings: TensorQuant,

@@ -28,7 +28,7 @@ from spinlab.learn.spaces.rotate import rotate, rotate_back
 from spinlab.model.load import ExactNorm
 from spinlab.model.modules import linears_of, map_of
 from spinlab.model.shares import watched
-from spinlab.weights.rtn import search_ratios
+from spinlab.weights.rtn import search_ratios, starting_ratios
 
 Begun = tuple[LearnedBatch, torch.Tensor | None]  # with what its `end_write` takes
 
@@ -149,7 +149,8 @@ class WeightSpace(LearningSpace):
         self, batch: LearnedBatch, format: TensorQuant, weights: torch.Tensor
     ) -> torch.Tensor:
         """Return clip ratios (n, out, in/g, 1) that suit the weights, or those that were given."""
-        found = search_ratios(weights.flatten(0, 1), format, self.search)
+        ratios_of = starting_ratios if self.learn.lr.clip else search_ratios
+        found = ratios_of(weights.flatten(0, 1), format, self.search)
         searched = zip(batch.linears, found.unflatten(0, weights.shape[:2]), strict=True)
         pairs = ((self.given.get(x.site.path, ratio), ratio) for x, ratio in searched)
         return torch.stack([given.to(ratio) for given, ratio in pairs])
