@@ -32,6 +32,7 @@ _OF_ANY_RUN = {
 TWINS: Mapping[str, tuple[str, ...]] = {
     "fake": ("fake", "integer")
 }  # one function, emulated or not
+_OF_QUESTIONS = ("eval.task", "eval.limit")  # what settings of questions begin with
 _OF_A_RUN = ("seed", "runtime", "tracker", "sweep", "name")  # may differ where a table has a mean
 
 
@@ -254,14 +255,23 @@ def _named(path: Path) -> str:
 
 
 def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
-    """Return those of a row that were not made as the first of its newest records, and why."""
+    """Return those of a row that were not made as the first of its newest records, and why.
+
+    One that asks no questions differs in nothing by what others ask.
+    """
     chosen = seeds_of(records)[0]
     first, model = next(iter(chosen.items()))
     return {
         path: f"unlike others of its row: {', '.join(names)} is not that of {_named(first)}"
         for path, record in chosen.items()
-        if (names := differing(record, model))
+        if (names := _telling(differing(record, model), record, model))
     }
+
+
+def _telling(names: Sequence[str], *records: Record) -> list[str]:
+    """Return those names of settings that say something of all records."""
+    asked = all(record["config"].get("eval", {}).get("tasks", True) for record in records)
+    return [name for name in names if asked or not name.startswith(_OF_QUESTIONS)]
 
 
 def differing(one: Record, other: Record) -> list[str]:

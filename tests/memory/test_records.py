@@ -72,7 +72,7 @@ TODAY = [*(("llama2_70b", name) for name in RECIPES), ("qwen3_235b_a22b", "quaro
 @pytest.mark.parametrize("quant", ["w4a4_g32", "mxfp4"])
 def test_estimates_of_learning_in_float32_are_what_it_held(quant):
     """Of shared keys there attention keeps its probabilities."""
-    path = BENCH.parent / f"formats/smollm2_135m/{quant}_input_blocks_learned_rtn_seed0.json"
+    path = BENCH.parent / f"learned_float32/{quant}_input_blocks_seed0.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     (held,) = (s["peak_device_bytes"] for s in record["stages"] if s["name"] == "learn")
     words = [word for word in record["overrides"] if not word.startswith("eval.")]

@@ -79,6 +79,24 @@ def test_a_cell_is_that_of_its_settings_and_rows_come_by_bits(records, metric, d
     assert firsts["MXFP4"] == firsts["NVFP4"] == "none"
 
 
+def test_seeds_that_were_asked_no_questions_count_for_texts_alone(records, save):
+    """Others of their settings must be alike: which windows were measured is one of them."""
+    chosen = "quant=nvfp4", "rotation=none", "weights=rtn", "eval.tasks=[]"
+    for seed, words in ((1, ()), (2, ("eval.max_windows=3",))):
+        config = composed("+experiment=formats", "model=toy", *chosen, f"seed={seed}", *words)
+        metrics = {k: v for k, v in metrics_of(0, seed).items() if not k.startswith("zeroshot")}
+        save(f"formats/nvfp4_none_rtn_seed{seed}.json", config, metrics)
+    one, other = (metrics_of(0, seed) for seed in (0, 1))
+
+    def cell(metric):
+        rows = formats_sheet(records, metric).rows
+        return next(row[3 + 1] for row in rows if row[0] == "NVFP4" and row[2] == "none")
+
+    assert cell("zeroshot_mean/accuracy") == f"{100 * one['zeroshot_mean/accuracy/fake']:.1f} ± 1.0"
+    texts = np.array([run["kl/wiki/fake"] for run in (one, other)])
+    assert cell("kl/wiki") == f"{texts.mean():.3f} ± {texts.std(ddof=1):.3f}"
+
+
 def test_the_original_is_told_below(records):
     for metric, told in {
         "ppl/wiki": "wiki ppl; the original's is 9.75.",
