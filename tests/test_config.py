@@ -114,6 +114,8 @@ def test_every_seed_of_64_bits_is_taken():
         (["learn.lr.scale=0.1"], "learn.lr.scale"),
         (["learn.lr.inputs=0.1"], "learn.lr.inputs"),
         (["+method=learned_inputs", "learn.lr.r1=0.1"], "learn.lr.r1"),
+        (["learn=fused", "learn.rotations=[]", "learn.lr.r1=0.1"], "learn.lr.r1"),
+        (["learn=fused", "learn.rotations=[]", "learn.optimizer.name=qr_sgd"], "optimizer.name"),
         (["weights=lwc", "weights.gptq.samples=9"], "weights.gptq.samples"),
         (["weights=rtn", "weights.gptq.percdamp=0.1"], "weights.gptq.percdamp"),
         (["weights=rtn", "weights.gptq.samples=9"], "weights.gptq.samples"),

@@ -84,6 +84,11 @@ class RatesConfig:
         for name in ("inputs", "scale", "clip", "input_clip", "kv_clip"):
             at_least(f"learn.lr.{name}", getattr(self, name), 0)
 
+    @property
+    def of_ranges(self) -> bool:
+        """Tell whether ranges of weights, inputs, keys or values are learned."""
+        return any((self.clip, self.input_clip, self.kv_clip))
+
     def of_rotation(self, name: str) -> float:
         """Return the rate of r1, r2, r3, or of the rotation of an input of another name."""
         rate = {"r1": self.r1, "r2": self.r2, "r3": self.r3}.get(name, self.inputs)
@@ -119,7 +124,8 @@ class LearnConfig:
     """Set how rotations are optimized (SpinQuant sec. 3.2; Li et al. 2020). steps=0: not at all.
 
     `inputs` among the rotations are the transforms that rotation.inputs puts before linears; `r3`
-    is one matrix, or as many as layers, as rotation.r3_per_layer says.
+    is one matrix, or as many as layers, as rotation.r3_per_layer says. With none ranges are learned
+    alone, behind whatever rotations and maps there are.
     """
 
     place: ClassVar[str] = "learn"
@@ -182,9 +188,10 @@ class LearnConfig:
                 "r3 in learn.rotations needs a term that sees coded keys: weigh "
                 "learn.objective.cross_entropy, kl or layer_mse, or leave r3 out"
             )
-        if not self.rotations:
+        if not self.rotations and not self.lr.of_ranges:
             raise InputError(
-                "learn.rotations is empty: name r1, r2, r3 or inputs, or use learn=none"
+                "learn.rotations is empty: name r1, r2, r3 or inputs, learn ranges alone "
+                "(learn.lr.clip, input_clip or kv_clip), or use learn=none"
             )
         if "inputs" in self.rotations and self.lr.inputs == 0 and not self.lr.scale:
             raise InputError(

@@ -104,6 +104,8 @@ def _of_learning(config: Config) -> Iterator[Rule]:
         yield "learn.steps=0", _others(learn, "learn", "steps")
         return
     of_names = f"learn.rotations=[{','.join(learn.rotations)}]"
+    if not learn.rotations:
+        yield of_names, _others(learn.optimizer, "learn.optimizer", "schedule", "warmup")
     rates = [getattr(learn.lr, name) for name in learn.rotations]
     if "r1" not in learn.rotations and None not in rates:
         yield f"rates of their own for {of_names}", ["learn.lr.r1"]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -74,25 +75,43 @@ class RotationLearner:
             for name, parameter in self.rotations.parameters.items()
             for rate in [learn.lr.of_rotation(name)]
         ]
-        self.optimizer = make_optimizer(groups, learn)
+        self.optimizer = make_optimizer(groups, learn) if groups else None
         self.divergence = DivergenceCheck(learn.max_loss_ratio)
         self.head = head_of(model).weight
 
     def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
-        """Do one optimizer step on a batch of windows (batch, length) and return its curve."""
+        """Do one step on a batch of windows (batch, length) and return its curve.
+
+        It has the loss with its terms; of rotations their rate, gradients' norm and health.
+        """
         terms, norm = self.gradients(index, batch)
         self.divergence.check(index, terms["loss"], norm, self.numbers())
         rate = rate_at(self.learn, index)
-        for group in self.optimizer.param_groups:
+        for group in self._groups:
             group["lr"] = group["base_lr"] * rate
-        self.optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         self.space.step(rate)
         self.rotations.step_scales(rate)
         if (index + 1) % self.learn.optimizer.project_every == 0:
             self.rotations.project()
         self.rotations.agree()
-        rates = (group["lr"] for group in self.optimizer.param_groups if group["base_lr"])
+        if self.optimizer is None:
+            return terms
+        rates = (group["lr"] for group in self._groups if group["base_lr"])
         return {**terms, "lr": next(rates, 0.0), "grad_norm": norm, **self._health()}
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: none where ranges alone are learned."""
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+    def _states(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield the optimizer's groups, each with the state of its one rotation."""
+        for group in self._groups:
+            (p,) = group["params"]
+            assert self.optimizer is not None
+            yield group, self.optimizer.state[p]
 
     def gradients(self, index: int, batch: torch.Tensor) -> tuple[dict[str, float], float]:
         """Gather the gradients of a step on a batch of windows (batch, length), clipped.
@@ -176,9 +195,8 @@ class RotationLearner:
     def _health(self) -> dict[str, float]:
         """Return effective steps, the fraction of capped steps, and max|RRᵀ-I|."""
         out: dict[str, float] = {}
-        for group in self.optimizer.param_groups:
+        for group, state in self._states():
             (p,) = group["params"]
-            state = self.optimizer.state[p]
             if "alpha" in state:
                 out[f"alpha/{group['name']}"] = state["alpha"].mean().item()
                 out[f"capped/{group['name']}"] = state["capped"].float().mean().item()
@@ -210,9 +228,8 @@ class RotationLearner:
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything a resumed run needs to continue with the same bits."""
         tensors = self.rotations.state() | self.space.state() | self.divergence.state()
-        for group in self.optimizer.param_groups:
-            (p,) = group["params"]
-            for key, value in self.optimizer.state[p].items():
+        for group, state in self._states():
+            for key, value in state.items():
                 kind = "tensor" if isinstance(value, torch.Tensor) else "number"
                 tensors[f"optimizer.{group['name']}.{kind}.{key}"] = torch.as_tensor(value)
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -224,14 +241,13 @@ class RotationLearner:
         self.rotations.load_state(tensors, device)
         self.space.load_state(tensors, device)
         self.divergence.load_state(tensors)
-        for group in self.optimizer.param_groups:
-            (p,) = group["params"]
+        for group, state in self._states():
             for name, value in tensors.items():
                 place, _, key = name.partition(f"optimizer.{group['name']}.")
                 if not place and key:
                     kind, _, key = key.partition(".")
                     kept = value.to(device) if kind == "tensor" else value.item()
-                    self.optimizer.state[p][key] = kept
+                    state[key] = kept
 
 
 def learn_rotations(

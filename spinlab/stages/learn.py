@@ -59,10 +59,12 @@ def check_batch(config: Config) -> None:
 
 
 def learns(run: Run, initial: Artifact) -> bool:
-    """Tell whether there is anything to learn: steps, and a rotation that is on."""
+    """Tell whether there is anything to learn: steps, and a rotation that is on or ranges alone."""
     learn = run.config.learn
-    if learn.steps == 0:
+    if not learn.steps:
         return False
+    if not learn.rotations:
+        return True
     start = rotations_in(run, initial)
     held = [getattr(start, name) for name in learn.rotations]
     if any(isinstance(x, torch.Tensor) or x for x in held):
