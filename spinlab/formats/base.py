@@ -116,13 +116,13 @@ class Format(Protocol):
         """Return numbers outside of which every range within this one clips."""
         ...
 
-    def settled(
+    def centred(
         self, ratio: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
     ) -> torch.Tensor:
-        """Return clip ratios of ranges that have the same scales as these, and room on both sides.
+        """Return clip ratios, 1 at most, that have the same scales as these of whole ranges.
 
         Where scales are rounded, a search that takes the largest of equal ratios ends at the edge
-        of a step: learning moves from the middle of it.
+        of a step. These are in the middle of it, or 1 where the whole range lies below that.
         """
         return ratio
 

@@ -191,9 +191,10 @@ def pull_back_kernel(
     gradient = tl.load(gradient_ptr + place, mask=inside, other=0.0).to(tl.float32)
     peak = float_of(most_of(x)) * ratio
     scale, size = coded(x, token_scale(peak, KIND), ratio, KIND, TILE)
-    within = size <= KIND.top
+    exact = tl.math.div_rn(x, scale)
+    within = tl.abs(exact) <= KIND.top
     kept = signed(clipped(size, KIND), x)
-    of_scale = gradient * tl.where(within, kept - tl.math.div_rn(x, scale), kept)
+    of_scale = gradient * tl.where(within, kept - exact, kept)
     of_peak = tl.sum(of_scale, 1, keep_dims=True) * tl.math.div_rn(scale, floored(peak)) * ratio
     lowest, highest = tl.min(x, 1, keep_dims=True), tl.max(x, 1, keep_dims=True)
     up = highest >= -lowest

@@ -63,14 +63,13 @@ class ScaledFloat(Format):
         """
         return None
 
-    def settled(
+    def centred(
         self, ratio: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
     ) -> torch.Tensor:
         if self.middle is None:
             return ratio
         scale = self.parameters(lowest * ratio, highest * ratio).scale
-        peak = magnitude(lowest, highest).clamp(min=SMALLEST)
-        return (self.middle * scale / peak).clamp(max=1)
+        return (self.middle * scale / magnitude(lowest, highest)).clamp(max=1)  # of zeros 1
 
     @abstractmethod
     def _step(self, size: torch.Tensor) -> torch.Tensor:
@@ -89,12 +88,16 @@ class ScaledFloat(Format):
         highest: torch.Tensor,
         rounding: Rounding,
     ) -> Pulled:
-        """Pull back as `Format` says; how a scale is rounded counts as a factor that stays."""
+        """Pull back as `Format` says; how a scale is rounded counts as a factor that stays.
+
+        What lies outside is told before rounding: floats up to 7 scales become 6 in E2M1, whose
+        last step is that wide, and move with it.
+        """
         parameters = self.choose(x, lowest, highest, None)
-        placed = self._placed(x, parameters.scale, rounding)
-        kept = placed.clamp(-self.top, self.top)
-        inside = placed == kept
-        of_scale = gradient * torch.where(inside, kept - x / parameters.scale, kept)
+        exact = x / parameters.scale
+        kept = self._placed(x, parameters.scale, rounding).clamp_(-self.top, self.top)
+        inside = exact.abs() <= self.top
+        of_scale = gradient * torch.where(inside, kept - exact, kept)
         peak, up = magnitude(lowest, highest), highest >= -lowest
         factor = parameters.scale / peak.clamp(min=SMALLEST)
         of_peak = of_scale.sum(-1, keepdim=True) * factor

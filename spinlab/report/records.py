@@ -257,21 +257,28 @@ def _named(path: Path) -> str:
 def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
     """Return those of a row that were not made as the first of its newest records, and why.
 
-    One that asks no questions differs in nothing by what others ask.
+    How questions are asked is held against the first that asks any; it tells nothing of the others.
     """
     chosen = seeds_of(records)[0]
-    first, model = next(iter(chosen.items()))
-    return {
-        path: f"unlike others of its row: {', '.join(names)} is not that of {_named(first)}"
-        for path, record in chosen.items()
-        if (names := _telling(differing(record, model), record, model))
-    }
+    first = next(iter(chosen))
+    asking = next((path for path, record in chosen.items() if asked([record])), first)
+    found: dict[Path, str] = {}
+    for path, record in chosen.items():
+        for model, of_questions in ((first, False), (asking, True)):
+            names = [
+                name
+                for name in differing(record, chosen[model])
+                if name.startswith(_OF_QUESTIONS) == of_questions
+            ]
+            if names and (asked([record]) or not of_questions):
+                told = f"{', '.join(names)} is not that of {_named(model)}"
+                found[path] = f"unlike others of its row: {told}"
+    return found
 
 
-def _telling(names: Sequence[str], *records: Record) -> list[str]:
-    """Return those names of settings that say something of all records."""
-    asked = all(record["config"].get("eval", {}).get("tasks", True) for record in records)
-    return [name for name in names if asked or not name.startswith(_OF_QUESTIONS)]
+def asked(runs: Sequence[Record]) -> list[Record]:
+    """Return those records whose settings ask questions, which may be none."""
+    return [run for run in runs if run["config"].get("eval", {}).get("tasks", True)]
 
 
 def differing(one: Record, other: Record) -> list[str]:

@@ -92,8 +92,8 @@ def output_error(
 class ClippedWeight:
     """Hold a weight (out, in) and the learnable gammas of its ranges: (out, in/g, 1) each.
 
-    Asymmetric ranges have one for either end, symmetric ones share it. They start from ratios
-    that round as those of RTN do, or .98.
+    Asymmetric ranges have one for either end, symmetric ones share it. They start from
+    `starting_ratios`, from .98 at most.
     """
 
     def __init__(self, weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> None:

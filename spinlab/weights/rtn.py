@@ -50,9 +50,13 @@ def search_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch)
 
 
 def starting_ratios(weight: torch.Tensor, settings: TensorQuant, clip: ClipSearch) -> torch.Tensor:
-    """Return ratios for learning to start from: (..., in/g, 1). They round as searched ones do."""
+    """Return ratios for learning to start from: (..., in/g, 1).
+
+    They round as searched ones do, but for scales of NVFP4 that are subnormal numbers of E4M3, and
+    leave small steps room to change no scale.
+    """
     _, lowest, highest = extremes(weight, settings.group_size)
-    return format_of(settings).settled(search_ratios(weight, settings, clip), lowest, highest)
+    return format_of(settings).centred(search_ratios(weight, settings, clip), lowest, highest)
 
 
 def search_range(

@@ -260,8 +260,7 @@ def test_ranges_learn_by_the_gradient_of_a_scale_that_grows_with_them(name, rati
     levels = format.encode(grouped.detach(), fixed, nearest)
     numbers = format.decode(levels, Parameters(torch.ones_like(fixed.scale), fixed.zero))
     exact = grouped / scale
-    half = (format.top - table(next(k for k in KINDS if isinstance(format, k)))[-2]) / 2
-    wide = exact.detach().abs() >= format.top + half
+    wide = exact.detach().abs() > format.top
     rounded = torch.where(wide, numbers, StraightThrough.apply(exact, lambda t: numbers.clone()))
     (rounded * scale).flatten(-2).backward(upstream)
     of_x, of_log = pull_back(x, upstream, log.detach().exp(), format, 0, nearest)

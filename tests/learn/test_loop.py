@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spinlab.config import (
+    ClipSearch,
     CodecConfig,
     KVConfig,
     LearnConfig,
@@ -21,6 +22,7 @@ from spinlab.learn import learn_rotations, resume, save_progress
 from spinlab.learn.optim import OPTIMIZERS, rate_at
 from spinlab.model.modules import embedding_of, linears_of
 from spinlab.rotation.orthogonal import orthogonality_error
+from spinlab.weights.rtn import search_ratios, starting_ratios
 
 OFF = TensorQuant(bits=16)
 FLOAT = QuantConfig(weights=OFF, activations=OFF)
@@ -200,6 +202,25 @@ def test_learning_goes_on_from_the_ranges_that_came_with_the_rotations(make_mode
     third = make_learner(make_model, replace(learn, lr=RatesConfig()), quant, KVConfig(), start)
     third.step(0, windows(2))
     assert third.result().weight_clips == {}
+
+
+def test_ranges_start_in_the_middle_of_a_step_of_their_scales(make_model, make_learner):
+    """Searched ratios lie at its edge, and the first small step would move scales by an eighth."""
+    learn = LearnConfig(
+        **SETTINGS, quantize_weights=True, optimizer=STEPS, lr=RatesConfig(clip=0.004)
+    )
+    weights = TensorQuant(symmetric=True, group_size=16, format="nvfp4")
+    wide = partial(make_model, hidden_size=32, intermediate_size=48, head_dim=8)
+    learner = make_learner(wide, learn, QuantConfig(weights=weights, activations=OFF))
+    learner.gradients(0, windows(2))
+    (batch, *_), ranges = learner.space.batches, learner.space.ranges
+    with torch.no_grad():
+        rotated = batch.weights(learner.rotations.r1, learner.rotations.r2)
+    expected = starting_ratios(rotated.flatten(0, 1), weights, ClipSearch())
+    found = [ranges.value(linear.site.path) for linear in batch.linears]
+    torch.testing.assert_close(torch.cat(found), expected)
+    searched = search_ratios(rotated.flatten(0, 1), weights, ClipSearch())
+    assert ((expected - searched).abs() > 0.01).any()
 
 
 def test_the_last_good_numbers_hold_the_weight_ranges_too(make_model, make_learner):

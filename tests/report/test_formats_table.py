@@ -79,22 +79,34 @@ def test_a_cell_is_that_of_its_settings_and_rows_come_by_bits(records, metric, d
     assert firsts["MXFP4"] == firsts["NVFP4"] == "none"
 
 
-def test_seeds_that_were_asked_no_questions_count_for_texts_alone(records, save):
-    """Others of their settings must be alike: which windows were measured is one of them."""
-    chosen = "quant=nvfp4", "rotation=none", "weights=rtn", "eval.tasks=[]"
-    for seed, words in ((1, ()), (2, ("eval.max_windows=3",))):
-        config = composed("+experiment=formats", "model=toy", *chosen, f"seed={seed}", *words)
-        metrics = {k: v for k, v in metrics_of(0, seed).items() if not k.startswith("zeroshot")}
+@pytest.mark.parametrize("asked", [0, 1])
+def test_seeds_that_were_asked_no_questions_count_for_texts_alone(records, save, caplog, asked):
+    """Other settings must be alike: windows of all, questions of those that were asked any."""
+    chosen = "+experiment=formats", "model=toy", "quant=nvfp4", "rotation=none", "weights=rtn"
+    silent = "eval.tasks=[]"
+    for seed, *words in (
+        (asked,),
+        (1 - asked, silent),
+        (2, silent, "eval.max_windows=3"),
+        (3, "eval.limit=10"),
+    ):
+        metrics = metrics_of(0, seed)
+        if silent in words:
+            metrics = {k: v for k, v in metrics.items() if not k.startswith("zeroshot")}
+        config = composed(*chosen, f"seed={seed}", *words)
         save(f"formats/nvfp4_none_rtn_seed{seed}.json", config, metrics)
-    one, other = (metrics_of(0, seed) for seed in (0, 1))
 
     def cell(metric):
         rows = formats_sheet(records, metric).rows
         return next(row[3 + 1] for row in rows if row[0] == "NVFP4" and row[2] == "none")
 
-    assert cell("zeroshot_mean/accuracy") == f"{100 * one['zeroshot_mean/accuracy/fake']:.1f} ± 1.0"
-    texts = np.array([run["kl/wiki/fake"] for run in (one, other)])
+    accuracy = metrics_of(0, asked)["zeroshot_mean/accuracy/fake"]
+    assert cell("zeroshot_mean/accuracy") == f"{100 * accuracy:.1f} ± 1.0"
+    texts = np.array([metrics_of(0, seed)["kl/wiki/fake"] for seed in (0, 1)])
     assert cell("kl/wiki") == f"{texts.mean():.3f} ± {texts.std(ddof=1):.3f}"
+    assert "seed2.json is left out: unlike others of its row: eval.max_windows" in caplog.text
+    told = f"eval.limit is not that of nvfp4_none_rtn_seed{asked}.json"
+    assert f"seed3.json is left out: unlike others of its row: {told}" in caplog.text
 
 
 def test_the_original_is_told_below(records):

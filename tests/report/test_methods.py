@@ -78,7 +78,7 @@ def test_comparisons_with_the_original_have_columns_once_a_record_has_them(tmp_p
         "difference": "-5.0 ± 0.4",
     }
     assert list(of_method["gptq"].values()) == ["99.00", "5000", *"————"]
-    # the original of a record without tasks is not averaged with the others in silence
+    # the original of a record that lacks answers is not averaged with the others in silence
     assert list(of_method[""].values()) == ["9.00", "30.00", *"————"]
 
 

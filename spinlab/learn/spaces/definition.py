@@ -27,7 +27,7 @@ from spinlab.model.attention import capped
 from spinlab.model.map import Site
 from spinlab.model.modules import decoder_of, ends_of, linears_of
 from spinlab.rotation.fuse import rotated_weight, rotations_at
-from spinlab.weights.rtn import round_to_nearest, search_ratios, starting_ratios
+from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 
 class PlainSpace(LearningSpace):
@@ -106,9 +106,8 @@ class PlainSpace(LearningSpace):
             return
         with torch.no_grad():
             weights = {site.path: weight for site, _, _, weight in self._rotated()}
-        ratios_of = starting_ratios if self.learn.lr.clip else search_ratios
         self.clip = {
-            site.path: ratios_of(weights[site.path], format, self.search)
+            site.path: search_ratios(weights[site.path], format, self.search)
             for site, _ in self.linears
             if (format := weight_format(site, self.quant)) is not None
         }

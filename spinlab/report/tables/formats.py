@@ -25,10 +25,10 @@ def formats_sheet(folder: Path, metric: str = "kl/wiki") -> Sheet:
     """Return a table of one measure: formats and rotations in rows, rounding in columns.
 
     metric: without a variant, `ppl/wiki`, `kl/c4`, `zeroshot_mean/accuracy`. Cells are mean ±
-    sample standard deviation over seeds that it was measured with, of accuracies in percent with
-    the standard error of the questions. Formats come by the bits that a number of the weights
-    takes, scales counted. Raises InputError for a metric that no record has, and for two names
-    whose settings are in words the same.
+    sample standard deviation over seeds, of accuracies in percent with the standard error of the
+    questions. Formats come by the bits that a number of the weights takes, scales counted. Raises
+    InputError for a metric that no record has, and for two names whose settings are in words the
+    same.
     """
     records = read_seeds(folder)
     every = [run for runs in records.values() for run in runs]
@@ -43,8 +43,7 @@ def formats_sheet(folder: Path, metric: str = "kl/wiki") -> Sheet:
         if rounding in row:
             told = f"{'; '.join(place)}; {rounding}"
             raise InputError(f"{name} is a second one of `{told}`: take one of them away")
-        measured = [run for run in runs if f"{metric}/fake" in run["metrics"]]
-        row[rounding] = filled({title: column}, measured or runs, "fake")[0]
+        row[rounding] = filled({title: column}, runs, "fake")[0]
         bits[place[0]] = _bits(runs[0])
     roundings = sorted({name for row in cells.values() for name in row}, key=_order)
     rows = [["format", "bits", "rotation", *roundings]]

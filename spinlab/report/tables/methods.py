@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from spinlab.config.weights import method_title
 from spinlab.report.cells import OF_TEXTS
 from spinlab.report.formats import MISSING, Sheet, percent, spread
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, asked, read_seeds, texts_of
 
 # titles of what stands for all tasks, the metric and its error
 _OF_TASKS = (
@@ -76,8 +76,16 @@ def columns_of(records: Sequence[Record]) -> dict[str, Callable[..., str]]:
 def filled(
     columns: Mapping[str, Callable[..., str]], runs: Sequence[Record], variant: str
 ) -> list[str]:
-    """Return the cells of columns for a variant: what its runs have, in the mean over them."""
-    return [make([run["metrics"] for run in runs], variant) for make in columns.values()]
+    """Return the cells of columns for a variant: what its runs have, in the mean over them.
+
+    Seeds that were asked no questions count for texts alone.
+    """
+    of_questions = {title for title, *_ in _OF_TASKS}
+    some = asked(runs) or runs
+    return [
+        make([run["metrics"] for run in (some if title in of_questions else runs)], variant)
+        for title, make in columns.items()
+    ]
 
 
 def _spread(

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 from spinlab.files import write_json
 from spinlab.report.pairs import gap_closed, runs_of
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, asked, read_seeds, texts_of
 
 _ANSWERS = "zeroshot_mean/accuracy"
 
@@ -41,9 +41,9 @@ def _of_model(records: Mapping[str, list[Record]], baseline: str) -> dict[str, f
                 if len(shares) > 1:
                     found[f"gap_closed/{method}/{text}/deviation"] = stdev(shares)
             found |= mean_over(runs, f"kl/{text}/fake", f"kl/{method}/{text}")
-        found |= mean_over(runs, f"{_ANSWERS}/fake", f"zeroshot/{method}/mean")
-    every = [run for runs in records.values() for run in runs]
-    return found | mean_over(against or every, f"{_ANSWERS}/fp", "zeroshot/original/mean")
+        found |= mean_over(asked(runs) or runs, f"{_ANSWERS}/fake", f"zeroshot/{method}/mean")
+    every = against or [run for runs in records.values() for run in runs]
+    return found | mean_over(asked(every) or every, f"{_ANSWERS}/fp", "zeroshot/original/mean")
 
 
 def models_in(folder: Path) -> list[Path]:
