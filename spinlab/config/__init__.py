@@ -207,7 +207,8 @@ class Config:
                 f"scales of inputs move into weights, and steps of quant.weights.format={name} do "
                 "not follow them while they are learned: take an integer format, or learn "
                 "rotations alone (learn.lr.scale=0 rotation.smooth=null, and with rotation=scales "
-                "'learn.rotations=[r1,r2]' rotation.inputs=none)"
+                "'learn.rotations=[r1,r2]' rotation.inputs=none), as +method=learned_inputs "
+                "rotation=input_blocks learn.lr.scale=0 does"
             )
 
     def _check_learning(self) -> None:

@@ -1,5 +1,7 @@
 """Checks of single settings: each raises InputError with the value, the limit and the fix."""
 
+from difflib import get_close_matches
+
 from spinlab.errors import InputError
 
 _MOST = 1_000_000
@@ -7,7 +9,9 @@ _MOST = 1_000_000
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}")
+        near = get_close_matches(value, allowed, n=1)
+        meant = f"; did you mean {near[0]}?" if near and len(allowed) > 5 else ""
+        raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}{meant}")
 
 
 def bits(name: str, value: int, fewest: int) -> None:

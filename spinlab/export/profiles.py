@@ -121,12 +121,17 @@ def check_profile(setting: str, config: Config) -> None:
 
 
 def _other_profiles(name: str, quant: QuantConfig) -> Iterator[str]:
-    """Yield other profiles for these weights, with the preset where inputs are to be others."""
+    """Yield other profiles for these weights, with the preset where inputs are to be others.
+
+    There are none for what is wrong elsewhere.
+    """
     format, inputs = quant.weights.format, quant.activations
+    if PROFILES[name].takes(inputs) and format in PROFILES[name].formats:
+        return
     alike = {n: p for n, p in PROFILES.items() if format in p.formats and n != name}
     taking = [n for n, p in alike.items() if p.takes(inputs)]
     if taking or format == "integer":
-        yield from (f"export.profile={n}" for n in taking if not PROFILES[name].takes(inputs))
+        yield from (f"export.profile={n}" for n in taking)
     else:
         yield from (f"export.profile={n} with quant={p.preset}" for n, p in alike.items())
 

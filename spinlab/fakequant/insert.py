@@ -104,8 +104,9 @@ def token_quantizer(
         value_dim = model_map.layers[site.layer].attention.value_dim
         group = min(group or value_dim, value_dim)
     place = config.place_of("activations", site.path)
+    format = format_of(tensor, place)
     check_group(f"{place}.group_size", group, site.in_features, site.name)
-    return TokenQuantizer(format_of(tensor, place), group, tensor.clip_ratio)
+    return TokenQuantizer(format, group, tensor.clip_ratio)
 
 
 def weight_format(site: Site, config: QuantConfig) -> TensorQuant | None:

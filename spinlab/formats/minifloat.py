@@ -47,7 +47,7 @@ class ScaledFloat(Format):
         if (self.bits, self.symmetric) != (self.width, True):
             raise InputError(
                 f"{self.name} has {self.width} bits and no zero points: bits={self.width} "
-                "symmetric=true"
+                "symmetric=true, or another format"
             )
 
     @property

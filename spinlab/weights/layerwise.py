@@ -41,6 +41,8 @@ from spinlab.weights.rtn import round_to_nearest, rtn
 from spinlab.weights.stacks import Factors, Stacks, Sweeping, round_stacks, round_unseen
 from spinlab.weights.unseen import warn_of_unseen
 
+_CURE = "give it others, or another format, by quant.overrides"  # for groups that do not tile it
+
 
 def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
     """Raise InputError where formats do not fit the model.
@@ -53,7 +55,7 @@ def check_weight_groups(model_map: ModelMap, quant: QuantConfig) -> None:
         setting = quant.place_of("weights", site.path)
         format_of(format, setting)
         width, size = site.in_features, format.group_size
-        check_group(f"{setting}.group_size", size, width, site.path)
+        check_group(f"{setting}.group_size", size, width, f"{site.path}: {_CURE}")
         quantizer = token_quantizer(model_map, site, quant)
         of_input = (quantizer.group_size if quantizer else 0) or width
         fine, coarse = sorted((size or width, of_input))
