@@ -264,16 +264,17 @@ def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
     asking = next((path for path, record in chosen.items() if asked([record])), first)
     found: dict[Path, str] = {}
     for path, record in chosen.items():
-        for model, of_questions in ((first, False), (asking, True)):
-            names = [
-                name
-                for name in differing(record, chosen[model])
-                if name.startswith(_OF_QUESTIONS) == of_questions
-            ]
-            if names and (asked([record]) or not of_questions):
-                told = f"{', '.join(names)} is not that of {_named(model)}"
-                found[path] = f"unlike others of its row: {told}"
+        against = [(first, False), (asking, True)][: 1 + len(asked([record]))]
+        told = [_other_than(chosen[model], record, model, part) for model, part in against]
+        if any(told):
+            found[path] = f"unlike others of its row: {', '.join(filter(None, told))}"
     return found
+
+
+def _other_than(model: Record, record: Record, path: Path, of_questions: bool) -> str:
+    """Say which settings of a record are not those of another, at a path: of questions, or not."""
+    names = [n for n in differing(record, model) if n.startswith(_OF_QUESTIONS) == of_questions]
+    return f"{', '.join(names)} is not that of {_named(path)}" if names else ""
 
 
 def asked(runs: Sequence[Record]) -> list[Record]:
