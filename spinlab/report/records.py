@@ -15,14 +15,13 @@ from typing import Any
 
 from spinlab.config import ACCURACIES, accuracy_of_mean
 from spinlab.errors import InputError
-from spinlab.report.settings import settings_of
 
 log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
 _SCHEMAS = (1, 2, 3)
-_NAME = "record.json"  # of every run's record
+NAME = "record.json"  # of every run's record
 _FOREIGN = "no record of a run"
 _PARTS = {"schema": object, "experiment": object, "status": object, "config": dict, "metrics": dict}
 _OF_ANY_RUN = {
@@ -32,8 +31,6 @@ _OF_ANY_RUN = {
 TWINS: Mapping[str, tuple[str, ...]] = {
     "fake": ("fake", "integer")
 }  # one function, emulated or not
-_OF_QUESTIONS = ("eval.task", "eval.limit")  # what settings of questions begin with
-_OF_A_RUN = ("seed", "runtime", "tracker", "sweep", "name")  # may differ where a table has a mean
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Records:
 
 def read_record(path: Path) -> Record:
     """Return a record; raise InputError for what is none, or of a run that did not end well."""
-    if isinstance(record := _complete(path), str):
+    if isinstance(record := complete_record(path), str):
         raise InputError(f"{path}: {record}")
     return record
 
@@ -80,7 +77,7 @@ def any_record(path: Path) -> Record | str:
 def records_below(folder: Path) -> Iterator[tuple[Path, Record | str]]:
     """Yield what `any_record` makes of every run's record below a folder, in the order of paths."""
     for path in record_files(folder):
-        if path.name == _NAME:
+        if path.name == NAME:
             yield path, any_record(path)
 
 
@@ -113,7 +110,7 @@ def read_curve(path: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, ""
 
 
-def _complete(path: Path) -> Record | str:
+def complete_record(path: Path) -> Record | str:
     """Return the record of a run that ended well; the reason in place of any other."""
     record = _read(path, _PARTS)
     return record if isinstance(record, str) else _refused(record) or record
@@ -167,8 +164,8 @@ def record_files(folder: Path) -> list[Path]:
     A run's record has one name, beside what else the run left; others are called as one likes.
     """
     files = sorted(folder.rglob("*.json"))
-    runs = {path.parent for path in files if path.name == _NAME}
-    return [p for p in files if p.name == _NAME or runs.isdisjoint(p.parents)]
+    runs = {path.parent for path in files if path.name == NAME}
+    return [p for p in files if p.name == NAME or runs.isdisjoint(p.parents)]
 
 
 def folders_of(places: str) -> list[Path]:
@@ -187,106 +184,12 @@ def read_below(*folders: Path) -> Records:
     """
     found = Records()
     for path in sorted({path for folder in folders for path in record_files(folder)}):
-        record = _complete(path)
-        if record == _FOREIGN and path.name != _NAME:
+        record = complete_record(path)
+        if record == _FOREIGN and path.name != NAME:
             log.info("%s is passed over: %s", path, record)
         else:
             found.add(path, record)
     return found
-
-
-def read_seeds(folder: Path, prefix: str = "") -> dict[str, list[Record]]:
-    """Return the records `<prefix><name>_seed<N>.json` of a folder by name, in the order of seeds.
-
-    In a folder of runs, which has no such files, a record's name is the end of its experiment's.
-    What would not make one row with the others of its name is left out, with a warning. Raises
-    InputError where there are none.
-    """
-    found, files = Records(), sorted(folder.glob(f"{prefix}*_seed*.json"))
-    of_runs = [path for path in record_files(folder) if path.name == _NAME and not prefix]
-    for path in files or of_runs:
-        found.add(path, _complete(path))
-    named: dict[str, dict[Path, Record]] = {}
-    for path, record in found.kept.items():
-        name = path.stem.removeprefix(prefix).rpartition("_seed")[0]
-        name = name if files else str(record["experiment"]).rpartition("/")[2]
-        named.setdefault(name, {})[path] = record
-    for records in named.values():
-        for path, reason in (_unlike(records) | seeds_of(records)[1]).items():
-            found.skip(path, reason)
-    rows = {
-        name: sorted((r for path, r in rs.items() if path in found.kept), key=_seed)
-        for name, rs in named.items()
-    }
-    if not rows:
-        left = "".join(f"; {path.name}: {reason}" for path, reason in found.skipped.items())
-        raise InputError(f"{folder} holds no records {prefix}<name>_seed<N>.json, nor runs{left}")
-    return rows
-
-
-def _seed(record: Record) -> int:
-    return record["config"].get("seed", 0)
-
-
-def seeds_of(records: Mapping[Path, Record]) -> tuple[dict[Path, Record], dict[Path, str]]:
-    """Return the records of one row that may be averaged, and why the others may not.
-
-    They are of the newest schema among them, and each has a seed of its own.
-    """
-    newest = max((record["schema"] for record in records.values()), default=0)
-    chosen: dict[Path, Record] = {}
-    left: dict[Path, str] = {}
-    seeds: dict[Any, str] = {}
-    for path, record in records.items():
-        seed = record["config"].get("seed")
-        if record["schema"] < newest:
-            left[path] = f"older than others of its row: schema {record['schema']}"
-        elif seed in seeds:
-            left[path] = f"a second one with its seed: {seeds[seed]} has {seed} too"
-        else:
-            chosen[path] = record
-            seeds[seed] = _named(path)
-    return chosen, left
-
-
-def _named(path: Path) -> str:
-    """Return what tells a record from others: its file, or the folder of a run."""
-    return path.parent.name if path.name == _NAME else path.name
-
-
-def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
-    """Return those of a row that were not made as the first of its newest records, and why.
-
-    How questions are asked is held against the first that asks any; it tells nothing of the others.
-    """
-    chosen = seeds_of(records)[0]
-    first = next(iter(chosen))
-    asking = next((path for path, record in chosen.items() if asked([record])), first)
-    found: dict[Path, str] = {}
-    for path, record in chosen.items():
-        against = [(first, False), (asking, True)][: 1 + len(asked([record]))]
-        told = [_other_than(chosen[model], record, model, part) for model, part in against]
-        if any(told):
-            found[path] = f"unlike others of its row: {', '.join(filter(None, told))}"
-    return found
-
-
-def _other_than(model: Record, record: Record, path: Path, of_questions: bool) -> str:
-    """Say which settings of a record are not those of another, at a path: of questions, or not."""
-    names = [n for n in differing(record, model) if n.startswith(_OF_QUESTIONS) == of_questions]
-    return f"{', '.join(names)} is not that of {_named(path)}" if names else ""
-
-
-def asked(runs: Sequence[Record]) -> list[Record]:
-    """Return those records whose settings ask questions, which may be none."""
-    return [run for run in runs if run["config"].get("eval", {}).get("tasks", True)]
-
-
-def differing(one: Record, other: Record) -> list[str]:
-    """Name the settings in which a record differs from another, but for those of a single run."""
-    a, b = settings_of(one), settings_of(other)
-    names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
-    return [name for name in names if name.split(".")[0] not in _OF_A_RUN]
 
 
 def texts_of(metrics: Mapping[str, float]) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from spinlab.errors import InputError
+from spinlab.report.averaged import read_seeds
 from spinlab.report.pairs import gap_closed
-from spinlab.report.records import read_seeds
 from spinlab.report.tables.ablation import ablation_table
 from spinlab.report.tables.gap import gap_summary, gap_table
 

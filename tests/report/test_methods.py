@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spinlab.errors import InputError
-from spinlab.report.records import read_seeds
+from spinlab.report.averaged import read_seeds
 from spinlab.report.tables.methods import methods_table, titles_of
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"

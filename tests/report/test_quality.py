@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spinlab.report.records import read_seeds
+from spinlab.report.averaged import read_seeds
 from spinlab.report.tables.quality import quality_summary
 
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spinlab.report.records import read_seeds
+from spinlab.report.averaged import read_seeds
 from spinlab.report.tables.seeds import seeds_table
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

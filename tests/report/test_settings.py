@@ -7,7 +7,7 @@ import pytest
 
 from spinlab.config import Config, plain
 from spinlab.config.values import values_of
-from spinlab.report.records import read_seeds
+from spinlab.report.averaged import read_seeds
 from spinlab.report.settings import LATER, settings_of, stands_in
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -13,8 +13,9 @@ from spinlab.config import plain
 from spinlab.config.values import values_of
 from spinlab.errors import InputError
 from spinlab.model.modules import map_of
+from spinlab.report.averaged import read_seeds
 from spinlab.report.online import defaults, online_form, online_parts, online_settings
-from spinlab.report.records import read_record, read_seeds
+from spinlab.report.records import read_record
 from spinlab.report.settings import settings_of
 from spinlab.report.speeds import read_speeds
 from spinlab.rotation.rotations import RotationSet

@@ -6,9 +6,10 @@ from pathlib import Path
 from statistics import mean
 
 from spinlab.errors import InputError
+from spinlab.report.averaged import read_seeds
 from spinlab.report.figures.style import PAGE, Drawing, blank, series, style
 from spinlab.report.pairs import log_differences, runs_of, standard_error
-from spinlab.report.records import read_seeds, texts_of
+from spinlab.report.records import texts_of
 
 _ROW = 0.19  # inches
 

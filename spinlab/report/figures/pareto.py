@@ -7,10 +7,11 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from spinlab.errors import InputError
+from spinlab.report.averaged import read_seeds
 from spinlab.report.cells import OF_TEXTS
 from spinlab.report.figures.style import PAGE, Drawing, blank, fill, series, style
 from spinlab.report.pairs import runs_of
-from spinlab.report.records import Record, read_seeds
+from spinlab.report.records import Record
 from spinlab.report.speeds import CASES, read_speeds
 
 _LESS_IS_BETTER = ("ppl/", "kl/", "flips/")

@@ -5,8 +5,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from spinlab.report.averaged import read_seeds
 from spinlab.report.formats import markdown
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 from spinlab.report.tables.methods import perplexities
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from statistics import mean
 
 from spinlab.config.values import text
+from spinlab.report.averaged import differing, read_seeds
 from spinlab.report.formats import Sheet
 from spinlab.report.pairs import log_differences, runs_of, standard_error
-from spinlab.report.records import Record, differing, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 from spinlab.report.settings import settings_of
 from spinlab.report.tables.methods import columns_of, filled, titles_of
 

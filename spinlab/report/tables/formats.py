@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spinlab.errors import InputError, did_you_mean
+from spinlab.report.averaged import read_seeds
 from spinlab.report.cells import OF_TEXTS
 from spinlab.report.formats import MISSING, Sheet
-from spinlab.report.records import Record, read_seeds
+from spinlab.report.records import Record
 from spinlab.report.settings import settings_of_today
 from spinlab.report.tables.methods import columns_of, filled
 from spinlab.report.words import format_words, gains_words, rotation_words, rounding_words

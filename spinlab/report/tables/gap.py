@@ -6,10 +6,11 @@ from statistics import mean, stdev
 
 from spinlab.errors import InputError
 from spinlab.files import write_json
+from spinlab.report.averaged import read_seeds
 from spinlab.report.formats import Sheet
 from spinlab.report.online import online_parts
 from spinlab.report.pairs import gap_closed, runs_of
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 from spinlab.report.settings import settings_of
 from spinlab.report.tables.methods import perplexities, titles_of
 

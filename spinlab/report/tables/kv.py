@@ -7,9 +7,10 @@ from statistics import mean
 
 from spinlab.errors import InputError, did_you_mean
 from spinlab.files import write_json
+from spinlab.report.averaged import read_seeds
 from spinlab.report.cells import OF_TEXTS
 from spinlab.report.formats import MISSING, Sheet, percent
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 from spinlab.report.settings import settings_of_today
 from spinlab.report.tables.methods import columns_of, filled
 from spinlab.report.tables.quality import mean_over, models_in

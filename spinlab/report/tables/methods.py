@@ -9,9 +9,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from spinlab.config.weights import method_title
+from spinlab.report.averaged import asked, read_seeds
 from spinlab.report.cells import OF_TEXTS
 from spinlab.report.formats import MISSING, Sheet, percent, spread
-from spinlab.report.records import Record, asked, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 
 # titles of what stands for all tasks, the metric and its error
 _OF_TASKS = (

@@ -6,9 +6,10 @@ from pathlib import Path
 from statistics import mean
 
 from spinlab.errors import InputError
+from spinlab.report.averaged import seeds_of
 from spinlab.report.formats import Sheet, spread
 from spinlab.report.publications import Measure, Row, Table, Tolerance, table_named
-from spinlab.report.records import Records, read_below, seeds_of
+from spinlab.report.records import Records, read_below
 from spinlab.report.rows import (
     command,
     differences,

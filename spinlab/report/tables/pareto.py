@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spinlab.report.averaged import read_seeds
 from spinlab.report.formats import Sheet
 from spinlab.report.pairs import runs_of
-from spinlab.report.records import read_seeds, texts_of
+from spinlab.report.records import texts_of
 from spinlab.report.speeds import CASES, read_speeds
 from spinlab.report.tables.gap import online_title, shares_closed
 from spinlab.report.tables.methods import columns_of, filled, in_order, titles_of

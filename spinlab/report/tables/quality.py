@@ -5,8 +5,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from spinlab.files import write_json
+from spinlab.report.averaged import asked, read_seeds
 from spinlab.report.pairs import gap_closed, runs_of
-from spinlab.report.records import Record, asked, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 
 _ANSWERS = "zeroshot_mean/accuracy"
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spinlab.config import VARIANTS
+from spinlab.report.averaged import read_seeds
 from spinlab.report.formats import Sheet, spread
-from spinlab.report.records import Record, read_seeds, texts_of
+from spinlab.report.records import Record, texts_of
 from spinlab.report.tables.methods import in_order, titles_of
 
 
