@@ -17,11 +17,12 @@ import spinlab
 from spinlab.compose import composed
 from spinlab.config.values import values_of
 from spinlab.experiment import run
+from spinlab.report.averaged import differing, read_seeds
 from spinlab.report.figures.curves import curve_of, draw_curves
 from spinlab.report.figures.layers import layers
 from spinlab.report.figures.spread import draw_spread
 from spinlab.report.formats import markdown, spread
-from spinlab.report.records import differing, read_record, read_seeds
+from spinlab.report.records import read_record
 from spinlab.report.tables.record import result_table
 
 folder = TemporaryDirectory()
