@@ -1,6 +1,7 @@
 """What ends a run with a sentence: a mistake of the user's, or a result that cannot be right."""
 
 import difflib
+from collections.abc import Sequence
 
 
 class InputError(Exception):
@@ -20,7 +21,12 @@ class ResultError(Exception):
 
 def did_you_mean(wanted: str, known: list[str], lists: str = "--cfg job") -> str:
     """Say which of the known names may have been meant, or what lists them."""
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+    if near := near_names(wanted, known):
+        return near
     return f"there are {', '.join(known)}" if len(known) < 40 else f"{lists} lists them all"
+
+
+def near_names(wanted: str, known: Sequence[str]) -> str:
+    """Ask whether known names were meant; empty where none is near."""
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else ""

@@ -1,17 +1,15 @@
 """Checks of single settings: each raises InputError with the value, the limit and the fix."""
 
-from difflib import get_close_matches
-
-from spinlab.errors import InputError
+from spinlab.errors import InputError, near_names
 
 _MOST = 1_000_000
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        near = get_close_matches(value, allowed, n=1)
-        meant = f"; did you mean {near[0]}?" if near and len(allowed) > 5 else ""
-        raise InputError(f"{name}={value} is unknown: choose one of {', '.join(allowed)}{meant}")
+        near = near_names(value, allowed)
+        told = f"choose one of {', '.join(allowed)}" + (f"; {near}" if near else "")
+        raise InputError(f"{name}={value} is unknown: {told}")
 
 
 def bits(name: str, value: int, fewest: int) -> None:

@@ -81,8 +81,9 @@ def _unlike(records: Mapping[Path, Record]) -> dict[Path, str]:
     asking = next((path for path, record in chosen.items() if asked([record])), first)
     found: dict[Path, str] = {}
     for path, record in chosen.items():
-        against = [(first, False), (asking, True)][: 1 + len(asked([record]))]
-        told = [_other_than(chosen[model], record, model, part) for model, part in against]
+        told = [_other_than(chosen[first], record, first, of_questions=False)]
+        if asked([record]):
+            told.append(_other_than(chosen[asking], record, asking, of_questions=True))
         if any(told):
             found[path] = f"unlike others of its row: {', '.join(filter(None, told))}"
     return found
