@@ -23,6 +23,7 @@ from spinlab.formats.base import Format, Parameters, Pulled, Rounding
 # And numbers that are quantized twice lie at j/m of a level, m <= 255: those next to a tie are at
 # least 1/510 away from it, and half a part, half as far, is not near any of them.
 PARTS = 2.0**9
+HALF_PART = 0.5 / PARTS
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -91,19 +92,24 @@ class IntegerFormat(Format):
         highest: torch.Tensor,
         rounding: Rounding,
     ) -> Pulled:
-        """Pull back as `Format` says; the zero point counts as exact."""
-        scale, zero = self.parameters(lowest, highest)
-        exact, levels = x / scale, rounding(x, scale)
-        # +1 above the range, -1 below it, 0 inside; on a CPU comparisons, and a clamp by tensors,
-        # cost many times as much
-        placed = levels if self.symmetric else levels + zero
-        side = placed.clamp(self.lowest, self.highest)
-        torch.sub(placed, side, out=side).clamp_(-1, 1)
-        signed = gradient * side
-        outside = side.mul_(signed)
-        passed, total, balance = gradient - outside, _sum(outside), _sum(signed)
-        above, below = (total + balance) / 2, (total - balance) / 2
-        of_scale = _sum(levels.sub_(exact).mul_(passed))
+        """Pull back as `Format` says; the zero point counts as exact.
+
+        What lies outside is told before rounding, as in LSQ: numbers up to half a step above the
+        range become its highest level, and move with it.
+        """
+        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
+        scale, zero = parameters = self.parameters(bottom, top)
+        if self.symmetric:
+            top = torch.maximum(top, -bottom)
+            bottom = top * (self.lowest / self.highest)
+        # of a token whose largest number is a 0, up to noise, all of it is inside
+        slack = scale * HALF_PART
+        # in floats: on a CPU comparisons, and a clamp by tensors, cost many times as much
+        above = torch.gt(x, top + slack, out=torch.empty_like(x)).mul_(gradient)
+        below = torch.lt(x, bottom - slack, out=torch.empty_like(x)).mul_(gradient)
+        passed = (gradient - above).sub_(below)
+        error = self.encode(x, parameters, rounding).sub_(zero).sub_(x / scale)
+        of_scale, above, below = _sum(error.mul_(passed)), _sum(above), _sum(below)
         if self.symmetric:
             of_peak = (of_scale + self.highest * above + self.lowest * below) / self.highest
             up = (highest >= -lowest).to(of_peak.dtype)

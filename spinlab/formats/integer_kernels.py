@@ -4,9 +4,10 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from spinlab.formats.integer import PARTS, SMALLEST_HALF, smallest_scale
+from spinlab.formats.integer import HALF_PART, PARTS, SMALLEST_HALF, smallest_scale
 
 _PART = tl.constexpr(1 / PARTS)  # of a level
+_HALF_PART = tl.constexpr(HALF_PART)
 _SMALLEST = tl.constexpr(smallest_scale(torch.float32))
 _SMALLEST_HALF = tl.constexpr(SMALLEST_HALF)
 
@@ -139,12 +140,18 @@ def pull_back_kernel(
     lowest, highest = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
     scale, zero = parameters_of(lowest, highest, ratio, HIGH, SYMMETRIC, HALF)
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
-    exact, levels = parts * _PART, even(on_ties(parts))
-    over, under = levels > (HIGH - zero)[:, None], levels < (LOW - zero)[:, None]
+    levels = tl.minimum(tl.maximum(even(on_ties(parts)) + zero[:, None], LOW * 1.0), HIGH * 1.0)
+    error = levels - zero[:, None] - parts * _PART
+    bottom, top = lowest * ratio, highest * ratio
+    if SYMMETRIC:
+        top = tl.maximum(top, -bottom)
+        bottom = top * (LOW / HIGH)
+    slack = scale * _HALF_PART
+    over, under = x > (top + slack)[:, None], x < (bottom - slack)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)
     passed = tl.where(over | under, 0.0, gradient)
-    of_scale = tl.sum(passed * (levels - exact), 1)
+    of_scale = tl.sum(passed * error, 1)
     if SYMMETRIC:
         of_peak = (of_scale + HIGH * above + LOW * below) * ratio / HIGH
         of_highest = tl.where(highest >= -lowest, of_peak, 0.0)

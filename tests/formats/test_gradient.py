@@ -30,17 +30,23 @@ def straight(x, rounding):
 
 
 def within(grouped, lowest, highest, format, rounding):
-    """The round trip written for autograd; clipped entries sit on the exact ends of the range."""
+    """The round trip written for autograd; clipped entries sit on the exact ends of the range.
+
+    What lies outside is clipped; what lies inside goes to the nearest level, which may be the last.
+    """
+    bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
     if format.symmetric:
-        scale, zero = torch.maximum(highest, -lowest) / format.highest, 0
-        bottom, top = scale * format.lowest, scale * format.highest
+        scale, zero = torch.maximum(top, -bottom) / format.highest, 0
+        bottom, top = scale * format.lowest, torch.maximum(top, -bottom)
     else:
-        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
         scale = (top - bottom) / format.highest
         _, zero = format.parameters(bottom.detach(), top.detach())
     levels = straight(grouped / scale, rounding)
-    found = torch.where(levels > format.highest - zero, top, levels * scale)
-    return torch.where(levels < format.lowest - zero, bottom, found)
+    over = levels.detach() + zero - format.highest
+    levels = levels - over.clamp(min=0)  # the zero point is rounded
+    levels = levels - (levels.detach() + zero - format.lowest).clamp(max=0)
+    found = torch.where(grouped > top, top, levels * scale)
+    return torch.where(grouped < bottom, bottom, found)
 
 
 def rounded(x, log_ratio, format, group_size, rounding=settled):
@@ -122,6 +128,17 @@ def test_what_is_clipped_above_moves_with_the_upper_end_even_if_its_level_is_tha
     assert found.highest == 3 and found.lowest == 0 and not found.x.any()
 
 
+def test_noise_around_an_end_of_0_does_not_choose_the_side():
+    """Inputs of o_proj: the values of one token, some of them on the zero point."""
+    x = torch.tensor([[-1.1, -0.4, -0.2, 0.0]], dtype=torch.float64)
+    upstream = torch.tensor([[0.3, -0.2, 0.1, 1.0]], dtype=torch.float64)
+    for noise in (-1e-16, 0.0, 1e-16):
+        x[0, 3] = noise
+        ends = 0.9 * x.amin(-1, keepdim=True), 0.9 * x.amax(-1, keepdim=True)
+        of_x = FORMATS[0].pull_back(x, upstream, *ends, settled).x
+        assert of_x.tolist() == [[0, -0.2, 0.1, 1.0]]
+
+
 def test_descending_the_ratios_lowers_the_rounding_error():
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     format = IntegerFormat(3, True)
@@ -157,20 +174,26 @@ def test_where_values_are_clipped_the_gradient_is_the_slope():
     assert torch.allclose((wanted[0].grad * direction).sum(), slope(direction, 0.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("grid", [IntegerFormat(4, False), IntegerFormat(4, True)], ids=str)
-def test_over_many_tokens_the_gradient_is_the_slope_of_the_error(grid):
-    """Steps of the staircase average out: then LSQ knows what a smaller range does."""
-    x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("width", [32, 64, 576])
+@pytest.mark.parametrize("grid", FORMATS, ids=str)
+def test_over_many_tokens_the_gradient_is_the_slope_of_the_error(grid, width):
+    """Steps of the staircase average out: then LSQ knows what a smaller range does.
+
+    A range of 0.97 clips the extreme of a group, which is one number in 32 and always outside.
+    """
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn((1 << 20) // width, width, generator=g, dtype=torch.float64)
 
     def error(log):
-        return (round_in_range(x, log, grid) - x).square().mean()
+        return (round_in_range(x, log, grid) - x).square().sum() / x.square().sum()
 
-    for ratio in (0.7, 0.5):
+    for ratio in (0.97, 0.8, 0.7, 0.5):
         log = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
         error(log).backward()
         with torch.no_grad():
-            slope = (error(log + 0.02) - error(log - 0.02)) / 0.04
-        assert torch.allclose(log.grad, slope, rtol=0.05)
+            slope = (error(log + 0.01) - error(log - 0.01)) / 0.02
+        near = 0.005 if ratio == 0.97 else 0.0015 if grid.bits > 3 else 0.017
+        assert log.grad.item() == pytest.approx(slope.item(), abs=near)
 
 
 @pytest.mark.parametrize("grid", [IntegerFormat(4, False), IntegerFormat(4, True)], ids=str)

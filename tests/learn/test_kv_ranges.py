@@ -52,7 +52,14 @@ class ByAutograd(RowCodec):
         zero = zero + ((_settled(zero) - zero) * scale).detach() / scale
         exact = x / scale
         levels = exact + (_settled(exact) - exact).detach()
-        return ((levels + zero).clamp(bottom, top) - zero) * scale
+        placed = levels + zero
+        held = placed.detach().clamp(bottom, top)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = high * (bottom / top)
+        slack = scale / 1024  # of what is 0 by structure, noise does not choose the side
+        outside = (x > high + slack) | (x < low - slack)
+        return (torch.where(outside, held, placed + (held - placed).detach()) - zero) * scale
 
 
 def _settled(levels: torch.Tensor) -> torch.Tensor:

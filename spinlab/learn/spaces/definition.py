@@ -201,10 +201,13 @@ def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor)
     grid = format_of(format)
     assert isinstance(grid, IntegerFormat), "other formats have levels of their own"
     grouped = weight.unflatten(-1, (-1, format.group_size or weight.shape[-1]))
-    scale = grouped.abs().max(-1, keepdim=True).values * clip / grid.highest
+    top = grouped.abs().max(-1, keepdim=True).values * clip
+    scale = top / grid.highest
     exact = grouped / scale
     levels = exact + (exact.round() - exact).detach()
-    return (levels.clamp(grid.lowest, grid.highest) * scale).flatten(-2)
+    outside = (grouped > top) | (grouped < top * (grid.lowest / grid.highest))
+    clipped = levels.detach().clamp(grid.lowest, grid.highest)
+    return (torch.where(outside, clipped, levels) * scale).flatten(-2)
 
 
 def _replace(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
