@@ -336,13 +336,3 @@ def test_a_file_of_rotations_beside_the_method_that_made_it_is_refused_with_the_
         composed(*words, "+method=duquant_gptq")
     assert "rotation.inputs=duquant, rotation.smooth=0.6 would make others" in str(raised.value)
     assert composed(*words, "weights=gptq").weights.method == "gptq"
-
-
-def test_scales_are_not_learned_into_weights_whose_steps_do_not_follow_them():
-    words = ["+experiment=toy", "+method=learned_fused", "quant=mxfp4"]
-    with pytest.raises(InputError, match="scales of inputs move into weights, and steps of"):
-        composed(*words)
-    words = ["+experiment=toy", "+method=learned_inputs", "quant=mxfp4", "learn.lr.scale=0"]
-    with pytest.raises(InputError, match=r"rotation\.smooth=null"):
-        composed(*words)
-    assert composed(*words, "rotation=input_blocks").learn.rotations == ["inputs"]

@@ -189,28 +189,6 @@ class Config:
             if part is not None and used
         }
 
-    def _check_learned_scales(self) -> None:
-        """Refuse scales that producers carry where their weights are rounded in other steps.
-
-        The loop rounds a weight and divides what it gives; the network has the weight divided, then
-        rounded. That is one for steps of any size, and not for those of whole or coarse exponents.
-        """
-        learn, name = self.learn, self.quant.weights.format
-        scales = learn.lr.scale > 0 or self.rotation.smooth is not None
-        if (
-            "inputs" in learn.rotations
-            and scales
-            and learn.rounds(self.quant)
-            and name != "integer"
-        ):
-            raise InputError(
-                f"scales of inputs move into weights, and steps of quant.weights.format={name} do "
-                "not follow them while they are learned: take an integer format, or learn "
-                "rotations alone (learn.lr.scale=0 rotation.smooth=null, and with rotation=scales "
-                "'learn.rotations=[r1,r2]' rotation.inputs=none), as +method=learned_inputs "
-                "rotation=input_blocks learn.lr.scale=0 does"
-            )
-
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""
         learn, quant = self.learn, self.quant
@@ -227,7 +205,6 @@ class Config:
                 "nothing: set learn.lr.scale, or 'learn.rotations=[r1,r2]' rotation.inputs=none"
             )
         check_maps(self.rotation, learn)
-        self._check_learned_scales()
         check_learned_heads(self.rotation, learn, self.kv)
         if learn.lr.input_clip and not inputs:
             raise InputError(

@@ -64,6 +64,11 @@ class Format(Protocol):
         """Tell the same of half a byte."""
         return False
 
+    @property
+    def homogeneous(self) -> bool:
+        """Tell whether a multiple of numbers rounds to that multiple: scales come in no steps."""
+        return False
+
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
         """Return what codes numbers from lowest to highest, both of any one shape.
 

@@ -59,6 +59,10 @@ class IntegerFormat(Format):
     def is_int4(self) -> bool:
         return self.bits <= 4
 
+    @property
+    def homogeneous(self) -> bool:
+        return not self.half_scale
+
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
         lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
         span = torch.maximum(highest, -lowest) if self.symmetric else highest - lowest

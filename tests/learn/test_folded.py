@@ -35,6 +35,12 @@ from spinlab.weights.rtn import round_to_nearest, search_ratios
 
 BATCH = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(2))
 QUANT = QuantConfig(weights=TensorQuant(symmetric=True))
+FLOATS = {
+    name: TensorQuant(symmetric=True, group_size=size, format=name)
+    for name, size in (("nvfp4", 16), ("mxfp4", 32), ("mxfp4_mse", 32))
+}
+WEIGHTS = {"int4": QUANT.weights, **FLOATS}
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole groups of 32
 SETTINGS = dict(
     steps=4,
     batch=4,
@@ -118,10 +124,13 @@ def test_scales_of_shared_values_are_those_of_their_rows(make_biased):
 
 
 class Dense:
-    """The network by its definition, as a function of R1, every R2, log scales and dense blocks."""
+    """The network by its definition, as a function of R1, every R2, log scales and dense blocks.
 
-    def __init__(self, make, start: RotationSet) -> None:
-        self.start, self.model = start, make()
+    Scales divide what producers give; their weights are rounded as they will be, divided by them.
+    """
+
+    def __init__(self, make, start: RotationSet, weights: TensorQuant) -> None:
+        self.start, self.model, self.weights = start, make(), weights
         self.map = map_of(self.model)
         fold_norms(self.model)
         self.r1, self.r2 = (r.clone().requires_grad_() for r in (start.r1, start.r2))
@@ -144,6 +153,16 @@ class Dense:
         r4 = self.start.r4 if self.map.input_at[key].reads == "R4" else None
         return x if r4 is None else x @ r4.dense()
 
+    def _divisors(self, path: str) -> torch.Tensor | float:
+        keys = [input.key for input in self.map.inputs if input.producer == path]
+        return self.logs[keys[0]].detach().exp()[:, None] if keys else 1.0
+
+    def _round(self, path: str, weight: torch.Tensor) -> torch.Tensor:
+        divisors = self._divisors(path)
+        ratios = search_ratios(weight / divisors, self.weights, ClipSearch())
+        rounded = round_to_nearest(weight / divisors, self.weights, ratios)
+        return rounded.dequantize(weight.dtype) * divisors
+
     def _insert(self) -> None:
         networks = QuantizedNetworks(lambda: self.model, QUANT, KVConfig())
         networks._fake_quant(self.model, RotationSet(r3=self.start.r3))
@@ -160,11 +179,7 @@ class Dense:
             weight = _turned(module.weight.detach(), writes, reads)
             scale = to_channels(self.logs[site.key].exp(), self.map.input_at[site.key])
             weight = self._turn(site.key, weight * scale)
-            ratios = search_ratios(weight.detach(), QUANT.weights, ClipSearch())
-            rounded = StraightThrough.apply(
-                weight,
-                lambda w, r=ratios: round_to_nearest(w, QUANT.weights, r).dequantize(w.dtype),
-            )
+            rounded = StraightThrough.apply(weight, partial(self._round, site.path))
             module._parameters.pop("weight")
             object.__setattr__(module, "weight", rounded)
             if module.bias is not None and writes is not None:
@@ -191,11 +206,14 @@ def tangent(point: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
 
 
 @KINDS
-def test_loss_and_gradients_are_those_of_the_definition(make_biased, learner_of, config):
-    start = with_scales(config, make_biased())
-    learner = learner_of(make_biased, LearnConfig(**SETTINGS), QUANT, start=start)
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_loss_and_gradients_are_those_of_the_definition(make_biased, learner_of, config, format):
+    make, weights = partial(make_biased, **WIDE), WEIGHTS[format]
+    start = with_scales(config, make())
+    quant = replace(QUANT, weights=weights)
+    learner = learner_of(make, LearnConfig(**SETTINGS), quant, start=start)
     loss = learner.gradients(0, BATCH)[0]["loss"]
-    dense = Dense(make_biased, start)
+    dense = Dense(make, start, weights)
     assert loss == pytest.approx(dense.loss(), rel=1e-6)  # transformers' loss is in float32
     found, groups = learner.rotations, learner.rotations.inputs.groups
     expected = {"r1": tangent(start.r1, dense.r1.grad), "r2": tangent(start.r2, dense.r2.grad)}
@@ -217,14 +235,17 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("kv", [16, 4])
-def test_what_was_learned_is_what_the_network_learned_with(make_biased, learner_of, config, kv):
+@pytest.mark.parametrize(("format", "kv"), [("int4", 16), *((name, 4) for name in WEIGHTS)])
+def test_what_was_learned_is_what_the_network_learned_with(
+    make_biased, learner_of, config, format, kv
+):
     """The result, fused as any rotation is, gives the loss that the loop sees next."""
-    start, sides = with_scales(config, make_biased()), CodecConfig(bits=kv)
+    make, quant = partial(make_biased, **WIDE), replace(QUANT, weights=WEIGHTS[format])
+    start, sides = with_scales(config, make()), CodecConfig(bits=kv)
     settings = KVConfig(keys=sides, values=sides)
     rates = RatesConfig(r1=0.01, scale=0.03, clip=0.02, input_clip=0.02, kv_clip=0.02)
     learn = LearnConfig(**{**SETTINGS, "lr": rates})
-    learner = learner_of(make_biased, learn, QUANT, settings, start)
+    learner = learner_of(make, learn, quant, settings, start)
     learn_rotations(learner, BATCH.repeat(4, 1), 0, lambda step, values: None)
     found = learner.result()
     for key, transform in start.inputs.items():
@@ -233,11 +254,11 @@ def test_what_was_learned_is_what_the_network_learned_with(make_biased, learner_
     assert len(found.kv_clips) == (0 if kv == 16 else 2 * len(start.r2))
     assert kv == 16 or min(found.kv_clips.values()) < 1
     seen = learner.gradients(0, BATCH)[0]["loss"]
-    networks = QuantizedNetworks(make_biased, QUANT, settings)
+    networks = QuantizedNetworks(make, quant, settings)
     weights = {}
     for site, module in linears_of(networks.fused(found)):
         ratios = found.weight_clips[site.path]
-        weights[site.path] = round_to_nearest(module.weight, QUANT.weights, ratios)
+        weights[site.path] = round_to_nearest(module.weight, quant.weights, ratios)
     loss = networks.dequantized(found, weights)(input_ids=BATCH, labels=BATCH).loss.item()
     assert loss == pytest.approx(seen, rel=1e-5)
 

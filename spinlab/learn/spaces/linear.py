@@ -127,13 +127,16 @@ class LearnedBatch:
 
     One process rotates, rounds and differentiates them, the owner. clip: the ratios
     (n, out, in/g, 1) of n linears, where they are rounded. rotated: the weights (n, out, in)
-    before rounding, kept only while a gradient of their ranges is awaited.
+    before rounding, kept only while a gradient of their ranges is awaited. factors: (n, out, 1),
+    what rows are multiplied by while they are rounded, where that decides the levels: what the
+    linear gives is multiplied by it afterwards, and in the network that is learned its weight is.
     """
 
     linears: list[LearnedLinear]
     owner: int = 0
     clip: torch.Tensor | None = None
     rotated: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
     @property
     def format(self) -> TensorQuant | None:
@@ -151,17 +154,22 @@ class LearnedBatch:
         """Return the rotated weights: (n, out, in)."""
         return _stacked([linear.rotate(r1, r2) for linear in self.linears])
 
-    def rounded(self, weights: torch.Tensor, keep: bool) -> torch.Tensor:
-        """Return rotated weights (n, out, in), rounded where they have a format.
+    def carrying(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return rotated weights (n, out, in) as they are rounded."""
+        return weights if self.factors is None else weights * self.factors
 
-        `keep` them for the gradient of their ranges.
+    def rounded(self, weights: torch.Tensor, keep: bool) -> torch.Tensor:
+        """Return weights (n, out, in) as `carrying` gives them, rounded where they have a format.
+
+        `keep` them for the gradient of their ranges. The result carries no factors.
         """
         self.rotated = weights if keep and self.format is not None else None
         if self.format is None:
             return weights
         assert self.clip is not None
         whole = round_to_nearest(weights, self.format, self.clip)
-        return whole.dequantize(weights.dtype).view(weights.shape)
+        found = whole.dequantize(weights.dtype).view(weights.shape)
+        return found if self.factors is None else found / self.factors
 
     def begin_clip(self) -> list[Work]:
         """Begin to send ratios that the owner searched to all processes."""
@@ -216,10 +224,12 @@ class LearnedBatch:
         if self.rotated is not None and self.format is not None and self.clip is not None:
             format, group_size = format_of(self.format), self.format.group_size
             of_rounded = gradient.contiguous()
+            if self.factors is not None:
+                of_rounded = of_rounded / self.factors
             gradient, of_clip = pull_back(
                 self.rotated, of_rounded, self.clip, format, group_size, nearest, of_rounded
             )
-            self.rotated = None
+            gradient, self.rotated = self.carrying(gradient), None
         return gradient, of_clip
 
 

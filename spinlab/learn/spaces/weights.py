@@ -18,7 +18,14 @@ from spinlab import parallel
 from spinlab.config import TensorQuant
 from spinlab.fakequant.activations import InputPath
 from spinlab.fakequant.insert import FakeQuantLinear
-from spinlab.learn.learned import LogParameters, learn_input_ranges, learn_kv_ranges, part_of
+from spinlab.formats import format_of
+from spinlab.learn.learned import (
+    LearnedInputs,
+    LogParameters,
+    learn_input_ranges,
+    learn_kv_ranges,
+    part_of,
+)
 from spinlab.learn.spaces.base import LearningSpace, Parts
 from spinlab.learn.spaces.gates import fuse_gates
 from spinlab.learn.spaces.heads import learn_heads
@@ -44,6 +51,7 @@ class WeightSpace(LearningSpace):
         self.given = parts.clips if self.learn.lr.clip else {}
         paths: dict[str, InputPath] = {}  # of quantized inputs, by their keys
         self.readers: dict[InputPath, str] = {}  # the keys of all
+        self.divided: dict[str, str] = {}  # keys of inputs by producers that their scales divide
         whole = watched(map_of(model))
         linears = parts.linears or self._taken(parts)
         self.linears, self.batches = linears.all, linears.batches()
@@ -75,9 +83,10 @@ class WeightSpace(LearningSpace):
         if inputs is None:
             fuse_gates(model, {})
             return
-        factors = {path: partial(inputs.factor, key) for key, path in inputs.producers.items()}
+        self.divided = {path: key for key, path in inputs.producers.items()}
+        factors = {path: partial(inputs.factor, key) for path, key in self.divided.items()}
         inside = fuse_gates(model, factors)
-        for key, path in inputs.producers.items():
+        for path, key in self.divided.items():
             producer = model.get_submodule(path)
             if isinstance(producer, ExactNorm):
                 producer.factor = factors[path]
@@ -140,10 +149,24 @@ class WeightSpace(LearningSpace):
         weights = batch.weights(self.rotations.r1, self.rotations.r2)
         if inputs is not None:
             weights = inputs.of_weights(batch.linears[0].site.input, batch.layers, weights)
+            batch.factors = self._factors(batch, inputs)
+        weights = batch.carrying(weights)
         if batch.format is not None and search:
             batch.clip = self._searched(batch, batch.format, weights)
         # transforms of inputs need them again, and make them anew
         return batch.rounded(weights, keep=self.learn.lr.clip > 0 and inputs is None)
+
+    def _factors(self, batch: LearnedBatch, inputs: LearnedInputs) -> torch.Tensor | None:
+        """Return 1 / scale of the inputs that a batch produces: (n, out, 1).
+
+        None where it produces none, or rounds to the same levels without.
+        """
+        keys = [self.divided.get(linear.site.path) for linear in batch.linears]
+        if batch.format is None or format_of(batch.format).homogeneous:
+            return None
+        factors = [inputs.factor(key) for key in keys if key is not None]
+        assert len(factors) in (0, len(keys)), "linears of one name produce the same, or nothing"
+        return torch.stack(factors)[..., None] if factors else None
 
     def _searched(
         self, batch: LearnedBatch, format: TensorQuant, weights: torch.Tensor
@@ -181,7 +204,8 @@ class WeightSpace(LearningSpace):
             if inputs is not None:
                 weights = batch.weights(rotations.r1, rotations.r2)
                 if self.learn.lr.clip and batch.format is not None:
-                    batch.rotated = inputs.of_weights(group, batch.layers, weights)
+                    rotated = inputs.of_weights(group, batch.layers, weights)
+                    batch.rotated = batch.carrying(rotated)
             gradients, of_ranges = batch.gradients(of_written)
             if of_ranges is not None:
                 for linear, of_range in zip(batch.linears, of_ranges, strict=True):
