@@ -55,7 +55,22 @@ def _missing(file: str, options: list[str]) -> str:
         return f"unknown {group}/{kind} {wanted!r}: {did_you_mean(wanted, options)}"
     if not wanted:
         return f"there is no file {file!r} of settings"
+    if group == "quant" and _is_format(wanted):
+        kind = wanted.partition("_")[0]
+        beside = f"quant={kind}" if kind in options_of(group) else "a preset of its kind"
+        return (
+            f"{wanted} is no preset of quant, but a format: set quant.weights.format={wanted} "
+            f"quant.activations.format={wanted} beside {beside}"
+        )
     return f"unknown {group} {wanted!r}: {did_you_mean(wanted, options_of(group), '--help')}"
+
+
+def _is_format(name: str) -> bool:
+    from spinlab.formats import (
+        FORMATS,
+    )  # brings torch, which commands that end here do not wait for
+
+    return name in FORMATS
 
 
 def _unknown(name: str, *_: str) -> str:

@@ -105,6 +105,11 @@ def test_it_runs_from_any_folder(tmp_path):
         ([*TOY, "learn.stesp=3"], ["unknown setting 'learn.stesp'", "learn.steps"]),
         ([*TOY, "learn.steps=many"], ["learn.steps=many", "Integer"]),
         ([*TOY, "model=smolm2_135m"], ["unknown model", "smollm2_135m"]),
+        ([*TOY, "quant=mxfp5"], ["unknown quant 'mxfp5'", "mxfp4"]),
+        (
+            [*TOY, "quant=mxfp6_e3m2"],
+            ["mxfp6_e3m2 is no preset", "quant.weights.format=mxfp6_e3m2", "beside quant=mxfp6"],
+        ),
         ([*TOY, "quant.weights.bits=1"], ["quant.weights.bits=1", "2 to 16"]),
         ([*TOY, "quant.activations.bits=17"], ["quant.activations.bits=17", "2 to 16"]),
         ([*TOY, "kv.keys.bits=0"], ["kv.keys.bits=0", "1 to 16"]),

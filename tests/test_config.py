@@ -336,3 +336,21 @@ def test_a_file_of_rotations_beside_the_method_that_made_it_is_refused_with_the_
         composed(*words, "+method=duquant_gptq")
     assert "rotation.inputs=duquant, rotation.smooth=0.6 would make others" in str(raised.value)
     assert composed(*words, "weights=gptq").weights.method == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["learn.quantize_weights=false"], "loop rounds none: set learn.quantize_weights=true or"),
+        (
+            ["quant.weights.bits=16", "eval.variants=[fp,fake]"],
+            "they have 16 bits: set learn.lr.clip=0",
+        ),
+        (["weights=gptq"], "weights=gptq finds its own: set learn.lr.clip=0, or weights=rtn, "),
+    ],
+    ids=str,
+)
+def test_learned_ranges_that_nothing_learns_or_keeps_are_refused(words, said):
+    with pytest.raises(InputError, match=f"learn.lr.clip=0.1 learns ranges .* {said}"):
+        composed("+experiment=toy", "learn.lr.clip=0.1", *words)
+    assert composed("+experiment=toy", "learn.lr.clip=0", *words)

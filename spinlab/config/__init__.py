@@ -109,13 +109,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_name()
         check_values(plain(self))
-        quantized = self.learn.quantize_weights and self.quant.weights.quantizes
-        if self.learn.lr.clip > 0 and not (quantized and self.weights.keeps_ranges):
-            raise InputError(
-                f"learn.lr.clip={self.learn.lr.clip} learns the ranges of rounded weights: it "
-                "needs learn.quantize_weights=true, weights of fewer than 16 bits and a method "
-                f"that keeps them: weights={', '.join(KEEP_RANGES)}"
-            )
+        self._check_learned_ranges()
         if self.learn.steps:
             self._check_learning()
         if columns := self.weights.by_columns:
@@ -188,6 +182,25 @@ class Config:
             for part, used in uses
             if part is not None and used
         }
+
+    def _check_learned_ranges(self) -> None:
+        """Refuse ranges of weights that nothing learns, or that rounding would not keep."""
+        learn, weights = self.learn, self.quant.weights
+        cure = "learn.lr.clip=0"
+        if not learn.lr.clip:
+            return
+        if not learn.quantize_weights:
+            reason, cure = "and the loop rounds none", f"learn.quantize_weights=true or {cure}"
+        elif not weights.quantizes:
+            reason = f"and they have {weights.bits} bits"
+        elif not self.weights.keeps_ranges:
+            reason = f"and weights={self.weights.method} finds its own"
+            cure += f", or weights={', '.join(KEEP_RANGES)}"
+        else:
+            return
+        raise InputError(
+            f"learn.lr.clip={learn.lr.clip} learns ranges of rounded weights, {reason}: set {cure}"
+        )
 
     def _check_learning(self) -> None:
         """Refuse to learn what no quantizer would notice."""

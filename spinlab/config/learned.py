@@ -30,8 +30,8 @@ def check_maps(rotation: RotationConfig, learn: LearnConfig) -> None:
     if wush and learned:
         raise InputError(
             "rotation.inputs=wush makes maps that are no rotations, in closed form, and "
-            "inputs in learn.rotations are learned as rotations: use learn=none, or "
-            "rotation.inputs=blocks"
+            "inputs in learn.rotations are learned as rotations: use learn=none, "
+            "'learn.rotations=[]' learn.lr.scale=0 for ranges alone, or rotation.inputs=blocks"
         )
     before = [name for name in ("r1", "r2") if getattr(rotation, name) != "none"]
     if rotation.turns_inputs and before and not learned:
