@@ -128,6 +128,10 @@ class FP8(E4M3):
 
     name: ClassVar[str] = "fp8"
 
+    @property
+    def homogeneous(self) -> bool:
+        return True
+
     def parameters(self, lowest: torch.Tensor, highest: torch.Tensor) -> Parameters:
         peak = magnitude(lowest, highest)
         # a divisor of the same shape: by a number, CUDA multiplies with its rounded inverse

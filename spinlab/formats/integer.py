@@ -96,30 +96,40 @@ class IntegerFormat(Format):
         highest: torch.Tensor,
         rounding: Rounding,
     ) -> Pulled:
-        """Pull back as `Format` says; the zero point counts as exact.
+        """Pull back as `Format` says, with a zero point that does not move.
 
         What lies outside is told before rounding, as in LSQ: numbers up to half a step above the
-        range become its highest level, and move with it.
+        range become its highest level, and move with it. Nothing does where a scale is as small as
+        they are.
         """
-        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
-        scale, zero = parameters = self.parameters(bottom, top)
-        if self.symmetric:
-            top = torch.maximum(top, -bottom)
-            bottom = top * (self.lowest / self.highest)
+        bottom, top = self._covered(lowest, highest)
+        scale, zero = parameters = self.parameters(lowest, highest)
+        free = scale > (SMALLEST_HALF if self.half_scale else smallest_scale(scale.dtype))
         # of a token whose largest number is a 0, up to noise, all of it is inside
-        slack = scale * HALF_PART
+        slack = scale * torch.where(free, HALF_PART, self.highest - self.lowest)
         # in floats: on a CPU comparisons, and a clamp by tensors, cost many times as much
         above = torch.gt(x, top + slack, out=torch.empty_like(x)).mul_(gradient)
         below = torch.lt(x, bottom - slack, out=torch.empty_like(x)).mul_(gradient)
         passed = (gradient - above).sub_(below)
         error = self.encode(x, parameters, rounding).sub_(zero).sub_(x / scale)
-        of_scale, above, below = _sum(error.mul_(passed)), _sum(above), _sum(below)
+        of_scale, above, below = _sum(error.mul_(passed)) * free, _sum(above), _sum(below)
         if self.symmetric:
             of_peak = (of_scale + self.highest * above + self.lowest * below) / self.highest
             up = (highest >= -lowest).to(of_peak.dtype)
             return Pulled(passed, of_peak * (up - 1), of_peak * up)
-        of_span = of_scale / self.highest
+        # by as much as the zero point is rounded, the levels of the ends are not the ends
+        of_span = (of_scale - (above + below) * (bottom / scale + zero)) / self.highest
         return Pulled(passed, (below - of_span) * (lowest < 0), (above + of_span) * (highest > 0))
+
+    def _covered(
+        self, lowest: torch.Tensor, highest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ends of what levels stand for, of ranges that 0 is added to."""
+        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
+        if not self.symmetric:
+            return bottom, top
+        peak = torch.maximum(top, -bottom)
+        return peak * (self.lowest / self.highest), peak
 
     def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Allow one level for the rounding of the zero points of smaller ranges."""

@@ -146,17 +146,19 @@ def pull_back_kernel(
     if SYMMETRIC:
         top = tl.maximum(top, -bottom)
         bottom = top * (LOW / HIGH)
-    slack = scale * _HALF_PART
+    free = scale > (_SMALLEST_HALF if HALF else _SMALLEST)
+    slack = scale * tl.where(free, _HALF_PART, HIGH * 1.0 - LOW)
     over, under = x > (top + slack)[:, None], x < (bottom - slack)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)
     passed = tl.where(over | under, 0.0, gradient)
-    of_scale = tl.sum(passed * error, 1)
+    of_scale = tl.where(free, tl.sum(passed * error, 1), 0.0)
     if SYMMETRIC:
         of_peak = (of_scale + HIGH * above + LOW * below) * ratio / HIGH
         of_highest = tl.where(highest >= -lowest, of_peak, 0.0)
         of_lowest = tl.where(highest >= -lowest, 0.0, -of_peak)
     else:
+        of_scale -= (above + below) * (tl.math.div_rn(bottom, scale) + zero)
         of_highest = tl.where(highest > 0, (above + of_scale / HIGH) * ratio, 0.0)
         of_lowest = tl.where(lowest < 0, (below - of_scale / HIGH) * ratio, 0.0)
     at_highest, at_lowest = x == highest[:, None], x == lowest[:, None]

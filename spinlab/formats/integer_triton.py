@@ -1,9 +1,9 @@
 """The integer format in one pass over memory, there and back and its gradient, for CUDA.
 
 `spinlab.formats.integer` and `spinlab.formats.gradient` are the definition: kernels give the same
-values bit for bit (exact division, rounding to even, no fused multiply-add), and gradients that
-differ only in the order of their sums. Above 12 bits float32 has no room for parts of levels, and
-what is next to a tie may differ by a level.
+values bit for bit (exact division, rounding to even, no fused multiply-add), and gradients of
+finite numbers that differ only in the order of their sums. Above 12 bits float32 has no room for
+parts of levels, and what is next to a tie may differ by a level.
 """
 
 from typing import Any

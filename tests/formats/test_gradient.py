@@ -30,9 +30,10 @@ def straight(x, rounding):
 
 
 def within(grouped, lowest, highest, format, rounding):
-    """The round trip written for autograd; clipped entries sit on the exact ends of the range.
+    """The round trip written for autograd: what lies outside goes along with the end it passes.
 
-    What lies outside is clipped; what lies inside goes to the nearest level, which may be the last.
+    The last level is not quite that end where the zero point is rounded; they are a constant number
+    of steps apart. What lies inside goes to the nearest level, which may be the last.
     """
     bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
     if format.symmetric:
@@ -45,8 +46,9 @@ def within(grouped, lowest, highest, format, rounding):
     over = levels.detach() + zero - format.highest
     levels = levels - over.clamp(min=0)  # the zero point is rounded
     levels = levels - (levels.detach() + zero - format.lowest).clamp(max=0)
-    found = torch.where(grouped > top, top, levels * scale)
-    return torch.where(grouped < bottom, bottom, found)
+    off = 0 if format.symmetric else (zero + bottom / scale).detach() * scale
+    found = torch.where(grouped > top, top - off, levels * scale)
+    return torch.where(grouped < bottom, bottom - off, found)
 
 
 def rounded(x, log_ratio, format, group_size, rounding=settled):
@@ -125,7 +127,8 @@ def test_what_is_clipped_above_moves_with_the_upper_end_even_if_its_level_is_tha
     upstream = torch.tensor([[0.0, 0.0, 1.0, 2.0]], dtype=torch.float64)
     ends = lowest.double(), highest.double()
     found = IntegerFormat(4, False).pull_back(weight * 3, upstream, *ends, nearest)
-    assert found.highest == 3 and found.lowest == 0 and not found.x.any()
+    assert found.highest == pytest.approx(3, abs=0.01) and not found.x.any()
+    assert found.lowest + found.highest == pytest.approx(3, abs=1e-12)
 
 
 def test_noise_around_an_end_of_0_does_not_choose_the_side():
@@ -174,12 +177,17 @@ def test_where_values_are_clipped_the_gradient_is_the_slope():
     assert torch.allclose((wanted[0].grad * direction).sum(), slope(direction, 0.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("width", [32, 64, 576])
-@pytest.mark.parametrize("grid", FORMATS, ids=str)
+# what LSQ takes for noise of rounding, and is not: of the last cell of a symmetric range, which
+# ends at its level, numbers and their errors go together; by width of a group and bits
+BEYOND_LSQ = {16: (0.026, 0.015), 32: (0.016, 0.01), 64: (0.012, 0.006), 576: (0.007, 0.002)}
+
+
+@pytest.mark.parametrize("width", BEYOND_LSQ)
+@pytest.mark.parametrize("grid", [*FORMATS, IntegerFormat(3, False)], ids=str)
 def test_over_many_tokens_the_gradient_is_the_slope_of_the_error(grid, width):
     """Steps of the staircase average out: then LSQ knows what a smaller range does.
 
-    A range of 0.97 clips the extreme of a group, which is one number in 32 and always outside.
+    A range of 0.97 clips the extreme of a group, which is one number in 16 and always outside.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn((1 << 20) // width, width, generator=g, dtype=torch.float64)
@@ -187,13 +195,26 @@ def test_over_many_tokens_the_gradient_is_the_slope_of_the_error(grid, width):
     def error(log):
         return (round_in_range(x, log, grid) - x).square().sum() / x.square().sum()
 
-    for ratio in (0.97, 0.8, 0.7, 0.5):
+    near = BEYOND_LSQ[width][grid.bits > 3] if grid.symmetric else 0.002
+    for ratio in (0.97, 0.95, 0.9, 0.8, 0.7, 0.5):
         log = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
         error(log).backward()
         with torch.no_grad():
-            slope = (error(log + 0.01) - error(log - 0.01)) / 0.02
-        near = 0.005 if ratio == 0.97 else 0.0015 if grid.bits > 3 else 0.017
-        assert log.grad.item() == pytest.approx(slope.item(), abs=near)
+            slope = (error(log + 0.005) - error(log - 0.005)) / 0.01
+        assert log.grad.item() == pytest.approx(slope.item(), abs=near), ratio
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ranges_of_numbers_below_the_smallest_scale_do_nothing(bits, symmetric):
+    """The scale stays as it is, whatever the ratio: nothing is clipped, and nothing moves."""
+    grid = IntegerFormat(bits, symmetric, half_scale=True)
+    x, upstream = 1e-6 * random((4, 64)), random((4, 64), seed=1)
+    logs = [torch.tensor(ratio, dtype=torch.float64).log() for ratio in (0.9, 0.5)]
+    assert torch.equal(*(round_in_range(x, log, grid) for log in logs))
+    for log in logs:
+        of_x, of_log = pull_back(x, upstream, log.exp(), grid, 0, settled)
+        assert torch.equal(of_x, upstream) and not of_log.any()
 
 
 @pytest.mark.parametrize("grid", [IntegerFormat(4, False), IntegerFormat(4, True)], ids=str)
@@ -251,10 +272,13 @@ for shape, group in (((5, 24), 0), ((3, 4, 40), 8), ((5, 5000), 0)):
                     for ours, theirs in zip(there, coded):
                         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), kind
             for kind in (grid, half):
-                found = fused.pull_back_rows(x, upstream, ratio, kind, group)
-                wanted = ranged.pull_back(x, upstream, ratio, kind, group, settled)
-                for ours, theirs in zip((found[0], found[1].sum()), (wanted[0], wanted[1].sum())):
-                    assert torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6), (shape, kind, ratio)
+                for size in (1.0, 1e-6):
+                    given = x * size, upstream, ratio, kind, group
+                    found, wanted = fused.pull_back_rows(*given), ranged.pull_back(*given, settled)
+                    sums = (found[0], found[1].sum()), (wanted[0], wanted[1].sum())
+                    for ours, theirs in zip(*sums):
+                        close = torch.allclose(ours, theirs, rtol=1e-5, atol=3e-6)
+                        assert close, (shape, kind, ratio, size)
 x = torch.ones(3, 4)
 x[0, 1], x[2, 2] = float("nan"), float("-inf")
 scales = fused.encode_rows(x, IntegerFormat(4, True), 0, 1.0)[1].flatten()

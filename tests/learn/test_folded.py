@@ -263,6 +263,31 @@ def test_what_was_learned_is_what_the_network_learned_with(
     assert loss == pytest.approx(seen, rel=1e-5)
 
 
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_ranges_feel_scales_as_if_they_were_in_the_weights(make_biased, learner_of, format):
+    """Their gradients are those of a network that has the scales in its weights already.
+
+    Of v_proj and up_proj: what norms carry, a network that starts without scales folds again.
+    """
+    make, quant = partial(make_biased, **WIDE), replace(QUANT, weights=WEIGHTS[format])
+    config = RotationConfig("none", "none", "none", "none", inputs="scales")
+    drawn, rates = with_scales(config, make()).inputs, RatesConfig(scale=0.03, clip=0.02)
+    ones = {key: replace(t, scale=torch.ones_like(t.scale)) for key, t in drawn.items()}
+    by_linears = {key: t for key, t in drawn.items() if key.endswith((".o", ".down"))}
+    start = RotationSet(inputs=ones | by_linears)
+    learn = LearnConfig(**{**SETTINGS, "lr": rates, "rotations": ["inputs"]})
+    apart = learner_of(make, learn, quant, start=start)
+    fused = partial(QuantizedNetworks(make, quant, KVConfig()).fused, start)
+    alone = LearnConfig(**{**SETTINGS, "lr": replace(rates, scale=0), "rotations": []})
+    within = learner_of(fused, alone, quant, start=RotationSet())
+    losses = [learner.gradients(0, BATCH)[0]["loss"] for learner in (apart, within)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert apart.space.ranges.logs.keys() == within.space.ranges.logs.keys()
+    for path, expected in within.space.ranges.logs.items():
+        assert expected.grad.abs().max() > 1e-6
+        close(apart.space.ranges.logs[path].grad, expected.grad)
+
+
 @KINDS
 def test_a_stored_file_gives_the_same_network(make_biased, learner_of, config, tmp_path):
     start = with_scales(config, make_biased())

@@ -34,7 +34,7 @@ LEARNED = replace(LEARN, lr=RatesConfig(r1=0.01, kv_clip=0.02))
 
 @dataclass(frozen=True, eq=False)
 class ByAutograd(RowCodec):
-    """Round within a range as a formula whose gradient autograd finds: LSQ, zero points exact."""
+    """Round within a range as a formula whose gradient autograd finds: LSQ, zeros that stay."""
 
     ratio: torch.Tensor = None
     bits: int = 4
@@ -49,7 +49,7 @@ class ByAutograd(RowCodec):
         half = scale.detach().to(torch.float16).to(scale.dtype)
         scale = scale + (half - scale).detach()
         zero = torch.zeros_like(scale) if self.symmetric else -low / scale
-        zero = zero + ((_settled(zero) - zero) * scale).detach() / scale
+        zero = zero + (_settled(zero) - zero).detach()
         exact = x / scale
         levels = exact + (_settled(exact) - exact).detach()
         placed = levels + zero

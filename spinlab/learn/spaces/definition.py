@@ -15,7 +15,7 @@ from spinlab.config import LearnConfig, ObjectiveConfig, TensorQuant
 from spinlab.errors import InputError
 from spinlab.fakequant.insert import weight_format
 from spinlab.formats import IntegerFormat, format_of
-from spinlab.formats.integer import at_least_float32
+from spinlab.formats.integer import at_least_float32, smallest_scale
 from spinlab.formats.quantizer import StraightThrough
 from spinlab.kv.base import RowCodec
 from spinlab.kv.cache import kv_path_of, set_kv_path
@@ -202,7 +202,7 @@ def _learned_step(weight: torch.Tensor, format: TensorQuant, clip: torch.Tensor)
     assert isinstance(grid, IntegerFormat), "other formats have levels of their own"
     grouped = weight.unflatten(-1, (-1, format.group_size or weight.shape[-1]))
     top = grouped.abs().max(-1, keepdim=True).values * clip
-    scale = top / grid.highest
+    scale = (top / grid.highest).clamp(min=smallest_scale(top.dtype))
     exact = grouped / scale
     levels = exact + (exact.round() - exact).detach()
     outside = (grouped > top) | (grouped < top * (grid.lowest / grid.highest))

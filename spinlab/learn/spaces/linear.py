@@ -224,12 +224,12 @@ class LearnedBatch:
         if self.rotated is not None and self.format is not None and self.clip is not None:
             format, group_size = format_of(self.format), self.format.group_size
             of_rounded = gradient.contiguous()
-            if self.factors is not None:
-                of_rounded = of_rounded / self.factors
             gradient, of_clip = pull_back(
                 self.rotated, of_rounded, self.clip, format, group_size, nearest, of_rounded
             )
-            gradient, self.rotated = self.carrying(gradient), None
+            self.rotated = None
+            if self.factors is not None:  # rows of a gradient pass through as they are
+                of_clip = of_clip / self.factors[..., None]
         return gradient, of_clip
 
 
