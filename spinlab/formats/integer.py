@@ -102,16 +102,19 @@ class IntegerFormat(Format):
         range become its highest level, and move with it. Nothing does where a scale is as small as
         they are.
         """
-        bottom, top = self._covered(lowest, highest)
         scale, zero = parameters = self.parameters(lowest, highest)
         free = scale > (SMALLEST_HALF if self.half_scale else smallest_scale(scale.dtype))
+        steps = self.highest - self.lowest
+        bottom = scale * self.lowest if self.symmetric else lowest.clamp(max=0)
+        top = bottom + scale * steps
         # of a token whose largest number is a 0, up to noise, all of it is inside
-        slack = scale * torch.where(free, HALF_PART, self.highest - self.lowest)
+        slack = scale * torch.where(free, HALF_PART, steps)
         # in floats: on a CPU comparisons, and a clamp by tensors, cost many times as much
         above = torch.gt(x, top + slack, out=torch.empty_like(x)).mul_(gradient)
         below = torch.lt(x, bottom - slack, out=torch.empty_like(x)).mul_(gradient)
         passed = (gradient - above).sub_(below)
-        error = self.encode(x, parameters, rounding).sub_(zero).sub_(x / scale)
+        error = rounding(x, scale) if self.symmetric else self.encode(x, parameters, rounding)
+        error = error.sub_(zero).addcmul_(x, 1 / scale, value=-1)
         of_scale, above, below = _sum(error.mul_(passed)) * free, _sum(above), _sum(below)
         if self.symmetric:
             of_peak = (of_scale + self.highest * above + self.lowest * below) / self.highest
@@ -120,16 +123,6 @@ class IntegerFormat(Format):
         # by as much as the zero point is rounded, the levels of the ends are not the ends
         of_span = (of_scale - (above + below) * (bottom / scale + zero)) / self.highest
         return Pulled(passed, (below - of_span) * (lowest < 0), (above + of_span) * (highest > 0))
-
-    def _covered(
-        self, lowest: torch.Tensor, highest: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ends of what levels stand for, of ranges that 0 is added to."""
-        bottom, top = lowest.clamp(max=0), highest.clamp(min=0)
-        if not self.symmetric:
-            return bottom, top
-        peak = torch.maximum(top, -bottom)
-        return peak * (self.lowest / self.highest), peak
 
     def bounds(self, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
         """Allow one level for the rounding of the zero points of smaller ranges."""

@@ -142,12 +142,10 @@ def pull_back_kernel(
     parts = tl.math.div_rn(x, tl.broadcast_to(part_of(scale)[:, None], (STEP, BLOCK)))
     levels = tl.minimum(tl.maximum(even(on_ties(parts)) + zero[:, None], LOW * 1.0), HIGH * 1.0)
     error = levels - zero[:, None] - parts * _PART
-    bottom, top = lowest * ratio, highest * ratio
-    if SYMMETRIC:
-        top = tl.maximum(top, -bottom)
-        bottom = top * (LOW / HIGH)
+    bottom = scale * LOW if SYMMETRIC else lowest * ratio
+    top = bottom + scale * (HIGH - LOW)
     free = scale > (_SMALLEST_HALF if HALF else _SMALLEST)
-    slack = scale * tl.where(free, _HALF_PART, HIGH * 1.0 - LOW)
+    slack = scale * tl.where(free, _HALF_PART, (HIGH - LOW) * 1.0)
     over, under = x > (top + slack)[:, None], x < (bottom - slack)[:, None]
     above = tl.sum(tl.where(over, gradient, 0.0), 1)
     below = tl.sum(tl.where(under, gradient, 0.0), 1)

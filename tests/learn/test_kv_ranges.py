@@ -54,11 +54,9 @@ class ByAutograd(RowCodec):
         levels = exact + (_settled(exact) - exact).detach()
         placed = levels + zero
         held = placed.detach().clamp(bottom, top)
-        if self.symmetric:
-            high = torch.maximum(high, -low)
-            low = high * (bottom / top)
+        low = scale * bottom if self.symmetric else low
         slack = scale / 1024  # of what is 0 by structure, noise does not choose the side
-        outside = (x > high + slack) | (x < low - slack)
+        outside = (x > low + scale * (top - bottom) + slack) | (x < low - slack)
         return (torch.where(outside, held, placed + (held - placed).detach()) - zero) * scale
 
 
