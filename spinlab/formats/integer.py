@@ -113,8 +113,7 @@ class IntegerFormat(Format):
         above = torch.gt(x, top + slack, out=torch.empty_like(x)).mul_(gradient)
         below = torch.lt(x, bottom - slack, out=torch.empty_like(x)).mul_(gradient)
         passed = (gradient - above).sub_(below)
-        error = rounding(x, scale) if self.symmetric else self.encode(x, parameters, rounding)
-        error = error.sub_(zero).addcmul_(x, 1 / scale, value=-1)
+        error = self.encode(x, parameters, rounding).sub_(zero).sub_(x / scale)
         of_scale, above, below = _sum(error.mul_(passed)) * free, _sum(above), _sum(below)
         if self.symmetric:
             of_peak = (of_scale + self.highest * above + self.lowest * below) / self.highest
