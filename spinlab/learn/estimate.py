@@ -165,9 +165,7 @@ def _rest(job: Job) -> int:
     if job.rounded:
         largest = _largest_batch(job)
         under_way = job.processes if job.processes > 1 else 0  # sums of gradients
-        inputs = "inputs" in learn.rotations  # whose transforms are made again to differentiate
-        held = 4 + (2 + (learn.lr.clip > 0)) * inputs
-        step += (held + under_way) * largest * job.wide  # of one weight and its gradient
+        step += (4 + under_way) * largest * job.wide  # of one weight and its gradient
     work = [layer, step, logits if learn.objective.on_logits else 0]
     return rotations + ends + max(work)
 

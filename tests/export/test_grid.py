@@ -81,7 +81,7 @@ SHAPE = {
 CURE = re.compile(r": set ([\w.]+=\S+(?: [\w.]+=\S+)*)")
 # transforms that are learned are the method itself: no setting takes their place
 NOWHERE = dict.fromkeys(("learned_inputs", "learned_blocks"), TARGETS.keys() - ANY)
-NOWHERE["learned_fused"] = {"R.bin", "mxfp4", "mxfp4_weights", "nvfp4", "nvfp4_weights"}
+NOWHERE["learned_fused"] = {"R.bin"}
 
 
 @cache
