@@ -66,9 +66,8 @@ def _missing(file: str, options: list[str]) -> str:
 
 
 def _is_format(name: str) -> bool:
-    from spinlab.formats import (
-        FORMATS,
-    )  # brings torch, which commands that end here do not wait for
+    # here, as it brings torch, which no other sentence waits for
+    from spinlab.formats import FORMATS
 
     return name in FORMATS
 
