@@ -21,7 +21,7 @@ from spinlab.files import write_json
 from spinlab.streams import ending
 
 _SELF = "spinlab.bench.__main__"
-_PARTS = ("prefill", "decode", "producers", "formats", "groups", "kv", "peers")
+_PARTS = ("prefill", "decode", "producers", "transforms", "formats", "groups", "kv", "peers")
 _MEASURED = ("fp", "fake", "integer")
 _PEERS = ("torch", "humming", "gemlite", "fbgemm", "mslk", "dao")
 
@@ -142,7 +142,7 @@ def _add_kernels(commands: Any) -> None:
         whole.add_argument("--batch", type=int, nargs="+", default=batches)
         whole.add_argument("--prompt", type=int, default=prompt, help="tokens of a prompt")
         whole.add_argument("--tokens", type=int, default=256, help="tokens to decode")
-        whole.add_argument("--method", help="whose rotations run online, as in conf/method")
+        _add_method(whole)
         whole.set_defaults(run=_end_to_end, repeatable=False)
     _add_compiled(commands)
     cpu = commands.add_parser("cpu", help="int8 products and decoding on a CPU")
@@ -163,13 +163,18 @@ def _add_kernels(commands: Any) -> None:
     gather.set_defaults(run=_collect, device="cpu", repeatable=False)
 
 
+def _add_method(command: Any) -> None:
+    shown = "whose rotations run online, as in conf/method, and settings of it"
+    command.add_argument("--method", nargs="+", metavar=("METHOD", "KEY=VALUE"), help=shown)
+
+
 def _add_compiled(commands: Any) -> None:
     compiled = commands.add_parser("compiled", help="kernels for GPUs that need not be there")
     compiled.add_argument("--out", type=Path, help="where the record goes")
     _add_model(compiled, "llama2_7b")
     compiled.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     compiled.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    compiled.add_argument("--method", help="whose rotations run online, as in conf/method")
+    _add_method(compiled)
     compiled.add_argument("--gpu", nargs="+", help="kinds, all that are known unless given")
     compiled.add_argument("--kernel", nargs="+", default=[], help="names, all unless given")
     compiled.set_defaults(run=_compiled, device="cpu", repeatable=False, tokens=1)
@@ -252,9 +257,9 @@ def _online(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from spinlab.bench.runners import Setting
     from spinlab.report.online import online_settings
 
-    method, online, settings = arguments.method, hadamards, {}
+    (method, *words), online, settings = arguments.method or [None], hadamards, {}
     if method:
-        config = settings_of([f"+method={method}"])
+        config = settings_of([f"+method={method}", *words])
         online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     return Setting(*sizes, method, settings), online

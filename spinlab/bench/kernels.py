@@ -21,6 +21,7 @@ from spinlab.bench.producers import producers
 from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
 from spinlab.bench.timing import measure
+from spinlab.bench.transforms import transforms
 from spinlab.errors import InputError
 from spinlab.runtime.fused.operations import Operations
 
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "prefill": prefill,
     "decode": decode,
     "producers": producers,
+    "transforms": transforms,
     "formats": formats,
     "groups": groups,
     "kv": kv,

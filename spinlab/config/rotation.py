@@ -97,6 +97,9 @@ class RotationConfig:
     # but where R4 is; scales: of 1, to be learned, and folded as those of blocks into what produces
     # the input
     inputs: str = "none"
+    # what such a map multiplies by online: exact, in products of several parts on GPUs, or rounded
+    # to bfloat16, whose inverse weights then get; learning takes them as they are
+    factors: str = "exact"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
     # of norms: folded into the linears that read them, or kept; see `keeps_gains` for auto. The
@@ -111,6 +114,7 @@ class RotationConfig:
     def __post_init__(self) -> None:
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
         choice("rotation.inputs", self.inputs, ("none", "scales", *_REPLACED))
+        choice("rotation.factors", self.factors, ("exact", "bfloat16"))
         choice("rotation.gains", self.gains, ("auto", "folded", "kept"))
         turned = [name for name in ("r1", "latents") if getattr(self, name) != "none"]
         if self.gains == "kept" and turned:

@@ -166,6 +166,8 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
         yield "rotation.load=….bin, which holds R1 and R2", ["rotation.r1", "rotation.r2"]
     others = [name for name in ("blocks", "wush") if name != rotation.inputs]
     yield f"rotation.inputs={rotation.inputs}", [f"rotation.{name}" for name in others]
+    if not rotation.turns_inputs:
+        yield f"rotation.inputs={rotation.inputs}", ["rotation.factors"]
     if not rotation.searches:
         yield "no rotation by DuQuant", ["rotation.duquant"]
     if not rotation.needs_statistics:

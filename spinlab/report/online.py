@@ -43,7 +43,8 @@ def online_parts(settings: Settings, heads: int) -> dict[str, str]:
     if (inputs := settings["rotation.inputs"]) in INPUTS:
         title, size = INPUTS[inputs]
         shared = inputs == "duquant" and "inputs" not in learned  # searched blocks share a matrix
-        found[title] = f"blocks of {settings[size]}" + ", all the same" * shared
+        of = ", of bfloat16" * (settings.get("rotation.factors", "exact") == "bfloat16")
+        found[title] = f"blocks of {settings[size]}" + ", all the same" * shared + of
     return found
 
 

@@ -15,7 +15,7 @@ from spinlab.errors import InputError
 LATER = (
     *("data.held_out", "quant.calibration", "weights.gptaq", "weights.qronos"),
     *("rotation.blocks", "rotation.r1_block", "rotation.r3_per_layer", "rotation.wush"),
-    *("rotation.latents", "rotation.gains"),
+    *("rotation.latents", "rotation.gains", "rotation.factors"),
     *("runtime.offload", "learn.shard"),
     *("eval.attention", "eval.continued", "eval.needle", "learn.lr.kv_clip", "learn.lr.r3"),
     *("kv.key_bias", "kv.overrides", "kv.first_layers", "kv.last_layers", "kv.sinks", "kv.window"),

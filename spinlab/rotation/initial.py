@@ -178,7 +178,8 @@ class _Maker:
                 scale = torch.ones(input.width, dtype=torch.float64)
                 folded = input.producer is not None
             if scale is not None or rotation is not None:
-                found[input.key] = ScaledDual(scale, folded, rotation)
+                rounded = self.config.factors == "bfloat16"
+                found[input.key] = ScaledDual(scale, folded, rotation, rounded)
         return found
 
     def _rotations(self, scales: Mapping[str, torch.Tensor]) -> Mapping[str, BlockMap]:

@@ -5,8 +5,32 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from spinlab.model.map import Input
-from spinlab.rotation.blocks import BlockMap, BlockRotation, InvertibleBlocks
+from spinlab.rotation.blocks import (
+    BlockMap,
+    BlockRotation,
+    InvertibleBlocks,
+    inverse_transposed,
+    rotate_blocks,
+)
 from spinlab.rotation.duquant import DualTransform
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Deal channels, place j taking number order[j], then multiply by blocks: (k, b, b)."""
+
+    blocks: torch.Tensor
+    order: torch.Tensor | None = None
+
+    def applied(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what becomes of numbers x: (..., in), in their dtype."""
+        dealt = x if self.order is None else x.index_select(-1, self.order.to(x.device))
+        return rotate_blocks(dealt, self.blocks)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Factor":
+        """Return this on a device, in a dtype."""
+        order = None if self.order is None else self.order.to(device)
+        return Factor(self.blocks.to(device, dtype), order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,13 +39,16 @@ class ScaledDual:
 
     scale: (in,) float64. With `folded` the division is not done here: what produces the input
     (a norm, or a linear) carries it, behind R1 or R2. dual: T, a dual transform, a rotation in
-    blocks, or blocks that are no rotations.
+    blocks, or blocks that are no rotations. With `rounded` the matrices that inputs meet, a scale
+    that is not folded among them, are rounded to bfloat16, and weights get the inverse of those.
     """
 
     scale: torch.Tensor | None = None
     folded: bool = True
     dual: BlockMap | None = None
-    _moved: dict = field(default_factory=dict, init=False, repr=False)  # by dtype and device
+    rounded: bool = False
+    # by dtype and device, what inputs meet: this transform, or its factors if they are rounded
+    _moved: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def is_online(self) -> bool:
@@ -36,9 +63,18 @@ class ScaledDual:
         return self.scale.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform inputs x: (..., in), in float32 or wider."""
+        """Transform inputs x: (..., in), in float32 or wider.
+
+        Between rounded rotations numbers of bfloat16 are of bfloat16; float16 has less range.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        moved, wide = self._to(dtype, x.device), x.to(dtype)
+        wide = x.to(dtype)
+        if self._is_rounded:
+            between = x.dtype if x.dtype == torch.bfloat16 else dtype
+            for factor in self._factors_on(x.device, dtype):
+                wide = factor.applied(wide).to(between).to(dtype)
+            return wide.to(x.dtype)
+        moved = self._to(dtype, x.device)
         if moved.scale is not None and not self.folded:
             wide = wide / moved.scale
         return (wide if moved.dual is None else moved.dual.turned(wide)).to(x.dtype)
@@ -46,9 +82,39 @@ class ScaledDual:
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return (W·diag(scale))·T⁻ᵀ: (out, in)."""
         moved = self._made(weight.dtype, weight.device)
+        if self._is_rounded:
+            if moved.scale is not None and self.folded:
+                weight = weight * moved.scale
+            for factor in self.factors():
+                inverse = inverse_transposed(factor.blocks.to(weight.device))
+                weight = replace(factor, blocks=inverse).applied(weight)
+            return weight
         if moved.scale is not None:
             weight = weight * moved.scale
         return weight if moved.dual is None else moved.dual.of_weight(weight)
+
+    @property
+    def _is_rounded(self) -> bool:
+        return self.rounded and self.dual is not None
+
+    def factors(self) -> "list[Factor]":
+        """Return what inputs meet in turn: a scale that is not folded is part of the first."""
+        assert self.dual is not None
+        first = self.dual.first.double()
+        if self.scale is not None and not self.folded:
+            first = first / self.scale.to(first).view(-1, first.shape[1], 1)
+        found = [Factor(first)]
+        if isinstance(self.dual, DualTransform):
+            found.append(Factor(self.dual.second.double(), self.dual.permutation))
+        if not self._is_rounded:
+            return found
+        return [replace(factor, blocks=factor.blocks.bfloat16().double()) for factor in found]
+
+    def _factors_on(self, device: torch.device, dtype: torch.dtype) -> "list[Factor]":
+        key = (dtype, device)
+        if key not in self._moved:
+            self._moved[key] = [factor.to(device, dtype) for factor in self.factors()]
+        return self._moved[key]
 
     def _to(self, dtype: torch.dtype, device: torch.device) -> "ScaledDual":
         key = (dtype, device)
@@ -71,13 +137,13 @@ class ScaledDual:
         return stored
 
     @staticmethod
-    def from_tensors(stored: dict[str, torch.Tensor]) -> "ScaledDual":
+    def from_tensors(stored: dict[str, torch.Tensor], rounded: bool = False) -> "ScaledDual":
         """Rebuild a transform from its stored form."""
         folded = "folded_scale" in stored
         scale = stored.get("folded_scale" if folded else "scale")
         kinds = {"permutation": DualTransform, "matrix": InvertibleBlocks, "first": BlockRotation}
         kind = next((kinds[part] for part in kinds if part in stored), None)
-        return ScaledDual(scale, folded, kind and kind.from_tensors(stored))
+        return ScaledDual(scale, folded, kind and kind.from_tensors(stored), rounded)
 
 
 def to_channels(rows: torch.Tensor, input: Input) -> torch.Tensor:

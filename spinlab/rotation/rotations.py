@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from spinlab.config.kv import Kept
 from spinlab.model.map import Input, Site
-from spinlab.rotation.blocks import InvertibleBlocks, inverse_error
+from spinlab.rotation.blocks import BlockRotation, InvertibleBlocks, inverse_error
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.online import (
     InputTransform,
@@ -24,9 +24,11 @@ from spinlab.tensors import write_tensors
 _FUSED = ("r1", "r2")
 ONLINE = ("r3", "r4", "cross_head")
 _NUMBERS = {"clip": "clips", "kv_clip": "kv_clips", "peak": "peaks"}  # fields, by tensors' names
-# entry of a file's metadata: `about`, the blocks of online rotations, and GAINS where they are kept
+# entry of a file's metadata: `about`, the blocks of online rotations, GAINS where they are kept,
+# and ROUNDED where transforms of inputs multiply by rounded matrices
 WORDS = "rotations"
 GAINS = "keeps_gains"
+ROUNDED = "rounded_inputs"
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,14 @@ class RotationSet:
         found = {name: getattr(self, name) for name in _FUSED}
         found |= self._factors() | self._latents()
         errors = {name: orthogonality_error(t) for name, t in found.items() if t is not None}
-        duals = [t.dual for t in self.inputs.values() if t.dual is not None]
-        others = [dual for dual in duals if isinstance(dual, InvertibleBlocks)]
-        if others:
-            errors["inverses"] = max(inverse_error(dual.first) for dual in others)
-        elif duals:
-            parts = [part for dual in duals for part in dual.tensors().values()]
-            blocks = [part for part in parts if part.is_floating_point()]
+        turning = [t for t in self.inputs.values() if t.dual is not None]
+        maps = [t.dual.first for t in turning if isinstance(t.dual, InvertibleBlocks)]
+        maps += [factor.blocks for t in turning if t.rounded for factor in t.factors()]
+        if maps:
+            errors["inverses"] = max(inverse_error(blocks) for blocks in maps)
+        duals = [t.dual for t in turning if isinstance(t.dual, BlockRotation)]
+        parts = [part for dual in duals for part in dual.tensors().values()]
+        if blocks := [part for part in parts if part.is_floating_point()]:
             errors["inputs"] = max(orthogonality_error(block) for block in blocks)
         return errors
 
@@ -136,6 +139,7 @@ class RotationSet:
         about: dict,
         blocks: Mapping[str, int],
         keeps_gains: bool = False,
+        rounded_inputs: bool = False,
     ) -> "RotationSet":
         """Rebuild a set from its stored form."""
         online = {
@@ -147,7 +151,10 @@ class RotationSet:
         for name, tensor in _part(tensors, "inputs.").items():
             key, _, part = name.rpartition(".")
             of_inputs.setdefault(key, {})[part] = tensor
-        inputs = {key: ScaledDual.from_tensors(stored) for key, stored in of_inputs.items()}
+        inputs = {
+            key: ScaledDual.from_tensors(stored, rounded_inputs)
+            for key, stored in of_inputs.items()
+        }
         numbers = {
             name: {key: number.item() for key, number in _part(tensors, f"{prefix}.").items()}
             for prefix, name in _NUMBERS.items()
@@ -169,6 +176,7 @@ class RotationSet:
         blocks = {name: rotation.blocks for name, rotation in self._online().items()}
         words = {"about": self.about or {}, "blocks": blocks}
         words |= {GAINS: True} if self.keeps_gains else {}
+        words |= {ROUNDED: True} if any(t.rounded for t in self.inputs.values()) else {}
         write_tensors(path, self.tensors(), {WORDS: words})
 
     @staticmethod
@@ -178,7 +186,11 @@ class RotationSet:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             words = json.loads(file.metadata()[WORDS])
         return RotationSet.from_tensors(
-            tensors, words["about"], words["blocks"], words.get(GAINS, False)
+            tensors,
+            words["about"],
+            words["blocks"],
+            words.get(GAINS, False),
+            words.get(ROUNDED, False),
         )
 
 

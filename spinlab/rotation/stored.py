@@ -25,7 +25,7 @@ from spinlab.rotation.faults import (
     not_orthogonal,
 )
 from spinlab.rotation.inputs import to_channels, to_rows
-from spinlab.rotation.rotations import GAINS, ONLINE, WORDS, RotationSet, kv_clip_key
+from spinlab.rotation.rotations import GAINS, ONLINE, ROUNDED, WORDS, RotationSet, kv_clip_key
 
 Shape = tuple[int, ...]
 
@@ -256,9 +256,11 @@ def _words(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         if not known or type(count) is not int or count < 1:
             raise InputError(f"{path}: blocks of {name} are {count!r}, not a number from 1 on")
     check_about(path, words["about"])
-    if type(kept := words.get(GAINS, False)) is not bool:
-        raise InputError(f"{path}: {GAINS} in its metadata is {kept!r}, not true or false")
-    return {name: words[name] for name in ("about", "blocks")} | {GAINS: kept}
+    said = {name: words.get(name, False) for name in (GAINS, ROUNDED)}
+    for name, value in said.items():
+        if type(value) is not bool:
+            raise InputError(f"{path}: {name} in its metadata is {value!r}, not true or false")
+    return {name: words[name] for name in ("about", "blocks")} | said
 
 
 def check_about(path: Path, about: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,13 +18,14 @@ from spinlab.bench.formats import TIMED, formats
 from spinlab.bench.groups import groups
 from spinlab.bench.kernels import bench_kernels, ceilings
 from spinlab.bench.kv_decode import CODECS, WINDOWS, kv
-from spinlab.bench.operands import random_floats, random_rows, random_weight
+from spinlab.bench.operands import QUANTIZER, random_floats, random_rows, random_weight
 from spinlab.bench.peers import LinearPeer, Product, linear_peers
 from spinlab.bench.producers import producers
 from spinlab.bench.products import decode, prefill
 from spinlab.bench.results import Results
 from spinlab.bench.runners import Setting, Stock
 from spinlab.bench.timing import copies_for, measure
+from spinlab.bench.transforms import transforms
 from spinlab.config import CodecConfig
 from spinlab.errors import InputError, ResultError
 from spinlab.formats.quantizer import TokenQuantizer
@@ -232,6 +234,19 @@ def test_producers_are_held_against_the_gate_alone(results):
     ours, eager = (metrics[f"speed/hadamard_quant/96/{n}"] for n in ("ours", "eager"))
     assert metrics["ratio/hadamard_quant/96"] == ours / eager
     assert metrics["ratio/hadamard_quant/96/fused"] > 0
+
+
+def test_transforms_are_held_against_quantizing_alone(results):
+    transforms(REFERENCE, CPU, RATES, results, cases=((256,), 5))
+    metrics = results.metrics
+    plain = metrics["speed/transform/256/quantize"]
+    for kind in ("dual", "blocks", "dual_exact", "blocks_exact"):
+        found = metrics[f"ratio/transform/256/{kind}"]
+        assert found == metrics[f"speed/transform/256/{kind}"] / plain
+    assert metrics["floor/transform/256"] == 3 * 5 * 256 / RATES["copy"]
+    wrong = replace(REFERENCE, norm_quantize=lambda x, *_: REFERENCE.quantize(x, QUANTIZER))
+    with pytest.raises(ResultError, match="of the levels of dual at 256 are right"):
+        transforms(wrong, CPU, RATES, results, cases=((256,), 5))
 
 
 def test_attention_is_held_against_torchs_fastest_back_end(results):

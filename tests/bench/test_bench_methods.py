@@ -52,6 +52,13 @@ def test_scales_that_cannot_fold_are_there(toy):
     assert not any(found[key].folded for key in scaled)
 
 
+@pytest.mark.parametrize("factors", ["exact", "bfloat16"])
+def test_factors_are_those_of_the_method(toy, factors):
+    config = composed("+method=learned_inputs", f"rotation.factors={factors}")
+    found = random_rotations(config, toy).inputs
+    assert {each.rounded for each in found.values()} == {factors == "bfloat16"}
+
+
 def test_without_a_method_r3_and_r4_run(toy):
     found = hadamards(toy)
     assert (found.r3.width, found.r4.width) == (toy.width("r3"), toy.width("r4"))
@@ -62,9 +69,11 @@ def test_without_a_method_r3_and_r4_run(toy):
 def test_the_command_times_a_methods_network(tmp_path, command, capsys):
     words = [command, "--model", "toy", "--layers", "1", "--prompt", "4", "--tokens", "2"]
     out = tmp_path / "record.json"
-    main([*words, "--batch", "1", "--method", "learned_blocks", "--out", str(out)])
+    method = "learned_blocks", "rotation.factors=bfloat16"
+    main([*words, "--batch", "1", "--method", *method, "--out", str(out)])
     record = json.loads(out.read_text())
     assert record["config"]["method"] == "learned_blocks"
+    assert record["config"]["settings"]["rotation.factors"] == "bfloat16"
     assert record["metrics"][f"speedup/e2e/{command}/b1"] > 0
     with pytest.raises(SystemExit):
         main([*words, "--method", "nope"])

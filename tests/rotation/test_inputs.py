@@ -10,6 +10,7 @@ from spinlab.config.rotation import BlocksConfig, DuQuantConfig
 from spinlab.errors import InputError
 from spinlab.model.modules import embedding_of, linear_at, map_of
 from spinlab.networks.quantized import QuantizedNetworks
+from spinlab.rotation.blocks import BlockRotation, InvertibleBlocks, rotate_blocks
 from spinlab.rotation.check import BrokenSite, check_invariance
 from spinlab.rotation.duquant import DualTransform, dual_transforms, random_mixers
 from spinlab.rotation.fuse import fold_norms
@@ -32,6 +33,13 @@ CONFIGS = {
     ),
     "duquant without smoothing": RotationConfig(
         r1="none", r2="none", r4="none", inputs="duquant", duquant=SEARCH
+    ),
+    "duquant, rounded": RotationConfig(
+        r1="none", r2="none", r4="none", inputs="duquant", smooth=0.6, smooth_groups=ALL,
+        duquant=SEARCH, factors="bfloat16",
+    ),
+    "blocks, rounded": RotationConfig(
+        r1="none", r4="none", inputs="blocks", blocks=BlocksConfig(8, "random"), factors="bfloat16"
     ),
     "blocks behind gains": RotationConfig(r1="none", r4="none", inputs="blocks", gains="kept"),
     "duquant as init": RotationConfig(r1="duquant", r2="duquant", duquant=SEARCH),
@@ -181,6 +189,52 @@ def test_the_order_is_scale_then_turn_and_the_weight_undoes_it():
     assert torch.allclose(both(x) @ both.of_weight(w).T, x @ w.T, atol=1e-12)
     folded = ScaledDual(scale, folded=True, dual=dual)
     assert torch.allclose(folded(x / scale), both(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("kind", ["dual", "rotations", "maps"])
+def test_weights_get_the_inverse_of_what_was_rounded(kind, folded):
+    """Against dense matrices of numbers that bfloat16 holds, inverted by themselves."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=g, dtype=torch.float64) for n in (5, 3))
+    scale = torch.rand(16, generator=g, dtype=torch.float64) + 0.5
+    dual = dual_transforms(x[None], random_mixers(8, 4, g), shared=False)[0]
+    one = BlockRotation(dual.first) if kind == "rotations" else InvertibleBlocks(1.3 * dual.first)
+    transform = ScaledDual(scale, folded, dual if kind == "dual" else one, rounded=True)
+    divided = torch.eye(16, dtype=torch.float64) if folded else torch.diag(1 / scale)
+    wanted = (divided @ torch.block_diag(*transform.dual.first)).bfloat16().double()
+    if kind == "dual":
+        second = torch.block_diag(*dual.second).bfloat16().double()
+        wanted = wanted[:, dual.permutation] @ second
+    assert torch.allclose(transform(x), x @ wanted, atol=1e-12)
+    given = w * scale if folded else w
+    assert torch.allclose(transform.of_weight(w), given @ wanted.inverse().mT, atol=1e-12)
+    exact = replace(transform, rounded=False)
+    assert 1e-4 < (transform(x) - exact(x)).abs().max() / exact(x).abs().max() < 1e-2
+
+
+def test_between_rounded_rotations_bfloat16_stays_what_it_is_and_float16_does_not():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 16, generator=g, dtype=torch.float64)
+    dual = dual_transforms(x[None], random_mixers(8, 4, g))[0]
+    transform = ScaledDual(dual=dual, rounded=True)
+    first, second = (factor.blocks.float() for factor in transform.factors())
+    for dtype, between in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        found = rotate_blocks(x.to(dtype).float(), first).to(between).float()
+        wanted = rotate_blocks(found[:, dual.permutation], second).to(dtype)
+        assert torch.equal(transform(x.to(dtype)), wanted)
+
+
+def test_files_say_whether_factors_are_rounded(make_model, tmp_path):
+    for name in ("duquant, rounded", "duquant"):
+        rotations = made(CONFIGS[name], make_model)
+        rotations.save(tmp_path / "R.safetensors")
+        loaded = read_stored(tmp_path / "R.safetensors", map_of(make_model()))
+        for found in (loaded, RotationSet.load(tmp_path / "R.safetensors")):
+            kinds = {transform.rounded for transform in found.inputs.values()}
+            assert kinds == {name == "duquant, rounded"}
+        assert ("inverses" in loaded.orthogonality()) == (name == "duquant, rounded")
+        assert max(loaded.orthogonality().values()) < 1e-9
 
 
 @pytest.mark.parametrize(

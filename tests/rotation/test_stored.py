@@ -202,6 +202,7 @@ def test_files_of_an_earlier_version_are_read(tmp_path):
         # what it says of itself
         (lambda tensors, metadata: metadata.clear(), "spinlab did not write it"),
         (lambda t, metadata: metadata.update(rotations="{"), "its metadata is no JSON"),
+        (words(rounded_inputs=1), "rounded_inputs in its metadata is 1, not true or false"),
         (lambda t, metadata: metadata.update(rotations="[" * 9**5), "its metadata is no JSON"),
         (lambda t, metadata: metadata.update(rotations="[]"), "must be two JSON objects"),
         (lambda t, metadata: metadata.update(rotations="9" * 5000), "its metadata is no JSON"),

@@ -27,6 +27,8 @@ IN_BLOCKS = {
     "scaled elsewhere": dict(width=96, block=32, scale=SCALE, folded=True),
     "dual": dict(width=96, block=32, dual=True, scale=SCALE),
     "dual, shared": dict(width=96, block=16, dual=True, shared=True),
+    "rounded, scaled": dict(width=96, block=32, scale=SCALE, rounded=True),
+    "dual, rounded, scaled": dict(width=96, block=32, dual=True, scale=SCALE, rounded=True),
     "blocks of 128": dict(width=384, block=128),
     "blocks of 8": dict(width=32, block=8),
     "dual, blocks of 48": dict(width=96, block=48, dual=True),
@@ -79,6 +81,24 @@ def test_a_rotation_in_blocks_is_as_exact_as_float32(device, dual):
         torch.finfo(half).eps / 2 * wanted.abs() + 2**-15 * x.double().cpu().norm(dim=1)[:, None]
     )
     assert ((found - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 300])
+@pytest.mark.parametrize("dual", [False, True])
+def test_rounded_factors_are_one_matrix_of_16_bits(device, dual, tokens):
+    """And the product is their definition's, but for roundings that fall otherwise."""
+    rotation = in_blocks(512, 64, dual=dual, rounded=True)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    x = rows(tokens, 512, dtype=half).to(device)
+    passes = blocks._passes_of(rotation, x)
+    assert all(len(each.parts) == 1 and each.parts.dtype.itemsize == 2 for each in passes)
+    between = {each.gives for each in passes[:-1]}
+    assert between == ({half if half == torch.bfloat16 else torch.float32} if dual else set())
+    found, wanted = turned(x, rotation).double(), rotation(x).double()
+    step = torch.finfo(half).eps * wanted.abs().amax(1, keepdim=True)
+    assert ((found - wanted).abs() <= step).all()
+    # what goes on to a second rotation falls otherwise for one number, and moves a block
+    assert (found != wanted).double().mean() < (0.1 if dual else 0.02)
 
 
 @pytest.mark.parametrize("case", ["blocks of 32, scaled", "dual", "blocks of 128"])

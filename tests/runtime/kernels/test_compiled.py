@@ -124,7 +124,8 @@ for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
         (BLOCKS, {}), ({**BLOCKS, "ALONE": True, "STEP": 16}, {}),
         ({**PLAIN, "ACROSS": True}, {"out_ptr": "*fp32"}),
         ({**PLAIN, "GATED": True}, {}), ({**PLAIN, "DEALT": True}, DEALT),
-        ({**PLAIN, "PARTS": 1}, WIDE),
+        ({**PLAIN, "PARTS": 1}, WIDE), ({**PLAIN, "PARTS": 1, "ACROSS": True}, {}),
+        ({**PLAIN, "PARTS": 1, "DEALT": True}, {}),
     ):
         kernel = block_kernels.blocks_kernel
         found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)

@@ -185,7 +185,7 @@ def test_norms_and_gates_are_their_definition(run, grid, width, group_size, dtyp
     assert_close(*run("gate_quantize", gate, up, None, quantizer), dtype)
 
 
-def in_blocks(width, block, dual=False, shared=False, scale=None, folded=False):
+def in_blocks(width, block, dual=False, shared=False, scale=None, folded=False, rounded=False):
     """Return a transform in random blocks, with a permutation and others behind it if dual."""
 
     def drawn():
@@ -195,7 +195,7 @@ def in_blocks(width, block, dual=False, shared=False, scale=None, folded=False):
     turn = BlockRotation(drawn())
     if dual:
         turn = DualTransform(turn.first, torch.randperm(width), drawn())
-    return ScaledDual(scale, folded, turn)
+    return ScaledDual(scale, folded, turn, rounded)
 
 
 def blocks(left, right, many):

@@ -1,10 +1,11 @@
 """Rotations of inputs in blocks, on CUDA: DuQuant's dual transforms, and blocks alone.
 
 A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores. Its
-matrix is a sum of two of the input's dtype where that holds every row to 2^-16, else float32 in
-products of three TF32 ones. What a dual transform has between its rotations is float32: a sum of
-two numbers of bfloat16, as is the second matrix. It lies with the tokens of a channel side by side,
-so that the channels are dealt in whole pieces of memory.
+matrix is one of the input's dtype where that is exact, as of rounded factors, a sum of two where
+that holds every row to 2^-16, else float32 in products of three TF32 ones. What a dual transform
+has between its rotations is float32: a sum of two numbers of bfloat16, as is the second matrix; of
+rounded factors and inputs of bfloat16 it is bfloat16. It lies with the tokens of a channel side by
+side, so that the channels are dealt in whole pieces of memory.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.kernels.launch import gpu_of, interpreted, launch, power_of_two, settle
 
@@ -26,10 +26,14 @@ _TILE = 8192  # numbers that one program norms, at least
 
 @dataclass(frozen=True)
 class _Pass:
-    """One rotation: (2 or 1, k, b, b) that sum up to its matrices, behind a deal of channels."""
+    """One rotation: (2 or 1, k, b, b) that sum up to its matrices, behind a deal of channels.
+
+    gives: the dtype of what it hands on to a second one, (width, tokens); None for the last.
+    """
 
     parts: torch.Tensor
     order: torch.Tensor | None
+    gives: torch.dtype | None
 
 
 _passes: WeakKeyDictionary[ScaledDual, dict[tuple[torch.dtype, torch.device], list[_Pass]]] = (
@@ -58,7 +62,7 @@ def turned(
     gain (width,) if there is one; squares of one token alone are added in another order.
     """
     first, *rest = _passes_of(rotation, x)
-    y = _turned(x, first, None if rest else x.dtype, up, gain, epsilon)
+    y = _turned(x, first, x.dtype, up, gain, epsilon)
     return _turned(y, rest[0], x.dtype) if rest else y
 
 
@@ -81,12 +85,12 @@ def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 def _turned(
     x: torch.Tensor,
     by: _Pass,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     up: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     epsilon: float | None = None,
 ) -> torch.Tensor:
-    """Return one rotation of x: (tokens, width); (width, tokens) in float32 without a dtype.
+    """Return one rotation of x: (tokens, width), in a dtype; what goes on is (width, tokens).
 
     An x that is dealt is (width, tokens) too.
     """
@@ -98,8 +102,8 @@ def _turned(
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
     other = up if up is not None else x if gain is None else gain
     assert other.stride(-1) == 1, "a gain lies in one piece: it is read before a kernel waits"
-    shape = (width, tokens) if dtype is None else (tokens, width)
-    found = torch.empty(*shape, dtype=dtype or torch.float32, device=x.device)
+    shape = (tokens, width) if by.gives is None else (width, tokens)
+    found = torch.empty(*shape, dtype=by.gives or dtype, device=x.device)
     if not tokens:
         return found
     step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
@@ -115,7 +119,7 @@ def _turned(
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": normed, "ALONE": alone, "GAIN": gain is not None,
-        "DEALT": by.order is not None, "ACROSS": dtype is None, "PARTS": parts,
+        "DEALT": by.order is not None, "ACROSS": by.gives is not None, "PARTS": parts,
         "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block, "PIECE": piece,
         "STEP": step, "WHOLE": power_of_two(width), "STAGES": stages,
         "AS_FLOATS": interpreted(),  # which multiplies no bfloat16
@@ -155,34 +159,34 @@ def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
 
 
 def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
-    dual = rotation.dual
-    if dual is None:
+    if rotation.dual is None:
         return []
-    first, found = dual.first.double(), []
-    if rotation.scale is not None and not rotation.folded:
-        scale = rotation.scale.to(first.device).double()
-        first = first / scale.view(-1, first.shape[1], 1)
-    steps: list[tuple[torch.Tensor, torch.Tensor | None]] = [(first, None)]
-    if isinstance(dual, DualTransform):
-        steps.append((dual.second.double(), dual.permutation.to(x.device, torch.int32)))
-    for matrices, order in steps:
-        if matrices.shape[-1] > _WIDEST:
+    factors, found = rotation.factors(), []
+    short = rotation.rounded and x.dtype == torch.bfloat16
+    for place, factor in enumerate(factors):
+        if factor.blocks.shape[-1] > _WIDEST:
             return []
-        # what comes behind a deal of channels is float32, whose range bfloat16 has
-        parts = _halves(matrices, x.dtype if order is None else torch.bfloat16)
-        parts = matrices[None].float() if parts is None else parts
-        found.append(_Pass(parts.to(x.device).contiguous(), order))
+        # float32 behind a deal of channels has a range that bfloat16 has, too
+        dtype = x.dtype if factor.order is None else torch.bfloat16
+        parts = _halves(factor.blocks, dtype)
+        parts = factor.blocks[None].float() if parts is None else parts
+        order = None if factor.order is None else factor.order.to(x.device, torch.int32)
+        between = x.dtype if short else torch.float32
+        gives = between if place + 1 < len(factors) else None
+        found.append(_Pass(parts.to(x.device).contiguous(), order, gives))
     return found
 
 
 def _halves(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return (2, k, b, b) of a 16-bit dtype with float64 matrices (k, b, b) as their sum.
 
-    None where a row is off by more than 2^-16 of its largest entry: float16 has no small numbers,
-    and no large ones.
+    One of them where it is exact; None where a row is off by more than 2^-16 of its largest entry:
+    float16 has no small numbers, and no large ones.
     """
     high = matrices.to(dtype)
     low = (matrices - high.double()).to(dtype)
     off = (high.double() + low.double() - matrices).abs().amax(-1)
     exact = (off <= 2**-16 * matrices.abs().amax(-1)).all()
-    return torch.stack((high, low)) if exact else None
+    if not exact:
+        return None
+    return torch.stack((high, low)) if low.any() else high[None]

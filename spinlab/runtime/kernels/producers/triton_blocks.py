@@ -39,14 +39,15 @@ def _added(total, x, matrix, AS_FLOATS: tl.constexpr):
 
 @triton.jit
 def _product(x, high, low, PARTS: tl.constexpr, AS_FLOATS: tl.constexpr):
-    """Return x M in float32: M is float32 itself, or a sum of two 16-bit matrices.
+    """Return x M in float32: M is float32 itself, or one 16-bit matrix or a sum of two.
 
     So is an x of float32 a sum of two, and the product three products; the fourth counts nothing.
     """
-    if PARTS == 2:
+    if high.dtype != tl.float32:
         top = x.to(high.dtype)
         found = tl.zeros((x.shape[0], high.shape[1]), tl.float32)
-        found = _added(found, top, low, AS_FLOATS)
+        if PARTS == 2:
+            found = _added(found, top, low, AS_FLOATS)
         if x.dtype == tl.float32:
             found = _added(found, (x - top.to(tl.float32)).to(high.dtype), high, AS_FLOATS)
         found = _added(found, top, high, AS_FLOATS)
