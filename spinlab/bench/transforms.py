@@ -40,7 +40,9 @@ def transforms(
     for width in widths:
         copies = copies_for(2 * tokens * width, device)
         inputs = [random_floats(tokens, width, generator=generator) for _ in range(copies)]
-        works = {"quantize": [lambda x=x: operations.quantize(x, QUANTIZER) for x in inputs]}
+        works: dict[str, list[Work]] = {
+            "quantize": [lambda x=x: operations.quantize(x, QUANTIZER) for x in inputs]
+        }
         turns = _turns(width)
         for kind, turn in turns.items():
             _check(operations, turn, inputs[0][:_CHECKED], kind)

@@ -98,7 +98,7 @@ class RotationConfig:
     # the input
     inputs: str = "none"
     # what such a map multiplies by online: exact, in products of several parts on GPUs, or rounded
-    # to bfloat16, whose inverse weights then get; learning takes them as they are
+    # to bfloat16, whose inverse weights then get, also of a file; learning takes them as they are
     factors: str = "exact"
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])

@@ -159,7 +159,7 @@ def _of_rotations(config: Config) -> Iterator[Rule]:
     if rotation.load and rotation.load.endswith(".safetensors"):
         yield (
             "rotation.load=….safetensors, which holds all rotations",
-            _others(rotation, "rotation", "load"),
+            _others(rotation, "rotation", "load", "factors"),
         )
         return
     if rotation.load:

@@ -1,6 +1,7 @@
 """Rotations read from a file: that of the settings, or a transformed model's manifest."""
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Given:
     def __init__(self, run: Run, original: Original) -> None:
         self._original = original
         self._load = _place(run.config.rotation.load)
+        self._rounds = run.config.rotation.factors == "bfloat16"
         self._manifest = manifest_of(run.config.model.path)
         if self._manifest is not None:
             _check_transformed(run)
@@ -40,10 +42,22 @@ class Given:
 
     @cached_property
     def rotations(self) -> RotationSet | None:
-        """What the file holds, made for this model; None where no file is given."""
+        """What the file holds, made for this model; None where no file is given.
+
+        What turns inputs by exact factors is rounded where settings ask for it.
+        """
         if self.file is None:
             return None
-        return read_rotations(self.file, map_of(self._original.shape), self.transformed)
+        found = read_rotations(self.file, map_of(self._original.shape), self.transformed)
+        if not self._rounds or self.transformed:
+            return found
+        if all(transform.dual is None for transform in found.inputs.values()):
+            raise InputError(
+                f"rotation.factors=bfloat16 rounds what turns single inputs, and {self.file} turns "
+                "none: leave it out"
+            )
+        inputs = {key: replace(each, rounded=True) for key, each in found.inputs.items()}
+        return replace(found, inputs=inputs)
 
 
 def _place(path: str | None) -> Path | None:

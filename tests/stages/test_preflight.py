@@ -13,13 +13,14 @@ from spinlab.data import hub
 from spinlab.errors import InputError
 from spinlab.model.load import meta_model
 from spinlab.model.modules import map_of
+from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.exchange import write_bin
 from spinlab.rotation.initial import initial_rotations
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
-from spinlab.stages.rotations import gate_ids
+from spinlab.stages.rotations import FILE, gate_ids
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
@@ -143,6 +144,20 @@ def test_inputs_with_scales_only_cannot_be_learned_and_are_refused_before_any_st
     learned = ["learn=inputs", "learn.sequence_length=64", f"rotation.load={file}"]
     learned.append("learn.lr.scale=0")
     assert "inputs have scales only" in refused(tmp_path, *learned)
+    rounded = [f"rotation.load={file}", "rotation.factors=bfloat16"]
+    assert "turns none: leave it out" in refused(tmp_path, *rounded)
+
+
+def test_what_a_file_turns_inputs_by_is_rounded_where_asked(tmp_path):
+    file = tmp_path / "R.safetensors"
+    blocks = torch.linalg.qr(torch.randn(12, 8, 8, dtype=torch.float64))[0]
+    RotationSet(inputs={"0.qkv": ScaledDual(dual=BlockRotation(blocks))}).save(file)
+    settings = "+experiment=toy", "learn=none", f"rotation.load={file}", f"paths.cache={tmp_path}"
+    for words, rounded in ((), False), (("rotation.factors=bfloat16",), True):
+        run = Pipeline(composed(*settings, *words))
+        preflight(run, words)
+        stored = RotationSet.load(run.initial.path / FILE)
+        assert [each.rounded for each in stored.inputs.values()] == [rounded]
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "head"])
