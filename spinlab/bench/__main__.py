@@ -257,8 +257,9 @@ def _online(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from spinlab.bench.runners import Setting
     from spinlab.report.online import online_settings
 
-    (method, *words), online, settings = arguments.method or [None], hadamards, {}
-    if method:
+    method, online, settings = None, hadamards, {}
+    if arguments.method:
+        method, *words = arguments.method
         config = settings_of([f"+method={method}", *words])
         online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
