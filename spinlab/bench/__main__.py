@@ -255,12 +255,18 @@ def _online(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return what is run, and how a method's rotations are made for it."""
     from spinlab.bench.methods import hadamards, random_rotations
     from spinlab.bench.runners import Setting
+    from spinlab.config.unread import check_read
     from spinlab.report.online import online_settings
 
     method, online, settings = None, hadamards, {}
     if arguments.method:
         method, *words = arguments.method
         config = settings_of([f"+method={method}", *words])
+        if other := [word for word in words if not word.startswith(("rotation.", "learn."))]:
+            raise InputError(
+                f"--method takes settings of rotation and learn, and {other[0]} is none"
+            )
+        check_read(config, words)
         online, settings = partial(random_rotations, config), online_settings(config)
     sizes = (arguments.model, arguments.layers, arguments.prompt, arguments.tokens)
     return Setting(*sizes, method, settings), online

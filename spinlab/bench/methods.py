@@ -46,8 +46,8 @@ def random_rotations(config: Config, model_map: ModelMap) -> RotationSet:
         scale = 0.5 + torch.rand(input.width, generator=generator, dtype=torch.float64)
         turn = inputs[input.key].dual if input.key in inputs else None
         inputs[input.key] = ScaledDual(scale, folded=False, dual=turn)
-    if rotation.factors == "bfloat16":
-        inputs = {key: replace(own, rounded=True) for key, own in inputs.items()}
+    rounded = bool(rotation.rounds_factors)
+    inputs = {key: replace(own, rounded=rounded) for key, own in inputs.items()}
     return replace(found, inputs=inputs)
 
 

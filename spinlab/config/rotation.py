@@ -98,8 +98,9 @@ class RotationConfig:
     # the input
     inputs: str = "none"
     # what such a map multiplies by online: exact, in products of several parts on GPUs, or rounded
-    # to bfloat16, whose inverse weights then get, also of a file; learning takes them as they are
-    factors: str = "exact"
+    # to bfloat16, whose inverse weights then get; learning takes them as they are. null: exact, or
+    # as a file says
+    factors: str | None = None
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])
     # of norms: folded into the linears that read them, or kept; see `keeps_gains` for auto. The
@@ -114,7 +115,8 @@ class RotationConfig:
     def __post_init__(self) -> None:
         choice("rotation.cross_head", self.cross_head, ("none", "hadamard"))
         choice("rotation.inputs", self.inputs, ("none", "scales", *_REPLACED))
-        choice("rotation.factors", self.factors, ("exact", "bfloat16"))
+        if self.factors is not None:
+            choice("rotation.factors", self.factors, ("exact", "bfloat16"))
         choice("rotation.gains", self.gains, ("auto", "folded", "kept"))
         turned = [name for name in ("r1", "latents") if getattr(self, name) != "none"]
         if self.gains == "kept" and turned:
@@ -191,6 +193,11 @@ class RotationConfig:
     def keeps_gains(self) -> bool:
         """Tell whether norms keep their gains; a file says that of the rotations that it brings."""
         return keeps_gains(self.gains, self.r1, self.latents, self.smooth, self.inputs)
+
+    @property
+    def rounds_factors(self) -> bool | None:
+        """Tell whether what turns inputs is rounded; None where nothing says it."""
+        return None if self.factors is None else self.factors == "bfloat16"
 
     @property
     def turns_inputs(self) -> bool:

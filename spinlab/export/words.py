@@ -79,7 +79,9 @@ def rotations(record: Tree) -> str:
         kinds["r3"] += ", one per layer"
     told = [*given, *(f"{_TITLES[name]} ({kind})" for name, kind in kinds.items())]
     if rotation["inputs"] != "none":
-        told.append(f"a transform of each input of linears ({rotation['inputs']})")
+        kind = rotation["inputs"]
+        kind += ", rounded to bfloat16" if rotation.get("factors") == "bfloat16" else ""
+        told.append(f"a transform of each input of linears ({kind})")
     start = f"Rotations: {', '.join(told)}" if told else "No rotations"
     if rotation["smooth"] is not None:
         start += f", with SmoothQuant's scales (alpha {rotation['smooth']})"

@@ -43,9 +43,14 @@ def online_parts(settings: Settings, heads: int) -> dict[str, str]:
     if (inputs := settings["rotation.inputs"]) in INPUTS:
         title, size = INPUTS[inputs]
         shared = inputs == "duquant" and "inputs" not in learned  # searched blocks share a matrix
-        of = ", of bfloat16" * (settings.get("rotation.factors", "exact") == "bfloat16")
-        found[title] = f"blocks of {settings[size]}" + ", all the same" * shared + of
+        same = ", all the same" * shared
+        found[title] = f"blocks of {settings[size]}{same}{factors_words(settings)}"
     return found
+
+
+def factors_words(settings: Settings) -> str:
+    """Say that what turns inputs is rounded, where it is; behind a comma."""
+    return ", in bfloat16" if settings.get("rotation.factors") == "bfloat16" else ""
 
 
 def online_settings(config: Config) -> dict[str, Any]:

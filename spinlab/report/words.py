@@ -9,7 +9,7 @@ from typing import Any
 from spinlab.config.rotation import keeps_gains
 from spinlab.config.values import text
 from spinlab.config.weights import WeightsConfig, method_title
-from spinlab.report.online import EXACT, INPUTS, OFF, Settings
+from spinlab.report.online import EXACT, INPUTS, OFF, Settings, factors_words
 from spinlab.report.settings import GAINS_FOLLOW
 
 _TURNS = {"random": "a random turn", "hadamard": "a Hadamard turn", "none": ""}
@@ -122,7 +122,7 @@ def rotation_words(settings: Settings) -> str:
         parts.append("across heads")
     if (inputs := settings["rotation.inputs"]) in INPUTS:
         title, size = INPUTS[inputs]
-        parts.append(f"{title} of {settings[size]} before inputs")
+        parts.append(f"{title} of {settings[size]} before inputs{factors_words(settings)}")
     if settings["rotation.smooth"] is not None:
         parts.append(f"smoothing {settings['rotation.smooth']:g}")
     if parts and settings["learn.steps"]:

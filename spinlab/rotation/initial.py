@@ -178,7 +178,7 @@ class _Maker:
                 scale = torch.ones(input.width, dtype=torch.float64)
                 folded = input.producer is not None
             if scale is not None or rotation is not None:
-                rounded = self.config.factors == "bfloat16"
+                rounded = bool(self.config.rounds_factors)
                 found[input.key] = ScaledDual(scale, folded, rotation, rounded)
         return found
 

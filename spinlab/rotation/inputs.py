@@ -80,15 +80,15 @@ class ScaledDual:
         return (wide if moved.dual is None else moved.dual.turned(wide)).to(x.dtype)
 
     def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return (W·diag(scale))·T⁻ᵀ: (out, in)."""
-        moved = self._made(weight.dtype, weight.device)
+        """Return (W·diag(scale))·T⁻ᵀ: (out, in); of rounded factors, with the inverse of those."""
         if self._is_rounded:
-            if moved.scale is not None and self.folded:
-                weight = weight * moved.scale
+            if self.scale is not None and self.folded:
+                weight = weight * self.scale.to(weight)
             for factor in self.factors():
                 inverse = inverse_transposed(factor.blocks.to(weight.device))
                 weight = replace(factor, blocks=inverse).applied(weight)
             return weight
+        moved = self._made(weight.dtype, weight.device)
         if moved.scale is not None:
             weight = weight * moved.scale
         return weight if moved.dual is None else moved.dual.of_weight(weight)
@@ -98,7 +98,10 @@ class ScaledDual:
         return self.rounded and self.dual is not None
 
     def factors(self) -> "list[Factor]":
-        """Return what inputs meet in turn: a scale that is not folded is part of the first."""
+        """Return what inputs meet in turn, in float64.
+
+        A scale that is not folded is part of the first, which then is a matrix for every block.
+        """
         assert self.dual is not None
         first = self.dual.first.double()
         if self.scale is not None and not self.folded:

@@ -23,7 +23,7 @@ class Given:
     def __init__(self, run: Run, original: Original) -> None:
         self._original = original
         self._load = _place(run.config.rotation.load)
-        self._rounds = run.config.rotation.factors == "bfloat16"
+        self._rotation = run.config.rotation
         self._manifest = manifest_of(run.config.model.path)
         if self._manifest is not None:
             _check_transformed(run)
@@ -44,20 +44,24 @@ class Given:
     def rotations(self) -> RotationSet | None:
         """What the file holds, made for this model; None where no file is given.
 
-        What turns inputs by exact factors is rounded where settings ask for it.
+        What turns inputs is rounded, or not any more, where settings say it.
         """
         if self.file is None:
             return None
         found = read_rotations(self.file, map_of(self._original.shape), self.transformed)
-        if not self._rounds or self.transformed:
+        rounded, factors = self._rotation.rounds_factors, self._rotation.factors
+        if rounded is None or self.transformed:
             return found
         if all(transform.dual is None for transform in found.inputs.values()):
             raise InputError(
-                f"rotation.factors=bfloat16 rounds what turns single inputs, and {self.file} turns "
+                f"rotation.factors={factors} is of what turns single inputs, and {self.file} turns "
                 "none: leave it out"
             )
-        inputs = {key: replace(each, rounded=True) for key, each in found.inputs.items()}
-        return replace(found, inputs=inputs)
+        inputs = {key: replace(each, rounded=rounded) for key, each in found.inputs.items()}
+        about = found.about or {}
+        if "rotation" in about:
+            about = about | {"rotation": about["rotation"] | {"factors": factors}}
+        return replace(found, inputs=inputs, about=about)
 
 
 def _place(path: str | None) -> Path | None:

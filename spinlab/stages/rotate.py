@@ -76,7 +76,7 @@ def _initial(
         return replace(drawn, about=about)
     loaded, name = given.rotations, given.file.name
     if given.file.suffix != ".bin":
-        log.info("%-12s all from %s, no other setting of rotation is used", "rotations", name)
+        log.info("%-12s all from %s; rotation.* but factors is not used", "rotations", name)
         return replace(loaded, peaks={})  # found anew, where a format asks for them
     online = initial_rotations(
         replace(config, r1="none", r2="none", load=None), model_map, generator

@@ -12,6 +12,7 @@ from spinlab.compose import composed
 from spinlab.model.modules import map_of
 from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.duquant import DualTransform
+from spinlab.runtime.kernels.producers.blocks import _passes_of
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,17 @@ def test_scales_that_cannot_fold_are_there(toy):
     assert not any(found[key].folded for key in scaled)
 
 
+@pytest.mark.parametrize("method", ["learned_inputs", "learned_blocks"])
 @pytest.mark.parametrize("factors", ["exact", "bfloat16"])
-def test_factors_are_those_of_the_method(toy, factors):
-    config = composed("+method=learned_inputs", f"rotation.factors={factors}")
+def test_factors_are_those_of_the_method(toy, factors, method):
+    config = composed(f"+method={method}", f"rotation.factors={factors}")
     found = random_rotations(config, toy).inputs
     assert {each.rounded for each in found.values()} == {factors == "bfloat16"}
+    x = torch.empty(1, 96, dtype=torch.bfloat16)
+    passes = _passes_of(found["0.qkv"], x)
+    assert {len(each.parts) for each in passes} == {2 if factors == "exact" else 1}
+    between = torch.float32 if factors == "exact" else torch.bfloat16
+    assert [each.gives for each in passes] == [between, None][-len(passes) :]
 
 
 def test_without_a_method_r3_and_r4_run(toy):
@@ -75,6 +82,12 @@ def test_the_command_times_a_methods_network(tmp_path, command, capsys):
     assert record["config"]["method"] == "learned_blocks"
     assert record["config"]["settings"]["rotation.factors"] == "bfloat16"
     assert record["metrics"][f"speedup/e2e/{command}/b1"] > 0
-    with pytest.raises(SystemExit):
-        main([*words, "--method", "nope"])
-    assert "unknown method 'nope'" in capsys.readouterr().err
+    refused = {
+        "nope": "unknown method 'nope'",
+        "rtn rotation.factors=bfloat16": "is not read with rotation.inputs=none",
+        "learned_blocks method=duquant": "takes settings of rotation and learn",
+    }
+    for named, why in refused.items():
+        with pytest.raises(SystemExit):
+            main([*words, "--method", *named.split()])
+        assert why in capsys.readouterr().err

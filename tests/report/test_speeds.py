@@ -29,13 +29,16 @@ def shapes(rotations: RotationSet) -> tuple:
     turns = (rotations.r3, rotations.r4, rotations.cross_head)
     factors = [t and (t.left.shape, t.right.shape, t.blocks, t.flat) for t in turns]
     duals = {key: each.dual for key, each in rotations.inputs.items() if each.dual is not None}
-    return (*factors, {key: (type(d).__name__, d.first.shape) for key, d in duals.items()})
+    rounded = {each.rounded for each in rotations.inputs.values() if each.dual is not None}
+    blocks = {key: (type(d).__name__, d.first.shape) for key, d in duals.items()}
+    return (*factors, blocks, rounded)
 
 
 def test_methods_have_one_form_where_what_is_drawn_for_their_timing_has_one_shape():
     model = map_of(random_llama("llama2_7b", 1, torch.device("meta")))
     drawn, forms = {"": shapes(hadamards(model))}, {"": online_parts(defaults(), 32)}
     more = ["learned_blocks rotation.blocks.size=128", "learned_inputs learn=none"]
+    more += [f"{name} rotation.factors=bfloat16" for name in ("learned_inputs", "learned_blocks")]
     more += ["spinquant_had rotation.r4_block=256", "spinquant_had rotation.online=false"]
     for words in [*options_of("method"), *more]:
         method, *others = words.split()

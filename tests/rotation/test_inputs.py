@@ -252,6 +252,7 @@ def test_blocks_turn_what_r4_does_not(make_model, r4, turned):
     [
         ({"inputs": "duquant"}, "set rotation.r1=none, rotation.r2=none, rotation.r4=none"),
         ({"smooth": 1.5}, r"rotation.smooth=1.5 must lie in \[0, 1\]"),
+        ({"factors": "float8"}, "rotation.factors=float8 is unknown"),
         ({"r4_block": 24}, "rotation.r4_block=24 must be a power of two"),
     ],
 )

@@ -148,16 +148,37 @@ def test_inputs_with_scales_only_cannot_be_learned_and_are_refused_before_any_st
     assert "turns none: leave it out" in refused(tmp_path, *rounded)
 
 
-def test_what_a_file_turns_inputs_by_is_rounded_where_asked(tmp_path):
+@pytest.mark.parametrize("there", [False, True])
+def test_what_a_file_turns_inputs_by_is_rounded_or_exact_where_asked(tmp_path, there):
     file = tmp_path / "R.safetensors"
     blocks = torch.linalg.qr(torch.randn(12, 8, 8, dtype=torch.float64))[0]
-    RotationSet(inputs={"0.qkv": ScaledDual(dual=BlockRotation(blocks))}).save(file)
+    inputs = {"0.qkv": ScaledDual(dual=BlockRotation(blocks), rounded=there)}
+    RotationSet(inputs=inputs, about={"rotation": {"factors": None}}).save(file)
     settings = "+experiment=toy", "learn=none", f"rotation.load={file}", f"paths.cache={tmp_path}"
-    for words, rounded in ((), False), (("rotation.factors=bfloat16",), True):
+    for factors, rounded in (None, there), ("exact", False), ("bfloat16", True):
+        words = () if factors is None else (f"rotation.factors={factors}",)
         run = Pipeline(composed(*settings, *words))
         preflight(run, words)
         stored = RotationSet.load(run.initial.path / FILE)
         assert [each.rounded for each in stored.inputs.values()] == [rounded]
+        assert stored.about["rotation"]["factors"] == factors
+
+
+def test_factors_of_what_turns_no_input_are_refused_before_any_stage(tmp_path):
+    words = ["rotation.factors=bfloat16"]
+    with pytest.raises(InputError, match="is not read with rotation"):
+        preflight(pipeline(tmp_path, *words), words)
+
+
+@pytest.mark.parametrize("method", ["learned_blocks", "learned_inputs"])
+def test_what_is_learned_is_rounded_where_asked(tmp_path, method):
+    small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
+    small += ["learn.sequence_length=64", "eval.max_windows=1", "eval.tasks=[]"]
+    paths = f"paths.cache={tmp_path}", "rotation.factors=bfloat16"
+    run = Pipeline(composed("+experiment=toy", f"+method={method}", *small, *paths))
+    learned = RotationSet.load(run.learned.path / FILE)
+    assert {each.rounded for each in learned.inputs.values()} == {True}
+    assert run.handoff_error("integer") < 1e-9
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "head"])

@@ -1,11 +1,11 @@
 """Rotations of inputs in blocks, on CUDA: DuQuant's dual transforms, and blocks alone.
 
 A rotation of a 16-bit input is taken in float32, as its definition takes it, by tensor cores. Its
-matrix is one of the input's dtype where that is exact, as of rounded factors, a sum of two where
-that holds every row to 2^-16, else float32 in products of three TF32 ones. What a dual transform
-has between its rotations is float32: a sum of two numbers of bfloat16, as is the second matrix; of
-rounded factors and inputs of bfloat16 it is bfloat16. It lies with the tokens of a channel side by
-side, so that the channels are dealt in whole pieces of memory.
+matrix is a sum of two of the input's dtype where that holds every row to 2^-16, else float32 in
+products of three TF32 ones. What a dual transform has between its rotations is float32: a sum of
+two numbers of bfloat16, as is the second matrix. Rounded factors are one matrix of 16 bits, and of
+inputs in bfloat16 what is between is bfloat16. It lies with the tokens of a channel side by side,
+so that the channels are dealt in whole pieces of memory.
 """
 
 from dataclasses import dataclass
@@ -170,6 +170,8 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
         dtype = x.dtype if factor.order is None else torch.bfloat16
         parts = _halves(factor.blocks, dtype)
         parts = factor.blocks[None].float() if parts is None else parts
+        if rotation.rounded and not parts[1:].any():
+            parts = parts[:1]
         order = None if factor.order is None else factor.order.to(x.device, torch.int32)
         between = x.dtype if short else torch.float32
         gives = between if place + 1 < len(factors) else None
@@ -180,13 +182,11 @@ def _made(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:
 def _halves(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Return (2, k, b, b) of a 16-bit dtype with float64 matrices (k, b, b) as their sum.
 
-    One of them where it is exact; None where a row is off by more than 2^-16 of its largest entry:
-    float16 has no small numbers, and no large ones.
+    None where a row is off by more than 2^-16 of its largest entry: float16 has no small numbers,
+    and no large ones.
     """
     high = matrices.to(dtype)
     low = (matrices - high.double()).to(dtype)
     off = (high.double() + low.double() - matrices).abs().amax(-1)
     exact = (off <= 2**-16 * matrices.abs().amax(-1)).all()
-    if not exact:
-        return None
-    return torch.stack((high, low)) if low.any() else high[None]
+    return torch.stack((high, low)) if exact else None
