@@ -11,6 +11,7 @@ from spinlab.bench.timing import Work, copies_for
 from spinlab.errors import ResultError
 from spinlab.rotation.online import OnlineRotation, hadamard_rotation
 from spinlab.runtime.fused.operations import Operations
+from spinlab.runtime.kernels.formats import TokenLevels
 from spinlab.runtime.kernels.producers import reference
 
 WIDTHS, TOKENS = (11008, 14336), 8192
@@ -69,11 +70,18 @@ def _check(
 ) -> None:
     """Raise ResultError unless some tokens get the definition's levels, but for float noise."""
     pair = gate[:16], up[:16]
-    found = operations.gate_quantize(*pair, rotation, QUANTIZER).levels
-    expected = reference.gate_quantize(*pair, rotation, QUANTIZER).levels
-    same = (found == expected).double().mean().item()
+    found, expected = (
+        made(*pair, rotation, QUANTIZER)
+        for made in (operations.gate_quantize, reference.gate_quantize)
+    )
+    check_levels(found, expected, str(gate.shape[1]))
+
+
+def check_levels(found: TokenLevels, expected: TokenLevels, what: str) -> None:
+    """Raise ResultError unless levels of `what` are the expected ones, but for float noise."""
+    same = (found.levels == expected.levels).double().mean().item()
     if not same > _SAME:
-        raise ResultError(f"only {same:.3%} of the levels of {gate.shape[1]} are right")
+        raise ResultError(f"only {same:.3%} of the levels of {what} are right")
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

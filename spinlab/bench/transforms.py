@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from spinlab.bench.operands import QUANTIZER, random_floats
+from spinlab.bench.producers import check_levels
 from spinlab.bench.results import Results
 from spinlab.bench.timing import Work, copies_for
-from spinlab.errors import ResultError
 from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
@@ -19,7 +19,7 @@ from spinlab.runtime.kernels.producers import reference
 WIDTHS, TOKENS = (4096, 14336), 8192
 _DUAL, _BLOCKS = 128, 64  # sizes of blocks: of learned_inputs, of learned_blocks
 _EPSILON = 1e-5
-_CHECKED, _SAME = 16, 0.98  # tokens, share of levels
+_CHECKED = 16  # tokens
 
 
 def transforms(
@@ -45,7 +45,12 @@ def transforms(
         }
         turns = _turns(width)
         for kind, turn in turns.items():
-            _check(operations, turn, inputs[0][:_CHECKED], kind)
+            some = inputs[0][:_CHECKED]
+            found, expected = (
+                made(some, None, _EPSILON, QUANTIZER, turn)
+                for made in (operations.norm_quantize, reference.norm_quantize)
+            )
+            check_levels(found, expected, f"{kind} at {width}")
             works[kind] = [_normed(operations, turn, x) for x in inputs]
         case = f"transform/{width}"
         seconds = results.measure(case, works, device)
@@ -72,12 +77,3 @@ def _turns(width: int) -> dict[str, ScaledDual]:
 
 def _normed(operations: Operations, turn: ScaledDual, x: torch.Tensor) -> Work:
     return lambda: operations.norm_quantize(x, None, _EPSILON, QUANTIZER, turn)
-
-
-def _check(operations: Operations, turn: ScaledDual, x: torch.Tensor, kind: str) -> None:
-    """Raise ResultError unless some tokens get the definition's levels, but for float noise."""
-    found = operations.norm_quantize(x, None, _EPSILON, QUANTIZER, turn).levels
-    expected = reference.norm_quantize(x, None, _EPSILON, QUANTIZER, turn).levels
-    same = (found == expected).double().mean().item()
-    if not same > _SAME:
-        raise ResultError(f"only {same:.3%} of the levels of {kind} at {x.shape[1]} are right")
