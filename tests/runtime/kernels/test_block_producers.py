@@ -42,7 +42,7 @@ IN_BLOCKS = {
 def test_rotations_in_blocks_are_their_definition(run, case, tokens, whole, monkeypatch):
     """Few tokens and many, of a tensor whose rows lie apart; behind norms and gates too."""
     if whole:
-        monkeypatch.setattr(blocks, "_piece", lambda tokens, block, device: (block, 2))
+        monkeypatch.setattr(blocks, "_piece", lambda tokens, block, *_: (block, 2))
     rotation = in_blocks(**IN_BLOCKS[case])
     group_size = (0, 16)[len(case) % 2]
     quantizer = TokenQuantizer(GRIDS[len(case) % 4], group_size, 0.95)

@@ -56,7 +56,7 @@ DECODE = {**SHAPE, "IN": 4096, "ADDED": True, "BM": 16, "BN": 64, "BK": 128, "SP
 OF_LEVELS = {**DECODE, "GROUP": 0}  # of what decodes, the kernel of quantized inputs alone
 
 
-STRIDES = ("stride", "other_stride")
+STRIDES = ("stride", "other_stride", "out_stride")
 
 
 def instructions(kernel, numbers, constants, capability, warps=4, even=()):
@@ -98,7 +98,8 @@ for capability, kind, changes in ((80, "mma.sync.aligned.m16n8k32", WIDE),
     assert copies and (changes or set(copies) == {"0x10"}), copies
 # what the interpreter takes and the compiler may not
 GRID = {"LOW": 0, "HIGH": 15, "SYMMETRIC": False, "SHIFT": 0, "FUSED": True}
-SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "gate_stride", "up_stride"), "i32")
+SIZES = dict.fromkeys(("tokens", "stride", "other_stride", "out_stride", "gate_stride",
+                       "up_stride"), "i32")
 SIZES |= dict.fromkeys(("epsilon", "clip", "factor"), "fp32")
 SIZES |= dict.fromkeys(("x_ptr", "other_ptr", "gate_ptr", "up_ptr"), "*bf16")
 SIZES |= {"left_ptr": "*bf16", "right_ptr": "*bf16", "levels_ptr": "*i8", "scale_ptr": "*fp32",
@@ -128,11 +129,14 @@ for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
         ({**PLAIN, "PARTS": 1, "DEALT": True}, {}),
     ):
         kernel = block_kernels.blocks_kernel
-        found, _ = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
+        found, ptx = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
+        alone = re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)
+        assert constants["GAIN"] or not alone, f"{alone}: numbers side by side move 16 bytes at a time"
         kind = "tf32" if kinds is WIDE else "bf16"
         assert found and all(name in one and kind in one for one in found), found
         if capability == 90 and constants["STEP"] == 64:  # of many tokens
-            whole = {**constants, "PIECE": 128, "STAGES": 2}
+            light = constants["PARTS"] == 1 and kinds is not WIDE
+            whole = {**constants, "PIECE": 128, "STAGES": 3 if light else 2}
             instructions(kernel, {**PARTS, **kinds}, whole, capability, even=STRIDES)
 NORM = {"WIDTH": 4096, "STEP": 2, "BLOCK": 4096}
 instructions(block_kernels.inverse_kernel, PARTS, NORM, 90)

@@ -6,6 +6,7 @@ import torch
 from spinlab.bench.methods import hadamards
 from spinlab.bench.runners import Ours, Setting
 from spinlab.rotation.blocks import BlockRotation
+from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.fused.operations import triton_operations
 from spinlab.runtime.kernels.launch import GPU, gpu_of, planning
@@ -62,6 +63,25 @@ def test_whole_blocks_are_turned_where_a_program_may_share_them():
             (launch,) = named(launches, "blocks_kernel")
             pieces[gpu, tokens] = launch.constants["PIECE"]
     assert pieces == {(ADA, 16): 64, (ADA, 150): 64, (HOPPER, 16): 64, (HOPPER, 150): 128}
+
+
+def test_what_lies_between_two_rotations_is_filled_up_to_whole_tiles():
+    """So that channels begin at multiples of 16, and a thread takes 16 bytes of one."""
+    turns = torch.eye(128, dtype=torch.float64).repeat(2, 1, 1)
+    rotation = ScaledDual(dual=DualTransform(turns, torch.arange(256), turns), rounded=True)
+    for tokens, filled in ((1, 16), (16, 16), (70, 128), (150, 192)):
+        with planning(HOPPER) as launches:
+            found = turned(torch.zeros(tokens, 256, dtype=torch.bfloat16), rotation)
+        assert found.shape == (tokens, 256)
+        first, second = (
+            dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+            for launch in named(launches, "blocks_kernel")
+        )
+        assert (first["out_stride"], second["stride"], second["out_stride"]) == (
+            filled,
+            filled,
+            256,
+        )
 
 
 def test_plans_end_and_stand_in_each_other():

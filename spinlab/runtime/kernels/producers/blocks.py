@@ -20,6 +20,7 @@ _NARROWEST, _WIDEST = 16, 128  # what a product takes; narrower blocks are fille
 _FEW, _STEP = 16, 64  # tokens of a tile
 _PIECE = 64  # numbers of a block that one program writes, but for many tokens on large GPUs
 _MANY = 128  # tokens; more are many
+_IN_TURN = 8  # tiles that one program takes, at most
 _SHARED = 160 * 1024  # bytes that a program of a whole block may take, and two stages
 _TILE = 8192  # numbers that one program norms, at least
 
@@ -62,8 +63,8 @@ def turned(
     gain (width,) if there is one; squares of one token alone are added in another order.
     """
     first, *rest = _passes_of(rotation, x)
-    y = _turned(x, first, x.dtype, up, gain, epsilon)
-    return _turned(y, rest[0], x.dtype) if rest else y
+    y = _turned(x, first, x.dtype, len(x), up, gain, epsilon)
+    return _turned(y, rest[0], x.dtype, len(x)) if rest else y
 
 
 def _inverse_rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -86,36 +87,39 @@ def _turned(
     x: torch.Tensor,
     by: _Pass,
     dtype: torch.dtype,
+    tokens: int,
     up: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     epsilon: float | None = None,
 ) -> torch.Tensor:
-    """Return one rotation of x: (tokens, width), in a dtype; what goes on is (width, tokens).
+    """Return one rotation of x: (tokens, width), in a dtype.
 
-    An x that is dealt is (width, tokens) too.
+    What goes on, and an x that is dealt, is (width, tokens), filled up to whole tiles of tokens.
     """
     from spinlab.runtime.kernels.producers.triton_blocks import blocks_kernel
 
-    tokens, width = x.shape if by.order is None else (x.shape[1], x.shape[0])
+    width = x.shape[1 if by.order is None else 0]
     parts, matrices, b = by.parts.shape[:3]
     x = x if x.stride(1) == 1 else x.contiguous()
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
     other = up if up is not None else x if gain is None else gain
     assert other.stride(-1) == 1, "a gain lies in one piece: it is read before a kernel waits"
-    shape = (tokens, width) if by.gives is None else (width, tokens)
+    step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
+    tiles = -(-tokens // step)
+    shape = (tokens, width) if by.gives is None else (width, tiles * step)
     found = torch.empty(*shape, dtype=by.gives or dtype, device=x.device)
     if not tokens:
         return found
-    step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
-    blocks, (piece, stages) = width // b, _piece(tokens, block, x.device)
-    tiles, pieces = -(-tokens // step), blocks * -(-b // piece)
+    light = parts == 1 and by.parts.dtype.itemsize == 2
+    blocks, (piece, stages) = width // b, _piece(tokens, block, light, x.device)
+    pieces = blocks * -(-b // piece)
     many = _tiles_a_program(tiles, pieces, x.device)
     normed = epsilon is not None
     alone = normed and tokens == 1  # for one, every program finds it sooner than one does for all
     inverse = _inverse_rms(x, epsilon) if epsilon is not None and not alone else x
     arguments = (
         x, other, inverse, x if by.order is None else by.order, by.parts, found, tokens,
-        x.stride(0), 0 if up is None else up.stride(0), many, epsilon or 0.0,
+        x.stride(0), 0 if up is None else up.stride(0), found.stride(0), many, epsilon or 0.0,
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": normed, "ALONE": alone, "GAIN": gain is not None,
@@ -128,15 +132,16 @@ def _turned(
     return found
 
 
-def _piece(tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+def _piece(tokens: int, block: int, light: bool, device: torch.device) -> tuple[int, int]:
     """Return how many numbers of a block a program writes, and how many tiles it loads ahead.
 
     A whole block of 128 reads what comes in, and gates it, once; but other GPUs than the large ones
     from Hopper on have too few registers or too little to share, and of few tokens too few programs
-    run.
+    run. light: a matrix is one of 16 bits, which leaves room for a tile more.
     """
-    whole = tokens > _MANY and block > _PIECE and _is_large(device)
-    return (block, 2) if whole else (min(_PIECE, block), 1)
+    if tokens <= _MANY or not _is_large(device):
+        return min(_PIECE, block), 1
+    return block, 3 if light else 2
 
 
 def _is_large(device: torch.device) -> bool:
@@ -145,8 +150,12 @@ def _is_large(device: torch.device) -> bool:
 
 
 def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
-    """Return how many tiles of tokens a program takes in turn with its matrix, so that few wait."""
-    return max(1, min(tiles, tiles * pieces // (4 * gpu_of(device).multiprocessors)))
+    """Return how many tiles of tokens a program takes in turn with its matrix.
+
+    Up to so many that two programs of each multiprocessor have work, and few enough to end together.
+    """
+    each = tiles * pieces // (2 * gpu_of(device).multiprocessors)
+    return max(1, min(tiles, each, _IN_TURN))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:

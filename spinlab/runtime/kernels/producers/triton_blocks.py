@@ -59,7 +59,7 @@ def _product(x, high, low, PARTS: tl.constexpr, AS_FLOATS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "many"])
 def blocks_kernel(
     x_ptr, other_ptr, inverse_ptr, order_ptr, parts_ptr, out_ptr, tokens, stride, other_stride,
-    many, epsilon, GATED: tl.constexpr, NORMED: tl.constexpr, ALONE: tl.constexpr,
+    out_stride, many, epsilon, GATED: tl.constexpr, NORMED: tl.constexpr, ALONE: tl.constexpr,
     GAIN: tl.constexpr, DEALT: tl.constexpr, ACROSS: tl.constexpr, PARTS: tl.constexpr,
     SHARED: tl.constexpr, BLOCKS: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
@@ -69,8 +69,9 @@ def blocks_kernel(
 
     parts are (PARTS, BLOCKS or 1, B, B). GATED: of silu(x)·other. NORMED: of x·inverse, times other
     where there is GAIN; that of a token that is ALONE is taken here. ACROSS: what is written is
-    (width, tokens), so that what deals channels reads each of them in one piece. DEALT: place j
-    takes number order[j] of such an x.
+    (width, out_stride), so that what deals channels reads each of them in one piece; whole tiles
+    of tokens are, so that 16 bytes are at a time. DEALT: place j takes number order[j] of such an
+    x.
     """
     first, second = tl.program_id(0).to(tl.int64) * many, tl.program_id(1)
     pieces: tl.constexpr = (B + PIECE - 1) // PIECE
@@ -95,13 +96,15 @@ def blocks_kernel(
         row = tl.load(x_ptr + column, mask=column < BLOCKS * B, other=0.0).to(tl.float32)
         of_token = _inverse(tl.sum(row * row) / (BLOCKS * B), epsilon)
     for index in tl.range(0, many, num_stages=STAGES):
-        token = (first + index) * STEP + tl.arange(0, STEP)[:, None]
-        inside = (token < tokens) & (b < B)[None, :]
+        begin = (first + index) * STEP
+        token = begin + tl.arange(0, STEP)[:, None]
         if DEALT:
+            inside = (begin < stride) & (b < B)[None, :]
             x = tl.load(
-                x_ptr + source[None, :].to(tl.int64) * tokens + token, mask=inside, other=0.0
+                x_ptr + source[None, :].to(tl.int64) * stride + token, mask=inside, other=0.0
             )
         else:
+            inside = (token < tokens) & (b < B)[None, :]
             x = tl.load(x_ptr + token * stride + place[None, :], mask=inside, other=0.0)
         if GATED:
             other = tl.load(
@@ -117,8 +120,9 @@ def blocks_kernel(
             if GAIN:
                 x = (x.to(tl.float32) * gain.to(x.dtype).to(tl.float32)).to(x.dtype)
         y = _product(x, high, low, PARTS, AS_FLOATS).to(out_ptr.dtype.element_ty)
-        inside = (token < tokens) & (piece < B)[None, :]
         if ACROSS:
-            tl.store(out_ptr + found[None, :].to(tl.int64) * tokens + token, y, mask=inside)
+            inside = (begin < out_stride) & (piece < B)[None, :]
+            tl.store(out_ptr + found[None, :].to(tl.int64) * out_stride + token, y, mask=inside)
         else:
-            tl.store(out_ptr + token * (BLOCKS * B) + found[None, :], y, mask=inside)
+            inside = (token < tokens) & (piece < B)[None, :]
+            tl.store(out_ptr + token * out_stride + found[None, :], y, mask=inside)
