@@ -44,9 +44,13 @@ def producers(
         works = {
             "ours": [_gate(operations, rotation, *pair) for pair in pairs],
             "eager": [lambda p=pair: _gated(*p) for pair in apart],
-            "quantize": [lambda p=pair: operations.quantize(p[0], QUANTIZER) for pair in pairs],
+            "quantize": [
+                lambda p=pair: operations.quantize(p[0], QUANTIZER, False) for pair in pairs
+            ],
             "norm_quantize": [
-                lambda p=pair: operations.norm_quantize(p[0], p[1][0], 1e-5, QUANTIZER)
+                lambda p=pair: operations.norm_quantize(
+                    p[0], p[1][0], 1e-5, QUANTIZER, summed=False
+                )
                 for pair in pairs
             ],
         }
@@ -91,4 +95,4 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _gate(
     operations: Operations, rotation: OnlineRotation, gate: torch.Tensor, up: torch.Tensor
 ) -> Work:
-    return lambda: operations.gate_quantize(gate, up, rotation, QUANTIZER)
+    return lambda: operations.gate_quantize(gate, up, rotation, QUANTIZER, False)

@@ -89,10 +89,11 @@ def ours(
     out, width = shape
     count = copies_for(out * width // 2, x.device)
     weights = [random_weight(out, width, 1, generator) for _ in range(count)]
-    levels = operations.quantize(x, quantizer)
+    levels = operations.quantize(x, quantizer, summed=False)  # as these weights have no zeros
 
     def whole(weight: PackedWeight) -> torch.Tensor:
-        return operations.linear(operations.quantize(x, quantizer), weight, None, x.dtype)
+        made = operations.quantize(x, quantizer, summed=False)
+        return operations.linear(made, weight, None, x.dtype)
 
     return {
         "ours": [lambda w=w: whole(w) for w in weights],

@@ -41,7 +41,7 @@ def transforms(
         copies = copies_for(2 * tokens * width, device)
         inputs = [random_floats(tokens, width, generator=generator) for _ in range(copies)]
         works: dict[str, list[Work]] = {
-            "quantize": [lambda x=x: operations.quantize(x, QUANTIZER) for x in inputs]
+            "quantize": [lambda x=x: operations.quantize(x, QUANTIZER, False) for x in inputs]
         }
         turns = _turns(width)
         for kind, turn in turns.items():
@@ -76,4 +76,4 @@ def _turns(width: int) -> dict[str, ScaledDual]:
 
 
 def _normed(operations: Operations, turn: ScaledDual, x: torch.Tensor) -> Work:
-    return lambda: operations.norm_quantize(x, None, _EPSILON, QUANTIZER, turn)
+    return lambda: operations.norm_quantize(x, None, _EPSILON, QUANTIZER, turn, summed=False)

@@ -50,8 +50,13 @@ class Reader(nn.Module):
     def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
         if rotation is not None and self.operations.rotates(x, rotation, quantizer):
-            return self.operations.rotate_quantize(x, rotation, quantizer)
-        return self.operations.quantize(self._rotated(x), quantizer)
+            return self.operations.rotate_quantize(x, rotation, quantizer, self._summed)
+        return self.operations.quantize(self._rotated(x), quantizer, self._summed)
+
+    @property
+    def _summed(self) -> bool:
+        """Whether the product multiplies sums of levels: by zero points of its weights."""
+        return isinstance(self.product, PackedProduct) and self.product.zero is not None
 
     def _multiply(
         self, levels: TokenLevels, like: torch.Tensor, added: torch.Tensor | None = None
@@ -90,7 +95,9 @@ class NormReader(Reader):
         if quantizer is None or not known or not self.operations.rotates(x, rotation, quantizer):
             return super().forward(self.norm(x))
         gain = self._gain() if self.has_gain else None
-        levels = self.operations.norm_quantize(x, gain, self.epsilon, quantizer, rotation)
+        levels = self.operations.norm_quantize(
+            x, gain, self.epsilon, quantizer, rotation, self._summed
+        )
         return self._multiply(levels, x)
 
     def _gain(self) -> torch.Tensor:
@@ -110,7 +117,7 @@ class GateReader(Reader):
         rotation, quantizer = self.path.rotation, self.quantizer
         if quantizer is None or not self.operations.rotates(gate, rotation, quantizer):
             return self(silu(gate) * up, added)
-        levels = self.operations.gate_quantize(gate, up, rotation, quantizer)
+        levels = self.operations.gate_quantize(gate, up, rotation, quantizer, self._summed)
         return self._multiply(levels, gate, added)
 
 

@@ -28,7 +28,7 @@ class Operations:
     biased: bool
     linear: Callable[..., torch.Tensor]
     linear16: Callable[..., torch.Tensor]
-    quantize: Callable[[torch.Tensor, TokenQuantizer], TokenLevels]
+    quantize: Callable[..., TokenLevels]
     norm_quantize: Callable[..., TokenLevels]
     gate_quantize: Callable[..., TokenLevels]
     rotate_quantize: Callable[..., TokenLevels]

@@ -14,3 +14,17 @@ def wait_for_inputs(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
         tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
+def bring_lines(ptr, PDL: tl.constexpr):
+    """Ask for the 128 bytes that each pointer lies in, so that the L2 has them after the wait.
+
+    For what is read first, before `wait_for_inputs`: who wrote it does not matter, as the L2 is
+    what all read from. More lines of a program would come before the first ones of others.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptr.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

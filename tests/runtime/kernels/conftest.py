@@ -37,10 +37,14 @@ def run(device, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(torch, "empty", poisoned)
             found = getattr(gpu, name)(*arguments)
+            plain = getattr(gpu, name)(*arguments, summed=False)
         wanted = getattr(producers, name)(*arguments)
+        bare = getattr(producers, name)(*arguments, summed=False)
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert torch.equal(found.sums.long(), sums(found))
+        assert plain.sums is bare.sums is None
+        assert all(map(torch.equal, (*plain[:3], *bare[:3]), (*found[:3], *wanted[:3])))
         return found, wanted
 
     return both

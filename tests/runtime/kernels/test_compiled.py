@@ -80,8 +80,12 @@ for added in (False, True):
     assert found == {"wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"}, found
     # weights come from registers: the first operand is a list of them, not a descriptor
     assert re.search(r"wgmma\\.mma_async\\S+ {[^}]*},\\s*{", ptx)
-found, _ = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 90)
+found, ptx = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 90)
 assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
+# the first lines of weights are asked for before the wait, which is only there from Hopper on
+assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
+_, ptx = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 89)
+assert "prefetch" not in ptx and "griddepcontrol" not in ptx
 # bytes in blocks, whose columns are loaded ahead, 16 at a time
 OF_BLOCKS = {**NUMBERS, "x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp32", "blocks": "i32",
              "many": "i32"}
@@ -105,10 +109,10 @@ SIZES |= dict.fromkeys(("x_ptr", "other_ptr", "gate_ptr", "up_ptr"), "*bf16")
 SIZES |= {"left_ptr": "*bf16", "right_ptr": "*bf16", "levels_ptr": "*i8", "scale_ptr": "*fp32",
           "zero_ptr": "*i32", "sums_ptr": "*i32"}
 ROWS = {**GRID, "GATED": False, "NORMED": True, "GAIN": True, "STEP": 1, "GROUPS": 1,
-        "GROUP": 4096, "MANY": 1, "BLOCK": 4096}
+        "GROUP": 4096, "MANY": 1, "BLOCK": 4096, "SUMS": False}
 instructions(producer_kernels.rows_kernel, SIZES, ROWS, 90)
 ROTATED = {**GRID, "GATED": True, "ROWS": 172, "LEFT": True, "B": 64, "FIRST": 128, "SECOND": 64,
-           "BLOCK": 64, "GROUP": 0, "GROUPS": 1}
+           "BLOCK": 64, "GROUP": 0, "GROUPS": 1, "SUMS": False}
 found, _ = instructions(hadamard_kernels.rotate_kernel, SIZES, ROTATED, 90)
 assert any("wgmma" in one and "bf16" in one for one in found), found
 BLOCKS = {"GATED": False, "NORMED": True, "ALONE": False, "GAIN": True, "DEALT": False,
@@ -131,7 +135,7 @@ for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
         kernel = block_kernels.blocks_kernel
         found, ptx = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
         alone = re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)
-        assert constants["GAIN"] or not alone, f"{alone}: numbers side by side move 16 bytes at a time"
+        assert constants["GAIN"] or not alone, f"{alone}: a thread moves 16 bytes at a time"
         kind = "tf32" if kinds is WIDE else "bf16"
         assert found and all(name in one and kind in one for one in found), found
         if capability == 90 and constants["STEP"] == 64:  # of many tokens

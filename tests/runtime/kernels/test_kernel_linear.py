@@ -1,11 +1,21 @@
 """Products with packed weights: kernels against their definition, and that against float64."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from spinlab.errors import InputError
+from spinlab.fakequant.activations import InputPath
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
+from spinlab.model.map import Norm
+from spinlab.rotation.online import hadamard_rotation
+from spinlab.runtime.fused.modules import GateReader, NormReader, Reader
+from spinlab.runtime.fused.operations import REFERENCE
+from spinlab.runtime.fused.products import PackedProduct
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
 from spinlab.runtime.kernels.launch import GPU
 from spinlab.runtime.kernels.linear import launch as gpu
@@ -72,6 +82,8 @@ def test_linear_equals_its_definition(case: tuple, device: torch.device) -> None
     expected = reference.linear(inputs, packed, bias, torch.float32)
     placed = on(device, inputs, packed)
     found = gpu.linear(*placed, None if bias is None else bias.to(device), torch.float32).cpu()
+    bare = gpu.linear(placed[0]._replace(sums=None), placed[1], None, torch.float32).cpu()
+    assert torch.equal(bare, gpu.linear(*placed, None, torch.float32).cpu())
     # a float64 product of what the levels stand for
     grouped = inputs.levels.double().unflatten(1, (input_groups, -1))
     dense = ((grouped - inputs.zero[..., None]) * inputs.scale.double()[..., None]).flatten(1)
@@ -167,6 +179,27 @@ def test_shapes_without_a_kernel_are_named(
         inputs = quantized(torch.randn(2, width), TokenQuantizer(IntegerFormat(4, False)))
         with pytest.raises(InputError, match=word):
             gpu.linear(inputs, weight, None, torch.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_readers_sum_levels_where_weights_have_zero_points(symmetric: bool) -> None:
+    packed, made = pack_weight(random_weight(24, 64, 1, symmetric), 1), []
+
+    def noted(name: str, real: Any) -> Any:
+        return lambda *arguments: made.append((name, real(*arguments))) or made[-1][1]
+
+    names = ("quantize", "norm_quantize", "gate_quantize", "rotate_quantize")
+    watched = replace(REFERENCE, **{n: noted(n, getattr(REFERENCE, n)) for n in names})
+    product = PackedProduct(packed, None, watched)
+    quantizer, turn = TokenQuantizer(IntegerFormat(4, False)), hadamard_rotation(64)
+    x, path = torch.randn(3, 64), InputPath(None, quantizer)
+    Reader(product, path, watched)(x)
+    Reader(product, InputPath(turn, quantizer), watched)(x)
+    norm = nn.RMSNorm(64, eps=1e-5)
+    NormReader(norm, Norm("norm", 0, ("q",), 64, 1e-5), product, path, watched)(x)
+    GateReader(product, path, watched).of_gate(x, x)
+    assert [name for name, _ in made] == ["quantize", "rotate_quantize", *names[1:3]]
+    assert all((levels.sums is None) == symmetric for _, levels in made)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

@@ -9,7 +9,10 @@ from spinlab.rotation.blocks import BlockRotation
 from spinlab.rotation.duquant import DualTransform
 from spinlab.rotation.inputs import ScaledDual
 from spinlab.runtime.fused.operations import triton_operations
+from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.launch import GPU, gpu_of, planning
+from spinlab.runtime.kernels.linear import launch as linear
+from spinlab.runtime.kernels.producers import blocks
 from spinlab.runtime.kernels.producers.blocks import turned
 
 KIB = 1024
@@ -82,6 +85,51 @@ def test_what_lies_between_two_rotations_is_filled_up_to_whole_tiles():
             filled,
             256,
         )
+
+
+def weight_of(out, width):
+    nibbles, ones = torch.empty(out, width // 2, dtype=torch.uint8), torch.ones(out, 1)
+    return PackedWeight(nibbles, ones, None, ones, width)
+
+
+@pytest.mark.parametrize(
+    ("out", "width", "levels", "floats"),
+    [
+        (4096, 4096, (4, 1), (5, 4)),
+        (12288, 4096, (4, 1), (4, 2)),
+        (22016, 4096, (3, 1), (4, 1)),
+        (4096, 11008, (4, 4), (5, 4)),
+        (14336, 4096, (4, 1), (5, 1)),
+    ],
+)
+def test_few_programs_load_further_ahead(out, width, levels, floats):
+    """Steps that are on their way and parts that columns are cut in, as the fastest were.
+
+    For 64 tokens of levels and for one of floats; where less is shared, no program takes more.
+    """
+    weight = weight_of(out, width)
+    for gpu in (HOPPER, ADA):
+        with planning(gpu):
+            many = linear._decode_tile(64, weight)
+            one = linear._decode16_tile(1, weight, torch.bfloat16)
+        if gpu is HOPPER:
+            assert (many["STAGES"], many["SPLIT"]) == levels
+            assert (one["STAGES"], one["SPLIT"]) == floats
+        assert gpu is HOPPER or many["STAGES"] == 3
+
+
+@pytest.mark.parametrize(
+    ("tiles", "pieces", "block"),
+    [(1, 32, 128), (32, 32, 128), (128, 86, 128), (32, 64, 64), (3, 700, 16), (128, 1, 32)],
+)
+def test_programs_of_blocks_fill_whole_rounds(tiles, pieces, block):
+    """Brute force: no fewer rounds would do, and none has a program to spare."""
+    with planning(HOPPER):
+        many = blocks._tiles_a_program(tiles, pieces, block, torch.device("cpu"))
+    places = 2 * 128 // block * HOPPER.multiprocessors
+    rounds = [-(-(-(-tiles // n) * pieces) // places) for n in range(1, 9)]
+    programs = -(-tiles // many) * pieces
+    assert 1 <= many <= 8 and -(-programs // places) == min(rounds)
 
 
 def test_plans_end_and_stand_in_each_other():

@@ -20,6 +20,7 @@ from spinlab.runtime.kernels.linear.reference import dequantize
 _FEW = 128  # tokens
 _WIDEST_GROUP = 1 << 15  # of inputs, as they are quantized
 _WIDEST = 1 << 17  # columns whose products, 16 times and of bytes, fit into 32 bits
+_TWICE_FOUR = 2 * 97 * 1024  # bytes of two programs for 64 tokens that load four steps ahead
 _PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
 
 
@@ -41,17 +42,17 @@ def linear(
     groups = inputs.scale.shape[1]
     assert width == weight.in_features, f"inputs of width {width} meet {weight.in_features}"
     assert weight.blocks % groups == 0, f"{groups} groups meet a weight of {weight.blocks} blocks"
-    assert all(t.is_contiguous() for t in inputs), "inputs lie in one piece each"
+    assert all(t is None or t.is_contiguous() for t in inputs), "inputs lie in one piece each"
     out = torch.empty(tokens, weight.out_features, dtype=dtype, device=inputs.levels.device)
     if tokens == 0:
         return out
-    sums = inputs.sums
-    if weight.zero is not None and sums.shape[1] < weight.blocks:
-        sums = inputs.levels.unflatten(1, (weight.blocks, -1)).sum(2, dtype=torch.int32)
     some = weight.scale  # stands for what is not there
+    sums, zero = some, some
+    if weight.zero is not None:
+        sums, zero = inputs.sums_of(weight.blocks), weight.zero
     pointers = (
-        inputs.scale, inputs.zero, sums, weight.scale,
-        some if weight.zero is None else weight.zero, weight.sums, some if bias is None else bias,
+        inputs.scale, inputs.zero, sums, weight.scale, zero, weight.sums,
+        some if bias is None else bias,
         out if added is None else added.contiguous(),
     )  # fmt: skip
     shape: dict[str, Any] = {
@@ -196,10 +197,13 @@ def _decode(
 
 def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
     """Choose the tile of a program for quantized inputs."""
-    bm = max(16, power_of_two(tokens))
+    bm, gpu = max(16, power_of_two(tokens)), gpu_of(weight.packed.device)
     programs = 2 if bm <= 64 else 1
     tile = {"BM": bm, "BN": 64, "BK": 128, "STAGES": 5 if bm <= 32 else 3, "num_warps": 4}
-    return {**_split(tile, weight, programs), "GROUP": 0}
+    tile = _split(tile, weight, programs, steps=10 if bm == 64 else 2)
+    if bm == 64 and gpu.shared_by_all >= _TWICE_FOUR and _programs(tile, weight) <= 2:
+        tile["STAGES"] = 4
+    return {**tile, "GROUP": 0}
 
 
 def _many_tile(weight: PackedWeight) -> dict[str, int]:
@@ -218,17 +222,31 @@ def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dic
     few = bm <= 32
     bk = 128 if dtype.itemsize == 2 and few else 32
     stages = 4 if dtype.itemsize == 2 or few else 2  # a multiprocessor of Ada holds no more
-    return _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": stages, "num_warps": 2}, weight, 6)
+    tile = _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": stages, "num_warps": 2}, weight, 6)
+    if dtype.itemsize == 2 and bm == 16 and _programs(tile, weight) <= 4:
+        tile["STAGES"] = 5  # few programs keep enough on its way when each asks for more
+    return tile
 
 
-def _split(tile: dict[str, int], weight: PackedWeight, programs: int) -> dict[str, int]:
-    """Split columns while that leaves at most so many programs to a multiprocessor."""
+def _programs(tile: dict[str, int], weight: PackedWeight) -> float:
+    """Return how many programs there are to a multiprocessor."""
+    tiles = _ceil(weight.out_features, tile["BN"])
+    return tiles * tile["SPLIT"] / gpu_of(weight.packed.device).multiprocessors
+
+
+def _split(
+    tile: dict[str, int], weight: PackedWeight, programs: int, steps: int = 2
+) -> dict[str, int]:
+    """Split columns while that leaves at most so many programs to a multiprocessor.
+
+    steps: that each part has at least, of BK columns of both halves
+    """
     half = weight.chunk // 2
     tile["BK"] = min(tile["BK"], max(32, power_of_two(half)))  # 32: the least of a product
     tiles = _ceil(weight.out_features, tile["BN"])
     parts = weight.blocks * _ceil(half, tile["BK"])
     split, most = 1, programs * gpu_of(weight.packed.device).multiprocessors
-    while split < 8 and 2 * split * tiles <= most and 4 * split <= parts:
+    while split < 8 and 2 * split * tiles <= most and 2 * steps * split <= parts:
         split *= 2
     return {**tile, "SPLIT": split}
 

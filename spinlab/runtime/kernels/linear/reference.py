@@ -23,8 +23,7 @@ def linear(
     blocks = weight.blocks
     levels = inputs.levels.unflatten(1, (blocks, -1))
     weights = weight.levels().unflatten(1, (blocks, -1))
-    s, z, a = (_repeat(t, blocks) for t in inputs[1:])
-    a = a if inputs.sums.shape[1] == blocks else levels.sum(2, dtype=torch.int32)
+    s, z = _repeat(inputs.scale, blocks), _repeat(inputs.zero, blocks)
     t = _repeat(weight.scale, blocks)
     u = None if weight.zero is None else _repeat(weight.zero, blocks)
     out = torch.zeros(len(levels), weight.out_features, dtype=s.dtype, device=s.device)
@@ -32,7 +31,7 @@ def linear(
         found = matmul(levels[:, index], weights[:, index])
         found -= z[:, index, None] * weight.sums[:, index]
         if u is not None:
-            rest = a[:, index] - levels.shape[2] * z[:, index]
+            rest = inputs.sums_of(blocks)[:, index] - levels.shape[2] * z[:, index]
             found -= rest[:, None] * u[:, index]
         found = found.to(s.dtype) * s[:, index, None]
         out += found if weight.groups == 1 else found * t[:, index]

@@ -17,7 +17,7 @@ from spinlab.runtime.kernels.linear.triton import (
     with_added,
     with_bias,
 )
-from spinlab.runtime.kernels.overlap import wait_for_inputs
+from spinlab.runtime.kernels.overlap import bring_lines, wait_for_inputs
 from spinlab.runtime.kernels.tiles import tile_of
 
 
@@ -39,6 +39,13 @@ def _tiles(
     first = tl.load(x_ptr + place, mask=inside, other=0)
     second = tl.load(x_ptr + place + HALF, mask=inside, other=0)
     return packed, first, second
+
+
+@triton.jit
+def _first_lines(w_ptr, n, out, at, IN: tl.constexpr):
+    """Point at byte `at` of rows n of packed weights, or at the last one where there is none."""
+    row = tl.minimum(n, out - 1).to(tl.int64) * (IN // 2)
+    return w_ptr + row + tl.minimum(at, IN // 2 - 1)
 
 
 @triton.jit
@@ -76,16 +83,21 @@ def decode_kernel(
 
     Of one block the columns are split, of several the blocks. Of several, BK divides HALF.
     """
-    wait_for_inputs(PDL)
     part, row, column = tl.program_id(1), 0, tl.program_id(0)
     if GROUP:
-        row, column = tile_of(column, tl.cdiv(tokens, BM), tl.cdiv(out, BN), GROUP)
+        row, column = tile_of(  # pyright: ignore[reportGeneralTypeIssues]
+            column, tl.cdiv(tokens, BM), tl.cdiv(out, BN), GROUP
+        )
         x_ptr += (row * BM).to(tl.int64) * IN
     first_row, n = row * BM, column * BN + tl.arange(0, BN)
+    each: tl.constexpr = (BLOCKS + SPLIT - 1) // SPLIT
+    steps: tl.constexpr = (HALF + BK * SPLIT - 1) // (BK * SPLIT)
+    own: tl.constexpr = steps * BK if BLOCKS == 1 else each * HALF
+    bring_lines(_first_lines(w_ptr, n, out, part * own, IN), PDL)
+    wait_for_inputs(PDL)
     m, here = first_row + tl.arange(0, BM), tl.arange(0, BM)
     acc = tl.zeros((BN, BM), tl.int32)
     if BLOCKS == 1:
-        steps: tl.constexpr = (HALF + BK * SPLIT - 1) // (BK * SPLIT)
         for step in tl.range(part * steps, (part + 1) * steps, num_stages=STAGES):
             packed, first, second = _tiles(
                 x_ptr, w_ptr, here, n, tokens - first_row, out, 0, step * BK, IN, HALF, BK
@@ -96,7 +108,6 @@ def decode_kernel(
         found = acc
     else:
         found = tl.zeros((BN, BM), tl.float32)
-        each: tl.constexpr = (BLOCKS + SPLIT - 1) // SPLIT
         for block in tl.range(part * each, min(part * each + each, BLOCKS), num_stages=STAGES):
             acc = add_zeros(
                 tl.zeros((BN, BM), tl.int32), m, n, tokens, out, block, z_ptr, a_ptr, u_ptr,
@@ -139,11 +150,13 @@ def decode16_kernel(
     SPLIT: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Do the same from inputs that are floats; every block is a group of the weight."""
-    wait_for_inputs(PDL)
     part = tl.program_id(1)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     per: tl.constexpr = (HALF + BK - 1) // BK
     steps: tl.constexpr = (BLOCKS * per + SPLIT - 1) // SPLIT
+    begin = part * steps // per * HALF + part * steps % per * BK
+    bring_lines(_first_lines(w_ptr, n, out, begin, IN), PDL)
+    wait_for_inputs(PDL)
     total = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(part * steps, min((part + 1) * steps, BLOCKS * per), num_stages=STAGES):
         block = step // per

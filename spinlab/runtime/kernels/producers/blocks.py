@@ -21,6 +21,7 @@ _FEW, _STEP = 16, 64  # tokens of a tile
 _PIECE = 64  # numbers of a block that one program writes, but for many tokens on large GPUs
 _MANY = 128  # tokens; more are many
 _IN_TURN = 8  # tiles that one program takes, at most
+_SIDE_BY_SIDE = 2  # programs of a multiprocessor that turn blocks of 128; of smaller ones, more
 _SHARED = 160 * 1024  # bytes that a program of a whole block may take, and two stages
 _TILE = 8192  # numbers that one program norms, at least
 
@@ -113,7 +114,7 @@ def _turned(
     light = parts == 1 and by.parts.dtype.itemsize == 2
     blocks, (piece, stages) = width // b, _piece(tokens, block, light, x.device)
     pieces = blocks * -(-b // piece)
-    many = _tiles_a_program(tiles, pieces, x.device)
+    many = _tiles_a_program(tiles, pieces, block, x.device)
     normed = epsilon is not None
     alone = normed and tokens == 1  # for one, every program finds it sooner than one does for all
     inverse = _inverse_rms(x, epsilon) if epsilon is not None and not alone else x
@@ -149,13 +150,15 @@ def _is_large(device: torch.device) -> bool:
     return gpu.capability >= (9, 0) and gpu.shared >= _SHARED
 
 
-def _tiles_a_program(tiles: int, pieces: int, device: torch.device) -> int:
+def _tiles_a_program(tiles: int, pieces: int, block: int, device: torch.device) -> int:
     """Return how many tiles of tokens a program takes in turn with its matrix.
 
-    Up to so many that two programs of each multiprocessor have work, and few enough to end together.
+    As many as let all programs run in the fewest rounds, of which none is left half empty.
     """
-    each = tiles * pieces // (2 * gpu_of(device).multiprocessors)
-    return max(1, min(tiles, each, _IN_TURN))
+    places, rounds = _SIDE_BY_SIDE * _WIDEST // block * gpu_of(device).multiprocessors, 1
+    while tiles > _IN_TURN * (rounds * places // pieces):
+        rounds += 1
+    return -(-tiles // (rounds * places // pieces))
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:

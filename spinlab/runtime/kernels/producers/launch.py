@@ -60,9 +60,12 @@ def _has_sign_kernel(x: torch.Tensor, rotation: OnlineRotation, quantizer: Token
     )
 
 
-def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
-    """Quantize x: (..., width), per token and group; the leading dimensions become tokens."""
-    found = _empty(x, quantizer)
+def quantize(x: torch.Tensor, quantizer: TokenQuantizer, summed: bool = True) -> TokenLevels:
+    """Quantize x: (..., width), per token and group; the leading dimensions become tokens.
+
+    summed: whether there are sums of levels, here as in what follows
+    """
+    found = _empty(x, quantizer, summed)
     rows = x.reshape(-1, quantizer.group_size or x.shape[-1])  # every group is a row of its own
     _launch_rows(rows, None, found, TokenQuantizer(quantizer.format, 0, quantizer.clip_ratio))
     return found
@@ -74,6 +77,7 @@ def norm_quantize(
     epsilon: float,
     quantizer: TokenQuantizer,
     rotation: ScaledDual | None = None,
+    summed: bool = True,
 ) -> TokenLevels:
     """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
 
@@ -82,8 +86,8 @@ def norm_quantize(
     """
     x = x.reshape(-1, x.shape[-1])
     if rotation is not None:
-        return quantize(turned(x, rotation, gain=gain, epsilon=epsilon), quantizer)
-    found = _empty(x, quantizer)
+        return quantize(turned(x, rotation, gain=gain, epsilon=epsilon), quantizer, summed)
+    found = _empty(x, quantizer, summed)
     _launch_rows(x, gain, found, quantizer, epsilon=epsilon, normed=True)
     return found
 
@@ -93,12 +97,13 @@ def gate_quantize(
     up: torch.Tensor,
     rotation: Transform | None,
     quantizer: TokenQuantizer,
+    summed: bool = True,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
     gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
     if isinstance(rotation, ScaledDual):
-        return quantize(turned(gate, rotation, up=up), quantizer)
-    found = _empty(gate, quantizer)
+        return quantize(turned(gate, rotation, up=up), quantizer, summed)
+    found = _empty(gate, quantizer, summed)
     if rotation is None:
         _launch_rows(gate, up, found, quantizer, gated=True)
     else:
@@ -106,24 +111,31 @@ def gate_quantize(
     return found
 
 
-def rotate_quantize(x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer) -> TokenLevels:
+def rotate_quantize(
+    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, summed: bool = True
+) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
     x = x.reshape(-1, x.shape[-1])
     if isinstance(rotation, ScaledDual):
-        return quantize(turned(x, rotation), quantizer)
-    found = _empty(x, quantizer)
+        return quantize(turned(x, rotation), quantizer, summed)
+    found = _empty(x, quantizer, summed)
     _launch_rotation(x, None, rotation, found, quantizer)
     return found
 
 
-def _empty(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
+def _empty(x: torch.Tensor, quantizer: TokenQuantizer, summed: bool) -> TokenLevels:
     """Return room for the levels of x: (..., width)."""
     width = x.shape[-1]
     tokens, groups = x.numel() // width, width // (quantizer.group_size or width)
     levels = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
     # one piece of memory: to ask for it costs the host more than the kernel that fills it
-    scale, zero, sums = torch.empty(3, tokens, groups, dtype=torch.int32, device=x.device)
-    return TokenLevels(levels, scale.view(torch.float32), zero, sums)
+    scale, zero, *sums = torch.empty(2 + summed, tokens, groups, dtype=torch.int32, device=x.device)
+    return TokenLevels(levels, scale.view(torch.float32), zero, sums[0] if summed else None)
+
+
+def _pointers(found: TokenLevels) -> tuple[torch.Tensor, ...]:
+    """Return what a kernel writes; where there are no sums another tensor stands for them."""
+    return tuple(found.zero if part is None else part for part in found)
 
 
 def _launch_rows(
@@ -149,14 +161,14 @@ def _launch_rows(
     if not rows:
         return
     arguments = (
-        x, x if other is None else other, *found, rows, x.stride(0),
+        x, x if other is None else other, *_pointers(found), rows, x.stride(0),
         other.stride(0) if gated and other is not None else 0, epsilon,
         float(quantizer.clip_ratio),
     )  # fmt: skip
     constants = {
         "GATED": gated, "NORMED": normed, "GAIN": normed and other is not None, "STEP": step,
         "GROUPS": width // group, "GROUP": group, "MANY": many, "BLOCK": block,
-        **_constants(quantizer, x),
+        "SUMS": found.sums is not None, **_constants(quantizer, x),
     }  # fmt: skip
     # few warps a program, many programs: while one waits for its token, others compute
     warps = 4 if step * many * block <= 16384 else 8
@@ -185,14 +197,14 @@ def _launch_rotation(
         return
     programs = _programs(gate.device, _held(rotation, rows, columns))
     arguments = (
-        gate, up, left, right, *found, tokens, gate.stride(0), up.stride(0), factor,
+        gate, up, left, right, *_pointers(found), tokens, gate.stride(0), up.stride(0), factor,
         float(quantizer.clip_ratio),
     )  # fmt: skip
     constants = {
         "GATED": gated, "ROWS": rows, "LEFT": len(rotation.left) > 1, "B": columns, "FIRST": first,
         "SECOND": second, "BLOCK": block,
         "GROUP": quantizer.group_size % rotation.width, "GROUPS": found.scale.shape[1],
-        **_constants(quantizer, gate),
+        "SUMS": found.sums is not None, **_constants(quantizer, gate),
     }  # fmt: skip
     options = _options((first + second) * block, block)
     grid = (min(tokens, programs),)

@@ -8,8 +8,11 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
 
 
-def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
-    """Quantize x: (..., width), per token and group; the leading dimensions become tokens."""
+def quantize(x: torch.Tensor, quantizer: TokenQuantizer, summed: bool = True) -> TokenLevels:
+    """Quantize x: (..., width), per token and group; the leading dimensions become tokens.
+
+    summed: whether there are sums of levels, here as in what follows
+    """
     assert quantizer.format.is_int8, "levels are bytes"
     encoded = quantizer.encode(x.reshape(-1, x.shape[-1]))
     shift = into_int8(quantizer.format)
@@ -18,7 +21,7 @@ def quantize(x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         levels=levels.flatten(1),
         scale=encoded.scale.squeeze(-1),
         zero=(encoded.zero.squeeze(-1) - shift).to(torch.int32),
-        sums=levels.sum(-1, dtype=torch.int32),
+        sums=levels.sum(-1, dtype=torch.int32) if summed else None,
     )
 
 
@@ -28,6 +31,7 @@ def norm_quantize(
     epsilon: float,
     quantizer: TokenQuantizer,
     rotation: Transform | None = None,
+    summed: bool = True,
 ) -> TokenLevels:
     """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
 
@@ -38,7 +42,7 @@ def norm_quantize(
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     normed = normed.to(x.dtype)
     normed = normed if gain is None else gain.to(x.dtype) * normed
-    return quantize(normed if rotation is None else rotation(normed), quantizer)
+    return quantize(normed if rotation is None else rotation(normed), quantizer, summed)
 
 
 def gate_quantize(
@@ -46,12 +50,15 @@ def gate_quantize(
     up: torch.Tensor,
     rotation: Transform | None,
     quantizer: TokenQuantizer,
+    summed: bool = True,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
     gated = functional.silu(gate) * up
-    return quantize(gated if rotation is None else rotation(gated), quantizer)
+    return quantize(gated if rotation is None else rotation(gated), quantizer, summed)
 
 
-def rotate_quantize(x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer) -> TokenLevels:
+def rotate_quantize(
+    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, summed: bool = True
+) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
-    return quantize(rotation(x), quantizer)
+    return quantize(rotation(x), quantizer, summed)

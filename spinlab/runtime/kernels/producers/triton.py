@@ -57,8 +57,8 @@ def levels_of(
 def _write(
     x, token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
-    FUSED: tl.constexpr,
+    SUMS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SHIFT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Quantize x (STEP, MANY, BLOCK), float32 and zero outside, and write what belongs to it."""
     low, high = tl.min(x, axis=2), tl.max(x, axis=2)
@@ -68,13 +68,14 @@ def _write(
     column = tl.arange(0, BLOCK)[None, None, :]
     place = token * (GROUPS * GROUP) + group * GROUP + column
     tl.store(levels_ptr + place, levels.to(tl.int8), mask=inside)
-    if BLOCK > GROUP:
-        levels = tl.where(column < GROUP, levels, 0)
     place = tl.reshape(token * GROUPS + group, scale.shape)
     known = tl.reshape((token < tokens) & (group < GROUPS), scale.shape)
     tl.store(scale_ptr + place, scale, mask=known)
     tl.store(zero_ptr + place, zero.to(tl.int32) - SHIFT, mask=known)
-    tl.store(sums_ptr + place, tl.sum(levels, 2), mask=known)
+    if SUMS:
+        if BLOCK > GROUP:
+            levels = tl.where(column < GROUP, levels, 0)
+        tl.store(sums_ptr + place, tl.sum(levels, 2), mask=known)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -82,8 +83,8 @@ def rows_kernel(
     x_ptr, other_ptr, levels_ptr, scale_ptr, zero_ptr, sums_ptr, tokens, stride, other_stride,
     epsilon, clip, GATED: tl.constexpr, NORMED: tl.constexpr, GAIN: tl.constexpr,
     STEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr,
-    BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
-    SHIFT: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, SUMS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Quantize STEP tokens of GROUPS groups of GROUP numbers.
 
@@ -110,5 +111,5 @@ def rows_kernel(
             x = (x.to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
     _write(
         x.to(tl.float32), token, inside, tokens, levels_ptr, scale_ptr, zero_ptr, sums_ptr, clip,
-        GROUPS, GROUP, MANY, BLOCK, LOW, HIGH, SYMMETRIC, SHIFT, FUSED,
+        GROUPS, GROUP, MANY, BLOCK, SUMS, LOW, HIGH, SYMMETRIC, SHIFT, FUSED,
     )  # fmt: skip

@@ -45,10 +45,10 @@ def _ends(x, dtype: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _write(
     x, scale, zero, levels_ptr, START: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Quantize SIZE rows x from START on; return the sums of their levels, by group."""
+    """Quantize SIZE rows x from START on; return the sums of their levels by group, if SUMS."""
     if GROUP:
         scale, zero = scale[:, None], zero[:, None]
         a = tl.arange(0, SIZE * BLOCK // GROUP)[:, None]
@@ -62,28 +62,34 @@ def _write(
         inside = (a < ROWS) & (b < B)
     levels = levels_of(x.to(tl.float32), scale, zero, LOW, HIGH, SHIFT, FUSED)
     tl.store(levels_ptr + place, levels.to(tl.int8), mask=inside)
-    # read back, levels are summed as they lie; otherwise they would be found twice, in two layouts
-    tl.debug_barrier()
-    levels = tl.load(levels_ptr + place, mask=inside, other=0).to(tl.int32)
-    return tl.sum(levels, 1) if GROUP else tl.sum(levels)
+    if SUMS:
+        # read back, levels are summed as they lie; else they would be found twice, in two layouts
+        tl.debug_barrier()
+        levels = tl.load(levels_ptr + place, mask=inside, other=0).to(tl.int32)
+        sums = tl.sum(levels, 1) if GROUP else tl.sum(levels)
+    else:
+        sums = tl.zeros((levels.shape[0],), tl.int32) if GROUP else 0
+    return sums
 
 
 @triton.jit
 def _write_groups(
     scale, zero, sums, scale_ptr, zero_ptr, sums_ptr, START: tl.constexpr, GROUPS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SUMS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Write what belongs to the groups from START on, or to the one group of a token."""
     zero = zero.to(tl.int32) - SHIFT
     if GROUPS == 1:
         tl.store(scale_ptr, scale)
         tl.store(zero_ptr, zero)
-        tl.store(sums_ptr, sums)
+        if SUMS:
+            tl.store(sums_ptr, sums)
     else:
         place = START + tl.arange(0, scale.shape[0])
         tl.store(scale_ptr + place, scale, mask=place < GROUPS)
         tl.store(zero_ptr + place, zero, mask=place < GROUPS)
-        tl.store(sums_ptr + place, sums, mask=place < GROUPS)
+        if SUMS:
+            tl.store(sums_ptr + place, sums, mask=place < GROUPS)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -91,7 +97,7 @@ def rotate_kernel(
     gate_ptr, up_ptr, left_ptr, right_ptr, levels_ptr, scale_ptr, zero_ptr, sums_ptr, tokens,
     gate_stride, up_stride, factor, clip, GATED: tl.constexpr, ROWS: tl.constexpr,
     LEFT: tl.constexpr, B: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, SHIFT: tl.constexpr,
     FUSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -141,24 +147,24 @@ def rotate_kernel(
         levels, groups = levels_ptr + token * (ROWS * B), token * GROUPS
         scale, zero = parameters_of(low, high, clip, HIGH, SYMMETRIC, False)
         sums = _write(
-            y, scale, zero, levels, 0, ROWS, B, FIRST, BLOCK, GROUP, LOW, HIGH, SHIFT, FUSED
+            y, scale, zero, levels, 0, ROWS, B, FIRST, BLOCK, GROUP, SUMS, LOW, HIGH, SHIFT, FUSED
         )
         if SECOND:
             scale2, zero2 = scale, zero
             if GROUP:
                 scale2, zero2 = parameters_of(low2, high2, clip, HIGH, SYMMETRIC, False)
             sums2 = _write(
-                y2, scale2, zero2, levels, FIRST, ROWS, B, SECOND, BLOCK, GROUP, LOW, HIGH, SHIFT,
-                FUSED,
+                y2, scale2, zero2, levels, FIRST, ROWS, B, SECOND, BLOCK, GROUP, SUMS, LOW, HIGH,
+                SHIFT, FUSED,
             )  # fmt: skip
             if GROUP:
                 _write_groups(
                     scale2, zero2, sums2, scale_ptr + groups, zero_ptr + groups, sums_ptr + groups,
-                    FIRST * B // GROUP, GROUPS, SHIFT,
+                    FIRST * B // GROUP, GROUPS, SUMS, SHIFT,
                 )  # fmt: skip
             else:
                 sums += sums2
         _write_groups(
             scale, zero, sums, scale_ptr + groups, zero_ptr + groups, sums_ptr + groups, 0, GROUPS,
-            SHIFT,
+            SUMS, SHIFT,
         )  # fmt: skip
