@@ -1,6 +1,7 @@
 """Gather the records of several runs of a benchmark in one."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ def collect(paths: Sequence[Path], experiment: str) -> dict[str, Any]:
     """Return one record of all metrics; `parts` keeps what each run ran on, and its metrics' names.
 
     A metric that several records have is the last one's. `peer/best/…` is added: how many times
-    the time of the fastest peer ours is, by phase and case.
+    the time of the fastest peer ours is, by phase and case. Those of a whole network get the method
+    whose rotations it runs: speedup/e2e/prefill/<method>/b1.
     """
     parts: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
@@ -60,9 +62,20 @@ def _read(path: Path) -> dict[str, Any]:
 def _parts(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the runs of a record, each with its metrics: the record itself, if it is of one."""
     if "parts" not in record:
-        return [{**{k: record[k] for k in _KEPT}, "metrics": dict(record["metrics"])}]
+        return [{**{k: record[k] for k in _KEPT}, "metrics": _by_method(record)}]
     found = record["metrics"]
     return [{**p, "metrics": {n: found[n] for n in p["metrics"]}} for p in record["parts"]]
+
+
+def _by_method(record: dict[str, Any]) -> dict[str, float]:
+    """Return a run's metrics; where it is of a whole network, they name what that runs online."""
+    config = record["config"]
+    if "method" not in config:
+        return dict(record["metrics"])
+    method = config["method"] or "hadamards"
+    method += "_rounded" * (config["settings"].get("rotation.factors") == "bfloat16")
+    named = re.compile(r"(?<=/e2e/)(\w+)")
+    return {named.sub(rf"\1/{method}", n): value for n, value in record["metrics"].items()}
 
 
 def _without(part: dict[str, Any], newer: dict[str, float]) -> dict[str, Any]:

@@ -380,6 +380,29 @@ def test_records_of_several_runs_become_one_with_each_runs_environment(tmp_path)
         collect([tmp_path / "none"], "bench/kernels")
 
 
+def test_gathered_figures_of_whole_networks_name_their_method(tmp_path):
+    """Records of several methods have the same names, of which the last one would be left."""
+    rounded = {"rotation.factors": "bfloat16", "rotation.inputs": "duquant"}
+    forms = {"a": (None, {}), "b": ("learned_inputs", {"rotation.factors": None}),
+             "c": ("learned_inputs", rounded)}  # fmt: skip
+    for speed, (name, (method, settings)) in enumerate(forms.items()):
+        metrics = {"speedup/e2e/prefill/b1": speed, "ratio/e2e/memory": 2.0 * speed}
+        path = _record(tmp_path / name, "bench/prefill/toy", metrics, "one")
+        record = json.loads(path.read_text())
+        record["config"] = {"method": method, "settings": settings}
+        path.write_text(json.dumps(record))
+    found = collect([tmp_path / name for name in forms], "bench/kernels")["metrics"]
+    names = ("hadamards", "learned_inputs", "learned_inputs_rounded")
+    assert found == {
+        name: value * speed
+        for speed, method in enumerate(names)
+        for name, value in (
+            (f"speedup/e2e/prefill/{method}/b1", 1),
+            (f"ratio/e2e/memory/{method}", 2),
+        )
+    }
+
+
 def test_the_kernels_benchmark_asks_for_a_gpu_in_a_sentence(capsys):
     with pytest.raises(InputError, match="needs a CUDA device"):
         bench_kernels(REFERENCE, CPU, ["decode"])
