@@ -15,7 +15,7 @@ _MOST_COPIES = 64
 _PASS = 2e-3  # seconds that one replay should take at least
 _MOST_PASSES = 50
 _ROUNDS = 2  # each figure is taken twice
-_WARM_UP = 3  # replays before a round, so that clocks have risen
+_WARM_UP = 3  # samples before a round, so that clocks have risen
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,17 @@ def measure(
     """Time pieces of work side by side: name -> calls that do the same on copies of its operands.
 
     A sample is the time of one or more passes over the calls of a name, divided by their number.
-    All names take their turn, then all again; a figure is the mean of its two medians.
+    Names take turns sample by sample: a GPU that has drawn much power is slower for a while, which
+    all of them then share. Then all begin again; a figure is the mean of its two medians.
     """
     clocks = {name: _clock(calls, device) for name, calls in works.items()}
     medians: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(_ROUNDS):
+        for index in range(_WARM_UP + samples):
+            for clock in clocks.values():
+                clock.sample(kept=index >= _WARM_UP)
         for name, clock in clocks.items():
-            medians[name].append(statistics.median(clock.sample(samples)))
+            medians[name].append(statistics.median(clock.taken()))
     return {name: _timing(medians[name], clocks[name].graph) for name in works}
 
 
@@ -82,17 +86,19 @@ class HostClock:
 
     def __init__(self, calls: Sequence[Work]) -> None:
         self.calls = calls
-        for call in calls:
-            call()
+        self.found: list[float] = []
 
-    def sample(self, count: int) -> list[float]:
-        """Return the seconds of one call, so many times."""
-        found = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            for call in self.calls:
-                call()
-            found.append((time.perf_counter() - begin) / len(self.calls))
+    def sample(self, kept: bool) -> None:
+        """Time a pass over the calls."""
+        begin = time.perf_counter()
+        for call in self.calls:
+            call()
+        if kept:
+            self.found.append((time.perf_counter() - begin) / len(self.calls))
+
+    def taken(self) -> list[float]:
+        """Return the seconds of one call, of every sample since the last time."""
+        found, self.found = self.found, []
         return found
 
 
@@ -114,18 +120,23 @@ class DeviceClock:
         captured = _captured(calls, run, device)
         self.graph = captured is not None
         self.replay: Work = run if captured is None else captured.replay
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def sample(self, count: int) -> list[float]:
-        """Return the seconds of one call, so many times."""
-        for _ in range(_WARM_UP):
-            self.replay()
-        events = [(_event(), _event()) for _ in range(count)]
-        for begin, end in events:
-            begin.record()
-            self.replay()
-            end.record()
+    def sample(self, kept: bool) -> None:
+        """Time a replay; the host does not wait for it."""
+        begin, end = _event(), _event()
+        begin.record()
+        self.replay()
+        end.record()
+        if kept:
+            self.events.append((begin, end))
+
+    def taken(self) -> list[float]:
+        """Return the seconds of one call, of every sample since the last time."""
         torch.cuda.synchronize(self.device)
-        return [begin.elapsed_time(end) / 1e3 / self.count for begin, end in events]
+        found = [begin.elapsed_time(end) / 1e3 / self.count for begin, end in self.events]
+        self.events = []
+        return found
 
 
 def _captured(

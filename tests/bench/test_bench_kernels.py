@@ -58,6 +58,13 @@ def test_a_longer_work_takes_longer_and_is_timed_per_call():
     assert copies_for(1, CPU) == 2
 
 
+def test_works_take_turns_sample_by_sample():
+    """So that a GPU which slows down meanwhile is as slow for all."""
+    order = []
+    found = measure({n: [lambda n=n: order.append(n)] for n in "ab"}, CPU, samples=5)
+    assert found.keys() == {"a", "b"} and "".join(order) == "ab" * (2 * (3 + 5))
+
+
 class _Event:
     def record(self):
         self.time = time.perf_counter()
