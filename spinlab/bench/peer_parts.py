@@ -199,7 +199,9 @@ def _rotate(
             raise ValueError(f"lengths change by {change:.3g}: not timed")
     rotation = hadamard_rotation(size[1])
     works: dict[str, list[Work]] = {
-        "ours": [lambda x=x: operations.rotate_quantize(x, rotation, QUANTIZER, False) for x in xs],
+        "ours": [
+            lambda x=x: operations.rotate_quantize(x, rotation, QUANTIZER, summed=False) for x in xs
+        ],
         "peer": [lambda x=x: work(x) for x in xs],
     }
     seconds = results.measure(f"peer/{where}", works, device)

@@ -45,7 +45,7 @@ def producers(
             "ours": [_gate(operations, rotation, *pair) for pair in pairs],
             "eager": [lambda p=pair: _gated(*p) for pair in apart],
             "quantize": [
-                lambda p=pair: operations.quantize(p[0], QUANTIZER, False) for pair in pairs
+                lambda p=pair: operations.quantize(p[0], QUANTIZER, summed=False) for pair in pairs
             ],
             "norm_quantize": [
                 lambda p=pair: operations.norm_quantize(
@@ -95,4 +95,4 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def _gate(
     operations: Operations, rotation: OnlineRotation, gate: torch.Tensor, up: torch.Tensor
 ) -> Work:
-    return lambda: operations.gate_quantize(gate, up, rotation, QUANTIZER, False)
+    return lambda: operations.gate_quantize(gate, up, rotation, QUANTIZER, summed=False)

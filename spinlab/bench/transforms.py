@@ -41,7 +41,9 @@ def transforms(
         copies = copies_for(2 * tokens * width, device)
         inputs = [random_floats(tokens, width, generator=generator) for _ in range(copies)]
         works: dict[str, list[Work]] = {
-            "quantize": [lambda x=x: operations.quantize(x, QUANTIZER, False) for x in inputs]
+            "quantize": [
+                lambda x=x: operations.quantize(x, QUANTIZER, summed=False) for x in inputs
+            ]
         }
         turns = _turns(width)
         for kind, turn in turns.items():

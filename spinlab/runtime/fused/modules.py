@@ -50,13 +50,14 @@ class Reader(nn.Module):
     def _levels(self, x: torch.Tensor, quantizer: TokenQuantizer) -> TokenLevels:
         rotation = self.path.rotation
         if rotation is not None and self.operations.rotates(x, rotation, quantizer):
-            return self.operations.rotate_quantize(x, rotation, quantizer, self._summed)
-        return self.operations.quantize(self._rotated(x), quantizer, self._summed)
+            return self.operations.rotate_quantize(
+                x, rotation, quantizer, summed=self._summed(quantizer)
+            )
+        return self.operations.quantize(self._rotated(x), quantizer, summed=self._summed(quantizer))
 
-    @property
-    def _summed(self) -> bool:
-        """Whether the product multiplies sums of levels: by zero points of its weights."""
-        return isinstance(self.product, PackedProduct) and self.product.zero is not None
+    def _summed(self, quantizer: TokenQuantizer) -> bool:
+        assert isinstance(self.product, PackedProduct)
+        return self.product.needs_sums(quantizer)
 
     def _multiply(
         self, levels: TokenLevels, like: torch.Tensor, added: torch.Tensor | None = None
@@ -96,7 +97,7 @@ class NormReader(Reader):
             return super().forward(self.norm(x))
         gain = self._gain() if self.has_gain else None
         levels = self.operations.norm_quantize(
-            x, gain, self.epsilon, quantizer, rotation, self._summed
+            x, gain, self.epsilon, quantizer, rotation, summed=self._summed(quantizer)
         )
         return self._multiply(levels, x)
 
@@ -117,7 +118,9 @@ class GateReader(Reader):
         rotation, quantizer = self.path.rotation, self.quantizer
         if quantizer is None or not self.operations.rotates(gate, rotation, quantizer):
             return self(silu(gate) * up, added)
-        levels = self.operations.gate_quantize(gate, up, rotation, quantizer, self._summed)
+        levels = self.operations.gate_quantize(
+            gate, up, rotation, quantizer, summed=self._summed(quantizer)
+        )
         return self._multiply(levels, gate, added)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.fused.operations import Operations
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels
 
@@ -29,6 +30,15 @@ class PackedProduct(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         return PackedWeight(self.packed, self.scale, self.zero, self.sums, self.chunk)
+
+    def needs_sums(self, quantizer: TokenQuantizer) -> bool:
+        """Tell whether sums of levels are multiplied, as a quantizer makes them.
+
+        By zero points of weights; of finer groups than its own the product makes them itself.
+        """
+        width = 2 * self.packed.shape[1]
+        groups = width // (quantizer.group_size or width)
+        return self.zero is not None and self.sums.shape[1] == groups
 
     def of_levels(
         self, inputs: TokenLevels, dtype: torch.dtype, added: torch.Tensor | None = None

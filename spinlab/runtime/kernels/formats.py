@@ -24,7 +24,7 @@ class TokenLevels(NamedTuple):
     levels  (tokens, width)  int8, level - shift: 0..15 or -8..7, or a byte less 128
     scale   (tokens, groups) float32 (float64 in float64 networks)
     zero    (tokens, groups) int32, zero point - shift
-    sums    (tokens, groups) int32, Σ levels of the group; None where no weight asked for it
+    sums    (tokens, groups) int32, Σ levels of the group; None where they were not asked for
     """
 
     levels: torch.Tensor
@@ -33,7 +33,7 @@ class TokenLevels(NamedTuple):
     sums: torch.Tensor | None
 
     def sums_of(self, blocks: int) -> torch.Tensor:
-        """Return Σ levels of so many blocks: (tokens, blocks) int32."""
+        """Return Σ levels of so many blocks: (tokens, blocks) int32, found here if they lack."""
         if self.sums is not None and self.sums.shape[1] == blocks:
             return self.sums
         return self.levels.unflatten(1, (blocks, -1)).sum(2, dtype=torch.int32)

@@ -20,8 +20,8 @@ def wait_for_inputs(PDL: tl.constexpr):
 def bring_lines(ptr, PDL: tl.constexpr):
     """Ask for the 128 bytes that each pointer lies in, so that the L2 has them after the wait.
 
-    For what is read first, before `wait_for_inputs`: who wrote it does not matter, as the L2 is
-    what all read from. More lines of a program would come before the first ones of others.
+    Called before `wait_for_inputs`, for what is read first after it. All read from the L2, so that
+    it may be what another kernel still writes. To ask for more delays other programs' first lines.
     """
     if PDL:
         tl.inline_asm_elementwise(

@@ -86,6 +86,7 @@ assert found == {"wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"}, found
 assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
 _, ptx = instructions(decode_kernels.decode_kernel, ROOM, OF_LEVELS, 89)
 assert "prefetch" not in ptx and "griddepcontrol" not in ptx
+instructions(decode_kernels.decode_kernel, ROOM, {**OF_LEVELS, "BM": 64, "STAGES": 4}, 90)
 # bytes in blocks, whose columns are loaded ahead, 16 at a time
 OF_BLOCKS = {**NUMBERS, "x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*fp32", "blocks": "i32",
              "many": "i32"}
@@ -130,12 +131,13 @@ for capability, name in ((89, "mma.sync"), (90, "mma"), (120, "mma.sync")):
         ({**PLAIN, "ACROSS": True}, {"out_ptr": "*fp32"}),
         ({**PLAIN, "GATED": True}, {}), ({**PLAIN, "DEALT": True}, DEALT),
         ({**PLAIN, "PARTS": 1}, WIDE), ({**PLAIN, "PARTS": 1, "ACROSS": True}, {}),
-        ({**PLAIN, "PARTS": 1, "DEALT": True}, {}),
+        ({**PLAIN, "PARTS": 1, "DEALT": True}, {}), ({**PLAIN, "PARTS": 1, "DEALT": True}, DEALT),
+        ({**PLAIN, "GATED": True, "PARTS": 1, "ACROSS": True}, {}),
     ):
         kernel = block_kernels.blocks_kernel
         found, ptx = instructions(kernel, {**PARTS, **kinds}, constants, capability, even=STRIDES)
-        alone = re.findall(r"(?:ld|st)\\.global\\S*\\.b16", ptx)
-        assert constants["GAIN"] or not alone, f"{alone}: a thread moves 16 bytes at a time"
+        single = re.findall(r"ld\\.global\\S*\\.b16|st\\.global\\.b(?:16|32)", ptx)
+        assert constants["GAIN"] or not single, f"{single}: a thread moves 16 bytes at a time"
         kind = "tf32" if kinds is WIDE else "bf16"
         assert found and all(name in one and kind in one for one in found), found
         if capability == 90 and constants["STEP"] == 64:  # of many tokens
@@ -219,6 +221,8 @@ for name in ("INPUT_GROUPS", "WEIGHT_GROUPS", "num_warps"):
     del FLOATS[name]
 OF_FLOATS = {**ROOM, "x_ptr": "*fp32", "part_ptr": "*fp32"}
 instructions(decode_kernels.decode16_kernel, OF_FLOATS, FLOATS, 89, warps=2)
+_, ptx = instructions(decode_kernels.decode16_kernel, OF_FLOATS, FLOATS, 90, warps=2)
+assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
 narrow = linear._decode_tile(4, NARROW)
 del narrow["num_warps"]
 instructions(decode_kernels.decode_kernel, ROOM, {**OF_LEVELS, "IN": 32, "HALF": 16, **narrow}, 90)

@@ -1,25 +1,17 @@
 """Products with packed weights: kernels against their definition, and that against float64."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
+import triton
+import triton.language as tl
 
 from spinlab.errors import InputError
-from spinlab.fakequant.activations import InputPath
 from spinlab.formats import IntegerFormat
 from spinlab.formats.quantizer import TokenQuantizer
-from spinlab.model.map import Norm
-from spinlab.rotation.online import hadamard_rotation
-from spinlab.runtime.fused.modules import GateReader, NormReader, Reader
-from spinlab.runtime.fused.operations import REFERENCE
-from spinlab.runtime.fused.products import PackedProduct
 from spinlab.runtime.kernels.formats import PackedWeight, TokenLevels, into_int8, pack_weight
 from spinlab.runtime.kernels.launch import GPU
 from spinlab.runtime.kernels.linear import launch as gpu
-from spinlab.runtime.kernels.linear import reference
+from spinlab.runtime.kernels.linear import reference, triton_decode
 from spinlab.weights.quantized import QuantizedWeight
 
 
@@ -181,25 +173,22 @@ def test_shapes_without_a_kernel_are_named(
             gpu.linear(inputs, weight, None, torch.float32)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_readers_sum_levels_where_weights_have_zero_points(symmetric: bool) -> None:
-    packed, made = pack_weight(random_weight(24, 64, 1, symmetric), 1), []
+@triton.jit
+def _lines_kernel(w_ptr, found_ptr, out, at, IN: tl.constexpr, BN: tl.constexpr):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    line = triton_decode._first_lines(w_ptr, n, out, at, IN)
+    tl.store(found_ptr + n, line.to(tl.int64) - w_ptr.to(tl.int64))
 
-    def noted(name: str, real: Any) -> Any:
-        return lambda *arguments: made.append((name, real(*arguments))) or made[-1][1]
 
-    names = ("quantize", "norm_quantize", "gate_quantize", "rotate_quantize")
-    watched = replace(REFERENCE, **{n: noted(n, getattr(REFERENCE, n)) for n in names})
-    product = PackedProduct(packed, None, watched)
-    quantizer, turn = TokenQuantizer(IntegerFormat(4, False)), hadamard_rotation(64)
-    x, path = torch.randn(3, 64), InputPath(None, quantizer)
-    Reader(product, path, watched)(x)
-    Reader(product, InputPath(turn, quantizer), watched)(x)
-    norm = nn.RMSNorm(64, eps=1e-5)
-    NormReader(norm, Norm("norm", 0, ("q",), 64, 1e-5), product, path, watched)(x)
-    GateReader(product, path, watched).of_gate(x, x)
-    assert [name for name, _ in made] == ["quantize", "rotate_quantize", *names[1:3]]
-    assert all((levels.sums is None) == symmetric for _, levels in made)
+def test_lines_that_are_asked_for_lie_in_the_weight(device: torch.device) -> None:
+    """Rows behind the last one, and parts behind a row, ask for the last byte there is."""
+    out, width, rows = 40, 96, 64
+    packed = torch.zeros(out, width // 2, dtype=torch.uint8, device=device)
+    for at in (0, 16, 47, 48, 1000):
+        found = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        _lines_kernel[(rows // 16,)](packed, found, out, at, IN=width, BN=16)
+        wanted = [min(n, out - 1) * width // 2 + min(at, width // 2 - 1) for n in range(rows)]
+        assert found.tolist() == wanted and max(wanted) < packed.numel()
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

@@ -12,7 +12,6 @@ from spinlab.runtime.fused.operations import triton_operations
 from spinlab.runtime.kernels.formats import PackedWeight
 from spinlab.runtime.kernels.launch import GPU, gpu_of, planning
 from spinlab.runtime.kernels.linear import launch as linear
-from spinlab.runtime.kernels.producers import blocks
 from spinlab.runtime.kernels.producers.blocks import turned
 
 KIB = 1024
@@ -100,36 +99,69 @@ def weight_of(out, width):
         (22016, 4096, (3, 1), (4, 1)),
         (4096, 11008, (4, 4), (5, 4)),
         (14336, 4096, (4, 1), (5, 1)),
+        (1024, 4096, (4, 4), (5, 8)),  # of a few outputs shorter parts give work to more programs
+        (2560, 2048, (4, 2), (5, 4)),
     ],
 )
-def test_few_programs_load_further_ahead(out, width, levels, floats):
+def test_fewer_programs_load_further_ahead(out, width, levels, floats):
     """Steps that are on their way and parts that columns are cut in, as the fastest were.
 
-    For 64 tokens of levels and for one of floats; where less is shared, no program takes more.
+    For 64 tokens of levels and for one of floats; where less is shared, there is room for fewer
+    of the former. For 128 tokens of levels nothing else was tried.
     """
     weight = weight_of(out, width)
     for gpu in (HOPPER, ADA):
         with planning(gpu):
             many = linear._decode_tile(64, weight)
             one = linear._decode16_tile(1, weight, torch.bfloat16)
+            most = linear._decode_tile(128, weight)
         if gpu is HOPPER:
             assert (many["STAGES"], many["SPLIT"]) == levels
             assert (one["STAGES"], one["SPLIT"]) == floats
         assert gpu is HOPPER or many["STAGES"] == 3
+        assert most["STAGES"] == 3
 
 
 @pytest.mark.parametrize(
-    ("tiles", "pieces", "block"),
-    [(1, 32, 128), (32, 32, 128), (128, 86, 128), (32, 64, 64), (3, 700, 16), (128, 1, 32)],
+    ("tokens", "width", "size", "many"),
+    [  # the fastest of those that were timed with pieces of 128 and 64 numbers
+        (2048, 4096, 128, 4),
+        (8192, 4096, 128, 8),
+        (2048, 11008, 128, 6),
+        (2048, 4096, 64, 4),
+        # as few steps one after the other as can be
+        (512, 18944, 128, 3),
+        (128, 11008, 128, 1),
+        (16, 4096, 64, 1),
+    ],
 )
-def test_programs_of_blocks_fill_whole_rounds(tiles, pieces, block):
-    """Brute force: no fewer rounds would do, and none has a program to spare."""
-    with planning(HOPPER):
-        many = blocks._tiles_a_program(tiles, pieces, block, torch.device("cpu"))
-    places = 2 * 128 // block * HOPPER.multiprocessors
-    rounds = [-(-(-(-tiles // n) * pieces) // places) for n in range(1, 9)]
-    programs = -(-tiles // many) * pieces
-    assert 1 <= many <= 8 and -(-programs // places) == min(rounds)
+def test_programs_take_tiles_in_turn_so_that_all_end_together(tokens, width, size, many):
+    matrix = torch.eye(size, dtype=torch.float64).expand(width // size, size, size)
+    with planning(HOPPER) as launches:
+        rotation = ScaledDual(dual=BlockRotation(matrix), rounded=True)
+        turned(torch.empty(tokens, width, dtype=torch.bfloat16), rotation)
+    (launch,) = named(launches, "blocks_kernel")
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    assert given["many"] == many
+    tiles = -(-tokens // launch.constants["STEP"])
+    assert (launch.grid[0] - 1) * many < tiles <= launch.grid[0] * many
+
+
+@pytest.mark.parametrize(("rounded", "stages"), [(True, 3), (False, 2)])
+def test_tiles_of_many_tokens_are_loaded_ahead_where_there_is_room(rounded, stages):
+    """Rounded matrices leave room for one more; of few tokens, and on other GPUs, none is."""
+    matrices = torch.eye(128, dtype=torch.float64).repeat(2, 1, 1)
+    rotation = ScaledDual(dual=BlockRotation(matrices), rounded=rounded)
+    found = {}
+    for gpu in (ADA, HOPPER):
+        for tokens in (100, 150):
+            with planning(gpu) as launches:
+                turned(torch.empty(tokens, 256, dtype=torch.float16), rotation)
+            (launch,) = named(launches, "blocks_kernel")
+            found[gpu, tokens] = launch.constants["PIECE"], launch.constants["STAGES"]
+    few = (64, 1)
+    assert found == {(ADA, 100): few, (ADA, 150): few, (HOPPER, 100): few,
+                     (HOPPER, 150): (128, stages)}  # fmt: skip
 
 
 def test_plans_end_and_stand_in_each_other():

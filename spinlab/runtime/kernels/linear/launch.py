@@ -20,7 +20,8 @@ from spinlab.runtime.kernels.linear.reference import dequantize
 _FEW = 128  # tokens
 _WIDEST_GROUP = 1 << 15  # of inputs, as they are quantized
 _WIDEST = 1 << 17  # columns whose products, 16 times and of bytes, fit into 32 bits
-_TWICE_FOUR = 2 * 97 * 1024  # bytes of two programs for 64 tokens that load four steps ahead
+_FOUR_STEPS = 89 * 1024  # bytes of a program for 64 tokens that loads four steps ahead
+_LONG = 10  # steps of a part that is worth being added up, for 64 tokens
 _PROGRAMS = 2  # per multiprocessor: one unpacks while the other multiplies
 
 
@@ -200,8 +201,8 @@ def _decode_tile(tokens: int, weight: PackedWeight) -> dict[str, int]:
     bm, gpu = max(16, power_of_two(tokens)), gpu_of(weight.packed.device)
     programs = 2 if bm <= 64 else 1
     tile = {"BM": bm, "BN": 64, "BK": 128, "STAGES": 5 if bm <= 32 else 3, "num_warps": 4}
-    tile = _split(tile, weight, programs, steps=10 if bm == 64 else 2)
-    if bm == 64 and gpu.shared_by_all >= _TWICE_FOUR and _programs(tile, weight) <= 2:
+    tile = _split(tile, weight, programs, steps=_LONG if bm == 64 else 2)
+    if bm == 64 and _density(tile, weight) <= 2 <= gpu.shared_by_all // _FOUR_STEPS:
         tile["STAGES"] = 4
     return {**tile, "GROUP": 0}
 
@@ -221,17 +222,17 @@ def _decode16_tile(tokens: int, weight: PackedWeight, dtype: torch.dtype) -> dic
     bm = max(16, power_of_two(tokens))
     few = bm <= 32
     bk = 128 if dtype.itemsize == 2 and few else 32
-    stages = 4 if dtype.itemsize == 2 or few else 2  # a multiprocessor of Ada holds no more
+    stages = 4 if dtype.itemsize == 2 or few else 2  # more of 128 tokens find no room on Ada
     tile = _split({"BM": bm, "BN": 32, "BK": bk, "STAGES": stages, "num_warps": 2}, weight, 6)
-    if dtype.itemsize == 2 and bm == 16 and _programs(tile, weight) <= 4:
-        tile["STAGES"] = 5  # few programs keep enough on its way when each asks for more
+    if dtype.itemsize == 2 and bm == 16 and _density(tile, weight) <= 4:
+        tile["STAGES"] = 5  # fewer programs keep as much on its way if each asks for more
     return tile
 
 
-def _programs(tile: dict[str, int], weight: PackedWeight) -> float:
-    """Return how many programs there are to a multiprocessor."""
-    tiles = _ceil(weight.out_features, tile["BN"])
-    return tiles * tile["SPLIT"] / gpu_of(weight.packed.device).multiprocessors
+def _density(tile: dict[str, int], weight: PackedWeight) -> float:
+    """Return how many programs there are to a multiprocessor, before columns are split or after."""
+    tiles = _ceil(weight.out_features, tile["BN"]) * tile.get("SPLIT", 1)
+    return tiles / gpu_of(weight.packed.device).multiprocessors
 
 
 def _split(
@@ -239,14 +240,17 @@ def _split(
 ) -> dict[str, int]:
     """Split columns while that leaves at most so many programs to a multiprocessor.
 
-    steps: that each part has at least, of BK columns of both halves
+    steps: that each part has at least, of BK columns of both halves, once every third
+    multiprocessor has a program; before, two are enough
     """
     half = weight.chunk // 2
     tile["BK"] = min(tile["BK"], max(32, power_of_two(half)))  # 32: the least of a product
-    tiles = _ceil(weight.out_features, tile["BN"])
+    density = _density(tile, weight)
     parts = weight.blocks * _ceil(half, tile["BK"])
-    split, most = 1, programs * gpu_of(weight.packed.device).multiprocessors
-    while split < 8 and 2 * split * tiles <= most and 2 * steps * split <= parts:
+    split = 1
+    while split < 8 and 2 * split * density <= programs:
+        if 2 * split * (steps if 3 * split * density >= 1 else 2) > parts:
+            break
         split *= 2
     return {**tile, "SPLIT": split}
 

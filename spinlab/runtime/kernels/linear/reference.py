@@ -26,12 +26,13 @@ def linear(
     s, z = _repeat(inputs.scale, blocks), _repeat(inputs.zero, blocks)
     t = _repeat(weight.scale, blocks)
     u = None if weight.zero is None else _repeat(weight.zero, blocks)
+    a = None if weight.zero is None else inputs.sums_of(blocks)
     out = torch.zeros(len(levels), weight.out_features, dtype=s.dtype, device=s.device)
     for index in range(blocks):
         found = matmul(levels[:, index], weights[:, index])
         found -= z[:, index, None] * weight.sums[:, index]
-        if u is not None:
-            rest = inputs.sums_of(blocks)[:, index] - levels.shape[2] * z[:, index]
+        if u is not None and a is not None:
+            rest = a[:, index] - levels.shape[2] * z[:, index]
             found -= rest[:, None] * u[:, index]
         found = found.to(s.dtype) * s[:, index, None]
         out += found if weight.groups == 1 else found * t[:, index]

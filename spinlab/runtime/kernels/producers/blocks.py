@@ -9,6 +9,7 @@ so that the channels are dealt in whole pieces of memory.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +22,9 @@ _FEW, _STEP = 16, 64  # tokens of a tile
 _PIECE = 64  # numbers of a block that one program writes, but for many tokens on large GPUs
 _MANY = 128  # tokens; more are many
 _IN_TURN = 8  # tiles that one program takes, at most
-_SIDE_BY_SIDE = 2  # programs of a multiprocessor that turn blocks of 128; of smaller ones, more
-_SHARED = 160 * 1024  # bytes that a program of a whole block may take, and two stages
+_SIDE_BY_SIDE = 2  # programs of a multiprocessor that write 128 numbers; of fewer there are more
+_MOST = 8  # programs of a multiprocessor
+_SHARED = 160 * 1024  # bytes that a program of a whole block may take
 _TILE = 8192  # numbers that one program norms, at least
 
 
@@ -30,12 +32,32 @@ _TILE = 8192  # numbers that one program norms, at least
 class _Pass:
     """One rotation: (2 or 1, k, b, b) that sum up to its matrices, behind a deal of channels.
 
-    gives: the dtype of what it hands on to a second one, (width, tokens); None for the last.
+    gives: the dtype of what it hands on to a second one; None for the last.
     """
 
     parts: torch.Tensor
     order: torch.Tensor | None
     gives: torch.dtype | None
+
+    @property
+    def light(self) -> bool:
+        """Whether its matrix is one of 16 bits, which leaves room for other things."""
+        return len(self.parts) == 1 and self.parts.dtype.itemsize == 2
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Say how work is cut: `tiles` of `step` tokens, and blocks in pieces that programs write.
+
+    stages: tiles that are on their way, many: tiles that a program takes in turn
+    """
+
+    step: int
+    tiles: int
+    block: int
+    piece: int
+    stages: int
+    many: int
 
 
 _passes: WeakKeyDictionary[ScaledDual, dict[tuple[torch.dtype, torch.device], list[_Pass]]] = (
@@ -105,32 +127,38 @@ def _turned(
     up = up if up is None or up.stride(1) == 1 else up.contiguous()
     other = up if up is not None else x if gain is None else gain
     assert other.stride(-1) == 1, "a gain lies in one piece: it is read before a kernel waits"
-    step, block = _FEW if tokens <= _FEW else _STEP, max(_NARROWEST, power_of_two(b))
-    tiles = -(-tokens // step)
-    shape = (tokens, width) if by.gives is None else (width, tiles * step)
+    cut = _cut(tokens, width, by, x.device)
+    shape = (tokens, width) if by.gives is None else (width, cut.tiles * cut.step)
     found = torch.empty(*shape, dtype=by.gives or dtype, device=x.device)
     if not tokens:
         return found
-    light = parts == 1 and by.parts.dtype.itemsize == 2
-    blocks, (piece, stages) = width // b, _piece(tokens, block, light, x.device)
-    pieces = blocks * -(-b // piece)
-    many = _tiles_a_program(tiles, pieces, block, x.device)
     normed = epsilon is not None
     alone = normed and tokens == 1  # for one, every program finds it sooner than one does for all
     inverse = _inverse_rms(x, epsilon) if epsilon is not None and not alone else x
     arguments = (
         x, other, inverse, x if by.order is None else by.order, by.parts, found, tokens,
-        x.stride(0), 0 if up is None else up.stride(0), found.stride(0), many, epsilon or 0.0,
+        x.stride(0), 0 if up is None else up.stride(0), found.stride(0), cut.many, epsilon or 0.0,
     )  # fmt: skip
     constants = {
         "GATED": up is not None, "NORMED": normed, "ALONE": alone, "GAIN": gain is not None,
         "DEALT": by.order is not None, "ACROSS": by.gives is not None, "PARTS": parts,
-        "SHARED": matrices == 1, "BLOCKS": blocks, "B": b, "BLOCK": block, "PIECE": piece,
-        "STEP": step, "WHOLE": power_of_two(width), "STAGES": stages,
+        "SHARED": matrices == 1, "BLOCKS": width // b, "B": b, "BLOCK": cut.block,
+        "PIECE": cut.piece, "STEP": cut.step, "WHOLE": power_of_two(width), "STAGES": cut.stages,
         "AS_FLOATS": interpreted(),  # which multiplies no bfloat16
     }  # fmt: skip
-    launch(blocks_kernel, (-(-tiles // many), pieces), arguments, constants, num_warps=4)
+    grid = -(-cut.tiles // cut.many), width // b * -(-b // cut.piece)
+    launch(blocks_kernel, grid, arguments, constants, num_warps=4)
     return found
+
+
+def _cut(tokens: int, width: int, by: _Pass, device: torch.device) -> _Cut:
+    """Return how the work for tokens of some width is cut."""
+    b, step = by.parts.shape[-1], _FEW if tokens <= _FEW else _STEP
+    tiles, block = -(-tokens // step), max(_NARROWEST, power_of_two(b))
+    piece, stages = _piece(tokens, block, by.light, device)
+    pieces, multiprocessors = width // b * -(-b // piece), gpu_of(device).multiprocessors
+    many = _tiles_a_program(tiles, pieces, piece, multiprocessors)
+    return _Cut(step, tiles, block, piece, stages, many)
 
 
 def _piece(tokens: int, block: int, light: bool, device: torch.device) -> tuple[int, int]:
@@ -138,7 +166,7 @@ def _piece(tokens: int, block: int, light: bool, device: torch.device) -> tuple[
 
     A whole block of 128 reads what comes in, and gates it, once; but other GPUs than the large ones
     from Hopper on have too few registers or too little to share, and of few tokens too few programs
-    run. light: a matrix is one of 16 bits, which leaves room for a tile more.
+    run. light: as of a pass.
     """
     if tokens <= _MANY or not _is_large(device):
         return min(_PIECE, block), 1
@@ -150,15 +178,19 @@ def _is_large(device: torch.device) -> bool:
     return gpu.capability >= (9, 0) and gpu.shared >= _SHARED
 
 
-def _tiles_a_program(tiles: int, pieces: int, block: int, device: torch.device) -> int:
+@lru_cache(maxsize=256)  # asked at every launch
+def _tiles_a_program(tiles: int, pieces: int, piece: int, multiprocessors: int) -> int:
     """Return how many tiles of tokens a program takes in turn with its matrix.
 
-    As many as let all programs run in the fewest rounds, of which none is left half empty.
+    Programs run in rounds, of as many as a GPU holds; the fewest tiles one after the other are
+    aimed at, and a matrix counts as one.
     """
-    places, rounds = _SIDE_BY_SIDE * _WIDEST // block * gpu_of(device).multiprocessors, 1
-    while tiles > _IN_TURN * (rounds * places // pieces):
-        rounds += 1
-    return -(-tiles // (rounds * places // pieces))
+    places = min(_SIDE_BY_SIDE * _WIDEST // piece, _MOST) * multiprocessors
+
+    def length(many: int) -> int:
+        return -(-(-(-tiles // many) * pieces) // places) * (many + 1)
+
+    return min(range(min(tiles, _IN_TURN), 0, -1), key=length, default=1)
 
 
 def _passes_of(rotation: ScaledDual, x: torch.Tensor) -> list[_Pass]:

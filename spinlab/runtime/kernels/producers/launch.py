@@ -60,7 +60,7 @@ def _has_sign_kernel(x: torch.Tensor, rotation: OnlineRotation, quantizer: Token
     )
 
 
-def quantize(x: torch.Tensor, quantizer: TokenQuantizer, summed: bool = True) -> TokenLevels:
+def quantize(x: torch.Tensor, quantizer: TokenQuantizer, *, summed: bool = True) -> TokenLevels:
     """Quantize x: (..., width), per token and group; the leading dimensions become tokens.
 
     summed: whether there are sums of levels, here as in what follows
@@ -77,6 +77,7 @@ def norm_quantize(
     epsilon: float,
     quantizer: TokenQuantizer,
     rotation: ScaledDual | None = None,
+    *,
     summed: bool = True,
 ) -> TokenLevels:
     """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
@@ -86,7 +87,7 @@ def norm_quantize(
     """
     x = x.reshape(-1, x.shape[-1])
     if rotation is not None:
-        return quantize(turned(x, rotation, gain=gain, epsilon=epsilon), quantizer, summed)
+        return quantize(turned(x, rotation, gain=gain, epsilon=epsilon), quantizer, summed=summed)
     found = _empty(x, quantizer, summed)
     _launch_rows(x, gain, found, quantizer, epsilon=epsilon, normed=True)
     return found
@@ -97,12 +98,13 @@ def gate_quantize(
     up: torch.Tensor,
     rotation: Transform | None,
     quantizer: TokenQuantizer,
+    *,
     summed: bool = True,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
     gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
     if isinstance(rotation, ScaledDual):
-        return quantize(turned(gate, rotation, up=up), quantizer, summed)
+        return quantize(turned(gate, rotation, up=up), quantizer, summed=summed)
     found = _empty(gate, quantizer, summed)
     if rotation is None:
         _launch_rows(gate, up, found, quantizer, gated=True)
@@ -112,12 +114,12 @@ def gate_quantize(
 
 
 def rotate_quantize(
-    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, summed: bool = True
+    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, *, summed: bool = True
 ) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
     x = x.reshape(-1, x.shape[-1])
     if isinstance(rotation, ScaledDual):
-        return quantize(turned(x, rotation), quantizer, summed)
+        return quantize(turned(x, rotation), quantizer, summed=summed)
     found = _empty(x, quantizer, summed)
     _launch_rotation(x, None, rotation, found, quantizer)
     return found

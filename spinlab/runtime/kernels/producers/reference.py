@@ -8,7 +8,7 @@ from spinlab.formats.quantizer import TokenQuantizer
 from spinlab.runtime.kernels.formats import TokenLevels, into_int8
 
 
-def quantize(x: torch.Tensor, quantizer: TokenQuantizer, summed: bool = True) -> TokenLevels:
+def quantize(x: torch.Tensor, quantizer: TokenQuantizer, *, summed: bool = True) -> TokenLevels:
     """Quantize x: (..., width), per token and group; the leading dimensions become tokens.
 
     summed: whether there are sums of levels, here as in what follows
@@ -31,6 +31,7 @@ def norm_quantize(
     epsilon: float,
     quantizer: TokenQuantizer,
     rotation: Transform | None = None,
+    *,
     summed: bool = True,
 ) -> TokenLevels:
     """Quantize x/rms(x)·gain as transformers' RMSNorm rounds it, rotated where there is a rotation.
@@ -42,7 +43,7 @@ def norm_quantize(
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     normed = normed.to(x.dtype)
     normed = normed if gain is None else gain.to(x.dtype) * normed
-    return quantize(normed if rotation is None else rotation(normed), quantizer, summed)
+    return quantize(normed if rotation is None else rotation(normed), quantizer, summed=summed)
 
 
 def gate_quantize(
@@ -50,15 +51,16 @@ def gate_quantize(
     up: torch.Tensor,
     rotation: Transform | None,
     quantizer: TokenQuantizer,
+    *,
     summed: bool = True,
 ) -> TokenLevels:
     """Quantize silu(gate)·up, rotated where there is a rotation. gate, up: (..., width)."""
     gated = functional.silu(gate) * up
-    return quantize(gated if rotation is None else rotation(gated), quantizer, summed)
+    return quantize(gated if rotation is None else rotation(gated), quantizer, summed=summed)
 
 
 def rotate_quantize(
-    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, summed: bool = True
+    x: torch.Tensor, rotation: Transform, quantizer: TokenQuantizer, *, summed: bool = True
 ) -> TokenLevels:
     """Quantize x: (..., width), after the rotation."""
-    return quantize(rotation(x), quantizer, summed)
+    return quantize(rotation(x), quantizer, summed=summed)

@@ -69,10 +69,11 @@ def blocks_kernel(
 
     parts are (PARTS, BLOCKS or 1, B, B). GATED: of silu(x)·other. NORMED: of x·inverse, times other
     where there is GAIN; that of a token that is ALONE is taken here. ACROSS: what is written is
-    (width, out_stride), so that what deals channels reads each of them in one piece; whole tiles
-    of tokens are, so that 16 bytes are at a time. DEALT: place j takes number order[j] of such an
-    x.
+    (width, out_stride), so that what deals channels reads each of them in one piece. There tokens
+    are filled up to whole tiles, and moved 16 bytes at a time. DEALT: place j takes number order[j]
+    of such an x.
     """
+    tl.static_assert(not (DEALT and (GATED or NORMED)), "gates and norms come before a deal")
     first, second = tl.program_id(0).to(tl.int64) * many, tl.program_id(1)
     pieces: tl.constexpr = (B + PIECE - 1) // PIECE
     block, b = second // pieces, tl.arange(0, BLOCK)
