@@ -150,16 +150,17 @@ def _finish(record: Record, trackers: Trackers, kept: dict[str, Any]) -> None:
 
 def _rotations(pipeline: Pipeline, record: Record, on_step) -> Path:
     """Make and learn the rotations; return their file."""
-    initial, (learned, key) = pipeline.initial.path, pipeline.learned
+    outcome, key = pipeline.outcome
+    curve = _read(outcome / "curve.json", [])
     if any(report.key == key and report.cached for report in pipeline.run.cache.reports):
-        for step, values in enumerate(_read(learned / "curve.json", [])):
+        for step, values in enumerate(curve):
             on_step(step, values)
-    gate = _read(initial / "gate.json", {})
+    learned = pipeline.learned.path
+    gate = _read(pipeline.initial.path / "gate.json", {})
     record.metrics["invariance/init"] = gate.pop("logits_error")
     gate = _read(learned / "gate.json", {})
     record.metrics["invariance/learned"] = gate.pop("logits_error")
     record.metrics |= {f"orthogonality/{name}": error for name, error in gate.items()}
-    curve = _read(learned / "curve.json", [])
     if curve:
         record.metrics |= {
             "learn/first_loss": curve[0]["loss"],
@@ -239,7 +240,7 @@ def _layers(pipeline: Pipeline, record: Record) -> dict[str, list[float]]:
 
 def _figures(pipeline: Pipeline, record: Record) -> list[Path]:
     """Draw the layer whose input has the worst outliers, and how the rotations were learned."""
-    peaks, curve = pipeline.outliers(), _read(pipeline.learned.path / "curve.json", [])
+    peaks, curve = pipeline.outliers(), _read(pipeline.outcome.path / "curve.json", [])
     if not parallel.is_main():
         return []
     layer, folder = worst_layer(peaks), record.folder / "figures"

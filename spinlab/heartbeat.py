@@ -17,6 +17,7 @@ _WORK = {
     "calibration": "tokenizing the calibration text",
     "evaluation": "tokenizing the evaluation texts",
     "rotate": "making the rotations, comparing the rotated model's logits with the original's",
+    "factors": "comparing the logits of the model that rounded factors rotate with the original's",
     "peaks": "looking for the largest inputs",
     "handoff": "comparing the integer network with floats in float64",
     "outliers": "looking for the largest activations",

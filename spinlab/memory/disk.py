@@ -37,7 +37,7 @@ def disk(job: Job) -> int:
     """
     found = job.numbers * FLOAT32 * job.has("model")
     found += sum(job.statistics.values()) * job.has("statistics")
-    found += _rotations(job) * sum(job.has(stage) for stage in ("rotate", "learn"))
+    found += _rotations(job) * sum(job.has(stage) for stage in ("rotate", "learn", "factors"))
     found += job.packed * job.has("weights-rtn")
     if job.has("weights"):
         found += job.packed * (2 if job.config.rounded_on_text else 1)

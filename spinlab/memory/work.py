@@ -39,6 +39,8 @@ def works(job: Job) -> list[Work]:
         found.append(Work("rotate", _gate(job)))
     if job.has("learn"):
         found.append(Work("learn", _learning(job)))
+    if job.has("factors"):  # of the start, and of what was learned
+        found += [Work("factors", _gate(job))] * (1 + bool(job.config.learn.steps))
     if job.has("peaks"):
         found.append(Work("peaks", _peaks(job)))
     if set(job.config.export.targets) - {"rotations"}:  # written each time

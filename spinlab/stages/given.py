@@ -1,7 +1,6 @@
 """Rotations read from a file: that of the settings, or a transformed model's manifest."""
 
 import os
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +22,7 @@ class Given:
     def __init__(self, run: Run, original: Original) -> None:
         self._original = original
         self._load = _place(run.config.rotation.load)
-        self._rotation = run.config.rotation
+        self._factors = run.config.rotation.factors
         self._manifest = manifest_of(run.config.model.path)
         if self._manifest is not None:
             _check_transformed(run)
@@ -42,26 +41,17 @@ class Given:
 
     @cached_property
     def rotations(self) -> RotationSet | None:
-        """What the file holds, made for this model; None where no file is given.
-
-        What turns inputs is rounded, or not any more, where settings say it.
-        """
+        """What the file holds, made for this model; None where no file is given."""
         if self.file is None:
             return None
         found = read_rotations(self.file, map_of(self._original.shape), self.transformed)
-        rounded, factors = self._rotation.rounds_factors, self._rotation.factors
-        if rounded is None or self.transformed:
-            return found
-        if all(transform.dual is None for transform in found.inputs.values()):
+        turning = any(transform.dual is not None for transform in found.inputs.values())
+        if self._factors is not None and not self.transformed and not turning:
             raise InputError(
-                f"rotation.factors={factors} is of what turns single inputs, and {self.file} turns "
-                "none: leave it out"
+                f"rotation.factors={self._factors} is of what turns single inputs, and {self.file} "
+                "turns none: leave it out"
             )
-        inputs = {key: replace(each, rounded=rounded) for key, each in found.inputs.items()}
-        about = found.about or {}
-        if "rotation" in about:
-            about = about | {"rotation": about["rotation"] | {"factors": factors}}
-        return replace(found, inputs=inputs, about=about)
+        return found
 
 
 def _place(path: str | None) -> Path | None:

@@ -20,6 +20,7 @@ from spinlab.errors import InputError
 from spinlab.files import file_digest
 from spinlab.model.load import tokenizer_digest
 from spinlab.rotation.rotations import AS_IT_IS, RotationSet
+from spinlab.stages.factors import with_factors
 from spinlab.stages.given import Given
 from spinlab.stages.handoff import handoff_error
 from spinlab.stages.layers import layers
@@ -70,21 +71,35 @@ class Pipeline:
         return statistics(self.run, self.original, self.calibration)
 
     @cached_property
-    def initial(self) -> Artifact:
-        """The rotations that the experiment starts from."""
+    def start(self) -> Artifact:
+        """The rotations that learning starts from, as they were drawn or read."""
         parts = self.original, self.calibration, self.given, self.statistics
         return rotate(self.run, *parts)
 
     @cached_property
     def learning(self) -> Learning:
-        """What learns on from the initial rotations."""
-        parts = self.original, self.calibration, self.initial, self.on_step, self.given.file
+        """What learns on from the start."""
+        parts = self.original, self.calibration, self.start, self.on_step, self.given.file
         return Learning(self.run, *parts)
 
     @cached_property
+    def outcome(self) -> Artifact:
+        """What learning makes of the start, with its curve; the start if nothing is learned."""
+        return self.learning.artifact() if learns(self.run, self.start) else self.start
+
+    @cached_property
+    def initial(self) -> Artifact:
+        """The start, with factors as the settings say."""
+        return self._with_factors(self.start)
+
+    @cached_property
     def learned(self) -> Artifact:
-        """The learned rotations; the initial ones if nothing is learned."""
-        return self.learning.artifact() if learns(self.run, self.initial) else self.initial
+        """The outcome, with factors as the settings say: the rotations of the experiment."""
+        return self._with_factors(self.outcome)
+
+    def _with_factors(self, made: Artifact) -> Artifact:
+        fixed = self.given.transformed  # weights are rotated already
+        return made if fixed else with_factors(self.run, self.original, self.calibration, made)
 
     def rotated(self, name: str) -> Artifact | None:
         """Return the rotations of a variant; None for what has none.

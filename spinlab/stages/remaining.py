@@ -31,9 +31,12 @@ def stages_of(pipeline: Pipeline) -> list[tuple[str, Callable[[], Any]]]:
         asked.append(("model", lambda: pipeline.original.converted))
     if config.rotation.needs_statistics and pipeline.given.file is None:
         asked.append(("statistics", lambda: pipeline.statistics))
-    asked.append(("rotate", lambda: pipeline.initial))
+    asked.append(("rotate", lambda: pipeline.start))
     if config.learn.steps:
-        asked.append(("learn", lambda: pipeline.learned))
+        asked.append(("learn", lambda: pipeline.outcome))
+    # what is drawn is exact; what a file brings may be rounded
+    if config.rotation.rounds_factors or (config.rotation.factors and pipeline.given.file):
+        asked.append(("factors", lambda: [pipeline.initial, pipeline.learned]))
     if config.quant.calibrates:
         asked.append(("peaks", lambda: [pipeline.rotated(v) for v in config.eval.variants]))
     for variant in config.eval.variants:

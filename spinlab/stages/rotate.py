@@ -1,6 +1,7 @@
 """Stage `rotate`: the initial rotations, once they have passed the invariance gate.
 
-They are drawn, or made from activations, or read from a file (`given`).
+They are drawn, or made from activations, or read from a file (`given`). Their factors are rounded
+behind the learning (`factors`).
 """
 
 import logging
@@ -56,7 +57,7 @@ def rotate(
 def rotation_settings(run: Run) -> dict[str, Any]:
     """Name the settings that the initial rotations depend on, for keys and files."""
     config = run.config.rotation
-    unused = {"load"} | (set() if config.searches else {"duquant"})
+    unused = {"load", "factors"} | (set() if config.searches else {"duquant"})
     unused |= set() if config.needs_statistics else {"statistics"}
     unused |= {"blocks", "wush"} - {config.inputs}
     return {name: value for name, value in plain(config).items() if name not in unused}
@@ -67,19 +68,19 @@ def _initial(
 ) -> RotationSet:
     """Read the rotations, or draw them, or make them from statistics."""
     config, model_map = run.config.rotation, map_of(original.shape)
-    generator = run.generator("init")
+    exact, generator = replace(config, factors=None), run.generator("init")
     about = {"seed": run.config.seed, "model": original.identity, "family": model_map.family}
     about = plain({**about, "rotation": rotation_settings(run)})
     if given.file is None or given.rotations is None:
         known = None if statistics is None else statistics_in(statistics)
-        drawn = initial_rotations(config, model_map, generator, known, run.device)
+        drawn = initial_rotations(exact, model_map, generator, known, run.device)
         return replace(drawn, about=about)
     loaded, name = given.rotations, given.file.name
     if given.file.suffix != ".bin":
         log.info("%-12s all from %s; rotation.* but factors is not used", "rotations", name)
         return replace(loaded, peaks={})  # found anew, where a format asks for them
     online = initial_rotations(
-        replace(config, r1="none", r2="none", load=None), model_map, generator
+        replace(exact, r1="none", r2="none", load=None), model_map, generator
     )
     log.info("%-12s R1 and R2 from %s, the rest from rotation.*", "rotations", name)
     return replace(with_online(loaded, online), about={**about, **(loaded.about or {})})

@@ -1,5 +1,6 @@
 """What cannot run is refused before the first stage, whatever is cached."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from spinlab.rotation.inputs import ScaledDual
 from spinlab.rotation.rotations import RotationSet
 from spinlab.stages.pipeline import Pipeline
 from spinlab.stages.preflight import preflight
-from spinlab.stages.rotations import FILE, gate_ids
+from spinlab.stages.remaining import remaining
+from spinlab.stages.rotations import gate_ids
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
@@ -159,9 +161,10 @@ def test_what_a_file_turns_inputs_by_is_rounded_or_exact_where_asked(tmp_path, t
         words = () if factors is None else (f"rotation.factors={factors}",)
         run = Pipeline(composed(*settings, *words))
         preflight(run, words)
-        stored = RotationSet.load(run.initial.path / FILE)
+        stored = run.rotations("fake")
         assert [each.rounded for each in stored.inputs.values()] == [rounded]
-        assert stored.about["rotation"]["factors"] == factors
+        if rounded != there:
+            assert stored.about["rotation"]["factors"] == factors
 
 
 def test_factors_of_what_turns_no_input_are_refused_before_any_stage(tmp_path):
@@ -170,15 +173,32 @@ def test_factors_of_what_turns_no_input_are_refused_before_any_stage(tmp_path):
         preflight(pipeline(tmp_path, *words), words)
 
 
+def test_rounding_is_a_stage_only_where_it_rounds(tmp_path):
+    exact, rounded = (
+        pipeline(tmp_path, "rotation=input_blocks", f"rotation.factors={factors}")
+        for factors in ("exact", "bfloat16")
+    )
+    assert "factors" in remaining(rounded) and "factors" not in remaining(exact)
+    assert rounded.learned != rounded.start and exact.learned == exact.start == rounded.start
+    assert not {"rotate", "factors"} & (remaining(rounded) | remaining(exact))
+
+
 @pytest.mark.parametrize("method", ["learned_blocks", "learned_inputs"])
 def test_what_is_learned_is_rounded_where_asked(tmp_path, method):
     small = ["learn.steps=2", "learn.optimizer.warmup=0", "learn.batch=1", "learn.micro_batch=1"]
     small += ["learn.sequence_length=64", "eval.max_windows=1", "eval.tasks=[]"]
     paths = f"paths.cache={tmp_path}", "rotation.factors=bfloat16"
-    run = Pipeline(composed("+experiment=toy", f"+method={method}", *small, *paths))
-    learned = RotationSet.load(run.learned.path / FILE)
-    assert {each.rounded for each in learned.inputs.values()} == {True}
+    run, exact = (
+        Pipeline(composed("+experiment=toy", f"+method={method}", *small, *words))
+        for words in (paths, paths[:1])
+    )
+    for name in ("init", "fake"):
+        assert {each.rounded for each in run.rotations(name).inputs.values()} == {True}
+        assert {each.rounded for each in exact.rotations(name).inputs.values()} == {False}
     assert run.handoff_error("integer") < 1e-9
+    assert run.outcome.path == exact.learned.path  # one learning for both
+    gate = json.loads((run.learned.path / "gate.json").read_text())
+    assert gate["logits_error"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "head"])

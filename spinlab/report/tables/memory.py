@@ -7,7 +7,17 @@ from spinlab.report.formats import MISSING, markdown
 from spinlab.report.records import read_benchmark
 
 # of stages' names, as far as their variant, in the order of a run
-_ORDER = ("statistics", "rotate", "learn", "weights", "handoff", "eval", "layers", "outliers")
+_ORDER = (
+    "statistics",
+    "rotate",
+    "learn",
+    "factors",
+    "weights",
+    "handoff",
+    "eval",
+    "layers",
+    "outliers",
+)
 
 
 def memory_table(file: Path) -> str:
