@@ -98,8 +98,8 @@ class RotationConfig:
     # the input
     inputs: str = "none"
     # what such a map multiplies by online: exact, in products of several parts on GPUs, or rounded
-    # to bfloat16, whose inverse weights then get; learning takes them as they are. null: exact, or
-    # as a file says
+    # to bfloat16, whose inverse weights then get; what is learned of them takes them as they are.
+    # null: exact, or as a file says
     factors: str | None = None
     smooth: float | None = None  # alpha of SmoothQuant's scales, folded into norms and weights
     smooth_groups: list[str] = field(default_factory=lambda: ["qkv", "gate_up"])

@@ -37,7 +37,8 @@ def disk(job: Job) -> int:
     """
     found = job.numbers * FLOAT32 * job.has("model")
     found += sum(job.statistics.values()) * job.has("statistics")
-    found += _rotations(job) * sum(job.has(stage) for stage in ("rotate", "learn", "factors"))
+    rotating = "rotate", "factors", "learn", "factors-learned"
+    found += _rotations(job) * sum(job.has(stage) for stage in rotating)
     found += job.packed * job.has("weights-rtn")
     if job.has("weights"):
         found += job.packed * (2 if job.config.rounded_on_text else 1)

@@ -25,7 +25,7 @@ def needs(job: Job) -> list[Need]:
     found: list[Need] = []
     if job.has("statistics"):
         found += _statistics(job)
-    if job.has("rotate", "learn", "factors"):
+    if job.has("rotate", "learn", "factors", "factors-learned"):
         found.append(_rotating(job))
     if job.has("learn"):
         found.append(_learning(job))

@@ -37,10 +37,12 @@ def works(job: Job) -> list[Work]:
     found = [Work("statistics", _statistics(job))] if job.has("statistics") else []
     if job.has("rotate"):
         found.append(Work("rotate", _gate(job)))
+    if job.has("factors"):
+        found.append(Work("factors", _gate(job)))
     if job.has("learn"):
         found.append(Work("learn", _learning(job)))
-    if job.has("factors"):  # of the start, and of what was learned
-        found += [Work("factors", _gate(job))] * (1 + bool(job.config.learn.steps))
+    if job.has("factors-learned"):
+        found.append(Work("factors", _gate(job)))
     if job.has("peaks"):
         found.append(Work("peaks", _peaks(job)))
     if set(job.config.export.targets) - {"rotations"}:  # written each time
@@ -109,8 +111,9 @@ def _learning(job: Job) -> Operations:
 def _roundings(job: Job) -> int:
     """Weights of the initial rotations are rounded beside those of learned ones, if none are."""
     learned = {"fake", "integer"} & set(job.config.eval.variants)
-    both = "init" in job.config.eval.variants and learned
-    return 2 if both and job.has("rotate") and job.has("learn") else 1
+    both = "init" in job.config.eval.variants and learned and job.config.learn.steps
+    anew = job.has("rotate", "factors") and job.has("learn", "factors-learned")
+    return 2 if both and anew else 1
 
 
 def _rounding(job: Job) -> Operations:

@@ -15,19 +15,15 @@ from spinlab.stages.text import Calibration
 def with_factors(
     run: Run, original: Original, calibration: Calibration, made: Artifact
 ) -> Artifact:
-    """Return a stage's rotations with factors as `rotation.factors` says; itself where they are.
+    """Return a stage's rotations with factors as `rotation.factors` says, which they are not yet.
 
-    It follows the learning, whose steps take factors as they are: one learning serves all settings.
+    It follows the learning of what turns inputs, which takes factors as they are: one learning
+    serves both.
     """
-    rounded, factors = run.config.rotation.rounds_factors, run.config.rotation.factors
-    if rounded is None:
-        return made
-    found = RotationSet.load(made.path / FILE)
-    turning = [each for each in found.inputs.values() if each.dual is not None]
-    if all(each.rounded == rounded for each in turning):
-        return made
+    rounded, factors = bool(run.config.rotation.rounds_factors), run.config.rotation.factors
 
     def work(out: Path) -> None:
+        found = RotationSet.load(made.path / FILE)
         inputs = {key: replace(each, rounded=rounded) for key, each in found.inputs.items()}
         about = dict(found.about or {})
         about["rotation"] = {**about.get("rotation", {}), "factors": factors}

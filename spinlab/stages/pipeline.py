@@ -72,20 +72,9 @@ class Pipeline:
 
     @cached_property
     def start(self) -> Artifact:
-        """The rotations that learning starts from, as they were drawn or read."""
+        """The rotations of the settings, as they were drawn or read."""
         parts = self.original, self.calibration, self.given, self.statistics
         return rotate(self.run, *parts)
-
-    @cached_property
-    def learning(self) -> Learning:
-        """What learns on from the start."""
-        parts = self.original, self.calibration, self.start, self.on_step, self.given.file
-        return Learning(self.run, *parts)
-
-    @cached_property
-    def outcome(self) -> Artifact:
-        """What learning makes of the start, with its curve; the start if nothing is learned."""
-        return self.learning.artifact() if learns(self.run, self.start) else self.start
 
     @cached_property
     def initial(self) -> Artifact:
@@ -93,13 +82,44 @@ class Pipeline:
         return self._with_factors(self.start)
 
     @cached_property
+    def learning(self) -> Learning:
+        """What learns on from the start; from the initial rotations where inputs keep theirs."""
+        start = self.start if self.rounds_learned else self.initial
+        return Learning(
+            self.run, self.original, self.calibration, start, self.on_step, self.given.file
+        )
+
+    @cached_property
+    def outcome(self) -> Artifact:
+        """What learning makes of its start, with its curve; that itself if nothing is learned."""
+        start = self.learning.initial
+        return self.learning.artifact() if learns(self.run, start) else start
+
+    @cached_property
     def learned(self) -> Artifact:
         """The outcome, with factors as the settings say: the rotations of the experiment."""
-        return self._with_factors(self.outcome)
+        return self._with_factors(self.outcome) if self.rounds_learned else self.outcome
+
+    @cached_property
+    def changes_factors(self) -> bool:
+        """Tell whether factors are to be others than what was drawn or read."""
+        rotation = self.config.rotation
+        rounded = rotation.rounds_factors
+        if rounded is None or self.given.transformed:  # whose weights are rotated already
+            return False
+        if self.given.rotations is None:
+            return rounded and rotation.turns_inputs
+        inputs = self.given.rotations.inputs.values()
+        return any(each.dual is not None and each.rounded != rounded for each in inputs)
+
+    @property
+    def rounds_learned(self) -> bool:
+        """Tell whether factors change behind the learning, which is of what turns inputs."""
+        return self.changes_factors and "inputs" in self.config.learn.rotations
 
     def _with_factors(self, made: Artifact) -> Artifact:
-        fixed = self.given.transformed  # weights are rotated already
-        return made if fixed else with_factors(self.run, self.original, self.calibration, made)
+        parts = self.run, self.original, self.calibration
+        return with_factors(*parts, made) if self.changes_factors else made
 
     def rotated(self, name: str) -> Artifact | None:
         """Return the rotations of a variant; None for what has none.

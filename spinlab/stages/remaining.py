@@ -32,11 +32,12 @@ def stages_of(pipeline: Pipeline) -> list[tuple[str, Callable[[], Any]]]:
     if config.rotation.needs_statistics and pipeline.given.file is None:
         asked.append(("statistics", lambda: pipeline.statistics))
     asked.append(("rotate", lambda: pipeline.start))
+    if pipeline.changes_factors:
+        asked.append(("factors", lambda: pipeline.initial))
     if config.learn.steps:
         asked.append(("learn", lambda: pipeline.outcome))
-    # what is drawn is exact; what a file brings may be rounded
-    if config.rotation.rounds_factors or (config.rotation.factors and pipeline.given.file):
-        asked.append(("factors", lambda: [pipeline.initial, pipeline.learned]))
+        if pipeline.rounds_learned:
+            asked.append(("factors-learned", lambda: pipeline.learned))
     if config.quant.calibrates:
         asked.append(("peaks", lambda: [pipeline.rotated(v) for v in config.eval.variants]))
     for variant in config.eval.variants:

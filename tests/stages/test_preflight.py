@@ -197,8 +197,22 @@ def test_what_is_learned_is_rounded_where_asked(tmp_path, method):
         assert {each.rounded for each in exact.rotations(name).inputs.values()} == {False}
     assert run.handoff_error("integer") < 1e-9
     assert run.outcome.path == exact.learned.path  # one learning for both
-    gate = json.loads((run.learned.path / "gate.json").read_text())
-    assert gate["logits_error"] < 1e-4
+    gates = [json.loads((r.learned.path / "gate.json").read_text()) for r in (run, exact)]
+    assert gates[0].pop("logits_error") < 1e-4
+    assert gates[0].keys() - gates[1].keys() == {"inverses"}  # of what was rounded
+    assert exact.outcome == exact.learned and not exact.changes_factors
+
+
+def test_what_keeps_its_factors_while_others_learn_has_them_as_the_network_will(tmp_path):
+    words = ["learn.steps=2", "learn.rotations=[r3]", "learn.batch=1"]
+    words += ["learn.micro_batch=1", "learn.optimizer.warmup=0", "learn.sequence_length=64"]
+    settings = "+experiment=toy", "rotation=input_blocks", "rotation.factors=bfloat16"
+    run = Pipeline(composed(*settings, *words, "eval.tasks=[]", f"paths.cache={tmp_path}"))
+    assert run.changes_factors and not run.rounds_learned
+    assert run.learning.initial == run.initial != run.start
+    assert run.learned == run.outcome != run.initial
+    assert {each.rounded for each in run.rotations("fake").inputs.values()} == {True}
+    assert not {"rotate", "factors", "factors-learned", "learn"} & remaining(run)
 
 
 @pytest.mark.parametrize("name", ["weights", "activations", "head"])

@@ -38,7 +38,7 @@ class LearnedGroup:
         self._places = {input.layer: place for place, input in enumerate(inputs)}
         duals = [t.dual for t in transforms if isinstance(t.dual, BlockRotation)]
         twice = [dual for dual in duals if isinstance(dual, DualTransform)]
-        self.rounded = transforms[0].rounded  # once all is learned: steps take them as they are
+        self.rounded = transforms[0].rounded  # as a file brought it: steps take them as they are
         self.folded = transforms[0].folded and inputs[0].producer is not None and not twice
         self.behind = behind if self.folded and not duals else None
         self.parameters: dict[str, nn.Parameter] = {}
